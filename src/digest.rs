@@ -1,0 +1,420 @@
+//! Digests: the names of blobs.
+//!
+//! 1. A `Digest` is well formed: its hash has the length that its function makes, its size is not
+//!    negative. Nothing below the edge checks again.
+//! 2. Two digests of different functions are different, even if their bytes are equal.
+
+use std::fmt;
+
+use md5::Md5;
+use sha1::Sha1;
+use sha2::{Digest as _, Sha256, Sha384, Sha512};
+
+use crate::proto::reapi;
+
+/// The longest hash of any function that we know, in bytes.
+const LONGEST: usize = 64;
+
+/// REAPI: DigestFunction.Value, those that this farm computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DigestFunction {
+    Sha256,
+    Sha1,
+    Md5,
+    Sha384,
+    Sha512,
+    Blake3,
+}
+
+/// Why a digest, as somebody sent it, is none. The sender must act.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DigestError {
+    #[error("no digest was given")]
+    Absent,
+    #[error("digest function {0} is not supported; supported are {names}", names = DigestFunction::names())]
+    UnsupportedFunction(String),
+    #[error(
+        "hash {0:?} has {1} characters, which is no hash of any supported digest function: SHA-256 has 64"
+    )]
+    UnknownLength(String, usize),
+    #[error("hash {hash:?} has {length} characters, {function} has {expected}")]
+    WrongLength {
+        hash: String,
+        length: usize,
+        function: DigestFunction,
+        expected: usize,
+    },
+    #[error("hash {0:?} has characters other than 0-9 and a-f")]
+    NotLowerCaseHexadecimal(String),
+    #[error("size {0} of digest {1} is negative")]
+    NegativeSize(i64, String),
+}
+
+impl DigestFunction {
+    pub const ALL: [DigestFunction; 6] = [
+        DigestFunction::Sha256,
+        DigestFunction::Sha1,
+        DigestFunction::Md5,
+        DigestFunction::Sha384,
+        DigestFunction::Sha512,
+        DigestFunction::Blake3,
+    ];
+
+    fn names() -> String {
+        Self::ALL.map(|f| f.to_string()).join(", ")
+    }
+
+    /// Bytes of a hash.
+    pub const fn length(self) -> usize {
+        match self {
+            DigestFunction::Md5 => 16,
+            DigestFunction::Sha1 => 20,
+            DigestFunction::Sha256 | DigestFunction::Blake3 => 32,
+            DigestFunction::Sha384 => 48,
+            DigestFunction::Sha512 => 64,
+        }
+    }
+
+    pub const fn to_proto(self) -> reapi::digest_function::Value {
+        use reapi::digest_function::Value;
+        match self {
+            DigestFunction::Sha256 => Value::Sha256,
+            DigestFunction::Sha1 => Value::Sha1,
+            DigestFunction::Md5 => Value::Md5,
+            DigestFunction::Sha384 => Value::Sha384,
+            DigestFunction::Sha512 => Value::Sha512,
+            DigestFunction::Blake3 => Value::Blake3,
+        }
+    }
+
+    /// The function that a request names. `None` when it leaves it to the hash's length (REAPI:
+    /// `digest_function` fields, value UNKNOWN).
+    pub fn from_proto(value: i32) -> Result<Option<Self>, DigestError> {
+        use reapi::digest_function::Value;
+        if value == Value::Unknown as i32 {
+            return Ok(None);
+        }
+        Self::ALL
+            .into_iter()
+            .find(|f| f.to_proto() as i32 == value)
+            .map(Some)
+            .ok_or_else(|| {
+                DigestError::UnsupportedFunction(match Value::try_from(value) {
+                    Ok(known) => known.as_str_name().to_owned(),
+                    Err(_) => value.to_string(),
+                })
+            })
+    }
+
+    /// REAPI: the function of a hash of this length, where the request names none.
+    pub fn from_hash_length(hash: &str) -> Result<Self, DigestError> {
+        match hash.len() {
+            32 => Ok(DigestFunction::Md5),
+            40 => Ok(DigestFunction::Sha1),
+            64 => Ok(DigestFunction::Sha256),
+            96 => Ok(DigestFunction::Sha384),
+            128 => Ok(DigestFunction::Sha512),
+            length => Err(DigestError::UnknownLength(shorten(hash), length)),
+        }
+    }
+
+    /// The path element of a resource name: present only for functions that a hash's length does
+    /// not tell (REAPI: `Read`'s resource names).
+    pub const fn resource_name_element(self) -> Option<&'static str> {
+        match self {
+            DigestFunction::Blake3 => Some("blake3"),
+            _ => None,
+        }
+    }
+
+    pub fn hasher(self) -> Hasher {
+        match self {
+            DigestFunction::Sha256 => Hasher(State::Sha256(Sha256::new()), 0),
+            DigestFunction::Sha1 => Hasher(State::Sha1(Sha1::new()), 0),
+            DigestFunction::Md5 => Hasher(State::Md5(Md5::new()), 0),
+            DigestFunction::Sha384 => Hasher(State::Sha384(Sha384::new()), 0),
+            DigestFunction::Sha512 => Hasher(State::Sha512(Sha512::new()), 0),
+            DigestFunction::Blake3 => Hasher(State::Blake3(Box::default()), 0),
+        }
+    }
+
+    pub fn digest_of(self, data: &[u8]) -> Digest {
+        let mut hasher = self.hasher();
+        hasher.update(data);
+        hasher.finish()
+    }
+
+    pub fn empty(self) -> Digest {
+        self.digest_of(&[])
+    }
+}
+
+impl fmt::Display for DigestFunction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DigestFunction::Sha256 => "SHA256",
+            DigestFunction::Sha1 => "SHA1",
+            DigestFunction::Md5 => "MD5",
+            DigestFunction::Sha384 => "SHA384",
+            DigestFunction::Sha512 => "SHA512",
+            DigestFunction::Blake3 => "BLAKE3",
+        })
+    }
+}
+
+/// Computes a digest piece by piece.
+pub struct Hasher(State, u64);
+
+enum State {
+    Sha256(Sha256),
+    Sha1(Sha1),
+    Md5(Md5),
+    Sha384(Sha384),
+    Sha512(Sha512),
+    Blake3(Box<blake3::Hasher>),
+}
+
+impl Hasher {
+    pub fn update(&mut self, data: &[u8]) {
+        match &mut self.0 {
+            State::Sha256(h) => h.update(data),
+            State::Sha1(h) => h.update(data),
+            State::Md5(h) => h.update(data),
+            State::Sha384(h) => h.update(data),
+            State::Sha512(h) => h.update(data),
+            State::Blake3(h) => {
+                h.update(data);
+            }
+        }
+        self.1 += data.len() as u64;
+    }
+
+    /// Bytes seen so far.
+    pub fn size(&self) -> u64 {
+        self.1
+    }
+
+    pub fn finish(self) -> Digest {
+        let size = self.1;
+        match self.0 {
+            State::Sha256(h) => Digest::new(DigestFunction::Sha256, &h.finalize(), size),
+            State::Sha1(h) => Digest::new(DigestFunction::Sha1, &h.finalize(), size),
+            State::Md5(h) => Digest::new(DigestFunction::Md5, &h.finalize(), size),
+            State::Sha384(h) => Digest::new(DigestFunction::Sha384, &h.finalize(), size),
+            State::Sha512(h) => Digest::new(DigestFunction::Sha512, &h.finalize(), size),
+            State::Blake3(h) => Digest::new(DigestFunction::Blake3, h.finalize().as_bytes(), size),
+        }
+    }
+}
+
+/// REAPI: Digest, with the function that made it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Digest {
+    function: DigestFunction,
+    /// Zero beyond the function's length.
+    hash: [u8; LONGEST],
+    size: u64,
+}
+
+impl std::hash::Hash for Digest {
+    /// Sixteen bytes of a cryptographic hash tell enough apart.
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        state.write(&self.hash[..16]);
+    }
+}
+
+impl Digest {
+    /// Panics when `hash` has not the function's length: for hashes that we computed or stored.
+    pub fn new(function: DigestFunction, hash: &[u8], size: u64) -> Self {
+        let mut bytes = [0; LONGEST];
+        bytes[..function.length()].copy_from_slice(hash);
+        Digest {
+            function,
+            hash: bytes,
+            size,
+        }
+    }
+
+    /// A digest as a request carries it, of the function that the request names, if it names one.
+    pub fn parse(
+        function: Option<DigestFunction>,
+        digest: &reapi::Digest,
+    ) -> Result<Self, DigestError> {
+        Self::parse_parts(function, &digest.hash, digest.size_bytes)
+    }
+
+    pub fn parse_required(
+        function: Option<DigestFunction>,
+        digest: Option<&reapi::Digest>,
+    ) -> Result<Self, DigestError> {
+        Self::parse(function, digest.ok_or(DigestError::Absent)?)
+    }
+
+    pub fn parse_parts(
+        function: Option<DigestFunction>,
+        hash: &str,
+        size: i64,
+    ) -> Result<Self, DigestError> {
+        let function = match function {
+            Some(function) => function,
+            None => DigestFunction::from_hash_length(hash)?,
+        };
+        if hash.len() != 2 * function.length() {
+            return Err(DigestError::WrongLength {
+                hash: shorten(hash),
+                length: hash.len(),
+                function,
+                expected: 2 * function.length(),
+            });
+        }
+        let mut bytes = [0; LONGEST];
+        for (byte, pair) in bytes.iter_mut().zip(hash.as_bytes().chunks_exact(2)) {
+            match (nibble(pair[0]), nibble(pair[1])) {
+                (Some(high), Some(low)) => *byte = high << 4 | low,
+                _ => return Err(DigestError::NotLowerCaseHexadecimal(shorten(hash))),
+            }
+        }
+        let size =
+            u64::try_from(size).map_err(|_| DigestError::NegativeSize(size, hash.to_owned()))?;
+        Ok(Digest {
+            function,
+            hash: bytes,
+            size,
+        })
+    }
+
+    pub fn function(&self) -> DigestFunction {
+        self.function
+    }
+
+    pub fn hash_bytes(&self) -> &[u8] {
+        &self.hash[..self.function.length()]
+    }
+
+    /// Lower-case hexadecimal.
+    pub fn hash_hex(&self) -> String {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut hex = String::with_capacity(2 * self.function.length());
+        for byte in self.hash_bytes() {
+            hex.push(DIGITS[usize::from(byte >> 4)] as char);
+            hex.push(DIGITS[usize::from(byte & 15)] as char);
+        }
+        hex
+    }
+
+    /// Bytes of the blob.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub fn is_empty_blob(&self) -> bool {
+        self.size == 0
+    }
+
+    pub fn to_proto(&self) -> reapi::Digest {
+        reapi::Digest {
+            hash: self.hash_hex(),
+            // Parsing accepts no more than an i64 holds, and no blob that we hash is longer.
+            size_bytes: self.size as i64,
+        }
+    }
+}
+
+/// `HASH/SIZE`, as in resource names.
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.hash_hex(), self.size)
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{self}", self.function)
+    }
+}
+
+fn nibble(c: u8) -> Option<u8> {
+    match c {
+        b'0'..=b'9' => Some(c - b'0'),
+        b'a'..=b'f' => Some(c - b'a' + 10),
+        _ => None,
+    }
+}
+
+/// What a message shows of a text that a stranger sent.
+pub fn shorten(text: &str) -> String {
+    const SHOWN: usize = 140;
+    if text.chars().count() <= SHOWN {
+        return text.to_owned();
+    }
+    let mut shown: String = text.chars().take(SHOWN).collect();
+    shown.push('…');
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_function_hashes_the_empty_blob_as_its_standard_says() {
+        let hashes = [
+            (DigestFunction::Md5, "d41d8cd98f00b204e9800998ecf8427e"),
+            (
+                DigestFunction::Sha1,
+                "da39a3ee5e6b4b0d3255bfef95601890afd80709",
+            ),
+            (
+                DigestFunction::Sha256,
+                "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+            ),
+            (
+                DigestFunction::Blake3,
+                "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262",
+            ),
+        ];
+        for (function, hash) in hashes {
+            assert_eq!(function.empty().hash_hex(), hash);
+            let parsed = Digest::parse_parts(Some(function), hash, 0).unwrap();
+            assert_eq!(parsed, function.empty());
+        }
+    }
+
+    #[test]
+    fn a_digest_survives_the_wire() {
+        for function in DigestFunction::ALL {
+            let digest = function.digest_of(b"some bytes");
+            assert_eq!(
+                Digest::parse(Some(function), &digest.to_proto()),
+                Ok(digest)
+            );
+            if function.resource_name_element().is_none() {
+                assert_eq!(Digest::parse(None, &digest.to_proto()), Ok(digest));
+            }
+        }
+    }
+
+    #[test]
+    fn ill_formed_digests_are_refused_with_the_reason() {
+        let hash = "a".repeat(64);
+        let parse = |hash: &str, size| Digest::parse_parts(None, hash, size).unwrap_err();
+        assert!(matches!(parse("", 0), DigestError::UnknownLength(_, 0)));
+        assert!(matches!(parse(&hash, -1), DigestError::NegativeSize(-1, _)));
+        assert!(matches!(
+            parse(&"A".repeat(64), 0),
+            DigestError::NotLowerCaseHexadecimal(_)
+        ));
+        assert!(matches!(
+            parse(&"ü".repeat(32), 0),
+            DigestError::NotLowerCaseHexadecimal(_)
+        ));
+        assert!(matches!(
+            Digest::parse_parts(Some(DigestFunction::Sha1), &hash, 0),
+            Err(DigestError::WrongLength { expected: 40, .. })
+        ));
+        assert!(
+            matches!(DigestFunction::from_proto(4), Err(DigestError::UnsupportedFunction(name)) if name == "VSO")
+        );
+        assert!(parse(&"a".repeat(1 << 20), 0).to_string().len() < 600);
+    }
+}

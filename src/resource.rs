@@ -1,0 +1,198 @@
+//! ByteStream resource names (REAPI: ContentAddressableStorage; the service `ByteStream`).
+
+use uuid::Uuid;
+
+use crate::{
+    digest::{Digest, DigestError, DigestFunction, shorten},
+    instance::{InstanceName, InstanceNameError},
+};
+
+/// `[INSTANCE/]blobs/[FUNCTION/]HASH/SIZE`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadName {
+    pub instance: InstanceName,
+    pub digest: Digest,
+}
+
+/// `[INSTANCE/]uploads/UUID/blobs/[FUNCTION/]HASH/SIZE[/ANYTHING]`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WriteName {
+    pub instance: InstanceName,
+    /// What the client calls this upload. It should be a UUID; any text is taken.
+    pub upload: String,
+    pub digest: Digest,
+}
+
+/// The sender must act.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ResourceNameError {
+    #[error("resource name {0:?} is not [INSTANCE/]blobs/[FUNCTION/]HASH/SIZE")]
+    NotARead(String),
+    #[error("resource name {0:?} is not [INSTANCE/]uploads/UUID/blobs/[FUNCTION/]HASH/SIZE")]
+    NotAWrite(String),
+    #[error("resource name {0:?} asks for compression, which this server does not announce")]
+    Compressed(String),
+    #[error("size {1:?} in resource name {0:?} is not a number")]
+    Size(String, String),
+    #[error(transparent)]
+    Instance(#[from] InstanceNameError),
+    #[error(transparent)]
+    Digest(#[from] DigestError),
+}
+
+impl ReadName {
+    pub fn parse(name: &str) -> Result<Self, ResourceNameError> {
+        let parts: Vec<&str> = name.split('/').collect();
+        let Some(at) = parts
+            .iter()
+            .position(|part| matches!(*part, "blobs" | "compressed-blobs"))
+        else {
+            return Err(ResourceNameError::NotARead(shorten(name)));
+        };
+        let (digest, rest) = parse_blob(name, &parts[at..])?
+            .ok_or_else(|| ResourceNameError::NotARead(shorten(name)))?;
+        if !rest.is_empty() {
+            return Err(ResourceNameError::NotARead(shorten(name)));
+        }
+        Ok(ReadName {
+            instance: InstanceName::parse(&parts[..at].join("/"))?,
+            digest,
+        })
+    }
+
+    pub fn format(instance: &InstanceName, digest: &Digest) -> String {
+        join(instance, &blob_name(digest))
+    }
+}
+
+impl WriteName {
+    pub fn parse(name: &str) -> Result<Self, ResourceNameError> {
+        let parts: Vec<&str> = name.split('/').collect();
+        let Some(at) = parts.iter().position(|part| *part == "uploads") else {
+            return Err(ResourceNameError::NotAWrite(shorten(name)));
+        };
+        let Some(upload) = parts.get(at + 1).filter(|upload| !upload.is_empty()) else {
+            return Err(ResourceNameError::NotAWrite(shorten(name)));
+        };
+        // Whatever follows the size is the client's own.
+        let (digest, _) = parse_blob(name, &parts[at + 2..])?
+            .ok_or_else(|| ResourceNameError::NotAWrite(shorten(name)))?;
+        Ok(WriteName {
+            instance: InstanceName::parse(&parts[..at].join("/"))?,
+            upload: (*upload).to_owned(),
+            digest,
+        })
+    }
+
+    pub fn format(instance: &InstanceName, upload: Uuid, digest: &Digest) -> String {
+        join(instance, &format!("uploads/{upload}/{}", blob_name(digest)))
+    }
+}
+
+/// `blobs/[FUNCTION/]HASH/SIZE`: also the subject of a MISSING violation (REAPI: Execute).
+pub fn blob_name(digest: &Digest) -> String {
+    match digest.function().resource_name_element() {
+        Some(function) => format!("blobs/{function}/{digest}"),
+        None => format!("blobs/{digest}"),
+    }
+}
+
+fn join(instance: &InstanceName, rest: &str) -> String {
+    if instance.is_empty() {
+        rest.to_owned()
+    } else {
+        format!("{instance}/{rest}")
+    }
+}
+
+/// Reads `blobs/[FUNCTION/]HASH/SIZE` and gives what follows it. `None`: too few parts.
+fn parse_blob<'a>(
+    name: &str,
+    parts: &'a [&'a str],
+) -> Result<Option<(Digest, &'a [&'a str])>, ResourceNameError> {
+    match parts.first() {
+        Some(&"blobs") => {}
+        Some(&"compressed-blobs") => return Err(ResourceNameError::Compressed(shorten(name))),
+        _ => return Ok(None),
+    }
+    let mut rest = &parts[1..];
+    let function = rest.first().and_then(|part| {
+        DigestFunction::ALL
+            .into_iter()
+            .find(|function| function.to_string().eq_ignore_ascii_case(part))
+    });
+    if function.is_some() {
+        rest = &rest[1..];
+    }
+    let [hash, size, rest @ ..] = rest else {
+        return Ok(None);
+    };
+    let number: i64 = size
+        .parse()
+        .map_err(|_| ResourceNameError::Size(shorten(name), shorten(size)))?;
+    Ok(Some((Digest::parse_parts(function, hash, number)?, rest)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_survive_formatting_and_parsing() {
+        for instance in ["", "a", "a/b"] {
+            let instance = InstanceName::parse(instance).unwrap();
+            for function in DigestFunction::ALL {
+                let digest = function.digest_of(b"x");
+                let name = ReadName::format(&instance, &digest);
+                assert_eq!(
+                    ReadName::parse(&name).unwrap(),
+                    ReadName {
+                        instance: instance.clone(),
+                        digest
+                    }
+                );
+                let upload = Uuid::nil();
+                let name = WriteName::format(&instance, upload, &digest) + "/a.txt";
+                assert_eq!(
+                    WriteName::parse(&name).unwrap(),
+                    WriteName {
+                        instance: instance.clone(),
+                        upload: upload.to_string(),
+                        digest
+                    }
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn ill_formed_names_are_refused() {
+        let hash = "a".repeat(64);
+        for bad in [
+            "",
+            "blobs",
+            "blobs/x",
+            "a/b",
+            &format!("blobs/{hash}"),
+            &format!("blobs/{hash}/x"),
+            &format!("blobs/{hash}/-1"),
+            &format!("blobs/{hash}/1/2"),
+            &format!("a//blobs/{hash}/1"),
+            &format!("compressed-blobs/zstd/{hash}/1"),
+            &format!("uploads/u/blobs/{hash}/1"),
+        ] {
+            assert!(ReadName::parse(bad).is_err(), "{bad:?}");
+        }
+        for bad in [
+            "uploads",
+            "uploads/",
+            "uploads/u",
+            "uploads/u/blobs",
+            "uploads/u/x/y/z",
+            &format!("uploads//blobs/{hash}/1"),
+            &format!("blobs/{hash}/1"),
+        ] {
+            assert!(WriteName::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+}
