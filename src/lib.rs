@@ -1,5 +1,18 @@
+#![doc = include_str!("ARCHITECTURE.md")]
+
+// Words.
 pub mod digest;
 pub mod instance;
 pub mod path;
 pub mod proto;
 pub mod resource;
+
+// Services.
+pub mod config;
+pub mod daemon;
+pub mod storage;
+
+// Daemons.
+pub mod runner;
+pub mod scheduler;
+pub mod worker;

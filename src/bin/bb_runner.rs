@@ -1,1 +1,12 @@
-fn main() {}
+use std::process::ExitCode;
+
+use bb_remote_execution::{daemon, runner};
+
+fn main() -> ExitCode {
+    daemon::main(
+        runner::PROGRAM,
+        |config| &config.log,
+        runner::probe,
+        runner::run,
+    )
+}

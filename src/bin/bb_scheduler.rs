@@ -1,1 +1,12 @@
-fn main() {}
+use std::process::ExitCode;
+
+use bb_remote_execution::{daemon, scheduler};
+
+fn main() -> ExitCode {
+    daemon::main(
+        scheduler::PROGRAM,
+        |config| &config.log,
+        scheduler::probe,
+        scheduler::run,
+    )
+}

@@ -1,1 +1,12 @@
-fn main() {}
+use std::process::ExitCode;
+
+use bb_remote_execution::{daemon, worker};
+
+fn main() -> ExitCode {
+    daemon::main(
+        worker::PROGRAM,
+        |config| &config.log,
+        worker::probe,
+        worker::run,
+    )
+}

@@ -1,0 +1,125 @@
+//! bb_runner.toml, see bb_runner.toml(5).
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use super::{Check, Duration, ListenAddress, Log};
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Ignored when systemd passes a socket under the name `runner`.
+    pub listen: ListenAddress,
+    /// Permission bits of a Unix socket, in octal.
+    pub socket_mode: Mode,
+    /// Group of a Unix socket; empty for the runner's own.
+    pub socket_group: String,
+    /// Names or numbers of the users who may call; root always may.
+    pub allowed_users: Vec<String>,
+    /// The worker's `build_directory`.
+    pub build_directory: PathBuf,
+    pub users: Users,
+    /// TMPDIR = the action's temporary directory, unless the action sets it.
+    pub set_tmpdir_environment_variable: bool,
+    /// Missing ones make this runner, and so the worker, not ready.
+    pub readiness_checking_pathnames: Vec<PathBuf>,
+    pub shutdown: Shutdown,
+    pub log: Log,
+}
+
+/// The Unix users that actions run as: `count` numbers from `first`, each also a group.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Users {
+    pub first: u32,
+    pub count: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Shutdown {
+    /// How long running commands may go on after SIGTERM.
+    pub drain_timeout: Duration,
+}
+
+/// Permission bits, written as `"0660"`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mode(pub u32);
+
+impl<'de> Deserialize<'de> for Mode {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        match u32::from_str_radix(&text, 8) {
+            Ok(mode) if mode <= 0o777 => Ok(Mode(mode)),
+            _ => Err(serde::de::Error::custom(format!(
+                "{text:?} is no file mode; write permission bits in octal, such as \"0660\""
+            ))),
+        }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            listen: ListenAddress::Unix(PathBuf::from("/run/bb-runner/runner.sock")),
+            socket_mode: Mode(0o660),
+            socket_group: String::new(),
+            allowed_users: vec!["bb-worker".to_owned()],
+            build_directory: PathBuf::from("/var/lib/bb-worker/build"),
+            users: Users::default(),
+            set_tmpdir_environment_variable: true,
+            readiness_checking_pathnames: Vec::new(),
+            shutdown: Shutdown::default(),
+            log: Log::default(),
+        }
+    }
+}
+
+impl Default for Users {
+    fn default() -> Self {
+        Users {
+            first: 58_000,
+            count: 256,
+        }
+    }
+}
+
+impl Default for Shutdown {
+    fn default() -> Self {
+        Shutdown {
+            drain_timeout: Duration::seconds(60),
+        }
+    }
+}
+
+impl Check for Config {
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        if !self.build_directory.is_absolute() {
+            return Err((
+                "build_directory",
+                "the directory must be an absolute path, the same as the worker's build_directory"
+                    .to_owned(),
+            ));
+        }
+        if self.users.first < 1000 {
+            return Err((
+                "users.first",
+                "numbers below 1000 belong to the system; choose a free range, such as first = 58000".to_owned(),
+            ));
+        }
+        if self.users.count == 0
+            || self
+                .users
+                .first
+                .checked_add(self.users.count)
+                .is_none_or(|end| end > 65_000 && self.users.first <= 65_535)
+        {
+            return Err((
+                "users.count",
+                "the range must hold at least one user, and not reach 65534 (nobody)".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,221 @@
+//! bb_scheduler.toml, see bb_scheduler.toml(5).
+
+use std::{collections::BTreeMap, path::PathBuf};
+
+use serde::Deserialize;
+
+use super::{Check, Duration, Endpoint, ListenAddress, Log, Size};
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub clients: Clients,
+    pub workers: Workers,
+    pub storage: Storage,
+    pub scheduling: Scheduling,
+    pub shutdown: Shutdown,
+    pub log: Log,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Clients {
+    /// Ignored for a socket that systemd passes under the name `clients`.
+    pub listen: ListenAddress,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Workers {
+    /// Ignored for a socket that systemd passes under the name `workers`.
+    pub listen: ListenAddress,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Storage {
+    /// Both are embedded or both are not; see `Check`.
+    pub cas: StoragePlace,
+    pub action_cache: StoragePlace,
+    pub embedded: Embedded,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoragePlace {
+    Embedded,
+    Endpoint(Endpoint),
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Embedded {
+    pub directory: PathBuf,
+    /// Of all blobs and action results; least recently used ones are evicted.
+    pub maximum_size: Size,
+}
+
+/// Buildbarn compiles most of these in; the defaults are its own unless a line says otherwise.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Scheduling {
+    /// For actions without a timeout.
+    pub default_execution_timeout: Duration,
+    /// Longer ones are INVALID_ARGUMENT.
+    pub maximum_execution_timeout: Duration,
+    /// A waiting client hears at least this often (Buildbarn: 60 s; clients that sit behind
+    /// proxies, and BuildStream, lose patience earlier).
+    pub execution_update_interval: Duration,
+    /// How long an operation lives, completed or not, when nobody waits for it.
+    pub operation_with_no_waiters_timeout: Duration,
+    /// How soon a busy worker calls again, and so hears of a cancellation.
+    pub busy_worker_synchronization_interval: Duration,
+    /// An idle worker's call is held for a random time up to this.
+    pub idle_worker_synchronization_interval: Duration,
+    /// A worker that has been silent for this long past its due time is gone.
+    pub worker_with_no_synchronizations_timeout: Duration,
+    /// How long a platform queue without workers lives, and how long after start-up an unknown
+    /// platform is UNAVAILABLE rather than FAILED_PRECONDITION.
+    pub platform_queue_with_no_workers_timeout: Duration,
+    /// How often a worker may claim to have lost an action before the action is blamed.
+    pub worker_task_retry_count: u32,
+    /// Largest Action that is read from the CAS.
+    pub maximum_message_size: Size,
+    /// For actions that ask for no platform property, where no worker offers the empty platform.
+    pub default_platform: BTreeMap<String, String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Shutdown {
+    /// How long running calls may go on after SIGTERM.
+    pub drain_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            clients: Clients::default(),
+            workers: Workers::default(),
+            storage: Storage::default(),
+            scheduling: Scheduling::default(),
+            shutdown: Shutdown::default(),
+            log: Log::default(),
+        }
+    }
+}
+
+impl Default for Clients {
+    fn default() -> Self {
+        Clients {
+            listen: ListenAddress::Tcp(([127, 0, 0, 1], 8980).into()),
+        }
+    }
+}
+
+impl Default for Workers {
+    fn default() -> Self {
+        Workers {
+            listen: ListenAddress::Tcp(([127, 0, 0, 1], 8983).into()),
+        }
+    }
+}
+
+impl Default for Storage {
+    fn default() -> Self {
+        Storage {
+            cas: StoragePlace::Embedded,
+            action_cache: StoragePlace::Embedded,
+            embedded: Embedded::default(),
+        }
+    }
+}
+
+impl Default for Embedded {
+    fn default() -> Self {
+        Embedded {
+            directory: PathBuf::from("/var/lib/bb-scheduler/storage"),
+            maximum_size: Size::gib(20),
+        }
+    }
+}
+
+impl Default for Scheduling {
+    fn default() -> Self {
+        Scheduling {
+            default_execution_timeout: Duration::seconds(30 * 60),
+            maximum_execution_timeout: Duration::seconds(4 * 60 * 60),
+            execution_update_interval: Duration::seconds(20),
+            operation_with_no_waiters_timeout: Duration::seconds(60),
+            busy_worker_synchronization_interval: Duration::seconds(10),
+            idle_worker_synchronization_interval: Duration::seconds(120),
+            worker_with_no_synchronizations_timeout: Duration::seconds(60),
+            platform_queue_with_no_workers_timeout: Duration::seconds(15 * 60),
+            worker_task_retry_count: 9,
+            maximum_message_size: Size::mib(2),
+            default_platform: BTreeMap::from([("OSFamily".to_owned(), "linux".to_owned())]),
+        }
+    }
+}
+
+impl Default for Shutdown {
+    fn default() -> Self {
+        Shutdown {
+            drain_timeout: Duration::seconds(10),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for StoragePlace {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text == "embedded" {
+            return Ok(StoragePlace::Embedded);
+        }
+        text.parse().map(StoragePlace::Endpoint).map_err(|error| {
+            serde::de::Error::custom(format!(
+                "{error}, or \"embedded\" for a store in bb_scheduler"
+            ))
+        })
+    }
+}
+
+impl Check for Config {
+    fn check(&self) -> Result<(), (&'static str, String)> {
+        let embedded = |place: &StoragePlace| *place == StoragePlace::Embedded;
+        if embedded(&self.storage.cas) != embedded(&self.storage.action_cache) {
+            return Err((
+                "storage.action_cache",
+                "the CAS and the Action Cache are either both \"embedded\" or both endpoints; set storage.cas alike".to_owned(),
+            ));
+        }
+        if !self.storage.embedded.directory.is_absolute() {
+            return Err((
+                "storage.embedded.directory",
+                "the directory must be an absolute path".to_owned(),
+            ));
+        }
+        if self.storage.embedded.maximum_size < Size::mib(16) {
+            return Err((
+                "storage.embedded.maximum_size",
+                "less than 16MiB cannot hold the outputs of a build; 20GiB is a good start"
+                    .to_owned(),
+            ));
+        }
+        if self.scheduling.default_execution_timeout > self.scheduling.maximum_execution_timeout {
+            return Err((
+                "scheduling.default_execution_timeout",
+                format!(
+                    "it exceeds scheduling.maximum_execution_timeout, which is {}",
+                    self.scheduling.maximum_execution_timeout
+                ),
+            ));
+        }
+        if self.scheduling.maximum_message_size > Size::mib(64) {
+            return Err((
+                "scheduling.maximum_message_size",
+                "an Action of more than 64MiB is a mistake of its client".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+}

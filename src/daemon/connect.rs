@@ -1,0 +1,64 @@
+//! Channels to gRPC peers, over TCP or Unix sockets.
+
+use std::{io, time::Duration};
+
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpStream, UnixStream};
+use tonic::transport::{Channel, Uri};
+use tower::service_fn;
+
+use super::listen::{CONNECTION_WINDOW, STREAM_WINDOW};
+use crate::config::Endpoint;
+
+/// A channel that connects at its first call, and again after each loss.
+///
+/// Calls on an unreachable peer fail with UNAVAILABLE, and the endpoint is named in the text.
+pub fn connect(endpoint: &Endpoint) -> Channel {
+    // The URI only fills the :authority header; the connector knows where to go.
+    let authority = match endpoint {
+        Endpoint::Tcp(authority) => authority.as_str(),
+        Endpoint::Unix(_) => "localhost",
+    };
+    let uri = Uri::builder()
+        .scheme("http")
+        .authority(authority)
+        .path_and_query("/")
+        .build()
+        .unwrap_or_else(|_| Uri::from_static("http://localhost/"));
+    let endpoint = endpoint.clone();
+    Channel::builder(uri)
+        .connect_timeout(Duration::from_secs(10))
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .http2_keep_alive_interval(Duration::from_secs(60))
+        .keep_alive_timeout(Duration::from_secs(20))
+        .connect_with_connector_lazy(service_fn(move |_| {
+            let endpoint = endpoint.clone();
+            async move {
+                dial(&endpoint).await.map_err(|error| {
+                    io::Error::new(
+                        error.kind(),
+                        format!("could not connect to {endpoint}: {error}"),
+                    )
+                })
+            }
+        }))
+}
+
+type Io = TokioIo<Box<dyn Stream>>;
+
+trait Stream: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
+
+impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> Stream for T {}
+
+async fn dial(endpoint: &Endpoint) -> io::Result<Io> {
+    let stream: Box<dyn Stream> = match endpoint {
+        Endpoint::Tcp(authority) => {
+            let stream = TcpStream::connect(authority.as_str()).await?;
+            stream.set_nodelay(true)?;
+            Box::new(stream)
+        }
+        Endpoint::Unix(path) => Box::new(UnixStream::connect(path).await?),
+    };
+    Ok(TokioIo::new(stream))
+}

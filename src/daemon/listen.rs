@@ -1,0 +1,333 @@
+//! Listening: sockets of our own or from systemd, who is at the other end, and serving until told
+//! to stop.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::{
+        fd::{FromRawFd, OwnedFd},
+        unix::fs::{FileTypeExt, PermissionsExt},
+    },
+    path::Path,
+    pin::Pin,
+    sync::{LazyLock, Mutex},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    sync::mpsc,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{
+    service::Routes,
+    transport::{Server, server::Connected},
+};
+
+use super::Failure;
+use crate::config::ListenAddress;
+
+// A 4 MiB chunk in flight needs no round trip on a loopback or a LAN.
+pub(super) const STREAM_WINDOW: u32 = 8 << 20;
+pub(super) const CONNECTION_WINDOW: u32 = 32 << 20;
+
+/// Who may reach a Unix socket.
+#[derive(Clone, Debug)]
+pub struct SocketPermissions {
+    pub mode: u32,
+    /// Group number; `None` for the daemon's own.
+    pub group: Option<u32>,
+}
+
+pub enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+/// Who is at the other end; in the extensions of each request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    Tcp(Option<std::net::SocketAddr>),
+    /// As the kernel says (unix(7), SO_PEERCRED).
+    Unix {
+        uid: u32,
+        gid: u32,
+        pid: Option<i32>,
+    },
+}
+
+/// The sockets that systemd passed, by name (sd_listen_fds_with_names(3)); each is taken once.
+static PASSED: LazyLock<Mutex<BTreeMap<String, OwnedFd>>> = LazyLock::new(|| {
+    let mut sockets = BTreeMap::new();
+    if let Ok(passed) = sd_notify::listen_fds_with_names() {
+        for (fd, name) in passed {
+            // SAFETY: systemd passed this descriptor to this process alone, and the initialiser of
+            // a LazyLock runs once, so that nobody else owns it.
+            sockets.insert(name, unsafe { OwnedFd::from_raw_fd(fd) });
+        }
+    }
+    Mutex::new(sockets)
+});
+
+/// The socket that systemd passed under this name, else a socket of our own.
+///
+/// `key` is the configuration key that gave the address, for errors.
+pub fn listen(
+    name: &str,
+    key: &'static str,
+    address: &ListenAddress,
+    permissions: Option<SocketPermissions>,
+) -> Result<Listener, Failure> {
+    let passed = PASSED
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+        .remove(name);
+    if let Some(socket) = passed {
+        return adopt(socket).map_err(|error| Failure::Environment {
+            message: format!("could not use the socket {name:?} that systemd passed: {error}"),
+        });
+    }
+    open(address, permissions).map_err(|error| {
+        let remedy = match error.kind() {
+            io::ErrorKind::AddrInUse => {
+                "another process listens there; stop it, or choose another address"
+            }
+            io::ErrorKind::PermissionDenied => {
+                "choose an address or a directory that this user may use"
+            }
+            io::ErrorKind::AddrNotAvailable => "the address must be one of this host's",
+            io::ErrorKind::NotFound => "create the directory of the socket first",
+            _ => "choose another address",
+        };
+        Failure::Configuration {
+            key,
+            message: format!("could not listen on {address}: {error}; {remedy}"),
+        }
+    })
+}
+
+fn adopt(socket: OwnedFd) -> io::Result<Listener> {
+    use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
+    use std::os::fd::AsRawFd;
+    let address: SockaddrStorage = getsockname(socket.as_raw_fd())?;
+    if address.family() == Some(AddressFamily::Unix) {
+        let listener = std::os::unix::net::UnixListener::from(socket);
+        listener.set_nonblocking(true)?;
+        UnixListener::from_std(listener).map(Listener::Unix)
+    } else {
+        let listener = std::net::TcpListener::from(socket);
+        listener.set_nonblocking(true)?;
+        TcpListener::from_std(listener).map(Listener::Tcp)
+    }
+}
+
+fn open(address: &ListenAddress, permissions: Option<SocketPermissions>) -> io::Result<Listener> {
+    match address {
+        ListenAddress::Tcp(address) => {
+            // std sets SO_REUSEADDR, so that a restart needs no wait for TIME_WAIT.
+            let listener = std::net::TcpListener::bind(address)?;
+            listener.set_nonblocking(true)?;
+            TcpListener::from_std(listener).map(Listener::Tcp)
+        }
+        ListenAddress::Unix(path) => {
+            remove_stale(path)?;
+            let listener = UnixListener::bind(path)?;
+            if let Some(permissions) = permissions {
+                if let Some(group) = permissions.group {
+                    std::os::unix::fs::chown(path, None, Some(group))?;
+                }
+                fs::set_permissions(path, fs::Permissions::from_mode(permissions.mode))?;
+            }
+            Ok(Listener::Unix(listener))
+        }
+    }
+}
+
+/// Removes a socket that nobody listens on any more, and nothing else.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.file_type().is_socket() => {
+            match std::os::unix::net::UnixStream::connect(path) {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    fs::remove_file(path)
+                }
+                _ => Err(io::ErrorKind::AddrInUse.into()),
+            }
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Listener {
+    pub fn address(&self) -> String {
+        match self {
+            Listener::Tcp(listener) => listener
+                .local_addr()
+                .map_or_else(|_| "tcp".to_owned(), |address| address.to_string()),
+            Listener::Unix(listener) => listener
+                .local_addr()
+                .ok()
+                .and_then(|address| {
+                    address
+                        .as_pathname()
+                        .map(|p| format!("unix:{}", p.display()))
+                })
+                .unwrap_or_else(|| "unix".to_owned()),
+        }
+    }
+
+    async fn accept(&self) -> io::Result<Connection> {
+        match self {
+            Listener::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                Ok(Connection::Tcp(stream))
+            }
+            Listener::Unix(listener) => listener
+                .accept()
+                .await
+                .map(|(stream, _)| Connection::Unix(stream)),
+        }
+    }
+}
+
+/// Serves until `stopping`, then gives calls that are under way `drain` to finish.
+pub async fn serve(
+    listener: Listener,
+    routes: Routes,
+    stopping: CancellationToken,
+    drain: Duration,
+) -> Result<(), Failure> {
+    let (sender, incoming) = mpsc::channel::<io::Result<Connection>>(16);
+    let accepting = stopping.clone();
+    tokio::spawn(async move {
+        loop {
+            let accepted = tokio::select! {
+                () = accepting.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok(connection) => {
+                    if sender.send(Ok(connection)).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    // Out of descriptors, or a connection that died in the queue: neither ends the
+                    // server, and the first one must not make it spin.
+                    tracing::warn!(%error, "could not accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    });
+    let server = Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(100_000)
+        .max_frame_size(1 << 20)
+        .http2_keepalive_interval(Some(Duration::from_secs(60)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(20)))
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(
+            ReceiverStream::new(incoming),
+            stopping.clone().cancelled_owned(),
+        );
+    let deadline = async {
+        stopping.cancelled().await;
+        tokio::time::sleep(drain).await;
+    };
+    tokio::select! {
+        result = server => result.map_err(|error| Failure::Environment {
+            message: format!("could not serve: {error}"),
+        }),
+        () = deadline => Ok(()),
+    }
+}
+
+#[derive(Debug)]
+pub enum Connection {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        match self {
+            Connection::Tcp(stream) => Peer::Tcp(stream.peer_addr().ok()),
+            Connection::Unix(stream) => match stream.peer_cred() {
+                Ok(credentials) => Peer::Unix {
+                    uid: credentials.uid(),
+                    gid: credentials.gid(),
+                    pid: credentials.pid(),
+                },
+                // Unknown is nobody.
+                Err(_) => Peer::Unix {
+                    uid: u32::MAX,
+                    gid: u32::MAX,
+                    pid: None,
+                },
+            },
+        }
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Connection::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
+            Connection::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Connection::Tcp(stream) => Pin::new(stream).poll_write(context, data),
+            Connection::Unix(stream) => Pin::new(stream).poll_write(context, data),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Connection::Tcp(stream) => Pin::new(stream).poll_flush(context),
+            Connection::Unix(stream) => Pin::new(stream).poll_flush(context),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Connection::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
+            Connection::Unix(stream) => Pin::new(stream).poll_shutdown(context),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        data: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Connection::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, data),
+            Connection::Unix(stream) => Pin::new(stream).poll_write_vectored(context, data),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+}

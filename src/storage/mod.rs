@@ -1,0 +1,1 @@
+//! Storage: the Content Addressable Storage and the Action Cache, embedded or elsewhere.
