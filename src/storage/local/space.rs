@@ -461,19 +461,14 @@ impl Space {
 
     /// Removes entries until what remains could be packed into `target` bytes.
     fn evict(&self, target: u64) {
-        let (on_disk, live) = self
-            .segments
-            .read()
-            .values()
-            .fold((0, 0), |(disk, live), segment| {
-                (disk + segment.disk(), live + segment.live())
-            });
-        let dead = u64::saturating_sub(on_disk, live);
+        let segments = self.segments.read();
+        let dead: u64 = segments.values().map(|segment| segment.dead()).sum();
+        drop(segments);
         let packed = self.used().saturating_sub(dead);
         let evicted = self
             .index
             .evict(packed.saturating_sub(target), |found| match found.place {
-                Place::Segment { .. } => found.size + segment::SLOT as u64,
+                Place::Segment { .. } => segment::weight(found.size),
                 Place::File => file::footprint(found.size),
             });
         for found in &evicted {
@@ -494,13 +489,12 @@ impl Space {
             .read()
             .values()
             .filter(|segment| Some(segment.number) != head && !segment.is_being_written())
-            .max_by_key(|segment| segment.disk().saturating_sub(segment.live()))
+            .max_by_key(|segment| segment.dead())
             .cloned();
         let Some(victim) = victim else {
             return false;
         };
-        let dead = victim.disk().saturating_sub(victim.live());
-        if dead < victim.disk() / 16 {
+        if victim.dead() <= victim.disk() / 16 {
             return false;
         }
         if let Err(error) = self.empty_segment(&victim) {
