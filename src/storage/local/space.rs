@@ -168,22 +168,28 @@ impl Space {
     /// Counts bytes as used, after making room for them if need be.
     fn take(&self, bytes: u64) -> Result<(), Error> {
         let limit = self.limit();
-        let used = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if used > limit {
-            self.make_room();
-            if self.used() > limit {
-                self.give_back(bytes);
-                return Err(Error::Full(format!(
-                    "the store in {} is full of uploads under way; try again later, or raise storage.embedded.maximum_size, which is {}",
-                    self.directory.display(),
-                    Size(self.maximum_size),
-                )));
+        // Others may take what was made room for.
+        for attempt in 0..10 {
+            let used = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            if used > limit / 32 * 31 && used <= limit {
+                self.wake.state.lock().room_is_short = true;
+                self.wake.changed.notify_all();
             }
-        } else if used > limit / 32 * 31 {
-            self.wake.state.lock().room_is_short = true;
-            self.wake.changed.notify_all();
+            if used <= limit {
+                return Ok(());
+            }
+            self.make_room();
+            if self.used() <= limit {
+                return Ok(());
+            }
+            self.give_back(bytes);
+            std::thread::sleep(Duration::from_millis(attempt));
         }
-        Ok(())
+        Err(Error::Full(format!(
+            "the store in {} is full of uploads under way; try again later, or raise storage.embedded.maximum_size, which is {}",
+            self.directory.display(),
+            Size(self.maximum_size),
+        )))
     }
 
     fn give_back(&self, bytes: u64) {
