@@ -1,5 +1,10 @@
 //! Placeholder until its author fills it.
 
+pub mod client;
+pub mod execute;
+pub mod slot;
+pub mod task;
+
 use crate::{
     config::worker::Config,
     daemon::{Failure, Life, Program},

@@ -9,3 +9,6 @@ mod documents;
 mod farm;
 mod storage;
 mod wire;
+//! One binary for all integration tests, so that there is one link.
+
+mod simulation;
