@@ -53,14 +53,14 @@ pub struct Identity {
 
 enum Event {
     Answered(Result<SynchronizeResponse, Status>),
-    Finished(ExecuteResponse),
+    Finished(Box<ExecuteResponse>),
     Readiness(Result<(), String>),
     Stopping,
     Time,
 }
 
 struct Execution {
-    result: JoinHandle<ExecuteResponse>,
+    result: JoinHandle<Box<ExecuteResponse>>,
     stage: watch::Receiver<Stage>,
     cancel: CancellationToken,
     /// An execution ends with its slot.
@@ -80,7 +80,8 @@ pub async fn run(
     drain: Duration,
 ) {
     let client = OperationQueueClient::new(channel).max_decoding_message_size(LARGEST_ANSWER);
-    let mut state: Slot<Result<Task, ExecuteResponse>, ExecuteResponse> = Slot::new(Instant::now());
+    let mut state: Slot<Result<Task, Box<ExecuteResponse>>, Box<ExecuteResponse>> =
+        Slot::new(Instant::now());
     let mut told_to_stop = false;
     let mut call: Pending<Result<SynchronizeResponse, Status>> = None;
     let mut readiness: Pending<Result<(), String>> = None;
@@ -179,14 +180,18 @@ pub async fn run(
     }
 }
 
-fn start(executor: Arc<Executor>, slot: usize, task: Result<Task, ExecuteResponse>) -> Execution {
+fn start(
+    executor: Arc<Executor>,
+    slot: usize,
+    task: Result<Task, Box<ExecuteResponse>>,
+) -> Execution {
     let (sender, stage) = watch::channel(Stage::FetchingInputs);
     let cancel = CancellationToken::new();
     let cancelled = cancel.clone();
     // In a task of its own, so that a panic ends this action and not this slot.
     let result = tokio::spawn(async move {
         match task {
-            Ok(task) => executor.execute(slot, task, &sender, &cancelled).await,
+            Ok(task) => Box::new(executor.execute(slot, task, &sender, &cancelled).await),
             Err(refusal) => refusal,
         }
     });
@@ -198,7 +203,7 @@ fn start(executor: Arc<Executor>, slot: usize, task: Result<Task, ExecuteRespons
     }
 }
 
-async fn returned(execution: &mut Option<Execution>) -> ExecuteResponse {
+async fn returned(execution: &mut Option<Execution>) -> Box<ExecuteResponse> {
     let Some(execution) = execution else {
         return std::future::pending().await;
     };
@@ -206,13 +211,13 @@ async fn returned(execution: &mut Option<Execution>) -> ExecuteResponse {
         Ok(response) => response,
         Err(error) => {
             tracing::error!(%error, "could not finish an action: a defect of the worker");
-            ExecuteResponse {
+            Box::new(ExecuteResponse {
                 status: Some(proto::status(
                     rpc::Code::Internal,
                     "Failed to finish the action: a defect of the worker; see its journal",
                 )),
                 ..Default::default()
-            }
+            })
         }
     }
 }
@@ -233,7 +238,7 @@ async fn sleep_until(until: Option<Instant>) {
 
 fn request(
     identity: &Identity,
-    report: Report<ExecuteResponse>,
+    report: Report<Box<ExecuteResponse>>,
     stage: Option<Stage>,
 ) -> SynchronizeRequest {
     use current_state::WorkerState;
@@ -256,7 +261,7 @@ fn request(
             },
         ),
         Activity::Completed(digest, response) => {
-            executing(digest, ExecutionState::Completed(response))
+            executing(digest, ExecutionState::Completed(*response))
         }
     };
     SynchronizeRequest {
@@ -275,7 +280,7 @@ fn answer_of(
     identity: &Identity,
     response: SynchronizeResponse,
     now: Instant,
-) -> Answer<Result<Task, ExecuteResponse>> {
+) -> Answer<Result<Task, Box<ExecuteResponse>>> {
     use desired_state::WorkerState;
     let busy;
     let desired = match response.desired_state.and_then(|state| state.worker_state) {

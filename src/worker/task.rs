@@ -34,13 +34,18 @@ pub struct Task {
 
 impl Task {
     /// The task, for a worker that serves `prefix`; or what to answer instead of running it.
-    pub fn parse(prefix: &InstanceName, executing: Executing) -> Result<Self, ExecuteResponse> {
-        let refuse = |reason: String| ExecuteResponse {
-            status: Some(proto::status(
-                rpc::Code::InvalidArgument,
-                format!("Failed to understand the scheduler: {reason}"),
-            )),
-            ..Default::default()
+    pub fn parse(
+        prefix: &InstanceName,
+        executing: Executing,
+    ) -> Result<Self, Box<ExecuteResponse>> {
+        let refuse = |reason: String| {
+            Box::new(ExecuteResponse {
+                status: Some(proto::status(
+                    rpc::Code::InvalidArgument,
+                    format!("Failed to understand the scheduler: {reason}"),
+                )),
+                ..Default::default()
+            })
         };
         let suffix = InstanceName::parse(&executing.instance_name_suffix)
             .map_err(|error| refuse(error.to_string()))?;
