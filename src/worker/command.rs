@@ -175,6 +175,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(deprecated)]
     fn old_lists_count_only_without_output_paths() {
         let old = reapi::Command {
             output_files: vec!["f".into()],

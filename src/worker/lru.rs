@@ -214,6 +214,13 @@ mod tests {
         ]
     }
 
+    fn touch(list: &mut Vec<(u8, u64, u32)>, key: u8) -> Option<&mut u32> {
+        let at = list.iter().position(|entry| entry.0 == key)?;
+        let entry = list.remove(at);
+        list.push(entry);
+        list.last_mut().map(|entry| &mut entry.2)
+    }
+
     proptest! {
         #[test]
         fn it_forgets_what_a_plain_list_would_forget(steps in prop::collection::vec(step(), 0..200)) {
@@ -221,12 +228,6 @@ mod tests {
             // Oldest first: key, weight, pins.
             let mut list: Vec<(u8, u64, u32)> = Vec::new();
             let mut handles: Vec<(u8, Handle)> = Vec::new();
-            let touch = |list: &mut Vec<(u8, u64, u32)>, key: u8| {
-                let at = list.iter().position(|e| e.0 == key)?;
-                let entry = list.remove(at);
-                list.push(entry);
-                list.last_mut().map(|e| &mut e.2)
-            };
             for step in steps {
                 match step {
                     Step::Insert(key, weight) => {
