@@ -1,1 +1,10 @@
-fn main() {}
+//! The one integration binary.
+
+#[path = "../harness/mod.rs"]
+mod harness;
+
+mod architecture;
+mod bad_input;
+mod documents;
+mod farm;
+mod wire;
