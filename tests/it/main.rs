@@ -7,4 +7,5 @@ mod architecture;
 mod bad_input;
 mod documents;
 mod farm;
+mod storage;
 mod wire;
