@@ -7,8 +7,7 @@ mod architecture;
 mod bad_input;
 mod documents;
 mod farm;
+mod scheduler;
+mod simulation;
 mod storage;
 mod wire;
-//! One binary for all integration tests, so that there is one link.
-
-mod simulation;
