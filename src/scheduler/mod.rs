@@ -52,6 +52,7 @@ pub async fn probe(config: &Config) -> Vec<Failure> {
                 });
             }
         }
+        Ok(Storage::Local(_)) => {}
         Err(failure) => failures.push(failure),
     }
     failures
