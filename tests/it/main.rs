@@ -9,3 +9,4 @@ mod documents;
 mod farm;
 mod storage;
 mod wire;
+mod worker;
