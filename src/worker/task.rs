@@ -114,7 +114,7 @@ mod tests {
             change(&mut executing);
             let response = Task::parse(&InstanceName::empty(), executing).unwrap_err();
             let status = response.status.unwrap();
-            assert_eq!(status.code(), rpc::Code::InvalidArgument, "{status:?}");
+            assert_eq!(status.code, rpc::Code::InvalidArgument as i32, "{status:?}");
         }
     }
 }

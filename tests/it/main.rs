@@ -7,6 +7,7 @@ mod architecture;
 mod bad_input;
 mod documents;
 mod farm;
+mod simulation;
 mod storage;
 mod wire;
 mod worker;
