@@ -8,6 +8,7 @@ mod harness;
 
 mod actions;
 mod cas;
+mod roots;
 
 fn main() {
     let arguments: Vec<String> = std::env::args()
@@ -22,6 +23,7 @@ fn main() {
     for (benchmark, run) in [
         ("actions", actions::run as fn(&[String])),
         ("cas", cas::run),
+        ("roots", roots::run),
     ] {
         if name == "all" || name == benchmark {
             known = true;
@@ -29,7 +31,7 @@ fn main() {
         }
     }
     if !known {
-        eprintln!("no benchmark {name:?}; there are: actions, cas");
+        eprintln!("no benchmark {name:?}; there are: actions, cas, roots");
         std::process::exit(2);
     }
 }
