@@ -1,4 +1,4 @@
-//! The one integration binary.
+//! One binary for all integration tests, so that there is one link.
 
 #[path = "../harness/mod.rs"]
 mod harness;
@@ -7,8 +7,6 @@ mod architecture;
 mod bad_input;
 mod documents;
 mod farm;
+mod simulation;
 mod storage;
 mod wire;
-//! One binary for all integration tests, so that there is one link.
-
-mod simulation;
