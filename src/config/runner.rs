@@ -20,6 +20,8 @@ pub struct Config {
     /// The worker's `build_directory`.
     pub build_directory: PathBuf,
     pub users: Users,
+    /// What actions may write to besides their own directories, such as a shared compiler cache.
+    pub writable_directories: Vec<PathBuf>,
     /// TMPDIR = the action's temporary directory, unless the action sets it.
     pub set_tmpdir_environment_variable: bool,
     /// Missing ones make this runner, and so the worker, not ready.
@@ -41,6 +43,12 @@ pub struct Users {
 pub struct Shutdown {
     /// How long running commands may go on after SIGTERM.
     pub drain_timeout: Duration,
+}
+
+impl Users {
+    pub fn range(&self) -> std::ops::Range<u32> {
+        self.first..self.first.saturating_add(self.count)
+    }
 }
 
 /// Permission bits, written as `"0660"`.
@@ -68,6 +76,7 @@ impl Default for Config {
             allowed_users: vec!["bb-worker".to_owned()],
             build_directory: PathBuf::from("/var/lib/bb-worker/build"),
             users: Users::default(),
+            writable_directories: Vec::new(),
             set_tmpdir_environment_variable: true,
             readiness_checking_pathnames: Vec::new(),
             shutdown: Shutdown::default(),
@@ -95,6 +104,22 @@ impl Default for Shutdown {
 
 impl Check for Config {
     fn check(&self) -> Result<(), (&'static str, String)> {
+        if matches!(self.listen, ListenAddress::Tcp(_)) {
+            return Err((
+                "listen",
+                "callers are known by their Unix user; write a socket, such as \"unix:/run/bb-runner/runner.sock\"".to_owned(),
+            ));
+        }
+        if self
+            .writable_directories
+            .iter()
+            .any(|directory| !directory.is_absolute())
+        {
+            return Err((
+                "writable_directories",
+                "each directory must be an absolute path".to_owned(),
+            ));
+        }
         if !self.build_directory.is_absolute() {
             return Err((
                 "build_directory",
@@ -118,6 +143,14 @@ impl Check for Config {
             return Err((
                 "users.count",
                 "the range must hold at least one user, and not reach 65534 (nobody)".to_owned(),
+            ));
+        }
+        // systemd.exec(5), DynamicUser=: 61184 to 65519.
+        let range = self.users.range();
+        if range.start <= 65_519 && range.end > 61_184 {
+            return Err((
+                "users.first",
+                "systemd gives the numbers from 61184 to 65519 to services with DynamicUser=; choose a range below or above, such as first = 58000".to_owned(),
             ));
         }
         Ok(())

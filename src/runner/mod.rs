@@ -1,22 +1,324 @@
-//! Placeholder until its author fills it.
+//! bb_runner: runs commands as other Unix users, confined, and leaves nothing behind.
+//!
+//! A worker asks over a Unix socket (`service`). What to run is parsed (`command`); a user of its own
+//! is found (`user`), and a room that was prepared ahead (`room`, `cgroup`); the action's directory is
+//! opened to that user (`gate`); a process is made (`process`, `child`), waited for, and everything
+//! that came of it is killed (`action`, where the order is).
+//!
+//! What an action cannot do: signal, trace or read another action or a daemon; gain a privilege; write
+//! anything but its own directories; leave a process, a file, or System V or POSIX IPC behind. What it
+//! can do: use the network, read whatever every user of the host may read, and use all of its
+//! processors, memory and disk.
+
+use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
+
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::runner::Config,
-    daemon::{Failure, Life, Program},
+    daemon::{self, Failure, Life, Program, SocketPermissions},
+    proto::runner::runner_server::RunnerServer,
 };
+
+mod action;
+mod cgroup;
+mod child;
+mod command;
+mod gate;
+mod process;
+mod room;
+mod service;
+mod user;
 
 pub const PROGRAM: Program = Program {
     name: "bb_runner",
     about: "Runs the commands of build actions as other Unix users",
 };
 
+/// execve(2) takes a few MiB of arguments and environment.
+const LARGEST_REQUEST: usize = 16 << 20;
+/// How long killed actions may take when the daemon leaves.
+const DYING: Duration = Duration::from_secs(20);
+
+/// capabilities(7): what running as root is needed for.
+const CAPABILITIES: [(u32, &str); 8] = [
+    (0, "CAP_CHOWN"),
+    (1, "CAP_DAC_OVERRIDE"),
+    (3, "CAP_FOWNER"),
+    (5, "CAP_KILL"),
+    (6, "CAP_SETGID"),
+    (7, "CAP_SETUID"),
+    // Both for mount namespaces; without them actions share /tmp.
+    (18, "CAP_SYS_CHROOT"),
+    (21, "CAP_SYS_ADMIN"),
+];
+const NAMESPACES: usize = 2;
+
 /// What would keep `run` from working.
-pub async fn probe(_config: &Config) -> Vec<Failure> {
-    Vec::new()
+pub async fn probe(config: &Config) -> Vec<Failure> {
+    let mut failures = Vec::new();
+    if let Err(failure) = check_capabilities() {
+        failures.push(failure);
+    } else {
+        let plan = room::Plan::new(config, true, None);
+        if config.build_directory.is_dir()
+            && let Err(error) = plan.namespaces()
+        {
+            failures.push(Failure::Environment {
+                message: format!(
+                    "{error}; actions would share /tmp, /var/tmp and /dev/shm, and not be kept from \
+                     writing to other directories that are open to all"
+                ),
+            });
+        }
+    }
+    failures.extend(check_users(config).err());
+    let (_, unknown) = resolve_users(&config.allowed_users);
+    failures.extend(unknown.into_iter().map(unknown_user));
+    failures.extend(socket_group(config).err());
+    if let Err(error) = fs::metadata(&config.build_directory) {
+        failures.push(Failure::Configuration {
+            key: "build_directory",
+            message: format!(
+                "could not find {}: {error}; bb_worker makes it, or give the same build_directory \
+                 as in bb_worker.toml",
+                config.build_directory.display()
+            ),
+        });
+    }
+    if let Some(barrier) = gate::barrier(&config.build_directory) {
+        failures.push(Failure::Configuration {
+            key: "build_directory",
+            message: service::barrier_message(&barrier),
+        });
+    }
+    for path in &config.readiness_checking_pathnames {
+        if let Err(error) = fs::metadata(path) {
+            failures.push(Failure::Configuration {
+                key: "readiness_checking_pathnames",
+                message: format!("could not find {}: {error}", path.display()),
+            });
+        }
+    }
+    failures
 }
 
 /// Runs until told to stop.
-pub async fn run(_config: Config, life: Life) -> Result<(), Failure> {
-    life.stopping().cancelled().await;
-    Ok(())
+pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
+    check_capabilities()?;
+    check_users(&config)?;
+    let (allowed, unknown) = resolve_users(&config.allowed_users);
+    for name in unknown {
+        tracing::warn!("{}", unknown_user(name));
+    }
+    let range = config.users.range();
+    let listener = daemon::listen(
+        "runner",
+        "listen",
+        &config.listen,
+        Some(SocketPermissions {
+            mode: config.socket_mode.0,
+            group: socket_group(&config)?,
+        }),
+    )?;
+
+    // Neither a core file nor another user may hold what is in this process's memory: actions' first
+    // processes share it for a moment.
+    let _ = nix::sys::prctl::set_dumpable(false);
+    let cgroups = cgroup::Cgroups::find(range.start)
+        .inspect(|cgroups| {
+            tracing::info!(directory = %cgroups.directory().display(), "actions get control groups");
+        })
+        .inspect_err(|reason| {
+            tracing::warn!(
+                reason,
+                "actions get no control groups; their processes are found by their users"
+            );
+        })
+        .ok();
+    // What a runner that was killed left.
+    for user in range.clone() {
+        if !user::sweep(user, DYING) {
+            return Err(Failure::Environment {
+                message: format!(
+                    "could not kill the processes of user {user}, which is one of users.first and \
+                     users.count"
+                ),
+            });
+        }
+    }
+    gate::close_all(&config.build_directory, &range);
+
+    let plan = room::Plan::new(&config, true, None);
+    let namespaces = match plan.namespaces() {
+        Ok(_) => true,
+        // It may come later, and says nothing about namespaces.
+        Err(_) if !config.build_directory.is_dir() => missing_capabilities(NAMESPACES).is_empty(),
+        Err(error) => {
+            tracing::warn!(
+                %error,
+                "actions share /tmp, /var/tmp and /dev/shm; what they leave there is removed"
+            );
+            false
+        }
+    };
+    let failed = |what: &str, error: std::io::Error| Failure::Environment {
+        message: format!("could not {what}: {error}"),
+    };
+    let rooms = room::Rooms::open(room::Plan::new(&config, namespaces, cgroups))
+        .map_err(|error| failed("start a thread", error))?;
+    let null = fs::File::open("/dev/null").map_err(|error| failed("open /dev/null", error))?;
+
+    let users = user::Users::new(&config.users);
+    let tmpdir_below = config
+        .set_tmpdir_environment_variable
+        .then(|| config.build_directory.to_string_lossy().into_owned());
+    let killing = CancellationToken::new();
+    let drain = config.shutdown.drain_timeout.get();
+    let house = Arc::new(action::House {
+        config,
+        rooms,
+        null,
+    });
+    let runner = service::Runner {
+        users: users.clone(),
+        allowed,
+        tmpdir_below,
+        killing: killing.clone(),
+        house: house.clone(),
+    };
+    let (health, health_server) = tonic_health::server::health_reporter();
+    health.set_serving::<RunnerServer<service::Runner>>().await;
+    let mut routes = tonic::service::Routes::new(
+        RunnerServer::new(runner).max_decoding_message_size(LARGEST_REQUEST),
+    )
+    .add_service(health_server);
+    if let Ok(reflection) = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(crate::proto::DESCRIPTORS)
+        .build_v1()
+    {
+        routes = routes.add_service(reflection);
+    }
+
+    life.ready(&format!(
+        "Running commands for {} as users {} to {}",
+        listener.address(),
+        range.start,
+        range.end - 1
+    ));
+    let result = daemon::serve(listener, routes, life.stopping(), drain).await;
+    killing.cancel();
+    if !users.all_back(DYING).await {
+        tracing::warn!("leaving although not everything that was killed is gone");
+    }
+    house.rooms.close();
+    result
+}
+
+fn check_capabilities() -> Result<(), Failure> {
+    let missing = missing_capabilities(0);
+    // Without those for namespaces, actions can be run, with less around them.
+    let vital =
+        &missing[..missing.len() - missing_capabilities(CAPABILITIES.len() - NAMESPACES).len()];
+    if vital.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::Configuration {
+        key: "users",
+        message: format!(
+            "actions run as users of their own, which takes privileges; run bb_runner as root (it \
+             lacks {})",
+            vital.join(", ")
+        ),
+    })
+}
+
+/// Those of `CAPABILITIES` that this process lacks, from the given one on.
+fn missing_capabilities(from: usize) -> Vec<&'static str> {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|digits| u64::from_str_radix(digits.trim(), 16).ok())
+        .unwrap_or(0);
+    CAPABILITIES
+        .iter()
+        .skip(from)
+        .filter(|(bit, _)| effective & (1 << bit) == 0)
+        .map(|(_, name)| *name)
+        .collect()
+}
+
+fn check_users(config: &Config) -> Result<(), Failure> {
+    let range = config.users.range();
+    let own = nix::unistd::getuid().as_raw();
+    let (allowed, _) = resolve_users(&config.allowed_users);
+    let reason = if range.contains(&own) {
+        Some(format!("bb_runner itself runs as user {own}"))
+    } else if let Some(worker) = allowed.iter().find(|user| range.contains(user)) {
+        Some(format!("allowed_users has user {worker}"))
+    } else {
+        user::collisions(&range).into_iter().next()
+    };
+    match reason {
+        None => Ok(()),
+        Some(reason) => Err(Failure::Configuration {
+            key: "users.first",
+            message: format!(
+                "users {} to {} must be nobody else's, but {reason}; choose another range, or name \
+                 those that are meant for actions bb-action…",
+                range.start,
+                range.end - 1
+            ),
+        }),
+    }
+}
+
+/// Numbers of those that exist, and the names of the others.
+fn resolve_users(names: &[String]) -> (BTreeSet<u32>, Vec<String>) {
+    let mut known = BTreeSet::new();
+    let mut unknown = Vec::new();
+    for name in names {
+        match (name.parse::<u32>(), nix::unistd::User::from_name(name)) {
+            (Ok(number), _) => {
+                known.insert(number);
+            }
+            (_, Ok(Some(user))) => {
+                known.insert(user.uid.as_raw());
+            }
+            _ => unknown.push(name.clone()),
+        }
+    }
+    (known, unknown)
+}
+
+fn unknown_user(name: String) -> Failure {
+    Failure::Configuration {
+        key: "allowed_users",
+        message: format!(
+            "there is no user {name:?} on this host; create it, or name the user that bb_worker \
+             runs as"
+        ),
+    }
+}
+
+fn socket_group(config: &Config) -> Result<Option<u32>, Failure> {
+    let name = &config.socket_group;
+    if name.is_empty() {
+        return Ok(None);
+    }
+    let number = match name.parse::<u32>() {
+        Ok(number) => Some(number),
+        Err(_) => nix::unistd::Group::from_name(name)
+            .ok()
+            .flatten()
+            .map(|group| group.gid.as_raw()),
+    };
+    match number {
+        Some(number) => Ok(Some(number)),
+        None => Err(Failure::Configuration {
+            key: "socket_group",
+            message: format!("there is no group {name:?} on this host; create it, or name another"),
+        }),
+    }
 }

@@ -2,8 +2,6 @@
 //!
 //! `queue` decides, `shared` lets calls meet in it, `service` speaks the protocols.
 
-use std::{num::NonZeroUsize, sync::Arc};
-
 use tokio_util::sync::CancellationToken;
 use tonic::{server::NamedService, service::Routes};
 use tonic_health::ServingStatus;
@@ -13,14 +11,13 @@ mod service;
 mod shared;
 
 use crate::{
-    config::scheduler::{Config, StoragePlace},
+    config::scheduler::Config,
     daemon::{self, Failure, Life, Program},
     proto::{
-        self,
-        reapi::{capabilities_server::CapabilitiesServer, execution_server::ExecutionServer},
+        self, reapi::execution_server::ExecutionServer,
         remoteworker::operation_queue_server::OperationQueueServer,
     },
-    storage::{Storage, remote},
+    storage::{self, Storage},
 };
 use queue::Settings;
 use shared::SharedQueue;
@@ -44,22 +41,18 @@ pub async fn probe(config: &Config) -> Vec<Failure> {
     ] {
         failures.extend(daemon::listen(name, key, address, None).err());
     }
-    match storage(config) {
-        Ok(Storage::Remote(client)) => {
-            if let Err(error) = client.probe().await {
-                failures.push(Failure::Environment {
-                    message: format!("could not use the storage of storage.cas: {error}"),
-                });
-            }
-        }
-        Err(failure) => failures.push(failure),
-    }
+    failures.extend(Storage::probe(&config.storage).await);
     failures
 }
 
 /// Runs until told to stop.
 pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
-    let storage = storage(&config)?;
+    let place = config.storage.clone();
+    let storage = tokio::task::spawn_blocking(move || Storage::open(&place))
+        .await
+        .map_err(|error| Failure::Environment {
+            message: format!("could not open the store: {error}"),
+        })??;
     let stopping = life.stopping();
     let drain = config.shutdown.drain_timeout.get();
     let queue = SharedQueue::new(Settings::from(&config.scheduling));
@@ -70,33 +63,28 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         clients.address(),
         workers.address()
     );
-    let for_clients = Arc::new(service::Clients {
+    let execution = ExecutionServer::new(service::Clients {
         queue: queue.clone(),
-        storage,
+        storage: storage.clone(),
         scheduling: config.scheduling.clone(),
         stopping: stopping.clone(),
-    });
-    let for_workers = service::Workers {
+    })
+    .max_decoding_message_size(LARGEST_REQUEST);
+    let operations = OperationQueueServer::new(service::Workers {
         queue: queue.clone(),
         idle_interval: config.scheduling.idle_worker_synchronization_interval.get(),
         stopping: stopping.clone(),
-    };
-    let client_routes = observable(
-        &[
-            <ExecutionServer<service::Clients> as NamedService>::NAME,
-            <CapabilitiesServer<service::Clients> as NamedService>::NAME,
-        ],
-        &stopping,
-    )?
-    .add_service(
-        ExecutionServer::from_arc(for_clients.clone()).max_decoding_message_size(LARGEST_REQUEST),
-    )
-    .add_service(CapabilitiesServer::from_arc(for_clients));
-    let worker_routes = observable(
-        &[<OperationQueueServer<service::Workers> as NamedService>::NAME],
-        &stopping,
-    )?
-    .add_service(OperationQueueServer::new(for_workers).max_decoding_message_size(LARGEST_REPORT));
+    })
+    .max_decoding_message_size(LARGEST_REPORT);
+    let mut client_routes = observable(&[name_of(&execution)], &stopping)?.add_service(execution);
+    let mut largest_blob = 0;
+    if let Storage::Local(store) = &storage {
+        client_routes = storage::service::add_to(client_routes, store);
+        largest_blob = store.maximum_blob_size();
+    }
+    let client_routes =
+        client_routes.add_service(storage::service::capabilities(true, largest_blob));
+    let worker_routes = observable(&[name_of(&operations)], &stopping)?.add_service(operations);
     life.ready(&status);
     tokio::select! {
         () = queue.keep_time() => Ok(()),
@@ -109,25 +97,8 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     }
 }
 
-fn storage(config: &Config) -> Result<Storage, Failure> {
-    match (&config.storage.cas, &config.storage.action_cache) {
-        (StoragePlace::Endpoint(cas), StoragePlace::Endpoint(action_cache)) => {
-            let concurrency = NonZeroUsize::new(256).unwrap_or(NonZeroUsize::MIN);
-            let options = remote::Options {
-                download_concurrency: concurrency,
-                upload_concurrency: concurrency,
-            };
-            Ok(Storage::Remote(remote::Client::connect(
-                cas,
-                action_cache,
-                options,
-            )))
-        }
-        _ => Err(Failure::Configuration {
-            key: "storage.cas",
-            message: "there is no embedded store yet; name an endpoint".to_owned(),
-        }),
-    }
+fn name_of<S: NamedService>(_: &S) -> &'static str {
+    S::NAME
 }
 
 /// Health and reflection, which every server has. From `stopping` on, nothing is healthy.

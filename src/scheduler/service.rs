@@ -1,4 +1,4 @@
-//! The services: Execution and Capabilities for clients, OperationQueue for workers. Here messages
+//! The services: Execution for clients, OperationQueue for workers. Here messages
 //! become words, and words messages.
 
 use std::{
@@ -265,50 +265,6 @@ fn request_metadata(header: Option<bytes::Bytes>) -> (Vec<Any>, reapi::RequestMe
             };
             (vec![any], metadata)
         }
-    }
-}
-
-#[tonic::async_trait]
-impl reapi::capabilities_server::Capabilities for Clients {
-    async fn get_capabilities(
-        &self,
-        request: Request<reapi::GetCapabilitiesRequest>,
-    ) -> Result<Response<reapi::ServerCapabilities>, Status> {
-        InstanceName::parse(&request.into_inner().instance_name).map_err(invalid)?;
-        Ok(Response::new(execution_capabilities()))
-    }
-}
-
-/// What an execution service can do; a store adds its own.
-pub fn execution_capabilities() -> reapi::ServerCapabilities {
-    use crate::proto::semver::SemVer;
-    let version = |major, minor| {
-        Some(SemVer {
-            major,
-            minor,
-            ..Default::default()
-        })
-    };
-    reapi::ServerCapabilities {
-        execution_capabilities: Some(reapi::ExecutionCapabilities {
-            digest_function: reapi::digest_function::Value::Sha256 as i32,
-            digest_functions: DigestFunction::ALL
-                .iter()
-                .map(|function| function.to_proto() as i32)
-                .collect(),
-            exec_enabled: true,
-            execution_priority_capabilities: Some(reapi::PriorityCapabilities {
-                priorities: vec![reapi::priority_capabilities::PriorityRange {
-                    min_priority: i32::MIN,
-                    max_priority: i32::MAX,
-                }],
-            }),
-            ..Default::default()
-        }),
-        // Older clients stop at a higher lowest version, though they need nothing that is gone.
-        low_api_version: version(2, 0),
-        high_api_version: version(2, 12),
-        ..Default::default()
     }
 }
 

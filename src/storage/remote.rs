@@ -169,8 +169,9 @@ impl Client {
             blob_digests: digests.iter().map(Digest::to_proto).collect(),
             digest_function: function.to_proto() as i32,
         };
-        let answer = retry::unary(None, async || {
-            self.cas().find_missing_blobs(request.clone()).await
+        let answer = retry::unary(None, || {
+            let (mut client, request) = (self.cas(), request.clone());
+            async move { client.find_missing_blobs(request).await }
         });
         let missing = answer.await?.missing_blob_digests;
         if missing.is_empty() {
@@ -216,8 +217,9 @@ impl Client {
             digest_function: action.function().to_proto() as i32,
             ..Default::default()
         };
-        let result = retry::unary(Some(action), async || {
-            self.actions().get_action_result(request.clone()).await
+        let result = retry::unary(Some(action), || {
+            let (mut client, request) = (self.actions(), request.clone());
+            async move { client.get_action_result(request).await }
         });
         match result.await {
             Ok(result) => Ok(Some(result)),
@@ -239,8 +241,9 @@ impl Client {
             results_cache_policy: None,
             digest_function: action.function().to_proto() as i32,
         };
-        let answer = retry::unary(None, async || {
-            self.actions().update_action_result(request.clone()).await
+        let answer = retry::unary(None, || {
+            let (mut client, request) = (self.actions(), request.clone());
+            async move { client.update_action_result(request).await }
         });
         answer.await.map(drop)
     }

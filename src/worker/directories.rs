@@ -163,7 +163,7 @@ impl Tree {
     }
 
     /// `found` must hold everything reachable from `root`.
-    fn new(root: Digest, found: &HashMap<Digest, Arc<Directory>>) -> Result<Self, Fault> {
+    pub fn new(root: Digest, found: &HashMap<Digest, Arc<Directory>>) -> Result<Self, Fault> {
         let mut nodes: Vec<Node> = Vec::with_capacity(found.len());
         let mut numbers: HashMap<Digest, u32> = HashMap::with_capacity(found.len());
         let mut number = |digest: Digest, nodes: &mut Vec<Node>| -> Result<u32, Fault> {

@@ -7,6 +7,7 @@
 mod harness;
 
 mod actions;
+mod roots;
 
 fn main() {
     let arguments: Vec<String> = std::env::args()
@@ -18,14 +19,17 @@ fn main() {
         None => ("all", &[][..]),
     };
     let mut known = false;
-    for (benchmark, run) in [("actions", actions::run as fn(&[String]))] {
+    for (benchmark, run) in [
+        ("actions", actions::run as fn(&[String])),
+        ("roots", roots::run),
+    ] {
         if name == "all" || name == benchmark {
             known = true;
             run(rest);
         }
     }
     if !known {
-        eprintln!("no benchmark {name:?}; there are: actions");
+        eprintln!("no benchmark {name:?}; there are: actions, roots");
         std::process::exit(2);
     }
 }

@@ -11,7 +11,8 @@
 //! 2. a worker that asks for work gets the most urgent, then oldest task that waits there;
 //! 3. a slot never runs two actions at once;
 //! 4. a worker that prefers being idle is answered at once, and gets nothing new;
-//! 5. after the healing every client gets an end, and when all have left nothing remains.
+//! 5. a slot keeps its result until a scheduler has answered for it;
+//! 6. after the healing every client gets an end, and when all have left nothing remains.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -145,6 +146,8 @@ struct Worker {
     slot: Option<Slot<Arc<Work>, RunResult>>,
     call: Option<u64>,
     running: Option<Running>,
+    /// A result that no scheduler has answered for.
+    kept: Option<u64>,
     wake: Option<Instant>,
 }
 
@@ -265,6 +268,7 @@ impl World {
                 slot: None,
                 call: None,
                 running: None,
+                kept: None,
                 wake: None,
             })
             .collect();
@@ -734,6 +738,14 @@ impl World {
             };
             match slot.next(now) {
                 Step::Call(report) => {
+                    let kept = self.workers[worker].kept;
+                    let told = match &report.activity {
+                        Activity::Completed(_, result) => Some(result.run),
+                        _ => None,
+                    };
+                    if kept.is_some() && kept != told {
+                        self.fail("a slot forgets a result");
+                    }
                     let call = self.number();
                     self.workers[worker].call = Some(call);
                     self.send_call(worker, life, call, report);
@@ -861,6 +873,7 @@ impl World {
         let worker = &mut self.workers[worker];
         worker.slot = None;
         worker.running = None;
+        worker.kept = None;
         worker.wake = None;
         worker.life += 1;
     }
@@ -1121,6 +1134,9 @@ impl World {
                 let Some(slot) = self.slot(worker, life) else {
                     return;
                 };
+                let drops = instruction
+                    .as_ref()
+                    .is_some_and(|instruction| instruction.desired != Wanted::Unchanged);
                 match instruction {
                     None => slot.failed(now, random),
                     Some(instruction) => slot.answered(
@@ -1136,6 +1152,9 @@ impl World {
                             },
                         },
                     ),
+                }
+                if drops {
+                    self.workers[worker].kept = None;
                 }
                 // A call that fails may yet be held at the other end.
                 if let Some(call) = self.workers[worker].call.take() {
@@ -1230,6 +1249,9 @@ impl World {
             false => rpc::Code::DeadlineExceeded,
         };
         self.runs.insert(run, (running.action, Some(code)));
+        if !running.cancelled {
+            self.workers[worker].kept = Some(run);
+        }
         if let Some(slot) = &mut self.workers[worker].slot {
             let healthy = code == rpc::Code::Ok;
             slot.finished(now, RunResult { run, code }, healthy);

@@ -118,8 +118,9 @@ impl Client {
                 digest_function: function.to_proto() as i32,
             };
             let permit = self.shared.downloads.acquire().await;
-            let answer = retry::unary(None, async || {
-                self.cas().batch_read_blobs(request.clone()).await
+            let answer = retry::unary(None, || {
+                let (mut client, request) = (self.cas(), request.clone());
+                async move { client.batch_read_blobs(request).await }
             });
             let answer = answer.await;
             drop(permit);

@@ -60,9 +60,9 @@ impl Failures {
 }
 
 /// Calls until there is an answer, or it is no use. `digest` is what NOT_FOUND is about.
-pub async fn unary<T>(
+pub async fn unary<T, F: Future<Output = Result<Response<T>, Status>> + Send>(
     digest: Option<&Digest>,
-    call: impl AsyncFn() -> Result<Response<T>, Status>,
+    call: impl Fn() -> F + Send,
 ) -> Result<T, Error> {
     let mut failures = Failures::default();
     loop {

@@ -88,8 +88,9 @@ impl Client {
                 requests: requests?,
                 digest_function: function.to_proto() as i32,
             };
-            let answer = retry::unary(None, async || {
-                self.cas().batch_update_blobs(request.clone()).await
+            let answer = retry::unary(None, || {
+                let (mut client, request) = (self.cas(), request.clone());
+                async move { client.batch_update_blobs(request).await }
             });
             let answer = answer.await?;
             drop(permit);

@@ -1,0 +1,229 @@
+//! One control group for each action, version 2 (cgroups(7)).
+//!
+//! 1. An action's processes are in its group from their first instruction, and cannot leave it.
+//! 2. A group is removed only when it is empty, and a group that was removed was empty.
+//! 3. Names are unique for the life of a runner; groups that an earlier runner with the same users
+//!    left are killed and removed at start-up.
+//!
+//! Layout, below the daemon's own group, or beside it where it must move out of the way (a group
+//! with controllers for its children has no processes):
+//!
+//! ```text
+//! …/bb-runner.service/daemon/                this daemon
+//! …/bb-runner.service/bb-runner-58000/17/    the 17th action of the runner with users.first = 58000
+//! ```
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use rustix::fs::{Mode, OFlags};
+
+/// Bounds a fork bomb, here and by RLIMIT_NPROC; threads count too.
+pub const MAXIMUM_PROCESSES: u64 = 8192;
+
+/// Where actions' groups are made.
+#[derive(Debug)]
+pub struct Cgroups {
+    directory: PathBuf,
+    next: AtomicU64,
+}
+
+/// The group of one action; killed and removed on drop.
+#[derive(Debug)]
+pub struct Cgroup {
+    path: PathBuf,
+    directory: OwnedFd,
+    removed: bool,
+}
+
+impl Cgroups {
+    /// Finds the daemon's own group, and makes room below it. The error says why there is none.
+    pub fn find(first_user: u32) -> Result<Self, String> {
+        let base = own_group()?;
+        let base = make_way(base)?;
+        let directory = base.join(format!("bb-runner-{first_user}"));
+        clear(&directory);
+        fs::create_dir_all(&directory)
+            .map_err(|error| format!("could not create {}: {error}", directory.display()))?;
+        enable_controllers(&directory);
+        let cgroups = Cgroups {
+            directory,
+            next: AtomicU64::new(0),
+        };
+        cgroups
+            .create()
+            .map_err(|error| format!("could not use {}: {error}", cgroups.directory.display()))?;
+        Ok(cgroups)
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Removes the place for groups, if all of them are gone.
+    pub fn close(&self) {
+        let _ = fs::remove_dir(&self.directory);
+    }
+
+    pub fn create(&self) -> io::Result<Cgroup> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let path = self.directory.join(number.to_string());
+        fs::create_dir(&path)?;
+        // Where the controller is not delegated, RLIMIT_NPROC is all there is.
+        let _ = fs::write(path.join("pids.max"), MAXIMUM_PROCESSES.to_string());
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(&path, flags, Mode::empty())?;
+        Ok(Cgroup {
+            path,
+            directory,
+            removed: false,
+        })
+    }
+}
+
+impl Cgroup {
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+
+    /// Kills whatever is in it, and removes it. False when processes were left after `patience`.
+    pub fn empty(&mut self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        let mut pause = Duration::from_micros(50);
+        // Removal is the test for emptiness: it takes one system call, while cgroup.events tells of
+        // changes no sooner than 10 ms after the last one.
+        while !self.remove() {
+            let _ = fs::write(self.path.join("cgroup.kill"), "1");
+            if self.remove() {
+                break;
+            }
+            if Instant::now() > deadline {
+                return false;
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(10));
+        }
+        true
+    }
+
+    fn remove(&mut self) -> bool {
+        if !self.removed {
+            self.removed = match rustix::fs::rmdir(&self.path) {
+                Ok(()) | Err(rustix::io::Errno::NOENT) => true,
+                Err(_) => false,
+            };
+        }
+        self.removed
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        if !self.remove() {
+            let _ = fs::write(self.path.join("cgroup.kill"), "1");
+            if !self.remove() {
+                tracing::warn!(cgroup = %self.path.display(), "could not remove a control group; the next start will");
+            }
+        }
+    }
+}
+
+fn own_group() -> Result<PathBuf, String> {
+    let read = |path: &str| {
+        fs::read_to_string(path).map_err(|error| format!("could not read {path}: {error}"))
+    };
+    let (root, mount) = read("/proc/self/mountinfo")?
+        .lines()
+        .find_map(|line| {
+            let (mount, file_system) = line.split_once(" - ")?;
+            let mut fields = mount.split(' ').skip(3);
+            let (root, point) = (fields.next()?, fields.next()?);
+            file_system
+                .starts_with("cgroup2 ")
+                .then(|| (unescape(root), unescape(point)))
+        })
+        .ok_or("control groups version 2 are not mounted")?;
+    let path = read("/proc/self/cgroup")?
+        .lines()
+        .find_map(|line| line.strip_prefix("0::").map(str::to_owned))
+        .ok_or("/proc/self/cgroup names no group of version 2")?;
+    Path::new(&path)
+        .strip_prefix(&root)
+        .map(|below| Path::new(&mount).join(below))
+        .map_err(|_| format!("{path} is not below what is mounted at {mount}"))
+}
+
+/// proc(5): space, tab, newline and backslash are written in octal.
+fn unescape(text: &str) -> String {
+    [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ]
+    .iter()
+    .fold(text.to_owned(), |text, (from, to)| text.replace(from, to))
+}
+
+/// Moves this process to `daemon/` where the group is its alone, so that controllers can be enabled.
+fn make_way(base: PathBuf) -> Result<PathBuf, String> {
+    // Only the root group lacks this file, and it alone may have both processes and controllers.
+    let is_root = !base.join("cgroup.type").exists();
+    if is_root {
+        return Ok(base);
+    }
+    if base.file_name().is_some_and(|name| name == "daemon")
+        && let Some(parent) = base.parent()
+    {
+        enable_controllers(parent);
+        return Ok(parent.to_owned());
+    }
+    let own = std::process::id().to_string();
+    let alone = fs::read_to_string(base.join("cgroup.procs"))
+        .is_ok_and(|processes| processes.split_whitespace().all(|pid| pid == own));
+    if alone {
+        let daemon = base.join("daemon");
+        let _ = fs::create_dir(&daemon);
+        fs::write(daemon.join("cgroup.procs"), &own)
+            .map_err(|error| format!("could not move to {}: {error}", daemon.display()))?;
+        enable_controllers(&base);
+    }
+    Ok(base)
+}
+
+fn enable_controllers(directory: &Path) {
+    let available = fs::read_to_string(directory.join("cgroup.controllers")).unwrap_or_default();
+    for controller in ["pids", "memory", "cpu", "io"] {
+        if available.split_whitespace().any(|name| name == controller) {
+            let _ = fs::write(
+                directory.join("cgroup.subtree_control"),
+                format!("+{controller}"),
+            );
+        }
+    }
+}
+
+/// Kills and removes what an earlier runner left.
+fn clear(directory: &Path) {
+    if !directory.exists() {
+        return;
+    }
+    let _ = fs::write(directory.join("cgroup.kill"), "1");
+    for _ in 0..100 {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                let _ = fs::remove_dir(entry.path());
+            }
+        }
+        if fs::remove_dir(directory).is_ok() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    tracing::warn!(cgroup = %directory.display(), "could not remove what an earlier runner left");
+}

@@ -1,0 +1,342 @@
+//! What an action's first process does before it becomes the action's command.
+//!
+//! 1. It shares this daemon's memory and runs on a stack of its own while the thread that made it
+//!    sleeps. So it allocates nothing, takes no lock, cannot panic, and makes system calls only, raw
+//!    ones where glibc's wrappers would change all threads' credentials.
+//! 2. The order is the argument: first what takes privileges (namespaces, mounts, the input root,
+//!    which only a privileged process may reach if its gate is passed by nobody else), then the loss
+//!    of every privilege, then what the action's own rights must decide (its working directory, its
+//!    executable).
+//! 3. Nothing of the daemon's gets through: no descriptor, signal disposition or mask, session,
+//!    terminal, group, capability, keyring; and no privilege can be had again (no_new_privs).
+
+use std::{
+    ffi::{c_char, c_int, c_void},
+    os::fd::RawFd,
+    ptr,
+};
+
+use super::cgroup::MAXIMUM_PROCESSES;
+
+/// What the process needs, as pointers that live until it has executed the command.
+pub struct Launch {
+    /// Null-terminated, as are the next two.
+    pub arguments: *const *const c_char,
+    pub environment: *const *const c_char,
+    pub executables: *const *const c_char,
+    pub search: bool,
+    pub working_directory: *const c_char,
+    pub input_root: *const c_char,
+    pub build_directory: RawFd,
+    pub standard: [RawFd; 3],
+    pub user: u32,
+    pub namespaces: Option<[RawFd; 2]>,
+    pub mounts: *const (RawFd, *const c_char),
+    pub mount_count: usize,
+    /// This daemon.
+    pub parent: libc::pid_t,
+    pub report: *mut Report,
+}
+
+/// How far it came. `errno` is 0 as long as nothing failed.
+#[derive(Clone, Copy, Default)]
+pub struct Report {
+    pub step: Step,
+    pub errno: c_int,
+    /// The one that was found.
+    pub executable: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Step {
+    #[default]
+    Namespaces,
+    Mounts,
+    Session,
+    Descriptors,
+    Limits,
+    InputRoot,
+    Credentials,
+    WorkingDirectory,
+    Search,
+    Execute,
+}
+
+/// System calls that setting up a process takes, with the result as an error number.
+macro_rules! call {
+    ($number:ident $(, $argument:expr)*) => {
+        // Each as wide as a register: what is narrower may bring garbage in its upper half.
+        match libc::syscall(libc::$number $(, ($argument) as libc::c_long)*) {
+            -1 => Err(*libc::__errno_location()),
+            result => Ok(result),
+        }
+    };
+}
+
+/// # Safety
+/// `argument` is a Launch whose pointers are valid. Runs in a process of its own.
+pub unsafe extern "C" fn main(argument: *const c_void) -> ! {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let launch = argument.cast::<Launch>();
+        let report = (*launch).report;
+        let errno = start(launch, report);
+        ptr::write_volatile(&raw mut (*report).errno, errno);
+        libc::_exit(127)
+    }
+}
+
+/// Returns an error number, or not at all.
+unsafe fn start(launch: *const Launch, report: *mut Report) -> c_int {
+    // SAFETY: as promised by the caller of `main`.
+    unsafe {
+        let launch = &*launch;
+        match prepare(launch, report) {
+            Ok(()) => execute(launch, report),
+            Err(errno) => errno,
+        }
+    }
+}
+
+unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
+    // SAFETY: system calls only, on memory that lives until they are done.
+    unsafe {
+        let at = |step| ptr::write_volatile(&raw mut (*report).step, step);
+
+        at(Step::Namespaces);
+        if let Some([mount, ipc]) = launch.namespaces {
+            call!(SYS_setns, mount, libc::CLONE_NEWNS)?;
+            call!(SYS_setns, ipc, libc::CLONE_NEWIPC)?;
+        }
+
+        at(Step::Mounts);
+        let mut index = 0;
+        while index < launch.mount_count {
+            let (tree, place) = *launch.mounts.add(index);
+            call!(
+                SYS_move_mount,
+                tree,
+                c"".as_ptr(),
+                libc::AT_FDCWD,
+                place,
+                MOVE_MOUNT_F_EMPTY_PATH
+            )?;
+            index += 1;
+        }
+
+        at(Step::Session);
+        call!(SYS_setsid)?;
+        // A new keyring that belongs to nobody else; kernels without keyrings have none to inherit.
+        let _ = call!(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, 0);
+        let default = KernelSignalAction::default();
+        let mut signal = 1;
+        while signal <= LAST_SIGNAL {
+            if signal != libc::SIGKILL && signal != libc::SIGSTOP {
+                call!(
+                    SYS_rt_sigaction,
+                    signal,
+                    &raw const default,
+                    0,
+                    SIGNAL_SET_SIZE
+                )?;
+            }
+            signal += 1;
+        }
+
+        at(Step::Descriptors);
+        let [stdin, stdout, stderr] = launch.standard;
+        call!(SYS_dup3, stdin, 0, 0)?;
+        call!(SYS_dup3, stdout, 1, 0)?;
+        call!(SYS_dup3, stderr, 2, 0)?;
+        call!(
+            SYS_close_range,
+            3,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC as c_int
+        )?;
+
+        at(Step::Limits);
+        call!(SYS_umask, 0o022)?;
+        limit(libc::RLIMIT_CORE as c_int, 0, 0)?;
+        limit(libc::RLIMIT_NOFILE as c_int, OPEN_FILES.0, OPEN_FILES.1)?;
+        limit(
+            libc::RLIMIT_NPROC as c_int,
+            MAXIMUM_PROCESSES,
+            MAXIMUM_PROCESSES,
+        )?;
+
+        at(Step::InputRoot);
+        // In the namespace's mounts: a directory that was opened outside would lead outside.
+        let how = OpenHow {
+            flags: (libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) as u64,
+            mode: 0,
+            resolve: libc::RESOLVE_BENEATH
+                | libc::RESOLVE_NO_SYMLINKS
+                | libc::RESOLVE_NO_MAGICLINKS,
+        };
+        let input_root = call!(
+            SYS_openat2,
+            launch.build_directory,
+            launch.input_root,
+            &raw const how,
+            size_of::<OpenHow>()
+        )?;
+        call!(SYS_fchdir, input_root as RawFd)?;
+
+        at(Step::Credentials);
+        // Refused without CAP_SETPCAP; then no_new_privs alone keeps files from giving any.
+        let mut capability = 0;
+        while capability < 64 && call!(SYS_prctl, libc::PR_CAPBSET_DROP, capability).is_ok() {
+            capability += 1;
+        }
+        call!(SYS_setgroups, 0, ptr::null::<libc::gid_t>())?;
+        let user = launch.user;
+        call!(SYS_setresgid, user, user, user)?;
+        call!(SYS_setresuid, user, user, user)?;
+        // The change of user has emptied the others of its sets, not the inheritable one.
+        let header = CapabilityHeader {
+            version: CAPABILITY_VERSION_3,
+            pid: 0,
+        };
+        let none = [[0u32; 3]; 2];
+        call!(SYS_capset, &raw const header, &raw const none)?;
+        call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)?;
+        // Dies with the thread that made it; after the change of user, which clears this.
+        call!(SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL)?;
+        if libc::getppid() != launch.parent {
+            return Err(libc::ESRCH);
+        }
+
+        at(Step::WorkingDirectory);
+        call!(SYS_chdir, launch.working_directory)?;
+        Ok(())
+    }
+}
+
+unsafe fn execute(launch: &Launch, report: *mut Report) -> c_int {
+    // SAFETY: as in `prepare`; the arrays are null-terminated.
+    unsafe {
+        let mut index = 0;
+        if launch.search {
+            ptr::write_volatile(&raw mut (*report).step, Step::Search);
+            loop {
+                let candidate = *launch.executables.add(index);
+                if candidate.is_null() {
+                    return libc::ENOENT;
+                }
+                if is_executable(candidate) {
+                    break;
+                }
+                index += 1;
+            }
+        }
+        ptr::write_volatile(&raw mut (*report).step, Step::Execute);
+        ptr::write_volatile(&raw mut (*report).executable, Some(index));
+        let none = 0u64;
+        let unblocked = call!(
+            SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            &raw const none,
+            0,
+            SIGNAL_SET_SIZE
+        );
+        if let Err(errno) = unblocked {
+            return errno;
+        }
+        let executable = *launch.executables.add(index);
+        let mut attempts = 0;
+        loop {
+            let Err(errno) = call!(SYS_execve, executable, launch.arguments, launch.environment)
+            else {
+                return libc::EINVAL;
+            };
+            // Somebody who wrote this file has forked a moment ago, and will close it.
+            if errno != libc::ETXTBSY || attempts == 20 {
+                return errno;
+            }
+            attempts += 1;
+            let pause = libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 1_000_000,
+            };
+            let _ = call!(SYS_nanosleep, &raw const pause, 0);
+        }
+    }
+}
+
+/// A regular file that this user may execute.
+unsafe fn is_executable(path: *const c_char) -> bool {
+    // SAFETY: the path is a string, and the place lives during the call.
+    unsafe {
+        let mut stat = std::mem::MaybeUninit::<libc::stat>::zeroed();
+        libc::stat(path, stat.as_mut_ptr()) == 0
+            && stat.assume_init().st_mode & libc::S_IFMT == libc::S_IFREG
+            // Real and effective user are the same by now.
+            && call!(SYS_faccessat, libc::AT_FDCWD, path, libc::X_OK).is_ok()
+    }
+}
+
+/// Sets both limits, but raises none.
+unsafe fn limit(resource: c_int, soft: u64, hard: u64) -> Result<(), c_int> {
+    // SAFETY: the places live during the calls.
+    unsafe {
+        let mut now = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        call!(
+            SYS_prlimit64,
+            0,
+            resource,
+            ptr::null::<libc::rlimit>(),
+            &raw mut now
+        )?;
+        now.rlim_max = if hard < now.rlim_max {
+            hard
+        } else {
+            now.rlim_max
+        };
+        now.rlim_cur = if soft < now.rlim_max {
+            soft
+        } else {
+            now.rlim_max
+        };
+        call!(
+            SYS_prlimit64,
+            0,
+            resource,
+            &raw const now,
+            ptr::null_mut::<libc::rlimit>()
+        )?;
+        Ok(())
+    }
+}
+
+/// What systemd gives to services and sessions (systemd-system.conf(5), DefaultLimitNOFILE=):
+/// programs that use select(2) rely on the first.
+const OPEN_FILES: (u64, u64) = (1024, 524_288);
+
+// The kernel's own words, where libc has none.
+const MOVE_MOUNT_F_EMPTY_PATH: c_int = 0x4;
+const KEYCTL_JOIN_SESSION_KEYRING: c_int = 1;
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+const LAST_SIGNAL: c_int = 64;
+const SIGNAL_SET_SIZE: usize = 8;
+
+/// struct sigaction as rt_sigaction(2) takes it: all zeros are SIG_DFL, on every architecture.
+#[repr(C)]
+#[derive(Default)]
+struct KernelSignalAction([u64; 4]);
+
+#[repr(C)]
+struct OpenHow {
+    flags: u64,
+    mode: u64,
+    resolve: u64,
+}
+
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: c_int,
+}

@@ -1,0 +1,231 @@
+//! buildbarn.runner.Runner on a Unix socket.
+//!
+//! 1. Nobody is answered but root and the configured users, as the kernel names them.
+//! 2. A Run that was begun is finished, cleaned up and only then forgotten, whether or not its caller
+//!    still waits: a call that is cancelled, or whose deadline passes, kills its action. (A deadline
+//!    that the caller sends is kept by tonic, which drops the call and answers CANCELLED at once; so a
+//!    caller that needs the quiet that follows takes the lock of the gate.)
+
+use std::{collections::BTreeSet, fs, path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+use super::{
+    action::{self, House, RunError},
+    command::{Additions, Command, CommandError},
+    gate::{self, BuildDirectory, GateError},
+    process::{Cause, Exit, Stop},
+    user::Users,
+};
+use crate::{
+    daemon::Peer,
+    path::RelativePath,
+    proto::{
+        pack,
+        resourceusage::PosixResourceUsage,
+        runner::{CheckReadinessRequest, RunRequest, RunResponse, runner_server},
+    },
+};
+
+/// How long a Run waits for a user when all are in use: clean-up after cancelled ones may lag.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub struct Runner {
+    pub house: Arc<House>,
+    pub users: Arc<Users>,
+    /// User numbers of `allowed_users`; root's is not among them.
+    pub allowed: BTreeSet<u32>,
+    /// The absolute build directory as text, if TMPDIR is to be set.
+    pub tmpdir_below: Option<String>,
+    /// Kills all actions.
+    pub killing: CancellationToken,
+}
+
+/// Tells the thread of a Run to end when the call is dropped.
+struct StopOnDrop(Option<Stop>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        if let Some(stop) = &self.0 {
+            stop.signal();
+        }
+    }
+}
+
+impl Runner {
+    fn admit<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        let who = match request.extensions().get::<Peer>() {
+            Some(Peer::Unix { uid: 0, .. }) => return Ok(()),
+            Some(Peer::Unix { uid, .. }) if self.allowed.contains(uid) => return Ok(()),
+            Some(Peer::Unix { uid, .. }) => format!("user {uid}"),
+            _ => "a caller that is not on a Unix socket".to_owned(),
+        };
+        Err(Status::permission_denied(format!(
+            "{who} may not run commands here; allowed_users of bb_runner.toml names who may"
+        )))
+    }
+
+    /// `readiness_checking_pathnames`.
+    fn check_paths(&self) -> Result<(), (PathBuf, std::io::Error)> {
+        for path in &self.house.config.readiness_checking_pathnames {
+            if let Err(error) = fs::metadata(path) {
+                return Err((path.clone(), error));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl runner_server::Runner for Runner {
+    async fn check_readiness(
+        &self,
+        request: Request<CheckReadinessRequest>,
+    ) -> Result<Response<()>, Status> {
+        self.admit(&request)?;
+        let path = request.into_inner().path;
+        self.check_paths()
+            .map_err(|(path, error)| Status::unavailable(format!("Path {path:?}: {error}")))?;
+        if self.users.all_retired() {
+            return Err(Status::unavailable(
+                "No users are left, as actions' processes could not be killed; restart bb_runner, \
+                 or this host",
+            ));
+        }
+        let build_directory = &self.house.config.build_directory;
+        if let Some(barrier) = gate::barrier(build_directory) {
+            return Err(Status::internal(barrier_message(&barrier)));
+        }
+        let build = BuildDirectory::open(build_directory)
+            .map_err(|error| Status::internal(error.to_string()))?;
+        let resolved = RelativePath::resolve(&RelativePath::root(), &path, "build directory")
+            .map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let failed = |verb: &str, error: std::io::Error| {
+            Status::internal(format!(
+                "Failed to {verb} path {path:?} in build directory: {error}; build_directory of \
+                 bb_runner.toml ({}) must be the worker's",
+                build_directory.display()
+            ))
+        };
+        if let Some((parent, _)) = resolved.split_last() {
+            build
+                .check(&parent)
+                .map_err(|error| failed("resolve", error))?;
+            build
+                .check(&resolved)
+                .map_err(|error| failed("check existence of", error))?;
+        }
+        Ok(Response::new(()))
+    }
+
+    async fn run(&self, request: Request<RunRequest>) -> Result<Response<RunResponse>, Status> {
+        self.admit(&request)?;
+        let additions = Additions {
+            tmpdir_below: self.tmpdir_below.as_deref(),
+        };
+        let command = Command::parse(request.into_inner(), additions).map_err(refused)?;
+        let user = self
+            .users
+            .take(PATIENCE)
+            .await
+            .map_err(|error| Status::resource_exhausted(error.to_string()))?;
+        let stop = Stop::new()
+            .map_err(|error| Status::resource_exhausted(format!("Failed to run: {error}")))?;
+        let mut stop_on_drop = StopOnDrop(Some(stop.clone()));
+        let (answer, mut answered) = oneshot::channel();
+        let house = self.house.clone();
+        let told = stop.clone();
+        tokio::task::spawn_blocking(move || action::run(&house, &command, user, &told, answer));
+        let result = tokio::select! {
+            result = &mut answered => result,
+            () = self.killing.cancelled() => {
+                stop.signal();
+                answered.await
+            }
+        };
+        stop_on_drop.0 = None;
+        let result = result
+            .unwrap_or_else(|_| Err(RunError::Wait(std::io::Error::other("the thread panicked"))));
+        if !matches!(&result, Ok(exit) if exit.cause == Cause::Code(0))
+            && let Err((path, error)) = self.check_paths()
+        {
+            return Err(Status::unavailable(format!(
+                "One or more required files disappeared during execution: Path {path:?}: {error}"
+            )));
+        }
+        result
+            .map(|exit| Response::new(response(&exit)))
+            .map_err(failed)
+    }
+}
+
+fn refused(error: CommandError) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+fn failed(error: RunError) -> Status {
+    let message = error.to_string();
+    if error.is_the_actions() {
+        return Status::invalid_argument(message);
+    }
+    match error {
+        RunError::Stopped | RunError::Gate(GateError::Stopped) => Status::cancelled(message),
+        RunError::Gate(GateError::Locked { .. }) => Status::unavailable(message),
+        _ => {
+            tracing::warn!(error = message, "could not run a command");
+            Status::internal(message)
+        }
+    }
+}
+
+pub fn barrier_message(barrier: &std::path::Path) -> String {
+    format!(
+        "actions' users cannot pass {}; run: chmod o+x {0}",
+        barrier.display()
+    )
+}
+
+fn response(exit: &Exit) -> RunResponse {
+    let (exit_code, termination_signal) = match exit.cause {
+        Cause::Code(code) => (i64::from(code), String::new()),
+        // As Buildbarn's: an exit code that no process can have.
+        Cause::Signal(signal) => (-1, signal_name(signal)),
+    };
+    let usage = &exit.usage;
+    let time = |time: libc::timeval| {
+        Some(prost_types::Duration {
+            seconds: time.tv_sec,
+            nanos: time.tv_usec as i32 * 1000,
+        })
+    };
+    let usage = PosixResourceUsage {
+        user_time: time(usage.ru_utime),
+        system_time: time(usage.ru_stime),
+        maximum_resident_set_size: usage.ru_maxrss.saturating_mul(1024),
+        page_reclaims: usage.ru_minflt,
+        page_faults: usage.ru_majflt,
+        swaps: usage.ru_nswap,
+        block_input_operations: usage.ru_inblock,
+        block_output_operations: usage.ru_oublock,
+        messages_sent: usage.ru_msgsnd,
+        messages_received: usage.ru_msgrcv,
+        signals_received: usage.ru_nsignals,
+        voluntary_context_switches: usage.ru_nvcsw,
+        involuntary_context_switches: usage.ru_nivcsw,
+        termination_signal,
+    };
+    RunResponse {
+        exit_code,
+        resource_usage: vec![pack(&usage)],
+    }
+}
+
+/// Without SIG; numbers for real-time signals, which have no names.
+fn signal_name(signal: i32) -> String {
+    match nix::sys::signal::Signal::try_from(signal) {
+        Ok(signal) => signal.as_str().trim_start_matches("SIG").to_owned(),
+        Err(_) => signal.to_string(),
+    }
+}
