@@ -71,7 +71,7 @@ demo() {
   local flags
   mapfile -t flags < <(bazel_flags "$@")
   (cd /var/tmp/demo && bazel_ clean >/dev/null 2>&1 && bazel_ test "${flags[@]}" --jobs=8 //...) \
-    >/var/tmp/demo.log 2>&1 || { tail -n 25 /var/tmp/demo.log; fail "Bazel failed"; }
+    >/var/tmp/demo.log 2>&1 || { tail -n 25 /var/tmp/demo.log >&2; fail "Bazel failed"; }
   all_remote /var/tmp/demo.log
 }
 
@@ -95,9 +95,9 @@ abseil() {
     bazel_ query --color=no "${overrides[@]}" \
       "kind(cc_library, $all) except attr(tags, benchmark, $all) except attr(testonly, 1, $all)" \
       >/var/tmp/abseil.targets 2>/var/tmp/abseil.query ||
-      { tail -n 5 /var/tmp/abseil.query; fail "bazel query failed"; }
+      { tail -n 5 /var/tmp/abseil.query >&2; fail "bazel query failed"; }
     bazel_ build "${flags[@]}" --jobs=8 --target_pattern_file=/var/tmp/abseil.targets \
-      >/var/tmp/abseil.log 2>&1 || { tail -n 40 /var/tmp/abseil.log; fail "Bazel failed"; })
+      >/var/tmp/abseil.log 2>&1 || { tail -n 40 /var/tmp/abseil.log >&2; fail "Bazel failed"; })
   all_remote /var/tmp/abseil.log
 }
 
