@@ -1,6 +1,6 @@
 //! The embedded store over loopback TCP, served by a process of its own.
 //!
-//! usage: cargo bench --bench farm -- cas [DIRECTORY [ROUNDS [small|large]]]
+//! usage: cargo bench --bench farm -- cas [DIRECTORY [ROUNDS [small|large|store]]]
 //!
 //! Each round has blobs of its own. A figure is the median of the rounds. The first column is a bare
 //! gRPC client's, the second that of `storage::remote::Client`, which workers use and which verifies
@@ -63,8 +63,82 @@ pub fn run(arguments: &[String]) {
     let place = arguments.first().map_or("/var/tmp", String::as_str);
     let rounds = arguments.get(1).and_then(|text| text.parse().ok());
     let which = arguments.get(2).map_or("all", String::as_str);
+    if which == "all" || which == "store" {
+        measure_store(Path::new(place));
+    }
+    if which == "store" {
+        return;
+    }
     let work = measure(Path::new(place), rounds.unwrap_or(5), which);
     tokio::runtime::Runtime::new().unwrap().block_on(work);
+}
+
+/// The store alone, without a network, with a million blobs of 1 KiB.
+fn measure_store(place: &Path) {
+    const COUNT: u64 = 1_000_000;
+    const SIZE: u64 = 4 << 30;
+    let blob = |i: u64| {
+        let mut bytes = vec![0; SMALL];
+        bytes[..8].copy_from_slice(&i.to_le_bytes());
+        (DigestFunction::Sha256.digest_of(&bytes), Bytes::from(bytes))
+    };
+    let directory = tempfile::tempdir_in(place).unwrap();
+    let before = memory();
+    let store = Store::open(directory.path(), SIZE).unwrap();
+    let mut time = 0.0;
+    for first in (0..COUNT).step_by(PER_BATCH) {
+        let blobs: Vec<_> = (first..first + PER_BATCH as u64).map(blob).collect();
+        let began = Instant::now();
+        assert!(store.put(&blobs).iter().all(Result::is_ok));
+        time += began.elapsed().as_secs_f64();
+    }
+    println!(
+        "the store alone in {}, 1,000,000 blobs of 1 KiB",
+        place.display()
+    );
+    println!(
+        "{:<32} {:>12.0} blobs/s",
+        "put, batches of 1,000",
+        COUNT as f64 / time
+    );
+    let digests: Vec<Digest> = (0..100_000).map(|i| blob(i * 7919 % COUNT).0).collect();
+    let began = Instant::now();
+    for digest in &digests {
+        assert_eq!(store.read(digest, 1 << 20).unwrap().len(), SMALL);
+    }
+    let time = began.elapsed().as_secs_f64();
+    println!(
+        "{:<32} {:>12.0} blobs/s",
+        "read",
+        digests.len() as f64 / time
+    );
+    let began = Instant::now();
+    assert!(store.find_missing(&digests).is_empty());
+    let time = began.elapsed().as_secs_f64();
+    println!(
+        "{:<32} {:>12.0} digests/s",
+        "find",
+        digests.len() as f64 / time
+    );
+    println!("{:<32} {:>12} MB on disk", "", store.used() / 1_000_000);
+    drop(store);
+    let began = Instant::now();
+    let store = Store::open(directory.path(), SIZE).unwrap();
+    println!("{:<32} {:>12.2} s", "open", began.elapsed().as_secs_f64());
+    assert_eq!(store.count() as u64, COUNT);
+    println!(
+        "{:<32} {:>12} MB of memory",
+        "",
+        (memory() - before) / 1_000_000
+    );
+}
+
+/// Bytes of this process that no file backs.
+fn memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1));
+    kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0) << 10
 }
 
 fn serve(directory: &Path) {
