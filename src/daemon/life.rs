@@ -64,7 +64,7 @@ impl Life {
 
     /// All sockets are open, and requests are answered (sd_notify(3)).
     pub fn ready(&self, status: &str) {
-        tracing::info!("{status}");
+        tracing::info!("ready: {status}");
         *lock(&self.signs.status) = Some(status.to_owned());
         let _ = sd_notify::notify(&[
             sd_notify::NotifyState::Ready,

@@ -9,7 +9,7 @@ use rustix::fs::OFlags;
 use tokio::sync::oneshot;
 
 use super::{
-    child::Step,
+    child::{Inherited, Step},
     command::{Command, Executable},
     gate::{BuildDirectory, Gate, GateError},
     process::{Blueprint, Exit, Process, SpawnError, Stop},
@@ -28,6 +28,7 @@ pub struct House {
     pub config: Config,
     pub rooms: Rooms,
     pub null: File,
+    pub inherited: Inherited,
 }
 
 /// Why there is no exit code.
@@ -121,21 +122,22 @@ pub fn run(
                 what: "look at the build directory",
                 error,
             })?;
-            let mut room = house.rooms.take(identity)?;
-            let result = run_in(house, command, user.id(), stop, &build, &mut room);
+            let room = house.rooms.take(identity)?;
+            let result = run_in(house, command, user.id(), stop, &build, &room);
             Ok((result, room))
         });
     let (result, room) = match result {
         Ok((result, room)) => (result, Some(room)),
         Err(error) => (Err(error), None),
     };
-    match &result {
-        Err(RunError::Immortal { .. }) => user.retire(),
-        _ => drop(user),
-    }
+    let immortal = matches!(result, Err(RunError::Immortal { .. }));
     // The call may be gone.
     let _ = answer.send(result);
     drop(room);
+    // Last: whoever has all users back knows that all rooms are torn down.
+    if immortal {
+        user.retire();
+    }
 }
 
 fn run_in(
@@ -144,7 +146,7 @@ fn run_in(
     user: u32,
     stop: &Stop,
     build: &BuildDirectory,
-    room: &mut Room,
+    room: &Room,
 ) -> Result<Exit, RunError> {
     // Before anything of the action exists, and closed after everything of it is gone.
     let gate = Gate::open(build, command, user, stop)?;
@@ -189,6 +191,7 @@ fn run_in(
             .namespaces
             .as_ref()
             .map(|namespaces| (namespaces.mount.as_fd(), namespaces.ipc.as_fd())),
+        inherited: house.inherited,
         mounts: &mounts,
     };
     let ended = match Process::spawn(&blueprint) {
@@ -202,7 +205,7 @@ fn run_in(
     // Also when it never started: by now nothing may be left.
     let quiet = room
         .cgroup
-        .as_mut()
+        .as_ref()
         .is_none_or(|cgroup| cgroup.empty(DYING))
         && user::sweep(user, DYING);
     if !quiet {

@@ -1,7 +1,7 @@
 //! One control group for each action, version 2 (cgroups(7)).
 //!
 //! 1. An action's processes are in its group from their first instruction, and cannot leave it.
-//! 2. A group is removed only when it is empty, and a group that was removed was empty.
+//! 2. An action has ended when its group has no live process (cgroup.events, populated).
 //! 3. Names are unique for the life of a runner; groups that an earlier runner with the same users
 //!    left are killed and removed at start-up.
 //!
@@ -15,7 +15,10 @@
 
 use std::{
     fs, io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::{DirBuilderExt, FileExt},
+    },
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
@@ -33,12 +36,12 @@ pub struct Cgroups {
     next: AtomicU64,
 }
 
-/// The group of one action; killed and removed on drop.
+/// The group of one action; removed on drop, when it should be empty.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
     directory: OwnedFd,
-    removed: bool,
+    events: fs::File,
 }
 
 impl Cgroups {
@@ -48,7 +51,7 @@ impl Cgroups {
         let base = make_way(base)?;
         let directory = base.join(format!("bb-runner-{first_user}"));
         clear(&directory);
-        fs::create_dir_all(&directory)
+        create_directory(&directory)
             .map_err(|error| format!("could not create {}: {error}", directory.display()))?;
         enable_controllers(&directory);
         let cgroups = Cgroups {
@@ -73,15 +76,15 @@ impl Cgroups {
     pub fn create(&self) -> io::Result<Cgroup> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let path = self.directory.join(number.to_string());
-        fs::create_dir(&path)?;
+        create_directory(&path)?;
         // Where the controller is not delegated, RLIMIT_NPROC is all there is.
         let _ = fs::write(path.join("pids.max"), MAXIMUM_PROCESSES.to_string());
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(&path, flags, Mode::empty())?;
         Ok(Cgroup {
+            events: fs::File::open(path.join("cgroup.events"))?,
             path,
             directory,
-            removed: false,
         })
     }
 }
@@ -91,44 +94,39 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
-    /// Kills whatever is in it, and removes it. False when processes were left after `patience`.
-    pub fn empty(&mut self, patience: Duration) -> bool {
+    /// Kills whatever is in it. False when something was left after `patience`.
+    pub fn empty(&self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         let mut pause = Duration::from_micros(50);
-        // Removal is the test for emptiness: it takes one system call, while cgroup.events tells of
-        // changes no sooner than 10 ms after the last one.
-        while !self.remove() {
+        while self.is_populated() {
+            // Again each time: harmless, and cheap beside the processes that it is for.
             let _ = fs::write(self.path.join("cgroup.kill"), "1");
-            if self.remove() {
-                break;
-            }
             if Instant::now() > deadline {
                 return false;
             }
+            // The kernel tells of changes no sooner than 10 ms after the last one (poll(2) on
+            // cgroup.events), hence looking.
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(10));
         }
         true
     }
 
-    fn remove(&mut self) -> bool {
-        if !self.removed {
-            self.removed = match rustix::fs::rmdir(&self.path) {
-                Ok(()) | Err(rustix::io::Errno::NOENT) => true,
-                Err(_) => false,
-            };
+    fn is_populated(&self) -> bool {
+        let mut text = [0; 64];
+        match self.events.read_at(&mut text, 0) {
+            Ok(length) => !text[..length].starts_with(b"populated 0"),
+            // ENODEV: somebody has removed it, which takes that it was empty.
+            Err(error) => error.raw_os_error() != Some(libc::ENODEV),
         }
-        self.removed
     }
 }
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        if !self.remove() {
+        if let Err(error) = fs::remove_dir(&self.path) {
             let _ = fs::write(self.path.join("cgroup.kill"), "1");
-            if !self.remove() {
-                tracing::warn!(cgroup = %self.path.display(), "could not remove a control group; the next start will");
-            }
+            tracing::warn!(cgroup = %self.path.display(), %error, "could not remove a control group; the next start will");
         }
     }
 }
@@ -188,7 +186,7 @@ fn make_way(base: PathBuf) -> Result<PathBuf, String> {
         .is_ok_and(|processes| processes.split_whitespace().all(|pid| pid == own));
     if alone {
         let daemon = base.join("daemon");
-        let _ = fs::create_dir(&daemon);
+        let _ = create_directory(&daemon);
         fs::write(daemon.join("cgroup.procs"), &own)
             .map_err(|error| format!("could not move to {}: {error}", daemon.display()))?;
         enable_controllers(&base);
@@ -206,6 +204,11 @@ fn enable_controllers(directory: &Path) {
             );
         }
     }
+}
+
+/// Whatever the umask is: actions must not make groups.
+fn create_directory(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().mode(0o755).create(path)
 }
 
 /// Kills and removes what an earlier runner left.

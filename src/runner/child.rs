@@ -33,9 +33,18 @@ pub struct Launch {
     pub namespaces: Option<[RawFd; 2]>,
     pub mounts: *const (RawFd, *const c_char),
     pub mount_count: usize,
+    pub inherited: Inherited,
     /// This daemon.
     pub parent: libc::pid_t,
     pub report: *mut Report,
+}
+
+/// What this daemon has and its child would keep; bit sets.
+#[derive(Clone, Copy, Debug)]
+pub struct Inherited {
+    /// Signal 1 is bit 0.
+    pub ignored_signals: u64,
+    pub bounding_capabilities: u64,
 }
 
 /// How far it came. `errno` is 0 as long as nothing failed.
@@ -128,10 +137,12 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
         call!(SYS_setsid)?;
         // A new keyring that belongs to nobody else; kernels without keyrings have none to inherit.
         let _ = call!(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, 0);
+        // Those that are handled become default when a program is executed; those that are ignored
+        // stay so.
         let default = KernelSignalAction::default();
         let mut signal = 1;
         while signal <= LAST_SIGNAL {
-            if signal != libc::SIGKILL && signal != libc::SIGSTOP {
+            if launch.inherited.ignored_signals & (1 << (signal - 1)) != 0 {
                 call!(
                     SYS_rt_sigaction,
                     signal,
@@ -186,7 +197,12 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
         at(Step::Credentials);
         // Refused without CAP_SETPCAP; then no_new_privs alone keeps files from giving any.
         let mut capability = 0;
-        while capability < 64 && call!(SYS_prctl, libc::PR_CAPBSET_DROP, capability).is_ok() {
+        while capability < 64 {
+            if launch.inherited.bounding_capabilities & (1 << capability) != 0
+                && call!(SYS_prctl, libc::PR_CAPBSET_DROP, capability).is_err()
+            {
+                break;
+            }
             capability += 1;
         }
         call!(SYS_setgroups, 0, ptr::null::<libc::gid_t>())?;

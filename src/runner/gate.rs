@@ -22,7 +22,7 @@ use std::{
 };
 
 use rustix::fs::{
-    FlockOperation, Gid, Mode, OFlags, ResolveFlags, Uid, fchmod, fchown, flock, fstat, openat2,
+    FlockOperation, Gid, Mode, OFlags, ResolveFlags, fchmod, fchown, flock, fstat, openat2,
 };
 
 use super::{
@@ -142,8 +142,8 @@ impl BuildDirectory {
         })
     }
 
-    /// Makes a log file, owned by the owner of the directory that it is in. The action may open it
-    /// again, as /dev/stderr.
+    /// Makes a log file. The action may open it again, as /dev/stderr; others are kept out by the
+    /// gate.
     pub fn create_log(&self, log: &LogPath) -> Result<OwnedFd, GateError> {
         let create = || -> rustix::io::Result<OwnedFd> {
             let (parent, name) = log.path.split_last().ok_or(rustix::io::Errno::ISDIR)?;
@@ -161,13 +161,11 @@ impl BuildDirectory {
                 Mode::from_raw_mode(0o666),
                 BENEATH,
             )?;
-            let owner = fstat(&parent)?;
-            fchown(
-                &file,
-                Some(Uid::from_raw(owner.st_uid)),
-                Some(Gid::from_raw(owner.st_gid)),
-            )?;
-            fchmod(&file, Mode::from_raw_mode(0o666))?;
+            // The umask, or a default ACL, may have taken something away; each change of a file
+            // costs as much as making one.
+            if fstat(&file)?.st_mode & 0o777 != 0o666 {
+                fchmod(&file, Mode::from_raw_mode(0o666))?;
+            }
             Ok(file)
         };
         create().map_err(|error| GateError::Log {

@@ -23,6 +23,7 @@ use crate::{
 mod action;
 mod cgroup;
 mod child;
+mod claim;
 mod command;
 mod gate;
 mod process;
@@ -112,6 +113,18 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         tracing::warn!("{}", unknown_user(name));
     }
     let range = config.users.range();
+    // Before anything is killed.
+    let _claim = claim::Claim::take(&range)
+        .await
+        .map_err(|error| match error {
+            claim::ClaimError::Taken(_) => Failure::Configuration {
+                key: "users.first",
+                message: format!("{error}; give each runner a range of its own"),
+            },
+            claim::ClaimError::Io(_) => Failure::Environment {
+                message: error.to_string(),
+            },
+        })?;
     let listener = daemon::listen(
         "runner",
         "listen",
@@ -179,7 +192,14 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         config,
         rooms,
         null,
+        inherited: child::Inherited {
+            // SIGPIPE is ignored by Rust's runtime; the rest is as whoever started this daemon had it.
+            ignored_signals: status_bits("SigIgn:").unwrap_or(0),
+            bounding_capabilities: status_bits("CapBnd:").unwrap_or(u64::MAX),
+        },
     });
+    // Logs are made for the action's user to write; everything else that is made has a mode of its own.
+    nix::sys::stat::umask(nix::sys::stat::Mode::empty());
     let runner = service::Runner {
         users: users.clone(),
         allowed,
@@ -235,18 +255,20 @@ fn check_capabilities() -> Result<(), Failure> {
 
 /// Those of `CAPABILITIES` that this process lacks, from the given one on.
 fn missing_capabilities(from: usize) -> Vec<&'static str> {
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|digits| u64::from_str_radix(digits.trim(), 16).ok())
-        .unwrap_or(0);
+    let effective = status_bits("CapEff:").unwrap_or(0);
     CAPABILITIES
         .iter()
         .skip(from)
         .filter(|(bit, _)| effective & (1 << bit) == 0)
         .map(|(_, name)| *name)
         .collect()
+}
+
+/// A bit set of this process (proc_pid_status(5)).
+fn status_bits(field: &str) -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let digits = status.lines().find_map(|line| line.strip_prefix(field))?;
+    u64::from_str_radix(digits.trim(), 16).ok()
 }
 
 fn check_users(config: &Config) -> Result<(), Failure> {

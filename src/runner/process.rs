@@ -24,7 +24,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::child::{self, Launch, Report, Step};
+use super::child::{self, Inherited, Launch, Report, Step};
 
 /// Tells the thread of a Run that it must end.
 #[derive(Clone, Debug)]
@@ -81,6 +81,7 @@ pub struct Blueprint<'a> {
     pub cgroup: Option<BorrowedFd<'a>>,
     /// Mount and IPC namespace.
     pub namespaces: Option<(BorrowedFd<'a>, BorrowedFd<'a>)>,
+    pub inherited: Inherited,
     /// What to mount where.
     pub mounts: &'a [(OwnedFd, &'a CStr)],
 }
@@ -131,6 +132,7 @@ impl Process {
                 .map(|(mount, ipc)| [mount.as_raw_fd(), ipc.as_raw_fd()]),
             mounts: mounts.as_ptr(),
             mount_count: mounts.len(),
+            inherited: blueprint.inherited,
             parent: rustix::process::getpid().as_raw_nonzero().get(),
             report: &raw mut report,
         };

@@ -376,3 +376,196 @@ impl<T, R: Clone> Slot<T, R> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Steps = Vec<Step<&'static str, &'static str>>;
+    const SECOND: Duration = Duration::from_secs(1);
+
+    struct Stage {
+        slot: Slot<&'static str, &'static str>,
+        now: Instant,
+    }
+
+    fn action(name: &str) -> Digest {
+        Digest {
+            hash: name.to_owned(),
+            size_bytes: 1,
+        }
+    }
+
+    fn call(activity: Activity<&'static str>) -> Step<&'static str, &'static str> {
+        Step::Call(Report {
+            activity,
+            prefer_being_idle: false,
+        })
+    }
+
+    fn unwilling(activity: Activity<&'static str>) -> Step<&'static str, &'static str> {
+        Step::Call(Report {
+            activity,
+            prefer_being_idle: true,
+        })
+    }
+
+    impl Stage {
+        /// A slot that has asked for work.
+        fn asking() -> Stage {
+            #[allow(clippy::disallowed_methods)]
+            let now = Instant::now();
+            let mut stage = Stage {
+                slot: Slot::new(now),
+                now,
+            };
+            assert_eq!(stage.steps(), [Step::CheckReadiness]);
+            stage.slot.readiness(now, true, SECOND);
+            assert_eq!(stage.steps(), [call(Activity::Idle)]);
+            stage
+        }
+
+        /// A slot that runs "x", and is to call again in ten seconds.
+        fn executing() -> Stage {
+            let mut stage = Stage::asking();
+            stage.answer(Desired::Executing(action("x"), "x"), 10);
+            assert_eq!(stage.steps(), [Step::Start("x")]);
+            stage
+        }
+
+        fn answer(&mut self, desired: Desired<&'static str>, seconds: u32) {
+            let due = self.now + seconds * SECOND;
+            self.slot.answered(self.now, Answer { desired, due });
+        }
+
+        /// All steps but the last one, which is to wait or to leave.
+        fn steps(&mut self) -> Steps {
+            let mut steps = Vec::new();
+            loop {
+                match self.slot.next(self.now) {
+                    Step::Wait(_) => return steps,
+                    Step::Leave => {
+                        steps.push(Step::Leave);
+                        return steps;
+                    }
+                    step => steps.push(step),
+                }
+            }
+        }
+
+        fn pass(&mut self, time: Duration) -> &mut Self {
+            self.now += time;
+            self
+        }
+    }
+
+    #[test]
+    fn a_busy_slot_calls_when_it_is_due_and_not_before() {
+        let mut stage = Stage::executing();
+        assert_eq!(stage.pass(9 * SECOND).steps(), []);
+        let executing = || call(Activity::Executing(action("x")));
+        assert_eq!(stage.pass(SECOND).steps(), [executing()]);
+        stage.answer(Desired::Unchanged, 10);
+        assert_eq!(stage.steps(), []);
+        assert_eq!(stage.pass(10 * SECOND).steps(), [executing()]);
+    }
+
+    #[test]
+    fn what_replaces_an_execution_starts_after_that_has_returned() {
+        let mut stage = Stage::executing();
+        stage.pass(10 * SECOND).steps();
+        stage.answer(Desired::Executing(action("y"), "y"), 10);
+        assert_eq!(stage.steps(), [Step::Cancel]);
+        // The scheduler goes on hearing of what it asked for.
+        let started = call(Activity::Started(action("y")));
+        assert_eq!(stage.pass(10 * SECOND).steps(), [started]);
+        stage.answer(Desired::Unchanged, 10);
+        stage.slot.finished(stage.now, "cancelled", false);
+        assert_eq!(stage.steps(), [Step::Start("y")]);
+    }
+
+    #[test]
+    fn an_execution_that_nobody_wants_is_cancelled_and_its_result_dropped() {
+        let mut stage = Stage::executing();
+        stage.pass(10 * SECOND).steps();
+        stage.answer(Desired::Idle, 0);
+        assert_eq!(stage.steps(), [Step::Cancel]);
+        assert_eq!(stage.pass(100 * SECOND).steps(), []);
+        stage.slot.finished(stage.now, "cancelled", false);
+        assert_eq!(stage.steps(), [Step::CheckReadiness]);
+    }
+
+    #[test]
+    fn a_result_outlives_the_absence_of_its_scheduler() {
+        let mut stage = Stage::executing();
+        stage.pass(10 * SECOND).steps();
+        stage.slot.failed(stage.now, 0);
+        stage.slot.finished(stage.now, "result", true);
+        let completed = || call(Activity::Completed(action("x"), "result"));
+        for _ in 0..20 {
+            // The longest pause is five seconds.
+            assert_eq!(stage.pass(5 * SECOND).steps(), [completed()]);
+            stage.slot.failed(stage.now, u64::MAX);
+        }
+        assert_eq!(stage.pass(5 * SECOND).steps(), [completed()]);
+        stage.answer(Desired::Executing(action("y"), "y"), 10);
+        assert_eq!(stage.steps(), [Step::Start("y")]);
+    }
+
+    #[test]
+    fn after_a_failure_a_slot_looks_whether_it_is_well_before_it_asks_again() {
+        let mut stage = Stage::executing();
+        stage.slot.finished(stage.now, "failure", false);
+        let completed = unwilling(Activity::Completed(action("x"), "failure"));
+        assert_eq!(stage.steps(), [completed]);
+        stage.answer(Desired::Idle, 0);
+        assert_eq!(stage.steps(), [Step::CheckReadiness]);
+        stage.slot.readiness(stage.now, false, 3 * SECOND);
+        assert_eq!(stage.steps(), []);
+        assert_eq!(stage.pass(3 * SECOND).steps(), [Step::CheckReadiness]);
+        stage.slot.readiness(stage.now, true, SECOND);
+        assert_eq!(stage.steps(), [call(Activity::Idle)]);
+    }
+
+    #[test]
+    fn a_stopping_slot_finishes_reports_and_leaves() {
+        let mut stage = Stage::executing();
+        stage.slot.stop(stage.now + 60 * SECOND);
+        assert_eq!(stage.pass(SECOND).steps(), []);
+        stage.slot.finished(stage.now, "result", true);
+        let completed = unwilling(Activity::Completed(action("x"), "result"));
+        assert_eq!(stage.steps(), [completed]);
+        stage.answer(Desired::Idle, 0);
+        assert_eq!(stage.steps(), [unwilling(Activity::Idle)]);
+        stage.answer(Desired::Idle, 0);
+        assert_eq!(stage.steps(), [Step::Leave]);
+    }
+
+    #[test]
+    fn a_stopping_slot_does_not_wait_for_a_call_that_is_held() {
+        let mut stage = Stage::asking();
+        stage.slot.stop(stage.now + 60 * SECOND);
+        assert_eq!(stage.steps(), [Step::HangUp, unwilling(Activity::Idle)]);
+        stage.slot.failed(stage.now, 0);
+        assert_eq!(stage.steps(), [Step::Leave]);
+    }
+
+    #[test]
+    fn at_the_drain_limit_a_slot_hands_back_what_it_runs() {
+        let mut stage = Stage::executing();
+        stage.slot.stop(stage.now + 5 * SECOND);
+        assert_eq!(stage.pass(5 * SECOND).steps(), [Step::Cancel]);
+        stage.slot.finished(stage.now, "cancelled", false);
+        assert_eq!(stage.steps(), [unwilling(Activity::Idle)]);
+        // Nobody answers.
+        assert_eq!(stage.pass(SECOND).steps(), [Step::HangUp, Step::Leave]);
+    }
+
+    #[test]
+    fn a_scheduler_that_does_not_hold_calls_is_not_called_in_a_loop() {
+        let mut stage = Stage::asking();
+        stage.answer(Desired::Idle, 0);
+        assert_eq!(stage.steps(), []);
+        assert_eq!(stage.pass(SECOND).steps(), [Step::CheckReadiness]);
+    }
+}

@@ -50,6 +50,38 @@ pub struct Farm {
     directory: tempfile::TempDir,
     clients: u16,
     workers: u16,
+    /// The first of its own range of users, which no other farm on this host may share.
+    users: u32,
+    _users_claim: fs::File,
+}
+
+/// Users that each farm has for its actions.
+pub const USERS: u32 = 16;
+
+/// A range of users that no other test, in this process or another one, has. (What a packaged runner
+/// uses lies below all of them.)
+fn claim_users() -> (u32, fs::File) {
+    use nix::fcntl::{FcntlArg, fcntl};
+    for number in 0..300 {
+        let file = fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open("/var/tmp/bb-farm-tests.lock")
+            .unwrap();
+        let lock = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: number,
+            l_len: 1,
+            l_pid: 0,
+        };
+        if fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)).is_ok() {
+            return (59_000 + number as u32 * USERS, file);
+        }
+    }
+    panic!("300 farms are being tested");
 }
 
 /// Farms need root; whoever lacks it is told so.
@@ -99,6 +131,7 @@ impl Farm {
             let program = Path::new(program);
             fs::copy(program, root.join("bin").join(program.file_name().unwrap())).unwrap();
         }
+        let (users, users_claim) = claim_users();
         let mut farm = Farm {
             scheduler: None,
             worker: None,
@@ -106,6 +139,8 @@ impl Farm {
             directory,
             clients: free_port(),
             workers: free_port(),
+            users,
+            _users_claim: users_claim,
         };
         farm.configure(slots, scheduler_extra);
         for daemon in [Daemon::Scheduler, Daemon::Runner, Daemon::Worker] {
@@ -117,7 +152,7 @@ impl Farm {
 
     fn configure(&self, slots: usize, scheduler_extra: &str) {
         let root = self.path().display();
-        let (clients, workers) = (self.clients, self.workers);
+        let (clients, workers, users) = (self.clients, self.workers, self.users);
         let write = |name: &str, text: String| fs::write(self.path().join(name), text).unwrap();
         write(
             "bb_scheduler.toml",
@@ -133,7 +168,8 @@ impl Farm {
                 "listen = \"unix:{root}/runner.sock\"\n\
                  socket_group = \"{WORKER_USER}\"\n\
                  allowed_users = [\"{WORKER_USER}\"]\n\
-                 build_directory = \"{root}/worker/build\"\n"
+                 build_directory = \"{root}/worker/build\"\n\
+                 users = {{ first = {users}, count = {USERS} }}\n"
             ),
         );
         write(
@@ -157,6 +193,11 @@ impl Farm {
 
     pub fn build_directory(&self) -> PathBuf {
         self.path().join("worker/build")
+    }
+
+    /// The users that its actions run as.
+    pub fn users(&self) -> std::ops::Range<u32> {
+        self.users..self.users + USERS
     }
 
     fn child(&mut self, daemon: Daemon) -> &mut Option<Child> {

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    ops::Range,
     os::unix::fs::MetadataExt,
     path::Path,
     time::{Duration, Instant},
@@ -155,13 +156,13 @@ async fn failures_are_told_as_what_they_are() {
 }
 
 /// Processes of the users that actions run as.
-fn action_processes() -> Vec<String> {
+fn action_processes(users: &Range<u32>) -> Vec<String> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let name = entry.file_name().into_string().unwrap();
         if name.bytes().all(|byte| byte.is_ascii_digit())
             && let Ok(metadata) = entry.metadata()
-            && (58_000..58_256).contains(&metadata.uid())
+            && users.contains(&metadata.uid())
         {
             let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
             found.push(String::from_utf8_lossy(&line).replace('\0', " "));
@@ -186,7 +187,7 @@ async fn nothing_of_an_action_survives_it() {
     );
     let response = client.run(&Task::shell(&script)).await;
     assert!(is_ok(&response), "{response:?}");
-    let survivors: Vec<_> = action_processes()
+    let survivors: Vec<_> = action_processes(&farm.users())
         .into_iter()
         .filter(|line| line.contains(&mark))
         .collect();
@@ -204,7 +205,7 @@ async fn nothing_of_an_action_survives_it() {
             .filter(|entry| {
                 entry
                     .metadata()
-                    .is_ok_and(|metadata| (58_000..58_256).contains(&metadata.uid()))
+                    .is_ok_and(|metadata| farm.users().contains(&metadata.uid()))
             })
             .collect();
         if left.is_empty() {
@@ -265,7 +266,10 @@ async fn a_killed_daemon_comes_back_and_the_farm_goes_on() {
             .unwrap()
             .into_inner();
         let deadline = Instant::now() + Duration::from_secs(20);
-        while !action_processes().iter().any(|line| line.contains(&mark)) {
+        while !action_processes(&farm.users())
+            .iter()
+            .any(|line| line.contains(&mark))
+        {
             assert!(
                 Instant::now() < deadline,
                 "{daemon:?}: the action does not start"
@@ -299,7 +303,7 @@ async fn a_killed_daemon_comes_back_and_the_farm_goes_on() {
         }
         if daemon == Daemon::Runner {
             // What the killed runner left running is gone once the new one serves.
-            let left: Vec<_> = action_processes()
+            let left: Vec<_> = action_processes(&farm.users())
                 .into_iter()
                 .filter(|line| line.contains(&mark))
                 .collect();

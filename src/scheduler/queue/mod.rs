@@ -32,6 +32,8 @@ mod clients;
 mod invariants;
 mod listing;
 mod order;
+#[cfg(test)]
+mod tests;
 mod timers;
 mod words;
 mod workers;
