@@ -25,6 +25,31 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 /// The header with a serialised RequestMetadata (REAPI: RequestMetadata).
 pub const REQUEST_METADATA_HEADER: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
 
+/// A request on behalf of an action, which its receiver may log (REAPI: RequestMetadata.action_id).
+pub fn for_action<T>(message: T, action: &Digest) -> tonic::Request<T> {
+    let metadata = reapi::RequestMetadata {
+        action_id: action.hash_hex(),
+        ..Default::default()
+    };
+    let mut request = tonic::Request::new(message);
+    let value = tonic::metadata::MetadataValue::from_bytes(&metadata.encode_to_vec());
+    request
+        .metadata_mut()
+        .insert_bin(REQUEST_METADATA_HEADER, value);
+    request
+}
+
+/// The hash of the action that a request is made for; empty when it does not say.
+pub fn action_of<T>(request: &tonic::Request<T>) -> String {
+    request
+        .metadata()
+        .get_bin(REQUEST_METADATA_HEADER)
+        .and_then(|value| value.to_bytes().ok())
+        .and_then(|data| reapi::RequestMetadata::decode(data).ok())
+        .map(|metadata| metadata.action_id)
+        .unwrap_or_default()
+}
+
 /// Packs a message as `type.googleapis.com/FULL.NAME`.
 pub fn pack<M: Message + Name>(message: &M) -> Any {
     Any {

@@ -220,6 +220,15 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         routes = routes.add_service(reflection);
     }
 
+    // Each command has a thread of the pool to itself.
+    life.vital("the pool of threads", {
+        let runtime = tokio::runtime::Handle::current();
+        move || {
+            let (sender, answer) = std::sync::mpsc::channel();
+            runtime.spawn_blocking(move || sender.send(()));
+            let _ = answer.recv();
+        }
+    });
     life.ready(&format!(
         "Running commands for {} as users {} to {}",
         listener.address(),

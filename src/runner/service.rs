@@ -23,7 +23,7 @@ use crate::{
     daemon::Peer,
     path::RelativePath,
     proto::{
-        pack,
+        self, pack,
         resourceusage::PosixResourceUsage,
         runner::{CheckReadinessRequest, RunRequest, RunResponse, runner_server},
     },
@@ -122,6 +122,7 @@ impl runner_server::Runner for Runner {
 
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<RunResponse>, Status> {
         self.admit(&request)?;
+        let action = proto::action_of(&request);
         let additions = Additions {
             tmpdir_below: self.tmpdir_below.as_deref(),
         };
@@ -131,6 +132,7 @@ impl runner_server::Runner for Runner {
             .take(PATIENCE)
             .await
             .map_err(|error| Status::resource_exhausted(error.to_string()))?;
+        let id = user.id();
         let stop = Stop::new()
             .map_err(|error| Status::resource_exhausted(format!("Failed to run: {error}")))?;
         let mut stop_on_drop = StopOnDrop(Some(stop.clone()));
@@ -146,6 +148,9 @@ impl runner_server::Runner for Runner {
             }
         };
         stop_on_drop.0 = None;
+        if let Ok(Ok(exit)) = &result {
+            tracing::info!(action, user = id, cause = ?exit.cause, "command ended");
+        }
         let result = result
             .unwrap_or_else(|_| Err(RunError::Wait(std::io::Error::other("the thread panicked"))));
         if !matches!(&result, Ok(exit) if exit.cause == Cause::Code(0))

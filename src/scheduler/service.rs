@@ -209,12 +209,33 @@ impl Clients {
             }
             let progress = waiter.progress();
             let operation = operation(waiter.attached.operation, &waiter.attached.work, &progress);
-            let next = match progress.stage {
-                Stage::Completed(_) => None,
+            let next = match &progress.stage {
+                Stage::Completed(outcome) => {
+                    tell_end(waiter.attached.operation, &waiter.attached.work, outcome);
+                    None
+                }
                 _ => Some((waiter, stopping, Some(progress.version))),
             };
             Some((Ok(operation), next))
         }))
+    }
+}
+
+/// A failure of the farm is a warning; one of the action or its client is nobody's business here.
+fn tell_end(operation: Uuid, work: &Work, outcome: &Outcome) {
+    let (action, instance) = (work.digest.hash_hex(), work.instance.as_str());
+    let code = rpc::Code::try_from(outcome.code).unwrap_or(rpc::Code::Unknown);
+    match code {
+        rpc::Code::Unavailable
+        | rpc::Code::Internal
+        | rpc::Code::Unknown
+        | rpc::Code::DataLoss
+        | rpc::Code::ResourceExhausted => tracing::warn!(
+            %operation, action, instance, code = code.as_str_name(), "an operation failed"
+        ),
+        _ => tracing::info!(
+            %operation, action, instance, code = code.as_str_name(), "operation completed"
+        ),
     }
 }
 
@@ -292,6 +313,15 @@ impl OperationQueue for Workers {
                 queue::Refusal::SizeClass { .. } => invalid(refusal),
             })?
             .ok_or_else(stopping)?;
+        if let Desired::Execute { work, .. } = &instruction.desired {
+            tracing::info!(
+                action = work.digest.hash_hex(),
+                instance = work.instance.as_str(),
+                worker = serde_json::to_string(id.labels()).unwrap_or_default(),
+                target = work.target_id,
+                "handed to a worker"
+            );
+        }
         Ok(Response::new(synchronize_response(instruction)))
     }
 }

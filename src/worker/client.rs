@@ -16,9 +16,11 @@ use uuid::Uuid;
 use super::{
     execute::{Executor, Stage},
     slot::{Activity, Answer, Desired, Report, Slot, Step},
+    story,
     task::Task,
 };
 use crate::{
+    daemon::Heart,
     instance::InstanceName,
     proto::{
         self,
@@ -59,6 +61,11 @@ enum Event {
     Time,
 }
 
+/// How long a slot may take to decide what is next, even on a host that is overloaded.
+const A_DECISION: Duration = Duration::from_secs(60);
+/// How long it may hear nothing from the scheduler, which chooses how long it holds a call.
+const A_HELD_CALL: Duration = Duration::from_secs(24 * 60 * 60);
+
 struct Execution {
     result: JoinHandle<Box<ExecuteResponse>>,
     stage: watch::Receiver<Stage>,
@@ -78,6 +85,7 @@ pub async fn run(
     slot: usize,
     stopping: CancellationToken,
     drain: Duration,
+    heart: Heart,
 ) {
     let client = OperationQueueClient::new(channel).max_decoding_message_size(LARGEST_ANSWER);
     let mut state: Slot<Result<Task, Box<ExecuteResponse>>, Box<ExecuteResponse>> =
@@ -87,6 +95,7 @@ pub async fn run(
     let mut readiness: Pending<Result<(), String>> = None;
     let mut execution: Option<Execution> = None;
     loop {
+        heart.beat(A_DECISION);
         let until = match state.next(Instant::now()) {
             Step::Call(report) => {
                 let stage = execution.as_ref().map(|e| *e.stage.borrow());
@@ -124,6 +133,10 @@ pub async fn run(
             Step::Leave => return,
             Step::Wait(until) => until,
         };
+        heart.beat(match until {
+            Some(until) => until.saturating_duration_since(Instant::now()) + A_DECISION,
+            None => A_HELD_CALL,
+        });
         let event = tokio::select! {
             answer = pending(&mut call) => Event::Answered(answer),
             result = returned(&mut execution) => Event::Finished(result),
@@ -191,7 +204,12 @@ fn start(
     // In a task of its own, so that a panic ends this action and not this slot.
     let result = tokio::spawn(async move {
         match task {
-            Ok(task) => Box::new(executor.execute(slot, task, &sender, &cancelled).await),
+            Ok(task) => {
+                let (action, instance) = (task.digest.hash_hex(), task.instance.clone());
+                let response = executor.execute(slot, task, &sender, &cancelled).await;
+                story::tell(slot, &action, &instance, &response);
+                Box::new(response)
+            }
             Err(refusal) => refusal,
         }
     });

@@ -129,7 +129,7 @@ impl Executor {
 
         stage.send_replace(Stage::Running);
         let mut runner = self.runner.clone();
-        let request = self.run_request(&command, &root);
+        let request = proto::for_action(self.run_request(&command, &root), &task.digest);
         metadata.execution_start_timestamp = now();
         let start = Instant::now();
         // Whatever does not answer first is dropped, and the runner sees its call cancelled.

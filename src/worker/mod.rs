@@ -34,6 +34,7 @@ pub mod outputs;
 mod probe;
 pub mod removal;
 pub mod slot;
+mod story;
 pub mod task;
 
 pub use probe::probe;
@@ -43,6 +44,9 @@ pub const PROGRAM: Program = Program {
     about: "Lays out input roots, has a runner run build actions in them, and uploads their outputs",
 };
 
+/// How long a slot may take until its loop runs.
+const A_START: std::time::Duration = std::time::Duration::from_secs(60);
+
 /// Runs until told to stop, then until the actions that are running have ended.
 pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     raise_file_limit();
@@ -51,6 +55,12 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     let (cache, roots) = open_directories(&config, slots, &storage).await?;
     let (files, bytes) = cache.usage();
     tracing::info!(files, bytes, directory = %cache.path().display(), "opened the cache");
+    life.vital("the cache", {
+        let cache = cache.clone();
+        move || {
+            cache.usage();
+        }
+    });
     let directories = Arc::new(directories::Directories::new(
         storage.clone(),
         config.storage.maximum_message_size.get(),
@@ -82,6 +92,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
                 slot,
                 life.stopping(),
                 config.shutdown.drain_timeout.get(),
+                life.heart(format!("slot {slot}"), A_START),
             ));
         }
     }

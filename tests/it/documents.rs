@@ -1,8 +1,14 @@
-//! What is written in etc/ is what the programs do.
+//! What is written in etc/, in the man pages, in the units and in the packages is what the programs
+//! do.
 
-use std::{collections::BTreeSet, fs, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::PathBuf,
+    process::Command,
+};
 
-use bb_remote_execution::config::{self, Check};
+use bb_remote_execution::config::{self, Check, ListenAddress};
 use serde::de::DeserializeOwned;
 
 fn repository() -> PathBuf {
@@ -85,4 +91,271 @@ fn shipped_configurations_state_every_key_with_its_default() {
     shipped_file_states_the_defaults::<config::scheduler::Config>("bb_scheduler.toml");
     shipped_file_states_the_defaults::<config::worker::Config>("bb_worker.toml");
     shipped_file_states_the_defaults::<config::runner::Config>("bb_runner.toml");
+}
+
+const PROGRAMS: [(&str, &str); 3] = [
+    ("scheduler", env!("CARGO_BIN_EXE_bb_scheduler")),
+    ("worker", env!("CARGO_BIN_EXE_bb_worker")),
+    ("runner", env!("CARGO_BIN_EXE_bb_runner")),
+];
+
+fn read(path: &str) -> String {
+    fs::read_to_string(repository().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// The items `.It Va key = value` of a man page, as (key, value).
+fn described(page: &str) -> Vec<(String, String)> {
+    read(&format!("man/{page}"))
+        .lines()
+        .filter_map(|line| line.strip_prefix(".It Va "))
+        .map(|item| {
+            let item = item.replace("\\(dq", "\"");
+            let (key, value) = item.split_once(" = ").expect("a key with its default");
+            (key.to_owned(), value.to_owned())
+        })
+        .collect()
+}
+
+fn page_states_the_defaults<C>(name: &str)
+where
+    C: DeserializeOwned + Default + Check + PartialEq + std::fmt::Debug,
+{
+    let page = format!("{name}.5");
+    let described = described(&page);
+    // An array of sections is written as one.
+    let (sections, plain): (Vec<_>, Vec<_>) = described
+        .iter()
+        .partition(|(key, _)| key.starts_with("runners."));
+    let mut text = String::new();
+    for (key, value) in plain {
+        text.push_str(&format!("{key} = {value}\n"));
+    }
+    if !sections.is_empty() {
+        text.push_str("[[runners]]\n");
+    }
+    for (key, value) in sections {
+        let key = key.trim_start_matches("runners.");
+        text.push_str(&format!("{key} = {value}\n"));
+    }
+    let stated: C = toml::from_str(&text).unwrap_or_else(|error| panic!("{page}: {error}"));
+    assert_eq!(stated, C::default(), "{page}");
+
+    // The shipped file has every key, as another test sees to.
+    let mut shipped = BTreeSet::new();
+    keys(
+        "",
+        &toml::from_str(&switched_on(name)).unwrap(),
+        &mut shipped,
+    );
+    let mut on_page = BTreeSet::new();
+    keys("", &toml::from_str(&text).unwrap(), &mut on_page);
+    assert_eq!(on_page, shipped, "{page}");
+}
+
+#[test]
+fn man_pages_describe_every_key_with_its_default() {
+    page_states_the_defaults::<config::scheduler::Config>("bb_scheduler.toml");
+    page_states_the_defaults::<config::worker::Config>("bb_worker.toml");
+    page_states_the_defaults::<config::runner::Config>("bb_runner.toml");
+}
+
+#[test]
+fn man_pages_name_every_option_and_no_other() {
+    for (name, program) in PROGRAMS {
+        let help = Command::new(program).arg("--help").output().unwrap();
+        assert!(help.status.success());
+        let help = String::from_utf8(help.stdout).unwrap();
+        let offered: BTreeSet<_> = help
+            .lines()
+            .filter_map(|line| line.split_once("--"))
+            .filter(|(before, _)| before.trim().trim_end_matches(',').len() <= 2)
+            .map(|(_, option)| option.split([' ', ',']).next().unwrap().to_owned())
+            .collect();
+        let page = read(&format!("man/bb_{name}.8"));
+        let described: BTreeSet<_> = page
+            .lines()
+            .filter_map(|line| line.strip_prefix(".It Fl -"))
+            .map(|option| option.split(' ').next().unwrap().to_owned())
+            .collect();
+        assert_eq!(described, offered, "bb_{name}.8");
+        assert!(offered.contains("check"), "{help}");
+
+        let version = Command::new(program).arg("--version").output().unwrap();
+        let version = String::from_utf8(version.stdout).unwrap();
+        let changelog = read("packaging/debian/changelog");
+        let released = changelog.split(['(', ')']).nth(1).unwrap();
+        assert_eq!(version.trim(), format!("bb_{name} {released}"));
+    }
+}
+
+/// Assignments of a unit, by section and key; an assignment given again is appended.
+fn unit(name: &str) -> BTreeMap<String, Vec<String>> {
+    let mut section = String::new();
+    let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for line in read(&format!("packaging/systemd/{name}")).lines() {
+        if line.starts_with('[') {
+            section = line.trim_matches(['[', ']']).to_owned();
+        } else if !line.starts_with('#')
+            && let Some((key, value)) = line.split_once('=')
+        {
+            found
+                .entry(format!("{section}.{key}"))
+                .or_default()
+                .push(value.to_owned());
+        }
+    }
+    found
+}
+
+fn one<'u>(unit: &'u BTreeMap<String, Vec<String>>, key: &str) -> &'u str {
+    match unit.get(key).map(Vec::as_slice) {
+        Some([value]) => value,
+        other => panic!("{key}: {other:?}"),
+    }
+}
+
+/// Names of sockets that a daemon takes from systemd.
+fn listened(daemon: &str) -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    for entry in walkdir::WalkDir::new(repository().join("src").join(daemon)) {
+        let entry = entry.unwrap();
+        if !entry.file_type().is_file() {
+            continue;
+        }
+        let text = fs::read_to_string(entry.path()).unwrap();
+        for call in text.split("daemon::listen(").skip(1) {
+            if let Some(name) = call.trim_start().strip_prefix('"') {
+                names.insert(name.split('"').next().unwrap().to_owned());
+            }
+        }
+    }
+    names
+}
+
+#[test]
+fn sockets_listen_where_the_defaults_say_under_the_names_that_daemons_take() {
+    let scheduler = config::scheduler::Config::default();
+    let runner = config::runner::Config::default();
+    let written = |address: &ListenAddress| address.to_string().replace("unix:", "");
+    let expected = [
+        ("bb-scheduler.socket", "clients", &scheduler.clients.listen),
+        (
+            "bb-scheduler-workers.socket",
+            "workers",
+            &scheduler.workers.listen,
+        ),
+        ("bb-runner.socket", "runner", &runner.listen),
+    ];
+    for (name, socket, address) in expected {
+        let unit = unit(name);
+        assert_eq!(one(&unit, "Socket.FileDescriptorName"), socket, "{name}");
+        assert_eq!(
+            one(&unit, "Socket.ListenStream"),
+            written(address),
+            "{name}"
+        );
+    }
+    assert_eq!(
+        listened("scheduler"),
+        BTreeSet::from(["clients".to_owned(), "workers".to_owned()])
+    );
+    assert_eq!(listened("runner"), BTreeSet::from(["runner".to_owned()]));
+
+    let socket = unit("bb-runner.socket");
+    assert_eq!(
+        one(&socket, "Socket.SocketMode"),
+        format!("{:04o}", runner.socket_mode.0)
+    );
+    assert_eq!(
+        [one(&socket, "Socket.SocketGroup")],
+        *runner.allowed_users,
+        "the worker is let in by the socket and by the runner"
+    );
+    let worker = config::worker::Config::default();
+    assert_eq!(
+        worker.runners[0].endpoint.to_string(),
+        runner.listen.to_string()
+    );
+    assert_eq!(worker.build_directory, runner.build_directory);
+}
+
+#[test]
+fn units_fit_the_programs_and_their_defaults() {
+    let seconds = |text: &str| text.trim_end_matches('s').parse::<u64>().unwrap();
+    let drain = |daemon: &str| match daemon {
+        "scheduler" => config::scheduler::Config::default().shutdown.drain_timeout,
+        "worker" => config::worker::Config::default().shutdown.drain_timeout,
+        _ => config::runner::Config::default().shutdown.drain_timeout,
+    };
+    for (name, _) in PROGRAMS {
+        let unit = unit(&format!("bb-{name}.service"));
+        let program = format!("/usr/bin/bb_{name}");
+        assert_eq!(one(&unit, "Service.ExecStart"), program);
+        assert_eq!(
+            one(&unit, "Service.ExecReload"),
+            format!("{program} --reload $MAINPID")
+        );
+        assert_eq!(one(&unit, "Service.Type"), "notify");
+        assert_eq!(one(&unit, "Service.RestartPreventExitStatus"), "78");
+        let limit = seconds(one(&unit, "Service.TimeoutStopSec"));
+        let drain = drain(name).get().as_secs();
+        assert!(
+            limit >= drain + 20,
+            "{name}: {limit} s to stop, {drain} s to drain"
+        );
+        // The man pages tell the figures.
+        let page = read(&format!("man/bb_{name}.toml.5"));
+        assert!(page.contains(&format!("{limit} seconds")), "{name}");
+        let installed = read(&format!("packaging/debian/bb-{name}.install"));
+        assert!(installed.contains(&format!("etc/bb_{name}.toml ")));
+        let pages = read(&format!("packaging/debian/bb-{name}.manpages"));
+        for page in [format!("man/bb_{name}.8"), format!("man/bb_{name}.toml.5")] {
+            assert!(pages.lines().any(|line| line == page), "{page}");
+            assert!(repository().join(&page).exists());
+        }
+    }
+    let below = |directory: &std::path::Path, name: &str| {
+        let state = format!("/var/lib/{name}");
+        assert!(directory.starts_with(&state), "{}", directory.display());
+        assert_eq!(
+            one(&unit(&format!("{name}.service")), "Service.StateDirectory"),
+            name
+        );
+    };
+    let worker = config::worker::Config::default();
+    below(&worker.cache.directory, "bb-worker");
+    below(&worker.build_directory, "bb-worker");
+    below(
+        &config::scheduler::Config::default()
+            .storage
+            .embedded
+            .directory,
+        "bb-scheduler",
+    );
+    assert_eq!(
+        one(&unit("bb-runner.service"), "Service.ReadWritePaths"),
+        format!("-{}", worker.build_directory.display())
+    );
+}
+
+#[test]
+fn the_runners_package_makes_exactly_the_users_that_its_actions_run_as() {
+    let users = config::runner::Config::default().users;
+    let made: Vec<(String, u32)> = read("packaging/debian/bb-runner.sysusers")
+        .lines()
+        .filter_map(|line| line.strip_prefix("u bb-action-"))
+        .map(|line| {
+            let mut words = line.split(' ');
+            let name = words.next().unwrap().to_owned();
+            (name, words.next().unwrap().parse().unwrap())
+        })
+        .collect();
+    let expected: Vec<(String, u32)> = (users.first..users.first + users.count)
+        .map(|number| (number.to_string(), number))
+        .collect();
+    assert_eq!(made, expected);
+    for page in ["bb_runner.8", "bb-remote-execution.7"] {
+        let range = format!("{} to {}", users.first, users.first + users.count - 1);
+        assert!(read(&format!("man/{page}")).contains(&range), "{page}");
+    }
 }

@@ -1,0 +1,105 @@
+# What shows do on a host. Sourced by each script that `on` runs; /srv has the packages (one
+# directory per version), the demo and abseil.
+#
+# shellcheck shell=bash
+
+fail() {
+  printf 'FAILED: %s\n' "$*" >&2
+  exit 1
+}
+
+# install VERSION [PACKAGE...]: by apt, from files, as a user would.
+install() {
+  local version=$1 name files=()
+  shift
+  [ $# -gt 0 ] || set -- bb-scheduler bb-worker bb-runner
+  for name in "$@"; do files+=("/srv/$version/${name}_${version}_amd64.deb"); done
+  apt-get install --yes --quiet --no-install-recommends --allow-downgrades \
+    -o Dpkg::Use-Pty=0 -o APT::Sandbox::User=root -o Dpkg::Options::=--force-unsafe-io "${files[@]}"
+}
+
+await() {
+  local what=$1 _
+  shift
+  for _ in $(seq 300); do
+    if "$@" >/dev/null 2>&1; then return 0; fi
+    sleep 0.1
+  done
+  fail "$what after 30 s"
+}
+
+active() { [ "$(systemctl is-active "$1")" = active ]; }
+pid_of() { systemctl show --property=MainPID --value "$1"; }
+restarts_of() { systemctl show --property=NRestarts --value "$1"; }
+
+nothing_failed() {
+  local failed
+  failed=$(systemctl --failed --no-legend --plain)
+  [ -z "$failed" ] || { systemctl status --no-pager $(cut -d' ' -f1 <<<"$failed") || true; fail "units have failed: $failed"; }
+}
+
+# The flags that every build here has: all actions run on the farm, and nothing is taken from earlier
+# builds. Retries are Bazel's default.
+bazel_flags() {
+  printf '%s\n' --remote_executor="grpc://${1:-127.0.0.1:8980}" \
+    --remote_default_exec_properties=OSFamily=linux --spawn_strategy=remote \
+    --genrule_strategy=remote --remote_local_fallback=false --noremote_accept_cached \
+    --color=no --curses=no --show_progress_rate_limit=5 --nosandbox_debug \
+    --override_repository=remote_coverage_tools=/srv/demo/repositories/remote_coverage_tools \
+    --override_repository=rules_cc=/srv/demo/repositories/rules_cc \
+    --override_repository=rules_java=/usr/share/bazel/rules/java \
+    --override_repository=rules_proto=/usr/share/bazel/rules/proto
+}
+
+bazel_() { bazel --output_user_root=/var/tmp/bazel --max_idle_secs=60 "$@"; }
+
+# all_remote LOG: how many actions ran on the farm; fails when one ran elsewhere.
+all_remote() {
+  local summary remote
+  summary=$(grep -E '^INFO: [0-9]+ process(es)?[:.]' "$1" | tail -n 1)
+  remote=$(grep -oE '[0-9]+ remote[,.]' <<<"$summary" | grep -oE '[0-9]+' || echo 0)
+  [ "$remote" -gt 0 ] || fail "nothing ran on the farm: $summary"
+  ! grep -qE '[0-9]+ (local|linux-sandbox|processwrapper-sandbox|worker)' <<<"$summary" ||
+    fail "not everything ran on the farm: $summary"
+  printf '%s' "$remote"
+}
+
+# demo [HOST:PORT]: builds and tests packaging/demo; prints how many actions ran on the farm.
+demo() {
+  rm -rf /var/tmp/demo
+  cp -r /srv/demo /var/tmp/demo
+  local flags
+  mapfile -t flags < <(bazel_flags "$@")
+  (cd /var/tmp/demo && bazel_ clean >/dev/null 2>&1 && bazel_ test "${flags[@]}" --jobs=8 //...) \
+    >/var/tmp/demo.log 2>&1 || { tail -n 25 /var/tmp/demo.log >&2; fail "Bazel failed"; }
+  all_remote /var/tmp/demo.log
+}
+
+# abseil: builds part of it, as many actions at a time as a user would have; prints how many ran.
+abseil() {
+  [ -d /var/tmp/abseil ] || cp -r /srv/abseil/abseil /var/tmp/abseil
+  local flags
+  mapfile -t flags < <(bazel_flags "$@")
+  flags+=(--override_repository=bazel_skylib=/usr/share/bazel/tools/skylib
+    --override_repository=platforms=/srv/abseil/platforms
+    --override_repository=rules_python=/srv/abseil/rules_python
+    --override_repository=com_google_googletest=/srv/abseil/googletest
+    --override_repository=com_googlesource_code_re2=/srv/abseil/re2 --cxxopt=-std=c++17)
+  local overrides=() flag
+  for flag in "${flags[@]}"; do
+    case $flag in --override_repository=*) overrides+=("$flag") ;; esac
+  done
+  local all=//absl/strings/...+//absl/numeric/...+//absl/container/...
+  all=${all//+/ + }
+  (cd /var/tmp/abseil &&
+    bazel_ query --color=no "${overrides[@]}" \
+      "kind(cc_library, $all) except attr(tags, benchmark, $all) except attr(testonly, 1, $all)" \
+      >/var/tmp/abseil.targets 2>/var/tmp/abseil.query ||
+      { tail -n 5 /var/tmp/abseil.query >&2; fail "bazel query failed"; }
+    bazel_ build "${flags[@]}" --jobs=8 --target_pattern_file=/var/tmp/abseil.targets \
+      >/var/tmp/abseil.log 2>&1 || { tail -n 40 /var/tmp/abseil.log >&2; fail "Bazel failed"; })
+  all_remote /var/tmp/abseil.log
+}
+
+# The farm has begun to work: some actions are done, and not nearly all.
+under_way() { [ "$(journalctl -u bb-worker -o cat --no-pager | grep -c 'action done')" -ge "${1:-10}" ]; }
