@@ -130,7 +130,8 @@ async fn any_part_of_a_blob_can_be_read_under_any_instance_name() {
             let part = read(&mut client, &name, offset as i64, limit as i64).await;
             assert_eq!(part.unwrap(), data[offset..end]);
         }
-        assert_eq!(read(&mut client, &name, size as i64, 0).await.unwrap(), []);
+        let end = read(&mut client, &name, size as i64, 0).await.unwrap();
+        assert!(end.is_empty());
         let beyond = read(&mut client, &name, size as i64 + 1, 0).await;
         refused(beyond, Code::OutOfRange, "read_offset");
         refused(
