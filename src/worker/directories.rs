@@ -354,6 +354,7 @@ impl Directories {
         let mut missing = HashSet::new();
         let mut size = 0_u64;
         let mut level = vec![root];
+        let beside_digest = beside;
         let mut beside = Some(beside);
         let mut read_beside = None;
         while !level.is_empty() {
@@ -429,11 +430,12 @@ impl Directories {
         Ok(Walk {
             tree,
             missing,
-            beside: read_beside.unwrap_or_else(|| {
-                Err(storage::Error::Internal(
-                    "the read was answered twice".to_owned(),
-                ))
-            }),
+            beside: match read_beside {
+                Some(result) => result,
+                None => Err(storage::Error::Internal(format!(
+                    "storage gave no answer about blob {beside_digest}"
+                ))),
+            },
             found,
         })
     }
