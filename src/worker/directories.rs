@@ -162,6 +162,31 @@ impl Tree {
             .flat_map(|node| node.directory.files.iter().map(|file| file.key))
     }
 
+    /// Where in the root a file with this content is.
+    pub fn path_of(&self, digest: &Digest) -> Option<String> {
+        let (mut at, name) = self.nodes.iter().enumerate().find_map(|(at, node)| {
+            let mut files = node.directory.files.iter();
+            let file = files.find(|file| file.key.digest == *digest)?;
+            Some((at as u32, file.name.as_str()))
+        })?;
+        let mut parents: HashMap<u32, (u32, &str)> = HashMap::new();
+        for (parent, node) in self.nodes.iter().enumerate() {
+            for ((name, _), child) in node.directory.directories.iter().zip(&node.children) {
+                parents
+                    .entry(*child)
+                    .or_insert((parent as u32, name.as_str()));
+            }
+        }
+        let mut names = vec![name];
+        // Nodes are numbered level by level, so the first parent is nearer to the root.
+        while let Some((parent, name)) = parents.get(&at) {
+            names.push(name);
+            at = *parent;
+        }
+        names.reverse();
+        Some(names.join("/"))
+    }
+
     /// `found` must hold everything reachable from `root`.
     pub fn new(root: Digest, found: &HashMap<Digest, Arc<Directory>>) -> Result<Self, Fault> {
         let mut nodes: Vec<Node> = Vec::with_capacity(found.len());
@@ -329,6 +354,7 @@ impl Directories {
         let mut missing = HashSet::new();
         let mut size = 0_u64;
         let mut level = vec![root];
+        let beside_digest = beside;
         let mut beside = Some(beside);
         let mut read_beside = None;
         while !level.is_empty() {
@@ -404,11 +430,12 @@ impl Directories {
         Ok(Walk {
             tree,
             missing,
-            beside: read_beside.unwrap_or_else(|| {
-                Err(storage::Error::Internal(
-                    "the read was answered twice".to_owned(),
-                ))
-            }),
+            beside: match read_beside {
+                Some(result) => result,
+                None => Err(storage::Error::Internal(format!(
+                    "storage gave no answer about blob {beside_digest}"
+                ))),
+            },
             found,
         })
     }

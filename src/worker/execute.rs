@@ -121,7 +121,7 @@ impl Executor {
             let (command, tree, pins) = self.fetch(task).await?;
             self.prepare(task, command, tree, pins).await
         };
-        let (command, root) = tokio::select! {
+        let (command, mut root) = tokio::select! {
             ready = set_up => ready?,
             () = cancel.cancelled() => return Err(Fault::Cancelled),
         };
@@ -140,6 +140,9 @@ impl Executor {
         };
         metadata.virtual_execution_duration = Some(proto::proto_duration(start.elapsed()));
         metadata.execution_completed_timestamp = now();
+        if matches!(ended, Ended::Answered(Err(_))) {
+            root.distrust();
+        }
         let ran = self.take_answer(ended, task, metadata, response);
         if !root.vacated().await {
             return Err(Fault::Internal(format!(
@@ -196,9 +199,12 @@ impl Executor {
             };
         if let (Some(command), Some(_)) = (command, &walk.tree) {
             let wanted = walk.files().collect();
-            let pins = self.cache.obtain(&task.instance, wanted).await?;
+            let obtained = self.cache.obtain(&task.instance, wanted).await;
             let tree = walk.tree.ok_or(Fault::Cancelled)?;
-            return Ok((command, tree, pins));
+            return match obtained {
+                Ok(pins) => Ok((command, tree, pins)),
+                Err(fault) => Err(with_path(fault, &tree)),
+            };
         }
         // It will not run, so nothing is fetched; but the client learns of every missing file too.
         let absent = self.cache.absent(walk.files());
@@ -456,6 +462,23 @@ fn report(
     match found.fault {
         Some(fault) => Err(fault),
         None => uploaded,
+    }
+}
+
+/// Says where the first missing file would have been.
+fn with_path(fault: Fault, tree: &Tree) -> Fault {
+    match fault {
+        Fault::Missing { text, digests } => {
+            let path = digests.first().and_then(|digest| tree.path_of(digest));
+            Fault::Missing {
+                text: match path {
+                    Some(path) => format!("{text}, which is {path:?}"),
+                    None => text,
+                },
+                digests,
+            }
+        }
+        other => other,
     }
 }
 

@@ -12,6 +12,7 @@
 //!    `tmp` and `server_logs`.
 //! 2. A gate is used again only after all that an action left was deleted, while its lock was
 //!    held: the runner holds that lock (flock(2)) for as long as a process of the action lives.
+//!    It then has another name, so that a call that arrives late at the runner finds nothing.
 //! 3. Gates are made and cleaned in the background, not while an action waits. How many wait for
 //!    cleaning is bounded; beyond that, actions wait.
 //! 4. Input files are hard links to the cache: the worker's, read-only. Only directories can be
@@ -92,6 +93,7 @@ pub struct InputRoot {
     gate: Option<Gate>,
     /// Of files, directories and symbolic links.
     pub entries: u64,
+    trusted: bool,
 }
 
 /// Why there is no input root.
@@ -152,6 +154,7 @@ impl Roots {
             shared: self.shared.clone(),
             gate: Some(gate),
             entries: 0,
+            trusted: true,
         })
     }
 
@@ -204,6 +207,12 @@ impl InputRoot {
             .as_fd()
     }
 
+    /// A runner that failed may have let go of its lock while processes of the action live: no
+    /// other action gets this directory.
+    pub fn distrust(&mut self) {
+        self.trusted = false;
+    }
+
     /// Waits until the runner says, by letting go of its lock, that no process of the action is
     /// left. `false` when that takes longer than `LOCK_TIMEOUT`.
     pub async fn vacated(&self) -> bool {
@@ -227,7 +236,8 @@ impl Drop for InputRoot {
         if let Some(gate) = self.gate.take() {
             self.shared.pool.lock().dirty += 1;
             let shared = self.shared.clone();
-            let clean = move || shared.clean(gate);
+            let trusted = self.trusted;
+            let clean = move || shared.clean(gate, trusted);
             match tokio::runtime::Handle::try_current() {
                 Ok(runtime) => drop(runtime.spawn_blocking(clean)),
                 Err(_) => clean(),
@@ -271,8 +281,12 @@ impl Shared {
         self.make_gate()
     }
 
+    fn next_name(&self) -> String {
+        self.sequence.fetch_add(1, Ordering::Relaxed).to_string()
+    }
+
     fn make_gate(&self) -> io::Result<Gate> {
-        let name = self.sequence.fetch_add(1, Ordering::Relaxed).to_string();
+        let name = self.next_name();
         rustix::fs::mkdirat(&self.directory, &name, Mode::from_raw_mode(0o700))?;
         let gate = listing(&self.directory, &name)?;
         for part in PARTS {
@@ -283,10 +297,14 @@ impl Shared {
     }
 
     /// Makes a used gate as good as new, or puts it away.
-    fn clean(&self, gate: Gate) {
+    fn clean(&self, mut gate: Gate, trusted: bool) {
+        let name = self.next_name();
+        if rustix::fs::renameat(&self.directory, &gate.name, &self.directory, &name).is_ok() {
+            gate.name = name;
+        }
         let mut pause = Duration::from_millis(1);
         let mut waited = Duration::ZERO;
-        while !try_lock(gate.gate.as_fd()) {
+        while rustix::fs::flock(&gate.gate, FlockOperation::NonBlockingLockExclusive).is_err() {
             if waited > LOCK_TIMEOUT {
                 tracing::error!(
                     directory = %self.path.join(&gate.name).display(),
@@ -311,10 +329,11 @@ impl Shared {
                 false
             }
         };
+        let _ = rustix::fs::flock(&gate.gate, FlockOperation::Unlock);
         let discarded = {
             let mut pool = self.pool.lock();
             pool.dirty -= 1;
-            match reusable && pool.spare.len() <= self.slots {
+            match trusted && reusable && pool.spare.len() <= self.slots {
                 true => {
                     pool.spare.push(gate);
                     None

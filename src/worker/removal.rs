@@ -200,7 +200,7 @@ mod tests {
         rustix::fs::mknodat(rustix::fs::CWD, root.join("fifo"), FileType::Fifo, mode, 0).unwrap();
         fs::create_dir_all(root.join("closed/inner")).unwrap();
         fs::write(root.join("closed/inner/file"), "").unwrap();
-        fs::set_permissions(root.join("closed"), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(root.join("closed"), fs::Permissions::from_mode(0o000)).unwrap();
         let strange = std::os::unix::ffi::OsStrExt::from_bytes(b"\xff\n \x01");
         fs::write(root.join::<&std::ffi::OsStr>(strange), "").unwrap();
         // Deeper than any path can name, and than files can be open.

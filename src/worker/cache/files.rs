@@ -4,11 +4,13 @@
 //!                           (executable or not), and …+x.1, …+x.2 when a file has so many links
 //!                           that it takes a second inode
 //!     DIRECTORY/incoming/   what is being written; emptied at start
+//!     DIRECTORY/boot_id     of the host when a worker last started (random(4))
 //!
 //! 1. A name in a shard appears by one rename or link, after content, owner, mode and mtime are
 //!    final and the content is verified. So what a killed worker leaves in shards is whole.
-//! 2. File systems lengthen a file only when its data are written (ext4 with data=ordered, xfs,
-//!    btrfs), so after a crash of the host a file that lost its content has the wrong size.
+//! 2. After a crash of the host a file may have lost content that was not yet written back. Most
+//!    show it by their size; what was used in the last `WRITE_BACK` before the host's last start is
+//!    removed whatever its size.
 //! 3. Files belong to the worker, are 0444 or 0555, and have the mtime 2000-01-01T00:00:00Z, as
 //!    Buildbarn's. Nobody has them open for writing.
 //! 4. Every link and unlink sets the ctime, so that it tells at the next start when a file was used.
@@ -33,6 +35,10 @@ const SHARDS: usize = 256;
 
 /// 2000-01-01T00:00:00Z
 const MTIME: i64 = 946_684_800;
+
+/// Seconds after which the kernel has written a change to the disk; by default after 35
+/// (vm.dirty_expire_centisecs, vm.dirty_writeback_centisecs).
+const WRITE_BACK: i64 = 120;
 
 /// What a cached file is: the same content may be there as an executable too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -221,6 +227,16 @@ impl Files {
             }
         }
         found.sort_unstable_by_key(|found| found.last_used);
+        let boot_id = std::fs::read("/proc/sys/kernel/random/boot_id")?;
+        let known = self.path.join("boot_id");
+        if !std::fs::read(&known).is_ok_and(|before| before == boot_id) {
+            let newest = found.last().map_or(0, |found| found.last_used.0);
+            let old = found.partition_point(|found| found.last_used.0 < newest - WRITE_BACK);
+            for doubtful in found.drain(old..) {
+                self.remove(&doubtful.key, doubtful.copies)?;
+            }
+            std::fs::write(&known, boot_id)?;
+        }
         Ok(found)
     }
 

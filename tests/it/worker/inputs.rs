@@ -121,6 +121,12 @@ async fn all_that_is_missing_is_told_at_once() {
     let mut told = missing(&response);
     told.sort();
     assert_eq!(told, expected);
+    let paths = ["\"sub/x\"", "\"y\"", "\"z\""];
+    assert!(
+        paths.iter().any(|path| text(&response).ends_with(path)),
+        "{}",
+        text(&response)
+    );
 
     // With a directory and the command missing too.
     root.directories
@@ -341,7 +347,7 @@ async fn files_that_vanish_from_the_disk_are_fetched_again() {
     let files = [("a", "one"), ("b", "two")];
     farm.shell("true", &files, &[]).await;
     let mut removed = 0;
-    for entry in walkdir::WalkDir::new(farm.directory.path().join("cache")) {
+    for entry in walkdir::WalkDir::new(farm.directory.path().join("cache")).min_depth(2) {
         let entry = entry.unwrap();
         if entry.file_type().is_file() {
             fs::remove_file(entry.path()).unwrap();
@@ -405,7 +411,7 @@ async fn what_a_restart_cannot_trust_it_removes() {
     let files = [("a", "one"), ("b", "two"), ("c", "three"), ("d", "four")];
     farm.shell("true", &files, &[]).await;
     let mut found = Vec::new();
-    for entry in walkdir::WalkDir::new(farm.directory.path().join("cache")) {
+    for entry in walkdir::WalkDir::new(farm.directory.path().join("cache")).min_depth(2) {
         let entry = entry.unwrap();
         if entry.file_type().is_file() {
             found.push(entry.into_path());
@@ -422,6 +428,23 @@ async fn what_a_restart_cannot_trust_it_removes() {
         farm.read(&response.result.unwrap().stdout_digest).await,
         b"onetwothreefour"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_crash_of_the_host_what_was_used_last_is_fetched_again() {
+    let mut farm = Farm::start().await;
+    let files = [("a", "one"), ("b", "two")];
+    farm.shell("true", &files, &[]).await;
+    fs::write(farm.directory.path().join("cache/boot_id"), "another").unwrap();
+    farm.restart(Settings::default()).await;
+    assert_eq!(farm.cache.usage(), (0, 0));
+    let response = farm.shell("cat a b", &files, &[]).await;
+    assert_eq!(
+        farm.read(&response.result.unwrap().stdout_digest).await,
+        b"onetwo"
+    );
+    farm.restart(Settings::default()).await;
+    assert_eq!(farm.cache.usage().0, 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -478,7 +501,7 @@ async fn an_action_of_another_user_cannot_change_a_cached_file() {
     let out = farm.read(&response.result.unwrap().stdout_digest).await;
     assert_eq!(String::from_utf8(out).unwrap(), "good0 444\n");
     // What the other user made belongs to the worker now.
-    for entry in walkdir::WalkDir::new(directory.join("cache")) {
+    for entry in walkdir::WalkDir::new(directory.join("cache")).min_depth(2) {
         let entry = entry.unwrap();
         if entry.file_type().is_file() {
             let metadata = entry.metadata().unwrap();

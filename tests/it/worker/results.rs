@@ -3,6 +3,8 @@
 use std::time::{Duration, Instant};
 
 use bb_remote_execution::{
+    config::{Endpoint, worker},
+    daemon::Failure,
     proto::{cas::HistoricalExecuteResponse, reapi, rpc::Code},
     worker::execute::Stage,
 };
@@ -235,4 +237,43 @@ async fn logs_of_the_server_are_told_by_their_paths() {
     let logs = response.server_logs;
     assert_eq!(logs.keys().collect::<Vec<_>>(), ["a/b", "c"]);
     assert_eq!(farm.read(&logs["a/b"].digest).await, b"one\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_names_each_key_that_must_be_changed() {
+    let directory = tempfile::tempdir().unwrap();
+    let other_file_system = tempfile::tempdir_in("/dev/shm").unwrap();
+    let nobody = |name: &str| Endpoint::Unix(directory.path().join(name));
+    let mut config = worker::Config {
+        build_directory: other_file_system.path().join("build"),
+        ..Default::default()
+    };
+    config.cache.directory = directory.path().join("cache");
+    config.scheduler.endpoint = nobody("scheduler.sock");
+    config.storage.cas = nobody("storage.sock");
+    config.runners[0].endpoint = nobody("runner.sock");
+    let failures = bb_remote_execution::worker::probe(&config).await;
+    let mut keys: Vec<&str> = failures
+        .iter()
+        .map(|failure| match failure {
+            Failure::Configuration { key, .. } => *key,
+            other => panic!("{other}"),
+        })
+        .collect();
+    keys.sort_unstable();
+    assert_eq!(
+        keys,
+        [
+            "build_directory",
+            "runners.endpoint",
+            "scheduler.endpoint",
+            "storage.cas"
+        ]
+    );
+    // It changes nothing.
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    assert_eq!(
+        std::fs::read_dir(other_file_system.path()).unwrap().count(),
+        0
+    );
 }
