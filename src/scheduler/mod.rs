@@ -11,7 +11,7 @@ mod service;
 mod shared;
 
 use crate::{
-    config::scheduler::Config,
+    config::{ListenAddress, scheduler::Config},
     daemon::{self, Failure, Life, Program},
     proto::{
         self, reapi::execution_server::ExecutionServer,
@@ -39,7 +39,14 @@ pub async fn probe(config: &Config) -> Vec<Failure> {
         ("clients", "clients.listen", &config.clients.listen),
         ("workers", "workers.listen", &config.workers.listen),
     ] {
+        let fresh = matches!(address, ListenAddress::Unix(path) if !path.exists());
         failures.extend(daemon::listen(name, key, address, None).err());
+        if let ListenAddress::Unix(path) = address
+            && fresh
+        {
+            // A socket of root's would keep the daemon from making its own.
+            let _ = std::fs::remove_file(path);
+        }
     }
     failures.extend(Storage::probe(&config.storage).await);
     failures
@@ -85,6 +92,10 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     let client_routes =
         client_routes.add_service(storage::service::capabilities(true, largest_blob));
     let worker_routes = observable(&[name_of(&operations)], &stopping)?.add_service(operations);
+    life.vital("the queue", {
+        let queue = queue.clone();
+        move || queue.touch()
+    });
     life.ready(&status);
     tokio::select! {
         () = queue.keep_time() => Ok(()),

@@ -7,6 +7,7 @@
 mod harness;
 
 mod actions;
+mod cas;
 mod roots;
 
 fn main() {
@@ -21,6 +22,7 @@ fn main() {
     let mut known = false;
     for (benchmark, run) in [
         ("actions", actions::run as fn(&[String])),
+        ("cas", cas::run),
         ("roots", roots::run),
     ] {
         if name == "all" || name == benchmark {
@@ -29,7 +31,7 @@ fn main() {
         }
     }
     if !known {
-        eprintln!("no benchmark {name:?}; there are: actions, roots");
+        eprintln!("no benchmark {name:?}; there are: actions, cas, roots");
         std::process::exit(2);
     }
 }

@@ -1306,7 +1306,7 @@ fn a_farm_keeps_its_promises_whatever_the_network_does() {
         println!("seed {seed}: {:?}", World::new(seed, start).run());
         return;
     }
-    let seeds = number("BB_SIMULATION_SEEDS").unwrap_or(2_000);
+    let seeds = number("BB_SIMULATION_SEEDS").unwrap_or(10_000);
     let next = AtomicU64::new(0);
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let (mut steps, mut seen) = (0, BTreeMap::<&str, u64>::new());

@@ -16,9 +16,12 @@ use bb_remote_execution::{
 use tokio_util::sync::CancellationToken;
 use tonic::{service::Routes, transport::Channel};
 
+mod actions;
+mod bytestream;
+mod cas;
 mod client;
 mod disk;
-mod rpc;
+mod peers;
 
 /// A store that is served on a socket of its own.
 pub struct Server {
@@ -30,8 +33,7 @@ pub struct Server {
 
 impl Server {
     pub async fn start(directory: &Path, maximum_size: u64) -> Self {
-        let anywhere = ([127, 0, 0, 1], 0).into();
-        Self::start_at(directory, maximum_size, anywhere).await
+        Self::start_at(directory, maximum_size, ANYWHERE).await
     }
 
     pub async fn start_at(directory: &Path, maximum_size: u64, address: SocketAddr) -> Self {
@@ -79,6 +81,79 @@ impl Server {
         }
     }
 }
+
+/// The variable that makes a test binary a server: DIRECTORY,ADDRESS,MAXIMUM_SIZE.
+const SERVE: &str = "BB_TEST_SERVE_STORAGE";
+
+/// No test of its own: what `Child` starts.
+#[test]
+fn serves_a_store_when_asked_to() {
+    let Ok(asked) = std::env::var(SERVE) else {
+        return;
+    };
+    let parts: Vec<&str> = asked.split(',').collect();
+    let (directory, address) = (Path::new(parts[0]), parts[1].parse().unwrap());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let server = Server::start_at(directory, parts[2].parse().unwrap(), address).await;
+        std::fs::write(directory.join("address.new"), server.address.to_string()).unwrap();
+        std::fs::rename(directory.join("address.new"), directory.join("address")).unwrap();
+        std::future::pending::<()>().await;
+    });
+}
+
+/// A store in a process that can be killed.
+pub struct Child {
+    process: std::process::Child,
+    pub address: SocketAddr,
+}
+
+impl Child {
+    pub fn start(directory: &Path, address: SocketAddr, maximum_size: u64) -> Self {
+        let _ = std::fs::remove_file(directory.join("address"));
+        let mut process = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "storage::serves_a_store_when_asked_to"])
+            .env(
+                SERVE,
+                format!("{},{address},{maximum_size}", directory.display()),
+            )
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        loop {
+            if let Ok(text) = std::fs::read_to_string(directory.join("address")) {
+                let address = text.parse().unwrap();
+                return Child { process, address };
+            }
+            assert!(process.try_wait().unwrap().is_none(), "the server is gone");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub fn endpoint(&self) -> Endpoint {
+        Endpoint::Tcp(self.address.to_string())
+    }
+
+    /// Bytes of its memory that no file backs.
+    pub fn anonymous_memory(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.process.id());
+        let status = std::fs::read_to_string(path).unwrap();
+        let line = status.lines().find(|line| line.starts_with("RssAnon:"));
+        let kib = line.unwrap().split_whitespace().nth(1).unwrap();
+        kib.parse::<u64>().unwrap() << 10
+    }
+}
+
+/// kill -9.
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+pub const ANYWHERE: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
 pub const GIB: u64 = 1 << 30;
 

@@ -82,7 +82,9 @@ pub struct Segment {
     table: File,
     contents: Mmap,
     slots: Mmap,
-    /// Bytes of contents that the index points to.
+    /// Slots that the table's file has.
+    slot_count: AtomicU32,
+    /// Bytes of contents and slots that the index points to.
     live: AtomicU64,
     /// Bytes on disk, both files.
     disk: AtomicU64,
@@ -141,6 +143,11 @@ pub fn footprint(capacity: u64) -> u64 {
     capacity + slots_for(capacity) * SLOT as u64
 }
 
+/// Bytes that a content of this size takes, with its slot.
+pub fn weight(size: u64) -> u64 {
+    size + SLOT as u64
+}
+
 fn slots_for(capacity: u64) -> u64 {
     capacity.div_ceil(AVERAGE).max(64)
 }
@@ -195,6 +202,7 @@ impl Segment {
         // are never cut below what a slot describes; only such bytes, and slots, are read.
         let (contents, slots) = unsafe { (Mmap::map(&data)?, Mmap::map(&table)?) };
         let disk = AtomicU64::new((contents.len() + slots.len()) as u64);
+        let slot_count = AtomicU32::new((slots.len() / SLOT) as u32);
         Ok(Segment {
             number,
             data_path: data_path.to_owned(),
@@ -203,6 +211,7 @@ impl Segment {
             table,
             contents,
             slots,
+            slot_count,
             live: AtomicU64::new(0),
             disk,
             writers: AtomicU32::new(0),
@@ -214,7 +223,7 @@ impl Segment {
     }
 
     pub fn slot_count(&self) -> u32 {
-        (self.slots.len() / SLOT) as u32
+        self.slot_count.load(Ordering::Acquire)
     }
 
     pub fn live(&self) -> u64 {
@@ -225,12 +234,17 @@ impl Segment {
         self.disk.load(Ordering::Relaxed)
     }
 
-    pub fn add_live(&self, bytes: u64) {
-        self.live.fetch_add(bytes, Ordering::Relaxed);
+    /// Bytes that moving to another segment would gain.
+    pub fn dead(&self) -> u64 {
+        self.disk().saturating_sub(self.live())
     }
 
-    pub fn remove_live(&self, bytes: u64) {
-        self.live.fetch_sub(bytes, Ordering::Relaxed);
+    pub fn add_live(&self, size: u64) {
+        self.live.fetch_add(weight(size), Ordering::Relaxed);
+    }
+
+    pub fn remove_live(&self, size: u64) {
+        self.live.fetch_sub(weight(size), Ordering::Relaxed);
     }
 
     pub fn begin_writing(&self) {
@@ -246,9 +260,15 @@ impl Segment {
     }
 
     pub fn record(&self, slot: u32) -> Option<Record> {
+        Record::from_bytes(self.slot(slot)?)
+    }
+
+    fn slot(&self, slot: u32) -> Option<&[u8; SLOT]> {
+        if slot >= self.slot_count() {
+            return None;
+        }
         let at = slot as usize * SLOT;
-        let bytes = self.slots.get(at..at + SLOT)?;
-        Record::from_bytes(bytes.first_chunk()?)
+        self.slots.get(at..at + SLOT)?.first_chunk()
     }
 
     /// All records, by slot, and where the next one goes.
@@ -256,15 +276,14 @@ impl Segment {
         let mut records = Vec::new();
         let mut end = End { offset: 0, slot: 0 };
         for slot in 0..self.slot_count() {
-            let at = slot as usize * SLOT;
-            let Some(bytes) = self.slots.get(at..at + SLOT) else {
+            let Some(bytes) = self.slot(slot) else {
                 break;
             };
             if bytes.iter().all(|byte| *byte == 0) {
                 continue;
             }
             end.slot = slot + 1;
-            if let Some(record) = self.record(slot)
+            if let Some(record) = Record::from_bytes(bytes)
                 && u64::from(record.offset) + record.size <= self.capacity()
             {
                 end.offset = end.offset.max(u64::from(record.offset) + record.size);
@@ -330,11 +349,13 @@ impl Segment {
 
     /// Gives back the space beyond `end`. Nobody may append any more. Returns the bytes freed.
     pub fn seal(&self, end: End) -> io::Result<u64> {
-        // A mapping beyond its file's end must not be touched; no slot describes anything there.
+        // A mapping beyond its file's end must not be touched; no slot describes contents there, and
+        // nobody looks for a slot beyond the count.
+        self.slot_count.store(end.slot, Ordering::Release);
+        let table = u64::from(end.slot) * SLOT as u64;
+        self.table.set_len(table)?;
         self.data.set_len(end.offset)?;
-        let before = self
-            .disk
-            .swap(end.offset + self.slots.len() as u64, Ordering::Relaxed);
+        let before = self.disk.swap(end.offset + table, Ordering::Relaxed);
         Ok(before.saturating_sub(self.disk()))
     }
 

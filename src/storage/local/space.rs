@@ -168,22 +168,28 @@ impl Space {
     /// Counts bytes as used, after making room for them if need be.
     fn take(&self, bytes: u64) -> Result<(), Error> {
         let limit = self.limit();
-        let used = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if used > limit {
-            self.make_room();
-            if self.used() > limit {
-                self.give_back(bytes);
-                return Err(Error::Full(format!(
-                    "the store in {} is full of uploads under way; try again later, or raise storage.embedded.maximum_size, which is {}",
-                    self.directory.display(),
-                    Size(self.maximum_size),
-                )));
+        // Others may take what was made room for.
+        for attempt in 0..10 {
+            let used = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            if used > limit / 32 * 31 && used <= limit {
+                self.wake.state.lock().room_is_short = true;
+                self.wake.changed.notify_all();
             }
-        } else if used > limit / 32 * 31 {
-            self.wake.state.lock().room_is_short = true;
-            self.wake.changed.notify_all();
+            if used <= limit {
+                return Ok(());
+            }
+            self.make_room();
+            if self.used() <= limit {
+                return Ok(());
+            }
+            self.give_back(bytes);
+            std::thread::sleep(Duration::from_millis(attempt));
         }
-        Ok(())
+        Err(Error::Full(format!(
+            "the store in {} is full of uploads under way; try again later, or raise storage.embedded.maximum_size, which is {}",
+            self.directory.display(),
+            Size(self.maximum_size),
+        )))
     }
 
     fn give_back(&self, bytes: u64) {
@@ -461,19 +467,14 @@ impl Space {
 
     /// Removes entries until what remains could be packed into `target` bytes.
     fn evict(&self, target: u64) {
-        let (on_disk, live) = self
-            .segments
-            .read()
-            .values()
-            .fold((0, 0), |(disk, live), segment| {
-                (disk + segment.disk(), live + segment.live())
-            });
-        let dead = u64::saturating_sub(on_disk, live);
+        let segments = self.segments.read();
+        let dead: u64 = segments.values().map(|segment| segment.dead()).sum();
+        drop(segments);
         let packed = self.used().saturating_sub(dead);
         let evicted = self
             .index
             .evict(packed.saturating_sub(target), |found| match found.place {
-                Place::Segment { .. } => found.size + segment::SLOT as u64,
+                Place::Segment { .. } => segment::weight(found.size),
                 Place::File => file::footprint(found.size),
             });
         for found in &evicted {
@@ -494,13 +495,12 @@ impl Space {
             .read()
             .values()
             .filter(|segment| Some(segment.number) != head && !segment.is_being_written())
-            .max_by_key(|segment| segment.disk().saturating_sub(segment.live()))
+            .max_by_key(|segment| segment.dead())
             .cloned();
         let Some(victim) = victim else {
             return false;
         };
-        let dead = victim.disk().saturating_sub(victim.live());
-        if dead < victim.disk() / 16 {
+        if victim.dead() <= victim.disk() / 16 {
             return false;
         }
         if let Err(error) = self.empty_segment(&victim) {

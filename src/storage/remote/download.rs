@@ -88,8 +88,8 @@ impl Client {
         for pilot in large {
             flights.push(futures::future::Either::Right(async move {
                 let digest = *pilot.digest();
-                // Grown as bytes arrive: a digest's size is a claim.
-                let sink = Sink::Memory(BytesMut::new());
+                // Whoever asks has said that he can bear as much.
+                let sink = Sink::Memory(BytesMut::with_capacity(digest.size() as usize));
                 pilot.land(match self.stream(instance, &digest, sink).await {
                     Ok(Sink::Memory(content)) => Ok(content.freeze()),
                     Ok(Sink::File(_)) => Ok(Bytes::new()),
@@ -287,23 +287,19 @@ impl Client {
     }
 }
 
-async fn absorb(sink: Sink, mut hasher: Hasher, data: Bytes) -> Result<(Sink, Hasher), Error> {
-    match sink {
-        Sink::Memory(mut content) => {
-            hasher.update(&data);
-            content.extend_from_slice(&data);
-            Ok((Sink::Memory(content), hasher))
+/// Takes a piece of a large blob, away from the threads that talk to peers.
+async fn absorb(mut sink: Sink, mut hasher: Hasher, data: Bytes) -> Result<(Sink, Hasher), Error> {
+    blocking(move || {
+        match &mut sink {
+            Sink::Memory(content) => content.extend_from_slice(&data),
+            Sink::File(file) => file
+                .write_all_at(&data, hasher.size())
+                .map_err(write_error)?,
         }
-        Sink::File(file) => {
-            blocking(move || {
-                file.write_all_at(&data, hasher.size())
-                    .map_err(write_error)?;
-                hasher.update(&data);
-                Ok((Sink::File(file), hasher))
-            })
-            .await?
-        }
-    }
+        hasher.update(&data);
+        Ok((sink, hasher))
+    })
+    .await?
 }
 
 fn write_error(error: std::io::Error) -> Error {

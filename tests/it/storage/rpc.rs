@@ -1,1 +1,0 @@
-//! Each call, its good and bad inputs.
