@@ -72,6 +72,11 @@ static PASSED: LazyLock<Mutex<BTreeMap<String, OwnedFd>>> = LazyLock::new(|| {
     Mutex::new(sockets)
 });
 
+/// Whether systemd passes sockets to this daemon (sd_listen_fds(3)).
+pub(super) fn any_passed() -> bool {
+    std::env::var_os("LISTEN_FDS").is_some()
+}
+
 /// The socket that systemd passed under this name, else a socket of our own.
 ///
 /// `key` is the configuration key that gave the address, for errors.

@@ -32,6 +32,10 @@ pub use listen::{Listener, Peer, SocketPermissions, listen, serve};
 
 const EX_CONFIG: u8 = 78;
 
+/// Calls that wait in a socket of systemd's make it start a daemon again at once. Five starts in ten
+/// seconds are too many for it, and it gives up for good (systemd.unit(5), StartLimitBurst=).
+const BEFORE_A_RESTART: Duration = Duration::from_secs(3);
+
 /// What `--help` and `--version` say, and where the configuration is.
 pub struct Program {
     pub name: &'static str,
@@ -135,7 +139,12 @@ pub fn main<C: DeserializeOwned + Check + PartialEq + 'static>(
             tracing::error!("{}", explain(&failure, &path));
             match failure {
                 Failure::Configuration { .. } => ExitCode::from(EX_CONFIG),
-                Failure::Environment { .. } => ExitCode::FAILURE,
+                Failure::Environment { .. } => {
+                    if listen::any_passed() {
+                        std::thread::sleep(BEFORE_A_RESTART);
+                    }
+                    ExitCode::FAILURE
+                }
             }
         }
     }

@@ -84,10 +84,11 @@ cage() {
 # enter_cage: first thing in a caged script. Scratch space is in $scratch.
 enter_cage() {
   scratch=/run/bb-package
-  mkdir -p /run/systemd/nspawn "$scratch"
+  mkdir -p /run/systemd/nspawn /run/netns "$scratch"
   # systemd-nspawn refuses to lock in a directory that is on a disk.
   mount -t tmpfs tmpfs /run/systemd/nspawn
   mount -t tmpfs tmpfs "$scratch"
+  mount -t tmpfs tmpfs /run/netns
   declare -gA leader
 }
 
