@@ -648,6 +648,7 @@ async fn tools_find_the_devices_and_files_that_they_expect() {
         let cache = config.build_directory.parent().unwrap().join("cache");
         fs::create_dir(&cache).unwrap();
         fs::set_permissions(&cache, fs::Permissions::from_mode(0o777)).unwrap();
+        config.writable_directories = vec![cache];
     })
     .await;
     let ended = farm
@@ -658,6 +659,10 @@ async fn tools_find_the_devices_and_files_that_they_expect() {
         .await;
     assert_eq!(ended.stdout, "3\n3\nhi\non a terminal\n", "{ended:?}");
     assert_eq!(ended.code, 0);
+    // What the administrator lets them share.
+    let cache = farm.directory.path().join("cache");
+    farm.sh(&format!("echo kept > {}/x", cache.display())).await;
+    assert_eq!(fs::read_to_string(cache.join("x")).unwrap(), "kept\n");
     farm.stop().await;
 }
 
@@ -827,7 +832,129 @@ async fn stopping_lets_commands_finish_for_a_while_and_then_kills_them() {
     let started = slot.path.join("root/started");
     until("the action has started", || started.exists()).await;
     farm.stop().await;
-    call.await.unwrap().unwrap_err();
+    let status = call.await.unwrap().unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+}
+
+/// A directory with a configuration for the program, and the first user of it.
+fn program_directory() -> (TempDir, u32) {
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::create_dir(directory.path().join("build")).unwrap();
+    let first = fresh_users();
+    let path = directory.path().display();
+    let text = format!(
+        "listen = \"unix:{path}/runner.sock\"\nbuild_directory = \"{path}/build\"\n\
+         allowed_users = []\nusers = {{ first = {first}, count = 8 }}\n"
+    );
+    fs::write(directory.path().join("bb_runner.toml"), text).unwrap();
+    (directory, first)
+}
+
+/// The program's command line, after that of a program which starts it.
+fn program(prefix: &[&str], directory: &Path) -> std::process::Command {
+    let program = env!("CARGO_BIN_EXE_bb_runner");
+    let mut words = prefix.iter().chain([&program]);
+    let mut command = std::process::Command::new(words.next().unwrap());
+    command
+        .args(words)
+        .arg("--config")
+        .arg(directory.join("bb_runner.toml"));
+    command
+}
+
+/// The program at work; killed on drop.
+struct Daemon(std::process::Child);
+
+impl Daemon {
+    fn start(prefix: &[&str], directory: &Path) -> Self {
+        Daemon(program(prefix, directory).spawn().unwrap())
+    }
+
+    fn terminate(mut self) {
+        // SAFETY: the number is that of a child that was not waited for.
+        unsafe { libc::kill(self.0.id() as i32, libc::SIGTERM) };
+        assert!(self.0.wait().unwrap().success());
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_namespaces_and_control_groups_still_nothing_survives() {
+    if !is_root() {
+        return;
+    }
+    let (directory, first) = program_directory();
+    // As in a container: neither is to be had.
+    let prefix = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        "mount -t tmpfs none /sys/fs/cgroup && \
+         exec setpriv --bounding-set=-sys_admin,-sys_chroot \"$@\"",
+        "sh",
+    ];
+    let daemon = Daemon::start(&prefix, directory.path());
+    let mut client = connect(directory.path()).await;
+    let build = directory.path().join("build");
+    let mark = format!("bb-mark-{first}");
+    let script = format!(
+        "for d in /tmp /var/tmp /dev/shm; do mkdir -m 700 $d/{mark}; echo $d > $d/{mark}/x; \
+         cat $d/{mark}/x; done; ipcmk -M 4096 >/dev/null; ipcmk -S 1 >/dev/null; \
+         ipcmk -Q >/dev/null; for i in 1 2 3 4 5; do \
+         (setsid sh -c 'trap \"\" TERM; while :; do (sleep 0.01) ; done' &); done; sleep 0.1; id -u"
+    );
+    let slot = Slot::make(&build, 0, first + WORKER);
+    let response = client.run(slot.request(&["/bin/sh", "-c", &script])).await;
+    let ended = Ended::new(&response.unwrap().into_inner(), &slot);
+    let user = ended
+        .stdout
+        .strip_prefix("/tmp\n/var/tmp\n/dev/shm\n")
+        .unwrap_or_else(|| panic!("{ended:?}"))
+        .trim();
+    assert_eq!(processes(first..first + 8), []);
+    assert_eq!(groups(first), Vec::<PathBuf>::new());
+    for place in ["/tmp", "/var/tmp", "/dev/shm"] {
+        assert!(!Path::new(place).join(&mark).exists(), "{place}");
+    }
+    for kind in ["shm", "sem", "msg"] {
+        let objects = fs::read_to_string(format!("/proc/sysvipc/{kind}")).unwrap();
+        assert!(!objects.contains(user), "{objects}");
+    }
+    daemon.terminate();
+}
+
+#[test]
+fn without_privileges_the_program_says_what_to_do() {
+    if !is_root() {
+        return;
+    }
+    let (directory, _) = program_directory();
+    // It may lie where other users cannot reach it.
+    let copy = directory.path().join("bb_runner");
+    fs::copy(env!("CARGO_BIN_EXE_bb_runner"), &copy).unwrap();
+    for flag in [None, Some("--check")] {
+        let output = std::process::Command::new("setpriv")
+            .args(["--reuid=65534", "--clear-groups"])
+            .arg(&copy)
+            .arg("--config")
+            .arg(directory.path().join("bb_runner.toml"))
+            .args(flag)
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(78), "{said}");
+        assert!(said.contains("run bb_runner as root"), "{said}");
+    }
+    let output = program(&[], directory.path()).arg("--check").output();
+    assert!(output.unwrap().status.success());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -835,29 +962,9 @@ async fn a_runner_that_was_killed_leaves_nothing_after_the_next_start() {
     if !is_root() {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
-    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    let first = fresh_users();
+    let (directory, first) = program_directory();
     let build = directory.path().join("build");
-    fs::create_dir(&build).unwrap();
-    let file = directory.path().join("bb_runner.toml");
-    fs::write(
-        &file,
-        format!(
-            "listen = \"unix:{0}/runner.sock\"\nbuild_directory = \"{0}/build\"\n\
-             allowed_users = []\nusers = {{ first = {first}, count = 8 }}\n",
-            directory.path().display()
-        ),
-    )
-    .unwrap();
-    let start = || {
-        std::process::Command::new(env!("CARGO_BIN_EXE_bb_runner"))
-            .arg("--config")
-            .arg(&file)
-            .spawn()
-            .unwrap()
-    };
-    let mut daemon = start();
+    let daemon = Daemon::start(&[], directory.path());
     let mut client = connect(directory.path()).await;
     let slot = Slot::make(&build, 0, first + WORKER);
     let script = "setsid sleep 1000 & setsid sleep 1000 & touch started; sleep 1000";
@@ -865,19 +972,16 @@ async fn a_runner_that_was_killed_leaves_nothing_after_the_next_start() {
     let call = tokio::spawn(async move { client.run(request).await });
     let started = slot.path.join("root/started");
     until("the action has started", || started.exists()).await;
-    daemon.kill().unwrap();
-    daemon.wait().unwrap();
+    drop(daemon);
     call.await.unwrap().unwrap_err();
 
-    let mut daemon = start();
+    let daemon = Daemon::start(&[], directory.path());
     let mut client = connect(directory.path()).await;
     assert_eq!(processes(first..first + 8), []);
     assert_eq!(slot.path.metadata().unwrap().mode() & 0o777, 0o700);
     let slot = Slot::make(&build, 1, first + WORKER);
     client.run(slot.request(&["/bin/true"])).await.unwrap();
-    // SAFETY: the number is that of a child that was not waited for.
-    unsafe { libc::kill(daemon.id() as i32, libc::SIGTERM) };
-    assert!(daemon.wait().unwrap().success());
+    daemon.terminate();
     assert_eq!(groups(first), Vec::<PathBuf>::new());
 }
 
