@@ -80,6 +80,15 @@ impl InstanceName {
         }
     }
 
+    /// This name without its last component.
+    pub fn parent(&self) -> Option<InstanceName> {
+        match self.0.rsplit_once('/') {
+            Some((parent, _)) => Some(InstanceName(parent.into())),
+            None if self.is_empty() => None,
+            None => Some(Self::empty()),
+        }
+    }
+
     pub fn join(&self, suffix: &InstanceName) -> InstanceName {
         match (self.is_empty(), suffix.is_empty()) {
             (true, _) => suffix.clone(),
@@ -109,6 +118,9 @@ mod tests {
         assert_eq!(name("a/b").strip_prefix(&name("a/b")), Some(name("")));
         assert_eq!(name("a/b").strip_prefix(&name("")), Some(name("a/b")));
         assert_eq!(name("ab").strip_prefix(&name("a")), None);
+        assert_eq!(name("a/b/c").parent(), Some(name("a/b")));
+        assert_eq!(name("a").parent(), Some(name("")));
+        assert_eq!(name("").parent(), None);
         assert_eq!(name("a").join(&name("b")), name("a/b"));
         assert_eq!(name("").join(&name("b")), name("b"));
         assert_eq!(name("a").join(&name("")), name("a"));

@@ -65,6 +65,14 @@ pub enum Error {
 
 /// Reads a configuration and its drop-ins. A missing file is an error unless `optional`.
 pub fn load<T: DeserializeOwned + Check>(path: &Path, optional: bool) -> Result<T, Error> {
+    read(path, optional).map(|(config, _)| config)
+}
+
+/// Likewise, together with the keys that the files give.
+pub fn read<T: DeserializeOwned + Check>(
+    path: &Path,
+    optional: bool,
+) -> Result<(T, toml::Table), Error> {
     let mut merged = toml::Table::new();
     let mut last = path.to_owned();
     for (file, required) in files(path, optional)? {
@@ -79,13 +87,13 @@ pub fn load<T: DeserializeOwned + Check>(path: &Path, optional: bool) -> Result<
         merge(&mut merged, table);
         last = file;
     }
-    let config = T::deserialize(merged).map_err(|error| Error::Key {
+    let config = T::deserialize(merged.clone()).map_err(|error| Error::Key {
         path: last.clone(),
         key: "all files together",
         message: error.to_string(),
     })?;
     match config.check() {
-        Ok(()) => Ok(config),
+        Ok(()) => Ok((config, merged)),
         Err((key, message)) => Err(match locate(path, key) {
             Some((path, line)) => Error::Line {
                 path,

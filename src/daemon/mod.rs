@@ -11,17 +11,23 @@ use std::{
 };
 
 use clap::Parser;
+use sd_notify::NotifyState;
 use serde::de::DeserializeOwned;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio_util::sync::CancellationToken;
 
+use self::{journal::complain, log::Levels, reload::Running};
 use crate::config::{self, Check, Log};
 
 mod connect;
+mod journal;
+mod life;
 mod listen;
 mod log;
+mod reload;
+mod watchdog;
 
 pub use connect::connect;
+pub use life::{Heart, Life};
 pub use listen::{Listener, Peer, SocketPermissions, listen, serve};
 
 const EX_CONFIG: u8 = 78;
@@ -43,41 +49,6 @@ pub enum Failure {
     Environment { message: String },
 }
 
-/// The life of one daemon: told to stop once, says when it is ready.
-#[derive(Clone, Debug, Default)]
-pub struct Life {
-    stopping: CancellationToken,
-}
-
-impl Life {
-    pub fn new() -> Self {
-        Life::default()
-    }
-
-    /// Cancelled when the daemon should finish what it does and leave.
-    pub fn stopping(&self) -> CancellationToken {
-        self.stopping.clone()
-    }
-
-    pub fn stop(&self) {
-        self.stopping.cancel();
-    }
-
-    /// All sockets are open, and requests are answered (sd_notify(3)).
-    pub fn ready(&self, status: &str) {
-        tracing::info!("{status}");
-        let _ = sd_notify::notify(&[
-            sd_notify::NotifyState::Ready,
-            sd_notify::NotifyState::Status(status),
-        ]);
-    }
-
-    /// One line for `systemctl status`.
-    pub fn status(&self, status: &str) {
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(status)]);
-    }
-}
-
 #[derive(Parser)]
 struct Flags {
     /// TOML file; its drop-ins in FILE.d/*.toml are read too
@@ -87,12 +58,17 @@ struct Flags {
     /// Check the configuration, directories, sockets and peers, say what to change, and exit
     #[arg(long)]
     check: bool,
+
+    /// Check the configuration, then tell a running daemon to read it again
+    #[arg(long, value_name = "PID", conflicts_with = "check",
+          value_parser = clap::value_parser!(i32).range(1..))]
+    reload: Option<i32>,
 }
 
 /// A daemon's whole main function.
 ///
 /// `probe` says everything that would keep `run` from working, without changing anything.
-pub fn main<C: DeserializeOwned + Check>(
+pub fn main<C: DeserializeOwned + Check + PartialEq + 'static>(
     program: Program,
     log_of: fn(&C) -> &Log,
     probe: impl AsyncFnOnce(&C) -> Vec<Failure>,
@@ -104,25 +80,31 @@ pub fn main<C: DeserializeOwned + Check>(
         Some(path) => (path, false),
         None => (default, true),
     };
-    let config: C = match config::load(&path, optional) {
-        Ok(config) => config,
+    let (config, table) = match config::read::<C>(&path, optional) {
+        Ok(read) => read,
         Err(error) => {
-            eprintln!("{}: {error}", program.name);
-            eprintln!("All keys are described in {}.toml(5).", program.name);
+            let text = format!(
+                "{error}\nAll keys are described in {}.toml(5).",
+                program.name
+            );
+            complain(program.name, &text);
             return ExitCode::from(EX_CONFIG);
         }
     };
+    if let Some(pid) = flags.reload {
+        return ask_to_reload(&program, pid);
+    }
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("{}: could not start threads: {error}", program.name);
+            complain(program.name, &format!("could not start threads: {error}"));
             return ExitCode::FAILURE;
         }
     };
     if flags.check {
         let failures = runtime.block_on(probe(&config));
         for failure in &failures {
-            eprintln!("{}: {}", program.name, explain(failure, &path));
+            complain(program.name, &explain(failure, &path));
         }
         if failures.is_empty() {
             println!("{}: {} is good", program.name, path.display());
@@ -130,14 +112,19 @@ pub fn main<C: DeserializeOwned + Check>(
         }
         return ExitCode::from(EX_CONFIG);
     }
-    log::start(log_of(&config).level);
+    let levels = log::start(program.name, log_of(&config).level);
     let life = Life::new();
+    watchdog::start(&life, runtime.handle());
+    let running = Running {
+        path: path.clone(),
+        optional,
+        table,
+        log_of,
+    };
     let result = runtime.block_on(async {
-        let signals = tokio::spawn(obey_signals(life.clone()));
-        let watchdog = tokio::spawn(feed_watchdog());
+        let signals = tokio::spawn(obey_signals(life.clone(), running, levels));
         let result = run(config, life).await;
         signals.abort();
-        watchdog.abort();
         result
     });
     // Blocking calls that hang, such as on a dead disk, must not keep the daemon from leaving.
@@ -181,39 +168,80 @@ fn explain(failure: &Failure, path: &Path) -> String {
     }
 }
 
-/// The first SIGTERM or SIGINT asks the daemon to finish; a second one ends it at once.
-async fn obey_signals(life: Life) {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (
+/// What a unit's ExecReload= runs, once the configuration was found good.
+///
+/// systemd hears that a reload goes on before this process ends, so that `systemctl reload` returns
+/// only when the daemon has said that it is done (systemd.service(5), NotifyAccess=exec).
+fn ask_to_reload(program: &Program, pid: i32) -> ExitCode {
+    use nix::{
+        sys::signal::{Signal, kill},
+        unistd::Pid,
+    };
+    let _ = sd_notify::notify(&[NotifyState::Reloading]);
+    match kill(Pid::from_raw(pid), Signal::SIGHUP) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let text = format!("could not signal the daemon, process {pid}: {error}");
+            complain(program.name, &text);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The first SIGTERM or SIGINT asks the daemon to finish; a second one ends it at once. SIGHUP
+/// reads the configuration again.
+async fn obey_signals<C>(life: Life, mut running: Running<C>, levels: Levels)
+where
+    C: DeserializeOwned + Check + PartialEq,
+{
+    let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hang_up)) = (
         signal(SignalKind::terminate()),
         signal(SignalKind::interrupt()),
+        signal(SignalKind::hangup()),
     ) else {
         tracing::error!("could not listen for signals; SIGTERM will end this daemon at once");
         return;
     };
-    let mut next = async || {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+    enum Told {
+        Stop,
+        Reload,
+    }
+    loop {
+        let told = tokio::select! {
+            _ = terminate.recv() => Told::Stop,
+            _ = interrupt.recv() => Told::Stop,
+            _ = hang_up.recv() => Told::Reload,
+        };
+        match told {
+            Told::Reload => reload(&life, &mut running, &levels),
+            Told::Stop if !life.stopping().is_cancelled() => {
+                tracing::info!("stopping");
+                let _ = sd_notify::notify(&[NotifyState::Stopping]);
+                life.stop();
+            }
+            Told::Stop => {
+                tracing::warn!("stopping at once");
+                std::process::exit(1);
+            }
         }
-    };
-    next().await;
-    tracing::info!("stopping");
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    life.stop();
-    next().await;
-    tracing::warn!("stopping at once");
-    std::process::exit(1);
+    }
 }
 
-/// Twice per period, from the runtime that does the work: a runtime that hangs is restarted
-/// (systemd.service(5), WatchdogSec=).
-async fn feed_watchdog() {
-    let Some(period) = sd_notify::watchdog_enabled() else {
+/// Says RELOADING=1 and READY=1 around it (sd_notify(3)).
+fn reload<C>(life: &Life, running: &mut Running<C>, levels: &Levels)
+where
+    C: DeserializeOwned + Check + PartialEq,
+{
+    if let Ok(now) = NotifyState::monotonic_usec_now() {
+        let _ = sd_notify::notify(&[NotifyState::Reloading, now]);
+    }
+    let news = running.reload(levels);
+    // A daemon that is still starting says when it is ready by itself.
+    let Some(mut status) = life.last_status() else {
         return;
     };
-    let mut ticks = tokio::time::interval(period / 2);
-    loop {
-        ticks.tick().await;
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Watchdog]);
+    if !news.is_empty() {
+        status = format!("{status}; {news}");
     }
+    let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
 }

@@ -23,6 +23,7 @@ use crate::{
 mod action;
 mod cgroup;
 mod child;
+mod claim;
 mod command;
 mod gate;
 mod process;
@@ -112,6 +113,18 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         tracing::warn!("{}", unknown_user(name));
     }
     let range = config.users.range();
+    // Before anything is killed.
+    let _claim = claim::Claim::take(&range)
+        .await
+        .map_err(|error| match error {
+            claim::ClaimError::Taken(_) => Failure::Configuration {
+                key: "users.first",
+                message: format!("{error}; give each runner a range of its own"),
+            },
+            claim::ClaimError::Io(_) => Failure::Environment {
+                message: error.to_string(),
+            },
+        })?;
     let listener = daemon::listen(
         "runner",
         "listen",

@@ -1,22 +1,131 @@
-//! Placeholder until its author fills it.
+//! bb_scheduler: queues the actions of clients, and hands them to workers.
+//!
+//! `queue` decides, `shared` lets calls meet in it, `service` speaks the protocols.
+
+use tokio_util::sync::CancellationToken;
+use tonic::{server::NamedService, service::Routes};
+use tonic_health::ServingStatus;
+
+pub mod queue;
+mod service;
+mod shared;
 
 use crate::{
     config::scheduler::Config,
-    daemon::{Failure, Life, Program},
+    daemon::{self, Failure, Life, Program},
+    proto::{
+        self, reapi::execution_server::ExecutionServer,
+        remoteworker::operation_queue_server::OperationQueueServer,
+    },
+    storage::{self, Storage},
 };
+use queue::Settings;
+use shared::SharedQueue;
 
 pub const PROGRAM: Program = Program {
     name: "bb_scheduler",
     about: "Queues build actions of REAPI clients and hands them to workers; with an embedded store by default",
 };
 
+/// A worker's report carries a whole ExecuteResponse.
+const LARGEST_REPORT: usize = 64 << 20;
+/// An ExecuteRequest has a few names and a digest.
+const LARGEST_REQUEST: usize = 1 << 20;
+
 /// What would keep `run` from working.
-pub async fn probe(_config: &Config) -> Vec<Failure> {
-    Vec::new()
+pub async fn probe(config: &Config) -> Vec<Failure> {
+    let mut failures = Vec::new();
+    for (name, key, address) in [
+        ("clients", "clients.listen", &config.clients.listen),
+        ("workers", "workers.listen", &config.workers.listen),
+    ] {
+        failures.extend(daemon::listen(name, key, address, None).err());
+    }
+    failures.extend(Storage::probe(&config.storage).await);
+    failures
 }
 
 /// Runs until told to stop.
-pub async fn run(_config: Config, life: Life) -> Result<(), Failure> {
-    life.stopping().cancelled().await;
-    Ok(())
+pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
+    let place = config.storage.clone();
+    let storage = tokio::task::spawn_blocking(move || Storage::open(&place))
+        .await
+        .map_err(|error| Failure::Environment {
+            message: format!("could not open the store: {error}"),
+        })??;
+    let stopping = life.stopping();
+    let drain = config.shutdown.drain_timeout.get();
+    let queue = SharedQueue::new(Settings::from(&config.scheduling));
+    let clients = daemon::listen("clients", "clients.listen", &config.clients.listen, None)?;
+    let workers = daemon::listen("workers", "workers.listen", &config.workers.listen, None)?;
+    let status = format!(
+        "serving clients on {}, workers on {}",
+        clients.address(),
+        workers.address()
+    );
+    let execution = ExecutionServer::new(service::Clients {
+        queue: queue.clone(),
+        storage: storage.clone(),
+        scheduling: config.scheduling.clone(),
+        stopping: stopping.clone(),
+    })
+    .max_decoding_message_size(LARGEST_REQUEST);
+    let operations = OperationQueueServer::new(service::Workers {
+        queue: queue.clone(),
+        idle_interval: config.scheduling.idle_worker_synchronization_interval.get(),
+        stopping: stopping.clone(),
+    })
+    .max_decoding_message_size(LARGEST_REPORT);
+    let mut client_routes = observable(&[name_of(&execution)], &stopping)?.add_service(execution);
+    let mut largest_blob = 0;
+    if let Storage::Local(store) = &storage {
+        client_routes = storage::service::add_to(client_routes, store);
+        largest_blob = store.maximum_blob_size();
+    }
+    let client_routes =
+        client_routes.add_service(storage::service::capabilities(true, largest_blob));
+    let worker_routes = observable(&[name_of(&operations)], &stopping)?.add_service(operations);
+    life.ready(&status);
+    tokio::select! {
+        () = queue.keep_time() => Ok(()),
+        served = async {
+            tokio::try_join!(
+                daemon::serve(clients, client_routes, stopping.clone(), drain),
+                daemon::serve(workers, worker_routes, stopping.clone(), drain),
+            )
+        } => served.map(|_| ()),
+    }
+}
+
+fn name_of<S: NamedService>(_: &S) -> &'static str {
+    S::NAME
+}
+
+/// Health and reflection, which every server has. From `stopping` on, nothing is healthy.
+fn observable(services: &[&'static str], stopping: &CancellationToken) -> Result<Routes, Failure> {
+    let reflect = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+    };
+    let broken = |error: tonic_reflection::server::Error| Failure::Environment {
+        message: format!("could not describe the services: {error}"),
+    };
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let mut names = vec![""];
+    names.extend(services);
+    let stopping = stopping.clone();
+    tokio::spawn(async move {
+        for name in &names {
+            let serving = ServingStatus::Serving;
+            reporter.set_service_status(name, serving).await;
+        }
+        stopping.cancelled().await;
+        for name in &names {
+            let leaving = ServingStatus::NotServing;
+            reporter.set_service_status(name, leaving).await;
+        }
+    });
+    Ok(Routes::new(health)
+        .add_service(reflect().build_v1().map_err(broken)?)
+        .add_service(reflect().build_v1alpha().map_err(broken)?))
 }

@@ -7,9 +7,17 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::{digest::Digest, instance::InstanceName, proto::reapi::ActionResult};
+use crate::{
+    config::scheduler::{self as config, StoragePlace},
+    daemon::Failure,
+    digest::Digest,
+    instance::InstanceName,
+    proto::reapi::ActionResult,
+};
 
+pub mod local;
 pub mod remote;
+pub mod service;
 
 /// Why storage did not do what it was asked; each variant says who must act.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -47,11 +55,54 @@ pub enum Content {
 /// CAS and AC of a scheduler.
 #[derive(Clone)]
 pub enum Storage {
-    // Local(Arc<local::Store>),
+    Local(Arc<local::Store>),
     Remote(remote::Client),
 }
 
 impl Storage {
+    /// Opens the embedded store, which blocks for up to a few seconds, or prepares to connect.
+    pub fn open(config: &config::Storage) -> Result<Self, Failure> {
+        let embedded = || {
+            let size = config.embedded.maximum_size.0;
+            let store = local::Store::open(&config.embedded.directory, size)?;
+            tracing::info!(
+                directory = %config.embedded.directory.display(),
+                entries = store.count(),
+                bytes = store.used(),
+                "opened the embedded store"
+            );
+            Ok(Storage::Local(Arc::new(store)))
+        };
+        match (&config.cas, &config.action_cache) {
+            (StoragePlace::Endpoint(cas), StoragePlace::Endpoint(action_cache)) => {
+                Ok(Storage::Remote(remote::Client::connect(
+                    cas,
+                    action_cache,
+                    Default::default(),
+                )))
+            }
+            // The configuration's check refuses a mixture.
+            _ => embedded(),
+        }
+    }
+
+    /// What would keep this storage from working.
+    pub async fn probe(config: &config::Storage) -> Vec<Failure> {
+        match (&config.cas, &config.action_cache) {
+            (StoragePlace::Endpoint(cas), StoragePlace::Endpoint(action_cache)) => {
+                let client = remote::Client::connect(cas, action_cache, Default::default());
+                match client.probe().await {
+                    Ok(()) => Vec::new(),
+                    Err(error) => vec![Failure::Configuration {
+                        key: "storage.cas",
+                        message: error.to_string(),
+                    }],
+                }
+            }
+            _ => local::probe(&config.embedded.directory, config.embedded.maximum_size.0),
+        }
+    }
+
     /// A whole blob of at most `limit` bytes.
     pub async fn read(
         &self,
@@ -60,17 +111,35 @@ impl Storage {
         limit: u64,
     ) -> Result<Bytes, Error> {
         match self {
+            Storage::Local(store) => {
+                let (store, digest) = (store.clone(), *digest);
+                blocking(move || store.read(&digest, limit)).await?
+            }
             Storage::Remote(client) => client.read(instance, digest, limit).await,
         }
     }
 
+    /// `None` when there is no result, or, in the embedded store, not all its outputs are there.
     pub async fn action_result(
         &self,
         instance: &InstanceName,
         action: &Digest,
     ) -> Result<Option<ActionResult>, Error> {
         match self {
+            Storage::Local(store) => {
+                let (store, instance, action) = (store.clone(), instance.clone(), *action);
+                blocking(move || store.action_result(&instance, &action)).await?
+            }
             Storage::Remote(client) => client.action_result(instance, action).await,
         }
     }
+}
+
+/// Away from the threads that serve.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Error::Internal(format!("a storage task failed: {error}")))
 }

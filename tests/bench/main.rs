@@ -1,1 +1,35 @@
-fn main() {}
+//! Benchmarks: each prints what it measured, and asserts nothing about time.
+//!
+//! usage: cargo bench --bench farm [-- NAME [ARGUMENT...]]
+
+#[allow(dead_code)]
+#[path = "../harness/mod.rs"]
+mod harness;
+
+mod actions;
+mod roots;
+
+fn main() {
+    let arguments: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|argument| argument != "--bench")
+        .collect();
+    let (name, rest) = match arguments.split_first() {
+        Some((name, rest)) => (name.as_str(), rest),
+        None => ("all", &[][..]),
+    };
+    let mut known = false;
+    for (benchmark, run) in [
+        ("actions", actions::run as fn(&[String])),
+        ("roots", roots::run),
+    ] {
+        if name == "all" || name == benchmark {
+            known = true;
+            run(rest);
+        }
+    }
+    if !known {
+        eprintln!("no benchmark {name:?}; there are: actions, roots");
+        std::process::exit(2);
+    }
+}

@@ -1,1 +1,15 @@
+//! One binary for all integration tests, so that there is one link.
+
+#[path = "../harness/mod.rs"]
+mod harness;
+
+mod architecture;
+mod bad_input;
+mod documents;
+mod farm;
 mod runner;
+mod scheduler;
+mod simulation;
+mod storage;
+mod wire;
+mod worker;

@@ -107,7 +107,7 @@ impl Farm {
     async fn stop(self) {
         self.life.stop();
         self.running.await.unwrap().unwrap();
-        assert_eq!(processes(self.first..self.first + 8), []);
+        assert_eq!(processes(self.first..self.first + 8), Vec::<i32>::new());
         assert_eq!(groups(self.first), Vec::<PathBuf>::new());
     }
 }
@@ -447,7 +447,7 @@ async fn no_process_outlives_its_command() {
     ] {
         let ended = farm.sh(script).await;
         assert_eq!(ended.code, 3, "{script}");
-        assert_eq!(farm.processes(), [], "{script}");
+        assert_eq!(farm.processes(), Vec::<i32>::new(), "{script}");
     }
     farm.stop().await;
 }
@@ -472,7 +472,7 @@ async fn a_call_that_is_given_up_leaves_nothing_and_its_gate_tells_when() {
     tokio::task::spawn_blocking(move || gate.lock().unwrap())
         .await
         .unwrap();
-    assert_eq!(farm.processes(), []);
+    assert_eq!(farm.processes(), Vec::<i32>::new());
     assert_eq!(slot.path.metadata().unwrap().mode() & 0o777, 0o700);
 
     // The same by a deadline.
@@ -484,7 +484,7 @@ async fn a_call_that_is_given_up_leaves_nothing_and_its_gate_tells_when() {
     tokio::task::spawn_blocking(move || gate.lock().unwrap())
         .await
         .unwrap();
-    assert_eq!(farm.processes(), []);
+    assert_eq!(farm.processes(), Vec::<i32>::new());
     farm.stop().await;
 }
 
@@ -977,7 +977,7 @@ async fn a_runner_that_was_killed_leaves_nothing_after_the_next_start() {
 
     let daemon = Daemon::start(&[], directory.path());
     let mut client = connect(directory.path()).await;
-    assert_eq!(processes(first..first + 8), []);
+    assert_eq!(processes(first..first + 8), Vec::<i32>::new());
     assert_eq!(slot.path.metadata().unwrap().mode() & 0o777, 0o700);
     let slot = Slot::make(&build, 1, first + WORKER);
     client.run(slot.request(&["/bin/true"])).await.unwrap();
@@ -1004,7 +1004,7 @@ async fn many_commands_at_once_all_get_users_and_finish() {
     while let Some(call) = calls.join_next().await {
         call.unwrap();
     }
-    assert_eq!(farm.processes(), []);
+    assert_eq!(farm.processes(), Vec::<i32>::new());
     farm.stop().await;
 }
 

@@ -1,0 +1,403 @@
+//! Every scheduling decision, PURE: verbs that take the time, fresh names and random numbers, and
+//! leave effects for the shell to perform.
+//!
+//! Words: a *platform queue* serves one (instance-name prefix, platform), and has a *size-class
+//! queue* for each size of worker. A *task* is one execution of an action; an *operation* is one
+//! client run's interest in a task, known to the client by name; *waiters* are the streams that
+//! hang on an operation.
+//!
+//! 1. A task is queued, or executing on exactly one worker, or completed. A worker executes at most
+//!    one task.
+//! 2. While a task is queued, no worker of its size-class queue has its call held.
+//! 3. A cacheable action (instance name, digest) has at most one task that is not completed.
+//! 4. An operation without waiters, and nothing else of a client, has a deadline; a task goes with
+//!    its last operation.
+//! 5. Each worker has a deadline: the end of its held call, or of the patience with its silence.
+//! 6. A size-class queue has a deadline exactly while it has no workers.
+//!
+//! `C` is a worker's held call, `W` that by which waiters are told: both are the shell's, given
+//! back in effects.
+
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use uuid::Uuid;
+
+mod clients;
+mod invariants;
+mod listing;
+mod order;
+#[cfg(test)]
+mod tests;
+mod timers;
+mod words;
+mod workers;
+
+pub use clients::Attached;
+pub use invariants::Counts;
+pub use listing::{OperationRow, QueueRow, WorkerRow};
+pub use words::*;
+pub use workers::{Answer, HeldCall};
+
+use crate::{digest::Digest, instance::InstanceName, proto::rpc};
+use order::{Parked, Position, Waiting};
+use timers::{Timer, Timers};
+
+macro_rules! numbers {
+    ($($name:ident),*) => {$(
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        pub struct $name(u64);
+    )*};
+}
+numbers!(QueueNumber, WorkerNumber, TaskNumber, CallNumber);
+
+pub struct Queue<C, W> {
+    settings: Settings,
+    started: Instant,
+    /// By platform, prefix and size class.
+    platforms: BTreeMap<Platform, BTreeMap<InstanceName, BTreeMap<u32, QueueNumber>>>,
+    queues: BTreeMap<QueueNumber, SizeClassQueue>,
+    workers: BTreeMap<WorkerNumber, Worker<C>>,
+    tasks: BTreeMap<TaskNumber, Task<W>>,
+    operations: BTreeMap<Uuid, Operation>,
+    /// Cacheable tasks that are not completed.
+    in_flight: BTreeMap<(InstanceName, Digest), TaskNumber>,
+    /// Results of workers that we did not know, for clients that will ask again.
+    unclaimed: BTreeMap<(QueueNumber, ReportedDigest), Arc<Outcome>>,
+    strangers: BTreeSet<(QueueNumber, ReportedDigest, WorkerNumber)>,
+    timers: Timers,
+    effects: Vec<Effect<C, W>>,
+    last_number: u64,
+}
+
+/// What the shell is to do, after it has unlocked.
+#[derive(Debug)]
+pub enum Effect<C, W> {
+    /// Answer a call that was held.
+    Answer { call: C, instruction: Instruction },
+    /// Tell those who wait for a task.
+    Tell { watch: W, progress: Progress },
+}
+
+struct SizeClassQueue {
+    place: Arc<Place>,
+    workers: BTreeMap<WorkerId, WorkerNumber>,
+    parked: Parked,
+    waiting: Waiting,
+}
+
+struct Worker<C> {
+    queue: QueueNumber,
+    id: WorkerId,
+    state: WorkerState<C>,
+}
+
+enum WorkerState<C> {
+    /// Its call is held until there is work.
+    Parked { number: CallNumber, call: C },
+    /// Nothing of ours, and not in a call.
+    Idle,
+    Executing {
+        task: TaskNumber,
+        /// The held call that the task was given to, until the worker is heard of again: a call
+        /// that dies before it is answered gives the task back.
+        given_to: Option<CallNumber>,
+    },
+    /// It was executing this when it first called. Lost connections and scheduler restarts do that;
+    /// its client will ask again.
+    Stranger {
+        action: ReportedDigest,
+        until: Instant,
+    },
+}
+
+struct Task<W> {
+    work: Arc<Work>,
+    place: Arc<Place>,
+    suffix: InstanceName,
+    arrival: u64,
+    /// How often a worker that had it claimed not to have it.
+    retries: u32,
+    operations: BTreeMap<Invocation, Uuid>,
+    state: TaskState,
+    version: u64,
+    watch: W,
+}
+
+enum TaskState {
+    Queued {
+        queue: QueueNumber,
+        position: Position,
+    },
+    Executing(WorkerNumber),
+    Completed(Arc<Outcome>),
+}
+
+struct Operation {
+    task: TaskNumber,
+    invocation: Invocation,
+    priority: i32,
+    waiters: u32,
+}
+
+impl<C, W: Clone> Queue<C, W> {
+    pub fn new(settings: Settings, now: Instant) -> Self {
+        Queue {
+            settings,
+            started: now,
+            platforms: BTreeMap::new(),
+            queues: BTreeMap::new(),
+            workers: BTreeMap::new(),
+            tasks: BTreeMap::new(),
+            operations: BTreeMap::new(),
+            in_flight: BTreeMap::new(),
+            unclaimed: BTreeMap::new(),
+            strangers: BTreeSet::new(),
+            timers: Timers::default(),
+            effects: Vec::new(),
+            last_number: 0,
+        }
+    }
+
+    /// To be taken and performed after each verb.
+    pub fn effects(&mut self) -> Vec<Effect<C, W>> {
+        std::mem::take(&mut self.effects)
+    }
+
+    /// When to call `expire`.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.timers.next()
+    }
+
+    /// Does what is due by now.
+    pub fn expire(&mut self, now: Instant) {
+        while let Some(timer) = self.timers.pop(now) {
+            match timer {
+                Timer::Worker(worker) => self.expire_worker(now, worker),
+                Timer::Operation(operation) => self.drop_operation(now, operation),
+                Timer::Queue(queue) => self.drop_queue(now, queue),
+                Timer::Unclaimed(queue, action) => {
+                    self.unclaimed.remove(&(queue, action));
+                }
+            }
+        }
+    }
+
+    fn number(&mut self) -> u64 {
+        self.last_number += 1;
+        self.last_number
+    }
+
+    /// The size-class queue of an action: of the longest prefix of its instance name.
+    fn route(&self, platform: &Platform, instance: &InstanceName) -> Option<QueueNumber> {
+        let prefixes = self.platforms.get(platform)?;
+        let mut name = instance.clone();
+        loop {
+            // One size class each, for now.
+            if let Some(sizes) = prefixes.get(&name) {
+                return sizes.values().next().copied();
+            }
+            name = name.parent()?;
+        }
+    }
+
+    /// Hands a task to a free worker, or queues it.
+    fn enqueue(&mut self, now: Instant, task: TaskNumber, queue: QueueNumber) {
+        let free = self
+            .queues
+            .get(&queue)
+            .and_then(|queue| queue.parked.first());
+        let Some(worker) = free else {
+            let Some(position) = self.position(task) else {
+                return;
+            };
+            if let Some(queue) = self.queues.get_mut(&queue) {
+                queue.waiting.insert(position, task);
+            }
+            self.advance(task, TaskState::Queued { queue, position });
+            return;
+        };
+        let Some((number, call)) = self.unpark(worker) else {
+            return;
+        };
+        if let Some(instruction) = self.assign(now, task, worker, Some(number)) {
+            self.effects.push(Effect::Answer { call, instruction });
+        }
+    }
+
+    /// Makes a task that is in no queue the worker's. The worker is not parked.
+    fn assign(
+        &mut self,
+        now: Instant,
+        task: TaskNumber,
+        worker: WorkerNumber,
+        given_to: Option<CallNumber>,
+    ) -> Option<Instruction> {
+        self.workers.get_mut(&worker)?.state = WorkerState::Executing { task, given_to };
+        self.advance(task, TaskState::Executing(worker));
+        let next = self.expect_busy(now, worker);
+        let task = self.tasks.get(&task)?;
+        Some(Instruction {
+            desired: Desired::Execute {
+                work: task.work.clone(),
+                suffix: task.suffix.clone(),
+            },
+            next,
+        })
+    }
+
+    /// Takes a task out of its queue, or from its worker, which hears of it at its next call.
+    fn withdraw(&mut self, task: TaskNumber) {
+        match self.tasks.get(&task).map(|task| &task.state) {
+            Some(TaskState::Queued { queue, position }) => {
+                if let Some(queue) = self.queues.get_mut(queue) {
+                    queue.waiting.remove(*position);
+                }
+            }
+            Some(TaskState::Executing(worker)) => {
+                if let Some(worker) = self.workers.get_mut(worker) {
+                    worker.state = WorkerState::Idle;
+                }
+            }
+            Some(TaskState::Completed(_)) | None => {}
+        }
+    }
+
+    /// Ends a task, wherever it is.
+    fn complete(&mut self, now: Instant, number: TaskNumber, outcome: Arc<Outcome>) {
+        self.withdraw(number);
+        let Some(task) = self.tasks.get(&number) else {
+            return;
+        };
+        let key = (task.work.instance.clone(), task.work.digest);
+        if self.in_flight.get(&key) == Some(&number) {
+            self.in_flight.remove(&key);
+        }
+        // Those who lost their connection shall find the result, even if they lost it long ago.
+        for operation in task.operations.values() {
+            if self.timers.get(Timer::Operation(*operation)).is_some() {
+                self.timers.set(
+                    Timer::Operation(*operation),
+                    now + self.settings.operation_with_no_waiters_timeout,
+                );
+            }
+        }
+        self.advance(number, TaskState::Completed(outcome));
+    }
+
+    fn fail(&mut self, now: Instant, task: TaskNumber, code: rpc::Code, message: String) {
+        self.complete(now, task, Arc::new(Outcome::failure(code, message)));
+    }
+
+    /// Changes a task's state, and tells those who wait for it when that is news to them.
+    fn advance(&mut self, task: TaskNumber, state: TaskState) {
+        let Some(task) = self.tasks.get_mut(&task) else {
+            return;
+        };
+        let before = task.progress().stage;
+        task.state = state;
+        if task.progress().stage != before {
+            task.version += 1;
+            self.effects.push(Effect::Tell {
+                watch: task.watch.clone(),
+                progress: task.progress(),
+            });
+        }
+    }
+
+    /// Where a task belongs in a queue: as urgent as the most urgent operation wants it.
+    fn position(&self, task: TaskNumber) -> Option<Position> {
+        let task = self.tasks.get(&task)?;
+        let priority = task
+            .operations
+            .values()
+            .filter_map(|name| self.operations.get(name))
+            .map(|operation| operation.priority)
+            .min()?;
+        Some(Position {
+            priority,
+            arrival: task.arrival,
+        })
+    }
+
+    /// Moves a queued task to where its operations now want it.
+    fn reposition(&mut self, number: TaskNumber) {
+        let Some(wanted) = self.position(number) else {
+            return;
+        };
+        let Some(task) = self.tasks.get_mut(&number) else {
+            return;
+        };
+        if let TaskState::Queued { queue, position } = &mut task.state
+            && let Some(queue) = self.queues.get_mut(queue)
+        {
+            queue.waiting.remove(*position);
+            queue.waiting.insert(wanted, number);
+            *position = wanted;
+        }
+    }
+
+    fn drop_queue(&mut self, now: Instant, number: QueueNumber) {
+        let Some(queue) = self.queues.get(&number) else {
+            return;
+        };
+        let place = queue.place.clone();
+        let waiting: Vec<TaskNumber> = queue.waiting.iter().collect();
+        for task in waiting {
+            self.fail(
+                now,
+                task,
+                rpc::Code::Unavailable,
+                "Workers for this instance name, platform and size class disappeared while task was queued".to_owned(),
+            );
+        }
+        self.queues.remove(&number);
+        if let Some(prefixes) = self.platforms.get_mut(&place.platform) {
+            if let Some(sizes) = prefixes.get_mut(&place.prefix) {
+                sizes.remove(&place.size_class);
+                if sizes.is_empty() {
+                    prefixes.remove(&place.prefix);
+                }
+            }
+            if prefixes.is_empty() {
+                self.platforms.remove(&place.platform);
+            }
+        }
+    }
+
+    /// When a busy worker is to call again; it has patience beyond that.
+    fn expect_busy(&mut self, now: Instant, worker: WorkerNumber) -> Duration {
+        let next = self.settings.busy_worker_interval;
+        self.timers.set(
+            Timer::Worker(worker),
+            now + next + self.settings.worker_silence_timeout,
+        );
+        next
+    }
+
+    /// A worker that is in no call, and may call again at once.
+    fn expect_call(&mut self, now: Instant, worker: WorkerNumber) {
+        self.timers.set(
+            Timer::Worker(worker),
+            now + self.settings.worker_silence_timeout,
+        );
+    }
+}
+
+impl<W> Task<W> {
+    fn progress(&self) -> Progress {
+        Progress {
+            version: self.version,
+            stage: match &self.state {
+                TaskState::Queued { .. } => Stage::Queued,
+                TaskState::Executing(_) => Stage::Executing,
+                TaskState::Completed(outcome) => Stage::Completed(outcome.clone()),
+            },
+        }
+    }
+}

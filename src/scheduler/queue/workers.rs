@@ -1,0 +1,404 @@
+//! What workers do: call, hang up, fall silent.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    Activity, CallNumber, Desired, Effect, Instruction, Outcome, Parked, Place, Queue, QueueNumber,
+    Refusal, Report, ReportedDigest, SizeClassQueue, TaskNumber, TaskState, Timer, Waiting, Worker,
+    WorkerId, WorkerNumber, WorkerState,
+};
+use crate::proto::rpc;
+
+/// The answer to a worker's call.
+#[derive(Debug)]
+pub enum Answer {
+    Now(Instruction),
+    /// It follows as an effect, unless `hang_up` comes first.
+    Held(HeldCall),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HeldCall {
+    worker: WorkerNumber,
+    number: CallNumber,
+}
+
+const GO_IDLE: Instruction = Instruction {
+    desired: Desired::Idle,
+    next: Duration::ZERO,
+};
+
+impl<C, W: Clone> Queue<C, W> {
+    /// One call of a worker. When there is no work for it, `call` is held for up to `idle_wait`.
+    pub fn synchronize(
+        &mut self,
+        now: Instant,
+        place: &Place,
+        id: &WorkerId,
+        report: Report,
+        call: C,
+        idle_wait: Duration,
+    ) -> Result<Answer, Refusal> {
+        let queue = self.size_class_queue(place)?;
+        let (number, newcomer) = self.worker(queue, id);
+        let Some(worker) = self.workers.get(&number) else {
+            return Ok(Answer::Now(GO_IDLE));
+        };
+        let held = match (&worker.state, report.activity) {
+            (WorkerState::Parked { .. }, _) => {
+                return Err(Refusal::AlreadySynchronizing(id.clone()));
+            }
+            (WorkerState::Executing { task, .. }, Activity::Executing(action))
+                if self.is_of(*task, action) =>
+            {
+                let (task, given_to) = (*task, None);
+                return Ok(self.carry_on(now, number, WorkerState::Executing { task, given_to }));
+            }
+            (WorkerState::Executing { task, .. }, Activity::Completed(action, outcome))
+                if self.is_of(*task, action) =>
+            {
+                let task = *task;
+                self.complete(now, task, outcome);
+                None
+            }
+            // It lost the task, or never heard of it.
+            (WorkerState::Executing { task, .. }, activity) => {
+                let hands_back = report.prefer_being_idle && matches!(activity, Activity::Idle);
+                let task = *task;
+                self.again(now, queue, number, task, hands_back)
+            }
+            (WorkerState::Idle, Activity::Executing(action)) if newcomer => {
+                return Ok(self.meet(now, queue, number, action));
+            }
+            (WorkerState::Idle, Activity::Completed(action, outcome)) if newcomer => {
+                self.accept(now, queue, action, outcome);
+                None
+            }
+            // Nobody wants it any more; the worker knows best when it has stopped.
+            (WorkerState::Idle, Activity::Executing(_)) => Some(GO_IDLE),
+            (WorkerState::Idle, _) => None,
+            (&WorkerState::Stranger { action, until }, Activity::Executing(reported))
+                if action == reported && now < until =>
+            {
+                return Ok(self.carry_on(now, number, WorkerState::Stranger { action, until }));
+            }
+            (&WorkerState::Stranger { action, .. }, activity) => {
+                self.strangers.remove(&(queue, action, number));
+                self.rest(number);
+                match activity {
+                    Activity::Completed(reported, outcome) => {
+                        self.accept(now, queue, reported, outcome);
+                        None
+                    }
+                    Activity::Executing(_) => Some(GO_IDLE),
+                    Activity::Idle => None,
+                }
+            }
+        };
+        if let Some(instruction) = held {
+            if instruction.desired == Desired::Idle {
+                self.expect_call(now, number);
+            }
+            return Ok(Answer::Now(instruction));
+        }
+        if report.prefer_being_idle {
+            self.expect_call(now, number);
+            return Ok(Answer::Now(GO_IDLE));
+        }
+        let first = self
+            .queues
+            .get(&queue)
+            .and_then(|queue| queue.waiting.first());
+        if let Some(task) = first {
+            self.withdraw(task);
+            if let Some(instruction) = self.assign(now, task, number, None) {
+                return Ok(Answer::Now(instruction));
+            }
+        }
+        Ok(Answer::Held(self.hold(now, queue, number, call, idle_wait)))
+    }
+
+    /// A held call died, or its answer could not be sent.
+    pub fn hang_up(&mut self, now: Instant, held: HeldCall) {
+        let Some(worker) = self.workers.get(&held.worker) else {
+            return;
+        };
+        let queue = worker.queue;
+        match &worker.state {
+            WorkerState::Parked { number, .. } if *number == held.number => {
+                self.unpark(held.worker);
+                self.expect_call(now, held.worker);
+            }
+            WorkerState::Executing { task, given_to } if *given_to == Some(held.number) => {
+                let task = *task;
+                self.rest(held.worker);
+                self.expect_call(now, held.worker);
+                self.enqueue(now, task, queue);
+            }
+            _ => {}
+        }
+    }
+
+    fn size_class_queue(&mut self, place: &Place) -> Result<QueueNumber, Refusal> {
+        let fresh = QueueNumber(self.number());
+        let sizes = self
+            .platforms
+            .entry(place.platform.clone())
+            .or_default()
+            .entry(place.prefix.clone())
+            .or_default();
+        match sizes.first_key_value() {
+            Some((size, number)) if *size == place.size_class => return Ok(*number),
+            // Several need an order of sizes that the administrator declares.
+            Some((size, _)) => {
+                return Err(Refusal::SizeClass {
+                    known: *size,
+                    offered: place.size_class,
+                });
+            }
+            None => {}
+        }
+        sizes.insert(place.size_class, fresh);
+        self.queues.insert(
+            fresh,
+            SizeClassQueue {
+                place: Arc::new(place.clone()),
+                workers: Default::default(),
+                parked: Parked::default(),
+                waiting: Waiting::default(),
+            },
+        );
+        Ok(fresh)
+    }
+
+    /// The worker of this name, and whether it is new to us.
+    fn worker(&mut self, queue: QueueNumber, id: &WorkerId) -> (WorkerNumber, bool) {
+        let fresh = WorkerNumber(self.number());
+        let known = self
+            .queues
+            .get_mut(&queue)
+            .map(|queue| *queue.workers.entry(id.clone()).or_insert(fresh));
+        match known {
+            Some(known) if known != fresh => (known, false),
+            _ => {
+                self.timers.clear(Timer::Queue(queue));
+                self.workers.insert(
+                    fresh,
+                    Worker {
+                        queue,
+                        id: id.clone(),
+                        state: WorkerState::Idle,
+                    },
+                );
+                (fresh, true)
+            }
+        }
+    }
+
+    fn is_of(&self, task: TaskNumber, action: ReportedDigest) -> bool {
+        self.tasks
+            .get(&task)
+            .is_some_and(|task| ReportedDigest::from(&task.work.digest) == action)
+    }
+
+    fn carry_on(&mut self, now: Instant, worker: WorkerNumber, state: WorkerState<C>) -> Answer {
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.state = state;
+        }
+        let next = self.expect_busy(now, worker);
+        Answer::Now(Instruction {
+            desired: Desired::Unchanged,
+            next,
+        })
+    }
+
+    /// A worker does not do what we gave it: once more, there or elsewhere, but not for ever.
+    /// `None` when the worker is free.
+    fn again(
+        &mut self,
+        now: Instant,
+        queue: QueueNumber,
+        worker: WorkerNumber,
+        number: TaskNumber,
+        hands_back: bool,
+    ) -> Option<Instruction> {
+        let task = self.tasks.get_mut(&number)?;
+        if task.retries >= self.settings.worker_task_retry_count {
+            let attempts = task.retries.saturating_add(1);
+            let id = self.workers.get(&worker).map(|w| w.id.to_string());
+            self.fail(
+                now,
+                number,
+                rpc::Code::Internal,
+                format!(
+                    "The action was handed out {attempts} times, and each time the worker came back without a result, last worker {}; the action may crash the worker",
+                    id.unwrap_or_default()
+                ),
+            );
+            return None;
+        }
+        task.retries += 1;
+        if hands_back {
+            self.rest(worker);
+            self.enqueue(now, number, queue);
+            return None;
+        }
+        self.assign(now, number, worker, None)
+    }
+
+    /// A worker that we did not know executes something: a task of ours, or perhaps of a client
+    /// that will ask for it.
+    fn meet(
+        &mut self,
+        now: Instant,
+        queue: QueueNumber,
+        worker: WorkerNumber,
+        action: ReportedDigest,
+    ) -> Answer {
+        match self.under_way(queue, action) {
+            Some((task, true)) => {
+                self.withdraw(task);
+                self.assign(now, task, worker, None);
+                let task = WorkerState::Executing {
+                    task,
+                    given_to: None,
+                };
+                self.carry_on(now, worker, task)
+            }
+            // Another worker has it.
+            Some((_, false)) => {
+                self.expect_call(now, worker);
+                Answer::Now(GO_IDLE)
+            }
+            None => {
+                self.strangers.insert((queue, action, worker));
+                let until = now + self.settings.operation_with_no_waiters_timeout;
+                self.carry_on(now, worker, WorkerState::Stranger { action, until })
+            }
+        }
+    }
+
+    /// A worker that we did not hand this action brings a result. Good ones are of use to whoever
+    /// asks; failures are better tried again.
+    fn accept(
+        &mut self,
+        now: Instant,
+        queue: QueueNumber,
+        action: ReportedDigest,
+        outcome: Arc<Outcome>,
+    ) {
+        if outcome.code != rpc::Code::Ok as i32 {
+            return;
+        }
+        match self.under_way(queue, action) {
+            Some((task, _)) => self.complete(now, task, outcome),
+            None => {
+                self.unclaimed.insert((queue, action), outcome);
+                self.timers.set(
+                    Timer::Unclaimed(queue, action),
+                    now + self.settings.operation_with_no_waiters_timeout,
+                );
+            }
+        }
+    }
+
+    /// A cacheable task for this action, and whether it is queued. Strangers are rare, so that a
+    /// search does.
+    fn under_way(&self, wanted: QueueNumber, action: ReportedDigest) -> Option<(TaskNumber, bool)> {
+        self.in_flight.iter().find_map(|((_, digest), number)| {
+            if ReportedDigest::from(digest) != action {
+                return None;
+            }
+            match &self.tasks.get(number)?.state {
+                TaskState::Queued { queue, .. } if *queue == wanted => Some((*number, true)),
+                TaskState::Executing(worker) if self.workers.get(worker)?.queue == wanted => {
+                    Some((*number, false))
+                }
+                _ => None,
+            }
+        })
+    }
+
+    fn rest(&mut self, worker: WorkerNumber) {
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.state = WorkerState::Idle;
+        }
+    }
+
+    fn hold(
+        &mut self,
+        now: Instant,
+        queue: QueueNumber,
+        worker: WorkerNumber,
+        call: C,
+        idle_wait: Duration,
+    ) -> HeldCall {
+        let number = CallNumber(self.number());
+        if let Some(queue) = self.queues.get_mut(&queue) {
+            queue.parked.insert(number, worker);
+        }
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.state = WorkerState::Parked { number, call };
+        }
+        self.timers.set(Timer::Worker(worker), now + idle_wait);
+        HeldCall { worker, number }
+    }
+
+    /// Takes a worker's held call. The worker is idle afterwards, and without a deadline.
+    pub(super) fn unpark(&mut self, number: WorkerNumber) -> Option<(CallNumber, C)> {
+        let worker = self.workers.get_mut(&number)?;
+        match std::mem::replace(&mut worker.state, WorkerState::Idle) {
+            WorkerState::Parked { number, call } => {
+                if let Some(queue) = self.queues.get_mut(&worker.queue) {
+                    queue.parked.remove(number);
+                }
+                Some((number, call))
+            }
+            other => {
+                worker.state = other;
+                None
+            }
+        }
+    }
+
+    /// Its call has been held for long enough; or it has been silent for too long, and is gone.
+    pub(super) fn expire_worker(&mut self, now: Instant, number: WorkerNumber) {
+        if let Some((_, call)) = self.unpark(number) {
+            self.effects.push(Effect::Answer {
+                call,
+                instruction: GO_IDLE,
+            });
+            self.expect_call(now, number);
+            return;
+        }
+        let Some(worker) = self.workers.get(&number) else {
+            return;
+        };
+        let (queue, id) = (worker.queue, worker.id.clone());
+        match worker.state {
+            WorkerState::Executing { task, .. } => self.fail(
+                now,
+                task,
+                rpc::Code::Unavailable,
+                format!("Worker {id} disappeared while task was executing"),
+            ),
+            WorkerState::Stranger { action, .. } => {
+                self.strangers.remove(&(queue, action, number));
+            }
+            WorkerState::Idle | WorkerState::Parked { .. } => {}
+        }
+        self.workers.remove(&number);
+        if let Some(found) = self.queues.get_mut(&queue) {
+            found.workers.remove(&id);
+            if found.workers.is_empty() {
+                self.timers.set(
+                    Timer::Queue(queue),
+                    now + self.settings.platform_queue_with_no_workers_timeout,
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,396 @@
+//! The services: Execution for clients, OperationQueue for workers. Here messages
+//! become words, and words messages.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use futures::{Stream, stream};
+use prost::{Message, Name};
+use prost_types::Any;
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Request, Response, Status};
+use uuid::Uuid;
+
+use super::{
+    queue::{
+        self, Activity, Desired, Invocation, NoWorkers, Outcome, Place, Platform, Progress,
+        ReportedDigest, Stage, Work, WorkerId,
+    },
+    shared::{SharedQueue, Waiter},
+};
+use crate::{
+    config,
+    digest::{Digest, DigestFunction},
+    instance::InstanceName,
+    proto::{
+        self, REQUEST_METADATA_HEADER,
+        longrunning::{self, Operation},
+        reapi::{self, execution_stage::Value as StageValue},
+        remoteworker::{
+            DesiredState, SynchronizeRequest, SynchronizeResponse, current_state,
+            current_state::executing::ExecutionState, desired_state,
+            operation_queue_server::OperationQueue,
+        },
+        rpc,
+    },
+    storage::{self, Storage},
+};
+
+/// Commands may be longer than Actions; only those of clients before REAPI 2.2 are read.
+const LARGEST_COMMAND: u64 = 16 << 20;
+
+/// What clients call.
+pub struct Clients {
+    pub queue: Arc<SharedQueue>,
+    pub storage: Storage,
+    pub scheduling: config::scheduler::Scheduling,
+    pub stopping: CancellationToken,
+}
+
+/// What workers call.
+pub struct Workers {
+    pub queue: Arc<SharedQueue>,
+    pub idle_interval: Duration,
+    pub stopping: CancellationToken,
+}
+
+type Operations = Pin<Box<dyn Stream<Item = Result<Operation, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl reapi::execution_server::Execution for Clients {
+    type ExecuteStream = Operations;
+    type WaitExecutionStream = Operations;
+
+    async fn execute(
+        &self,
+        request: Request<reapi::ExecuteRequest>,
+    ) -> Result<Response<Operations>, Status> {
+        self.refuse_when_stopping()?;
+        let header = request
+            .metadata()
+            .get_bin(REQUEST_METADATA_HEADER)
+            .and_then(|value| value.to_bytes().ok());
+        let request = request.into_inner();
+        let instance = InstanceName::parse(&request.instance_name).map_err(invalid)?;
+        let function = DigestFunction::from_proto(request.digest_function).map_err(invalid)?;
+        let digest = Digest::parse_required(function, request.action_digest.as_ref())
+            .map_err(|error| invalid(format!("Invalid action digest: {error}")))?;
+        let mut action: reapi::Action = self
+            .message(
+                &instance,
+                &digest,
+                self.scheduling.maximum_message_size.0,
+                "action",
+            )
+            .await?;
+        let platform = self.platform(&instance, &digest, &action).await?;
+        let timeout = self.timeout(action.timeout.as_ref())?;
+        action.timeout = Some(proto::proto_duration(timeout));
+        let (auxiliary_metadata, metadata) = request_metadata(header);
+        let queued = queue::Request {
+            platform,
+            priority: request.execution_policy.map_or(0, |policy| policy.priority),
+            invocation: Invocation(metadata.tool_invocation_id.into()),
+            work: Arc::new(Work {
+                instance,
+                digest,
+                action,
+                auxiliary_metadata,
+                queued_timestamp: proto::timestamp(SystemTime::now()),
+                target_id: metadata.target_id,
+            }),
+        };
+        let waiter = self.queue.execute(queued).map_err(no_workers)?;
+        Ok(Response::new(self.watch(waiter)))
+    }
+
+    async fn wait_execution(
+        &self,
+        request: Request<reapi::WaitExecutionRequest>,
+    ) -> Result<Response<Operations>, Status> {
+        self.refuse_when_stopping()?;
+        let name = request.into_inner().name;
+        let waiter = Uuid::try_parse(&name)
+            .ok()
+            .and_then(|operation| self.queue.wait(operation))
+            .ok_or_else(|| {
+                let name = crate::digest::shorten(&name);
+                Status::not_found(format!("Operation with name {name:?} not found"))
+            })?;
+        Ok(Response::new(self.watch(waiter)))
+    }
+}
+
+impl Clients {
+    fn refuse_when_stopping(&self) -> Result<(), Status> {
+        match self.stopping.is_cancelled() {
+            true => Err(stopping()),
+            false => Ok(()),
+        }
+    }
+
+    async fn message<M: Message + Default>(
+        &self,
+        instance: &InstanceName,
+        digest: &Digest,
+        limit: u64,
+        what: &str,
+    ) -> Result<M, Status> {
+        let data = self
+            .storage
+            .read(instance, digest, limit)
+            .await
+            .map_err(|error| storage_status(&format!("Failed to obtain {what}"), error))?;
+        M::decode(data)
+            .map_err(|error| invalid(format!("Failed to obtain {what}: blob {digest}: {error}")))
+    }
+
+    /// REAPI: Action.platform; clients before 2.2 set Command.platform instead.
+    async fn platform(
+        &self,
+        instance: &InstanceName,
+        action_digest: &Digest,
+        action: &reapi::Action,
+    ) -> Result<Platform, Status> {
+        let place = |platform: Option<&reapi::Platform>| {
+            Platform::parse(platform)
+                .map_err(|error| invalid(format!("Failed to route action: {error}")))
+        };
+        if action.platform.is_some() {
+            return place(action.platform.as_ref());
+        }
+        let function = Some(action_digest.function());
+        let digest = Digest::parse_required(function, action.command_digest.as_ref())
+            .map_err(|error| invalid(format!("Invalid command digest: {error}")))?;
+        let command: reapi::Command = self
+            .message(instance, &digest, LARGEST_COMMAND, "command")
+            .await?;
+        #[allow(deprecated)]
+        place(command.platform.as_ref())
+    }
+
+    /// A timeout of zero is none: no client means that its action shall not run.
+    fn timeout(&self, asked: Option<&prost_types::Duration>) -> Result<Duration, Status> {
+        let default = self.scheduling.default_execution_timeout.get();
+        let maximum = self.scheduling.maximum_execution_timeout;
+        let Some(asked) = asked else {
+            return Ok(default);
+        };
+        match proto::duration(asked) {
+            Some(Duration::ZERO) => Ok(default),
+            Some(timeout) if timeout <= maximum.get() => Ok(timeout),
+            _ => Err(invalid(format!(
+                "Invalid execution timeout: {}.{:09} s is not between 0 s and {maximum}",
+                asked.seconds,
+                asked.nanos.unsigned_abs()
+            ))),
+        }
+    }
+
+    /// The operation now, at each change, and now and then; the stream ends with its completion.
+    fn watch(&self, waiter: Waiter) -> Operations {
+        let interval = self.scheduling.execution_update_interval.get();
+        let state = Some((waiter, self.stopping.clone(), None));
+        Box::pin(stream::unfold(state, move |state| async move {
+            let (mut waiter, stopping, seen) = state?;
+            if let Some(seen) = seen {
+                let stops = tokio::select! {
+                    biased;
+                    _ = waiter.news.wait_for(|news| news.version > seen) => false,
+                    () = stopping.cancelled() => true,
+                    () = tokio::time::sleep(interval) => false,
+                };
+                if stops {
+                    return Some((Err(self::stopping()), None));
+                }
+            }
+            let progress = waiter.progress();
+            let operation = operation(waiter.attached.operation, &waiter.attached.work, &progress);
+            let next = match progress.stage {
+                Stage::Completed(_) => None,
+                _ => Some((waiter, stopping, Some(progress.version))),
+            };
+            Some((Ok(operation), next))
+        }))
+    }
+}
+
+fn operation(name: Uuid, work: &Work, progress: &Progress) -> Operation {
+    let stage = match progress.stage {
+        Stage::Queued => StageValue::Queued,
+        Stage::Executing => StageValue::Executing,
+        Stage::Completed(_) => StageValue::Completed,
+    };
+    let metadata = reapi::ExecuteOperationMetadata {
+        stage: stage as i32,
+        action_digest: Some(work.digest.to_proto()),
+        digest_function: work.digest.function().to_proto() as i32,
+        ..Default::default()
+    };
+    Operation {
+        name: name.to_string(),
+        metadata: Some(proto::pack(&metadata)),
+        done: matches!(progress.stage, Stage::Completed(_)),
+        result: match &progress.stage {
+            Stage::Completed(outcome) => {
+                Some(longrunning::operation::Result::Response(response(outcome)))
+            }
+            _ => None,
+        },
+    }
+}
+
+fn response(outcome: &Outcome) -> Any {
+    Any {
+        type_url: reapi::ExecuteResponse::type_url(),
+        value: outcome.response.clone(),
+    }
+}
+
+/// For the worker, and for routing. A header that is none is as good as an absent one.
+fn request_metadata(header: Option<bytes::Bytes>) -> (Vec<Any>, reapi::RequestMetadata) {
+    let decoded = header.and_then(|data| {
+        let metadata = reapi::RequestMetadata::decode(data.clone()).ok()?;
+        Some((data, metadata))
+    });
+    match decoded {
+        None => (Vec::new(), reapi::RequestMetadata::default()),
+        Some((data, metadata)) => {
+            let any = Any {
+                type_url: reapi::RequestMetadata::type_url(),
+                value: data.to_vec(),
+            };
+            (vec![any], metadata)
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl OperationQueue for Workers {
+    async fn synchronize(
+        &self,
+        request: Request<SynchronizeRequest>,
+    ) -> Result<Response<SynchronizeResponse>, Status> {
+        // Whatever a worker brings is for the scheduler that comes next: this one's clients are
+        // gone.
+        if self.stopping.is_cancelled() {
+            return Err(stopping());
+        }
+        let (place, id, report) = parse_worker(request.into_inner())?;
+        let idle_wait = random_below(self.idle_interval);
+        let instruction = self
+            .queue
+            .synchronize(&place, &id, report, idle_wait, self.stopping.cancelled())
+            .await
+            .map_err(|refusal| match refusal {
+                queue::Refusal::AlreadySynchronizing(_) => {
+                    Status::resource_exhausted(refusal.to_string())
+                }
+                queue::Refusal::SizeClass { .. } => invalid(refusal),
+            })?
+            .ok_or_else(stopping)?;
+        Ok(Response::new(synchronize_response(instruction)))
+    }
+}
+
+fn parse_worker(request: SynchronizeRequest) -> Result<(Place, WorkerId, queue::Report), Status> {
+    let prefix = InstanceName::parse(&request.instance_name_prefix).map_err(invalid)?;
+    let platform = Platform::parse(request.platform.as_ref()).map_err(invalid)?;
+    let state = request
+        .current_state
+        .and_then(|state| state.worker_state)
+        .ok_or_else(|| invalid("The worker does not say what it does: current_state is absent"))?;
+    let activity = match state {
+        current_state::WorkerState::Idle(()) => Activity::Idle,
+        current_state::WorkerState::Executing(executing) => {
+            let digest = Digest::parse_required(None, executing.action_digest.as_ref()).map_err(
+                |error| invalid(format!("Invalid digest of the worker's action: {error}")),
+            )?;
+            let digest = ReportedDigest::from(&digest);
+            match executing.execution_state {
+                Some(ExecutionState::Completed(response)) => {
+                    Activity::Completed(digest, Arc::new(Outcome::new(&response)))
+                }
+                Some(_) => Activity::Executing(digest),
+                None => {
+                    return Err(invalid("The worker does not say how far its action is"));
+                }
+            }
+        }
+    };
+    let place = Place {
+        platform,
+        prefix,
+        size_class: request.size_class,
+    };
+    let report = queue::Report {
+        activity,
+        prefer_being_idle: request.prefer_being_idle,
+    };
+    Ok((place, WorkerId::new(request.worker_id), report))
+}
+
+fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse {
+    use desired_state::WorkerState;
+    let state = match instruction.desired {
+        Desired::Unchanged => None,
+        Desired::Idle => Some(WorkerState::Idle(())),
+        Desired::Execute { work, suffix } => {
+            Some(WorkerState::Executing(desired_state::Executing {
+                action_digest: Some(work.digest.to_proto()),
+                action: Some(work.action.clone()),
+                queued_timestamp: Some(work.queued_timestamp),
+                auxiliary_metadata: work.auxiliary_metadata.clone(),
+                instance_name_suffix: suffix.as_str().to_owned(),
+                digest_function: work.digest.function().to_proto() as i32,
+                ..Default::default()
+            }))
+        }
+    };
+    SynchronizeResponse {
+        next_synchronization_at: Some(proto::timestamp(SystemTime::now() + instruction.next)),
+        desired_state: state.map(|state| DesiredState {
+            worker_state: Some(state),
+        }),
+    }
+}
+
+fn random_below(limit: Duration) -> Duration {
+    let random = Uuid::new_v4().as_u128() as u32;
+    limit.mul_f64(f64::from(random) / f64::from(u32::MAX))
+}
+
+fn invalid(error: impl ToString) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+fn stopping() -> Status {
+    Status::unavailable("The scheduler is stopping; its successor takes up what workers run")
+}
+
+fn no_workers(error: NoWorkers) -> Status {
+    match error.transient {
+        true => Status::unavailable(error.to_string()),
+        false => Status::failed_precondition(error.to_string()),
+    }
+}
+
+fn storage_status(prefix: &str, error: storage::Error) -> Status {
+    use storage::Error;
+    let message = format!("{prefix}: {error}");
+    let code = match &error {
+        Error::Missing(digests) => {
+            let status = proto::missing_blobs(message, digests);
+            let details = status.encode_to_vec().into();
+            return Status::with_details(Code::FailedPrecondition, status.message, details);
+        }
+        Error::TooLarge { .. } | Error::Invalid(_) => rpc::Code::InvalidArgument,
+        Error::Unavailable(_) => rpc::Code::Unavailable,
+        Error::Full(_) => rpc::Code::ResourceExhausted,
+        Error::Corrupt { .. } | Error::Internal(_) => rpc::Code::Internal,
+    };
+    Status::new(Code::from_i32(code as i32), message)
+}

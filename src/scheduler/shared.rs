@@ -1,0 +1,195 @@
+//! The queue as all calls share it: lock, decide, unlock, tell.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use tokio::sync::{Notify, oneshot, watch};
+use uuid::Uuid;
+
+use super::queue::{
+    Answer, Attached, Effect, HeldCall, Instruction, NoWorkers, Place, Progress, Queue, Refusal,
+    Report, Request, Settings, Stage, WorkerId,
+};
+type Held = oneshot::Sender<Instruction>;
+type Watch = watch::Sender<Progress>;
+
+pub struct SharedQueue {
+    state: Mutex<State>,
+    /// The next deadline is sooner than the one slept for.
+    sooner: Notify,
+}
+
+struct State {
+    queue: Queue<Held, Watch>,
+    /// What `keep_time` sleeps for.
+    alarm: Option<Instant>,
+}
+
+/// A stream's place among the waiters of an operation; leaves it when dropped.
+pub struct Waiter {
+    shared: Arc<SharedQueue>,
+    pub attached: Attached<Watch>,
+    pub news: watch::Receiver<Progress>,
+}
+
+/// A worker's call that is held; hung up when dropped before it is answered.
+struct Holding<'a> {
+    shared: &'a SharedQueue,
+    held: Option<HeldCall>,
+}
+
+impl SharedQueue {
+    pub fn new(settings: Settings) -> Arc<Self> {
+        Arc::new(SharedQueue {
+            state: Mutex::new(State {
+                queue: Queue::new(settings, Instant::now()),
+                alarm: None,
+            }),
+            sooner: Notify::new(),
+        })
+    }
+
+    fn decide<T>(&self, verb: impl FnOnce(&mut Queue<Held, Watch>, Instant) -> T) -> T {
+        let (result, effects, sooner) = {
+            let mut state = self.state.lock();
+            let result = verb(&mut state.queue, Instant::now());
+            let next = state.queue.poll_timeout();
+            let sooner = match (next, state.alarm) {
+                (Some(next), Some(alarm)) => next < alarm,
+                (Some(_), None) => true,
+                (None, _) => false,
+            };
+            if sooner {
+                state.alarm = next;
+            }
+            (result, state.queue.effects(), sooner)
+        };
+        for effect in effects {
+            match effect {
+                // A call that is gone hangs up by itself.
+                Effect::Answer { call, instruction } => drop(call.send(instruction)),
+                // Two threads may tell in another order than they decided.
+                Effect::Tell { watch, progress } => {
+                    watch.send_if_modified(|current| {
+                        let newer = progress.version > current.version;
+                        if newer {
+                            *current = progress;
+                        }
+                        newer
+                    });
+                }
+            }
+        }
+        if sooner {
+            self.sooner.notify_one();
+        }
+        result
+    }
+
+    /// Lets deadlines pass; never returns.
+    pub async fn keep_time(&self) {
+        loop {
+            let alarm = {
+                let mut state = self.state.lock();
+                state.alarm = state.queue.poll_timeout();
+                state.alarm
+            };
+            let due = async {
+                match alarm {
+                    Some(alarm) => tokio::time::sleep_until(alarm.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = due => {}
+                () = self.sooner.notified() => {}
+            }
+            self.decide(Queue::expire);
+        }
+    }
+
+    pub fn execute(self: &Arc<Self>, request: Request) -> Result<Waiter, NoWorkers> {
+        let name = Uuid::new_v4();
+        let (watch, _) = watch::channel(Progress {
+            version: 0,
+            stage: Stage::Queued,
+        });
+        let attached = self.decide(|queue, now| queue.execute(now, name, request, watch))?;
+        Ok(self.waiter(attached))
+    }
+
+    /// `None` when there is no such operation.
+    pub fn wait(self: &Arc<Self>, operation: Uuid) -> Option<Waiter> {
+        let attached = self.decide(|queue, _| queue.wait(operation))?;
+        Some(self.waiter(attached))
+    }
+
+    fn waiter(self: &Arc<Self>, attached: Attached<Watch>) -> Waiter {
+        Waiter {
+            shared: self.clone(),
+            news: attached.watch.subscribe(),
+            attached,
+        }
+    }
+
+    /// One call of a worker, until it has an answer. `None` when `idle_wait` was cut short because
+    /// the scheduler stops.
+    pub async fn synchronize(
+        &self,
+        place: &Place,
+        id: &WorkerId,
+        report: Report,
+        idle_wait: Duration,
+        stopping: impl Future<Output = ()>,
+    ) -> Result<Option<Instruction>, Refusal> {
+        let (call, answer) = oneshot::channel();
+        let decided =
+            self.decide(|queue, now| queue.synchronize(now, place, id, report, call, idle_wait))?;
+        let mut holding = match decided {
+            Answer::Now(instruction) => return Ok(Some(instruction)),
+            Answer::Held(held) => Holding {
+                shared: self,
+                held: Some(held),
+            },
+        };
+        tokio::select! {
+            biased;
+            Ok(instruction) = answer => {
+                holding.held = None;
+                Ok(Some(instruction))
+            }
+            () = stopping => Ok(None),
+        }
+    }
+}
+
+impl Waiter {
+    /// The newest that there is.
+    pub fn progress(&self) -> Progress {
+        let news = self.news.borrow();
+        match news.version > self.attached.progress.version {
+            true => news.clone(),
+            // Decided, but not told yet.
+            false => self.attached.progress.clone(),
+        }
+    }
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        let operation = self.attached.operation;
+        self.shared
+            .decide(|queue, now| queue.detach(now, operation));
+    }
+}
+
+impl Drop for Holding<'_> {
+    fn drop(&mut self) {
+        if let Some(held) = self.held {
+            self.shared.decide(|queue, now| queue.hang_up(now, held));
+        }
+    }
+}

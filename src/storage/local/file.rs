@@ -1,0 +1,284 @@
+//! Large blobs: one file for each.
+//!
+//! A file is the content, then a checksum (CRC-32) of each 256 KiB of it, then a checksum of these
+//! checksums and the size, then a word that names the format.
+//!
+//! 1. A file is written under a name of its own in `uploads/` and renamed to its key's name in
+//!    `files/` when its content proved right; it never changes afterwards.
+//! 2. What is read is checked piece by piece, since a loss of power can leave a file with its
+//!    length but not its content.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use memmap2::Mmap;
+
+use super::index::Key;
+
+/// Bytes per checksum; whoever reads in multiples of it has each byte checked once.
+pub const PIECE: u64 = 256 << 10;
+
+const FORMAT: &[u8; 8] = b"bbblob01";
+
+/// Bytes on disk.
+pub fn footprint(size: u64) -> u64 {
+    const BLOCK: u64 = 4096;
+    (size + 4 * size.div_ceil(PIECE) + 12).next_multiple_of(BLOCK)
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// `files/AB/KEY-SIZE`, AB being the first byte of the hash.
+pub fn path(directory: &Path, key: &Key, size: u64) -> PathBuf {
+    let bytes = key.to_bytes();
+    directory
+        .join(format!("{:02x}", bytes[1]))
+        .join(format!("{}-{size}", hexadecimal(&bytes)))
+}
+
+fn parse_name(name: &str) -> Option<(Key, u64)> {
+    let (key, size) = name.split_once('-')?;
+    if key.len() != 66 || !key.is_ascii() {
+        return None;
+    }
+    let mut bytes = [0; 33];
+    for (i, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(key.get(2 * i..2 * i + 2)?, 16).ok()?;
+    }
+    Some((Key::from_bytes(&bytes), size.parse().ok()?))
+}
+
+/// Makes the 256 directories.
+pub fn prepare(directory: &Path) -> io::Result<()> {
+    for byte in 0..=255u8 {
+        fs::create_dir_all(directory.join(format!("{byte:02x}")))?;
+    }
+    Ok(())
+}
+
+/// All large blobs. Names are enough: contents are checked when they are read.
+pub fn list(directory: &Path) -> io::Result<Vec<(Key, u64)>> {
+    let mut found = Vec::new();
+    for byte in 0..=255u8 {
+        for entry in fs::read_dir(directory.join(format!("{byte:02x}")))? {
+            if let Some(blob) = entry?.file_name().to_str().and_then(parse_name) {
+                found.push(blob);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// A file that is being written; removed when dropped before it is committed.
+pub struct Draft {
+    path: PathBuf,
+    file: File,
+    size: u64,
+    checksums: Vec<u8>,
+    piece: crc32fast::Hasher,
+    committed: bool,
+}
+
+impl Draft {
+    pub fn create(path: PathBuf) -> io::Result<Self> {
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&path)?;
+        Ok(Draft {
+            path,
+            file,
+            size: 0,
+            checksums: Vec::new(),
+            piece: crc32fast::Hasher::new(),
+            committed: false,
+        })
+    }
+
+    pub fn append(&mut self, mut data: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(data, self.size)?;
+        while !data.is_empty() {
+            let room = (PIECE - self.size % PIECE) as usize;
+            let (now, rest) = data.split_at(room.min(data.len()));
+            self.piece.update(now);
+            self.size += now.len() as u64;
+            if self.size.is_multiple_of(PIECE) {
+                self.end_piece();
+            }
+            data = rest;
+        }
+        Ok(())
+    }
+
+    fn end_piece(&mut self) {
+        let piece = std::mem::take(&mut self.piece);
+        self.checksums
+            .extend_from_slice(&piece.finalize().to_le_bytes());
+    }
+
+    /// Gives the file its name.
+    pub fn commit(mut self, directory: &Path, key: &Key) -> io::Result<()> {
+        if !self.size.is_multiple_of(PIECE) {
+            self.end_piece();
+        }
+        let mut trailer = std::mem::take(&mut self.checksums);
+        let checksum = checksum_of_trailer(&trailer, self.size);
+        trailer.extend_from_slice(&checksum.to_le_bytes());
+        trailer.extend_from_slice(FORMAT);
+        self.file.write_all_at(&trailer, self.size)?;
+        fs::rename(&self.path, path(directory, key, self.size))?;
+        self.committed = true;
+        Ok(())
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.committed {
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn checksum_of_trailer(checksums: &[u8], size: u64) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(checksums);
+    hasher.update(&size.to_le_bytes());
+    hasher.finalize()
+}
+
+/// An open large blob, which can be read even after it was evicted.
+#[derive(Clone)]
+pub struct LargeBlob {
+    map: Arc<Mmap>,
+    size: u64,
+}
+
+impl LargeBlob {
+    /// An error of kind InvalidData when the file is damaged.
+    pub fn open(path: &Path, size: u64) -> io::Result<Self> {
+        let damaged = || io::Error::from(io::ErrorKind::InvalidData);
+        let file = File::open(path)?;
+        let checksums = 4 * size.div_ceil(PIECE);
+        if file.metadata()?.len() != size + checksums + 12 {
+            return Err(damaged());
+        }
+        // SAFETY: the file belongs to this store alone, which never changes it under this name.
+        let map = unsafe { Mmap::map(&file)? };
+        let trailer = map.get(size as usize..).ok_or_else(damaged)?;
+        let (checksums, rest) = trailer
+            .split_at_checked(checksums as usize)
+            .ok_or_else(damaged)?;
+        let expected = checksum_of_trailer(checksums, size).to_le_bytes();
+        if rest.get(..4) != Some(&expected) || rest.get(4..) != Some(FORMAT) {
+            return Err(damaged());
+        }
+        Ok(LargeBlob {
+            map: Arc::new(map),
+            size,
+        })
+    }
+
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Bytes from `start` to `end`. `None` when they are damaged.
+    pub fn read(&self, start: u64, end: u64) -> Option<Bytes> {
+        let (start, end) = (start.min(self.size), end.min(self.size));
+        if start >= end {
+            return Some(Bytes::new());
+        }
+        for piece in start / PIECE..end.div_ceil(PIECE) {
+            let content = self
+                .map
+                .get((piece * PIECE) as usize..((piece + 1) * PIECE).min(self.size) as usize)?;
+            let at = (self.size + 4 * piece) as usize;
+            let checksum = self.map.get(at..at + 4)?;
+            if crc32fast::hash(content).to_le_bytes() != *checksum {
+                return None;
+            }
+        }
+        Some(Bytes::from_owner(Part {
+            map: self.map.clone(),
+            start: start as usize,
+            end: end as usize,
+        }))
+    }
+}
+
+struct Part {
+    map: Arc<Mmap>,
+    start: usize,
+    end: usize,
+}
+
+impl AsRef<[u8]> for Part {
+    fn as_ref(&self) -> &[u8] {
+        self.map.get(self.start..self.end).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::DigestFunction;
+
+    #[test]
+    fn a_flipped_bit_anywhere_is_noticed_and_other_pieces_are_still_read() {
+        let directory = tempfile::tempdir().unwrap();
+        prepare(directory.path()).unwrap();
+        let content: Vec<u8> = (0..600_000u32).map(|i| (i % 251) as u8).collect();
+        let size = content.len() as u64;
+        let key = Key::blob(&DigestFunction::Sha256.digest_of(&content));
+        let mut draft = Draft::create(directory.path().join("draft")).unwrap();
+        for part in content.chunks(100_001) {
+            draft.append(part).unwrap();
+        }
+        draft.commit(directory.path(), &key).unwrap();
+        assert_eq!(list(directory.path()).unwrap(), [(key, size)]);
+        let path = path(directory.path(), &key, size);
+        let open = || LargeBlob::open(&path, size);
+        assert_eq!(open().unwrap().read(0, size).unwrap(), content);
+        assert_eq!(
+            open().unwrap().read(300_000, 300_007).unwrap(),
+            content[300_000..300_007]
+        );
+
+        let whole = fs::read(&path).unwrap();
+        for at in (0..whole.len())
+            .step_by(9_973)
+            .chain(whole.len() - 24..whole.len())
+        {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            fs::write(&path, damaged).unwrap();
+            assert!(
+                open().ok().and_then(|blob| blob.read(0, size)).is_none(),
+                "{at}"
+            );
+            if at < 262_144 {
+                assert!(open().unwrap().read(PIECE, size).is_some());
+            }
+        }
+        fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+        assert!(open().is_err());
+    }
+
+    #[test]
+    fn an_abandoned_draft_leaves_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut draft = Draft::create(directory.path().join("draft")).unwrap();
+        draft.append(b"some").unwrap();
+        drop(draft);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,296 @@
+//! What the store holds and where, in memory.
+//!
+//! 1. A key names one place; whoever moves or removes an entry names the place that it saw, so that
+//!    two who race cannot undo one another.
+//! 2. Looking something up makes it recently used. Recency is a number of the store's own clock,
+//!    which advances as bytes are written: an atomic store, no list to relink.
+
+use std::{
+    collections::HashMap,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use parking_lot::RwLock;
+
+use crate::{
+    digest::{Digest, DigestFunction},
+    instance::InstanceName,
+};
+
+/// A digest function with the first 32 bytes of its hash, or an action with its instance name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Key {
+    tag: u8,
+    hash: [u8; 32],
+}
+
+/// On disk; numbers must stay.
+const ACTION_RESULT: u8 = 128;
+
+impl Key {
+    pub fn blob(digest: &Digest) -> Self {
+        let tag = match digest.function() {
+            DigestFunction::Sha256 => 1,
+            DigestFunction::Sha1 => 2,
+            DigestFunction::Md5 => 3,
+            DigestFunction::Sha384 => 5,
+            DigestFunction::Sha512 => 6,
+            DigestFunction::Blake3 => 9,
+        };
+        let mut hash = [0; 32];
+        for (to, from) in hash.iter_mut().zip(digest.hash_bytes()) {
+            *to = *from;
+        }
+        Key { tag, hash }
+    }
+
+    pub fn action(instance: &InstanceName, action: &Digest) -> Self {
+        let name = format!("{instance}\0{action:?}");
+        Key {
+            tag: ACTION_RESULT,
+            ..Key::blob(&DigestFunction::Sha256.digest_of(name.as_bytes()))
+        }
+    }
+
+    pub fn is_action_result(&self) -> bool {
+        self.tag == ACTION_RESULT
+    }
+
+    pub fn to_bytes(self) -> [u8; 33] {
+        let mut bytes = [self.tag; 33];
+        bytes[1..].copy_from_slice(&self.hash);
+        bytes
+    }
+
+    pub fn from_bytes(bytes: &[u8; 33]) -> Self {
+        let mut hash = [0; 32];
+        hash.copy_from_slice(&bytes[1..]);
+        Key {
+            tag: bytes[0],
+            hash,
+        }
+    }
+
+    /// Tells keys apart well enough for recency.
+    pub fn short(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.hash;
+        u64::from_le_bytes([a, b, c, d, e, f, g, h]) ^ u64::from(self.tag)
+    }
+
+    fn shard(&self) -> usize {
+        usize::from(self.hash[8]) % SHARDS
+    }
+}
+
+impl std::hash::Hash for Key {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        state.write_u64(self.short());
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    Segment {
+        number: u32,
+        slot: u32,
+    },
+    /// A file of its own.
+    File,
+}
+
+#[derive(Debug)]
+struct Entry {
+    size: u64,
+    place: Place,
+    used: AtomicU32,
+}
+
+/// A copy of an entry.
+#[derive(Clone, Copy, Debug)]
+pub struct Found {
+    pub key: Key,
+    pub size: u64,
+    pub place: Place,
+    pub used: u32,
+}
+
+impl Entry {
+    fn found(&self, key: Key) -> Found {
+        Found {
+            key,
+            size: self.size,
+            place: self.place,
+            used: self.used.load(Ordering::Relaxed),
+        }
+    }
+}
+
+const SHARDS: usize = 64;
+
+pub struct Index {
+    shards: [RwLock<HashMap<Key, Entry>>; SHARDS],
+}
+
+impl Index {
+    pub fn new() -> Self {
+        Index {
+            shards: std::array::from_fn(|_| RwLock::default()),
+        }
+    }
+
+    fn shard(&self, key: &Key) -> &RwLock<HashMap<Key, Entry>> {
+        &self.shards[key.shard()]
+    }
+
+    /// Looks up, and makes recently used as of `now`.
+    pub fn find(&self, key: &Key, now: u32) -> Option<Found> {
+        let shard = self.shard(key).read();
+        let entry = shard.get(key)?;
+        if entry.used.load(Ordering::Relaxed) != now {
+            entry.used.store(now, Ordering::Relaxed);
+        }
+        Some(entry.found(*key))
+    }
+
+    /// What was there before; it is replaced.
+    pub fn insert(&self, key: Key, size: u64, place: Place, used: u32) -> Option<Found> {
+        let entry = Entry {
+            size,
+            place,
+            used: AtomicU32::new(used),
+        };
+        let old = self.shard(&key).write().insert(key, entry);
+        old.map(|entry| entry.found(key))
+    }
+
+    /// False when the entry is no longer what was seen.
+    pub fn relocate(&self, seen: &Found, place: Place) -> bool {
+        match self.shard(&seen.key).write().get_mut(&seen.key) {
+            Some(entry) if entry.place == seen.place => {
+                entry.place = place;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// False when the entry is no longer what was seen.
+    pub fn remove(&self, seen: &Found) -> bool {
+        let mut shard = self.shard(&seen.key).write();
+        match shard.get(&seen.key) {
+            Some(entry) if entry.place == seen.place => {
+                shard.remove(&seen.key);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Looks up without making it recently used.
+    pub fn peek(&self, key: &Key) -> Option<Found> {
+        let shard = self.shard(key).read();
+        shard.get(key).map(|entry| entry.found(*key))
+    }
+
+    pub fn len(&self) -> usize {
+        self.shards.iter().map(|shard| shard.read().len()).sum()
+    }
+
+    pub fn for_each(&self, mut f: impl FnMut(Found)) {
+        for shard in &self.shards {
+            for (key, entry) in shard.read().iter() {
+                f(entry.found(*key));
+            }
+        }
+    }
+
+    /// Removes the least recently used entries, of at least `bytes` bytes together as `weigh` counts
+    /// them, and returns them.
+    pub fn evict(&self, bytes: u64, weigh: impl Fn(&Found) -> u64) -> Vec<Found> {
+        let mut ages = Vec::new();
+        self.for_each(|found| ages.push((found.used, weigh(&found))));
+        ages.sort_unstable_by_key(|(used, _)| *used);
+        let mut sum = 0;
+        let mut cut = None;
+        // Of those as old as the cut, only as many as are needed.
+        let mut at_cut = 0;
+        for (used, weight) in ages {
+            if sum >= bytes {
+                break;
+            }
+            if cut != Some(used) {
+                cut = Some(used);
+                at_cut = 0;
+            }
+            sum += weight;
+            at_cut += weight;
+        }
+        let Some(cut) = cut else {
+            return Vec::new();
+        };
+        let mut evicted = Vec::new();
+        for shard in &self.shards {
+            let mut shard = shard.write();
+            shard.retain(|key, entry| {
+                let found = entry.found(*key);
+                if found.used > cut {
+                    return true;
+                }
+                if found.used == cut {
+                    let weight = weigh(&found);
+                    if at_cut == 0 {
+                        return true;
+                    }
+                    at_cut = at_cut.saturating_sub(weight);
+                }
+                evicted.push(found);
+                false
+            });
+        }
+        evicted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(i: u64) -> Key {
+        Key::blob(&DigestFunction::Sha256.digest_of(&i.to_le_bytes()))
+    }
+
+    #[test]
+    fn the_least_recently_used_entries_are_evicted_and_no_more_than_needed() {
+        let index = Index::new();
+        for i in 0..100 {
+            index.insert(key(i), 10, Place::File, i as u32 / 10);
+        }
+        index.find(&key(3), 50);
+        let evicted = index.evict(150, |found| found.size);
+        assert_eq!(evicted.len(), 15);
+        assert!(evicted.iter().all(|found| found.used <= 1));
+        assert_eq!(index.len(), 85);
+        assert!(index.peek(&key(3)).is_some());
+    }
+
+    #[test]
+    fn whoever_saw_an_old_place_changes_nothing() {
+        let index = Index::new();
+        index.insert(key(1), 1, Place::File, 0);
+        let seen = index.peek(&key(1)).unwrap();
+        let place = Place::Segment { number: 1, slot: 2 };
+        assert!(index.relocate(&seen, place));
+        assert!(!index.relocate(&seen, Place::File));
+        assert!(!index.remove(&seen));
+        assert_eq!(index.peek(&key(1)).unwrap().place, place);
+    }
+
+    #[test]
+    fn actions_differ_by_instance_and_from_blobs() {
+        let digest = DigestFunction::Sha256.digest_of(b"x");
+        let of = |name| Key::action(&InstanceName::parse(name).unwrap(), &digest);
+        assert_ne!(of("a"), of("b"));
+        assert_ne!(of(""), Key::blob(&digest));
+        assert_eq!(Key::from_bytes(&of("a").to_bytes()), of("a"));
+    }
+}

@@ -1,0 +1,227 @@
+//! Opening a store: the lock, the layout's version, and what is there.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, OpenOptions},
+    io,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+};
+
+use parking_lot::{Mutex, RwLock};
+use rustix::fs::FlockOperation;
+
+use super::{
+    file,
+    index::{Index, Place},
+    recency,
+    segment::{self, Segment},
+    space::{Head, Space, segment_capacity},
+};
+use crate::{config::Size, daemon::Failure};
+
+const DIRECTORY_KEY: &str = "storage.embedded.directory";
+const SIZE_KEY: &str = "storage.embedded.maximum_size";
+const FORMAT: &str = "bb_scheduler storage 1\n";
+
+/// What would keep the store from being opened, or from holding as much as it may. Changes nothing.
+pub fn probe(directory: &Path, maximum_size: u64) -> Vec<Failure> {
+    // The directory, or where it would be created.
+    let existing = directory
+        .ancestors()
+        .find(|ancestor| ancestor.exists())
+        .unwrap_or(Path::new("/"));
+    let mut failures = Vec::new();
+    if !existing.is_dir() {
+        return vec![failure(format!(
+            "{} is no directory; choose another path",
+            existing.display()
+        ))];
+    }
+    if rustix::fs::access(existing, rustix::fs::Access::WRITE_OK).is_err() {
+        failures.push(failure(format!(
+            "this user may not write in {}; change its owner, or choose another path",
+            existing.display()
+        )));
+    }
+    if existing == directory {
+        match check_format(directory) {
+            Ok(_) => {}
+            Err(error) => failures.push(error),
+        }
+        if let Ok(file) = File::open(directory.join("lock"))
+            && rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err()
+        {
+            failures.push(in_use(directory));
+        }
+    }
+    match (rustix::fs::statvfs(existing), taken(directory)) {
+        (Ok(stat), taken) if stat.f_bavail * stat.f_frsize + taken < maximum_size => {
+            failures.push(Failure::Configuration {
+                key: SIZE_KEY,
+                message: format!(
+                    "it is {}, but the file system of {} has only {} left for this store; lower it, or free space there",
+                    Size(maximum_size),
+                    directory.display(),
+                    Size((stat.f_bavail * stat.f_frsize + taken) >> 20 << 20),
+                ),
+            });
+        }
+        (Ok(_), _) => {}
+        (Err(error), _) => failures.push(failure(format!(
+            "could not read the free space of {}: {error}",
+            existing.display()
+        ))),
+    }
+    failures
+}
+
+/// Bytes that an existing store takes on disk.
+fn taken(directory: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    walkdir::WalkDir::new(directory)
+        .into_iter()
+        .filter_map(|entry| entry.ok()?.metadata().ok())
+        .map(|metadata| metadata.blocks() * 512)
+        .sum()
+}
+
+fn failure(message: String) -> Failure {
+    Failure::Configuration {
+        key: DIRECTORY_KEY,
+        message,
+    }
+}
+
+fn in_use(directory: &Path) -> Failure {
+    Failure::Environment {
+        message: format!(
+            "another process uses {}; stop it (fuser {}/lock names it), or set {DIRECTORY_KEY} to a directory of its own",
+            directory.display(),
+            directory.display(),
+        ),
+    }
+}
+
+/// True when the store is there already.
+fn check_format(directory: &Path) -> Result<bool, Failure> {
+    match fs::read_to_string(directory.join("format")) {
+        Ok(text) if text == FORMAT => Ok(true),
+        Ok(text) => Err(failure(format!(
+            "{} holds a store of another version, {:?}; empty it, or choose another directory",
+            directory.display(),
+            text.trim_end()
+        ))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(failure(format!(
+            "could not read {}: {error}",
+            directory.join("format").display()
+        ))),
+    }
+}
+
+pub fn open(directory: &Path, maximum_size: u64) -> Result<Space, Failure> {
+    let trouble = |error: io::Error| {
+        failure(format!(
+            "could not open the store in {}: {error}",
+            directory.display()
+        ))
+    };
+    fs::create_dir_all(directory).map_err(trouble)?;
+    let lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(directory.join("lock"))
+        .map_err(trouble)?;
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => return Err(in_use(directory)),
+        Err(error) => return Err(trouble(error.into())),
+    }
+    if !check_format(directory)? {
+        // Written aside first, so that it is there as a whole or not at all.
+        let temporary = directory.join("format.new");
+        fs::write(&temporary, FORMAT)
+            .and_then(|()| fs::rename(&temporary, directory.join("format")))
+            .map_err(trouble)?;
+    }
+    read(directory, maximum_size, lock).map_err(trouble)
+}
+
+/// Reads the index, and takes up the last segment where it ends.
+fn read(directory: &Path, maximum_size: u64, lock: File) -> io::Result<Space> {
+    let segments = directory.join("segments");
+    let files = directory.join("files");
+    let uploads = directory.join("uploads");
+    fs::create_dir_all(&segments)?;
+    file::prepare(&files)?;
+    if uploads.exists() {
+        fs::remove_dir_all(&uploads)?;
+    }
+    fs::create_dir(&uploads)?;
+
+    let recency = recency::load(directory);
+    let known = |short: u64| recency.as_ref().and_then(|r| r.used.get(&short).copied());
+    let space = Space {
+        directory: directory.to_owned(),
+        maximum_size,
+        index: Index::new(),
+        segments: RwLock::new(BTreeMap::new()),
+        head: Mutex::new(None),
+        used: AtomicU64::new(0),
+        written: AtomicU64::new(recency.as_ref().map_or(0, |recency| recency.written)),
+        next_segment: AtomicU32::new(0),
+        next_upload: AtomicU64::new(0),
+        making_room: Mutex::new(()),
+        growing: Mutex::new(()),
+        naming: std::array::from_fn(|_| Mutex::new(())),
+        wake: Default::default(),
+        _lock: lock,
+    };
+    let mut latest = space.now();
+    for number in segment::list(&segments)? {
+        space.next_segment.store(number + 1, Ordering::Relaxed);
+        let segment = match Segment::open(&segments, number) {
+            Ok(segment) => Arc::new(segment),
+            Err(error) => {
+                tracing::error!(segment = number, %error, "could not read a segment; its blobs are missing");
+                continue;
+            }
+        };
+        space.used.fetch_add(segment.disk(), Ordering::Relaxed);
+        space.segments.write().insert(number, segment.clone());
+        let (records, end) = segment.records();
+        for (slot, record) in records {
+            latest = latest.max(record.used);
+            let used = known(record.key.short()).unwrap_or(record.used);
+            let place = Place::Segment { number, slot };
+            space.point_to(record.key, record.size, place, used);
+        }
+        let previous = space.head.lock().replace(Head { segment, end });
+        if let Some(previous) = previous
+            && let Ok(freed) = previous.segment.seal(previous.end)
+        {
+            space.used.fetch_sub(freed, Ordering::Relaxed);
+        }
+    }
+    let clock = (u64::from(latest) + 1) * space.tick();
+    space.written.fetch_max(clock, Ordering::Relaxed);
+    for (key, size) in file::list(&files)? {
+        space
+            .used
+            .fetch_add(file::footprint(size), Ordering::Relaxed);
+        let used = known(key.short()).unwrap_or_else(|| space.now());
+        space.point_to(key, size, Place::File, used);
+    }
+    if let Some(head) = space.head.lock().as_ref()
+        && head.segment.capacity() > segment_capacity(maximum_size)
+    {
+        tracing::debug!("the last segment is larger than new ones will be");
+    }
+    space.make_room();
+    Ok(space)
+}

@@ -1,0 +1,420 @@
+//! Segments: pairs of files that small blobs and action results are appended to.
+//!
+//! NUMBER.data has the contents, one after another. NUMBER.table has a slot of 64 bytes for each: a
+//! checksum of the slot, then whose content it is, where it is, and the content's checksum.
+//!
+//! 1. A slot is written after its content, so that a slot without content is only seen after a
+//!    loss of power; the checksums tell.
+//! 2. Bytes that a slot describes never change, and a file is never cut below them: they are
+//!    mapped into memory, and readers hold on to them beyond the segment's removal.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use memmap2::Mmap;
+
+use super::index::Key;
+
+pub const SLOT: usize = 64;
+
+/// Slots are reserved for contents of this size on average; smaller ones fill a segment earlier.
+const AVERAGE: u64 = 512;
+
+/// One slot's meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    pub key: Key,
+    pub size: u64,
+    pub offset: u32,
+    pub checksum: u32,
+    pub used: u32,
+}
+
+impl Record {
+    fn to_bytes(self) -> [u8; SLOT] {
+        let mut bytes = [0; SLOT];
+        bytes[4..37].copy_from_slice(&self.key.to_bytes());
+        bytes[40..48].copy_from_slice(&self.size.to_le_bytes());
+        bytes[48..52].copy_from_slice(&self.offset.to_le_bytes());
+        bytes[52..56].copy_from_slice(&self.checksum.to_le_bytes());
+        bytes[56..60].copy_from_slice(&self.used.to_le_bytes());
+        let checksum = crc32fast::hash(&bytes[4..]);
+        bytes[..4].copy_from_slice(&checksum.to_le_bytes());
+        bytes
+    }
+
+    /// `None` for a slot that was never written, only in part, or erased.
+    fn from_bytes(bytes: &[u8; SLOT]) -> Option<Self> {
+        let (checksum, rest) = bytes.split_first_chunk::<4>()?;
+        let (key, rest) = rest.split_first_chunk::<33>()?;
+        let (_, rest) = rest.split_first_chunk::<3>()?;
+        let (size, rest) = rest.split_first_chunk::<8>()?;
+        let (offset, rest) = rest.split_first_chunk::<4>()?;
+        let (content, rest) = rest.split_first_chunk::<4>()?;
+        let (used, _) = rest.split_first_chunk::<4>()?;
+        if key[0] == 0 || u32::from_le_bytes(*checksum) != crc32fast::hash(&bytes[4..]) {
+            return None;
+        }
+        Some(Record {
+            key: Key::from_bytes(key),
+            size: u64::from_le_bytes(*size),
+            offset: u32::from_le_bytes(*offset),
+            checksum: u32::from_le_bytes(*content),
+            used: u32::from_le_bytes(*used),
+        })
+    }
+}
+
+pub struct Segment {
+    pub number: u32,
+    data_path: PathBuf,
+    table_path: PathBuf,
+    data: File,
+    table: File,
+    contents: Mmap,
+    slots: Mmap,
+    /// Bytes of contents that the index points to.
+    live: AtomicU64,
+    /// Bytes on disk, both files.
+    disk: AtomicU64,
+    /// How many write to it, and have not told the index.
+    writers: AtomicU32,
+}
+
+/// Where the next contents go.
+#[derive(Clone, Copy, Debug)]
+pub struct End {
+    pub offset: u64,
+    pub slot: u32,
+}
+
+fn paths(directory: &Path, number: u32) -> (PathBuf, PathBuf) {
+    (
+        directory.join(format!("{number:08x}.data")),
+        directory.join(format!("{number:08x}.table")),
+    )
+}
+
+/// The numbers of all segments in a directory, ascending. Halves of pairs are removed.
+pub fn list(directory: &Path) -> io::Result<Vec<u32>> {
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let name = entry?.file_name();
+        let Some(number) = name
+            .to_str()
+            .and_then(|name| name.split_once('.'))
+            .and_then(|(number, _)| u32::from_str_radix(number, 16).ok())
+        else {
+            continue;
+        };
+        let (data, table) = paths(directory, number);
+        if data.exists() && table.exists() {
+            numbers.push(number);
+        } else {
+            remove(&data)?;
+            remove(&table)?;
+        }
+    }
+    numbers.sort_unstable();
+    numbers.dedup();
+    Ok(numbers)
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes of both files of a segment that holds `capacity` bytes.
+pub fn footprint(capacity: u64) -> u64 {
+    capacity + slots_for(capacity) * SLOT as u64
+}
+
+fn slots_for(capacity: u64) -> u64 {
+    capacity.div_ceil(AVERAGE).max(64)
+}
+
+impl Segment {
+    /// A new, empty segment; its space is allocated, so that a full disk is met here.
+    pub fn create(directory: &Path, number: u32, capacity: u64) -> io::Result<Self> {
+        let (data_path, table_path) = paths(directory, number);
+        let created = Self::create_files(number, capacity, &data_path, &table_path);
+        if created.is_err() {
+            let _ = remove(&data_path);
+            let _ = remove(&table_path);
+        }
+        created
+    }
+
+    fn create_files(
+        number: u32,
+        capacity: u64,
+        data_path: &Path,
+        table_path: &Path,
+    ) -> io::Result<Self> {
+        let new = |path: &Path, length: u64| -> io::Result<File> {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(path)?;
+            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length)?;
+            Ok(file)
+        };
+        let data = new(data_path, capacity)?;
+        let table = new(table_path, slots_for(capacity) * SLOT as u64)?;
+        Self::map(number, data_path, table_path, data, table)
+    }
+
+    pub fn open(directory: &Path, number: u32) -> io::Result<Self> {
+        let (data_path, table_path) = paths(directory, number);
+        let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
+        let (data, table) = (open(&data_path)?, open(&table_path)?);
+        Self::map(number, &data_path, &table_path, data, table)
+    }
+
+    fn map(
+        number: u32,
+        data_path: &Path,
+        table_path: &Path,
+        data: File,
+        table: File,
+    ) -> io::Result<Self> {
+        // SAFETY: both files belong to this store alone, which holds the directory's lock, and
+        // are never cut below what a slot describes; only such bytes, and slots, are read.
+        let (contents, slots) = unsafe { (Mmap::map(&data)?, Mmap::map(&table)?) };
+        let disk = AtomicU64::new((contents.len() + slots.len()) as u64);
+        Ok(Segment {
+            number,
+            data_path: data_path.to_owned(),
+            table_path: table_path.to_owned(),
+            data,
+            table,
+            contents,
+            slots,
+            live: AtomicU64::new(0),
+            disk,
+            writers: AtomicU32::new(0),
+        })
+    }
+
+    pub fn capacity(&self) -> u64 {
+        self.contents.len() as u64
+    }
+
+    pub fn slot_count(&self) -> u32 {
+        (self.slots.len() / SLOT) as u32
+    }
+
+    pub fn live(&self) -> u64 {
+        self.live.load(Ordering::Relaxed)
+    }
+
+    pub fn disk(&self) -> u64 {
+        self.disk.load(Ordering::Relaxed)
+    }
+
+    pub fn add_live(&self, bytes: u64) {
+        self.live.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub fn remove_live(&self, bytes: u64) {
+        self.live.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    pub fn begin_writing(&self) {
+        self.writers.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub fn end_writing(&self) {
+        self.writers.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    pub fn is_being_written(&self) -> bool {
+        self.writers.load(Ordering::Acquire) != 0
+    }
+
+    pub fn record(&self, slot: u32) -> Option<Record> {
+        let at = slot as usize * SLOT;
+        let bytes = self.slots.get(at..at + SLOT)?;
+        Record::from_bytes(bytes.first_chunk()?)
+    }
+
+    /// All records, by slot, and where the next one goes.
+    pub fn records(&self) -> (Vec<(u32, Record)>, End) {
+        let mut records = Vec::new();
+        let mut end = End { offset: 0, slot: 0 };
+        for slot in 0..self.slot_count() {
+            let at = slot as usize * SLOT;
+            let Some(bytes) = self.slots.get(at..at + SLOT) else {
+                break;
+            };
+            if bytes.iter().all(|byte| *byte == 0) {
+                continue;
+            }
+            end.slot = slot + 1;
+            if let Some(record) = self.record(slot)
+                && u64::from(record.offset) + record.size <= self.capacity()
+            {
+                end.offset = end.offset.max(u64::from(record.offset) + record.size);
+                records.push((slot, record));
+            }
+        }
+        (records, end)
+    }
+
+    /// The content of a slot. `None` when it is damaged.
+    pub fn content(self: &Arc<Self>, record: &Record) -> Option<Bytes> {
+        let start = record.offset as usize;
+        let end = start.checked_add(usize::try_from(record.size).ok()?)?;
+        let content = self.contents.get(start..end)?;
+        if crc32fast::hash(content) != record.checksum {
+            return None;
+        }
+        Some(Bytes::from_owner(Part {
+            segment: self.clone(),
+            start,
+            end,
+        }))
+    }
+
+    /// Writes contents and slots into the part that was reserved for them; gives the slots.
+    pub fn write(&self, end: End, contents: &[(Key, Bytes)], used: u32) -> io::Result<()> {
+        const GATHERED: usize = 256 << 10;
+        let mut slots = Vec::with_capacity(contents.len() * SLOT);
+        let mut gathered = Vec::new();
+        let mut written = end.offset;
+        let mut offset = end.offset;
+        for (key, content) in contents {
+            let record = Record {
+                key: *key,
+                size: content.len() as u64,
+                offset: offset as u32,
+                checksum: crc32fast::hash(content),
+                used,
+            };
+            slots.extend_from_slice(&record.to_bytes());
+            offset += content.len() as u64;
+            if contents.len() == 1 {
+                self.data.write_all_at(content, written)?;
+                continue;
+            }
+            gathered.extend_from_slice(content);
+            if gathered.len() >= GATHERED {
+                self.data.write_all_at(&gathered, written)?;
+                written += gathered.len() as u64;
+                gathered.clear();
+            }
+        }
+        self.data.write_all_at(&gathered, written)?;
+        self.table
+            .write_all_at(&slots, u64::from(end.slot) * SLOT as u64)
+    }
+
+    /// Forgets a record, also for those who open the store later.
+    pub fn erase(&self, slot: u32) -> io::Result<()> {
+        self.table
+            .write_all_at(&[0; SLOT], u64::from(slot) * SLOT as u64)
+    }
+
+    /// Gives back the space beyond `end`. Nobody may append any more. Returns the bytes freed.
+    pub fn seal(&self, end: End) -> io::Result<u64> {
+        // A mapping beyond its file's end must not be touched; no slot describes anything there.
+        self.data.set_len(end.offset)?;
+        let before = self
+            .disk
+            .swap(end.offset + self.slots.len() as u64, Ordering::Relaxed);
+        Ok(before.saturating_sub(self.disk()))
+    }
+
+    /// Removes the files; readers keep what they hold.
+    pub fn unlink(&self) -> io::Result<()> {
+        remove(&self.table_path)?;
+        remove(&self.data_path)
+    }
+}
+
+/// A part of a segment, for as long as somebody reads it.
+struct Part {
+    segment: Arc<Segment>,
+    start: usize,
+    end: usize,
+}
+
+impl AsRef<[u8]> for Part {
+    fn as_ref(&self) -> &[u8] {
+        self.segment
+            .contents
+            .get(self.start..self.end)
+            .unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::DigestFunction;
+
+    fn blob(text: &'static str) -> (Key, Bytes) {
+        let digest = DigestFunction::Sha256.digest_of(text.as_bytes());
+        (Key::blob(&digest), Bytes::from_static(text.as_bytes()))
+    }
+
+    #[test]
+    fn what_was_written_is_found_again_and_what_is_damaged_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let segment = Segment::create(directory.path(), 7, 1 << 16).unwrap();
+        segment
+            .write(End { offset: 0, slot: 0 }, &[blob("one"), blob("two")], 5)
+            .unwrap();
+        // A slot in between whose writer died.
+        segment
+            .write(End { offset: 9, slot: 3 }, &[blob("three")], 6)
+            .unwrap();
+        drop(segment);
+
+        assert_eq!(list(directory.path()).unwrap(), [7]);
+        let segment = Arc::new(Segment::open(directory.path(), 7).unwrap());
+        let (records, end) = segment.records();
+        let slots: Vec<u32> = records.iter().map(|(slot, _)| *slot).collect();
+        assert_eq!(slots, [0, 1, 3]);
+        assert_eq!((end.offset, end.slot), (14, 4));
+        assert_eq!(&*segment.content(&records[2].1).unwrap(), b"three");
+        assert_eq!(records[2].1.used, 6);
+
+        segment.data.write_all_at(b"x", 1).unwrap();
+        assert!(segment.content(&records[0].1).is_none());
+        assert_eq!(&*segment.content(&records[1].1).unwrap(), b"two");
+        segment.table.write_all_at(&[0xff], 60).unwrap();
+        assert_eq!(segment.record(0), None);
+        segment.erase(1).unwrap();
+        assert_eq!(segment.record(1), None);
+    }
+
+    #[test]
+    fn a_reader_keeps_what_it_holds_when_the_segment_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let segment = Arc::new(Segment::create(directory.path(), 1, 1 << 16).unwrap());
+        segment
+            .write(End { offset: 0, slot: 0 }, &[blob("kept")], 0)
+            .unwrap();
+        let record = segment.record(0).unwrap();
+        let held = segment.content(&record).unwrap();
+        segment.seal(End { offset: 4, slot: 1 }).unwrap();
+        segment.unlink().unwrap();
+        drop(segment);
+        assert_eq!(&*held, b"kept");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,122 @@
+//! A blob on its way into the store, piece by piece.
+
+use bytes::Bytes;
+
+use super::{
+    super::Error,
+    SMALL,
+    file::{self, Draft},
+    index::Key,
+    space::{Reservation, Space},
+};
+use crate::digest::{Digest, Hasher};
+use std::sync::Arc;
+
+/// Dropped before it is finished, it leaves nothing.
+pub struct Upload {
+    space: Arc<Space>,
+    digest: Digest,
+    hasher: Hasher,
+    content: Content,
+}
+
+enum Content {
+    Small(Vec<u8>),
+    Large {
+        draft: Draft,
+        reservation: Reservation,
+    },
+}
+
+/// Space is taken in steps, as bytes arrive: what a client announces is no reason to evict.
+const STEP: u64 = 4 << 20;
+
+impl Upload {
+    pub(super) fn start(space: Arc<Space>, digest: Digest) -> Result<Self, Error> {
+        let limit = space.maximum_blob_size();
+        if digest.size() > limit {
+            return Err(Error::TooLarge { digest, limit });
+        }
+        let content = if digest.size() <= SMALL {
+            Content::Small(Vec::new())
+        } else {
+            Content::Large {
+                draft: Draft::create(space.fresh_upload_path())
+                    .map_err(|error| space.write_error(error))?,
+                reservation: space.reserve(0)?,
+            }
+        };
+        Ok(Upload {
+            space,
+            digest,
+            hasher: digest.function().hasher(),
+            content,
+        })
+    }
+
+    /// Bytes so far.
+    pub fn received(&self) -> u64 {
+        self.hasher.size()
+    }
+
+    /// Appends. More than the digest's size is an error, and nothing of it is taken.
+    pub fn write(&mut self, data: &[u8]) -> Result<(), Error> {
+        let size = self.received() + data.len() as u64;
+        if size > self.digest.size() {
+            return Err(Error::Invalid(format!(
+                "{size} bytes were sent for blob {}, more than its digest says",
+                self.digest
+            )));
+        }
+        match &mut self.content {
+            Content::Small(content) => content.extend_from_slice(data),
+            Content::Large { draft, reservation } => {
+                let total = file::footprint(self.digest.size());
+                if size > reservation.bytes() {
+                    let wanted = (size + STEP).min(total);
+                    reservation.grow(wanted - reservation.bytes())?;
+                }
+                draft
+                    .append(data)
+                    .map_err(|error| self.space.write_error(error))?;
+            }
+        }
+        self.hasher.update(data);
+        Ok(())
+    }
+
+    /// Makes the blob visible, if it is what its digest says.
+    pub fn finish(self) -> Result<(), Error> {
+        let received = self.received();
+        if received < self.digest.size() {
+            return Err(Error::Invalid(format!(
+                "only {received} bytes were sent for blob {}",
+                self.digest
+            )));
+        }
+        let actual = self.hasher.finish();
+        if actual != self.digest {
+            return Err(Error::Corrupt {
+                expected: self.digest,
+                actual,
+            });
+        }
+        let key = Key::blob(&self.digest);
+        match self.content {
+            Content::Small(content) if content.is_empty() => Ok(()),
+            Content::Small(content) => self.space.store_small(&[(key, Bytes::from(content))]),
+            Content::Large {
+                draft,
+                mut reservation,
+            } => {
+                let rest = file::footprint(received).saturating_sub(reservation.bytes());
+                reservation.grow(rest)?;
+                self.space
+                    .commit_large(draft, key, received)
+                    .map_err(|error| self.space.write_error(error))?;
+                reservation.keep();
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,426 @@
+//! The files of the cache on disk.
+//!
+//!     DIRECTORY/00 … ff/    by the first byte of the hash: sha256-HASH-SIZE+x, sha256-HASH-SIZE-x
+//!                           (executable or not), and …+x.1, …+x.2 when a file has so many links
+//!                           that it takes a second inode
+//!     DIRECTORY/incoming/   what is being written; emptied at start
+//!
+//! 1. A name in a shard appears by one rename or link, after content, owner, mode and mtime are
+//!    final and the content is verified. So what a killed worker leaves in shards is whole.
+//! 2. File systems lengthen a file only when its data are written (ext4 with data=ordered, xfs,
+//!    btrfs), so after a crash of the host a file that lost its content has the wrong size.
+//! 3. Files belong to the worker, are 0444 or 0555, and have the mtime 2000-01-01T00:00:00Z, as
+//!    Buildbarn's. Nobody has them open for writing.
+//! 4. Every link and unlink sets the ctime, so that it tells at the next start when a file was used.
+
+use std::{
+    fs::File,
+    io::{self, Write},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    str::FromStr,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use rustix::{
+    fs::{AtFlags, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT},
+    io::Errno,
+};
+
+use crate::digest::{Digest, DigestFunction};
+
+const SHARDS: usize = 256;
+
+/// 2000-01-01T00:00:00Z
+const MTIME: i64 = 946_684_800;
+
+/// What a cached file is: the same content may be there as an executable too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Key {
+    pub digest: Digest,
+    pub executable: bool,
+}
+
+impl Key {
+    fn shard(&self) -> usize {
+        usize::from(self.digest.hash_bytes()[0])
+    }
+
+    /// The name of its n-th copy, into a buffer that is used again and again.
+    fn write_name(&self, copy: u32, name: &mut String) {
+        use std::fmt::Write;
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        name.clear();
+        name.push_str(function_name(self.digest.function()));
+        name.push('-');
+        for byte in self.digest.hash_bytes() {
+            name.push(DIGITS[usize::from(byte >> 4)] as char);
+            name.push(DIGITS[usize::from(byte & 15)] as char);
+        }
+        let sign = if self.executable { '+' } else { '-' };
+        let _ = write!(name, "-{}{sign}x", self.digest.size());
+        if copy > 0 {
+            let _ = write!(name, ".{copy}");
+        }
+    }
+
+    fn parse_name(name: &str) -> Option<(Self, u32)> {
+        let (name, copy) = match name.split_once('.') {
+            Some((name, copy)) => (name, u32::from_str(copy).ok().filter(|copy| *copy > 0)?),
+            None => (name, 0),
+        };
+        let (name, executable) = match name.strip_suffix("+x") {
+            Some(name) => (name, true),
+            None => (name.strip_suffix("-x")?, false),
+        };
+        let mut parts = name.split('-');
+        let (function, hash, size) = (parts.next()?, parts.next()?, parts.next()?);
+        let function = DigestFunction::ALL
+            .into_iter()
+            .find(|known| function_name(*known) == function)?;
+        let size = i64::from_str(size).ok()?;
+        let digest = Digest::parse_parts(Some(function), hash, size).ok()?;
+        parts
+            .next()
+            .is_none()
+            .then_some((Key { digest, executable }, copy))
+    }
+}
+
+fn mode(executable: bool) -> Mode {
+    Mode::from_raw_mode(if executable { 0o555 } else { 0o444 })
+}
+
+fn function_name(function: DigestFunction) -> &'static str {
+    match function {
+        DigestFunction::Sha256 => "sha256",
+        DigestFunction::Sha1 => "sha1",
+        DigestFunction::Md5 => "md5",
+        DigestFunction::Sha384 => "sha384",
+        DigestFunction::Sha512 => "sha512",
+        DigestFunction::Blake3 => "blake3",
+    }
+}
+
+pub struct Files {
+    path: PathBuf,
+    /// Locked for as long as this worker runs.
+    _lock: OwnedFd,
+    shards: Vec<OwnedFd>,
+    incoming: OwnedFd,
+    sequence: AtomicU64,
+}
+
+/// A file that was there at start.
+pub struct Found {
+    pub key: Key,
+    pub copies: u32,
+    /// Seconds and nanoseconds.
+    pub last_used: (i64, i64),
+}
+
+/// A file being written; removed on drop unless published.
+pub struct Incoming<'a> {
+    files: &'a Files,
+    /// Empty once published.
+    name: String,
+    pub file: File,
+}
+
+impl Drop for Incoming<'_> {
+    fn drop(&mut self) {
+        if !self.name.is_empty() {
+            let _ = rustix::fs::unlinkat(&self.files.incoming, &self.name, AtFlags::empty());
+        }
+    }
+}
+
+impl Files {
+    /// Makes what is not there, and removes what was being written. EWOULDBLOCK when another
+    /// worker uses the directory.
+    pub fn open(path: &Path) -> io::Result<Self> {
+        std::fs::create_dir_all(path)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = rustix::fs::open(path, flags, Mode::empty())?;
+        rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive)?;
+        // An action that escaped its root must not even learn what is cached.
+        rustix::fs::fchmod(&directory, Mode::from_raw_mode(0o700))?;
+        let within = |name: &str| -> io::Result<OwnedFd> {
+            match rustix::fs::mkdirat(&directory, name, Mode::from_raw_mode(0o700)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let flags = flags | OFlags::NOFOLLOW;
+            Ok(rustix::fs::openat(&directory, name, flags, Mode::empty())?)
+        };
+        let shards = (0..SHARDS)
+            .map(|shard| within(&format!("{shard:02x}")))
+            .collect::<io::Result<_>>()?;
+        let files = Files {
+            path: path.to_owned(),
+            incoming: within("incoming")?,
+            shards,
+            sequence: AtomicU64::new(0),
+            _lock: directory,
+        };
+        for entry in std::fs::read_dir(path.join("incoming"))? {
+            std::fs::remove_file(entry?.path())?;
+        }
+        Ok(files)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What is there, the longest unused first. Removes what nobody can use.
+    pub fn scan(&self) -> io::Result<Vec<Found>> {
+        use std::os::unix::fs::MetadataExt;
+        let owner = rustix::process::geteuid().as_raw();
+        let mut files: Vec<(Key, u32, (i64, i64))> = Vec::new();
+        for shard in 0..SHARDS {
+            let path = self.path.join(format!("{shard:02x}"));
+            for entry in walkdir::WalkDir::new(path).min_depth(1).max_depth(1) {
+                let entry = entry?;
+                let metadata = entry.metadata()?;
+                let usable =
+                    entry
+                        .file_name()
+                        .to_str()
+                        .and_then(Key::parse_name)
+                        .filter(|(key, _)| {
+                            metadata.is_file()
+                                && key.shard() == shard
+                                && metadata.len() == key.digest.size()
+                                && metadata.mode() & 0o7777 == mode(key.executable).as_raw_mode()
+                                && metadata.uid() == owner
+                        });
+                match usable {
+                    Some((key, copy)) => {
+                        files.push((key, copy, (metadata.ctime(), metadata.ctime_nsec())));
+                    }
+                    None if metadata.is_dir() => std::fs::remove_dir_all(entry.path())?,
+                    None => std::fs::remove_file(entry.path())?,
+                }
+            }
+        }
+        files.sort_unstable();
+        let mut found: Vec<Found> = Vec::new();
+        for (key, copy, last_used) in files {
+            match found.last_mut() {
+                Some(last) if last.key == key && last.copies == copy => {
+                    last.copies += 1;
+                    last.last_used = last.last_used.max(last_used);
+                }
+                _ if copy == 0 => found.push(Found {
+                    key,
+                    copies: 1,
+                    last_used,
+                }),
+                _ => self.remove_copy(&key, copy)?,
+            }
+        }
+        found.sort_unstable_by_key(|found| found.last_used);
+        Ok(found)
+    }
+
+    pub fn create(&self) -> io::Result<Incoming<'_>> {
+        let name = self.sequence.fetch_add(1, Ordering::Relaxed).to_string();
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.incoming, &name, flags, Mode::from_raw_mode(0o600))?;
+        Ok(Incoming {
+            files: self,
+            name,
+            file: file.into(),
+        })
+    }
+
+    /// Makes a written and verified file the n-th copy of `key`.
+    pub fn publish(&self, mut incoming: Incoming<'_>, key: &Key, copy: u32) -> io::Result<()> {
+        finish(incoming.file.as_fd(), key.executable)?;
+        let mut name = String::new();
+        key.write_name(copy, &mut name);
+        rustix::fs::renameat(
+            &self.incoming,
+            &incoming.name,
+            &self.shards[key.shard()],
+            &name,
+        )?;
+        incoming.name.clear();
+        Ok(())
+    }
+
+    /// Writes a file whose content is known to match its digest.
+    pub fn write(&self, key: &Key, content: &[u8]) -> io::Result<()> {
+        let mut incoming = self.create()?;
+        incoming.file.write_all(content)?;
+        self.publish(incoming, key, 0)
+    }
+
+    /// Links the n-th copy of `key` into a directory.
+    pub fn link(
+        &self,
+        key: &Key,
+        copy: u32,
+        directory: BorrowedFd<'_>,
+        name: &str,
+        buffer: &mut String,
+    ) -> Result<(), Errno> {
+        key.write_name(copy, buffer);
+        let shard = &self.shards[key.shard()];
+        rustix::fs::linkat(shard, buffer.as_str(), directory, name, AtFlags::empty())
+    }
+
+    /// Makes a sealed file the first copy of `key`, by a further link to it.
+    pub fn adopt(&self, key: &Key, directory: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {
+        let mut target = String::new();
+        key.write_name(0, &mut target);
+        let shard = &self.shards[key.shard()];
+        rustix::fs::linkat(directory, name, shard, &target, AtFlags::empty())
+    }
+
+    /// Makes another inode with the content of `source`, sharing its blocks where the file system
+    /// can.
+    pub fn duplicate(&self, source: &File, key: &Key, copy: u32) -> io::Result<()> {
+        let incoming = self.create()?;
+        if reflink_copy::reflink_file(source, &incoming.file).is_err() {
+            let mut offset = 0;
+            let mut to = 0;
+            while offset < key.digest.size() {
+                let rest = usize::try_from(key.digest.size() - offset).unwrap_or(usize::MAX);
+                let copied = rustix::fs::copy_file_range(
+                    source,
+                    Some(&mut offset),
+                    &incoming.file,
+                    Some(&mut to),
+                    rest,
+                )?;
+                if copied == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+            }
+        }
+        self.publish(incoming, key, copy)
+    }
+
+    pub fn open_copy(&self, key: &Key, copy: u32) -> io::Result<File> {
+        let mut name = String::new();
+        key.write_name(copy, &mut name);
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let shard = &self.shards[key.shard()];
+        Ok(rustix::fs::openat(shard, &name, flags, Mode::empty())?.into())
+    }
+
+    /// Removes all copies of a file.
+    pub fn remove(&self, key: &Key, copies: u32) -> io::Result<()> {
+        // The last copy first, so that a worker killed in between leaves no gap.
+        for copy in (0..copies).rev() {
+            self.remove_copy(key, copy)?;
+        }
+        Ok(())
+    }
+
+    fn remove_copy(&self, key: &Key, copy: u32) -> io::Result<()> {
+        let mut name = String::new();
+        key.write_name(copy, &mut name);
+        match rustix::fs::unlinkat(&self.shards[key.shard()], &name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Gives a file its final mode and mtime.
+fn finish(file: BorrowedFd<'_>, executable: bool) -> io::Result<()> {
+    rustix::fs::fchmod(file, mode(executable))?;
+    rustix::fs::futimens(
+        file,
+        &Timestamps {
+            last_access: Timespec {
+                tv_sec: 0,
+                tv_nsec: UTIME_OMIT,
+            },
+            last_modification: Timespec {
+                tv_sec: MTIME,
+                tv_nsec: 0,
+            },
+        },
+    )?;
+    Ok(())
+}
+
+/// Takes a file away from the action that wrote it, so that it can enter the cache as it is.
+/// `false` when that is not possible: then only a copy can.
+///
+/// True only if nobody else has the file: no other name leads to it, no extended attribute or ACL
+/// is on it, no process has it open for writing or mapped writable.
+pub fn seal(file: &File, executable: bool) -> bool {
+    let fd = file.as_fd();
+    let alone = |fd| rustix::fs::fstat(fd).is_ok_and(|stat| stat.st_nlink == 1);
+    // Before anything is changed: an input that the action linked elsewhere stays as it is.
+    if !alone(fd) || !has_no_attributes(fd) {
+        return false;
+    }
+    let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
+    rustix::fs::fchown(fd, Some(user), Some(group)).is_ok()
+        && finish(fd, executable).is_ok()
+        && alone(fd)
+        && has_no_writer(fd)
+}
+
+/// No attribute but those that only the kernel's security modules may set.
+fn has_no_attributes(fd: BorrowedFd<'_>) -> bool {
+    let mut names = [0; 512];
+    match rustix::fs::flistxattr(fd, &mut names[..]) {
+        Ok(length) => names[..length]
+            .split(|byte| *byte == 0)
+            .all(|name| name.is_empty() || name.starts_with(b"security.")),
+        Err(error) => error == Errno::OPNOTSUPP,
+    }
+}
+
+/// fcntl(2), F_SETLEASE: a read lease is granted only while nobody has the file open for writing.
+fn has_no_writer(fd: BorrowedFd<'_>) -> bool {
+    // SAFETY: these commands take an integer, and touch no memory of ours.
+    unsafe {
+        let leased = libc::fcntl(fd.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK) == 0;
+        libc::fcntl(fd.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK);
+        leased
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_tells_what_the_file_is() {
+        for function in DigestFunction::ALL {
+            for executable in [false, true] {
+                for copy in [0, 1, 17] {
+                    let digest = function.digest_of(b"x");
+                    let key = Key { digest, executable };
+                    let mut name = String::new();
+                    key.write_name(copy, &mut name);
+                    assert_eq!(Key::parse_name(&name), Some((key, copy)));
+                }
+            }
+        }
+        for wrong in ["", "sha256", "sha256-ab-1-x", "sha256-ab-1-x.0", "x+x"] {
+            assert_eq!(Key::parse_name(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_somebody_can_still_write_is_not_sealed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f");
+        let writer = File::create(&path).unwrap();
+        let file = File::open(&path).unwrap();
+        assert!(!seal(&file, false));
+        drop(writer);
+        assert!(seal(&file, false));
+        std::fs::hard_link(&path, directory.path().join("g")).unwrap();
+        assert!(!seal(&file, false));
+    }
+}

@@ -1,0 +1,328 @@
+//! The loop of one slot: calls the scheduler, runs what it asks for, and obeys `slot`.
+
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::{sync::watch, task::JoinHandle};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::{Status, transport::Channel};
+use uuid::Uuid;
+
+use super::{
+    execute::{Executor, Stage},
+    slot::{Activity, Answer, Desired, Report, Slot, Step},
+    task::Task,
+};
+use crate::{
+    instance::InstanceName,
+    proto::{
+        self,
+        reapi::{ExecuteResponse, Platform},
+        remoteworker::{
+            CurrentState, SynchronizeRequest, SynchronizeResponse, current_state,
+            current_state::executing::ExecutionState, desired_state,
+            operation_queue_client::OperationQueueClient,
+        },
+        rpc,
+    },
+};
+
+/// A scheduler that sends more than this is none.
+const LARGEST_ANSWER: usize = 80 << 20;
+/// Whatever the clocks of the two hosts say, a busy slot calls at least, and at most, this often.
+const LONGEST_INTERVAL: Duration = Duration::from_secs(10);
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
+/// A slot that cannot run anything looks again after a random time up to this.
+const LONGEST_READINESS_PAUSE: Duration = Duration::from_secs(5);
+
+/// How a slot presents itself.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// Labels that no other slot of the farm has.
+    pub worker_id: BTreeMap<String, String>,
+    pub instance_name_prefix: InstanceName,
+    /// Sorted by name, then value.
+    pub platform: Platform,
+    pub size_class: u32,
+}
+
+enum Event {
+    Answered(Result<SynchronizeResponse, Status>),
+    Finished(Box<ExecuteResponse>),
+    Readiness(Result<(), String>),
+    Stopping,
+    Time,
+}
+
+struct Execution {
+    result: JoinHandle<Box<ExecuteResponse>>,
+    stage: watch::Receiver<Stage>,
+    cancel: CancellationToken,
+    /// An execution ends with its slot.
+    _guard: DropGuard,
+}
+
+type Pending<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
+
+/// Serves one slot until `stopping`; then finishes the running action within `drain`, reports it,
+/// and returns.
+pub async fn run(
+    channel: Channel,
+    identity: Identity,
+    executor: Arc<Executor>,
+    slot: usize,
+    stopping: CancellationToken,
+    drain: Duration,
+) {
+    let client = OperationQueueClient::new(channel).max_decoding_message_size(LARGEST_ANSWER);
+    let mut state: Slot<Result<Task, Box<ExecuteResponse>>, Box<ExecuteResponse>> =
+        Slot::new(Instant::now());
+    let mut told_to_stop = false;
+    let mut call: Pending<Result<SynchronizeResponse, Status>> = None;
+    let mut readiness: Pending<Result<(), String>> = None;
+    let mut execution: Option<Execution> = None;
+    loop {
+        let until = match state.next(Instant::now()) {
+            Step::Call(report) => {
+                let stage = execution.as_ref().map(|e| *e.stage.borrow());
+                let request = request(&identity, report, stage);
+                let mut client = client.clone();
+                call = Some(Box::pin(async move {
+                    client
+                        .synchronize(request)
+                        .await
+                        .map(tonic::Response::into_inner)
+                }));
+                continue;
+            }
+            Step::HangUp => {
+                call = None;
+                continue;
+            }
+            Step::Start(task) => {
+                execution = Some(start(executor.clone(), slot, task));
+                continue;
+            }
+            Step::Cancel => {
+                if let Some(execution) = &execution {
+                    execution.cancel.cancel();
+                }
+                continue;
+            }
+            Step::CheckReadiness => {
+                let executor = executor.clone();
+                readiness = Some(Box::pin(
+                    async move { executor.check_readiness(slot).await },
+                ));
+                continue;
+            }
+            Step::Leave => return,
+            Step::Wait(until) => until,
+        };
+        let event = tokio::select! {
+            answer = pending(&mut call) => Event::Answered(answer),
+            result = returned(&mut execution) => Event::Finished(result),
+            result = pending(&mut readiness) => Event::Readiness(result),
+            () = stopping.cancelled(), if !told_to_stop => Event::Stopping,
+            () = sleep_until(until) => Event::Time,
+        };
+        let now = Instant::now();
+        match event {
+            Event::Answered(answer) => {
+                call = None;
+                match answer {
+                    Ok(response) => {
+                        if state.failures() > 0 {
+                            tracing::info!(slot, "the scheduler answers again");
+                        }
+                        state.answered(now, answer_of(&identity, response, now));
+                    }
+                    Err(status) => {
+                        state.failed(now, random());
+                        if state.failures() == 1 {
+                            tracing::warn!(
+                                slot,
+                                code = ?status.code(),
+                                error = status.message(),
+                                "could not synchronize with the scheduler; trying again"
+                            );
+                        }
+                    }
+                }
+            }
+            Event::Finished(response) => {
+                execution = None;
+                let healthy = response
+                    .status
+                    .as_ref()
+                    .is_none_or(|status| status.code == 0);
+                state.finished(now, response, healthy);
+            }
+            Event::Readiness(result) => {
+                readiness = None;
+                let pause = random_below(LONGEST_READINESS_PAUSE);
+                if let Err(error) = &result {
+                    tracing::warn!(slot, error, "could not get ready for actions; trying again");
+                }
+                state.readiness(now, result.is_ok(), pause);
+            }
+            Event::Stopping => {
+                told_to_stop = true;
+                state.stop(now + drain);
+            }
+            Event::Time => {}
+        }
+    }
+}
+
+fn start(
+    executor: Arc<Executor>,
+    slot: usize,
+    task: Result<Task, Box<ExecuteResponse>>,
+) -> Execution {
+    let (sender, stage) = watch::channel(Stage::FetchingInputs);
+    let cancel = CancellationToken::new();
+    let cancelled = cancel.clone();
+    // In a task of its own, so that a panic ends this action and not this slot.
+    let result = tokio::spawn(async move {
+        match task {
+            Ok(task) => Box::new(executor.execute(slot, task, &sender, &cancelled).await),
+            Err(refusal) => refusal,
+        }
+    });
+    Execution {
+        result,
+        stage,
+        _guard: cancel.clone().drop_guard(),
+        cancel,
+    }
+}
+
+async fn returned(execution: &mut Option<Execution>) -> Box<ExecuteResponse> {
+    let Some(execution) = execution else {
+        return std::future::pending().await;
+    };
+    match (&mut execution.result).await {
+        Ok(response) => response,
+        Err(error) => {
+            tracing::error!(%error, "could not finish an action: a defect of the worker");
+            Box::new(ExecuteResponse {
+                status: Some(proto::status(
+                    rpc::Code::Internal,
+                    "Failed to finish the action: a defect of the worker; see its journal",
+                )),
+                ..Default::default()
+            })
+        }
+    }
+}
+
+async fn pending<T>(future: &mut Pending<T>) -> T {
+    match future {
+        Some(future) => future.as_mut().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(until: Option<Instant>) {
+    match until {
+        Some(until) => tokio::time::sleep_until(until.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn request(
+    identity: &Identity,
+    report: Report<Box<ExecuteResponse>>,
+    stage: Option<Stage>,
+) -> SynchronizeRequest {
+    use current_state::WorkerState;
+    let executing = |digest, state| {
+        WorkerState::Executing(current_state::Executing {
+            action_digest: Some(digest),
+            execution_state: Some(state),
+        })
+    };
+    let state = match report.activity {
+        Activity::Idle => WorkerState::Idle(()),
+        Activity::Started(digest) => executing(digest, ExecutionState::Started(())),
+        Activity::Executing(digest) => executing(
+            digest,
+            match stage {
+                None => ExecutionState::Started(()),
+                Some(Stage::FetchingInputs) => ExecutionState::FetchingInputs(()),
+                Some(Stage::Running) => ExecutionState::Running(()),
+                Some(Stage::UploadingOutputs) => ExecutionState::UploadingOutputs(()),
+            },
+        ),
+        Activity::Completed(digest, response) => {
+            executing(digest, ExecutionState::Completed(*response))
+        }
+    };
+    SynchronizeRequest {
+        worker_id: identity.worker_id.clone(),
+        instance_name_prefix: identity.instance_name_prefix.as_str().to_owned(),
+        platform: Some(identity.platform.clone()),
+        size_class: identity.size_class,
+        current_state: Some(CurrentState {
+            worker_state: Some(state),
+        }),
+        prefer_being_idle: report.prefer_being_idle,
+    }
+}
+
+fn answer_of(
+    identity: &Identity,
+    response: SynchronizeResponse,
+    now: Instant,
+) -> Answer<Result<Task, Box<ExecuteResponse>>> {
+    use desired_state::WorkerState;
+    let busy;
+    let desired = match response.desired_state.and_then(|state| state.worker_state) {
+        None => {
+            busy = true;
+            Desired::Unchanged
+        }
+        Some(WorkerState::Idle(())) => {
+            busy = false;
+            Desired::Idle
+        }
+        Some(WorkerState::Executing(executing)) => {
+            busy = true;
+            let digest = executing.action_digest.clone().unwrap_or_default();
+            Desired::Executing(
+                digest,
+                Task::parse(&identity.instance_name_prefix, executing),
+            )
+        }
+    };
+    let asked = response
+        .next_synchronization_at
+        .as_ref()
+        .and_then(proto::system_time)
+        .and_then(|at| at.duration_since(SystemTime::now()).ok())
+        .unwrap_or_default()
+        .min(LONGEST_INTERVAL);
+    let interval = if busy {
+        asked.max(SHORTEST_INTERVAL)
+    } else {
+        asked
+    };
+    Answer {
+        desired,
+        due: now + interval,
+    }
+}
+
+fn random() -> u64 {
+    Uuid::new_v4().as_u128() as u64
+}
+
+fn random_below(limit: Duration) -> Duration {
+    limit.mul_f64((random() >> 11) as f64 / (1u64 << 53) as f64)
+}

@@ -1,0 +1,224 @@
+//! A Command as a client sent it, parsed into one that can be run.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{
+    path::{PathError, RelativePath},
+    proto::reapi,
+};
+
+/// REAPI: Command. No text in it contains a NUL character.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Command {
+    /// Not empty.
+    pub arguments: Vec<String>,
+    pub environment: BTreeMap<String, String>,
+    /// Relative to the input root.
+    pub working_directory: RelativePath,
+    pub outputs: Vec<Output>,
+    /// Of output directories, store each Directory as a blob too.
+    pub store_directories: bool,
+    /// Outputs were declared in the lists of REAPI 2.0, so that results are reported in those too.
+    pub reports_in_old_lists: bool,
+}
+
+/// Where an output may be after the command ran.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// As the client spells it, and as it is reported.
+    pub text: String,
+    /// Relative to the input root.
+    pub path: RelativePath,
+    pub kind: OutputKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutputKind {
+    /// `output_paths`
+    Any,
+    /// `output_files`
+    File,
+    /// `output_directories`
+    Directory,
+}
+
+/// The client must act.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    #[error("the command has no arguments")]
+    NoArguments,
+    #[error("{0} of the command has a NUL character in it")]
+    Nul(&'static str),
+    #[error("environment variable {0:?} has no name, or one with an equals sign")]
+    VariableName(String),
+    #[error("environment variable {0:?} is given twice")]
+    DuplicateVariable(String),
+    #[error("working directory: {0}")]
+    WorkingDirectory(PathError),
+    #[error("output path: {0}")]
+    Output(PathError),
+    #[error("output_directory_format {0} is not known")]
+    Format(i32),
+}
+
+impl Command {
+    #[allow(deprecated, reason = "clients of REAPI 2.0 fill the older lists")]
+    pub fn parse(command: reapi::Command) -> Result<Self, CommandError> {
+        use reapi::command::OutputDirectoryFormat as Format;
+        if command.arguments.is_empty() {
+            return Err(CommandError::NoArguments);
+        }
+        if command.arguments.iter().any(|text| text.contains('\0')) {
+            return Err(CommandError::Nul("an argument"));
+        }
+        let mut environment = BTreeMap::new();
+        for variable in command.environment_variables {
+            if variable.name.is_empty() || variable.name.contains('=') {
+                return Err(CommandError::VariableName(variable.name));
+            }
+            if variable.name.contains('\0') || variable.value.contains('\0') {
+                return Err(CommandError::Nul("an environment variable"));
+            }
+            // REAPI wants them sorted, which changes nothing for us; twice is ambiguous.
+            if environment.contains_key(&variable.name) {
+                return Err(CommandError::DuplicateVariable(variable.name));
+            }
+            environment.insert(variable.name, variable.value);
+        }
+        let working_directory = RelativePath::resolve(
+            &RelativePath::root(),
+            &command.working_directory,
+            "input root",
+        )
+        .map_err(CommandError::WorkingDirectory)?;
+        // REAPI: output_files and output_directories are ignored when output_paths is set.
+        let new_style = !command.output_paths.is_empty();
+        let declared = if new_style {
+            vec![(command.output_paths, OutputKind::Any)]
+        } else {
+            vec![
+                (command.output_files, OutputKind::File),
+                (command.output_directories, OutputKind::Directory),
+            ]
+        };
+        let mut outputs = Vec::new();
+        for (texts, kind) in declared {
+            for text in texts {
+                let path = RelativePath::resolve(&working_directory, &text, "input root")
+                    .map_err(CommandError::Output)?;
+                outputs.push(Output { text, path, kind });
+            }
+        }
+        let store_directories = match Format::try_from(command.output_directory_format) {
+            Ok(Format::TreeOnly) => false,
+            Ok(Format::DirectoryOnly | Format::TreeAndDirectory) => true,
+            Err(_) => return Err(CommandError::Format(command.output_directory_format)),
+        };
+        Ok(Command {
+            arguments: command.arguments,
+            environment,
+            working_directory,
+            outputs,
+            store_directories,
+            reports_in_old_lists: !new_style,
+        })
+    }
+
+    /// The directories that must exist before the command starts (REAPI: Command.output_paths).
+    pub fn output_parents(&self) -> BTreeSet<RelativePath> {
+        self.outputs
+            .iter()
+            .filter_map(|output| Some(output.path.split_last()?.0))
+            .filter(|parent| !parent.is_root())
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn command() -> reapi::Command {
+        reapi::Command {
+            arguments: vec!["true".into()],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn outputs_are_relative_to_the_working_directory_and_stay_in_the_root() {
+        let parse = |working_directory: &str, path: &str| {
+            Command::parse(reapi::Command {
+                working_directory: working_directory.into(),
+                output_paths: vec![path.into()],
+                ..command()
+            })
+            .map(|command| command.outputs[0].path.to_string())
+        };
+        assert_eq!(parse("a/b", "../c").unwrap(), "a/c");
+        assert_eq!(parse("a/b/c", "../../../d").unwrap(), "d");
+        assert_eq!(parse("a", ".").unwrap(), "a");
+        assert_eq!(parse("", "").unwrap(), ".");
+        assert!(matches!(
+            parse("a", "../../b"),
+            Err(CommandError::Output(_))
+        ));
+        assert!(matches!(parse("a", "/b"), Err(CommandError::Output(_))));
+        assert!(matches!(
+            parse("..", "b"),
+            Err(CommandError::WorkingDirectory(_))
+        ));
+        assert!(matches!(
+            parse("/a", "b"),
+            Err(CommandError::WorkingDirectory(_))
+        ));
+    }
+
+    #[test]
+    #[allow(deprecated)]
+    fn old_lists_count_only_without_output_paths() {
+        let old = reapi::Command {
+            output_files: vec!["f".into()],
+            output_directories: vec!["d".into()],
+            ..command()
+        };
+        let parsed = Command::parse(old.clone()).unwrap();
+        assert!(parsed.reports_in_old_lists);
+        let kinds: Vec<_> = parsed.outputs.iter().map(|output| output.kind).collect();
+        assert_eq!(kinds, [OutputKind::File, OutputKind::Directory]);
+        let parsed = Command::parse(reapi::Command {
+            output_paths: vec!["p/q".into()],
+            ..old
+        })
+        .unwrap();
+        assert!(!parsed.reports_in_old_lists);
+        assert_eq!(parsed.outputs.len(), 1);
+        assert_eq!(parsed.output_parents().len(), 1);
+    }
+
+    #[test]
+    fn what_no_process_can_be_started_with_is_refused() {
+        let variable = |name: &str| reapi::command::EnvironmentVariable {
+            name: name.into(),
+            value: "x".into(),
+        };
+        let with = |variables: &[&str]| {
+            Command::parse(reapi::Command {
+                environment_variables: variables.iter().map(|name| variable(name)).collect(),
+                ..command()
+            })
+        };
+        assert!(with(&["B", "A"]).is_ok());
+        assert!(matches!(
+            with(&["A", "A"]),
+            Err(CommandError::DuplicateVariable(_))
+        ));
+        assert!(matches!(with(&[""]), Err(CommandError::VariableName(_))));
+        assert!(matches!(with(&["A=B"]), Err(CommandError::VariableName(_))));
+        assert!(matches!(with(&["A\0"]), Err(CommandError::Nul(_))));
+        assert_eq!(
+            Command::parse(reapi::Command::default()),
+            Err(CommandError::NoArguments)
+        );
+    }
+}

@@ -1,0 +1,469 @@
+//! One action, from the scheduler's request to its answer.
+//!
+//! The order of the lines in `execute` is a promise:
+//!
+//! 1. Outputs are collected only after the last process of the action is gone.
+//! 2. Outputs are in the Content Addressable Storage before the Action Cache entry that names them.
+//! 3. The Action Cache entry is written before completion is reported.
+//! 4. Whatever fails, the response says who must act in its status, and has all that was
+//!    collected nevertheless.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, transport::Channel};
+
+use super::{
+    cache::{Cache, Pins},
+    command::Command,
+    directories::{Directories, Tree},
+    fault::Fault,
+    input_root::{InputRoot, LOCK_TIMEOUT, PrepareError, Roots},
+    outputs::{Collector, Found},
+    task::Task,
+};
+use crate::{
+    digest::{Digest, DigestFunction},
+    proto::{
+        self, cas, reapi,
+        runner::{CheckReadinessRequest, RunRequest, RunResponse, runner_client::RunnerClient},
+    },
+    storage::{self, Content, remote::Client},
+};
+
+/// Files that vanish from the cache again and again are a broken disk.
+const ATTEMPTS: u32 = 3;
+const READINESS_TIMEOUT: Duration = Duration::from_secs(30);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    FetchingInputs,
+    Running,
+    UploadingOutputs,
+}
+
+/// Runs actions of one runner's slots.
+pub struct Executor {
+    pub storage: Client,
+    pub cache: Arc<Cache>,
+    pub directories: Arc<Directories>,
+    pub roots: Arc<Roots>,
+    pub runner: RunnerClient<Channel>,
+    /// For each slot its labels as JSON.
+    pub workers: Vec<String>,
+    /// The action's own win.
+    pub environment_variables: BTreeMap<String, String>,
+    /// As if every Command asked for TREE_AND_DIRECTORY.
+    pub force_upload_trees_and_directories: bool,
+    /// For links in messages; without one there are none.
+    pub browser_url: Option<String>,
+}
+
+/// What became of a call to the runner.
+enum Ended {
+    Answered(Result<RunResponse, tonic::Status>),
+    Late,
+    Cancelled,
+}
+
+impl Executor {
+    /// Never fails: failures are in the response's status.
+    pub async fn execute(
+        &self,
+        slot: usize,
+        task: Task,
+        stage: &watch::Sender<Stage>,
+        cancel: &CancellationToken,
+    ) -> reapi::ExecuteResponse {
+        stage.send_replace(Stage::FetchingInputs);
+        let mut metadata = reapi::ExecutedActionMetadata {
+            worker: self.workers.get(slot).cloned().unwrap_or_default(),
+            queued_timestamp: task.queued_timestamp,
+            worker_start_timestamp: now(),
+            auxiliary_metadata: task.auxiliary_metadata.clone(),
+            ..Default::default()
+        };
+        let mut response = reapi::ExecuteResponse {
+            result: Some(reapi::ActionResult::default()),
+            ..Default::default()
+        };
+        let fault = self
+            .run_and_collect(&task, stage, cancel, &mut metadata, &mut response)
+            .await
+            .err();
+        metadata.worker_completed_timestamp = now();
+        if let Some(result) = &mut response.result {
+            result.execution_metadata = Some(metadata);
+        }
+        response.status = fault.as_ref().map(Fault::status);
+        if fault != Some(Fault::Cancelled) {
+            self.record(&task, &mut response).await;
+        }
+        response
+    }
+
+    /// Fills in what there is to tell, on failure too.
+    async fn run_and_collect(
+        &self,
+        task: &Task,
+        stage: &watch::Sender<Stage>,
+        cancel: &CancellationToken,
+        metadata: &mut reapi::ExecutedActionMetadata,
+        response: &mut reapi::ExecuteResponse,
+    ) -> Result<(), Fault> {
+        metadata.input_fetch_start_timestamp = now();
+        let set_up = async {
+            let (command, tree, pins) = self.fetch(task).await?;
+            self.prepare(task, command, tree, pins).await
+        };
+        let (command, root) = tokio::select! {
+            ready = set_up => ready?,
+            () = cancel.cancelled() => return Err(Fault::Cancelled),
+        };
+        metadata.input_fetch_completed_timestamp = now();
+
+        stage.send_replace(Stage::Running);
+        let mut runner = self.runner.clone();
+        let request = self.run_request(&command, &root);
+        metadata.execution_start_timestamp = now();
+        let start = Instant::now();
+        // Whatever does not answer first is dropped, and the runner sees its call cancelled.
+        let ended = tokio::select! {
+            answer = runner.run(request) => Ended::Answered(answer.map(tonic::Response::into_inner)),
+            () = tokio::time::sleep(task.timeout) => Ended::Late,
+            () = cancel.cancelled() => Ended::Cancelled,
+        };
+        metadata.virtual_execution_duration = Some(proto::proto_duration(start.elapsed()));
+        metadata.execution_completed_timestamp = now();
+        let ran = self.take_answer(ended, task, metadata, response);
+        if !root.vacated().await {
+            return Err(Fault::Internal(format!(
+                "the runner did not end all processes of the action within {} s; what they left was not collected",
+                LOCK_TIMEOUT.as_secs()
+            )));
+        }
+        if ran == Err(Fault::Cancelled) {
+            return ran;
+        }
+
+        stage.send_replace(Stage::UploadingOutputs);
+        metadata.output_upload_start_timestamp = now();
+        let uploaded = tokio::select! {
+            uploaded = self.upload(task, command, root, cancel, response) => uploaded,
+            () = cancel.cancelled() => Err(Fault::Cancelled),
+        };
+        metadata.output_upload_completed_timestamp = now();
+        ran.and(uploaded)
+    }
+
+    /// The command, and all inputs in the cache. Everything that is missing is told at once.
+    async fn fetch(&self, task: &Task) -> Result<(Command, Tree, Pins), Fault> {
+        let digest = |field: &str, digest: Option<&reapi::Digest>| {
+            Digest::parse_required(Some(task.function), digest)
+                .map_err(|error| Fault::Invalid(format!("{field} of the action is wrong: {error}")))
+        };
+        let command_digest = digest("command_digest", task.action.command_digest.as_ref())?;
+        let root = digest("input_root_digest", task.action.input_root_digest.as_ref())?;
+        let walk = self
+            .directories
+            .walk(&task.instance, root, command_digest)
+            .await?;
+        let mut missing = walk.missing.clone();
+        let command =
+            match &walk.beside {
+                Ok(data) => {
+                    let message = <reapi::Command as prost::Message>::decode(data.clone())
+                        .map_err(|error| {
+                            Fault::Invalid(format!("blob {command_digest} is no Command: {error}"))
+                        })?;
+                    Some(Command::parse(message).map_err(|error| {
+                        Fault::Invalid(format!("could not run command: {error}"))
+                    })?)
+                }
+                Err(storage::Error::Missing(_)) => {
+                    missing.push(command_digest);
+                    None
+                }
+                Err(error) => {
+                    let what = format!("obtain command {command_digest}");
+                    return Err(Fault::of_storage(what, error.clone()));
+                }
+            };
+        if let (Some(command), Some(_)) = (command, &walk.tree) {
+            let wanted = walk.files().collect();
+            let pins = self.cache.obtain(&task.instance, wanted).await?;
+            let tree = walk.tree.ok_or(Fault::Cancelled)?;
+            return Ok((command, tree, pins));
+        }
+        // It will not run, so nothing is fetched; but the client learns of every missing file too.
+        let absent = self.cache.absent(walk.files());
+        if !absent.is_empty() {
+            let found = self.storage.find_missing(&task.instance, &absent).await;
+            missing.extend(found.map_err(|error| {
+                Fault::of_storage("find out which input files are missing", error)
+            })?);
+        }
+        let error = storage::Error::Missing(missing);
+        Err(Fault::of_storage("obtain the action's inputs", error))
+    }
+
+    async fn prepare(
+        &self,
+        task: &Task,
+        command: Command,
+        tree: Tree,
+        pins: Pins,
+    ) -> Result<(Command, InputRoot), Fault> {
+        let tree = Arc::new(tree);
+        let parents = Arc::new(command.output_parents());
+        let mut attempts = 0;
+        loop {
+            let (roots, tree, parents) = (self.roots.clone(), tree.clone(), parents.clone());
+            let prepared = tokio::task::spawn_blocking(move || roots.prepare(&tree, &parents));
+            let prepared = prepared.await.map_err(|error| {
+                Fault::Internal(format!("could not lay out the input root: {error}"))
+            })?;
+            match prepared {
+                Ok(root) => {
+                    drop(pins);
+                    return Ok((command, root));
+                }
+                Err(PrepareError::Vanished(keys)) if attempts < ATTEMPTS => {
+                    attempts += 1;
+                    tracing::warn!(
+                        files = keys.len(),
+                        "files vanished from the cache; fetching them again"
+                    );
+                    self.cache.restore(&task.instance, keys).await?;
+                }
+                Err(PrepareError::Vanished(keys)) => {
+                    return Err(Fault::Internal(format!(
+                        "could not keep {} files in the cache in {}: something removes them",
+                        keys.len(),
+                        self.cache.path().display()
+                    )));
+                }
+                Err(PrepareError::Fault(fault)) => return Err(fault),
+            }
+        }
+    }
+
+    fn run_request(&self, command: &Command, root: &InputRoot) -> RunRequest {
+        let within = |part: &str| format!("{}/{part}", root.name());
+        let mut environment_variables = self.environment_variables.clone();
+        environment_variables.extend(command.environment.clone());
+        RunRequest {
+            arguments: command.arguments.clone(),
+            environment_variables,
+            working_directory: match command.working_directory.is_root() {
+                true => String::new(),
+                false => command.working_directory.to_string(),
+            },
+            stdout_path: within("stdout"),
+            stderr_path: within("stderr"),
+            input_root_directory: within("root"),
+            temporary_directory: within("tmp"),
+            server_logs_directory: within("server_logs"),
+        }
+    }
+
+    fn take_answer(
+        &self,
+        ended: Ended,
+        task: &Task,
+        metadata: &mut reapi::ExecutedActionMetadata,
+        response: &mut reapi::ExecuteResponse,
+    ) -> Result<(), Fault> {
+        match ended {
+            Ended::Answered(Ok(answer)) => {
+                if let Some(result) = &mut response.result {
+                    result.exit_code = i32::try_from(answer.exit_code).unwrap_or(-1);
+                }
+                metadata.auxiliary_metadata.extend(answer.resource_usage);
+                Ok(())
+            }
+            Ended::Answered(Err(status)) => {
+                // A runner that goes away is the farm's fault, not the client's.
+                let code = match status.code() {
+                    Code::Unknown | Code::Cancelled => Code::Unavailable,
+                    code => code,
+                };
+                Err(Fault::Runner {
+                    code: code as i32,
+                    text: format!("Failed to run command: {}", status.message()),
+                })
+            }
+            Ended::Late => Err(Fault::Late(format!(
+                "Failed to run command: it did not end within its timeout of {}",
+                humantime::format_duration(task.timeout)
+            ))),
+            Ended::Cancelled => Err(Fault::Cancelled),
+        }
+    }
+
+    /// Collects outputs, and uploads them meanwhile.
+    async fn upload(
+        &self,
+        task: &Task,
+        command: Command,
+        root: InputRoot,
+        cancel: &CancellationToken,
+        response: &mut reapi::ExecuteResponse,
+    ) -> Result<(), Fault> {
+        let (sender, mut batches) = mpsc::channel(2);
+        let (cache, cancel, function) = (self.cache.clone(), cancel.clone(), task.function);
+        let store_directories =
+            command.store_directories || self.force_upload_trees_and_directories;
+        let collecting = tokio::task::spawn_blocking(move || {
+            // Nobody receives any more after a failed upload; the rest is collected all the same.
+            let send = |batch| drop(sender.blocking_send(batch));
+            Collector::new(function, &cache, store_directories, &cancel, send).collect(
+                root.gate(),
+                root.root(),
+                &command,
+            )
+        });
+        let mut uploaded = Ok(());
+        while let Some(batch) = batches.recv().await {
+            let upload = self.storage.upload(&task.instance, batch).await;
+            if let Err(error) = upload {
+                uploaded = Err(Fault::of_storage("upload the outputs", error));
+                break;
+            }
+        }
+        drop(batches);
+        let found = collecting
+            .await
+            .map_err(|error| Fault::Internal(format!("could not collect outputs: {error}")))?;
+        report(found, uploaded, response)
+    }
+
+    /// Keeps a good result for everybody, or a bad one for whoever follows the link.
+    async fn record(&self, task: &Task, response: &mut reapi::ExecuteResponse) {
+        let succeeded =
+            response.status.is_none() && response.result.as_ref().is_some_and(|r| r.exit_code == 0);
+        let action = &task.digest;
+        if succeeded && !task.action.do_not_cache {
+            let result = response.result.clone().unwrap_or_default();
+            let update = self
+                .storage
+                .update_action_result(&task.instance, action, result);
+            match update.await {
+                Ok(()) => self.link(task, "cached result", "action", action, response),
+                Err(error) => {
+                    let fault = Fault::of_storage("store the result in the action cache", error);
+                    response.status = Some(fault.status());
+                }
+            }
+        } else if self.browser_url.is_some() {
+            // Without a link nobody could find it.
+            let historical = cas::HistoricalExecuteResponse {
+                action_digest: Some(action.to_proto()),
+                execute_response: Some(response.clone()),
+            };
+            let data = bytes::Bytes::from(prost::Message::encode_to_vec(&historical));
+            let digest = task.function.digest_of(&data);
+            let blob = vec![(digest, Content::Bytes(data))];
+            match self.storage.upload(&task.instance, blob).await {
+                Ok(()) => {
+                    let kind = "historical_execute_response";
+                    self.link(task, "uncached result", kind, &digest, response);
+                }
+                Err(error) => {
+                    let fault = Fault::of_storage("store the response", error);
+                    response.status.get_or_insert_with(|| fault.status());
+                }
+            }
+        }
+    }
+
+    fn link(
+        &self,
+        task: &Task,
+        what: &str,
+        kind: &str,
+        digest: &Digest,
+        response: &mut reapi::ExecuteResponse,
+    ) {
+        let Some(browser) = &self.browser_url else {
+            return;
+        };
+        let mut url = browser.trim_end_matches('/').to_owned();
+        if !task.instance.is_empty() {
+            url = format!("{url}/{}", task.instance);
+        }
+        response.message = format!(
+            "Action details ({what}): {url}/blobs/{}/{kind}/{}-{}/",
+            element(task.function),
+            digest.hash_hex(),
+            digest.size()
+        );
+    }
+
+    /// Whether this slot can run actions; the text says why not.
+    pub async fn check_readiness(&self, _slot: usize) -> Result<(), String> {
+        let roots = self.roots.clone();
+        let made = tokio::task::spawn_blocking(move || {
+            let root = roots.take()?;
+            let mode = rustix::fs::Mode::from_raw_mode(0o777);
+            rustix::fs::mkdirat(root.gate(), "check_readiness", mode)?;
+            Ok::<_, std::io::Error>(root)
+        });
+        let root = made
+            .await
+            .map_err(|error| error.to_string())?
+            .map_err(|error| {
+                format!(
+                    "could not make a directory in {}: {error}",
+                    self.roots.path().display()
+                )
+            })?;
+        let path = format!("{}/check_readiness", root.name());
+        let mut runner = self.runner.clone();
+        let check = runner.check_readiness(CheckReadinessRequest { path });
+        match tokio::time::timeout(READINESS_TIMEOUT, check).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(status)) => Err(format!("the runner is not ready: {}", status.message())),
+            Err(_) => Err("the runner does not answer".to_owned()),
+        }
+    }
+}
+
+/// Puts what was found into the response. When not all of it could be uploaded, what refers to
+/// blobs is left out.
+#[allow(deprecated, reason = "clients of REAPI 2.0 read the older lists")]
+fn report(
+    found: Found,
+    uploaded: Result<(), Fault>,
+    response: &mut reapi::ExecuteResponse,
+) -> Result<(), Fault> {
+    let result = response.result.get_or_insert_default();
+    result.output_symlinks = found.symlinks;
+    result.output_file_symlinks = found.file_symlinks;
+    result.output_directory_symlinks = found.directory_symlinks;
+    if uploaded.is_ok() {
+        result.output_files = found.files;
+        result.output_directories = found.directories;
+        result.stdout_digest = found.stdout.map(|digest| digest.to_proto());
+        result.stderr_digest = found.stderr.map(|digest| digest.to_proto());
+        response.server_logs = found.server_logs;
+    }
+    match found.fault {
+        Some(fault) => Err(fault),
+        None => uploaded,
+    }
+}
+
+/// As in Buildbarn's links.
+fn element(function: DigestFunction) -> String {
+    function.to_string().to_lowercase()
+}
+
+fn now() -> Option<prost_types::Timestamp> {
+    Some(proto::timestamp(SystemTime::now()))
+}

@@ -1,0 +1,94 @@
+//! Why an action has no result, and who must act.
+
+use std::{fmt, io};
+
+use crate::{
+    digest::Digest,
+    proto::{self, rpc},
+    storage,
+};
+
+/// At most so many MISSING violations in one status, so that it fits into a gRPC message. A client
+/// that uploads these learns of the rest at its next attempt.
+const NAMED_MISSING: usize = 5_000;
+
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Fault {
+    /// The client: the action can never work.
+    #[error("{0}")]
+    Invalid(String),
+    /// The client: what it asked for does not fit what the command did.
+    #[error("{0}")]
+    Precondition(String),
+    /// The client: it uploads these and tries again.
+    #[error("{text}")]
+    Missing { text: String, digests: Vec<Digest> },
+    /// The command took longer than its timeout.
+    #[error("{0}")]
+    Late(String),
+    /// Nobody: the scheduler did not want the action any more.
+    #[error("the action was cancelled")]
+    Cancelled,
+    /// The administrator: a limit or a disk is too small.
+    #[error("{0}")]
+    Exhausted(String),
+    /// The farm; later it may work.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The farm: a defect, or a broken disk.
+    #[error("{0}")]
+    Internal(String),
+    /// As the runner says.
+    #[error("{text}")]
+    Runner { code: i32, text: String },
+}
+
+impl Fault {
+    pub fn status(&self) -> rpc::Status {
+        use rpc::Code;
+        let code = match self {
+            Fault::Missing { text, digests } => {
+                let named = &digests[..digests.len().min(NAMED_MISSING)];
+                return proto::missing_blobs(text, named);
+            }
+            Fault::Invalid(_) => Code::InvalidArgument,
+            Fault::Precondition(_) => Code::FailedPrecondition,
+            Fault::Late(_) => Code::DeadlineExceeded,
+            Fault::Cancelled => Code::Cancelled,
+            Fault::Exhausted(_) => Code::ResourceExhausted,
+            Fault::Unavailable(_) => Code::Unavailable,
+            Fault::Internal(_) => Code::Internal,
+            Fault::Runner { code, text } => {
+                return rpc::Status {
+                    code: *code,
+                    message: text.clone(),
+                    details: Vec::new(),
+                };
+            }
+        };
+        proto::status(code, self.to_string())
+    }
+
+    /// `what` reads as "could not WHAT".
+    pub fn of_storage(what: impl fmt::Display, error: storage::Error) -> Self {
+        use storage::Error;
+        let text = format!("could not {what}: {error}");
+        match error {
+            Error::Missing(digests) => Fault::Missing { text, digests },
+            Error::TooLarge { .. } | Error::Invalid(_) => Fault::Invalid(text),
+            Error::Unavailable(_) => Fault::Unavailable(text),
+            Error::Full(_) => Fault::Exhausted(text),
+            Error::Corrupt { .. } | Error::Internal(_) => Fault::Internal(text),
+        }
+    }
+
+    /// An operation on the worker's own files. `what` reads as "could not WHAT".
+    pub fn of_disk(what: impl fmt::Display, error: impl Into<io::Error>) -> Self {
+        let error = error.into();
+        let text = format!("could not {what}: {error}");
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Fault::Exhausted(text),
+            _ => Fault::Internal(text),
+        }
+    }
+}

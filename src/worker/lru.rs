@@ -1,0 +1,280 @@
+//! What is used, in the order of its last use, with weights and pins. PURE.
+//!
+//! 1. Every operation but `evict` takes constant time.
+//! 2. What is pinned is not evicted.
+//! 3. A handle is valid for as long as its entry is pinned.
+
+use std::{collections::HashMap, hash::Hash};
+
+const NONE: u32 = u32::MAX;
+
+pub struct Lru<K, V> {
+    index: HashMap<K, u32>,
+    slots: Vec<Slot<K, V>>,
+    vacant: Vec<u32>,
+    oldest: u32,
+    newest: u32,
+    weight: u64,
+}
+
+struct Slot<K, V> {
+    older: u32,
+    newer: u32,
+    pins: u32,
+    entry: Option<Entry<K, V>>,
+}
+
+struct Entry<K, V> {
+    key: K,
+    value: V,
+    weight: u64,
+}
+
+/// Where a pinned entry is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Handle(u32);
+
+impl<K: Copy + Eq + Hash, V> Default for Lru<K, V> {
+    fn default() -> Self {
+        Lru {
+            index: HashMap::new(),
+            slots: Vec::new(),
+            vacant: Vec::new(),
+            oldest: NONE,
+            newest: NONE,
+            weight: 0,
+        }
+    }
+}
+
+impl<K: Copy + Eq + Hash, V> Lru<K, V> {
+    pub fn len(&self) -> usize {
+        self.index.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.index.is_empty()
+    }
+
+    /// Of all entries together.
+    pub fn weight(&self) -> u64 {
+        self.weight
+    }
+
+    pub fn contains(&self, key: &K) -> bool {
+        self.index.contains_key(key)
+    }
+
+    /// Looks at an entry without using it.
+    pub fn peek(&self, key: &K) -> Option<&V> {
+        let slot = &self.slots[*self.index.get(key)? as usize];
+        slot.entry.as_ref().map(|entry| &entry.value)
+    }
+
+    pub fn peek_mut(&mut self, key: &K) -> Option<&mut V> {
+        let slot = &mut self.slots[*self.index.get(key)? as usize];
+        slot.entry.as_mut().map(|entry| &mut entry.value)
+    }
+
+    /// Uses an entry.
+    pub fn get(&mut self, key: &K) -> Option<&V> {
+        let at = *self.index.get(key)?;
+        self.touch(at);
+        let entry = self.slots[at as usize].entry.as_ref();
+        entry.map(|entry| &entry.value)
+    }
+
+    /// Uses an entry and pins it once more.
+    pub fn pin(&mut self, key: &K) -> Option<Handle> {
+        let at = *self.index.get(key)?;
+        self.touch(at);
+        self.slots[at as usize].pins += 1;
+        Some(Handle(at))
+    }
+
+    pub fn unpin(&mut self, handle: Handle) {
+        let pins = &mut self.slots[handle.0 as usize].pins;
+        debug_assert!(*pins > 0, "unpinned more often than pinned");
+        *pins = pins.saturating_sub(1);
+    }
+
+    /// Of the entry behind a handle.
+    pub fn weight_of(&self, handle: Handle) -> u64 {
+        let entry = self.slots[handle.0 as usize].entry.as_ref();
+        entry.map_or(0, |entry| entry.weight)
+    }
+
+    /// Adds an entry as the one last used. An entry that is there already is used, and stays.
+    pub fn insert(&mut self, key: K, value: V, weight: u64) {
+        if let Some(at) = self.index.get(&key) {
+            return self.touch(*at);
+        }
+        let slot = Slot {
+            older: NONE,
+            newer: NONE,
+            pins: 0,
+            entry: Some(Entry { key, value, weight }),
+        };
+        let at = match self.vacant.pop() {
+            Some(at) => {
+                self.slots[at as usize] = slot;
+                at
+            }
+            None => {
+                self.slots.push(slot);
+                u32::try_from(self.slots.len() - 1).expect("fewer than 2^32 entries")
+            }
+        };
+        self.index.insert(key, at);
+        self.weight += weight;
+        self.append(at);
+    }
+
+    pub fn add_weight(&mut self, key: &K, weight: u64) {
+        if let Some(at) = self.index.get(key)
+            && let Some(entry) = &mut self.slots[*at as usize].entry
+        {
+            entry.weight += weight;
+            self.weight += weight;
+        }
+    }
+
+    /// Removes unpinned entries, the oldest first, for as long as `more` of (weight, count) says so.
+    pub fn evict(&mut self, more: impl Fn(u64, usize) -> bool) -> Vec<(K, V)> {
+        let mut evicted = Vec::new();
+        let mut at = self.oldest;
+        while at != NONE && more(self.weight, self.len()) {
+            let newer = self.slots[at as usize].newer;
+            if self.slots[at as usize].pins == 0
+                && let Some(entry) = self.slots[at as usize].entry.take()
+            {
+                self.unlink(at);
+                self.index.remove(&entry.key);
+                self.weight -= entry.weight;
+                self.vacant.push(at);
+                evicted.push((entry.key, entry.value));
+            }
+            at = newer;
+        }
+        evicted
+    }
+
+    fn touch(&mut self, at: u32) {
+        if self.newest != at {
+            self.unlink(at);
+            self.append(at);
+        }
+    }
+
+    fn append(&mut self, at: u32) {
+        self.slots[at as usize].older = self.newest;
+        self.slots[at as usize].newer = NONE;
+        match self.newest {
+            NONE => self.oldest = at,
+            newest => self.slots[newest as usize].newer = at,
+        }
+        self.newest = at;
+    }
+
+    fn unlink(&mut self, at: u32) {
+        let Slot { older, newer, .. } = self.slots[at as usize];
+        match older {
+            NONE => self.oldest = newer,
+            older => self.slots[older as usize].newer = newer,
+        }
+        match newer {
+            NONE => self.newest = older,
+            newer => self.slots[newer as usize].older = older,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Insert(u8, u64),
+        Get(u8),
+        Pin(u8),
+        Unpin(usize),
+        Evict(u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            (0..20u8, 0..9u64).prop_map(|(k, w)| Step::Insert(k, w)),
+            (0..20u8).prop_map(Step::Get),
+            (0..20u8).prop_map(Step::Pin),
+            (0..8usize).prop_map(Step::Unpin),
+            (0..60u64).prop_map(Step::Evict),
+        ]
+    }
+
+    fn touch(list: &mut Vec<(u8, u64, u32)>, key: u8) -> Option<&mut u32> {
+        let at = list.iter().position(|entry| entry.0 == key)?;
+        let entry = list.remove(at);
+        list.push(entry);
+        list.last_mut().map(|entry| &mut entry.2)
+    }
+
+    proptest! {
+        #[test]
+        fn it_forgets_what_a_plain_list_would_forget(steps in prop::collection::vec(step(), 0..200)) {
+            let mut lru = Lru::default();
+            // Oldest first: key, weight, pins.
+            let mut list: Vec<(u8, u64, u32)> = Vec::new();
+            let mut handles: Vec<(u8, Handle)> = Vec::new();
+            for step in steps {
+                match step {
+                    Step::Insert(key, weight) => {
+                        lru.insert(key, key, weight);
+                        if touch(&mut list, key).is_none() {
+                            list.push((key, weight, 0));
+                        }
+                    }
+                    Step::Get(key) => {
+                        prop_assert_eq!(lru.get(&key).is_some(), touch(&mut list, key).is_some());
+                    }
+                    Step::Pin(key) => {
+                        let handle = lru.pin(&key);
+                        let pins = touch(&mut list, key);
+                        prop_assert_eq!(handle.is_some(), pins.is_some());
+                        if let (Some(handle), Some(pins)) = (handle, pins) {
+                            *pins += 1;
+                            handles.push((key, handle));
+                        }
+                    }
+                    Step::Unpin(n) => {
+                        if n < handles.len() {
+                            let (key, handle) = handles.remove(n);
+                            lru.unpin(handle);
+                            list.iter_mut().find(|e| e.0 == key).unwrap().2 -= 1;
+                        }
+                    }
+                    Step::Evict(limit) => {
+                        let evicted: Vec<u8> =
+                            lru.evict(|weight, _| weight > limit).into_iter().map(|e| e.0).collect();
+                        let mut expected = Vec::new();
+                        let mut weight: u64 = list.iter().map(|e| e.1).sum();
+                        list.retain(|e| {
+                            let go = weight > limit && e.2 == 0;
+                            if go {
+                                weight -= e.1;
+                                expected.push(e.0);
+                            }
+                            !go
+                        });
+                        prop_assert_eq!(evicted, expected);
+                    }
+                }
+                prop_assert_eq!(lru.len(), list.len());
+                prop_assert_eq!(lru.weight(), list.iter().map(|e| e.1).sum::<u64>());
+                prop_assert!(list.iter().all(|e| lru.contains(&e.0)));
+            }
+        }
+    }
+}

@@ -1,0 +1,546 @@
+//! A whole farm of real daemons in a directory of its own, and a client of it.
+//!
+//! Root is needed, as it is to run a farm: the scheduler and the worker run under numbers without
+//! accounts, the runner as root. Everything is gone when a `Farm` is dropped.
+
+use std::{
+    fs,
+    net::TcpListener,
+    os::unix::{
+        fs::{PermissionsExt, chown},
+        process::CommandExt,
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use bb_remote_execution::{
+    daemon,
+    digest::DigestFunction,
+    proto::{
+        longrunning::{Operation, operation},
+        reapi::{
+            self, BatchUpdateBlobsRequest, ExecuteRequest, ExecuteResponse,
+            action_cache_client::ActionCacheClient, batch_update_blobs_request,
+            content_addressable_storage_client::ContentAddressableStorageClient,
+            execution_client::ExecutionClient,
+        },
+        unpack,
+    },
+};
+use prost::Message;
+use tonic::transport::Channel;
+
+pub const SCHEDULER_USER: u32 = 57_997;
+pub const WORKER_USER: u32 = 57_998;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Daemon {
+    Scheduler,
+    Worker,
+    Runner,
+}
+
+pub struct Farm {
+    // Dropped in this order: no daemon outlives its directory.
+    scheduler: Option<Child>,
+    worker: Option<Child>,
+    runner: Option<Child>,
+    directory: tempfile::TempDir,
+    clients: u16,
+    workers: u16,
+    /// The first of its own range of users, which no other farm on this host may share.
+    users: u32,
+    _users_claim: fs::File,
+}
+
+/// Users that each farm has for its actions.
+pub const USERS: u32 = 16;
+
+/// A range of users that no other test, in this process or another one, has. (What a packaged runner
+/// uses lies below all of them.)
+fn claim_users() -> (u32, fs::File) {
+    use nix::fcntl::{FcntlArg, fcntl};
+    for number in 0..300 {
+        let file = fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .open("/var/tmp/bb-farm-tests.lock")
+            .unwrap();
+        let lock = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: libc::SEEK_SET as libc::c_short,
+            l_start: number,
+            l_len: 1,
+            l_pid: 0,
+        };
+        if fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)).is_ok() {
+            return (59_000 + number as u32 * USERS, file);
+        }
+    }
+    panic!("300 farms are being tested");
+}
+
+/// Farms need root; whoever lacks it is told so.
+pub fn is_root() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        eprintln!("skipped: a farm needs root");
+    }
+    root
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
+
+impl Farm {
+    /// `parent` must be passable for other users: /var/tmp, or /dev/shm.
+    pub async fn start(parent: &Path, slots: usize, scheduler_extra: &str) -> Farm {
+        let directory = tempfile::Builder::new()
+            .prefix("bb-farm.")
+            .tempdir_in(parent)
+            .unwrap();
+        let root = directory.path();
+        fs::set_permissions(root, fs::Permissions::from_mode(0o755)).unwrap();
+        for (name, owner, mode) in [
+            ("storage", SCHEDULER_USER, 0o700),
+            ("worker", WORKER_USER, 0o755),
+            ("worker/cache", WORKER_USER, 0o700),
+            ("worker/build", WORKER_USER, 0o711),
+            ("bin", 0, 0o755),
+        ] {
+            let path = root.join(name);
+            fs::create_dir(&path).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            chown(&path, Some(owner), Some(owner)).unwrap();
+        }
+        // The daemons' users may not be able to pass the way to the build's own output.
+        for program in [
+            env!("CARGO_BIN_EXE_bb_scheduler"),
+            env!("CARGO_BIN_EXE_bb_worker"),
+            env!("CARGO_BIN_EXE_bb_runner"),
+        ] {
+            let program = Path::new(program);
+            fs::copy(program, root.join("bin").join(program.file_name().unwrap())).unwrap();
+        }
+        let (users, users_claim) = claim_users();
+        let mut farm = Farm {
+            scheduler: None,
+            worker: None,
+            runner: None,
+            directory,
+            clients: free_port(),
+            workers: free_port(),
+            users,
+            _users_claim: users_claim,
+        };
+        farm.configure(slots, scheduler_extra);
+        for daemon in [Daemon::Scheduler, Daemon::Runner, Daemon::Worker] {
+            farm.spawn(daemon);
+        }
+        farm.wait_until_it_executes().await;
+        farm
+    }
+
+    fn configure(&self, slots: usize, scheduler_extra: &str) {
+        let root = self.path().display();
+        let (clients, workers, users) = (self.clients, self.workers, self.users);
+        let write = |name: &str, text: String| fs::write(self.path().join(name), text).unwrap();
+        write(
+            "bb_scheduler.toml",
+            format!(
+                "clients.listen = \"127.0.0.1:{clients}\"\n\
+                 workers.listen = \"127.0.0.1:{workers}\"\n\
+                 storage.embedded.directory = \"{root}/storage\"\n{scheduler_extra}\n"
+            ),
+        );
+        write(
+            "bb_runner.toml",
+            format!(
+                "listen = \"unix:{root}/runner.sock\"\n\
+                 socket_group = \"{WORKER_USER}\"\n\
+                 allowed_users = [\"{WORKER_USER}\"]\n\
+                 build_directory = \"{root}/worker/build\"\n\
+                 users = {{ first = {users}, count = {USERS} }}\n"
+            ),
+        );
+        write(
+            "bb_worker.toml",
+            format!(
+                "build_directory = \"{root}/worker/build\"\n\
+                 scheduler.endpoint = \"grpc://127.0.0.1:{workers}\"\n\
+                 storage.cas = \"grpc://127.0.0.1:{clients}\"\n\
+                 storage.action_cache = \"grpc://127.0.0.1:{clients}\"\n\
+                 cache.directory = \"{root}/worker/cache\"\n\
+                 [[runners]]\n\
+                 endpoint = \"unix:{root}/runner.sock\"\n\
+                 concurrency = {slots}\n"
+            ),
+        );
+    }
+
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn build_directory(&self) -> PathBuf {
+        self.path().join("worker/build")
+    }
+
+    /// The users that its actions run as.
+    pub fn users(&self) -> std::ops::Range<u32> {
+        self.users..self.users + USERS
+    }
+
+    fn child(&mut self, daemon: Daemon) -> &mut Option<Child> {
+        match daemon {
+            Daemon::Scheduler => &mut self.scheduler,
+            Daemon::Worker => &mut self.worker,
+            Daemon::Runner => &mut self.runner,
+        }
+    }
+
+    pub fn pid(&mut self, daemon: Daemon) -> u32 {
+        self.child(daemon).as_ref().unwrap().id()
+    }
+
+    /// Peak resident memory, in bytes (proc(5), VmHWM).
+    pub fn peak_memory(&mut self, daemon: Daemon) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid(daemon))).unwrap();
+        let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
+        let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+        kib * 1024
+    }
+
+    pub fn is_alive(&mut self, daemon: Daemon) -> bool {
+        let child = self.child(daemon).as_mut().unwrap();
+        child.try_wait().unwrap().is_none()
+    }
+
+    /// SIGKILL: nothing is drained, nothing is written.
+    pub fn kill(&mut self, daemon: Daemon) {
+        let mut child = self.child(daemon).take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    /// SIGTERM; the exit status, or `None` when the daemon does not leave in time.
+    pub fn terminate(
+        &mut self,
+        daemon: Daemon,
+        limit: Duration,
+    ) -> Option<std::process::ExitStatus> {
+        let mut child = self.child(daemon).take().unwrap();
+        let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        let deadline = Instant::now() + limit;
+        while Instant::now() < deadline {
+            if let Some(status) = child.try_wait().unwrap() {
+                return Some(status);
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        None
+    }
+
+    pub fn spawn(&mut self, daemon: Daemon) {
+        let name = match daemon {
+            Daemon::Scheduler => "bb_scheduler",
+            Daemon::Worker => "bb_worker",
+            Daemon::Runner => "bb_runner",
+        };
+        let program = self.path().join("bin").join(name);
+        let mut command = match daemon {
+            Daemon::Runner => Command::new(&program),
+            Daemon::Scheduler | Daemon::Worker => {
+                let (user, capabilities) = match daemon {
+                    Daemon::Scheduler => (SCHEDULER_USER, "-all"),
+                    _ => (WORKER_USER, "-all,+chown,+dac_override,+fowner"),
+                };
+                let mut command = Command::new("setpriv");
+                command
+                    .arg(format!("--reuid={user}"))
+                    .arg(format!("--regid={user}"))
+                    .args(["--clear-groups", "--no-new-privs"])
+                    .arg(format!("--inh-caps={capabilities}"))
+                    .arg(format!("--ambient-caps={capabilities}"))
+                    .arg(&program);
+                command
+            }
+        };
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.path().join(format!("{name}.log")))
+            .unwrap();
+        let child = command
+            .arg("--config")
+            .arg(self.path().join(format!("{name}.toml")))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        *self.child(daemon) = Some(child);
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(&format!("127.0.0.1:{}", self.clients))
+    }
+
+    pub fn log(&self, name: &str) -> String {
+        fs::read_to_string(self.path().join(format!("{name}.log"))).unwrap_or_default()
+    }
+
+    async fn wait_until_it_executes(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let client = self.client();
+        loop {
+            let outcome = match client.try_upload(b"".to_vec()).await {
+                Ok(_) => client.try_run(&Task::shell("exit 0")).await,
+                Err(status) => Err(status),
+            };
+            match outcome {
+                Ok(response) if is_ok(&response) => return,
+                other => assert!(
+                    Instant::now() < deadline,
+                    "the farm does not come up: {other:?}\n{}\n{}\n{}",
+                    self.log("bb_scheduler"),
+                    self.log("bb_worker"),
+                    self.log("bb_runner")
+                ),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+impl Drop for Farm {
+    fn drop(&mut self) {
+        for child in [&mut self.worker, &mut self.scheduler, &mut self.runner] {
+            if let Some(child) = child {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
+        if std::thread::panicking() {
+            for name in ["bb_scheduler", "bb_worker", "bb_runner"] {
+                let log = self.log(name);
+                let tail: Vec<_> = log.lines().rev().take(20).collect();
+                eprintln!("--- {name}");
+                for line in tail.into_iter().rev() {
+                    eprintln!("{line}");
+                }
+            }
+        }
+    }
+}
+
+pub fn is_ok(response: &ExecuteResponse) -> bool {
+    response
+        .status
+        .as_ref()
+        .is_none_or(|status| status.code == 0)
+        && response.result.as_ref().is_some_and(|r| r.exit_code == 0)
+}
+
+/// An action in the making.
+#[derive(Clone, Debug)]
+pub struct Task {
+    pub command: reapi::Command,
+    pub input_root: reapi::Directory,
+    pub action: reapi::Action,
+}
+
+impl Task {
+    pub fn shell(script: &str) -> Task {
+        Task::new(&["/bin/sh", "-c", script])
+    }
+
+    pub fn new(arguments: &[&str]) -> Task {
+        Task {
+            command: reapi::Command {
+                arguments: arguments.iter().map(|s| (*s).to_owned()).collect(),
+                environment_variables: vec![reapi::command::EnvironmentVariable {
+                    name: "PATH".to_owned(),
+                    value: "/usr/bin:/bin".to_owned(),
+                }],
+                ..Default::default()
+            },
+            input_root: reapi::Directory::default(),
+            action: reapi::Action {
+                do_not_cache: true,
+                platform: Some(reapi::Platform {
+                    properties: vec![reapi::platform::Property {
+                        name: "OSFamily".to_owned(),
+                        value: "linux".to_owned(),
+                    }],
+                }),
+                ..Default::default()
+            },
+        }
+    }
+
+    pub fn outputs(mut self, paths: &[&str]) -> Task {
+        self.command.output_paths = paths.iter().map(|s| (*s).to_owned()).collect();
+        self
+    }
+}
+
+#[derive(Clone)]
+pub struct Client {
+    pub channel: Channel,
+    pub instance: String,
+}
+
+pub fn digest_of(data: &[u8]) -> reapi::Digest {
+    DigestFunction::Sha256.digest_of(data).to_proto()
+}
+
+impl Client {
+    pub fn connect(address: &str) -> Client {
+        Client {
+            channel: daemon::connect(&format!("grpc://{address}").parse().unwrap()),
+            instance: String::new(),
+        }
+    }
+
+    pub fn cas(&self) -> ContentAddressableStorageClient<Channel> {
+        ContentAddressableStorageClient::new(self.channel.clone())
+            .max_decoding_message_size(64 << 20)
+    }
+
+    pub fn action_cache(&self) -> ActionCacheClient<Channel> {
+        ActionCacheClient::new(self.channel.clone())
+    }
+
+    pub fn execution(&self) -> ExecutionClient<Channel> {
+        ExecutionClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)
+    }
+
+    pub async fn try_upload(&self, data: Vec<u8>) -> Result<reapi::Digest, tonic::Status> {
+        let digest = digest_of(&data);
+        let response = self
+            .cas()
+            .batch_update_blobs(BatchUpdateBlobsRequest {
+                instance_name: self.instance.clone(),
+                requests: vec![batch_update_blobs_request::Request {
+                    digest: Some(digest.clone()),
+                    data: data.into(),
+                    ..Default::default()
+                }],
+                ..Default::default()
+            })
+            .await?
+            .into_inner();
+        match response.responses.first().and_then(|r| r.status.as_ref()) {
+            Some(status) if status.code != 0 => Err(tonic::Status::new(
+                status.code.into(),
+                status.message.clone(),
+            )),
+            _ => Ok(digest),
+        }
+    }
+
+    pub async fn upload(&self, data: impl Into<Vec<u8>>) -> reapi::Digest {
+        self.try_upload(data.into()).await.unwrap()
+    }
+
+    pub async fn upload_message(&self, message: &impl Message) -> reapi::Digest {
+        self.upload(message.encode_to_vec()).await
+    }
+
+    /// The whole blob, by ByteStream.
+    pub async fn read(&self, digest: &reapi::Digest) -> Vec<u8> {
+        use bb_remote_execution::proto::bytestream::{
+            ReadRequest, byte_stream_client::ByteStreamClient,
+        };
+        let mut stream = ByteStreamClient::new(self.channel.clone())
+            .max_decoding_message_size(64 << 20)
+            .read(ReadRequest {
+                resource_name: format!("blobs/{}/{}", digest.hash, digest.size_bytes),
+                ..Default::default()
+            })
+            .await
+            .unwrap()
+            .into_inner();
+        let mut data = Vec::new();
+        while let Some(response) = stream.message().await.unwrap() {
+            data.extend_from_slice(&response.data);
+        }
+        data
+    }
+
+    /// Uploads what the action needs; its digest.
+    pub async fn prepare(&self, task: &Task) -> Result<reapi::Digest, tonic::Status> {
+        let mut action = task.action.clone();
+        action.command_digest = Some(self.try_upload(task.command.encode_to_vec()).await?);
+        if action.input_root_digest.is_none() {
+            action.input_root_digest =
+                Some(self.try_upload(task.input_root.encode_to_vec()).await?);
+        }
+        self.try_upload(action.encode_to_vec()).await
+    }
+
+    pub async fn execute(&self, action: reapi::Digest) -> Result<ExecuteResponse, tonic::Status> {
+        let mut stream = self
+            .execution()
+            .execute(ExecuteRequest {
+                instance_name: self.instance.clone(),
+                action_digest: Some(action),
+                skip_cache_lookup: true,
+                ..Default::default()
+            })
+            .await?
+            .into_inner();
+        while let Some(operation) = stream.message().await? {
+            if let Some(response) = finished(&operation) {
+                return Ok(response);
+            }
+        }
+        Err(tonic::Status::unknown("the stream ended before the action"))
+    }
+
+    pub async fn try_run(&self, task: &Task) -> Result<ExecuteResponse, tonic::Status> {
+        let action = self.prepare(task).await?;
+        self.execute(action).await
+    }
+
+    pub async fn run(&self, task: &Task) -> ExecuteResponse {
+        self.try_run(task).await.unwrap()
+    }
+
+    pub async fn standard_output(&self, response: &ExecuteResponse) -> String {
+        let result = response.result.as_ref().unwrap();
+        if !result.stdout_raw.is_empty() {
+            return String::from_utf8_lossy(&result.stdout_raw).into_owned();
+        }
+        match &result.stdout_digest {
+            Some(digest) if digest.size_bytes > 0 => {
+                String::from_utf8_lossy(&self.read(digest).await).into_owned()
+            }
+            _ => String::new(),
+        }
+    }
+}
+
+pub fn finished(operation: &Operation) -> Option<ExecuteResponse> {
+    match (&operation.done, &operation.result) {
+        (true, Some(operation::Result::Response(any))) => {
+            Some(unpack(any).expect("an ExecuteResponse"))
+        }
+        (true, other) => panic!("a finished operation without a response: {other:?}"),
+        (false, _) => None,
+    }
+}

@@ -1,0 +1,198 @@
+//! The direction of dependencies, as src/ARCHITECTURE.md gives it.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+const WORDS: &[&str] = &["digest", "instance", "path", "proto", "resource"];
+const SERVICES: &[&str] = &["auth", "config", "daemon", "storage"];
+const DAEMONS: &[&str] = &["scheduler", "worker", "runner"];
+
+/// These have no I/O, clock, randomness, lock or `HashMap`; .clippy.toml lists what that means.
+const PURE: &[&str] = &["scheduler/queue", "worker/slot.rs", "runner/command.rs"];
+
+fn source() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src")
+}
+
+/// Every .rs file below `directory`, with its text.
+fn files(directory: &Path) -> Vec<(PathBuf, String)> {
+    let mut files: Vec<_> = walkdir::WalkDir::new(directory)
+        .into_iter()
+        .map(|entry| entry.unwrap().into_path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
+        .map(|path| {
+            let text = fs::read_to_string(&path).unwrap();
+            (path, text)
+        })
+        .collect();
+    files.sort();
+    files
+}
+
+/// The top-level module that a file belongs to.
+fn module(path: &Path) -> String {
+    let relative = path.strip_prefix(source()).unwrap();
+    let first = relative.components().next().unwrap();
+    first
+        .as_os_str()
+        .to_str()
+        .unwrap()
+        .trim_end_matches(".rs")
+        .to_owned()
+}
+
+/// The top-level modules that a text names: `crate::x`, and the members of `crate::{…}`.
+fn imports(text: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for (index, _) in text.match_indices("crate::") {
+        let rest = &text[index + "crate::".len()..];
+        if let Some(group) = rest.strip_prefix('{') {
+            let mut depth = 0;
+            let mut name = String::new();
+            for c in group.chars() {
+                match c {
+                    '{' => depth += 1,
+                    '}' if depth == 0 => break,
+                    '}' => depth -= 1,
+                    ',' if depth == 0 => {
+                        found.push(std::mem::take(&mut name));
+                        continue;
+                    }
+                    _ => {}
+                }
+                if depth == 0 {
+                    name.push(c);
+                }
+            }
+            found.push(name);
+        } else {
+            found.push(rest.to_owned());
+        }
+    }
+    found
+        .into_iter()
+        .map(|name| {
+            name.trim()
+                .chars()
+                .take_while(|c| c.is_alphanumeric() || *c == '_')
+                .collect()
+        })
+        .filter(|name: &String| !name.is_empty())
+        .collect()
+}
+
+fn may_import(from: &str, to: &str) -> bool {
+    let is = |set: &[&str], name: &str| set.contains(&name);
+    if from == to {
+        return true;
+    }
+    if is(WORDS, from) {
+        return is(WORDS, to);
+    }
+    if is(SERVICES, from) {
+        return is(WORDS, to) || is(SERVICES, to);
+    }
+    if from == "runner" && to == "storage" {
+        return false;
+    }
+    is(DAEMONS, from) && (is(WORDS, to) || is(SERVICES, to))
+}
+
+#[test]
+fn modules_import_only_what_lies_below_them() {
+    for (path, text) in files(&source()) {
+        let from = module(&path);
+        if from == "lib" || from == "bin" {
+            continue;
+        }
+        for to in imports(&text) {
+            assert!(
+                may_import(&from, &to),
+                "{} must not import crate::{to}",
+                path.display()
+            );
+        }
+    }
+}
+
+#[test]
+fn every_module_has_a_layer() {
+    for entry in fs::read_dir(source()).unwrap() {
+        let path = entry.unwrap().path();
+        let name = module(&path);
+        if ["lib", "bin", "ARCHITECTURE.md"].contains(&name.as_str()) {
+            continue;
+        }
+        assert!(
+            [WORDS, SERVICES, DAEMONS]
+                .iter()
+                .any(|layer| layer.contains(&name.as_str())),
+            "src/{name} is in no layer"
+        );
+    }
+}
+
+#[test]
+fn programs_are_about_ten_lines() {
+    for (path, text) in files(&source().join("bin")) {
+        assert!(text.lines().count() <= 15, "{}", path.display());
+    }
+}
+
+#[test]
+fn pure_modules_deny_what_is_impure() {
+    let lints = "#![deny(clippy::disallowed_methods, clippy::disallowed_types)]";
+    for pure in PURE {
+        let path = source().join(pure);
+        // Lints that a module switches on hold for its submodules.
+        let root = if path.is_dir() {
+            path.join("mod.rs")
+        } else {
+            path
+        };
+        let text = fs::read_to_string(&root).unwrap();
+        assert!(text.contains(lints), "{} lacks {lints}", root.display());
+    }
+}
+
+#[test]
+fn a_status_is_made_only_at_the_edge() {
+    for (path, text) in files(&source()) {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        let at_edge = name == "service.rs"
+            || path.components().any(|part| part.as_os_str() == "service")
+            || path.ends_with("storage/remote.rs")
+            || path.components().any(|part| part.as_os_str() == "remote");
+        let makes = text.lines().any(|line| {
+            [
+                "Status::new(",
+                "Status::invalid_argument(",
+                "Status::internal(",
+                "Status::with_details(",
+            ]
+            .iter()
+            .any(|call| line.contains(call))
+        });
+        assert!(
+            at_edge || !makes,
+            "{} makes a tonic::Status; only service.rs files and storage/remote.rs do",
+            path.display()
+        );
+    }
+}
+
+#[test]
+fn every_file_says_what_it_is_for() {
+    for (path, text) in files(&source()) {
+        if path.starts_with(source().join("bin")) || path.ends_with("src/lib.rs") {
+            continue;
+        }
+        assert!(
+            text.starts_with("//!"),
+            "{} opens with code",
+            path.display()
+        );
+    }
+}

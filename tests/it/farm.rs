@@ -1,0 +1,335 @@
+//! The whole farm: real daemons on real sockets, killed, stopped and started again.
+
+use std::{
+    fs,
+    ops::Range,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use bb_remote_execution::proto::{
+    reapi::{
+        Directory, DirectoryNode, ExecuteRequest, ExecutedActionMetadata, FileNode,
+        GetActionResultRequest, Tree,
+    },
+    rpc::Code,
+};
+use prost::Message;
+
+use crate::harness::{Daemon, Farm, Task, WORKER_USER, finished, is_ok, is_root};
+
+fn shared() -> &'static Path {
+    Path::new("/var/tmp")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_action_has_its_inputs_and_gives_its_outputs() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start(shared(), 2, "").await;
+    let client = farm.client();
+    let file = client.upload("hello\n").await;
+    let inner = Directory {
+        files: vec![FileNode {
+            name: "tool".to_owned(),
+            digest: Some(client.upload("#!/bin/sh\ncat \"$1\"; id -u >&2\n").await),
+            is_executable: true,
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    let mut task = Task::shell(
+        "mkdir -p out/tree/a && bin/tool greeting | tee out/copy > out/tree/a/copy && \
+         ln -s copy out/link && chmod +x out/copy",
+    )
+    .outputs(&["out/copy", "out/tree", "out/link", "out/absent"]);
+    task.input_root = Directory {
+        files: vec![FileNode {
+            name: "greeting".to_owned(),
+            digest: Some(file.clone()),
+            ..Default::default()
+        }],
+        directories: vec![DirectoryNode {
+            name: "bin".to_owned(),
+            digest: Some(client.upload_message(&inner).await),
+        }],
+        ..Default::default()
+    };
+    task.action.do_not_cache = false;
+    let action = client.prepare(&task).await.unwrap();
+    let response = client.execute(action.clone()).await.unwrap();
+    assert!(is_ok(&response), "{response:?}");
+    let result = response.result.clone().unwrap();
+
+    assert_eq!(result.output_files.len(), 1);
+    assert_eq!(result.output_files[0].path, "out/copy");
+    assert_eq!(result.output_files[0].digest, Some(file.clone()));
+    assert!(result.output_files[0].is_executable);
+    assert_eq!(result.output_symlinks[0].target, "copy");
+    let tree = client
+        .read(result.output_directories[0].tree_digest.as_ref().unwrap())
+        .await;
+    let tree = Tree::decode(&*tree).unwrap();
+    assert_eq!(tree.root.unwrap().directories[0].name, "a");
+    assert_eq!(tree.children[0].files[0].digest, Some(file));
+
+    let user: u32 = String::from_utf8(client.read(result.stderr_digest.as_ref().unwrap()).await)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    assert!(user != 0 && user != WORKER_USER, "ran as {user}");
+    let metadata = result.execution_metadata.clone().unwrap();
+    in_order(&metadata);
+    assert!(metadata.worker.contains("hostname"), "{}", metadata.worker);
+
+    // It is in the Action Cache, as it was reported.
+    let cached = client
+        .action_cache()
+        .get_action_result(GetActionResultRequest {
+            action_digest: Some(action),
+            ..Default::default()
+        })
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(cached, result);
+}
+
+/// REAPI: ExecutedActionMetadata; every moment is told, and none before the one it follows.
+fn in_order(metadata: &ExecutedActionMetadata) {
+    let moments = [
+        &metadata.queued_timestamp,
+        &metadata.worker_start_timestamp,
+        &metadata.input_fetch_start_timestamp,
+        &metadata.input_fetch_completed_timestamp,
+        &metadata.execution_start_timestamp,
+        &metadata.execution_completed_timestamp,
+        &metadata.output_upload_start_timestamp,
+        &metadata.output_upload_completed_timestamp,
+        &metadata.worker_completed_timestamp,
+    ]
+    .map(|moment| {
+        let moment = moment.as_ref().expect("a moment");
+        (moment.seconds, moment.nanos)
+    });
+    assert!(moments.is_sorted(), "{moments:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failures_are_told_as_what_they_are() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start(shared(), 2, "").await;
+    let client = farm.client();
+
+    let response = client.run(&Task::shell("echo boom >&2; exit 37")).await;
+    assert_eq!(response.status.clone().unwrap_or_default().code, 0);
+    assert_eq!(response.result.as_ref().unwrap().exit_code, 37);
+
+    let mut slow = Task::shell("echo begun; sleep 60");
+    slow.action.timeout = Some(prost_types::Duration {
+        seconds: 1,
+        nanos: 0,
+    });
+    let began = Instant::now();
+    let response = client.run(&slow).await;
+    assert_eq!(
+        response.status.clone().unwrap().code,
+        Code::DeadlineExceeded as i32,
+        "{response:?}"
+    );
+    assert!(began.elapsed() < Duration::from_secs(30));
+    assert_eq!(client.standard_output(&response).await, "begun\n");
+
+    let response = client.run(&Task::new(&["no-such-program"])).await;
+    let status = response.status.unwrap();
+    assert_eq!(status.code, Code::InvalidArgument as i32);
+    assert!(
+        status.message.contains("no-such-program"),
+        "{}",
+        status.message
+    );
+}
+
+/// Processes of the users that actions run as.
+fn action_processes(users: &Range<u32>) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let name = entry.file_name().into_string().unwrap();
+        if name.bytes().all(|byte| byte.is_ascii_digit())
+            && let Ok(metadata) = entry.metadata()
+            && users.contains(&metadata.uid())
+        {
+            let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            found.push(String::from_utf8_lossy(&line).replace('\0', " "));
+        }
+    }
+    found
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_of_an_action_survives_it() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start(shared(), 2, "").await;
+    let client = farm.client();
+    let mark = format!("survivor-{}", farm.path().file_name().unwrap().display());
+    let script = format!(
+        "(setsid sh -c 'exec sleep 600 {mark}' >/dev/null 2>&1 &) ; \
+         mkdir -p a/b && echo x > a/b/c && chmod 000 a/b a && \
+         for d in /tmp /var/tmp /dev/shm; do echo x > $d/{mark} || true; done; \
+         ln -s / root; mkfifo pipe; echo done"
+    );
+    let response = client.run(&Task::shell(&script)).await;
+    assert!(is_ok(&response), "{response:?}");
+    let survivors: Vec<_> = action_processes(&farm.users())
+        .into_iter()
+        .filter(|line| line.contains(&mark))
+        .collect();
+    assert!(survivors.is_empty(), "{survivors:?}");
+    for place in ["/tmp", "/var/tmp", "/dev/shm"] {
+        let path = Path::new(place).join(&mark);
+        assert!(fs::symlink_metadata(&path).is_err(), "{}", path.display());
+    }
+    // What it left in its own directory goes soon.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let left: Vec<_> = walkdir::WalkDir::new(farm.build_directory())
+            .into_iter()
+            .flatten()
+            .filter(|entry| {
+                entry
+                    .metadata()
+                    .is_ok_and(|metadata| farm.users().contains(&metadata.uid()))
+            })
+            .collect();
+        if left.is_empty() {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{left:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn actions_at_the_same_time_have_users_of_their_own() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start(shared(), 3, "").await;
+    let client = farm.client();
+    let mut running = Vec::new();
+    for i in 0..3 {
+        let client = client.clone();
+        running.push(tokio::spawn(async move {
+            let response = client
+                .run(&Task::shell(&format!("id -u; sleep 1; true {i}")))
+                .await;
+            assert!(is_ok(&response), "{response:?}");
+            client.standard_output(&response).await
+        }));
+    }
+    let mut users = Vec::new();
+    for task in running {
+        users.push(task.await.unwrap());
+    }
+    users.sort();
+    users.dedup();
+    assert_eq!(users.len(), 3, "{users:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_daemon_comes_back_and_the_farm_goes_on() {
+    if !is_root() {
+        return;
+    }
+    let mut farm = Farm::start(shared(), 2, "").await;
+    for daemon in [Daemon::Runner, Daemon::Worker, Daemon::Scheduler] {
+        let client = farm.client();
+        let mark = format!("killed-{daemon:?}-{}", std::process::id());
+        let action = client
+            .prepare(&Task::shell(&format!("sleep 30; true {mark}")))
+            .await
+            .unwrap();
+        let mut stream = client
+            .execution()
+            .execute(ExecuteRequest {
+                action_digest: Some(action),
+                ..Default::default()
+            })
+            .await
+            .unwrap()
+            .into_inner();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !action_processes(&farm.users())
+            .iter()
+            .any(|line| line.contains(&mark))
+        {
+            assert!(
+                Instant::now() < deadline,
+                "{daemon:?}: the action does not start"
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        farm.kill(daemon);
+        farm.spawn(daemon);
+        // The client learns of it in time: an error that it may retry, or the end of the stream.
+        if daemon == Daemon::Runner {
+            let response = loop {
+                let operation = stream.message().await.unwrap().unwrap();
+                if let Some(response) = finished(&operation) {
+                    break response;
+                }
+            };
+            let status = response.status.unwrap();
+            assert!(
+                [Code::Unavailable as i32, Code::Internal as i32].contains(&status.code),
+                "{status:?}"
+            );
+        }
+        let deadline = Instant::now() + Duration::from_secs(40);
+        let client = farm.client();
+        loop {
+            match client.try_run(&Task::shell("exit 0")).await {
+                Ok(response) if is_ok(&response) => break,
+                other => assert!(Instant::now() < deadline, "{daemon:?}: {other:?}"),
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        if daemon == Daemon::Runner {
+            // What the killed runner left running is gone once the new one serves.
+            let left: Vec<_> = action_processes(&farm.users())
+                .into_iter()
+                .filter(|line| line.contains(&mark))
+                .collect();
+            assert!(left.is_empty(), "{left:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_worker_finishes_what_it_runs() {
+    if !is_root() {
+        return;
+    }
+    let mut farm = Farm::start(shared(), 1, "").await;
+    let client = farm.client();
+    let running = tokio::spawn(async move { client.run(&Task::shell("sleep 2; exit 7")).await });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let status = farm.terminate(Daemon::Worker, Duration::from_secs(30));
+    assert!(status.is_some_and(|status| status.success()), "{status:?}");
+    let response = running.await.unwrap();
+    assert_eq!(response.result.unwrap().exit_code, 7);
+    for daemon in [Daemon::Runner, Daemon::Scheduler] {
+        let status = farm.terminate(daemon, Duration::from_secs(30));
+        assert!(
+            status.is_some_and(|status| status.success()),
+            "{daemon:?} {status:?}"
+        );
+    }
+}

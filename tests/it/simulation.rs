@@ -1,0 +1,1369 @@
+//! Both ends of the worker protocol, `queue` and `slot`, and clients, against each other: one seed
+//! drives a whole farm over a network that delays, drops, duplicates and reorders, in one thread.
+//!
+//! BB_SIMULATION_SEEDS says how many seeds to try, BB_SIMULATION_SEED which one to replay.
+//!
+//! Each seed: some minutes of trouble (lost messages, crashing workers, restarting schedulers,
+//! clients that leave), then the network heals. After every step the queue's invariants hold, and
+//!
+//! 1. a result that a client gets is one that a slot produced for this action, or an error that the
+//!    scheduler gives in words that we know; none says CANCELLED to someone who waits;
+//! 2. a worker that asks for work gets the most urgent, then oldest task that waits there;
+//! 3. a slot never runs two actions at once;
+//! 4. a worker that prefers being idle is answered at once, and gets nothing new;
+//! 5. a slot keeps its result until a scheduler has answered for it;
+//! 6. after the healing every client gets an end, and when all have left nothing remains.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bb_remote_execution::{
+    digest::{Digest, DigestFunction},
+    instance::InstanceName,
+    proto::{self, reapi, rpc},
+    scheduler::queue::{
+        Activity as Reported, Answer as Decided, Counts, Desired as Wanted, Effect, HeldCall,
+        Instruction, Invocation, Outcome, Place, Platform, Progress, Queue, Report as SaidReport,
+        ReportedDigest, Request as QueueRequest, Settings, Stage, Work, WorkerId,
+    },
+    worker::slot::{Activity, Answer, Desired, Report, Slot, Step},
+};
+use prost::Message;
+use uuid::Uuid;
+
+const MILLISECOND: Duration = Duration::from_millis(1);
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// splitmix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n.max(1)
+    }
+
+    fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+
+    fn up_to(&mut self, milliseconds: u64) -> Duration {
+        MILLISECOND * self.below(milliseconds + 1) as u32
+    }
+}
+
+#[derive(Clone, Debug)]
+struct RunResult {
+    run: u64,
+    code: rpc::Code,
+}
+
+enum Event {
+    // At the scheduler.
+    Call {
+        generation: u32,
+        worker: usize,
+        call: u64,
+        report: Report<RunResult>,
+        /// A duplicate: nobody hears the answer.
+        ghost: bool,
+    },
+    HungUp(u64),
+    Execute {
+        generation: u32,
+        stream: u64,
+        request: usize,
+        ghost: bool,
+    },
+    Wait {
+        generation: u32,
+        stream: u64,
+        request: usize,
+        name: Uuid,
+    },
+    Left(u64),
+    Restart,
+    // At a worker; nothing reaches its next life.
+    Answered {
+        worker: usize,
+        life: u32,
+        call: u64,
+        instruction: Option<Instruction>,
+    },
+    Finished {
+        worker: usize,
+        life: u32,
+        run: u64,
+    },
+    Ready {
+        worker: usize,
+        life: u32,
+        ok: bool,
+    },
+    Crash(usize),
+    Stop(usize),
+    Start(usize),
+    // At a client.
+    Update {
+        stream: u64,
+        request: usize,
+        name: Uuid,
+        stage: Stage,
+    },
+    Broken {
+        stream: u64,
+        request: usize,
+        why: Why,
+    },
+    Ask(usize),
+    Abandon(usize),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Why {
+    Network,
+    NotFound,
+    NoWorkers { transient: bool },
+}
+
+struct Worker {
+    place: Place,
+    id: WorkerId,
+    life: u32,
+    slot: Option<Slot<Arc<Work>, RunResult>>,
+    call: Option<u64>,
+    running: Option<Running>,
+    /// A result that no scheduler has answered for.
+    kept: Option<u64>,
+    wake: Option<Instant>,
+}
+
+struct Running {
+    run: u64,
+    action: Digest,
+    cancelled: bool,
+}
+
+struct Request {
+    client: usize,
+    action: usize,
+    instance: InstanceName,
+    platform: Platform,
+    priority: i32,
+    state: State,
+    name: Option<Uuid>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Waiting,
+    Asking(u64),
+    Ended,
+}
+
+struct Stream {
+    request: usize,
+    operation: Uuid,
+    watch: u64,
+    version: u64,
+}
+
+/// What a seed's story was.
+#[derive(Debug, PartialEq)]
+struct Told {
+    trace: u64,
+    steps: u64,
+    seen: BTreeMap<&'static str, u64>,
+}
+
+struct World {
+    seed: u64,
+    trouble: Duration,
+    random: Random,
+    start: Instant,
+    now: Instant,
+    healed: bool,
+    /// All clients are content.
+    closing: bool,
+    events: BTreeMap<(Instant, u64), Event>,
+    last: u64,
+    trace: u64,
+    steps: u64,
+    /// How often what we are here for happened.
+    seen: BTreeMap<&'static str, u64>,
+
+    settings: Settings,
+    generation: u32,
+    queue: Queue<u64, u64>,
+    /// By call; with the worker and its life, unless it is a ghost.
+    held: BTreeMap<u64, (HeldCall, usize, u32)>,
+    streams: BTreeMap<u64, Stream>,
+    /// Calls and streams whose other end is gone.
+    broken: BTreeSet<u64>,
+
+    workers: Vec<Worker>,
+    requests: Vec<Request>,
+    actions: Vec<(Digest, bool)>,
+    /// What each run was of, and how it ended.
+    runs: BTreeMap<u64, (Digest, Option<rpc::Code>)>,
+}
+
+fn platform(properties: &[(&str, &str)]) -> Platform {
+    Platform::from(
+        &properties
+            .iter()
+            .map(|(name, value)| (name.to_string(), value.to_string()))
+            .collect::<BTreeMap<_, _>>(),
+    )
+}
+
+impl World {
+    fn new(seed: u64, start: Instant) -> Self {
+        let mut random = Random(seed);
+        let settings = Settings {
+            operation_with_no_waiters_timeout: MINUTE,
+            busy_worker_interval: Duration::from_secs(10),
+            worker_silence_timeout: MINUTE,
+            platform_queue_with_no_workers_timeout: 15 * MINUTE,
+            worker_task_retry_count: if random.chance(50) { 9 } else { 1 },
+            default_platform: random
+                .chance(50)
+                .then(|| platform(&[("OSFamily", "linux")])),
+        };
+        let platforms = [
+            platform(&[("OSFamily", "linux")]),
+            platform(&[("OSFamily", "linux"), ("pool", "big")]),
+            platform(&[]),
+            platform(&[("OSFamily", "plan9")]),
+        ];
+        let name = |text: &str| InstanceName::parse(text).unwrap();
+        // Small worlds find most; large ones have crowds.
+        let large = random.chance(10);
+        let (few, many) = match large {
+            true => (random.below(6) + 2, random.below(60) + 20),
+            false => (random.below(3) + 1, random.below(12) + 3),
+        };
+        let workers = (0..few + random.below(2))
+            .map(|i| Worker {
+                place: Place {
+                    platform: platforms[if random.chance(80) { 0 } else { 1 }].clone(),
+                    prefix: name(if random.chance(70) { "" } else { "a" }),
+                    size_class: 0,
+                },
+                id: WorkerId::new(BTreeMap::from([("thread".to_owned(), i.to_string())])),
+                life: 0,
+                slot: None,
+                call: None,
+                running: None,
+                kept: None,
+                wake: None,
+            })
+            .collect();
+        let actions: Vec<(Digest, bool)> = (0..random.below(many) + 1)
+            .map(|i| {
+                let digest = DigestFunction::Sha256.digest_of(&i.to_le_bytes());
+                (digest, random.chance(20))
+            })
+            .collect();
+        let requests = (0..many)
+            .map(|_| Request {
+                client: random.below(few) as usize,
+                action: random.below(actions.len() as u64) as usize,
+                instance: name(["", "a", "a/b"][random.below(3) as usize]),
+                platform: platforms[match random.below(20) {
+                    0 => 3,
+                    1 => 2,
+                    2..5 => 1,
+                    _ => 0,
+                }]
+                .clone(),
+                priority: random.below(3) as i32 - 1,
+                state: State::Waiting,
+                name: None,
+            })
+            .collect();
+        let mut world = World {
+            seed,
+            trouble: MINUTE * (3 + random.below(if large { 20 } else { 3 }) as u32),
+            random,
+            start,
+            now: start,
+            healed: false,
+            closing: false,
+            events: BTreeMap::new(),
+            last: 0,
+            trace: 0xcbf2_9ce4_8422_2325,
+            steps: 0,
+            seen: BTreeMap::new(),
+            queue: Queue::new(settings.clone(), start),
+            settings,
+            generation: 0,
+            held: BTreeMap::new(),
+            streams: BTreeMap::new(),
+            broken: BTreeSet::new(),
+            workers,
+            requests,
+            actions,
+            runs: BTreeMap::new(),
+        };
+        world.plan();
+        world
+    }
+
+    /// When who comes, and what goes wrong.
+    fn plan(&mut self) {
+        let trouble = self.trouble.as_millis() as u64;
+        let mut wrong: u64 = 2 + trouble / 120_000;
+        if self.random.chance(20) {
+            wrong = 0;
+        }
+        for worker in 0..self.workers.len() {
+            let at = self.random.up_to(20_000);
+            self.after(at, Event::Start(worker));
+            for _ in 0..self.random.below(wrong) {
+                let at = self.random.up_to(trouble);
+                let event = match self.random.chance(50) {
+                    true => Event::Crash(worker),
+                    false => Event::Stop(worker),
+                };
+                self.after(at, event);
+            }
+        }
+        for request in 0..self.requests.len() {
+            let at = self.random.up_to(trouble * 3 / 4);
+            self.after(at, Event::Ask(request));
+            if self.random.chance(15) {
+                let later = self.random.up_to(120_000);
+                self.after(at + later, Event::Abandon(request));
+            }
+        }
+        if self.random.chance(30) {
+            let at = self.random.up_to(trouble);
+            self.after(at, Event::Restart);
+        }
+    }
+
+    fn number(&mut self) -> u64 {
+        self.last += 1;
+        self.last
+    }
+
+    fn after(&mut self, delay: Duration, event: Event) {
+        let number = self.number();
+        self.events.insert((self.now + delay, number), event);
+    }
+
+    fn fail(&self, what: impl std::fmt::Display) -> ! {
+        panic!(
+            "seed {} at {:?}, step {}: {what}\nreplay with BB_SIMULATION_SEED={}",
+            self.seed,
+            self.now - self.start,
+            self.steps,
+            self.seed
+        );
+    }
+
+    fn see(&mut self, what: &'static str) {
+        *self.seen.entry(what).or_default() += 1;
+    }
+
+    fn mix(&mut self, word: u64) {
+        self.trace = (self.trace ^ word).wrapping_mul(0x0100_0000_01b3);
+    }
+
+    // The network.
+
+    fn lost(&mut self) -> bool {
+        !self.healed && self.random.chance(6)
+    }
+
+    fn delay(&mut self) -> Duration {
+        match self.healed || self.random.chance(90) {
+            true => self.random.up_to(20),
+            false => self.random.up_to(20_000),
+        }
+    }
+
+    /// Until an end notices that the other one is gone.
+    fn notice(&mut self) -> Duration {
+        match self.healed || self.random.chance(70) {
+            true => self.random.up_to(200),
+            false => self.random.up_to(80_000),
+        }
+    }
+
+    // The scheduler.
+
+    /// After each verb.
+    fn perform(&mut self) {
+        for effect in self.queue.effects() {
+            match effect {
+                Effect::Answer { call, instruction } => {
+                    let Some(&(_, worker, life)) = self.held.get(&call) else {
+                        self.fail("a call is answered that is not held");
+                    };
+                    self.see("woken");
+                    if self.broken.contains(&call) {
+                        // Either the answer is lost, or it was never sent and the call's end
+                        // gives the task back.
+                        if self.random.chance(50) {
+                            self.held.remove(&call);
+                        }
+                        continue;
+                    }
+                    self.held.remove(&call);
+                    self.answer(worker, life, call, Some(instruction));
+                }
+                Effect::Tell { watch, progress } => {
+                    let told: Vec<u64> = self
+                        .streams
+                        .iter()
+                        .filter(|(_, s)| s.watch == watch && s.version < progress.version)
+                        .map(|(number, _)| *number)
+                        .collect();
+                    for stream in told {
+                        self.update(stream, progress.clone());
+                    }
+                }
+            }
+        }
+        if let Err(broken) = self.queue.check_invariants() {
+            self.fail(broken);
+        }
+    }
+
+    fn update(&mut self, number: u64, progress: Progress) {
+        let Some(stream) = self.streams.get_mut(&number) else {
+            return;
+        };
+        stream.version = progress.version;
+        let (request, name) = (stream.request, stream.operation);
+        let completed = matches!(progress.stage, Stage::Completed(_));
+        if !self.broken.contains(&number) {
+            if self.lost() {
+                self.break_stream(number, request);
+            } else {
+                let delay = self.delay();
+                let stage = progress.stage;
+                let event = Event::Update {
+                    stream: number,
+                    request,
+                    name,
+                    stage,
+                };
+                self.after(delay, event);
+            }
+        }
+        if completed {
+            self.streams.remove(&number);
+            self.queue.detach(self.now, name);
+        }
+    }
+
+    fn break_stream(&mut self, stream: u64, request: usize) {
+        self.broken.insert(stream);
+        let (theirs, ours) = (self.notice(), self.notice());
+        self.after(theirs, Event::Left(stream));
+        let why = Why::Network;
+        let event = Event::Broken {
+            stream,
+            request,
+            why,
+        };
+        self.after(ours, event);
+    }
+
+    fn answer(&mut self, worker: usize, life: u32, call: u64, instruction: Option<Instruction>) {
+        let (delay, instruction) = match self.lost() {
+            true => (self.notice(), None),
+            false => (self.delay(), instruction),
+        };
+        self.after(
+            delay,
+            Event::Answered {
+                worker,
+                life,
+                call,
+                instruction,
+            },
+        );
+    }
+
+    fn call(
+        &mut self,
+        worker: usize,
+        life: u32,
+        call: u64,
+        report: Report<RunResult>,
+        ghost: bool,
+    ) {
+        let (place, id) = (
+            self.workers[worker].place.clone(),
+            self.workers[worker].id.clone(),
+        );
+        let reported = |digest: &reapi::Digest| {
+            ReportedDigest::from(&Digest::parse(None, digest).expect("the echo of a digest"))
+        };
+        let unwilling = report.prefer_being_idle;
+        let executes = matches!(report.activity, Activity::Executing(_));
+        let activity = match &report.activity {
+            Activity::Idle => Reported::Idle,
+            Activity::Started(digest) | Activity::Executing(digest) => {
+                Reported::Executing(reported(digest))
+            }
+            Activity::Completed(digest, result) => Reported::Completed(
+                reported(digest),
+                Arc::new(Outcome::new(&reapi::ExecuteResponse {
+                    message: result.run.to_string(),
+                    status: Some(proto::status(result.code, "")),
+                    ..Default::default()
+                })),
+            ),
+        };
+        let said = SaidReport {
+            activity,
+            prefer_being_idle: report.prefer_being_idle,
+        };
+        let waited = self.waiting(&place);
+        let wait = self.random.up_to(120_000);
+        let decided = self
+            .queue
+            .synchronize(self.now, &place, &id, said, call, wait);
+        match decided {
+            Ok(Decided::Now(instruction)) => {
+                match &instruction.desired {
+                    Wanted::Execute { work, .. } => {
+                        self.check_order(&waited, &place, work);
+                        let first = waited.contains_key(&work.queued_timestamp.seconds);
+                        self.see(if first {
+                            "handed out"
+                        } else {
+                            "handed out again"
+                        });
+                    }
+                    Wanted::Idle if executes => self.see("told to stop"),
+                    Wanted::Idle | Wanted::Unchanged => {}
+                }
+                if !ghost {
+                    self.answer(worker, life, call, Some(instruction));
+                }
+            }
+            Ok(Decided::Held(_)) if unwilling => self.fail("a call is held against its will"),
+            Ok(Decided::Held(held)) => {
+                self.held.insert(call, (held, worker, life));
+                if ghost {
+                    self.broken.insert(call);
+                    let notice = self.notice();
+                    self.after(notice, Event::HungUp(call));
+                }
+            }
+            Err(_) if ghost => {}
+            Err(_) => {
+                self.see("already synchronizing");
+                self.answer(worker, life, call, None)
+            }
+        }
+        self.perform();
+    }
+
+    /// How urgent the tasks are that wait here. Their time tells them apart.
+    fn waiting(&self, place: &Place) -> BTreeMap<i64, i32> {
+        let mut urgency = BTreeMap::new();
+        for row in self.queue.operations(None) {
+            if *row.place == *place && row.stage == Stage::Queued {
+                let task = urgency
+                    .entry(row.work.queued_timestamp.seconds)
+                    .or_insert(i32::MAX);
+                *task = row.priority.min(*task);
+            }
+        }
+        urgency
+    }
+
+    fn check_order(&self, waited: &BTreeMap<i64, i32>, place: &Place, work: &Work) {
+        let task = work.queued_timestamp.seconds;
+        let Some(urgency) = waited.get(&task) else {
+            return;
+        };
+        let waits = self.waiting(place);
+        if waits
+            .iter()
+            .any(|(other, theirs)| (*theirs, *other) < (*urgency, task))
+        {
+            self.fail("a task was handed out before a more urgent one");
+        }
+    }
+
+    fn execute(&mut self, stream: u64, request: usize, ghost: bool) {
+        let asked = &self.requests[request];
+        let (digest, do_not_cache) = self.actions[asked.action];
+        let queued = QueueRequest {
+            platform: asked.platform.clone(),
+            priority: asked.priority,
+            invocation: Invocation(asked.client.to_string().into()),
+            work: Arc::new(Work {
+                instance: asked.instance.clone(),
+                digest,
+                action: reapi::Action {
+                    do_not_cache,
+                    ..Default::default()
+                },
+                auxiliary_metadata: Vec::new(),
+                queued_timestamp: prost_types::Timestamp {
+                    seconds: self.last as i64,
+                    nanos: 0,
+                },
+                target_id: String::new(),
+            }),
+        };
+        let name = Uuid::from_u64_pair(self.random.next(), self.random.next());
+        let (watch, parked) = (self.number(), self.queue.counts().parked);
+        let attached = self.queue.execute(self.now, name, queued, watch);
+        match attached {
+            Ok(attached) => {
+                let joined = attached.watch != watch;
+                if joined {
+                    self.see(match attached.operation == name {
+                        true => "joined a task",
+                        false => "joined an operation",
+                    });
+                } else if matches!(attached.progress.stage, Stage::Completed(_)) {
+                    self.see("claimed a result");
+                } else if matches!(attached.progress.stage, Stage::Executing)
+                    && self.queue.counts().parked == parked
+                {
+                    self.see("adopted");
+                }
+                self.attach(
+                    stream,
+                    request,
+                    attached.operation,
+                    attached.watch,
+                    attached.progress,
+                )
+            }
+            Err(error) => {
+                let why = Why::NoWorkers {
+                    transient: error.transient,
+                };
+                self.refuse(stream, request, why);
+            }
+        }
+        if ghost {
+            self.broken.insert(stream);
+            let notice = self.notice();
+            self.after(notice, Event::Left(stream));
+        }
+        self.perform();
+    }
+
+    fn attach(
+        &mut self,
+        stream: u64,
+        request: usize,
+        operation: Uuid,
+        watch: u64,
+        progress: Progress,
+    ) {
+        self.streams.insert(
+            stream,
+            Stream {
+                request,
+                operation,
+                watch,
+                version: progress.version,
+            },
+        );
+        self.update(stream, progress);
+    }
+
+    fn refuse(&mut self, stream: u64, request: usize, why: Why) {
+        let delay = self.delay();
+        self.after(
+            delay,
+            Event::Broken {
+                stream,
+                request,
+                why,
+            },
+        );
+    }
+
+    /// All that the old one knew is gone, and whoever was connected to it notices.
+    fn restart(&mut self) {
+        self.generation += 1;
+        self.queue = Queue::new(self.settings.clone(), self.now);
+        for (call, (_, worker, life)) in std::mem::take(&mut self.held) {
+            if !self.broken.contains(&call) {
+                let notice = self.notice();
+                self.after(
+                    notice,
+                    Event::Answered {
+                        worker,
+                        life,
+                        call,
+                        instruction: None,
+                    },
+                );
+            }
+        }
+        for (stream, gone) in std::mem::take(&mut self.streams) {
+            if !self.broken.contains(&stream) {
+                self.refuse(stream, gone.request, Why::Network);
+            }
+        }
+    }
+
+    // A worker.
+
+    fn drive(&mut self, worker: usize) {
+        loop {
+            let now = self.now;
+            let life = self.workers[worker].life;
+            let Some(slot) = &mut self.workers[worker].slot else {
+                return;
+            };
+            match slot.next(now) {
+                Step::Call(report) => {
+                    let kept = self.workers[worker].kept;
+                    let told = match &report.activity {
+                        Activity::Completed(_, result) => Some(result.run),
+                        _ => None,
+                    };
+                    if kept.is_some() && kept != told {
+                        self.fail("a slot forgets a result");
+                    }
+                    let call = self.number();
+                    self.workers[worker].call = Some(call);
+                    self.send_call(worker, life, call, report);
+                }
+                Step::HangUp => self.hang_up(worker),
+                Step::Start(work) => self.start(worker, work),
+                Step::Cancel => {
+                    let Some(running) = &mut self.workers[worker].running else {
+                        self.fail("a slot cancels nothing");
+                    };
+                    running.cancelled = true;
+                    let run = running.run;
+                    let delay = self.random.up_to(5_000);
+                    self.after(delay, Event::Finished { worker, life, run });
+                }
+                Step::CheckReadiness => {
+                    let ok = self.healed || self.random.chance(90);
+                    let delay = self.random.up_to(50);
+                    self.after(delay, Event::Ready { worker, life, ok });
+                }
+                Step::Wait(until) => {
+                    if until.is_some_and(|until| until <= now) {
+                        self.fail("a slot waits for what has passed");
+                    }
+                    self.workers[worker].wake = until;
+                    return;
+                }
+                Step::Leave => {
+                    if self.workers[worker].running.is_some() {
+                        self.fail("a slot leaves while it runs something");
+                    }
+                    self.end(worker);
+                    if !self.healed {
+                        let delay = self.random.up_to(60_000);
+                        self.after(delay, Event::Start(worker));
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn send_call(&mut self, worker: usize, life: u32, call: u64, report: Report<RunResult>) {
+        let generation = self.generation;
+        if self.lost() {
+            let delay = self.notice();
+            self.after(
+                delay,
+                Event::Answered {
+                    worker,
+                    life,
+                    call,
+                    instruction: None,
+                },
+            );
+            return;
+        }
+        if !self.healed && self.random.chance(4) {
+            let (delay, ghost) = (self.delay(), self.number());
+            let report = Report {
+                activity: match &report.activity {
+                    Activity::Idle => Activity::Idle,
+                    Activity::Started(digest) => Activity::Started(digest.clone()),
+                    Activity::Executing(digest) => Activity::Executing(digest.clone()),
+                    Activity::Completed(digest, result) => {
+                        Activity::Completed(digest.clone(), result.clone())
+                    }
+                },
+                prefer_being_idle: report.prefer_being_idle,
+            };
+            self.after(
+                delay,
+                Event::Call {
+                    generation,
+                    worker,
+                    call: ghost,
+                    report,
+                    ghost: true,
+                },
+            );
+        }
+        let delay = self.delay();
+        self.after(
+            delay,
+            Event::Call {
+                generation,
+                worker,
+                call,
+                report,
+                ghost: false,
+            },
+        );
+    }
+
+    fn hang_up(&mut self, worker: usize) {
+        if let Some(call) = self.workers[worker].call.take() {
+            self.broken.insert(call);
+            let notice = self.notice();
+            self.after(notice, Event::HungUp(call));
+        }
+    }
+
+    fn start(&mut self, worker: usize, work: Arc<Work>) {
+        if self.workers[worker].running.is_some() {
+            self.fail("a slot runs two actions at once");
+        }
+        let (run, life) = (self.number(), self.workers[worker].life);
+        self.runs.insert(run, (work.digest, None));
+        self.workers[worker].running = Some(Running {
+            run,
+            action: work.digest,
+            cancelled: false,
+        });
+        let longest = if self.random.chance(70) {
+            5_000
+        } else {
+            90_000
+        };
+        let duration = self.random.up_to(longest);
+        self.after(duration, Event::Finished { worker, life, run });
+    }
+
+    fn end(&mut self, worker: usize) {
+        self.hang_up(worker);
+        let worker = &mut self.workers[worker];
+        worker.slot = None;
+        worker.running = None;
+        worker.kept = None;
+        worker.wake = None;
+        worker.life += 1;
+    }
+
+    fn slot(&mut self, worker: usize, life: u32) -> Option<&mut Slot<Arc<Work>, RunResult>> {
+        let worker = self.workers.get_mut(worker)?;
+        (worker.life == life)
+            .then_some(worker.slot.as_mut()?)
+            .into()
+    }
+
+    // A client.
+
+    fn ask(&mut self, request: usize) {
+        let stream = self.number();
+        let generation = self.generation;
+        self.requests[request].state = State::Asking(stream);
+        if self.lost() {
+            let notice = self.notice();
+            let why = Why::Network;
+            self.after(
+                notice,
+                Event::Broken {
+                    stream,
+                    request,
+                    why,
+                },
+            );
+            return;
+        }
+        let delay = self.delay();
+        match self.requests[request].name {
+            Some(name) => self.after(
+                delay,
+                Event::Wait {
+                    generation,
+                    stream,
+                    request,
+                    name,
+                },
+            ),
+            None => {
+                if !self.healed && self.random.chance(4) {
+                    let (delay, ghost) = (self.delay(), self.number());
+                    self.after(
+                        delay,
+                        Event::Execute {
+                            generation,
+                            stream: ghost,
+                            request,
+                            ghost: true,
+                        },
+                    );
+                }
+                self.after(
+                    delay,
+                    Event::Execute {
+                        generation,
+                        stream,
+                        request,
+                        ghost: false,
+                    },
+                );
+            }
+        }
+    }
+
+    fn updated(&mut self, request: usize, name: Uuid, stage: Stage) {
+        self.requests[request].name = Some(name);
+        let Stage::Completed(outcome) = stage else {
+            return;
+        };
+        let response = reapi::ExecuteResponse::decode(&*outcome.response).unwrap();
+        let status = response.status.unwrap_or_default();
+        let code = rpc::Code::try_from(status.code).unwrap();
+        let text = status.message;
+        let (digest, _) = self.actions[self.requests[request].action];
+        if let Ok(run) = response.message.parse::<u64>() {
+            match self.runs.get(&run) {
+                Some((action, Some(ended))) if *action == digest && *ended == code => {}
+                Some(_) => self.fail("a client gets the result of something else"),
+                None => self.fail("a client gets a result that nobody produced"),
+            }
+            self.see("result");
+            self.requests[request].state = State::Ended;
+            return;
+        }
+        self.see(match code {
+            rpc::Code::Unavailable if text.contains("disappeared while task was executing") => {
+                "worker disappeared"
+            }
+            rpc::Code::Unavailable if text.contains("disappeared while task was queued") => {
+                "queue disappeared"
+            }
+            rpc::Code::Internal if text.contains("may crash the worker") => "blamed",
+            _ => self.fail(format!("a client gets {code:?} {text:?}")),
+        });
+        // As clients do with what is the farm's fault.
+        self.requests[request].name = None;
+        self.requests[request].state = State::Waiting;
+        let pause = self.random.up_to(2_000);
+        self.after(pause, Event::Ask(request));
+    }
+
+    fn broken(&mut self, request: usize, why: Why) {
+        let end = matches!(why, Why::NoWorkers { transient: false });
+        self.see(match why {
+            Why::Network => "stream broken",
+            Why::NotFound => "operation not found",
+            Why::NoWorkers { transient: true } => "no workers yet",
+            Why::NoWorkers { transient: false } => "no workers",
+        });
+        if end || why == Why::NotFound || self.random.chance(30) {
+            self.requests[request].name = None;
+        }
+        self.requests[request].state = if end { State::Ended } else { State::Waiting };
+        if !end {
+            let pause = self.random.up_to(match why {
+                Why::NoWorkers { .. } => 60_000,
+                _ => 1_000,
+            });
+            self.after(pause, Event::Ask(request));
+        }
+    }
+
+    // The loop.
+
+    /// One event; `false` when there is none before `end`.
+    fn step(&mut self, end: Instant) -> bool {
+        let event = self.events.first_key_value().map(|((at, _), _)| *at);
+        let expiry = self.queue.poll_timeout();
+        let wake = self.workers.iter().filter_map(|w| w.wake).min();
+        let Some(next) = [event, expiry, wake].into_iter().flatten().min() else {
+            return false;
+        };
+        if next > end {
+            self.now = end;
+            return false;
+        }
+        self.now = self.now.max(next);
+        self.steps += 1;
+        self.mix((self.now - self.start).as_nanos() as u64);
+        if event == Some(next) {
+            if let Some((_, event)) = self.events.pop_first() {
+                self.handle(event);
+            }
+        } else if expiry == Some(next) {
+            self.mix(1);
+            self.queue.expire(self.now);
+            self.perform();
+        } else {
+            self.mix(2);
+            for worker in 0..self.workers.len() {
+                if self.workers[worker].wake == wake {
+                    self.workers[worker].wake = None;
+                    self.drive(worker);
+                }
+            }
+        }
+        let counts = self.queue.counts();
+        self.mix((counts.operations << 20 | counts.tasks << 10 | counts.queued) as u64);
+        self.mix((counts.workers << 10 | counts.parked) as u64);
+        true
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Call {
+                generation,
+                worker,
+                call,
+                report,
+                ghost,
+            } => {
+                self.mix(10 + call);
+                // An earlier scheduler's connection.
+                let life = self.workers[worker].life;
+                let ghost = ghost || self.broken.contains(&call);
+                if generation == self.generation {
+                    self.call(worker, life, call, report, ghost);
+                } else if !ghost {
+                    self.answer(worker, life, call, None);
+                }
+            }
+            Event::HungUp(call) => {
+                self.mix(20 + call);
+                if let Some((held, ..)) = self.held.remove(&call) {
+                    let before = self.queue.counts();
+                    self.queue.hang_up(self.now, held);
+                    let after = self.queue.counts();
+                    if (before.parked, before.queued) != (after.parked, after.queued) {
+                        let again = after.parked >= before.parked;
+                        self.see(if again { "given back" } else { "hung up" });
+                    }
+                    self.perform();
+                }
+            }
+            Event::Execute {
+                generation,
+                stream,
+                request,
+                ghost,
+            } => {
+                self.mix(30 + stream);
+                let ghost = ghost || self.broken.contains(&stream);
+                if generation == self.generation {
+                    self.execute(stream, request, ghost);
+                } else if !ghost {
+                    self.refuse(stream, request, Why::Network);
+                }
+            }
+            Event::Wait {
+                generation,
+                stream,
+                request,
+                name,
+            } => {
+                self.mix(40 + stream);
+                if generation != self.generation {
+                    self.refuse(stream, request, Why::Network);
+                } else if let Some(attached) = self.queue.wait(name) {
+                    let (watch, progress) = (attached.watch, attached.progress);
+                    self.attach(stream, request, name, watch, progress);
+                    if self.broken.contains(&stream) {
+                        let notice = self.notice();
+                        self.after(notice, Event::Left(stream));
+                    }
+                } else {
+                    self.refuse(stream, request, Why::NotFound);
+                }
+                self.perform();
+            }
+            Event::Left(stream) => {
+                self.mix(50 + stream);
+                if let Some(stream) = self.streams.remove(&stream) {
+                    self.queue.detach(self.now, stream.operation);
+                    self.perform();
+                }
+            }
+            Event::Restart => {
+                if !self.healed {
+                    self.mix(60);
+                    self.see("scheduler restarted");
+                    self.restart();
+                }
+            }
+            Event::Answered {
+                worker,
+                life,
+                call,
+                instruction,
+            } => {
+                self.mix(70 + call);
+                let (now, random) = (self.now, self.random.next());
+                if self.workers[worker].call != Some(call) {
+                    return;
+                }
+                let Some(slot) = self.slot(worker, life) else {
+                    return;
+                };
+                let drops = instruction
+                    .as_ref()
+                    .is_some_and(|instruction| instruction.desired != Wanted::Unchanged);
+                match instruction {
+                    None => slot.failed(now, random),
+                    Some(instruction) => slot.answered(
+                        now,
+                        Answer {
+                            due: now + instruction.next,
+                            desired: match instruction.desired {
+                                Wanted::Unchanged => Desired::Unchanged,
+                                Wanted::Idle => Desired::Idle,
+                                Wanted::Execute { work, .. } => {
+                                    Desired::Executing(work.digest.to_proto(), work)
+                                }
+                            },
+                        },
+                    ),
+                }
+                if drops {
+                    self.workers[worker].kept = None;
+                }
+                // A call that fails may yet be held at the other end.
+                if let Some(call) = self.workers[worker].call.take() {
+                    self.broken.insert(call);
+                    let notice = self.notice();
+                    self.after(notice, Event::HungUp(call));
+                }
+                self.drive(worker);
+            }
+            Event::Finished { worker, life, run } => self.finished(worker, life, run),
+            Event::Ready { worker, life, ok } => {
+                self.mix(90 + worker as u64);
+                let (now, pause) = (self.now, self.random.up_to(5_000));
+                if let Some(slot) = self.slot(worker, life) {
+                    slot.readiness(now, ok, pause);
+                    self.drive(worker);
+                }
+            }
+            Event::Crash(worker) => {
+                self.mix(100 + worker as u64);
+                if self.workers[worker].slot.is_some() && !self.healed {
+                    self.end(worker);
+                    let delay = self.random.up_to(100_000);
+                    self.after(delay, Event::Start(worker));
+                }
+            }
+            Event::Stop(worker) => {
+                self.mix(110 + worker as u64);
+                let (now, drain) = (self.now, self.random.up_to(60_000));
+                if let Some(slot) = &mut self.workers[worker].slot {
+                    slot.stop(now + drain);
+                    self.drive(worker);
+                }
+            }
+            Event::Start(worker) => {
+                self.mix(120 + worker as u64);
+                if self.workers[worker].slot.is_none() && !self.closing {
+                    self.workers[worker].slot = Some(Slot::new(self.now));
+                    self.drive(worker);
+                }
+            }
+            Event::Update {
+                stream,
+                request,
+                name,
+                stage,
+            } => {
+                self.mix(130 + stream);
+                if self.requests[request].state == State::Asking(stream) {
+                    self.updated(request, name, stage);
+                }
+            }
+            Event::Broken {
+                stream,
+                request,
+                why,
+            } => {
+                self.mix(140 + stream);
+                if self.requests[request].state == State::Asking(stream) {
+                    self.broken(request, why);
+                }
+            }
+            Event::Ask(request) => {
+                self.mix(150 + request as u64);
+                if self.requests[request].state == State::Waiting {
+                    self.ask(request);
+                }
+            }
+            Event::Abandon(request) => {
+                self.mix(160 + request as u64);
+                if let State::Asking(stream) = self.requests[request].state {
+                    self.break_stream(stream, request);
+                }
+                self.requests[request].state = State::Ended;
+            }
+        }
+    }
+
+    fn finished(&mut self, worker: usize, life: u32, run: u64) {
+        self.mix(80 + run);
+        let now = self.now;
+        let this = &mut self.workers[worker];
+        let Some(running) = this
+            .running
+            .take_if(|running| this.life == life && running.run == run)
+        else {
+            return;
+        };
+        let code = match running.cancelled {
+            true => rpc::Code::Cancelled,
+            false if self.random.chance(90) => rpc::Code::Ok,
+            false => rpc::Code::DeadlineExceeded,
+        };
+        self.runs.insert(run, (running.action, Some(code)));
+        if !running.cancelled {
+            self.workers[worker].kept = Some(run);
+        }
+        if let Some(slot) = &mut self.workers[worker].slot {
+            let healthy = code == rpc::Code::Ok;
+            slot.finished(now, RunResult { run, code }, healthy);
+            self.drive(worker);
+        }
+    }
+
+    /// The whole story; returns the hash of all that happened.
+    fn run(mut self) -> Told {
+        let trouble = self.start + self.trouble;
+        while self.step(trouble) {}
+        self.now = trouble;
+        self.healed = true;
+        for worker in 0..self.workers.len() {
+            self.after(MILLISECOND, Event::Start(worker));
+        }
+        let patience = trouble + 60 * MINUTE;
+        while self.requests.iter().any(|r| r.state != State::Ended) {
+            if !self.step(patience) {
+                self.fail("a client waits for ever");
+            }
+        }
+        self.closing = true;
+        for worker in 0..self.workers.len() {
+            self.after(MINUTE, Event::Stop(worker));
+        }
+        let quiet = self.now + 60 * MINUTE;
+        while self.step(quiet) {}
+        if self.workers.iter().any(|worker| worker.slot.is_some()) {
+            self.fail("a worker does not leave");
+        }
+        let counts = self.queue.counts();
+        if counts != Counts::default() || !self.held.is_empty() || !self.streams.is_empty() {
+            self.fail(format!("something remains: {counts:?}"));
+        }
+        Told {
+            trace: self.trace,
+            steps: self.steps,
+            seen: self.seen,
+        }
+    }
+}
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+#[test]
+fn a_farm_keeps_its_promises_whatever_the_network_does() {
+    let start = Instant::now();
+    if let Some(seed) = number("BB_SIMULATION_SEED") {
+        println!("seed {seed}: {:?}", World::new(seed, start).run());
+        return;
+    }
+    let seeds = number("BB_SIMULATION_SEEDS").unwrap_or(2_000);
+    let next = AtomicU64::new(0);
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let (mut steps, mut seen) = (0, BTreeMap::<&str, u64>::new());
+    std::thread::scope(|scope| {
+        let work = || {
+            let mut told = Vec::new();
+            loop {
+                let seed = next.fetch_add(1, Ordering::Relaxed);
+                if seed >= seeds {
+                    return told;
+                }
+                told.push(World::new(seed, start).run());
+            }
+        };
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        for thread in threads {
+            for told in thread.join().expect("a seed failed; its number is above") {
+                steps += told.steps;
+                for (what, count) in told.seen {
+                    *seen.entry(what).or_default() += count;
+                }
+            }
+        }
+    });
+    let rate = seeds as f64 / start.elapsed().as_secs_f64();
+    println!("{seeds} seeds, {steps} steps, {rate:.0} seeds/s: {seen:?}");
+    if seeds >= 1_000 {
+        for what in [
+            "adopted",
+            "already synchronizing",
+            "blamed",
+            "claimed a result",
+            "given back",
+            "handed out",
+            "handed out again",
+            "hung up",
+            "joined a task",
+            "joined an operation",
+            "no workers",
+            "no workers yet",
+            "operation not found",
+            "result",
+            "scheduler restarted",
+            "told to stop",
+            "woken",
+            "worker disappeared",
+        ] {
+            assert!(seen.contains_key(what), "this never happened: {what}");
+        }
+    }
+}
+
+#[test]
+fn a_seed_tells_the_same_story_each_time() {
+    for seed in 0..100 {
+        let once = World::new(seed, Instant::now()).run();
+        let again = World::new(seed, Instant::now()).run();
+        assert_eq!(once, again, "seed {seed}");
+    }
+}

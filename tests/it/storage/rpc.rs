@@ -1,0 +1,1 @@
+//! Each call, its good and bad inputs.

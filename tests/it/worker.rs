@@ -1,0 +1,6 @@
+//! What a worker promises, on real file systems, with a real store.
+
+mod farm;
+mod inputs;
+mod outputs;
+mod results;

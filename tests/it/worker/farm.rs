@@ -1,0 +1,396 @@
+//! A worker's executor between a real store and a runner that runs commands as they are, all in
+//! one process, on real file systems.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    os::unix::process::{CommandExt, ExitStatusExt},
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use bb_remote_execution::{
+    config::Endpoint,
+    daemon,
+    digest::{Digest, DigestFunction},
+    instance::InstanceName,
+    proto::{
+        reapi::{self, Action, Command, ExecuteResponse},
+        runner::{
+            CheckReadinessRequest, RunRequest, RunResponse,
+            runner_client::RunnerClient,
+            runner_server::{Runner, RunnerServer},
+        },
+    },
+    storage::{Content, local::Store, remote, service},
+    worker::{
+        cache::{Cache, Limits},
+        directories::Directories,
+        execute::{Executor, Stage},
+        input_root::Roots,
+        task::Task,
+    },
+};
+use prost::Message;
+use tokio::{net::TcpListener, sync::watch};
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, service::Routes};
+
+pub const FUNCTION: DigestFunction = DigestFunction::Sha256;
+
+/// Calls of each method, in the order of their arrival.
+#[derive(Clone, Default)]
+pub struct Calls(Arc<Mutex<Vec<String>>>);
+
+impl Calls {
+    fn add(&self, path: &str) {
+        let method = path.rsplit('/').next().unwrap_or_default();
+        self.0.lock().unwrap().push(method.to_owned());
+    }
+
+    pub fn take(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.lock().unwrap())
+    }
+}
+
+pub struct Farm {
+    pub directory: tempfile::TempDir,
+    pub client: remote::Client,
+    pub executor: Arc<Executor>,
+    pub cache: Arc<Cache>,
+    pub calls: Calls,
+    runner: Endpoint,
+    stop: CancellationToken,
+}
+
+impl Drop for Farm {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+#[derive(Clone, Copy)]
+pub struct Settings {
+    pub limits: Limits,
+    pub entries: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            limits: Limits {
+                bytes: 1 << 30,
+                files: 1 << 20,
+            },
+            entries: 64 << 20,
+        }
+    }
+}
+
+impl Farm {
+    pub async fn start() -> Self {
+        Self::start_with(Settings::default()).await
+    }
+
+    pub async fn start_with(settings: Settings) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let store = directory.path().join("store");
+        fs::create_dir(&store).unwrap();
+        let store = tokio::task::spawn_blocking(move || Store::open(&store, 1 << 30).unwrap());
+        let store = Arc::new(store.await.unwrap());
+        let calls = Calls::default();
+        let stop = CancellationToken::new();
+        let routes =
+            service::add_to(Routes::default(), &store).add_service(service::capabilities(false, 0));
+        let storage = serve(routes, Some(calls.clone()), stop.clone()).await;
+        let client = remote::Client::connect(&storage, &storage, Default::default());
+        let runner = Plain {
+            build_directory: directory.path().join("build"),
+        };
+        let runner = Routes::new(RunnerServer::new(runner));
+        let runner = serve(runner, None, stop.clone()).await;
+        let (executor, cache) = executor(directory.path(), &client, &runner, settings);
+        Farm {
+            directory,
+            client,
+            executor,
+            cache,
+            calls,
+            runner,
+            stop,
+        }
+    }
+
+    /// Ends the worker and starts another one on the same directories.
+    pub async fn restart(&mut self, settings: Settings) {
+        let nowhere = self.directory.path().join("nowhere");
+        fs::create_dir_all(&nowhere).unwrap();
+        let (other, cache) = executor(&nowhere, &self.client, &self.runner, settings);
+        self.cache = cache;
+        self.executor = other;
+        // What cleans in the background holds the directories' locks a little longer.
+        for _ in 0..1000 {
+            let cache = Cache::open(
+                &self.directory.path().join("cache"),
+                settings.limits,
+                self.client.clone(),
+            );
+            match cache {
+                Ok(cache) => drop(cache),
+                Err(_) => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                    continue;
+                }
+            }
+            break;
+        }
+        let (executor, cache) =
+            executor(self.directory.path(), &self.client, &self.runner, settings);
+        self.executor = executor;
+        self.cache = cache;
+    }
+
+    pub async fn upload(&self, data: impl Into<bytes::Bytes>) -> reapi::Digest {
+        let data = data.into();
+        let digest = FUNCTION.digest_of(&data);
+        self.client
+            .upload(&InstanceName::empty(), vec![(digest, Content::Bytes(data))])
+            .await
+            .unwrap();
+        digest.to_proto()
+    }
+
+    pub async fn upload_message(&self, message: &impl Message) -> reapi::Digest {
+        self.upload(message.encode_to_vec()).await
+    }
+
+    pub async fn read(&self, digest: &Option<reapi::Digest>) -> Vec<u8> {
+        let digest = Digest::parse_required(Some(FUNCTION), digest.as_ref()).unwrap();
+        let instance = InstanceName::empty();
+        let read = self.client.read(&instance, &digest, 1 << 30);
+        read.await.unwrap().to_vec()
+    }
+
+    pub async fn read_message<M: Message + Default>(&self, digest: &Option<reapi::Digest>) -> M {
+        M::decode(&*self.read(digest).await).unwrap()
+    }
+
+    /// A root with files of these contents; those with a `!` in front are executable.
+    pub async fn root(&self, files: &[(&str, &str)]) -> reapi::Digest {
+        let mut directories: BTreeMap<String, reapi::Directory> = BTreeMap::new();
+        directories.insert(String::new(), reapi::Directory::default());
+        for (path, content) in files {
+            let (executable, path) = match path.strip_prefix('!') {
+                Some(path) => (true, path),
+                None => (false, *path),
+            };
+            let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
+            for (end, _) in parent.match_indices('/') {
+                directories.entry(parent[..end].to_owned()).or_default();
+            }
+            directories
+                .entry(parent.to_owned())
+                .or_default()
+                .files
+                .push(reapi::FileNode {
+                    name: name.to_owned(),
+                    digest: Some(self.upload(content.to_string()).await),
+                    is_executable: executable,
+                    node_properties: None,
+                });
+        }
+        let mut digests: HashMap<String, reapi::Digest> = HashMap::new();
+        while let Some((path, directory)) = directories.pop_last() {
+            let digest = self.upload_message(&directory).await;
+            if path.is_empty() {
+                return digest;
+            }
+            let (parent, name) = path.rsplit_once('/').unwrap_or(("", &path));
+            directories
+                .entry(parent.to_owned())
+                .or_default()
+                .directories
+                .push(reapi::DirectoryNode {
+                    name: name.to_owned(),
+                    digest: Some(digest.clone()),
+                });
+            digests.insert(path, digest);
+        }
+        unreachable!("the root comes last")
+    }
+
+    pub async fn task(&self, command: &Command, root: reapi::Digest) -> Task {
+        let command = self.upload_message(command).await;
+        self.task_of(Action {
+            command_digest: Some(command),
+            input_root_digest: Some(root),
+            ..Default::default()
+        })
+    }
+
+    pub fn task_of(&self, action: Action) -> Task {
+        Task {
+            instance: InstanceName::empty(),
+            function: FUNCTION,
+            digest: FUNCTION.digest_of(&action.encode_to_vec()),
+            action,
+            timeout: Duration::from_secs(60),
+            queued_timestamp: None,
+            auxiliary_metadata: Vec::new(),
+        }
+    }
+
+    pub async fn execute(&self, task: Task) -> ExecuteResponse {
+        let (stage, _) = watch::channel(Stage::FetchingInputs);
+        let cancel = CancellationToken::new();
+        self.executor.execute(0, task, &stage, &cancel).await
+    }
+
+    /// Runs a script in a root of these files.
+    pub async fn shell(
+        &self,
+        script: &str,
+        files: &[(&str, &str)],
+        outputs: &[&str],
+    ) -> ExecuteResponse {
+        let root = self.root(files).await;
+        let task = self.task(&shell(script, outputs), root).await;
+        self.execute(task).await
+    }
+
+    pub async fn action_result(&self, task: &Task) -> Option<reapi::ActionResult> {
+        self.client
+            .action_result(&task.instance, &task.digest)
+            .await
+            .unwrap()
+    }
+}
+
+pub fn shell(script: &str, outputs: &[&str]) -> Command {
+    Command {
+        arguments: ["sh", "-ec", script].map(str::to_owned).to_vec(),
+        environment_variables: vec![reapi::command::EnvironmentVariable {
+            name: "PATH".to_owned(),
+            value: "/usr/bin:/bin".to_owned(),
+        }],
+        output_paths: outputs.iter().map(|path| path.to_string()).collect(),
+        ..Default::default()
+    }
+}
+
+fn executor(
+    directory: &Path,
+    client: &remote::Client,
+    runner: &Endpoint,
+    settings: Settings,
+) -> (Arc<Executor>, Arc<Cache>) {
+    let cache = Cache::open(&directory.join("cache"), settings.limits, client.clone()).unwrap();
+    let cache = Arc::new(cache);
+    let roots = Roots::open(&directory.join("build"), cache.clone(), 2).unwrap();
+    let executor = Executor {
+        storage: client.clone(),
+        cache: cache.clone(),
+        directories: Arc::new(Directories::new(client.clone(), 16 << 20, settings.entries)),
+        roots: Arc::new(roots),
+        runner: RunnerClient::new(daemon::connect(runner)),
+        workers: vec![r#"{"hostname":"here"}"#.to_owned()],
+        environment_variables: BTreeMap::from([("FROM_WORKER".to_owned(), "yes".to_owned())]),
+        force_upload_trees_and_directories: false,
+        browser_url: Some("http://browser/".to_owned()),
+    };
+    (Arc::new(executor), cache)
+}
+
+async fn serve(routes: Routes, calls: Option<Calls>, stop: CancellationToken) -> Endpoint {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = Endpoint::Tcp(listener.local_addr().unwrap().to_string());
+    let count =
+        tower::util::MapRequestLayer::new(move |request: tonic::codegen::http::Request<_>| {
+            if let Some(calls) = &calls {
+                calls.add(request.uri().path());
+            }
+            request
+        });
+    let server = tonic::transport::Server::builder()
+        .layer(count)
+        .add_routes(routes)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled_owned());
+    tokio::spawn(server);
+    endpoint
+}
+
+/// A runner that runs commands as this user, and kills their process group when told to stop.
+struct Plain {
+    build_directory: PathBuf,
+}
+
+#[tonic::async_trait]
+impl Runner for Plain {
+    async fn check_readiness(
+        &self,
+        request: Request<CheckReadinessRequest>,
+    ) -> Result<Response<()>, Status> {
+        match self.build_directory.join(&request.get_ref().path).is_dir() {
+            true => Ok(Response::new(())),
+            false => Err(Status::internal("no such directory")),
+        }
+    }
+
+    async fn run(&self, request: Request<RunRequest>) -> Result<Response<RunResponse>, Status> {
+        let request = request.into_inner();
+        let create = |path: &str| -> Result<Stdio, Status> {
+            let file = fs::File::create_new(self.build_directory.join(path));
+            file.map(Stdio::from)
+                .map_err(|error| Status::internal(error.to_string()))
+        };
+        let gate = Path::new(&request.input_root_directory).parent().unwrap();
+        let gate = fs::File::open(self.build_directory.join(gate)).unwrap();
+        gate.lock().unwrap();
+        let root = self.build_directory.join(&request.input_root_directory);
+        let mut command = std::process::Command::new(&request.arguments[0]);
+        command
+            .args(&request.arguments[1..])
+            .env_clear()
+            .envs(&request.environment_variables)
+            .env(
+                "LOGS",
+                self.build_directory.join(&request.server_logs_directory),
+            )
+            .env(
+                "TMPDIR",
+                self.build_directory.join(&request.temporary_directory),
+            )
+            .current_dir(root.join(&request.working_directory))
+            .stdin(Stdio::null())
+            .stdout(create(&request.stdout_path)?)
+            .stderr(create(&request.stderr_path)?)
+            .process_group(0);
+        let mut child = tokio::process::Command::from(command)
+            .spawn()
+            .map_err(|error| Status::invalid_argument(format!("cannot start: {error}")))?;
+        let group = Group(child.id().unwrap());
+        let status = child
+            .wait()
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?;
+        drop(group);
+        drop(gate);
+        Ok(Response::new(RunResponse {
+            exit_code: i64::from(status.code().unwrap_or(-status.signal().unwrap_or(1))),
+            resource_usage: Vec::new(),
+        }))
+    }
+}
+
+/// Killed on drop.
+struct Group(u32);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let group = nix::unistd::Pid::from_raw(self.0 as i32);
+        let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+    }
+}

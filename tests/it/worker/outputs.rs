@@ -1,0 +1,232 @@
+//! What is collected of what a command left, and what is not.
+
+use bb_remote_execution::{
+    instance::InstanceName,
+    proto::{
+        reapi::{self, command::OutputDirectoryFormat},
+        rpc::Code,
+    },
+};
+use prost::Message;
+
+use super::{
+    farm::{FUNCTION, Farm, shell},
+    results::{code, text},
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_kind_of_output_is_reported_as_what_it_is() {
+    let farm = Farm::start().await;
+    let script = "echo f > a/file; echo x > a/program; chmod 100 a/program; mkdir -p a/dir/empty; \
+                  echo 1 > a/dir/one; ln -s one a/dir/link; mkfifo a/dir/fifo; ln -s nowhere a/link; \
+                  ln -s dir a/to_dir; : > a/nothing";
+    let outputs = [
+        "a/file",
+        "a/program",
+        "a/dir",
+        "a/link",
+        "a/to_dir",
+        "a/nothing",
+        "a/missing",
+        "a/./file",
+        "b/c/missing",
+    ];
+    let response = farm.shell(script, &[], &outputs).await;
+    assert_eq!(response.status, None);
+    let result = response.result.unwrap();
+    let files: Vec<(&str, bool)> = result
+        .output_files
+        .iter()
+        .map(|file| (file.path.as_str(), file.is_executable))
+        .collect();
+    assert_eq!(
+        files,
+        [
+            ("a/file", false),
+            ("a/program", true),
+            ("a/nothing", false),
+            ("a/./file", false)
+        ]
+    );
+    assert_eq!(farm.read(&result.output_files[0].digest).await, b"f\n");
+    assert_eq!(farm.read(&result.output_files[1].digest).await, b"x\n");
+    let links: Vec<(&str, &str)> = result
+        .output_symlinks
+        .iter()
+        .map(|link| (link.path.as_str(), link.target.as_str()))
+        .collect();
+    assert_eq!(links, [("a/link", "nowhere"), ("a/to_dir", "dir")]);
+    let [directory] = &result.output_directories[..] else {
+        panic!("{:?}", result.output_directories);
+    };
+    assert_eq!(directory.root_directory_digest, None);
+    assert!(directory.is_topologically_sorted);
+    let tree: reapi::Tree = farm.read_message(&directory.tree_digest).await;
+    let root = tree.root.unwrap();
+    assert_eq!(root.files.len(), 1);
+    assert_eq!(root.symlinks[0].target, "one");
+    assert_eq!(root.directories[0].name, "empty");
+    assert_eq!(
+        root.directories[0].digest,
+        Some(FUNCTION.empty().to_proto())
+    );
+    assert_eq!(tree.children, [reapi::Directory::default()]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tree_has_parents_first_and_equal_directories_once() {
+    let farm = Farm::start().await;
+    let script = "for x in a b c; do mkdir -p d/$x/deep/deeper; echo same > d/$x/deep/deeper/f; done; \
+                  mkdir d/other; echo z > d/other/z; cp -r d/a/deep d/other/deep";
+    let mut command = shell(script, &["d"]);
+    command.output_directory_format = OutputDirectoryFormat::TreeAndDirectory as i32;
+    let root = farm.root(&[]).await;
+    let response = farm.execute(farm.task(&command, root).await).await;
+    let directory = &response.result.as_ref().unwrap().output_directories[0];
+    let tree: reapi::Tree = farm.read_message(&directory.tree_digest).await;
+    let root = tree.root.clone().unwrap();
+    assert_eq!(
+        directory.root_directory_digest,
+        Some(FUNCTION.digest_of(&root.encode_to_vec()).to_proto())
+    );
+    // d/{a,b,c}, deep, deeper, other.
+    assert_eq!(tree.children.len(), 4);
+    let mut seen = vec![FUNCTION.digest_of(&root.encode_to_vec()).to_proto()];
+    let mut expected: Vec<_> = root
+        .directories
+        .iter()
+        .flat_map(|d| d.digest.clone())
+        .collect();
+    for child in &tree.children {
+        let digest = FUNCTION.digest_of(&child.encode_to_vec()).to_proto();
+        assert!(expected.contains(&digest), "a child before its parent");
+        assert!(!seen.contains(&digest), "a child twice");
+        expected.extend(child.directories.iter().flat_map(|d| d.digest.clone()));
+        // Each one is a blob, too.
+        let blob: reapi::Directory = farm.read_message(&Some(digest.clone())).await;
+        assert_eq!(&blob, child);
+        seen.push(digest);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn outputs_outside_of_the_working_directory_and_the_whole_root_can_be_asked_for() {
+    let farm = Farm::start().await;
+    let root = farm.root(&[("w/in", "input"), ("other/x", "y")]).await;
+    let mut command = shell("mkdir ../i; echo made > ../i/m", &[".", "../i", "../.."]);
+    command.working_directory = "w".to_owned();
+    let response = farm.execute(farm.task(&command, root.clone()).await).await;
+    assert_eq!(code(&response), Code::InvalidArgument);
+    command.output_paths = [".", "../i", ".."].map(str::to_owned).to_vec();
+    let response = farm.execute(farm.task(&command, root).await).await;
+    assert_eq!(response.status, None);
+    let result = response.result.unwrap();
+    let mut names = Vec::new();
+    for directory in &result.output_directories {
+        let tree: reapi::Tree = farm.read_message(&directory.tree_digest).await;
+        let root = tree.root.unwrap();
+        let files = root.files.iter().map(|f| f.name.clone());
+        names.push(
+            files
+                .chain(root.directories.iter().map(|d| d.name.clone()))
+                .collect::<Vec<_>>(),
+        );
+    }
+    assert_eq!(names, [vec!["in"], vec!["m"], vec!["i", "other", "w"]]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[allow(deprecated)]
+async fn clients_of_the_older_lists_are_served() {
+    let farm = Farm::start().await;
+    let script = "echo f > out/f; mkdir out/d; ln -s f out/lf; ln -s d out/ld";
+    let mut command = shell(script, &[]);
+    command.output_files = ["out/f", "out/lf", "out/none"].map(str::to_owned).to_vec();
+    command.output_directories = ["out/d", "out/ld"].map(str::to_owned).to_vec();
+    let root = farm.root(&[]).await;
+    let response = farm.execute(farm.task(&command, root.clone()).await).await;
+    assert_eq!(response.status, None);
+    let result = response.result.unwrap();
+    assert_eq!(result.output_files.len(), 1);
+    assert_eq!(result.output_directories.len(), 1);
+    assert_eq!(result.output_file_symlinks[0].path, "out/lf");
+    assert_eq!(result.output_directory_symlinks[0].path, "out/ld");
+    assert_eq!(result.output_symlinks.len(), 2);
+    command.output_files = vec!["out/d".to_owned()];
+    command.output_directories = vec!["out/f".to_owned()];
+    let response = farm.execute(farm.task(&command, root).await).await;
+    assert_eq!(code(&response), Code::FailedPrecondition);
+    assert!(text(&response).contains("out/d"), "{}", text(&response));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_cannot_make_the_worker_read_outside_of_its_root() {
+    let farm = Farm::start().await;
+    let outside = farm.directory.path().join("outside");
+    std::fs::create_dir(&outside).unwrap();
+    std::fs::write(outside.join("secret"), "secret").unwrap();
+    let script = format!(
+        "rm -r d e; ln -s {0} d; ln -s {0}/secret f; mkdir e; ln -s {0} e/l; mkfifo pipe",
+        outside.display()
+    );
+    let outputs = ["d/secret", "f", "e", "e/l/secret", "pipe", "good"];
+    let script = format!("{script}; echo good > good");
+    let response = farm
+        .shell(&script, &[("d/secret", "input")], &outputs)
+        .await;
+    assert_eq!(
+        code(&response),
+        Code::InvalidArgument,
+        "{}",
+        text(&response)
+    );
+    let result = response.result.unwrap();
+    // The rest was collected all the same.
+    let files: Vec<&str> = result
+        .output_files
+        .iter()
+        .map(|f| f.path.as_str())
+        .collect();
+    assert_eq!(files, ["good"]);
+    let secret = FUNCTION.digest_of(b"secret");
+    let (instance, asked) = (InstanceName::empty(), [secret]);
+    let missing = farm.client.find_missing(&instance, &asked);
+    assert_eq!(missing.await.unwrap(), [secret]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_leftovers_end_in_a_clear_error_and_are_gone_afterwards() {
+    let farm = Farm::start().await;
+    let deep = "mkdir -p d; cd d; i=0; while [ $i -lt 1500 ]; do mkdir n; cd n; i=$((i+1)); done; echo x > f";
+    for (script, word) in [
+        ("mkdir d; touch \"$(printf 'd/\\377')\"", "UTF-8"),
+        (deep, "1024"),
+        ("mkdir d; mkfifo d/x; mkdir d/closed; chmod 0 d/closed", ""),
+    ] {
+        let response = farm.shell(script, &[], &["d"]).await;
+        match word {
+            "" => assert_eq!(response.status, None, "{}", text(&response)),
+            word => {
+                assert_eq!(
+                    code(&response),
+                    Code::InvalidArgument,
+                    "{}",
+                    text(&response)
+                );
+                assert!(text(&response).contains(word), "{}", text(&response));
+            }
+        }
+    }
+    // Whatever gate an action gets, it is empty.
+    for _ in 0..6 {
+        let response = farm
+            .shell(
+                "find . $TMPDIR $LOGS -mindepth 1; touch $TMPDIR/t $LOGS/l x; mkdir y",
+                &[],
+                &[],
+            )
+            .await;
+        assert_eq!(response.status, None);
+        assert_eq!(response.result.unwrap().stdout_digest, None);
+    }
+}

@@ -1,0 +1,238 @@
+//! How an action ends, and what is kept of it.
+
+use std::time::{Duration, Instant};
+
+use bb_remote_execution::{
+    proto::{cas::HistoricalExecuteResponse, reapi, rpc::Code},
+    worker::execute::Stage,
+};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::farm::{FUNCTION, Farm, shell};
+
+pub fn code(response: &reapi::ExecuteResponse) -> Code {
+    let status = response.status.clone().unwrap_or_default();
+    Code::try_from(status.code).unwrap()
+}
+
+pub fn text(response: &reapi::ExecuteResponse) -> &str {
+    let status = response.status.as_ref();
+    status.map_or("", |status| status.message.as_str())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_good_result_is_in_the_action_cache_when_it_is_reported() {
+    let farm = Farm::start().await;
+    let root = farm.root(&[]).await;
+    let script = "echo out; echo err >&2; echo file > f; echo $FROM_WORKER > g";
+    let task = farm.task(&shell(script, &["f", "g"]), root).await;
+    farm.calls.take();
+    let response = farm.execute(task.clone()).await;
+    assert_eq!(response.status, None);
+    let calls = farm.calls.take();
+    let position = |name: &str| calls.iter().position(|call| call == name);
+    assert!(
+        position("BatchUpdateBlobs") < position("UpdateActionResult"),
+        "{calls:?}"
+    );
+    assert!(calls.len() <= 5, "{calls:?}");
+    let result = farm.action_result(&task).await.unwrap();
+    assert_eq!(Some(&result), response.result.as_ref());
+    assert_eq!(farm.read(&result.stdout_digest).await, b"out\n");
+    assert_eq!(farm.read(&result.stderr_digest).await, b"err\n");
+    assert_eq!(farm.read(&result.output_files[0].digest).await, b"file\n");
+    assert_eq!(farm.read(&result.output_files[1].digest).await, b"yes\n");
+    assert!(
+        response
+            .message
+            .starts_with("Action details (cached result): http://browser/blobs/sha256/action/")
+    );
+    let metadata = result.execution_metadata.unwrap();
+    assert_eq!(metadata.worker, r#"{"hostname":"here"}"#);
+    let stamps = [
+        metadata.worker_start_timestamp,
+        metadata.input_fetch_start_timestamp,
+        metadata.input_fetch_completed_timestamp,
+        metadata.execution_start_timestamp,
+        metadata.execution_completed_timestamp,
+        metadata.output_upload_start_timestamp,
+        metadata.output_upload_completed_timestamp,
+        metadata.worker_completed_timestamp,
+    ]
+    .map(|stamp| stamp.map(|stamp| (stamp.seconds, stamp.nanos)).unwrap());
+    assert!(stamps.is_sorted(), "{stamps:?}");
+    assert!(metadata.virtual_execution_duration.is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_action_without_outputs_uploads_nothing() {
+    let farm = Farm::start().await;
+    let root = farm.root(&[]).await;
+    let task = farm.task(&shell("true", &[]), root).await;
+    // The client asks once in its life for the server's limits.
+    farm.shell("true # first", &[], &[]).await;
+    farm.calls.take();
+    let response = farm.execute(task).await;
+    assert_eq!(response.status, None);
+    assert_eq!(farm.calls.take(), ["BatchReadBlobs", "UpdateActionResult"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_cached_is_kept_behind_a_link() {
+    let farm = Farm::start().await;
+    let root = farm.root(&[]).await;
+    let failing = farm
+        .task(&shell("echo why; exit 37", &[]), root.clone())
+        .await;
+    let mut uncached = farm.task(&shell("echo why; exit 0", &[]), root).await;
+    uncached.action.do_not_cache = true;
+    for (task, exit_code) in [(failing, 37), (uncached, 0)] {
+        let response = farm.execute(task.clone()).await;
+        assert_eq!(response.status, None);
+        assert_eq!(response.result.as_ref().unwrap().exit_code, exit_code);
+        assert_eq!(farm.action_result(&task).await, None);
+        let prefix = "Action details (uncached result): http://browser/blobs/sha256/historical_execute_response/";
+        let name = response.message.strip_prefix(prefix).unwrap();
+        let (hash, size) = name.trim_end_matches('/').split_once('-').unwrap();
+        let digest = reapi::Digest {
+            hash: hash.to_owned(),
+            size_bytes: size.parse().unwrap(),
+        };
+        let kept: HistoricalExecuteResponse = farm.read_message(&Some(digest)).await;
+        assert_eq!(kept.action_digest, Some(task.digest.to_proto()));
+        assert_eq!(kept.execute_response.unwrap().result, response.result);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_is_too_slow_ends_with_what_it_made_so_far() {
+    let farm = Farm::start().await;
+    let root = farm.root(&[]).await;
+    let script = "echo out; echo file > f; (sleep 100; echo late > f) & sleep 100";
+    let mut task = farm.task(&shell(script, &["f"]), root).await;
+    task.timeout = Duration::from_millis(300);
+    let response = farm.execute(task.clone()).await;
+    assert_eq!(code(&response), Code::DeadlineExceeded);
+    assert!(
+        text(&response).starts_with("Failed to run command: "),
+        "{}",
+        text(&response)
+    );
+    let result = response.result.unwrap();
+    assert_eq!(farm.read(&result.stdout_digest).await, b"out\n");
+    assert_eq!(farm.read(&result.output_files[0].digest).await, b"file\n");
+    assert_eq!(farm.action_result(&task).await, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_action_ends_soon_and_leaves_nothing() {
+    let farm = Farm::start().await;
+    let root = farm.root(&[]).await;
+    let task = farm
+        .task(&shell("echo file > f; sleep 100", &["f"]), root)
+        .await;
+    let (sender, mut stage) = watch::channel(Stage::FetchingInputs);
+    let cancel = CancellationToken::new();
+    let (executor, token, before) = (farm.executor.clone(), cancel.clone(), task.clone());
+    let running = tokio::spawn(async move { executor.execute(0, before, &sender, &token).await });
+    stage
+        .wait_for(|stage| *stage == Stage::Running)
+        .await
+        .unwrap();
+    let start = Instant::now();
+    cancel.cancel();
+    let response = running.await.unwrap();
+    assert!(start.elapsed() < Duration::from_secs(50));
+    assert_eq!(code(&response), Code::Cancelled);
+    assert_eq!(farm.action_result(&task).await, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn stages_come_in_their_order() {
+    let farm = Farm::start().await;
+    let root = farm.root(&[]).await;
+    let task = farm
+        .task(
+            &shell("sleep 0.1; head -c 3000000 /dev/zero > f", &["f"]),
+            root,
+        )
+        .await;
+    let (sender, mut stage) = watch::channel(Stage::FetchingInputs);
+    let watching = tokio::spawn(async move {
+        let mut seen = Vec::new();
+        while stage.changed().await.is_ok() {
+            seen.push(*stage.borrow_and_update());
+        }
+        seen
+    });
+    let response = farm
+        .executor
+        .execute(0, task, &sender, &CancellationToken::new())
+        .await;
+    assert_eq!(response.status, None);
+    drop(sender);
+    let seen = watching.await.unwrap();
+    let after = &seen[seen.iter().position(|s| *s == Stage::Running).unwrap()..];
+    assert_eq!(after, [Stage::Running, Stage::UploadingOutputs]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_client_got_wrong_is_an_invalid_argument() {
+    let farm = Farm::start().await;
+    let root = farm.root(&[]).await;
+    for command in [
+        reapi::Command::default(),
+        shell("true", &["/absolute"]),
+        shell("true", &["../outside"]),
+        reapi::Command {
+            working_directory: "../x".to_owned(),
+            ..shell("true", &[])
+        },
+        reapi::Command {
+            arguments: vec!["/nonexistent".to_owned()],
+            ..Default::default()
+        },
+    ] {
+        let task = farm.task(&command, root.clone()).await;
+        let response = farm.execute(task).await;
+        assert_eq!(
+            code(&response),
+            Code::InvalidArgument,
+            "{}",
+            text(&response)
+        );
+    }
+    // As `bgd request-dummy` sends it.
+    let task = farm.task_of(reapi::Action {
+        command_digest: Some(FUNCTION.empty().to_proto()),
+        input_root_digest: Some(reapi::Digest::default()),
+        ..Default::default()
+    });
+    let response = farm.execute(task).await;
+    assert_eq!(
+        code(&response),
+        Code::InvalidArgument,
+        "{}",
+        text(&response)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_is_ready_when_its_runner_sees_its_directories() {
+    let farm = Farm::start().await;
+    assert_eq!(farm.executor.check_readiness(0).await, Ok(()));
+    let response = farm.shell("true", &[], &[]).await;
+    assert_eq!(response.status, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logs_of_the_server_are_told_by_their_paths() {
+    let farm = Farm::start().await;
+    let script =
+        "mkdir $LOGS/a; echo one > $LOGS/a/b; echo two > $LOGS/c; ln -s c $LOGS/d; mkfifo $LOGS/e";
+    let response = farm.shell(script, &[], &[]).await;
+    let logs = response.server_logs;
+    assert_eq!(logs.keys().collect::<Vec<_>>(), ["a/b", "c"]);
+    assert_eq!(farm.read(&logs["a/b"].digest).await, b"one\n");
+}
