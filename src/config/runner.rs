@@ -133,6 +133,13 @@ impl Check for Config {
                 "numbers below 1000 belong to the system; choose a free range, such as first = 58000".to_owned(),
             ));
         }
+        // Each running action has a thread of the runner's for itself.
+        if self.users.count > 500 {
+            return Err((
+                "users.count",
+                "there can be at most 500 actions at once on one host".to_owned(),
+            ));
+        }
         if self.users.count == 0
             || self
                 .users

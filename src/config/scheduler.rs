@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::{Check, Duration, Endpoint, ListenAddress, Log, Size};
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     pub clients: Clients,
@@ -89,19 +89,6 @@ pub struct Scheduling {
 pub struct Shutdown {
     /// How long running calls may go on after SIGTERM.
     pub drain_timeout: Duration,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Config {
-            clients: Clients::default(),
-            workers: Workers::default(),
-            storage: Storage::default(),
-            scheduling: Scheduling::default(),
-            shutdown: Shutdown::default(),
-            log: Log::default(),
-        }
-    }
 }
 
 impl Default for Clients {

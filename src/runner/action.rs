@@ -217,6 +217,7 @@ fn run_in(
     }
     if room.namespaces.is_none() {
         user::sweep_files(user, &house.rooms.plan().shared());
+        user::sweep_ipc(user);
     }
     drop(gate);
     ended

@@ -168,11 +168,11 @@ impl Plan {
         )
         .map_err(|error| RoomError::at("mounts of its own")(error.into()))?;
 
-        let build_directory = fs::canonicalize(&self.build_directory)
-            .map_err(RoomError::at(self.build_directory.to_string_lossy()))?;
         let mut writable = Vec::new();
-        for path in self.writable.iter().chain([&build_directory]) {
-            let tree = copy_of_tree(path).map_err(RoomError::at(path.to_string_lossy()))?;
+        for path in self.writable.iter().chain([&self.build_directory]) {
+            let at = || RoomError::at(path.to_string_lossy());
+            let path = fs::canonicalize(path).map_err(at())?;
+            let tree = copy_of_tree(&path).map_err(at())?;
             writable.push((path, tree));
         }
         set_attributes(c"/", READ_ONLY, 0, RECURSIVE).map_err(RoomError::at("read-only /"))?;
@@ -188,21 +188,28 @@ impl Plan {
         }
         let mut temporary = Vec::new();
         for place in &self.temporary {
-            if build_directory.starts_with(place) {
-                // Another mount here would hide it.
+            let mut inside = writable
+                .iter()
+                .map(|(path, _)| path)
+                .filter(|path| path.starts_with(place))
+                .peekable();
+            if inside.peek().is_some() {
+                // The action's temporary directory here would hide it.
                 private_tmpfs(place)?;
-                fs::DirBuilder::new()
-                    .recursive(true)
-                    .mode(0o755)
-                    .create(&build_directory)
-                    .map_err(RoomError::at(build_directory.to_string_lossy()))?;
+                for path in inside {
+                    fs::DirBuilder::new()
+                        .recursive(true)
+                        .mode(0o755)
+                        .create(path)
+                        .map_err(RoomError::at(path.to_string_lossy()))?;
+                }
             } else if let Ok(place) = CString::new(place.as_os_str().as_encoded_bytes()) {
                 temporary.push(place);
             }
         }
         for (path, tree) in writable {
             let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-            move_mount(&tree, "", CWD, path, flags)
+            move_mount(&tree, "", CWD, &path, flags)
                 .map_err(|error| RoomError::at(path.to_string_lossy())(error.into()))?;
         }
 

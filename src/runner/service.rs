@@ -160,9 +160,13 @@ impl runner_server::Runner for Runner {
                 "One or more required files disappeared during execution: Path {path:?}: {error}"
             )));
         }
-        result
-            .map(|exit| Response::new(response(&exit)))
-            .map_err(failed)
+        match result {
+            Ok(exit) => Ok(Response::new(response(&exit))),
+            Err(RunError::Stopped) if self.killing.is_cancelled() => Err(Status::unavailable(
+                "The runner was stopped, and the action with it",
+            )),
+            Err(error) => Err(failed(error)),
+        }
     }
 }
 

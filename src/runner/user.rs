@@ -149,6 +149,15 @@ pub fn sweep(id: u32, patience: Duration) -> bool {
 
 /// kill(-1) as that user: all of its processes at one time, so that none can fork away.
 fn kill_all(id: u32) {
+    as_user(id, || {
+        // SAFETY: takes numbers.
+        unsafe { libc::kill(-1, libc::SIGKILL) };
+    });
+}
+
+/// Does something in a process of that user, and waits for it. It may only make system calls that are
+/// async-signal-safe, as the process comes from one with several threads.
+fn as_user(id: u32, act: impl FnOnce()) {
     // A copy of this process, not one that shares its memory: processes of the same user may be
     // allowed to trace it.
     //
@@ -162,7 +171,7 @@ fn kill_all(id: u32) {
                     && libc::syscall(libc::SYS_setresgid, id, id, id) == 0
                     && libc::syscall(libc::SYS_setresuid, id, id, id) == 0
                 {
-                    libc::kill(-1, libc::SIGKILL);
+                    act();
                 }
                 libc::_exit(0);
             }
@@ -234,6 +243,45 @@ pub fn sweep_files(id: u32, directories: &[std::path::PathBuf]) {
             }
         }
     }
+}
+
+/// Removes the System V IPC objects that a user made, when actions have no IPC namespaces of their own.
+pub fn sweep_ipc(id: u32) {
+    let (segments, semaphores, queues) =
+        (made_by(id, "shm"), made_by(id, "sem"), made_by(id, "msg"));
+    if segments.is_empty() && semaphores.is_empty() && queues.is_empty() {
+        return;
+    }
+    // Only their creator may, or whoever could have made a namespace in the first place.
+    as_user(id, || {
+        // SAFETY: take numbers; IPC_RMID uses no buffer.
+        unsafe {
+            for &object in &segments {
+                libc::shmctl(object, libc::IPC_RMID, std::ptr::null_mut());
+            }
+            for &object in &semaphores {
+                libc::semctl(object, 0, libc::IPC_RMID);
+            }
+            for &object in &queues {
+                libc::msgctl(object, libc::IPC_RMID, std::ptr::null_mut());
+            }
+        }
+    });
+}
+
+/// The numbers of the objects of one kind that a user made (sysvipc(7)).
+fn made_by(id: u32, kind: &str) -> Vec<i32> {
+    let table = fs::read_to_string(format!("/proc/sysvipc/{kind}")).unwrap_or_default();
+    let column = |line: &str, index| line.split_whitespace().nth(index).map(str::to_owned);
+    let mut lines = table.lines();
+    let header = lines.next().unwrap_or_default();
+    let Some(creator) = header.split_whitespace().position(|name| name == "cuid") else {
+        return Vec::new();
+    };
+    lines
+        .filter(|line| column(line, creator).and_then(|text| text.parse().ok()) == Some(id))
+        .filter_map(|line| column(line, 1)?.parse().ok())
+        .collect()
 }
 
 /// Entries of /etc/passwd and /etc/group in the range that are not there for actions.

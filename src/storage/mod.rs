@@ -27,7 +27,10 @@ pub enum Error {
     Missing(Vec<Digest>),
     /// Content that does not match its digest: from a client, its fault; from a server, the farm's.
     #[error("blob {expected} has a content whose digest is {actual}")]
-    Corrupt { expected: Digest, actual: Digest },
+    Corrupt {
+        expected: Digest,
+        actual: Box<Digest>,
+    },
     #[error("blob {digest} is larger than the limit of {limit} bytes")]
     TooLarge { digest: Digest, limit: u64 },
     /// The request itself is at fault.

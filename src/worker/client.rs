@@ -54,7 +54,7 @@ pub struct Identity {
 }
 
 enum Event {
-    Answered(Result<SynchronizeResponse, Status>),
+    Answered(Box<Result<SynchronizeResponse, Status>>),
     Finished(Box<ExecuteResponse>),
     Readiness(Result<(), String>),
     Stopping,
@@ -138,7 +138,7 @@ pub async fn run(
             None => A_HELD_CALL,
         });
         let event = tokio::select! {
-            answer = pending(&mut call) => Event::Answered(answer),
+            answer = pending(&mut call) => Event::Answered(Box::new(answer)),
             result = returned(&mut execution) => Event::Finished(result),
             result = pending(&mut readiness) => Event::Readiness(result),
             () = stopping.cancelled(), if !told_to_stop => Event::Stopping,
@@ -148,7 +148,7 @@ pub async fn run(
         match event {
             Event::Answered(answer) => {
                 call = None;
-                match answer {
+                match *answer {
                     Ok(response) => {
                         if state.failures() > 0 {
                             tracing::info!(slot, "the scheduler answers again");

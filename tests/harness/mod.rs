@@ -328,11 +328,10 @@ impl Farm {
 
 impl Drop for Farm {
     fn drop(&mut self) {
-        for child in [&mut self.worker, &mut self.scheduler, &mut self.runner] {
-            if let Some(child) = child {
-                let _ = child.kill();
-                let _ = child.wait();
-            }
+        let children = [&mut self.worker, &mut self.scheduler, &mut self.runner];
+        for child in children.into_iter().flatten() {
+            let _ = child.kill();
+            let _ = child.wait();
         }
         if std::thread::panicking() {
             for name in ["bb_scheduler", "bb_worker", "bb_runner"] {

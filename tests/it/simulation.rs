@@ -880,9 +880,7 @@ impl World {
 
     fn slot(&mut self, worker: usize, life: u32) -> Option<&mut Slot<Arc<Work>, RunResult>> {
         let worker = self.workers.get_mut(worker)?;
-        (worker.life == life)
-            .then_some(worker.slot.as_mut()?)
-            .into()
+        (worker.life == life).then_some(worker.slot.as_mut()?)
     }
 
     // A client.

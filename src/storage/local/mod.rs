@@ -198,7 +198,7 @@ impl Store {
                 if actual != *digest {
                     return Err(Error::Corrupt {
                         expected: *digest,
-                        actual,
+                        actual: Box::new(actual),
                     });
                 }
                 if self.contains(digest) {

@@ -98,7 +98,7 @@ impl Upload {
         if actual != self.digest {
             return Err(Error::Corrupt {
                 expected: self.digest,
-                actual,
+                actual: Box::new(actual),
             });
         }
         let key = Key::blob(&self.digest);

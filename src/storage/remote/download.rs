@@ -167,7 +167,7 @@ impl Client {
                 } else if corrupt_before {
                     pilot.land(Err(Error::Corrupt {
                         expected: digest,
-                        actual,
+                        actual: Box::new(actual),
                     }));
                 } else {
                     again.push(pilot);
@@ -221,7 +221,7 @@ impl Client {
             if corrupt_before {
                 return Err(Error::Corrupt {
                     expected: *digest,
-                    actual,
+                    actual: Box::new(actual),
                 });
             }
             corrupt_before = true;
