@@ -428,6 +428,28 @@ impl Client {
         ExecutionClient::new(self.channel.clone()).max_decoding_message_size(64 << 20)
     }
 
+    /// Small blobs, a thousand at a time.
+    pub async fn upload_many(&self, blobs: Vec<Vec<u8>>) {
+        for batch in blobs.chunks(1000) {
+            let requests = batch
+                .iter()
+                .map(|data| batch_update_blobs_request::Request {
+                    digest: Some(digest_of(data)),
+                    data: data.clone().into(),
+                    ..Default::default()
+                });
+            let request = BatchUpdateBlobsRequest {
+                instance_name: self.instance.clone(),
+                requests: requests.collect(),
+                ..Default::default()
+            };
+            let response = self.cas().batch_update_blobs(request).await.unwrap();
+            for response in response.into_inner().responses {
+                assert_eq!(response.status.unwrap_or_default().code, 0);
+            }
+        }
+    }
+
     pub async fn try_upload(&self, data: Vec<u8>) -> Result<reapi::Digest, tonic::Status> {
         let digest = digest_of(&data);
         let response = self

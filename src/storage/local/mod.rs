@@ -241,6 +241,3 @@ impl Drop for Store {
 fn is_empty_blob(digest: &Digest) -> bool {
     digest.is_empty_blob() && *digest == digest.function().empty()
 }
-
-#[cfg(test)]
-mod tests;
