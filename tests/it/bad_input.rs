@@ -570,7 +570,9 @@ async fn never_reads(farm: &mut Farm) {
             .unwrap();
         held.push(stream);
     }
-    let action = client.prepare(&Task::shell("sleep 1")).await.unwrap();
+    let mut task = Task::shell("sleep 1");
+    task.action.do_not_cache = false;
+    let action = client.prepare(&task).await.unwrap();
     let mut operations = Vec::new();
     for _ in 0..100 {
         let request = execute(action.clone());
