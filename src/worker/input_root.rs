@@ -1,12 +1,14 @@
 //! Input roots: the directories that actions run in.
 //!
-//!     BUILD_DIRECTORY/N/               the gate: the worker's, 0700. The runner opens it for the
-//!                                      action's user while the action runs, and shuts it again
-//!     BUILD_DIRECTORY/N/root/          the input root; every directory in it is the worker's, 0777
-//!     BUILD_DIRECTORY/N/tmp/           0777
-//!     BUILD_DIRECTORY/N/server_logs/   0777
-//!     BUILD_DIRECTORY/N/std{out,err}   made by the runner
-//!     BUILD_DIRECTORY/trash/           what could not be cleaned, and what an earlier worker left
+//! ```text
+//! BUILD_DIRECTORY/N/               the gate: the worker's, 0700. The runner opens it for the
+//!                                  action's user while the action runs, and shuts it again
+//! BUILD_DIRECTORY/N/root/          the input root; every directory in it is the worker's, 0777
+//! BUILD_DIRECTORY/N/tmp/           0777
+//! BUILD_DIRECTORY/N/server_logs/   0777
+//! BUILD_DIRECTORY/N/std{out,err}   made by the runner
+//! BUILD_DIRECTORY/trash/           what could not be cleaned, and what an earlier worker left
+//! ```
 //!
 //! 1. An action finds in its root what its Directory messages say and nothing else, and empty
 //!    `tmp` and `server_logs`.

@@ -1,10 +1,12 @@
 //! The files of the cache on disk.
 //!
-//!     DIRECTORY/00 … ff/    by the first byte of the hash: sha256-HASH-SIZE+x, sha256-HASH-SIZE-x
-//!                           (executable or not), and …+x.1, …+x.2 when a file has so many links
-//!                           that it takes a second inode
-//!     DIRECTORY/incoming/   what is being written; emptied at start
-//!     DIRECTORY/boot_id     of the host when a worker last started (random(4))
+//! ```text
+//! DIRECTORY/00 … ff/    by the first byte of the hash: sha256-HASH-SIZE+x, sha256-HASH-SIZE-x
+//!                       (executable or not), and …+x.1, …+x.2 when a file has so many links
+//!                       that it takes a second inode
+//! DIRECTORY/incoming/   what is being written; emptied at start
+//! DIRECTORY/boot_id     of the host when a worker last started (random(4))
+//! ```
 //!
 //! 1. A name in a shard appears by one rename or link, after content, owner, mode and mtime are
 //!    final and the content is verified. So what a killed worker leaves in shards is whole.
