@@ -15,7 +15,7 @@ use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::runner::Config,
+    config::runner::{Config, Demand, Root},
     daemon::{self, Failure, Life, Program, SocketPermissions},
     proto::runner::runner_server::RunnerServer,
 };
@@ -25,11 +25,21 @@ mod cgroup;
 mod child;
 mod claim;
 mod command;
+mod furnish;
 mod gate;
+mod init;
+mod layer;
+mod mount;
+mod network;
 mod process;
 mod room;
+mod root;
+mod seccomp;
 mod service;
 mod user;
+
+use layer::{Layer, Layers};
+use service::TmpdirRule;
 
 pub const PROGRAM: Program = Program {
     name: "bb_runner",
@@ -61,17 +71,7 @@ pub async fn probe(config: &Config) -> Vec<Failure> {
     if let Err(failure) = check_capabilities() {
         failures.push(failure);
     } else {
-        let plan = room::Plan::new(config, true, None);
-        if config.build_directory.is_dir()
-            && let Err(error) = plan.namespaces()
-        {
-            failures.push(Failure::Environment {
-                message: format!(
-                    "{error}; actions would share /tmp, /var/tmp and /dev/shm, and not be kept from \
-                     writing to other directories that are open to all"
-                ),
-            });
-        }
+        failures.extend(Layers::find(config, false).1);
     }
     failures.extend(check_users(config).err());
     let (_, unknown) = resolve_users(&config.allowed_users);
@@ -138,17 +138,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     // Neither a core file nor another user may hold what is in this process's memory: actions' first
     // processes share it for a moment.
     let _ = nix::sys::prctl::set_dumpable(false);
-    let cgroups = cgroup::Cgroups::find(range.start)
-        .inspect(|cgroups| {
-            tracing::info!(directory = %cgroups.directory().display(), "actions get control groups");
-        })
-        .inspect_err(|reason| {
-            tracing::warn!(
-                reason,
-                "actions get no control groups; their processes are found by their users"
-            );
-        })
-        .ok();
+    let cgroups = find_cgroups(&config)?;
     // What a runner that was killed left.
     for user in range.clone() {
         if !user::sweep(user, DYING) {
@@ -162,36 +152,45 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     }
     gate::close_all(&config.build_directory, &range);
 
-    let plan = room::Plan::new(&config, true, None);
-    let namespaces = match plan.namespaces() {
-        Ok(_) => true,
-        // It may come later, and says nothing about namespaces.
-        Err(_) if !config.build_directory.is_dir() => missing_capabilities(NAMESPACES).is_empty(),
-        Err(error) => {
-            tracing::warn!(
-                %error,
-                "actions share /tmp, /var/tmp and /dev/shm; what they leave there is removed"
-            );
-            false
-        }
-    };
+    let (layers, failures) = Layers::find(&config, true);
+    if let Some(failure) = failures.into_iter().next() {
+        return Err(failure);
+    }
+    if config.root != Root::Host && !layers.has(Layer::Mounts) {
+        return Err(Failure::Configuration {
+            key: "root",
+            message: "another root than the host's takes containment.mounts, which does not work \
+                      here"
+                .to_owned(),
+        });
+    }
     let failed = |what: &str, error: std::io::Error| Failure::Environment {
         message: format!("could not {what}: {error}"),
     };
-    let rooms = room::Rooms::open(room::Plan::new(&config, namespaces, cgroups))
-        .map_err(|error| failed("start a thread", error))?;
+    let plan = room::Plan::new(&config, layers, cgroups)
+        .map_err(|error| failed("make the first process of actions", error))?;
+    let rooms = room::Rooms::open(plan).map_err(|error| failed("start a thread", error))?;
     let null = fs::File::open("/dev/null").map_err(|error| failed("open /dev/null", error))?;
 
     let users = user::Users::new(&config.users);
-    let tmpdir_below = config
-        .set_tmpdir_environment_variable
-        .then(|| config.build_directory.to_string_lossy().into_owned());
+    let build_directory = config.build_directory.to_string_lossy().into_owned();
+    let tmpdir = match (&config.root, layers.has(Layer::Mounts)) {
+        _ if !config.set_tmpdir_environment_variable => TmpdirRule::Alone,
+        (Root::Input, _) => TmpdirRule::Tmp,
+        (_, true) => TmpdirRule::InGate(build_directory),
+        (_, false) => TmpdirRule::Below(build_directory),
+    };
+    let processes =
+        room::open_namespace("pid").map_err(|error| failed("open /proc/self/ns/pid", error))?;
     let killing = CancellationToken::new();
     let drain = config.shutdown.drain_timeout.get();
     let house = Arc::new(action::House {
         config,
         rooms,
         null,
+        processes,
+        filter: layers.has(Layer::Seccomp).then(seccomp::Filter::new),
+        groups: Vec::new(),
         inherited: child::Inherited {
             // SIGPIPE is ignored by Rust's runtime; the rest is as whoever started this daemon had it.
             ignored_signals: status_bits("SigIgn:").unwrap_or(0),
@@ -203,7 +202,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     let runner = service::Runner {
         users: users.clone(),
         allowed,
-        tmpdir_below,
+        tmpdir,
         killing: killing.clone(),
         house: house.clone(),
     };
@@ -242,6 +241,30 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     }
     house.rooms.close();
     result
+}
+
+fn find_cgroups(config: &Config) -> Result<Option<cgroup::Cgroups>, Failure> {
+    let key = "containment.cgroups";
+    if config.containment.cgroups == Demand::Off {
+        tracing::info!("{key} is off: actions' processes are found by their users");
+        return Ok(None);
+    }
+    match cgroup::Cgroups::find(config.users.first) {
+        Ok(cgroups) => {
+            tracing::info!(directory = %cgroups.directory().display(), "{key} is on: actions have control groups");
+            Ok(Some(cgroups))
+        }
+        Err(reason) if config.containment.cgroups == Demand::Require => {
+            Err(Failure::Configuration {
+                key,
+                message: format!("it is required, but {reason}; let the host allow it, or write \"auto\""),
+            })
+        }
+        Err(reason) => {
+            tracing::warn!("{key} is off, since {reason}: actions' processes are found by their users");
+            Ok(None)
+        }
+    }
 }
 
 fn check_capabilities() -> Result<(), Failure> {

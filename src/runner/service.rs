@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 
 use super::{
     action::{self, House, RunError},
-    command::{Additions, Command, CommandError},
+    command::{Additions, Command, CommandError, Tmpdir},
     gate::{self, BuildDirectory, GateError},
     process::{Cause, Exit, Stop},
     user::Users,
@@ -37,10 +37,17 @@ pub struct Runner {
     pub users: Arc<Users>,
     /// User numbers of `allowed_users`; root's is not among them.
     pub allowed: BTreeSet<u32>,
-    /// The absolute build directory as text, if TMPDIR is to be set.
-    pub tmpdir_below: Option<String>,
+    pub tmpdir: TmpdirRule,
     /// Kills all actions.
     pub killing: CancellationToken,
+}
+
+/// Whether and how TMPDIR is set; the text is the absolute build directory.
+pub enum TmpdirRule {
+    Alone,
+    Below(String),
+    InGate(String),
+    Tmp,
 }
 
 /// Tells the thread of a Run to end when the call is dropped.
@@ -124,7 +131,12 @@ impl runner_server::Runner for Runner {
         self.admit(&request)?;
         let action = proto::action_of(&request);
         let additions = Additions {
-            tmpdir_below: self.tmpdir_below.as_deref(),
+            tmpdir: match &self.tmpdir {
+                TmpdirRule::Alone => None,
+                TmpdirRule::Below(directory) => Some(Tmpdir::Below(directory)),
+                TmpdirRule::InGate(directory) => Some(Tmpdir::InGate(directory)),
+                TmpdirRule::Tmp => Some(Tmpdir::Tmp),
+            },
         };
         let command = Command::parse(request.into_inner(), additions).map_err(refused)?;
         let user = self
