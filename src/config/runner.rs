@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::{Check, Duration, ListenAddress, Log};
+use super::{Check, Duration, ListenAddress, Log, Size};
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -23,6 +23,17 @@ pub struct Config {
     /// What actions see as `/`.
     pub root: Root,
     pub containment: Containment,
+    pub limits: Limits,
+    /// Names or numbers of groups that actions are in, besides their own.
+    pub additional_groups: Vec<String>,
+    /// What runs the commands, such as qemu-user for another architecture: a program and arguments.
+    pub emulator: Vec<String>,
+    /// Between SIGTERM to a command's first process and SIGKILL to all, at a timeout or a stop.
+    pub termination_grace: Duration,
+    /// Emptied before the first of some actions and after the last one.
+    pub clean_temporary_directories: Vec<PathBuf>,
+    /// Run then, as root: a program and arguments.
+    pub run_command_cleaner: Vec<String>,
     /// What actions may write to besides their own directories, such as a shared compiler cache.
     pub writable_directories: Vec<PathBuf>,
     /// TMPDIR = the action's temporary directory, unless the action sets it.
@@ -71,6 +82,21 @@ pub struct Containment {
     pub seccomp: Demand,
     /// A control group for each action.
     pub cgroups: Demand,
+}
+
+/// Of each action; those on memory, processors and processes need controllers (cgroups(7)), and are
+/// not there where the host has none.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// 0 for none. There is no swap then.
+    pub memory: Size,
+    /// Processors' worth of time; 0 for no limit.
+    pub processors: f64,
+    /// Processes and threads.
+    pub processes: u64,
+    /// Of standard output, and of standard error; 0 for no limit.
+    pub log_size: Size,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -200,11 +226,28 @@ impl Default for Config {
             users: Users::default(),
             root: Root::default(),
             containment: Containment::default(),
+            limits: Limits::default(),
+            additional_groups: Vec::new(),
+            emulator: Vec::new(),
+            termination_grace: Duration::seconds(0),
+            clean_temporary_directories: Vec::new(),
+            run_command_cleaner: Vec::new(),
             writable_directories: Vec::new(),
             set_tmpdir_environment_variable: true,
             readiness_checking_pathnames: Vec::new(),
             shutdown: Shutdown::default(),
             log: Log::default(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            memory: Size(0),
+            processors: 0.0,
+            processes: 8192,
+            log_size: Size::mib(100),
         }
     }
 }
@@ -253,6 +296,29 @@ impl Check for Config {
             return Err((
                 "containment.hidden_paths",
                 "each must be an absolute path".to_owned(),
+            ));
+        }
+        if self
+            .clean_temporary_directories
+            .iter()
+            .any(|directory| !directory.is_absolute() || directory.parent().is_none())
+        {
+            return Err((
+                "clean_temporary_directories",
+                "each must be an absolute path, and not /".to_owned(),
+            ));
+        }
+        if self.limits.processes < 16 {
+            return Err((
+                "limits.processes",
+                "a command and its helpers need at least 16".to_owned(),
+            ));
+        }
+        if !(self.limits.processors == 0.0 || (0.01..=100_000.0).contains(&self.limits.processors))
+        {
+            return Err((
+                "limits.processors",
+                "give a number such as 2.0, or 0.0 for no limit".to_owned(),
             ));
         }
         if self.root != Root::Host && self.containment.mounts == Demand::Off {

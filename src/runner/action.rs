@@ -16,18 +16,23 @@ use tokio::sync::oneshot;
 
 use super::{
     child::{Inherited, Step},
+    cleaner::Cleaner,
     command::{Command, Executable},
     gate::{BuildDirectory, Gate, GateError},
     layer::Layer,
-    process::{Base, Blueprint, Exit, Process, SpawnError, Stop},
+    log::{INTERVAL, Log},
     mount::copy_of_directory,
+    process::{Base, Blueprint, Exit, Process, SpawnError, Stop, Woken},
     room::{Mounts, Room, RoomError, Rooms},
     root::RootDirectory,
     seccomp::Filter,
     user::{self, User},
 };
 use crate::{
-    config::runner::{Config, Root},
+    config::{
+        Size,
+        runner::{Config, Root},
+    },
     path::RelativePath,
 };
 
@@ -46,6 +51,9 @@ pub struct House {
     pub processes: OwnedFd,
     pub filter: Option<Filter>,
     pub groups: Vec<libc::gid_t>,
+    pub emulator: Vec<CString>,
+    /// `None` when there is nothing to clean.
+    pub cleaner: Option<Cleaner>,
 }
 
 /// Why there is no exit code.
@@ -134,8 +142,14 @@ pub fn run(
     stop: &Stop,
     answer: oneshot::Sender<Result<Exit, RunError>>,
 ) {
-    let result = BuildDirectory::open(&house.config.build_directory)
-        .map_err(RunError::from)
+    let cleaned = house.cleaner.as_ref().map(Cleaner::begin).transpose();
+    let result = cleaned
+        .as_ref()
+        .map_err(|error| RunError::Resources {
+            what: "clean up before the action",
+            error: io::Error::new(error.kind(), error.to_string()),
+        })
+        .and_then(|_| Ok(BuildDirectory::open(&house.config.build_directory)?))
         .and_then(|build| {
             let identity = build.identity().map_err(|error| RunError::Resources {
                 what: "look at the build directory",
@@ -150,6 +164,8 @@ pub fn run(
         Err(error) => (Err(error), None),
     };
     let immortal = matches!(result, Err(RunError::Immortal { .. }));
+    // Before anybody learns that the action is over.
+    drop(cleaned);
     // The call may be gone.
     let _ = answer.send(result);
     drop(room);
@@ -169,8 +185,9 @@ fn run_in(
 ) -> Result<Exit, RunError> {
     // Before anything of the action exists, and closed after everything of it is gone.
     let gate = Gate::open(build, command, user, stop)?;
-    let stdout = build.create_log(&command.stdout)?;
-    let stderr = build.create_log(&command.stderr)?;
+    let limit = house.config.limits.log_size;
+    let mut stdout = Log::new(build.create_log(&command.stdout)?, limit);
+    let mut stderr = Log::new(build.create_log(&command.stderr)?, limit);
 
     let Scene {
         base,
@@ -196,8 +213,8 @@ fn run_in(
             (None, None) => Base::Directory(build.as_fd()),
         },
         stdin: house.null.as_fd(),
-        stdout: stdout.as_fd(),
-        stderr: stderr.as_fd(),
+        stdout: stdout.file.as_fd(),
+        stderr: stderr.file.as_fd(),
         user,
         groups: &house.groups,
         cgroup: room.cgroup.as_ref().map(|cgroup| cgroup.as_fd()),
@@ -213,11 +230,25 @@ fn run_in(
             _ => None,
         },
         filter: house.filter.as_ref(),
+        emulator: &house.emulator,
+        process_limit: house.config.limits.processes,
     };
-    let ended = match Process::spawn(&blueprint) {
-        Ok(mut process) => match process.wait(stop) {
-            true => process.reap().map_err(RunError::Wait),
-            false => Err(RunError::Stopped),
+    let mut ended = match Process::spawn(&blueprint) {
+        Ok(mut process) => loop {
+            match process.wait(stop, Some(INTERVAL)) {
+                Woken::Ended => break process.reap().map_err(RunError::Wait),
+                Woken::Stopped => {
+                    let grace = house.config.termination_grace.get();
+                    if !grace.is_zero() {
+                        process.terminate(grace);
+                    }
+                    break Err(RunError::Stopped);
+                }
+                Woken::Late => {
+                    stdout.cut();
+                    stderr.cut();
+                }
+            }
         },
         Err(error) => Err(start_error(command, error)),
     };
@@ -240,6 +271,18 @@ fn run_in(
             "processes of an action could not be killed; its user is not used again"
         );
         return Err(RunError::Immortal { user });
+    }
+    stdout.finish();
+    stderr.finish();
+    if let (Ok(exit), Some(cgroup)) = (&mut ended, &room.cgroup) {
+        exit.memory = cgroup.memory();
+        if let Some(memory) = exit.memory.filter(|memory| memory.killed > 0) {
+            stderr.say(&format!(
+                "the action ran out of memory: its limit is {} and it used up to {}",
+                Size(memory.limit),
+                Size(memory.peak)
+            ));
+        }
     }
     let plan = house.rooms.plan();
     if !plan.layers.has(Layer::Mounts) {

@@ -16,12 +16,12 @@ use std::{
     ptr,
 };
 
-use super::{cgroup::MAXIMUM_PROCESSES, init};
+use super::init;
 
 /// What the process needs, as pointers that live until it has executed the command.
 pub struct Launch {
     /// Null-terminated, as are the next two.
-    pub arguments: *const *const c_char,
+    pub arguments: *mut *const c_char,
     pub environment: *const *const c_char,
     pub executables: *const *const c_char,
     pub search: bool,
@@ -41,6 +41,12 @@ pub struct Launch {
     pub root: Root,
     /// Null for none.
     pub filter: *const libc::sock_fprog,
+    /// What is executed in place of the command, which becomes the argument at this index; null for
+    /// none.
+    pub emulator: *const c_char,
+    pub emulated: usize,
+    /// The most that its user may have.
+    pub processes: u64,
     pub inherited: Inherited,
     /// This daemon, as the process sees it.
     pub parent: libc::pid_t,
@@ -237,8 +243,8 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
         limit(libc::RLIMIT_NOFILE as c_int, OPEN_FILES.0, OPEN_FILES.1)?;
         limit(
             libc::RLIMIT_NPROC as c_int,
-            MAXIMUM_PROCESSES,
-            MAXIMUM_PROCESSES,
+            launch.processes,
+            launch.processes,
         )?;
 
         at(Step::InputRoot);
@@ -358,14 +364,7 @@ unsafe fn become_first(launch: &init::Launch) -> Result<c_int, c_int> {
         call!(SYS_prctl, libc::PR_SET_NAME, c"bb-init".as_ptr(), 0, 0, 0)?;
         // Root would have its capabilities again with its next program; where this is refused,
         // no_new_privs keeps them away alone.
-        let _ = call!(
-            SYS_prctl,
-            libc::PR_SET_SECUREBITS,
-            SECURE_NO_ROOT,
-            0,
-            0,
-            0
-        );
+        let _ = call!(SYS_prctl, libc::PR_SET_SECUREBITS, SECURE_NO_ROOT, 0, 0, 0);
         let header = CapabilityHeader {
             version: CAPABILITY_VERSION_3,
             pid: 0,
@@ -417,7 +416,11 @@ unsafe fn execute(launch: &Launch, report: *mut Report) -> c_int {
         if let Err(errno) = unblocked {
             return errno;
         }
-        let executable = *launch.executables.add(index);
+        let mut executable = *launch.executables.add(index);
+        if !launch.emulator.is_null() {
+            *launch.arguments.add(launch.emulated) = executable;
+            executable = launch.emulator;
+        }
         let mut attempts = 0;
         loop {
             let Err(errno) = call!(SYS_execve, executable, launch.arguments, launch.environment)

@@ -163,7 +163,8 @@ fn mounts(plan: &Plan) -> Result<Mounts, RoomError> {
             .map_err(RoomError::at(mask.to_string_lossy().into_owned()))?;
     }
 
-    let place = fs::canonicalize(&plan.build_directory).map_err(RoomError::at("build directory"))?;
+    let place =
+        fs::canonicalize(&plan.build_directory).map_err(RoomError::at("build directory"))?;
     let build_directory = rustix::fs::open(
         &place,
         OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
@@ -277,4 +278,3 @@ fn c_path(path: &Path) -> io::Result<CString> {
 fn at(step: impl Into<String>) -> impl FnOnce(rustix::io::Errno) -> RoomError {
     |error| RoomError::at(step)(error.into())
 }
-

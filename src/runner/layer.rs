@@ -137,10 +137,14 @@ impl Layers {
                         tracing::info!("{key} is on: {}", description.on);
                     }
                 }
-                Some(reason) if demand == Demand::Require => failures.push(Failure::Configuration {
-                    key,
-                    message: format!("it is required, but {reason}; let the host allow it, or write \"auto\""),
-                }),
+                Some(reason) if demand == Demand::Require => {
+                    failures.push(Failure::Configuration {
+                        key,
+                        message: format!(
+                            "it is required, but {reason}; let the host allow it, or write \"auto\""
+                        ),
+                    })
+                }
                 Some(_) if tell && demand == Demand::Off => {
                     tracing::info!("{key} is off: {}", description.off);
                 }

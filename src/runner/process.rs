@@ -25,6 +25,7 @@ use rustix::{
 };
 
 use super::{
+    cgroup::Memory,
     child::{self, Inherited, Launch, Report, Step},
     room::enter,
     seccomp::Filter,
@@ -41,11 +42,21 @@ pub struct Process {
     reaped: bool,
 }
 
+/// Why a wait is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Woken {
+    Ended,
+    Stopped,
+    Late,
+}
+
 /// How a process ended.
 #[derive(Clone, Copy)]
 pub struct Exit {
     pub cause: Cause,
     pub usage: libc::rusage,
+    /// Of the whole action, where there is a limit.
+    pub memory: Option<Memory>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,6 +105,9 @@ pub struct Blueprint<'a> {
     /// What becomes the process's `/`, and what of the room is copied where before.
     pub root: Option<(&'a CStr, &'a [(CString, CString)])>,
     pub filter: Option<&'a Filter>,
+    /// A program and arguments, before the command's; empty for none.
+    pub emulator: &'a [CString],
+    pub process_limit: u64,
 }
 
 /// Where the path of an input root starts.
@@ -125,7 +139,9 @@ impl Stop {
 
 impl Process {
     pub fn spawn(blueprint: &Blueprint<'_>) -> Result<Self, SpawnError> {
-        let arguments = pointers(blueprint.arguments);
+        let mut arguments = pointers(blueprint.emulator);
+        arguments.pop();
+        arguments.extend(pointers(blueprint.arguments));
         let environment = pointers(blueprint.environment);
         let executables = pointers(blueprint.executables);
         let mounts: Vec<(RawFd, *const c_char)> = blueprint
@@ -147,7 +163,7 @@ impl Process {
         let filter = blueprint.filter.map(Filter::program);
         let mut report = Report::default();
         let launch = Launch {
-            arguments: arguments.as_ptr(),
+            arguments: arguments.as_mut_ptr(),
             environment: environment.as_ptr(),
             executables: executables.as_ptr(),
             search: blueprint.search,
@@ -174,6 +190,12 @@ impl Process {
                 },
                 None => child::Root::Room,
             },
+            emulator: blueprint
+                .emulator
+                .first()
+                .map_or(ptr::null(), |program| program.as_ptr()),
+            emulated: blueprint.emulator.len(),
+            processes: blueprint.process_limit,
             filter: filter.as_ref().map_or(ptr::null(), ptr::from_ref),
             inherited: blueprint.inherited,
             parent: match blueprint.processes {
@@ -217,22 +239,35 @@ impl Process {
         })
     }
 
-    /// Waits until the process has ended, or until it should. Whether it has.
-    pub fn wait(&self, stop: &Stop) -> bool {
+    /// Waits until the process has ended, or should end, or this long.
+    pub fn wait(&self, stop: &Stop, patience: Option<Duration>) -> Woken {
+        let timeout = patience.and_then(|patience| Timespec::try_from(patience).ok());
         loop {
             let mut fds = [
                 PollFd::new(&self.pidfd, PollFlags::IN),
                 PollFd::new(&*stop.0, PollFlags::IN),
             ];
-            match poll(&mut fds, None) {
+            match poll(&mut fds, timeout.as_ref()) {
                 Err(Errno::INTR) => continue,
                 Err(error) => {
                     tracing::error!(%error, "could not wait for a process");
-                    return false;
+                    return Woken::Stopped;
                 }
-                Ok(_) => return !fds[0].revents().is_empty(),
+                Ok(0) => return Woken::Late,
+                Ok(_) if fds[0].revents().is_empty() => return Woken::Stopped,
+                Ok(_) => return Woken::Ended,
             }
         }
+    }
+
+    /// Asks the process to end, and gives it this long.
+    pub fn terminate(&self, grace: Duration) {
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::TERM);
+        let timeout = Timespec::try_from(grace).ok();
+        let _ = poll(
+            &mut [PollFd::new(&self.pidfd, PollFlags::IN)],
+            timeout.as_ref(),
+        );
     }
 
     pub fn kill(&self) {
@@ -266,6 +301,7 @@ impl Process {
             cause,
             // SAFETY: all zeros are a valid value, whether or not the kernel wrote another.
             usage: unsafe { usage.assume_init() },
+            memory: None,
         })
     }
 }

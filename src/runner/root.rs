@@ -51,8 +51,7 @@ impl RootDirectory {
             }
         }
         for name in COPIED {
-            root.copies
-                .push((below(c"", name)?, below(place, name)?));
+            root.copies.push((below(c"", name)?, below(place, name)?));
         }
         Ok(root)
     }

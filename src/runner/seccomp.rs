@@ -73,12 +73,22 @@ const DENIED: &[libc::c_long] = &[
     libc::SYS_io_uring_register,
 ];
 
+/// Address families (socket(2)) that network namespaces do not hold, or that are the kernel's least
+/// used: a virtual machine's host, cryptography, clusters.
+const FAMILIES: [u32; 5] = [
+    libc::AF_VSOCK as u32,
+    libc::AF_ALG as u32,
+    libc::AF_TIPC as u32,
+    libc::AF_RDS as u32,
+    libc::AF_CAIF as u32,
+];
+
 /// The same for 32-bit programs (arch/x86/entry/syscalls/syscall_32.tbl).
 #[cfg(target_arch = "x86_64")]
 const DENIED_I386: &[libc::c_long] = &[
     286, 287, 288, 357, 374, 336, 21, 22, 52, 217, 61, 428, 429, 430, 431, 432, 433, 442, 346, 131,
-    87, 115, 342, 128, 350, 129, 283, 88, 103, 51, 79, 264, 404, 343, 405, 124, 25, 74, 121,
-    338, 111, 425, 426, 427,
+    87, 115, 342, 128, 350, 129, 283, 88, 103, 51, 79, 264, 404, 343, 405, 124, 25, 74, 121, 338,
+    111, 425, 426, 427,
 ];
 
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
@@ -124,13 +134,21 @@ const HAS_BITS: u32 = libc::BPF_JSET;
 impl Filter {
     pub fn new() -> Self {
         let mut program = vec![load(ARCHITECTURE)];
-        let native = table(DENIED, libc::SYS_clone, libc::SYS_unshare, libc::SYS_clone3);
+        let native = table(
+            DENIED,
+            [
+                libc::SYS_clone,
+                libc::SYS_unshare,
+                libc::SYS_clone3,
+                libc::SYS_socket,
+            ],
+        );
         let at = jump(EQUAL, NATIVE, 0, native.len() as u8);
         program.push(at);
         program.extend(native);
         #[cfg(target_arch = "x86_64")]
         {
-            let other = table(DENIED_I386, 120, 310, 435);
+            let other = table(DENIED_I386, [120, 310, 435, 359]);
             program.push(jump(EQUAL, I386, 0, other.len() as u8));
             program.extend(other);
         }
@@ -147,12 +165,11 @@ impl Filter {
     }
 }
 
-/// The part for one architecture; it always returns.
+/// The part for one architecture; it always returns. The numbers are those of clone, unshare, clone3
+/// and socket.
 fn table(
     denied: &[libc::c_long],
-    clone: libc::c_long,
-    unshare: libc::c_long,
-    clone3: libc::c_long,
+    [clone, unshare, clone3, socket]: [libc::c_long; 4],
 ) -> Vec<libc::sock_filter> {
     let mut part = vec![load(NUMBER)];
     // The x32 ABI: the same calls by other numbers.
@@ -161,18 +178,33 @@ fn table(
     // Its flags are in memory, where a filter cannot look; all callers know how to do without it.
     part.push(jump(EQUAL, clone3 as u32, 0, 1));
     part.push(answer(refuse(libc::ENOSYS)));
-    for (index, number) in denied.iter().enumerate() {
-        // To the refusal, which is after the rest of the table and three more.
-        let left = denied.len() - index - 1;
-        part.push(jump(EQUAL, *number as u32, left as u8 + 5, 0));
+    let mut rest = vec![
+        // A user namespace.
+        jump(EQUAL, clone as u32, 1, 0),
+        jump(EQUAL, unshare as u32, 0, 3),
+        load(FIRST_ARGUMENT),
+        jump(
+            HAS_BITS,
+            libc::CLONE_NEWUSER as u32,
+            FAMILIES.len() as u8 + 4,
+            0,
+        ),
+        answer(ALLOW),
+        jump(EQUAL, socket as u32, 0, FAMILIES.len() as u8 + 1),
+        load(FIRST_ARGUMENT),
+    ];
+    for (index, family) in FAMILIES.iter().enumerate() {
+        let left = FAMILIES.len() - index - 1;
+        rest.push(jump(EQUAL, *family, left as u8 + 1, 0));
     }
-    // A user namespace.
-    part.push(jump(EQUAL, clone as u32, 1, 0));
-    part.push(jump(EQUAL, unshare as u32, 0, 2));
-    part.push(load(FIRST_ARGUMENT));
-    part.push(jump(HAS_BITS, libc::CLONE_NEWUSER as u32, 1, 0));
-    part.push(answer(ALLOW));
-    part.push(answer(refuse(libc::EPERM)));
+    rest.push(answer(ALLOW));
+    rest.push(answer(refuse(libc::EPERM)));
+    let refusal = rest.len() - 1;
+    for (index, number) in denied.iter().enumerate() {
+        let left = denied.len() - index - 1 + refusal;
+        part.push(jump(EQUAL, *number as u32, left as u8, 0));
+    }
+    part.extend(rest);
     part
 }
 
@@ -230,6 +262,19 @@ mod tests {
             assert_eq!(verdict(&filter, NATIVE, number as u32, flags), refused);
             let harmless = (libc::CLONE_VM | libc::SIGCHLD) as u32;
             assert_eq!(verdict(&filter, NATIVE, number as u32, harmless), ALLOW);
+        }
+    }
+
+    #[test]
+    fn sockets_are_of_families_that_a_namespace_holds() {
+        let filter = Filter::new();
+        let socket = libc::SYS_socket as u32;
+        for family in 0..50 {
+            let expected = match FAMILIES.contains(&family) {
+                true => refuse(libc::EPERM),
+                false => ALLOW,
+            };
+            assert_eq!(verdict(&filter, NATIVE, socket, family), expected);
         }
     }
 

@@ -14,6 +14,7 @@ use tonic::{Request, Response, Status};
 
 use super::{
     action::{self, House, RunError},
+    cgroup::Memory,
     command::{Additions, Command, CommandError, Tmpdir},
     gate::{self, BuildDirectory, GateError},
     process::{Cause, Exit, Stop},
@@ -237,9 +238,30 @@ fn response(exit: &Exit) -> RunResponse {
         involuntary_context_switches: usage.ru_nivcsw,
         termination_signal,
     };
+    let mut resource_usage = vec![pack(&usage)];
+    resource_usage.extend(exit.memory.map(memory_usage));
     RunResponse {
         exit_code,
-        resource_usage: vec![pack(&usage)],
+        resource_usage,
+    }
+}
+
+/// A google.protobuf.Struct, as Buildbarn has no message for it.
+fn memory_usage(memory: Memory) -> prost_types::Any {
+    use prost_types::value::Kind;
+    let number = |bytes: u64| Kind::NumberValue(bytes as f64);
+    let fields = [
+        ("memory_peak_bytes", number(memory.peak)),
+        ("memory_limit_bytes", number(memory.limit)),
+        ("out_of_memory", Kind::BoolValue(memory.killed > 0)),
+    ]
+    .map(|(name, kind)| (name.to_owned(), prost_types::Value { kind: Some(kind) }));
+    let usage = prost_types::Struct {
+        fields: fields.into(),
+    };
+    prost_types::Any {
+        type_url: "type.googleapis.com/google.protobuf.Struct".to_owned(),
+        value: prost::Message::encode_to_vec(&usage),
     }
 }
 
