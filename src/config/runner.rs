@@ -178,9 +178,7 @@ impl Default for Containment {
             devices: Demand::Auto,
             hidden: Demand::Auto,
             hidden_paths: [
-                "/run/bb-runner",
-                "/run/bb-scheduler",
-                "/run/bb-worker",
+                "/run",
                 "/var/lib/bb-scheduler",
                 "/var/lib/bb-worker",
                 "/etc/bb-remote-execution",

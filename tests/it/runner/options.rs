@@ -1,0 +1,188 @@
+//! What the configuration adds to commands and around them.
+
+use bb_remote_execution::config::{Duration as Configured, Size, runner::Root};
+
+use super::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logs_end_at_their_limit_and_say_so() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start_in("/tmp", |config| config.limits.log_size = Size(1000)).await;
+    let ended = farm
+        .sh("head -c 5000000 /dev/zero | tr '\\0' x; sleep 0.3; echo end; echo short >&2")
+        .await;
+    assert_eq!(ended.code, 0);
+    let (kept, mark) = ended.stdout.split_once('\n').unwrap();
+    assert_eq!(kept, "x".repeat(1000));
+    assert!(mark.contains("limits.log_size"), "{mark}");
+    assert_eq!(ended.stderr, "short\n");
+    farm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_is_stopped_may_say_good_bye() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start_in("/tmp", |config| {
+        config.termination_grace = Configured::seconds(20);
+    })
+    .await;
+    let slot = farm.slot();
+    let script = "trap 'echo bye; exit' TERM; touch started; while :; do sleep 0.02; done";
+    let request = slot.request(&["/bin/sh", "-c", script]);
+    let mut client = farm.client.clone();
+    let call = tokio::spawn(async move { client.run(request).await });
+    let started = slot.path.join("root/started");
+    until("the action has started", || started.exists()).await;
+    call.abort();
+    let gate = fs::File::open(&slot.path).unwrap();
+    tokio::task::spawn_blocking(move || gate.lock().unwrap())
+        .await
+        .unwrap();
+    let stdout = fs::read_to_string(slot.path.join("stdout")).unwrap();
+    assert_eq!(stdout, "bye\n");
+    farm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn groups_and_an_emulator_are_added() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start_in("/tmp", |config| {
+        config.additional_groups = vec!["4242".to_owned()];
+        config.emulator = vec![
+            "/bin/sh".to_owned(),
+            "-c".to_owned(),
+            "echo $0 $1; id -G".to_owned(),
+        ];
+    })
+    .await;
+    let slot = farm.slot();
+    let ended = farm.run(&slot, &["true", "x"]).await.unwrap();
+    let (said, groups) = ended.stdout.split_once('\n').unwrap();
+    assert_eq!(said, "/usr/bin/true x");
+    assert!(groups.trim().ends_with(" 4242"), "{groups}");
+    farm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_actions_share_is_cleaned_around_them() {
+    if !is_root() {
+        return;
+    }
+    let shared = tempfile::tempdir_in("/var/tmp").unwrap();
+    let path = shared.path().to_owned();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o777)).unwrap();
+    fs::create_dir(path.join("before")).unwrap();
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let command = format!("echo cleaned >> {}", log.path().display());
+    let farm = Farm::start_in("/tmp", |config| {
+        config.writable_directories = vec![path.clone()];
+        config.clean_temporary_directories = vec![path.clone()];
+        config.run_command_cleaner = ["/bin/sh", "-c", &command].map(str::to_owned).to_vec();
+    })
+    .await;
+    let ended = farm
+        .sh(&format!("ls {0}; mkdir -p {0}/a/b; ls {0}", path.display()))
+        .await;
+    assert_eq!(ended.stdout, "a\n", "{ended:?}");
+    assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+    assert_eq!(
+        fs::read_to_string(log.path()).unwrap(),
+        "cleaned\ncleaned\n"
+    );
+    farm.stop().await;
+}
+
+/// A program that needs no library, if this host has one.
+fn static_shell() -> Option<Vec<u8>> {
+    let found = fs::read("/bin/busybox").ok();
+    if found.is_none() {
+        eprintln!("skipped: install busybox-static");
+    }
+    found
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_input_root_can_be_the_root() {
+    let Some(shell) = static_shell().filter(|_| is_root()) else {
+        return;
+    };
+    let farm = Farm::start_in("/tmp", |config| config.root = Root::Input).await;
+    let slot = farm.slot();
+    slot.input("bin/sh", &shell, 0o755);
+    slot.input("work/file", b"hello\n", 0o644);
+    let script = "pwd; cat /work/file; cd /; echo *; echo $TMPDIR; echo x > /tmp/x; \
+                  test -r /proc/self/status && test -c /dev/null && echo y > /output; \
+                  echo ..; cd ..; echo *";
+    let mut request = slot.request(&["/bin/sh", "-c", script]);
+    request.working_directory = "work".to_owned();
+    let ended = farm.send(request, &slot).await.unwrap();
+    assert_eq!(
+        ended.stdout,
+        "/work\nhello\nbin dev proc tmp work\n/tmp\n..\nbin dev output proc tmp work\n",
+        "{ended:?}"
+    );
+    // What it was given to mount things on is no output.
+    let mut left: Vec<_> = fs::read_dir(slot.path.join("root"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    left.sort();
+    assert_eq!(left, ["bin", "output", "work"]);
+    farm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_can_be_the_root() {
+    let Some(shell) = static_shell().filter(|_| is_root()) else {
+        return;
+    };
+    let image = tempfile::tempdir_in("/srv").unwrap();
+    fs::set_permissions(image.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let mut build = PathBuf::new();
+    let farm = Farm::start_in("/srv", |config| {
+        build.clone_from(&config.build_directory);
+        for directory in ["bin", "proc", "sys", "dev", "tmp"] {
+            fs::create_dir(image.path().join(directory)).unwrap();
+        }
+        fs::create_dir_all(image.path().join(build.strip_prefix("/").unwrap())).unwrap();
+        let program = image.path().join("bin/sh");
+        fs::write(&program, &shell).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        config.root = Root::Image(image.path().to_owned());
+    })
+    .await;
+    let ended = farm
+        .sh("cd /; echo *; cd -; echo y > output; echo x > /x; echo x > /tmp/x && echo in /tmp")
+        .await;
+    let expected = format!(
+        "bin dev proc srv sys tmp\n{}/root\nin /tmp\n",
+        build.display()
+    );
+    assert_eq!(ended.stdout, expected, "{ended:?}");
+    assert!(!image.path().join("x").exists());
+    farm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_required_and_not_there_stops_the_daemon() {
+    if !is_root() {
+        return;
+    }
+    let directory = tempfile::tempdir_in("/tmp").unwrap();
+    let mut config = configuration(directory.path(), fresh_users());
+    fs::create_dir(&config.build_directory).unwrap();
+    config.containment.hidden = bb_remote_execution::config::runner::Demand::Require;
+    config.containment.mounts = bb_remote_execution::config::runner::Demand::Off;
+    let Err(Failure::Configuration { key, message }) = runner::run(config, Life::new()).await
+    else {
+        panic!("it started");
+    };
+    assert_eq!(key, "containment.hidden");
+    assert!(message.contains("containment.mounts"), "{message}");
+}
