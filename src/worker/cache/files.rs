@@ -229,9 +229,9 @@ impl Files {
             }
         }
         found.sort_unstable_by_key(|found| found.last_used);
-        let boot_id = std::fs::read("/proc/sys/kernel/random/boot_id")?;
+        let boot_id = crate::daemon::boot_id()?;
         let known = self.path.join("boot_id");
-        if !std::fs::read(&known).is_ok_and(|before| before == boot_id) {
+        if !std::fs::read_to_string(&known).is_ok_and(|before| before == boot_id) {
             let newest = found.last().map_or(0, |found| found.last_used.0);
             let old = found.partition_point(|found| found.last_used.0 < newest - WRITE_BACK);
             for doubtful in found.drain(old..) {
