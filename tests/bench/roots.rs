@@ -20,8 +20,9 @@ use bb_remote_execution::{
     storage::remote,
     worker::{
         cache::{Cache, Key, Limits},
-        directories::{Directory, File, Tree},
+        directories::{Directory, File},
         input_root::Roots,
+        tree::{self, Tree},
     },
 };
 
@@ -64,6 +65,7 @@ fn measure(place: &Path, size: usize) {
     let limits = Limits {
         bytes: 1 << 40,
         files: 1 << 24,
+        minimum_free: 0,
     };
     let cache = Arc::new(Cache::open(&directory.path().join("cache"), limits, client).unwrap());
     let roots = Roots::open(&directory.path().join("build"), cache.clone(), 2).unwrap();
@@ -87,10 +89,11 @@ fn measure(place: &Path, size: usize) {
         let mut cleaned = Vec::new();
         for tree in trees {
             let start = Clock::start();
+            let planned = roots.plan(tree).unwrap();
             let pins = runtime
-                .block_on(cache.obtain(&InstanceName::empty(), tree.files().collect()))
+                .block_on(cache.obtain(&InstanceName::empty(), planned.links().to_vec()))
                 .unwrap();
-            let root = roots.prepare(tree, &BTreeSet::new()).unwrap();
+            let root = roots.prepare(planned, &BTreeSet::new()).unwrap();
             drop(pins);
             made.push(start.elapsed());
             // Outside of a runtime it is cleaned at once.
@@ -105,7 +108,7 @@ fn measure(place: &Path, size: usize) {
             "{:<9} {:>6} {:>5} {:<16} {:>8.2} {:>11.2} {:>11.2} {:>11.2}",
             place.display(),
             size,
-            first.entries() as usize - size,
+            first.entries as usize - size,
             what,
             wall.as_secs_f64() * 1e3,
             per_file(cpu),
@@ -136,7 +139,8 @@ fn tree(keys: &[Key], last: Option<Key>) -> Tree {
     }
     let mut found: HashMap<Digest, Arc<Directory>> = HashMap::new();
     let mut level: Vec<Digest> = Vec::new();
-    let mut add = |directory: Directory| {
+    let mut add = |mut directory: Directory| {
+        directory.sort();
         // Not the digest of its encoding, but as distinct.
         let digest = FUNCTION.digest_of(format!("{directory:?}").as_bytes());
         found.insert(digest, Arc::new(directory));
@@ -168,7 +172,7 @@ fn tree(keys: &[Key], last: Option<Key>) -> Tree {
             level.push(add(Directory::default()));
         }
     }
-    Tree::new(level[0], &found).unwrap()
+    tree::build(level[0], &found, &HashMap::new()).unwrap().0
 }
 
 struct Clock(Instant, Duration);
