@@ -102,6 +102,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         config.scheduler.endpoint
     ));
     while clients.join_next().await.is_some() {}
+    tracing::info!("laid out {}", roots.counts());
     Ok(())
 }
 

@@ -8,7 +8,7 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
 };
 
 use parking_lot::{Condvar, Mutex};
@@ -156,7 +156,11 @@ impl LayOut<'_> {
         let half = self.remove(root, rewrite)?;
         let mut buffer = String::new();
         let helpers = match links >= WORTH_A_THREAD {
-            true => self.shared.threads - 1,
+            true => self
+                .shared
+                .threads
+                .load(Ordering::Relaxed)
+                .saturating_sub(1),
             false => 0,
         };
         self.queue.lock().working = 1;

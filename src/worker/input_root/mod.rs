@@ -39,9 +39,9 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use parking_lot::{Condvar, Mutex};
@@ -90,6 +90,7 @@ pub struct Counts {
     /// Directories that were made, and those that came out of the pool with all that is in them.
     pub made: AtomicU64,
     pub unparked: AtomicU64,
+    /// Spent on planning and laying out.
     pub nanoseconds: AtomicU64,
 }
 
@@ -105,7 +106,7 @@ struct Shared {
     trash: Trash,
     cache: Arc<Cache>,
     sequence: AtomicU64,
-    threads: usize,
+    threads: AtomicUsize,
     /// Twice as many roots are kept, and may wait for cleaning.
     slots: usize,
     /// Directories that are open, and that may be.
@@ -128,6 +129,7 @@ pub struct Planned {
     /// `None` only while it is performed or dropped.
     work: Option<(Root, Plan<Parked>)>,
     hold: bool,
+    spent: Duration,
 }
 
 /// A root for one action. Verified in the background when dropped.
@@ -141,6 +143,22 @@ pub struct InputRoot {
     /// Seconds since the epoch.
     ready: i64,
     trusted: bool,
+}
+
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        write!(
+            f,
+            "{} input roots with {} entries: linked {} files, made {} directories, used {} parked subtrees, in {} ms",
+            of(&self.roots),
+            of(&self.entries),
+            of(&self.links),
+            of(&self.made),
+            of(&self.unparked),
+            of(&self.nanoseconds) / 1_000_000,
+        )
+    }
 }
 
 /// Why there is no input root.
@@ -209,7 +227,9 @@ impl Roots {
             trash,
             cache,
             sequence: AtomicU64::new(1),
-            threads: std::thread::available_parallelism().map_or(1, |n| n.get().min(2)),
+            threads: AtomicUsize::new(
+                std::thread::available_parallelism().map_or(1, |n| n.get().min(2)),
+            ),
             slots,
             open: Arc::default(),
             budget,
@@ -244,6 +264,11 @@ impl Roots {
 
     pub fn path(&self) -> &Path {
         &self.shared.path
+    }
+
+    /// How many threads lay out a large root from now on.
+    pub fn set_threads(&self, threads: usize) {
+        self.shared.threads.store(threads, Ordering::Relaxed);
     }
 
     pub fn counts(&self) -> &Counts {
@@ -285,6 +310,7 @@ impl Roots {
         mut planned: Planned,
         parents: &BTreeSet<RelativePath>,
     ) -> Result<InputRoot, PrepareError> {
+        let began = Instant::now();
         let shared = &self.shared;
         let (root, plan) = planned.work.take().expect("present until performed");
         let Root {
@@ -329,6 +355,11 @@ impl Roots {
         }
         input_root.kept = kept;
         input_root.ready = now();
+        let spent = (planned.spent + began.elapsed()).as_nanos() as u64;
+        shared
+            .counts
+            .nanoseconds
+            .fetch_add(spent, Ordering::Relaxed);
         Ok(input_root)
     }
 
@@ -514,6 +545,7 @@ impl Shared {
     }
 
     fn planned(self: &Arc<Self>, root: Root, tree: &Tree, hold: bool) -> Planned {
+        let began = Instant::now();
         let mut pool = self.pool.lock();
         let old = root.kept.node.clone();
         let rewrite = plan::compare(&old, tree, &|digest| hold && pool.has(digest));
@@ -528,6 +560,7 @@ impl Shared {
             tree: tree.clone(),
             work: Some((root, plan)),
             hold,
+            spent: began.elapsed(),
         }
     }
 
