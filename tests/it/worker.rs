@@ -4,3 +4,4 @@ mod farm;
 mod inputs;
 mod outputs;
 mod results;
+mod tamper;
