@@ -285,7 +285,7 @@ fn tamper(random: &mut Random, root: &Path, held: &mut Vec<fs::File>) -> bool {
         19 => {
             fs::create_dir(&new).is_ok()
                 && write(&new.join("inner"))
-                && fs::set_permissions(&new, fs::Permissions::from_mode(0)).is_ok()
+                && fs::set_permissions(&new, fs::Permissions::from_mode(0o0)).is_ok()
         }
         20 => {
             let path = c_path(&new);
