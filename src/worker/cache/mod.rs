@@ -509,6 +509,9 @@ impl Cache {
                 Err(storage::Error::Full(_)) if attempts < 4 && self.make_space(&key) => {
                     attempts += 1;
                 }
+                Err(storage::Error::Full(_)) => {
+                    return Err(self.disk_fault(&key, io::ErrorKind::StorageFull.into()));
+                }
                 Err(error) => {
                     let what = format!("obtain input file {}", key.digest);
                     return Err(Fault::of_storage(what, error));

@@ -373,3 +373,162 @@ pub fn shared(old: &Tree, new: &Tree, budget: &mut u32) -> u64 {
     }
     sum
 }
+
+#[cfg(test)]
+#[allow(
+    clippy::disallowed_types,
+    reason = "a walk's result is what a tree is built from"
+)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        digest::DigestFunction,
+        worker::{
+            directories::{Directory, File},
+            tree,
+        },
+    };
+
+    #[derive(Clone, Debug)]
+    enum Entry {
+        File(u8),
+        Link(u8),
+        Directory(BTreeMap<u8, Entry>),
+    }
+
+    fn entries() -> impl Strategy<Value = BTreeMap<u8, Entry>> {
+        let leaf = prop_oneof![
+            (0..4u8).prop_map(Entry::File),
+            (0..2u8).prop_map(Entry::Link)
+        ];
+        let entry = leaf.prop_recursive(4, 40, 6, |below| {
+            prop::collection::btree_map(0..6u8, below, 0..6).prop_map(Entry::Directory)
+        });
+        prop::collection::btree_map(0..6u8, entry, 0..6)
+    }
+
+    fn add(entries: &BTreeMap<u8, Entry>, found: &mut HashMap<Digest, Arc<Directory>>) -> Digest {
+        let mut directory = Directory::default();
+        for (name, entry) in entries {
+            let name = Component::parse(&name.to_string()).unwrap();
+            match entry {
+                Entry::File(content) => directory.files.push(File {
+                    name,
+                    key: Key {
+                        digest: DigestFunction::Sha256.digest_of(&[*content]),
+                        executable: false,
+                    },
+                }),
+                Entry::Link(target) => directory.symlinks.push((name, target.to_string().into())),
+                Entry::Directory(below) => directory.directories.push((name, add(below, found))),
+            }
+        }
+        let digest = DigestFunction::Sha256.digest_of(format!("{directory:?}").as_bytes());
+        found.insert(digest, Arc::new(directory));
+        digest
+    }
+
+    fn tree_of(entries: &BTreeMap<u8, Entry>) -> Tree {
+        let mut found = HashMap::new();
+        let root = add(entries, &mut found);
+        tree::build(root, &found, &HashMap::new()).unwrap().0
+    }
+
+    /// What performing a plan leaves, as digests of whole directories.
+    struct Performed<'a> {
+        plan: &'a Plan<Tree>,
+        dropped: Vec<Option<Tree>>,
+    }
+
+    impl Performed<'_> {
+        fn drop_all(&mut self, old: &Tree, rewrite: &Rewrite) {
+            for dropped in &rewrite.dropped_children {
+                let child = old.children[dropped.child as usize].clone();
+                self.dropped[dropped.number as usize] = Some(child);
+            }
+            for child in &rewrite.children {
+                if let Child::Rewritten(i, rewrite) = child {
+                    self.drop_all(&old.children[*i as usize], rewrite);
+                }
+            }
+        }
+
+        fn check(&mut self, old: &Tree, rewrite: &Rewrite) {
+            let (a, b) = (&old.directory, &rewrite.node.directory);
+            let mut gone: Vec<u32> = rewrite.dropped_files.clone();
+            for (file, source) in b.files.iter().zip(&rewrite.files) {
+                if let Source::Kept(i) = source {
+                    assert_eq!(&a.files[*i as usize], file);
+                    gone.push(*i);
+                }
+            }
+            gone.sort_unstable();
+            assert_eq!(gone, (0..a.files.len() as u32).collect::<Vec<_>>());
+            for (link, source) in b.symlinks.iter().zip(&rewrite.symlinks) {
+                if let Source::Kept(i) = source {
+                    assert_eq!(&a.symlinks[*i as usize], link);
+                }
+            }
+            let places = rewrite.children.iter().zip(&b.directories);
+            for ((child, (name, _)), wanted) in places.zip(&rewrite.node.children) {
+                match child {
+                    Child::Kept(i) => {
+                        assert_eq!(&a.directories[*i as usize].0, name);
+                        assert_eq!(old.children[*i as usize].digest, wanted.digest);
+                    }
+                    Child::Rewritten(i, below) => {
+                        assert_eq!(&a.directories[*i as usize].0, name);
+                        assert_eq!(below.node.digest, wanted.digest);
+                        self.check(&old.children[*i as usize], below);
+                    }
+                    Child::New(origin) => self.check_origin(*origin, wanted),
+                }
+            }
+        }
+
+        fn check_origin(&mut self, origin: Origin, wanted: &Tree) {
+            match origin {
+                Origin::Parked(i) => {
+                    assert_eq!(self.plan.taken[i as usize].digest, wanted.digest);
+                }
+                Origin::Moved(i) => {
+                    let moved = self.dropped[i as usize].take().expect("moved once");
+                    assert_eq!(moved.digest, wanted.digest);
+                }
+                Origin::Made(i) => {
+                    let made = &self.plan.made[i as usize];
+                    assert_eq!(made.node.digest, wanted.digest);
+                    for (origin, wanted) in made.children.iter().zip(&wanted.children) {
+                        self.check_origin(*origin, wanted);
+                    }
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_plan_leads_to_what_is_wanted(old in entries(), new in entries(), pool in entries()) {
+            let (old, new, pool) = (tree_of(&old), tree_of(&new), tree_of(&pool));
+            let mut parked: Vec<Tree> = pool.children.to_vec();
+            let has = |digest: &Digest| pool.children.iter().any(|tree| tree.digest == *digest);
+            let rewrite = compare(&old, &new, &has);
+            prop_assert_eq!(rewrite.is_none(), old.digest == new.digest);
+            let plan = resolve(&old, rewrite, &mut |digest| {
+                let at = parked.iter().position(|tree| tree.digest == *digest)?;
+                Some(parked.remove(at))
+            });
+            if let Some(rewrite) = &plan.rewrite {
+                prop_assert_eq!(rewrite.node.digest, new.digest);
+                let dropped = vec![None; plan.dropped as usize];
+                let mut performed = Performed { plan: &plan, dropped };
+                performed.drop_all(&old, rewrite);
+                performed.check(&old, rewrite);
+            }
+        }
+    }
+}
