@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::{Check, Duration, ListenAddress, Log};
+use super::{Check, Duration, ListenAddress, Log, Size};
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -20,6 +20,20 @@ pub struct Config {
     /// The worker's `build_directory`.
     pub build_directory: PathBuf,
     pub users: Users,
+    /// What actions see as `/`.
+    pub root: Root,
+    pub containment: Containment,
+    pub limits: Limits,
+    /// Names or numbers of groups that actions are in, besides their own.
+    pub additional_groups: Vec<String>,
+    /// What runs the commands, such as qemu-user for another architecture: a program and arguments.
+    pub emulator: Vec<String>,
+    /// Between SIGTERM to a command's first process and SIGKILL to all, at a timeout or a stop.
+    pub termination_grace: Duration,
+    /// Emptied before the first of some actions and after the last one.
+    pub clean_temporary_directories: Vec<PathBuf>,
+    /// Run then, as root: a program and arguments.
+    pub run_command_cleaner: Vec<String>,
     /// What actions may write to besides their own directories, such as a shared compiler cache.
     pub writable_directories: Vec<PathBuf>,
     /// TMPDIR = the action's temporary directory, unless the action sets it.
@@ -43,6 +57,140 @@ pub struct Users {
 pub struct Shutdown {
     /// How long running commands may go on after SIGTERM.
     pub drain_timeout: Duration,
+}
+
+/// Layers of containment; `--check` and the log tell which are on.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Containment {
+    /// The host's files read-only, temporary directories and paths of the action's own.
+    pub mounts: Demand,
+    /// Its own processes only.
+    pub processes: Demand,
+    /// System V IPC and message queues of its own.
+    pub ipc: Demand,
+    /// `localhost` as the host's name.
+    pub hostname: Demand,
+    pub network: Network,
+    /// A /dev of its own.
+    pub devices: Demand,
+    /// Whether `hidden_paths` are.
+    pub hidden: Demand,
+    /// Directories and files that actions find empty; those that do not exist are passed over.
+    pub hidden_paths: Vec<PathBuf>,
+    /// A filter of system calls.
+    pub seccomp: Demand,
+    /// A control group for each action.
+    pub cgroups: Demand,
+}
+
+/// Of each action; those on memory, processors and processes need controllers (cgroups(7)), and are
+/// not there where the host has none.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// 0 for none. There is no swap then.
+    pub memory: Size,
+    /// Processors' worth of time; 0 for no limit.
+    pub processors: f64,
+    /// Processes and threads.
+    pub processes: u64,
+    /// Of standard output, and of standard error; 0 for no limit.
+    pub log_size: Size,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Demand {
+    /// On, if the host allows it.
+    #[default]
+    Auto,
+    /// On; or the daemon does not start.
+    Require,
+    Off,
+}
+
+/// What actions can reach.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Network {
+    /// A loopback interface of their own, if the host allows it.
+    #[default]
+    Auto,
+    /// The same; or the daemon does not start.
+    None,
+    /// Everything that the host can reach.
+    Host,
+}
+
+impl Network {
+    pub fn demand(self) -> Demand {
+        match self {
+            Network::Auto => Demand::Auto,
+            Network::None => Demand::Require,
+            Network::Host => Demand::Off,
+        }
+    }
+}
+
+/// Written as `"host"`, `"input"`, or the absolute path of a directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Root {
+    #[default]
+    Host,
+    /// The action's input root.
+    Input,
+    /// An unpacked root file system.
+    Image(PathBuf),
+}
+
+impl Root {
+    pub fn image(&self) -> Option<&std::path::Path> {
+        match self {
+            Root::Image(path) => Some(path),
+            Root::Host | Root::Input => None,
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Root {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        match text.as_str() {
+            "host" => Ok(Root::Host),
+            "input" => Ok(Root::Input),
+            path if path.len() > 1 && path.starts_with('/') => Ok(Root::Image(path.into())),
+            _ => Err(serde::de::Error::custom(format!(
+                "{text:?} is no root; write \"host\", \"input\", or the absolute path of a root file system"
+            ))),
+        }
+    }
+}
+
+impl Default for Containment {
+    fn default() -> Self {
+        Containment {
+            mounts: Demand::Auto,
+            processes: Demand::Auto,
+            ipc: Demand::Auto,
+            hostname: Demand::Auto,
+            network: Network::Auto,
+            devices: Demand::Auto,
+            hidden: Demand::Auto,
+            hidden_paths: [
+                "/run/bb-runner",
+                "/run/bb-scheduler",
+                "/run/bb-worker",
+                "/var/lib/bb-scheduler",
+                "/var/lib/bb-worker",
+                "/etc/bb-remote-execution",
+            ]
+            .map(PathBuf::from)
+            .to_vec(),
+            seccomp: Demand::Auto,
+            cgroups: Demand::Auto,
+        }
+    }
 }
 
 impl Users {
@@ -76,11 +224,30 @@ impl Default for Config {
             allowed_users: vec!["bb-worker".to_owned()],
             build_directory: PathBuf::from("/var/lib/bb-worker/build"),
             users: Users::default(),
+            root: Root::default(),
+            containment: Containment::default(),
+            limits: Limits::default(),
+            additional_groups: Vec::new(),
+            emulator: Vec::new(),
+            termination_grace: Duration::seconds(0),
+            clean_temporary_directories: Vec::new(),
+            run_command_cleaner: Vec::new(),
             writable_directories: Vec::new(),
             set_tmpdir_environment_variable: true,
             readiness_checking_pathnames: Vec::new(),
             shutdown: Shutdown::default(),
             log: Log::default(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            memory: Size(0),
+            processors: 0.0,
+            processes: 8192,
+            log_size: Size::mib(100),
         }
     }
 }
@@ -118,6 +285,46 @@ impl Check for Config {
             return Err((
                 "writable_directories",
                 "each directory must be an absolute path".to_owned(),
+            ));
+        }
+        if self
+            .containment
+            .hidden_paths
+            .iter()
+            .any(|path| !path.is_absolute())
+        {
+            return Err((
+                "containment.hidden_paths",
+                "each must be an absolute path".to_owned(),
+            ));
+        }
+        if self
+            .clean_temporary_directories
+            .iter()
+            .any(|directory| !directory.is_absolute() || directory.parent().is_none())
+        {
+            return Err((
+                "clean_temporary_directories",
+                "each must be an absolute path, and not /".to_owned(),
+            ));
+        }
+        if self.limits.processes < 16 {
+            return Err((
+                "limits.processes",
+                "a command and its helpers need at least 16".to_owned(),
+            ));
+        }
+        if !(self.limits.processors == 0.0 || (0.01..=100_000.0).contains(&self.limits.processors))
+        {
+            return Err((
+                "limits.processors",
+                "give a number such as 2.0, or 0.0 for no limit".to_owned(),
+            ));
+        }
+        if self.root != Root::Host && self.containment.mounts == Demand::Off {
+            return Err((
+                "root",
+                "another root than the host's takes containment.mounts".to_owned(),
             ));
         }
         if !self.build_directory.is_absolute() {

@@ -3,20 +3,38 @@
 //! Where it returns, whatever it returns, no process of the action lives, its gate is closed and
 //! unlocked, and nothing that it made outside of its own directories exists.
 
-use std::{ffi::CString, fs::File, io, os::fd::AsFd, time::Duration};
+use std::{
+    ffi::CString,
+    fs::File,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
 
 use rustix::fs::OFlags;
 use tokio::sync::oneshot;
 
 use super::{
     child::{Inherited, Step},
+    cleaner::Cleaner,
     command::{Command, Executable},
     gate::{BuildDirectory, Gate, GateError},
-    process::{Blueprint, Exit, Process, SpawnError, Stop},
-    room::{Room, RoomError, Rooms, copy_of_directory},
+    layer::Layer,
+    log::{INTERVAL, Log},
+    mount::copy_of_directory,
+    process::{Base, Blueprint, Exit, Process, SpawnError, Stop, Woken},
+    room::{Mounts, Room, RoomError, Rooms},
+    root::RootDirectory,
+    seccomp::Filter,
     user::{self, User},
 };
-use crate::config::runner::Config;
+use crate::{
+    config::{
+        Size,
+        runner::{Config, Root},
+    },
+    path::RelativePath,
+};
 
 /// How long processes that were killed may take to be gone; those that hang in a system call, such
 /// as on a dead network file system, may take forever.
@@ -29,6 +47,13 @@ pub struct House {
     pub rooms: Rooms,
     pub null: File,
     pub inherited: Inherited,
+    /// The process namespace of this daemon.
+    pub processes: OwnedFd,
+    pub filter: Option<Filter>,
+    pub groups: Vec<libc::gid_t>,
+    pub emulator: Vec<CString>,
+    /// `None` when there is nothing to clean.
+    pub cleaner: Option<Cleaner>,
 }
 
 /// Why there is no exit code.
@@ -96,11 +121,13 @@ fn verb(step: &Step) -> &'static str {
     match step {
         Step::Namespaces => "enter namespaces for",
         Step::Mounts => "mount directories for",
+        Step::Root => "change the root of",
         Step::Session => "begin a session for",
         Step::Descriptors => "hand descriptors to",
         Step::Limits => "set limits of",
         Step::InputRoot => "enter input root directory",
         Step::Credentials => "become the user of",
+        Step::Filter => "filter system calls of",
         Step::WorkingDirectory => "chdir",
         Step::Search | Step::Execute => "exec",
     }
@@ -115,15 +142,21 @@ pub fn run(
     stop: &Stop,
     answer: oneshot::Sender<Result<Exit, RunError>>,
 ) {
-    let result = BuildDirectory::open(&house.config.build_directory)
-        .map_err(RunError::from)
+    let cleaned = house.cleaner.as_ref().map(Cleaner::begin).transpose();
+    let result = cleaned
+        .as_ref()
+        .map_err(|error| RunError::Resources {
+            what: "clean up before the action",
+            error: io::Error::new(error.kind(), error.to_string()),
+        })
+        .and_then(|_| Ok(BuildDirectory::open(&house.config.build_directory)?))
         .and_then(|build| {
             let identity = build.identity().map_err(|error| RunError::Resources {
                 what: "look at the build directory",
                 error,
             })?;
-            let room = house.rooms.take(identity)?;
-            let result = run_in(house, command, user.id(), stop, &build, &room);
+            let mut room = house.rooms.take(identity)?;
+            let result = run_in(house, command, user.id(), stop, &build, &mut room);
             Ok((result, room))
         });
     let (result, room) = match result {
@@ -131,6 +164,8 @@ pub fn run(
         Err(error) => (Err(error), None),
     };
     let immortal = matches!(result, Err(RunError::Immortal { .. }));
+    // Before anybody learns that the action is over.
+    drop(cleaned);
     // The call may be gone.
     let _ = answer.send(result);
     drop(room);
@@ -146,30 +181,24 @@ fn run_in(
     user: u32,
     stop: &Stop,
     build: &BuildDirectory,
-    room: &Room,
+    room: &mut Room,
 ) -> Result<Exit, RunError> {
     // Before anything of the action exists, and closed after everything of it is gone.
     let gate = Gate::open(build, command, user, stop)?;
-    let stdout = build.create_log(&command.stdout)?;
-    let stderr = build.create_log(&command.stderr)?;
+    let limit = house.config.limits.log_size;
+    let mut stdout = Log::new(build.create_log(&command.stdout)?, limit);
+    let mut stderr = Log::new(build.create_log(&command.stderr)?, limit);
 
-    let mut mounts = Vec::new();
-    if let (Some(namespaces), Some(path)) = (&room.namespaces, &command.temporary_directory) {
-        let temporary = build.directory(path, OFlags::PATH)?;
-        for place in &namespaces.temporary {
-            let tree =
-                copy_of_directory(temporary.as_fd()).map_err(|error| RunError::Resources {
-                    what: "mount the temporary directory",
-                    error,
-                })?;
-            mounts.push((tree, place.as_c_str()));
-        }
-    }
+    let Scene {
+        base,
+        input_root,
+        mounts,
+        root,
+    } = Scene::set(house, command, build, room.mounts.as_ref())?;
     let (executables, search) = match &command.executable {
         Executable::Path(path) => (std::slice::from_ref(path), false),
         Executable::Search { candidates, .. } => (candidates.as_slice(), true),
     };
-    let input_root = c_string(command.input_root.to_string());
     let working_directory = c_string(command.working_directory.to_string());
     let blueprint = Blueprint {
         arguments: &command.arguments,
@@ -178,49 +207,159 @@ fn run_in(
         search,
         working_directory: &working_directory,
         input_root: &input_root,
-        build_directory: match &room.namespaces {
-            Some(namespaces) => namespaces.build_directory.as_fd(),
-            None => build.as_fd(),
+        base: match (&base, &room.mounts) {
+            (Some(path), _) => Base::Path(path),
+            (None, Some(mounts)) => Base::Directory(mounts.build_directory.as_fd()),
+            (None, None) => Base::Directory(build.as_fd()),
         },
         stdin: house.null.as_fd(),
-        stdout: stdout.as_fd(),
-        stderr: stderr.as_fd(),
+        stdout: stdout.file.as_fd(),
+        stderr: stderr.file.as_fd(),
         user,
+        groups: &house.groups,
         cgroup: room.cgroup.as_ref().map(|cgroup| cgroup.as_fd()),
-        namespaces: room
-            .namespaces
+        namespaces: &room.namespaces,
+        processes: room
+            .init
             .as_ref()
-            .map(|namespaces| (namespaces.mount.as_fd(), namespaces.ipc.as_fd())),
+            .map(|init| (init.pidfd(), house.processes.as_fd())),
         inherited: house.inherited,
         mounts: &mounts,
+        root: match (&root, &room.mounts) {
+            (Some(root), Some(mounts)) => Some((&mounts.place, root.copies())),
+            _ => None,
+        },
+        filter: house.filter.as_ref(),
+        emulator: &house.emulator,
+        process_limit: house.config.limits.processes,
     };
-    let ended = match Process::spawn(&blueprint) {
-        Ok(mut process) => match process.wait(stop) {
-            true => process.reap().map_err(RunError::Wait),
-            false => Err(RunError::Stopped),
+    let mut ended = match Process::spawn(&blueprint) {
+        Ok(mut process) => loop {
+            match process.wait(stop, Some(INTERVAL)) {
+                Woken::Ended => break process.reap().map_err(RunError::Wait),
+                Woken::Stopped => {
+                    let grace = house.config.termination_grace.get();
+                    if !grace.is_zero() {
+                        process.terminate(grace);
+                    }
+                    break Err(RunError::Stopped);
+                }
+                Woken::Late => {
+                    stdout.cut();
+                    stderr.cut();
+                }
+            }
         },
         Err(error) => Err(start_error(command, error)),
     };
 
     // Also when it never started: by now nothing may be left.
-    let quiet = room
-        .cgroup
-        .as_ref()
-        .is_none_or(|cgroup| cgroup.empty(DYING))
+    let quiet = room.init.as_mut().is_none_or(|init| init.end(DYING))
+        && room
+            .cgroup
+            .as_ref()
+            .is_none_or(|cgroup| cgroup.empty(DYING))
         && user::sweep(user, DYING);
     if !quiet {
+        // Whoever waits for the lock must not find that nothing stirs.
+        std::mem::forget(gate);
+        if let Some(network) = &mut room.network {
+            network.retire();
+        }
         tracing::error!(
             user,
             "processes of an action could not be killed; its user is not used again"
         );
         return Err(RunError::Immortal { user });
     }
-    if room.namespaces.is_none() {
-        user::sweep_files(user, &house.rooms.plan().shared());
+    stdout.finish();
+    stderr.finish();
+    if let (Ok(exit), Some(cgroup)) = (&mut ended, &room.cgroup) {
+        exit.memory = cgroup.memory();
+        if let Some(memory) = exit.memory.filter(|memory| memory.killed > 0) {
+            stderr.say(&format!(
+                "the action ran out of memory: its limit is {} and it used up to {}",
+                Size(memory.limit),
+                Size(memory.peak)
+            ));
+        }
+    }
+    let plan = house.rooms.plan();
+    if !plan.layers.has(Layer::Mounts) {
+        user::sweep_files(user, &plan.shared());
+    }
+    if !plan.layers.has(Layer::Ipc) {
         user::sweep_ipc(user);
     }
+    drop(root);
     drop(gate);
     ended
+}
+
+/// What is mounted for one action, and where its input root is then.
+struct Scene {
+    /// `None`: the build directory.
+    base: Option<CString>,
+    /// Below `base`.
+    input_root: CString,
+    mounts: Vec<(OwnedFd, CString)>,
+    root: Option<RootDirectory>,
+}
+
+impl Scene {
+    fn set(
+        house: &House,
+        command: &Command,
+        build: &BuildDirectory,
+        room: Option<&Mounts>,
+    ) -> Result<Self, RunError> {
+        let mut scene = Scene {
+            base: None,
+            input_root: c_string(command.input_root.to_string()),
+            mounts: Vec::new(),
+            root: None,
+        };
+        let Some(room) = room else {
+            return Ok(scene);
+        };
+        let mounted = |path: &RelativePath, what| {
+            let directory = build.directory(path, OFlags::PATH)?;
+            copy_of_directory(directory.as_fd())
+                .map_err(|error| RunError::Resources { what, error })
+        };
+        let mut temporary_places = room.temporary.clone();
+        if house.config.root == Root::Input {
+            let directory = build.directory(&command.input_root, OFlags::PATH)?;
+            let root = RootDirectory::prepare(directory, &room.place).map_err(|error| {
+                RunError::Resources {
+                    what: "make the input root a root directory",
+                    error,
+                }
+            })?;
+            let tree = mounted(&command.input_root, "mount the input root")?;
+            scene.mounts.push((tree, room.place.clone()));
+            temporary_places = root.temporary();
+            scene.base = Some(c"/".to_owned());
+            scene.input_root = c".".to_owned();
+            scene.root = Some(root);
+        }
+        if let Some(path) = &command.temporary_directory {
+            for place in temporary_places {
+                let tree = mounted(path, "mount the temporary directory")?;
+                scene.mounts.push((tree, place));
+            }
+        }
+        if scene.root.is_none()
+            && let Some((gate, name)) = command.input_root.split_last()
+            && !gate.is_root()
+        {
+            let tree = mounted(&gate, "mount the action's directory")?;
+            scene.mounts.push((tree, room.place.clone()));
+            scene.base = Some(room.place.clone());
+            scene.input_root = c_string(name.to_string());
+        }
+        Ok(scene)
+    }
 }
 
 fn start_error(command: &Command, error: SpawnError) -> RunError {

@@ -26,14 +26,27 @@ use std::{
 
 use rustix::fs::{Mode, OFlags};
 
-/// Bounds a fork bomb, here and by RLIMIT_NPROC; threads count too.
-pub const MAXIMUM_PROCESSES: u64 = 8192;
+use crate::config::runner::Limits;
+
+/// Microseconds in which the share of processor time is kept (cpu.max).
+const PERIOD: u64 = 100_000;
 
 /// Where actions' groups are made.
 #[derive(Debug)]
 pub struct Cgroups {
     directory: PathBuf,
     next: AtomicU64,
+    limits: Limits,
+}
+
+/// What the memory controller says at the end of an action.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Bytes.
+    pub peak: u64,
+    pub limit: u64,
+    /// Processes that were killed since the limit was reached.
+    pub killed: u64,
 }
 
 /// The group of one action; removed on drop, when it should be empty.
@@ -46,7 +59,7 @@ pub struct Cgroup {
 
 impl Cgroups {
     /// Finds the daemon's own group, and makes room below it. The error says why there is none.
-    pub fn find(first_user: u32) -> Result<Self, String> {
+    pub fn find(first_user: u32, limits: &Limits) -> Result<Self, String> {
         let base = own_group()?;
         let base = make_way(base)?;
         let directory = base.join(format!("bb-runner-{first_user}"));
@@ -57,6 +70,7 @@ impl Cgroups {
         let cgroups = Cgroups {
             directory,
             next: AtomicU64::new(0),
+            limits: limits.clone(),
         };
         cgroups
             .create()
@@ -73,12 +87,50 @@ impl Cgroups {
         let _ = fs::remove_dir(&self.directory);
     }
 
+    /// Those of the configured limits that this host does not keep.
+    pub fn missing(&self) -> Vec<&'static str> {
+        let available =
+            fs::read_to_string(self.directory.join("cgroup.subtree_control")).unwrap_or_default();
+        let has = |name| available.split_whitespace().any(|found| found == name);
+        let mut missing = Vec::new();
+        if self.limits.memory.get() > 0 && !has("memory") {
+            missing.push("limits.memory");
+        }
+        if self.limits.processors > 0.0 && !has("cpu") {
+            missing.push("limits.processors");
+        }
+        missing
+    }
+
+    fn settings(&self) -> impl Iterator<Item = (&'static str, String)> {
+        let Limits {
+            memory,
+            processors,
+            processes,
+            ..
+        } = self.limits;
+        let mut settings = vec![("pids.max", processes.to_string())];
+        if memory.get() > 0 {
+            settings.push(("memory.max", memory.get().to_string()));
+            settings.push(("memory.swap.max", "0".to_owned()));
+            // All or nothing: what is left of an action without some of its processes is no result.
+            settings.push(("memory.oom.group", "1".to_owned()));
+        }
+        if processors > 0.0 {
+            let quota = (processors * PERIOD as f64) as u64;
+            settings.push(("cpu.max", format!("{quota} {PERIOD}")));
+        }
+        settings.into_iter()
+    }
+
     pub fn create(&self) -> io::Result<Cgroup> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let path = self.directory.join(number.to_string());
         create_directory(&path)?;
-        // Where the controller is not delegated, RLIMIT_NPROC is all there is.
-        let _ = fs::write(path.join("pids.max"), MAXIMUM_PROCESSES.to_string());
+        // Where a controller is not delegated, there is no such file, and no limit.
+        for (file, value) in self.settings() {
+            let _ = fs::write(path.join(file), value);
+        }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(&path, flags, Mode::empty())?;
         Ok(Cgroup {
@@ -92,6 +144,27 @@ impl Cgroups {
 impl Cgroup {
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
+    }
+
+    /// `None` where there is no memory controller, or no limit.
+    pub fn memory(&self) -> Option<Memory> {
+        let read = |file| fs::read_to_string(self.path.join(file)).ok();
+        let limit = read("memory.max")?.trim().parse().ok()?;
+        let events = read("memory.events")?;
+        let event = |name| {
+            events
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+                .unwrap_or(0)
+        };
+        Some(Memory {
+            // Since Linux 5.19.
+            peak: read("memory.peak")
+                .and_then(|text| text.trim().parse().ok())
+                .unwrap_or(0),
+            limit,
+            killed: event("oom_kill "),
+        })
     }
 
     /// Kills whatever is in it. False when something was left after `patience`.

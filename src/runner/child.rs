@@ -11,32 +11,67 @@
 //!    terminal, group, capability, keyring; and no privilege can be had again (no_new_privs).
 
 use std::{
-    ffi::{c_char, c_int, c_void},
+    ffi::{c_char, c_int, c_long, c_void},
     os::fd::RawFd,
     ptr,
 };
 
-use super::cgroup::MAXIMUM_PROCESSES;
+use super::init;
 
 /// What the process needs, as pointers that live until it has executed the command.
 pub struct Launch {
     /// Null-terminated, as are the next two.
-    pub arguments: *const *const c_char,
+    pub arguments: *mut *const c_char,
     pub environment: *const *const c_char,
     pub executables: *const *const c_char,
     pub search: bool,
     pub working_directory: *const c_char,
+    /// Below `base`.
     pub input_root: *const c_char,
-    pub build_directory: RawFd,
+    pub base: Base,
     pub standard: [RawFd; 3],
     pub user: u32,
-    pub namespaces: Option<[RawFd; 2]>,
+    pub groups: *const libc::gid_t,
+    pub group_count: usize,
+    /// With their kinds (setns(2)).
+    pub namespaces: *const (RawFd, c_int),
+    pub namespace_count: usize,
     pub mounts: *const (RawFd, *const c_char),
     pub mount_count: usize,
+    pub root: Root,
+    /// Null for none.
+    pub filter: *const libc::sock_fprog,
+    /// What is executed in place of the command, which becomes the argument at this index; null for
+    /// none.
+    pub emulator: *const c_char,
+    pub emulated: usize,
+    /// The most that its user may have.
+    pub processes: u64,
     pub inherited: Inherited,
-    /// This daemon.
+    /// This daemon, as the process sees it.
     pub parent: libc::pid_t,
     pub report: *mut Report,
+}
+
+/// Where the input root's path starts.
+#[derive(Clone, Copy)]
+pub enum Base {
+    /// A directory of the namespaces that are entered.
+    Directory(RawFd),
+    /// A path in them, when everything is mounted.
+    Path(*const c_char),
+}
+
+/// What the process sees as `/`.
+#[derive(Clone, Copy)]
+pub enum Root {
+    Room,
+    /// What is mounted at `place`, with copies of these trees of the room at these places of it.
+    Tree {
+        place: *const c_char,
+        copies: *const (*const c_char, *const c_char),
+        copy_count: usize,
+    },
 }
 
 /// What this daemon has and its child would keep; bit sets.
@@ -61,11 +96,13 @@ pub enum Step {
     #[default]
     Namespaces,
     Mounts,
+    Root,
     Session,
     Descriptors,
     Limits,
     InputRoot,
     Credentials,
+    Filter,
     WorkingDirectory,
     Search,
     Execute,
@@ -113,9 +150,11 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
         let at = |step| ptr::write_volatile(&raw mut (*report).step, step);
 
         at(Step::Namespaces);
-        if let Some([mount, ipc]) = launch.namespaces {
-            call!(SYS_setns, mount, libc::CLONE_NEWNS)?;
-            call!(SYS_setns, ipc, libc::CLONE_NEWIPC)?;
+        let mut index = 0;
+        while index < launch.namespace_count {
+            let (namespace, kind) = *launch.namespaces.add(index);
+            call!(SYS_setns, namespace, kind)?;
+            index += 1;
         }
 
         at(Step::Mounts);
@@ -131,6 +170,38 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
                 MOVE_MOUNT_F_EMPTY_PATH
             )?;
             index += 1;
+        }
+
+        at(Step::Root);
+        if let Root::Tree {
+            place,
+            copies,
+            copy_count,
+        } = launch.root
+        {
+            let mut index = 0;
+            while index < copy_count {
+                let (from, to) = *copies.add(index);
+                let tree = call!(
+                    SYS_open_tree,
+                    libc::AT_FDCWD,
+                    from,
+                    OPEN_TREE_CLONE | libc::O_CLOEXEC as c_long | AT_RECURSIVE
+                )?;
+                call!(
+                    SYS_move_mount,
+                    tree,
+                    c"".as_ptr(),
+                    libc::AT_FDCWD,
+                    to,
+                    MOVE_MOUNT_F_EMPTY_PATH
+                )?;
+                index += 1;
+            }
+            // The new root is put on top of the old one, which is then taken away from below it.
+            call!(SYS_chdir, place)?;
+            call!(SYS_pivot_root, c".".as_ptr(), c".".as_ptr())?;
+            call!(SYS_umount2, c".".as_ptr(), libc::MNT_DETACH)?;
         }
 
         at(Step::Session);
@@ -172,12 +243,21 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
         limit(libc::RLIMIT_NOFILE as c_int, OPEN_FILES.0, OPEN_FILES.1)?;
         limit(
             libc::RLIMIT_NPROC as c_int,
-            MAXIMUM_PROCESSES,
-            MAXIMUM_PROCESSES,
+            launch.processes,
+            launch.processes,
         )?;
 
         at(Step::InputRoot);
         // In the namespace's mounts: a directory that was opened outside would lead outside.
+        let base = match launch.base {
+            Base::Directory(directory) => directory,
+            Base::Path(path) => call!(
+                SYS_openat,
+                libc::AT_FDCWD,
+                path,
+                libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC
+            )? as RawFd,
+        };
         let how = OpenHow {
             flags: (libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) as u64,
             mode: 0,
@@ -187,7 +267,7 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
         };
         let input_root = call!(
             SYS_openat2,
-            launch.build_directory,
+            base,
             launch.input_root,
             &raw const how,
             size_of::<OpenHow>()
@@ -205,7 +285,7 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
             }
             capability += 1;
         }
-        call!(SYS_setgroups, 0, ptr::null::<libc::gid_t>())?;
+        call!(SYS_setgroups, launch.group_count, launch.groups)?;
         let user = launch.user;
         call!(SYS_setresgid, user, user, user)?;
         call!(SYS_setresuid, user, user, user)?;
@@ -223,9 +303,86 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
             return Err(libc::ESRCH);
         }
 
+        at(Step::Filter);
+        if !launch.filter.is_null() {
+            call!(
+                SYS_prctl,
+                libc::PR_SET_SECCOMP,
+                libc::SECCOMP_MODE_FILTER,
+                launch.filter
+            )?;
+        }
+
         at(Step::WorkingDirectory);
         call!(SYS_chdir, launch.working_directory)?;
         Ok(())
+    }
+}
+
+/// The first process of a room, see `init`: mounts /proc, gives up what it can, becomes its program.
+///
+/// # Safety
+/// `argument` is an `init::Launch` that is valid. Runs in a process of its own.
+pub unsafe extern "C" fn first(argument: *const c_void) -> ! {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let launch = argument.cast::<init::Launch>().cast_mut();
+        let errno = become_first(&*launch).unwrap_or_else(|errno| errno);
+        ptr::write_volatile(&raw mut (*launch).errno, errno);
+        libc::_exit(127)
+    }
+}
+
+unsafe fn become_first(launch: &init::Launch) -> Result<c_int, c_int> {
+    // SAFETY: system calls only, on memory that lives until they are done.
+    unsafe {
+        let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+        let proc = c"proc".as_ptr();
+        call!(SYS_mount, proc, c"/proc".as_ptr(), proc, flags, 0)?;
+        call!(SYS_setsid)?;
+        // So that the kernel reaps orphans by itself; survives the execution of the program.
+        let mut ignored = KernelSignalAction::default();
+        ignored.0[0] = libc::SIG_IGN as u64;
+        call!(
+            SYS_rt_sigaction,
+            libc::SIGCHLD,
+            &raw const ignored,
+            0,
+            SIGNAL_SET_SIZE
+        )?;
+        let program = call!(SYS_fcntl, launch.program, libc::F_DUPFD_CLOEXEC, 10)?;
+        if launch.life != FIRST_LIFE {
+            call!(SYS_dup3, launch.life, FIRST_LIFE, 0)?;
+        }
+        call!(
+            SYS_close_range,
+            0,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC as c_int
+        )?;
+        call!(SYS_fcntl, FIRST_LIFE, libc::F_SETFD, 0)?;
+        call!(SYS_prctl, libc::PR_SET_NAME, c"bb-init".as_ptr(), 0, 0, 0)?;
+        // Root would have its capabilities again with its next program; where this is refused,
+        // no_new_privs keeps them away alone.
+        let _ = call!(SYS_prctl, libc::PR_SET_SECUREBITS, SECURE_NO_ROOT, 0, 0, 0);
+        let header = CapabilityHeader {
+            version: CAPABILITY_VERSION_3,
+            pid: 0,
+        };
+        let none = [[0u32; 3]; 2];
+        call!(SYS_capset, &raw const header, &raw const none)?;
+        call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)?;
+        let arguments = [c"bb-init".as_ptr(), ptr::null()];
+        let nothing: [*const c_char; 1] = [ptr::null()];
+        call!(
+            SYS_execveat,
+            program,
+            c"".as_ptr(),
+            arguments.as_ptr(),
+            nothing.as_ptr(),
+            libc::AT_EMPTY_PATH
+        )?;
+        Ok(libc::EINVAL)
     }
 }
 
@@ -259,7 +416,11 @@ unsafe fn execute(launch: &Launch, report: *mut Report) -> c_int {
         if let Err(errno) = unblocked {
             return errno;
         }
-        let executable = *launch.executables.add(index);
+        let mut executable = *launch.executables.add(index);
+        if !launch.emulator.is_null() {
+            *launch.arguments.add(launch.emulated) = executable;
+            executable = launch.emulator;
+        }
         let mut attempts = 0;
         loop {
             let Err(errno) = call!(SYS_execve, executable, launch.arguments, launch.environment)
@@ -334,6 +495,12 @@ const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
 // The kernel's own words, where libc has none.
 const MOVE_MOUNT_F_EMPTY_PATH: c_int = 0x4;
+const OPEN_TREE_CLONE: c_long = 1;
+const AT_RECURSIVE: c_long = 0x8000;
+/// capabilities(7): a program gives root no capabilities; what is set is locked.
+const SECURE_NO_ROOT: c_int = 0b11;
+/// Where `init::CODE` reads.
+const FIRST_LIFE: c_int = 3;
 const KEYCTL_JOIN_SESSION_KEYRING: c_int = 1;
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
 const LAST_SIGNAL: c_int = 64;

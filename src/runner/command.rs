@@ -98,8 +98,37 @@ pub enum Part {
 /// What the runner's configuration adds.
 #[derive(Clone, Copy, Debug)]
 pub struct Additions<'a> {
-    /// The absolute build directory, to set TMPDIR below it; `None` to leave TMPDIR alone.
-    pub tmpdir_below: Option<&'a str>,
+    /// `None` to leave TMPDIR alone.
+    pub tmpdir: Option<Tmpdir<'a>>,
+}
+
+/// Where a command finds its temporary directory.
+#[derive(Clone, Copy, Debug)]
+pub enum Tmpdir<'a> {
+    /// In this absolute build directory.
+    Below(&'a str),
+    /// In this directory, on which the one that the input root lies in is mounted; or else on /tmp.
+    InGate(&'a str),
+    /// On /tmp.
+    Tmp,
+}
+
+impl Tmpdir<'_> {
+    fn path(self, temporary: &RelativePath, input_root: &RelativePath) -> String {
+        match self {
+            Tmpdir::Below(directory) => format!("{directory}/{temporary}"),
+            Tmpdir::Tmp => "/tmp".to_owned(),
+            Tmpdir::InGate(directory) => match (temporary.split_last(), input_root.split_last()) {
+                (Some((gate, name)), Some((root_gate, _)))
+                    if gate == root_gate && !gate.is_root() =>
+                {
+                    format!("{directory}/{name}")
+                }
+                (_, Some((gate, _))) if gate.is_root() => format!("{directory}/{temporary}"),
+                _ => "/tmp".to_owned(),
+            },
+        }
+    }
 }
 
 impl Command {
@@ -152,13 +181,12 @@ impl Command {
             .collect::<Result<_, _>>()?;
 
         let mut environment = Vec::with_capacity(request.environment_variables.len() + 1);
-        if let (Some(build_directory), Some(temporary)) =
-            (additions.tmpdir_below, &temporary_directory)
+        if let (Some(tmpdir), Some(temporary)) = (additions.tmpdir, &temporary_directory)
             && !request.environment_variables.contains_key("TMPDIR")
         {
             environment.push(c_string(
                 Part::Variable("TMPDIR".to_owned()),
-                format!("TMPDIR={build_directory}/{temporary}"),
+                format!("TMPDIR={}", tmpdir.path(temporary, &input_root)),
             )?);
         }
         for (name, value) in request.environment_variables {
@@ -270,7 +298,7 @@ mod tests {
         Command::parse(
             request,
             Additions {
-                tmpdir_below: Some("/build"),
+                tmpdir: Some(Tmpdir::InGate("/build")),
             },
         )
     }
@@ -311,11 +339,11 @@ mod tests {
         let command = parse(request(&["/x"], &[("B", "2"), ("A", "")])).unwrap();
         assert_eq!(
             texts(&command.environment),
-            ["TMPDIR=/build/0/tmp", "A=", "B=2"]
+            ["TMPDIR=/build/tmp", "A=", "B=2"]
         );
         let command = parse(request(&["/x"], &[("TMPDIR", "/mine")])).unwrap();
         assert_eq!(texts(&command.environment), ["TMPDIR=/mine"]);
-        let command = Command::parse(request(&["/x"], &[]), Additions { tmpdir_below: None });
+        let command = Command::parse(request(&["/x"], &[]), Additions { tmpdir: None });
         assert!(command.unwrap().environment.is_empty());
         let without = RunRequest {
             temporary_directory: String::new(),

@@ -1,21 +1,20 @@
 //! bb_runner: runs commands as other Unix users, confined, and leaves nothing behind.
 //!
 //! A worker asks over a Unix socket (`service`). What to run is parsed (`command`); a user of its own
-//! is found (`user`), and a room that was prepared ahead (`room`, `cgroup`); the action's directory is
-//! opened to that user (`gate`); a process is made (`process`, `child`), waited for, and everything
-//! that came of it is killed (`action`, where the order is).
+//! is found (`user`), and a room that was prepared ahead (`room`): namespaces (`furnish`, `mount`,
+//! `network`, with a first process, `init`) and a control group (`cgroup`), as far as the host allows
+//! them (`layer`). The action's directory is opened to that user (`gate`); a process is made
+//! (`process`, `child`, `seccomp`), waited for, and everything that came of it is killed (`action`,
+//! where the order is).
 //!
-//! What an action cannot do: signal, trace or read another action or a daemon; gain a privilege; write
-//! anything but its own directories; leave a process, a file, or System V or POSIX IPC behind. What it
-//! can do: use the network, read whatever every user of the host may read, and use all of its
-//! processors, memory and disk.
+//! What an action can and cannot do to whom: bb-remote-execution(7), SECURITY.
 
 use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
 
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    config::runner::Config,
+    config::runner::{Config, Demand, Root},
     daemon::{self, Failure, Life, Program, SocketPermissions},
     proto::runner::runner_server::RunnerServer,
 };
@@ -24,12 +23,24 @@ mod action;
 mod cgroup;
 mod child;
 mod claim;
+mod cleaner;
 mod command;
+mod furnish;
 mod gate;
+mod init;
+mod layer;
+mod log;
+mod mount;
+mod network;
 mod process;
 mod room;
+mod root;
+mod seccomp;
 mod service;
 mod user;
+
+use layer::{Layer, Layers};
+use service::TmpdirRule;
 
 pub const PROGRAM: Program = Program {
     name: "bb_runner",
@@ -49,7 +60,7 @@ const CAPABILITIES: [(u32, &str); 8] = [
     (5, "CAP_KILL"),
     (6, "CAP_SETGID"),
     (7, "CAP_SETUID"),
-    // Both for mount namespaces; without them actions share /tmp.
+    // Both for namespaces; `layer` says what is missing without them.
     (18, "CAP_SYS_CHROOT"),
     (21, "CAP_SYS_ADMIN"),
 ];
@@ -61,22 +72,13 @@ pub async fn probe(config: &Config) -> Vec<Failure> {
     if let Err(failure) = check_capabilities() {
         failures.push(failure);
     } else {
-        let plan = room::Plan::new(config, true, None);
-        if config.build_directory.is_dir()
-            && let Err(error) = plan.namespaces()
-        {
-            failures.push(Failure::Environment {
-                message: format!(
-                    "{error}; actions would share /tmp, /var/tmp and /dev/shm, and not be kept from \
-                     writing to other directories that are open to all"
-                ),
-            });
-        }
+        failures.extend(Layers::find(config, false).1);
     }
     failures.extend(check_users(config).err());
     let (_, unknown) = resolve_users(&config.allowed_users);
     failures.extend(unknown.into_iter().map(unknown_user));
     failures.extend(socket_group(config).err());
+    failures.extend(resolve_groups(&config.additional_groups).err());
     if let Err(error) = fs::metadata(&config.build_directory) {
         failures.push(Failure::Configuration {
             key: "build_directory",
@@ -138,17 +140,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     // Neither a core file nor another user may hold what is in this process's memory: actions' first
     // processes share it for a moment.
     let _ = nix::sys::prctl::set_dumpable(false);
-    let cgroups = cgroup::Cgroups::find(range.start)
-        .inspect(|cgroups| {
-            tracing::info!(directory = %cgroups.directory().display(), "actions get control groups");
-        })
-        .inspect_err(|reason| {
-            tracing::warn!(
-                reason,
-                "actions get no control groups; their processes are found by their users"
-            );
-        })
-        .ok();
+    let cgroups = find_cgroups(&config)?;
     // What a runner that was killed left.
     for user in range.clone() {
         if !user::sweep(user, DYING) {
@@ -162,36 +154,65 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     }
     gate::close_all(&config.build_directory, &range);
 
-    let plan = room::Plan::new(&config, true, None);
-    let namespaces = match plan.namespaces() {
-        Ok(_) => true,
-        // It may come later, and says nothing about namespaces.
-        Err(_) if !config.build_directory.is_dir() => missing_capabilities(NAMESPACES).is_empty(),
-        Err(error) => {
-            tracing::warn!(
-                %error,
-                "actions share /tmp, /var/tmp and /dev/shm; what they leave there is removed"
-            );
-            false
-        }
-    };
+    let (layers, failures) = Layers::find(&config, true);
+    if let Some(failure) = failures.into_iter().next() {
+        return Err(failure);
+    }
+    if config.root != Root::Host && !layers.has(Layer::Mounts) {
+        return Err(Failure::Configuration {
+            key: "root",
+            message: "another root than the host's takes containment.mounts, which does not work \
+                      here"
+                .to_owned(),
+        });
+    }
     let failed = |what: &str, error: std::io::Error| Failure::Environment {
         message: format!("could not {what}: {error}"),
     };
-    let rooms = room::Rooms::open(room::Plan::new(&config, namespaces, cgroups))
-        .map_err(|error| failed("start a thread", error))?;
+    let plan = room::Plan::new(&config, layers, cgroups)
+        .map_err(|error| failed("make the first process of actions", error))?;
+    let rooms = room::Rooms::open(plan).map_err(|error| failed("start a thread", error))?;
     let null = fs::File::open("/dev/null").map_err(|error| failed("open /dev/null", error))?;
 
+    let groups = resolve_groups(&config.additional_groups)?;
+    let emulator = config
+        .emulator
+        .iter()
+        .map(|text| std::ffi::CString::new(text.as_str()))
+        .collect::<Result<_, _>>()
+        .map_err(|_| Failure::Configuration {
+            key: "emulator",
+            message: "it has a NUL character".to_owned(),
+        })?;
+    let has_cleaner =
+        !config.clean_temporary_directories.is_empty() || !config.run_command_cleaner.is_empty();
+    let cleaner = has_cleaner.then(|| {
+        cleaner::Cleaner::new(
+            config.clean_temporary_directories.clone(),
+            config.run_command_cleaner.clone(),
+        )
+    });
     let users = user::Users::new(&config.users);
-    let tmpdir_below = config
-        .set_tmpdir_environment_variable
-        .then(|| config.build_directory.to_string_lossy().into_owned());
+    let build_directory = config.build_directory.to_string_lossy().into_owned();
+    let tmpdir = match (&config.root, layers.has(Layer::Mounts)) {
+        _ if !config.set_tmpdir_environment_variable => TmpdirRule::Alone,
+        (Root::Input, _) => TmpdirRule::Tmp,
+        (_, true) => TmpdirRule::InGate(build_directory),
+        (_, false) => TmpdirRule::Below(build_directory),
+    };
+    let processes =
+        room::open_namespace("pid").map_err(|error| failed("open /proc/self/ns/pid", error))?;
     let killing = CancellationToken::new();
     let drain = config.shutdown.drain_timeout.get();
     let house = Arc::new(action::House {
         config,
         rooms,
         null,
+        processes,
+        filter: layers.has(Layer::Seccomp).then(seccomp::Filter::new),
+        groups,
+        emulator,
+        cleaner,
         inherited: child::Inherited {
             // SIGPIPE is ignored by Rust's runtime; the rest is as whoever started this daemon had it.
             ignored_signals: status_bits("SigIgn:").unwrap_or(0),
@@ -203,7 +224,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     let runner = service::Runner {
         users: users.clone(),
         allowed,
-        tmpdir_below,
+        tmpdir,
         killing: killing.clone(),
         house: house.clone(),
     };
@@ -242,6 +263,37 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     }
     house.rooms.close();
     result
+}
+
+fn find_cgroups(config: &Config) -> Result<Option<cgroup::Cgroups>, Failure> {
+    let key = "containment.cgroups";
+    if config.containment.cgroups == Demand::Off {
+        tracing::info!("{key} is off: actions' processes are found by their users");
+        return Ok(None);
+    }
+    match cgroup::Cgroups::find(config.users.first, &config.limits) {
+        Ok(cgroups) => {
+            for key in cgroups.missing() {
+                tracing::warn!("{key} is not kept: its controller is not delegated to this daemon");
+            }
+            tracing::info!(directory = %cgroups.directory().display(), "{key} is on: actions have control groups");
+            Ok(Some(cgroups))
+        }
+        Err(reason) if config.containment.cgroups == Demand::Require => {
+            Err(Failure::Configuration {
+                key,
+                message: format!(
+                    "it is required, but {reason}; let the host allow it, or write \"auto\""
+                ),
+            })
+        }
+        Err(reason) => {
+            tracing::warn!(
+                "{key} is off, since {reason}: actions' processes are found by their users"
+            );
+            Ok(None)
+        }
+    }
 }
 
 fn check_capabilities() -> Result<(), Failure> {
@@ -333,19 +385,36 @@ fn unknown_user(name: String) -> Failure {
     }
 }
 
-fn socket_group(config: &Config) -> Result<Option<u32>, Failure> {
-    let name = &config.socket_group;
-    if name.is_empty() {
-        return Ok(None);
-    }
-    let number = match name.parse::<u32>() {
+fn group(name: &str) -> Option<u32> {
+    match name.parse::<u32>() {
         Ok(number) => Some(number),
         Err(_) => nix::unistd::Group::from_name(name)
             .ok()
             .flatten()
             .map(|group| group.gid.as_raw()),
-    };
-    match number {
+    }
+}
+
+fn resolve_groups(names: &[String]) -> Result<Vec<u32>, Failure> {
+    names
+        .iter()
+        .map(|name| {
+            group(name).ok_or_else(|| Failure::Configuration {
+                key: "additional_groups",
+                message: format!(
+                    "there is no group {name:?} on this host; create it, or name another"
+                ),
+            })
+        })
+        .collect()
+}
+
+fn socket_group(config: &Config) -> Result<Option<u32>, Failure> {
+    let name = &config.socket_group;
+    if name.is_empty() {
+        return Ok(None);
+    }
+    match group(name) {
         Some(number) => Ok(Some(number)),
         None => Err(Failure::Configuration {
             key: "socket_group",

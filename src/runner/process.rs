@@ -10,7 +10,7 @@
 //!    (PR_SET_PDEATHSIG).
 
 use std::{
-    ffi::{CStr, CString, c_char, c_void},
+    ffi::{CStr, CString, c_char, c_int, c_void},
     io,
     mem::MaybeUninit,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
@@ -24,7 +24,12 @@ use rustix::{
     io::Errno,
 };
 
-use super::child::{self, Inherited, Launch, Report, Step};
+use super::{
+    cgroup::Memory,
+    child::{self, Inherited, Launch, Report, Step},
+    room::enter,
+    seccomp::Filter,
+};
 
 /// Tells the thread of a Run that it must end.
 #[derive(Clone, Debug)]
@@ -37,11 +42,21 @@ pub struct Process {
     reaped: bool,
 }
 
+/// Why a wait is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Woken {
+    Ended,
+    Stopped,
+    Late,
+}
+
 /// How a process ended.
 #[derive(Clone, Copy)]
 pub struct Exit {
     pub cause: Cause,
     pub usage: libc::rusage,
+    /// Of the whole action, where there is a limit.
+    pub memory: Option<Memory>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,17 +88,34 @@ pub struct Blueprint<'a> {
     pub search: bool,
     pub working_directory: &'a CStr,
     pub input_root: &'a CStr,
-    pub build_directory: BorrowedFd<'a>,
+    pub base: Base<'a>,
     pub stdin: BorrowedFd<'a>,
     pub stdout: BorrowedFd<'a>,
     pub stderr: BorrowedFd<'a>,
     pub user: u32,
+    pub groups: &'a [libc::gid_t],
     pub cgroup: Option<BorrowedFd<'a>>,
-    /// Mount and IPC namespace.
-    pub namespaces: Option<(BorrowedFd<'a>, BorrowedFd<'a>)>,
+    /// With their kinds (setns(2)).
+    pub namespaces: &'a [(OwnedFd, c_int)],
+    /// The first process of the namespace to be in, and the one that this daemon is in.
+    pub processes: Option<(BorrowedFd<'a>, BorrowedFd<'a>)>,
     pub inherited: Inherited,
     /// What to mount where.
-    pub mounts: &'a [(OwnedFd, &'a CStr)],
+    pub mounts: &'a [(OwnedFd, CString)],
+    /// What becomes the process's `/`, and what of the room is copied where before.
+    pub root: Option<(&'a CStr, &'a [(CString, CString)])>,
+    pub filter: Option<&'a Filter>,
+    /// A program and arguments, before the command's; empty for none.
+    pub emulator: &'a [CString],
+    pub process_limit: u64,
+}
+
+/// Where the path of an input root starts.
+#[derive(Clone, Copy)]
+pub enum Base<'a> {
+    Directory(BorrowedFd<'a>),
+    /// A path as the process sees it.
+    Path(&'a CStr),
 }
 
 impl Stop {
@@ -107,7 +139,9 @@ impl Stop {
 
 impl Process {
     pub fn spawn(blueprint: &Blueprint<'_>) -> Result<Self, SpawnError> {
-        let arguments = pointers(blueprint.arguments);
+        let mut arguments = pointers(blueprint.emulator);
+        arguments.pop();
+        arguments.extend(pointers(blueprint.arguments));
         let environment = pointers(blueprint.environment);
         let executables = pointers(blueprint.executables);
         let mounts: Vec<(RawFd, *const c_char)> = blueprint
@@ -115,28 +149,77 @@ impl Process {
             .iter()
             .map(|(tree, place)| (tree.as_raw_fd(), place.as_ptr()))
             .collect();
+        let namespaces: Vec<(RawFd, c_int)> = blueprint
+            .namespaces
+            .iter()
+            .map(|(namespace, kind)| (namespace.as_raw_fd(), *kind))
+            .collect();
+        let copies: Vec<(*const c_char, *const c_char)> = blueprint
+            .root
+            .iter()
+            .flat_map(|(_, copies)| copies.iter())
+            .map(|(from, to)| (from.as_ptr(), to.as_ptr()))
+            .collect();
+        let filter = blueprint.filter.map(Filter::program);
         let mut report = Report::default();
         let launch = Launch {
-            arguments: arguments.as_ptr(),
+            arguments: arguments.as_mut_ptr(),
             environment: environment.as_ptr(),
             executables: executables.as_ptr(),
             search: blueprint.search,
             working_directory: blueprint.working_directory.as_ptr(),
             input_root: blueprint.input_root.as_ptr(),
-            build_directory: blueprint.build_directory.as_raw_fd(),
+            base: match blueprint.base {
+                Base::Directory(directory) => child::Base::Directory(directory.as_raw_fd()),
+                Base::Path(path) => child::Base::Path(path.as_ptr()),
+            },
             standard: [blueprint.stdin, blueprint.stdout, blueprint.stderr]
                 .map(|fd| fd.as_raw_fd()),
             user: blueprint.user,
-            namespaces: blueprint
-                .namespaces
-                .map(|(mount, ipc)| [mount.as_raw_fd(), ipc.as_raw_fd()]),
+            groups: blueprint.groups.as_ptr(),
+            group_count: blueprint.groups.len(),
+            namespaces: namespaces.as_ptr(),
+            namespace_count: namespaces.len(),
             mounts: mounts.as_ptr(),
             mount_count: mounts.len(),
+            root: match blueprint.root {
+                Some((place, _)) => child::Root::Tree {
+                    place: place.as_ptr(),
+                    copies: copies.as_ptr(),
+                    copy_count: copies.len(),
+                },
+                None => child::Root::Room,
+            },
+            emulator: blueprint
+                .emulator
+                .first()
+                .map_or(ptr::null(), |program| program.as_ptr()),
+            emulated: blueprint.emulator.len(),
+            processes: blueprint.process_limit,
+            filter: filter.as_ref().map_or(ptr::null(), ptr::from_ref),
             inherited: blueprint.inherited,
-            parent: rustix::process::getpid().as_raw_nonzero().get(),
+            parent: match blueprint.processes {
+                // pid_namespaces(7): a parent outside of one's own is 0.
+                Some(_) => 0,
+                None => rustix::process::getpid().as_raw_nonzero().get(),
+            },
             report: &raw mut report,
         };
-        let made = clone_with_shared_memory(&launch, blueprint.cgroup);
+        // Concerns the children of this thread, and not itself.
+        if let Some((inside, _)) = blueprint.processes {
+            enter(inside, libc::CLONE_NEWPID).map_err(SpawnError::Clone)?;
+        }
+        let made = make(
+            child::main,
+            ptr::from_ref(&launch).cast(),
+            0,
+            blueprint.cgroup,
+        );
+        if let Some((_, own)) = blueprint.processes
+            && let Err(error) = enter(own, libc::CLONE_NEWPID)
+        {
+            tracing::error!(%error, "a thread could not return to its process namespace");
+        }
         let (pid, pidfd) = made.map_err(SpawnError::Clone)?;
         let mut process = Process {
             pid,
@@ -156,22 +239,35 @@ impl Process {
         })
     }
 
-    /// Waits until the process has ended, or until it should. Whether it has.
-    pub fn wait(&self, stop: &Stop) -> bool {
+    /// Waits until the process has ended, or should end, or this long.
+    pub fn wait(&self, stop: &Stop, patience: Option<Duration>) -> Woken {
+        let timeout = patience.and_then(|patience| Timespec::try_from(patience).ok());
         loop {
             let mut fds = [
                 PollFd::new(&self.pidfd, PollFlags::IN),
                 PollFd::new(&*stop.0, PollFlags::IN),
             ];
-            match poll(&mut fds, None) {
+            match poll(&mut fds, timeout.as_ref()) {
                 Err(Errno::INTR) => continue,
                 Err(error) => {
                     tracing::error!(%error, "could not wait for a process");
-                    return false;
+                    return Woken::Stopped;
                 }
-                Ok(_) => return !fds[0].revents().is_empty(),
+                Ok(0) => return Woken::Late,
+                Ok(_) if fds[0].revents().is_empty() => return Woken::Stopped,
+                Ok(_) => return Woken::Ended,
             }
         }
+    }
+
+    /// Asks the process to end, and gives it this long.
+    pub fn terminate(&self, grace: Duration) {
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::TERM);
+        let timeout = Timespec::try_from(grace).ok();
+        let _ = poll(
+            &mut [PollFd::new(&self.pidfd, PollFlags::IN)],
+            timeout.as_ref(),
+        );
     }
 
     pub fn kill(&self) {
@@ -205,6 +301,7 @@ impl Process {
             cause,
             // SAFETY: all zeros are a valid value, whether or not the kernel wrote another.
             usage: unsafe { usage.assume_init() },
+            memory: None,
         })
     }
 }
@@ -235,14 +332,19 @@ const STACK_SIZE: usize = 64 << 10;
 #[repr(align(16))]
 struct Stack(#[allow(dead_code)] [MaybeUninit<u8>; STACK_SIZE]);
 
-/// Returns when the child has executed a program, or is gone.
-fn clone_with_shared_memory(
-    launch: &Launch,
+/// Makes a process that calls `entry`. Returns when it has executed a program, or is gone.
+///
+/// `entry` makes system calls only, and what `argument` points to lives and is left alone by others
+/// until then.
+pub fn make(
+    entry: unsafe extern "C" fn(*const c_void) -> !,
+    argument: *const c_void,
+    flags: u64,
     cgroup: Option<BorrowedFd<'_>>,
 ) -> io::Result<(libc::pid_t, OwnedFd)> {
     let mut stack = Box::<Stack>::new_uninit();
     let mut pidfd: RawFd = -1;
-    let mut flags = (libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD) as u64;
+    let mut flags = flags | (libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD) as u64;
     if cgroup.is_some() {
         flags |= CLONE_INTO_CGROUP;
     }
@@ -262,14 +364,14 @@ fn clone_with_shared_memory(
     // No handler of this daemon's may run in the child.
     let mut before = MaybeUninit::<libc::sigset_t>::zeroed();
     // SAFETY: the sets live during the calls, and are initialised before they are read. `arguments`
-    // names a stack that nobody else uses, and `child::main` never returns; the child makes system
-    // calls only, on that stack, and this thread sleeps until it is done (CLONE_VFORK), so that what
-    // `launch` points to stays alive and is not changed by anybody else.
+    // names a stack that nobody else uses, and `entry` never returns; the child makes system calls
+    // only, on that stack, and this thread sleeps until it is done (CLONE_VFORK), so that what
+    // `argument` points to stays alive and is not changed by anybody else.
     let result = unsafe {
         let mut all = MaybeUninit::<libc::sigset_t>::zeroed();
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
-        let result = clone3(&arguments, child::main, ptr::from_ref(launch).cast());
+        let result = clone3(&arguments, entry, argument);
         libc::pthread_sigmask(libc::SIG_SETMASK, before.as_ptr(), ptr::null_mut());
         result
     };

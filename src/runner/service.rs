@@ -14,7 +14,8 @@ use tonic::{Request, Response, Status};
 
 use super::{
     action::{self, House, RunError},
-    command::{Additions, Command, CommandError},
+    cgroup::Memory,
+    command::{Additions, Command, CommandError, Tmpdir},
     gate::{self, BuildDirectory, GateError},
     process::{Cause, Exit, Stop},
     user::Users,
@@ -37,10 +38,17 @@ pub struct Runner {
     pub users: Arc<Users>,
     /// User numbers of `allowed_users`; root's is not among them.
     pub allowed: BTreeSet<u32>,
-    /// The absolute build directory as text, if TMPDIR is to be set.
-    pub tmpdir_below: Option<String>,
+    pub tmpdir: TmpdirRule,
     /// Kills all actions.
     pub killing: CancellationToken,
+}
+
+/// Whether and how TMPDIR is set; the text is the absolute build directory.
+pub enum TmpdirRule {
+    Alone,
+    Below(String),
+    InGate(String),
+    Tmp,
 }
 
 /// Tells the thread of a Run to end when the call is dropped.
@@ -124,7 +132,12 @@ impl runner_server::Runner for Runner {
         self.admit(&request)?;
         let action = proto::action_of(&request);
         let additions = Additions {
-            tmpdir_below: self.tmpdir_below.as_deref(),
+            tmpdir: match &self.tmpdir {
+                TmpdirRule::Alone => None,
+                TmpdirRule::Below(directory) => Some(Tmpdir::Below(directory)),
+                TmpdirRule::InGate(directory) => Some(Tmpdir::InGate(directory)),
+                TmpdirRule::Tmp => Some(Tmpdir::Tmp),
+            },
         };
         let command = Command::parse(request.into_inner(), additions).map_err(refused)?;
         let user = self
@@ -225,9 +238,30 @@ fn response(exit: &Exit) -> RunResponse {
         involuntary_context_switches: usage.ru_nivcsw,
         termination_signal,
     };
+    let mut resource_usage = vec![pack(&usage)];
+    resource_usage.extend(exit.memory.map(memory_usage));
     RunResponse {
         exit_code,
-        resource_usage: vec![pack(&usage)],
+        resource_usage,
+    }
+}
+
+/// A google.protobuf.Struct, as Buildbarn has no message for it.
+fn memory_usage(memory: Memory) -> prost_types::Any {
+    use prost_types::value::Kind;
+    let number = |bytes: u64| Kind::NumberValue(bytes as f64);
+    let fields = [
+        ("memory_peak_bytes", number(memory.peak)),
+        ("memory_limit_bytes", number(memory.limit)),
+        ("out_of_memory", Kind::BoolValue(memory.killed > 0)),
+    ]
+    .map(|(name, kind)| (name.to_owned(), prost_types::Value { kind: Some(kind) }));
+    let usage = prost_types::Struct {
+        fields: fields.into(),
+    };
+    prost_types::Any {
+        type_url: "type.googleapis.com/google.protobuf.Struct".to_owned(),
+        value: prost::Message::encode_to_vec(&usage),
     }
 }
 

@@ -9,6 +9,7 @@ mod harness;
 mod actions;
 mod cas;
 mod roots;
+mod runs;
 
 fn main() {
     let arguments: Vec<String> = std::env::args()
@@ -24,6 +25,7 @@ fn main() {
         ("actions", actions::run as fn(&[String])),
         ("cas", cas::run),
         ("roots", roots::run),
+        ("runs", runs::run),
     ] {
         if name == "all" || name == benchmark {
             known = true;
@@ -31,7 +33,7 @@ fn main() {
         }
     }
     if !known {
-        eprintln!("no benchmark {name:?}; there are: actions, cas, roots");
+        eprintln!("no benchmark {name:?}; there are: actions, cas, roots, runs");
         std::process::exit(2);
     }
 }

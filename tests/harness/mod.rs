@@ -104,6 +104,16 @@ fn free_port() -> u16 {
 impl Farm {
     /// `parent` must be passable for other users: /var/tmp, or /dev/shm.
     pub async fn start(parent: &Path, slots: usize, scheduler_extra: &str) -> Farm {
+        Farm::start_with(parent, slots, scheduler_extra, |_| String::new()).await
+    }
+
+    /// What is added to the runner's configuration may name the farm's directory.
+    pub async fn start_with(
+        parent: &Path,
+        slots: usize,
+        scheduler_extra: &str,
+        runner_extra: impl FnOnce(&Path) -> String,
+    ) -> Farm {
         let directory = tempfile::Builder::new()
             .prefix("bb-farm.")
             .tempdir_in(parent)
@@ -142,7 +152,8 @@ impl Farm {
             users,
             _users_claim: users_claim,
         };
-        farm.configure(slots, scheduler_extra);
+        let runner_extra = runner_extra(farm.path());
+        farm.configure(slots, scheduler_extra, &runner_extra);
         for daemon in [Daemon::Scheduler, Daemon::Runner, Daemon::Worker] {
             farm.spawn(daemon);
         }
@@ -150,7 +161,7 @@ impl Farm {
         farm
     }
 
-    fn configure(&self, slots: usize, scheduler_extra: &str) {
+    fn configure(&self, slots: usize, scheduler_extra: &str, runner_extra: &str) {
         let root = self.path().display();
         let (clients, workers, users) = (self.clients, self.workers, self.users);
         let write = |name: &str, text: String| fs::write(self.path().join(name), text).unwrap();
@@ -169,7 +180,7 @@ impl Farm {
                  socket_group = \"{WORKER_USER}\"\n\
                  allowed_users = [\"{WORKER_USER}\"]\n\
                  build_directory = \"{root}/worker/build\"\n\
-                 users = {{ first = {users}, count = {USERS} }}\n"
+                 users = {{ first = {users}, count = {USERS} }}\n{runner_extra}\n"
             ),
         );
         write(
@@ -300,6 +311,11 @@ impl Farm {
             }
         };
         *self.child(daemon) = Some(child);
+    }
+
+    /// The port that clients use.
+    pub fn port(&self) -> u16 {
+        self.clients
     }
 
     pub fn client(&self) -> Client {

@@ -6,6 +6,7 @@ mod harness;
 mod architecture;
 mod bad_input;
 mod documents;
+mod escape;
 mod farm;
 mod runner;
 mod scheduler;

@@ -4,6 +4,7 @@
 
 mod command;
 mod containment;
+mod custom;
 mod program;
 
 use std::{

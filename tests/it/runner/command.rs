@@ -37,7 +37,8 @@ async fn the_environment_is_exactly_what_was_sent_and_tmpdir() {
     let mut request = slot.request(&["/usr/bin/env"]);
     request.environment_variables = BTreeMap::from([("FOO".to_owned(), "b ar".to_owned())]);
     let ended = farm.send(request, &slot).await.unwrap();
-    let tmpdir = slot.path.join("tmp");
+    // The same in every slot.
+    let tmpdir = farm.build().join("tmp");
     assert_eq!(
         ended.stdout,
         format!("TMPDIR={}\nFOO=b ar\n", tmpdir.display())
@@ -138,7 +139,7 @@ async fn a_relative_search_path_starts_at_the_working_directory() {
     request.working_directory = "a".to_owned();
     request.environment_variables = BTreeMap::from([("PATH".to_owned(), "tools".to_owned())]);
     let ended = farm.send(request, &slot).await.unwrap();
-    let pwd = slot.path.join("root/a");
+    let pwd = farm.build().join("root/a");
     assert_eq!(ended.code, 42);
     assert_eq!(ended.stdout, format!("tools/hello\n{}\n", pwd.display()));
     farm.stop().await;

@@ -1,0 +1,204 @@
+//! The first process of a room's process namespace (pid_namespaces(7)).
+//!
+//! 1. It exists before the action and after it. The action's first process is not its child but this
+//!    daemon's, which alone learns how it ended; what becomes an orphan is reaped here.
+//! 2. When it ends, the kernel kills everything in the namespace, and this daemon is told of its end
+//!    only when nothing is left there.
+//! 3. It ends when this daemon does, in whatever way: it waits for the end of a pipe.
+//! 4. It is a program of a few instructions in memory, so that it costs a page or two, has nothing of
+//!    the daemon's, and can do nothing.
+
+use std::{
+    ffi::{c_int, c_void},
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    time::Duration,
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
+};
+
+use super::{child, process};
+
+/// The program, ready to be executed.
+#[derive(Debug)]
+pub struct Program(OwnedFd);
+
+/// A running one; its namespace is killed on drop.
+#[derive(Debug)]
+pub struct Init {
+    pidfd: OwnedFd,
+    /// Closed by our end.
+    _life: OwnedFd,
+    gone: bool,
+}
+
+/// read(3, …, 1), exit(0).
+#[cfg(target_arch = "x86_64")]
+const CODE: &[u8] = &[
+    0x31, 0xc0, // xor eax, eax
+    0xbf, 0x03, 0x00, 0x00, 0x00, // mov edi, 3
+    0x48, 0x8d, 0x74, 0x24, 0xf0, // lea rsi, [rsp-16]
+    0xba, 0x01, 0x00, 0x00, 0x00, // mov edx, 1
+    0x0f, 0x05, // syscall
+    0xb8, 0x3c, 0x00, 0x00, 0x00, // mov eax, 60
+    0x31, 0xff, // xor edi, edi
+    0x0f, 0x05, // syscall
+];
+#[cfg(target_arch = "aarch64")]
+const CODE: &[u8] = &[
+    0x60, 0x00, 0x80, 0xd2, // mov x0, #3
+    0xe1, 0x43, 0x00, 0xd1, // sub x1, sp, #16
+    0x22, 0x00, 0x80, 0xd2, // mov x2, #1
+    0xe8, 0x07, 0x80, 0xd2, // mov x8, #63
+    0x01, 0x00, 0x00, 0xd4, // svc #0
+    0xa8, 0x0b, 0x80, 0xd2, // mov x8, #93
+    0x00, 0x00, 0x80, 0xd2, // mov x0, #0
+    0x01, 0x00, 0x00, 0xd4, // svc #0
+];
+
+/// elf(5): e_machine.
+#[cfg(target_arch = "x86_64")]
+const MACHINE: u16 = 62;
+#[cfg(target_arch = "aarch64")]
+const MACHINE: u16 = 183;
+
+const LOAD_ADDRESS: u64 = 0x40_0000;
+const HEADERS: u64 = 64 + 56;
+
+/// An executable of one segment (elf(5)).
+fn image() -> Vec<u8> {
+    let size = HEADERS + CODE.len() as u64;
+    let mut image = vec![0x7f, b'E', b'L', b'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let mut half = |value: u16| image.extend(value.to_le_bytes());
+    half(2); // ET_EXEC
+    half(MACHINE);
+    image.extend(1u32.to_le_bytes());
+    for value in [LOAD_ADDRESS + HEADERS, 64, 0] {
+        image.extend(value.to_le_bytes()); // entry, program headers, section headers
+    }
+    image.extend(0u32.to_le_bytes());
+    for value in [64u16, 56, 1, 64, 0, 0] {
+        image.extend(value.to_le_bytes());
+    }
+    image.extend(1u32.to_le_bytes()); // PT_LOAD
+    image.extend(5u32.to_le_bytes()); // readable, executable
+    for value in [0, LOAD_ADDRESS, LOAD_ADDRESS, size, size, 0x1_0000] {
+        image.extend(value.to_le_bytes());
+    }
+    image.extend(CODE);
+    image
+}
+
+impl Program {
+    pub fn new() -> io::Result<Self> {
+        // Kernels before 6.3 do not know the flag that says it may be executed, nor forbid it.
+        let make = |flags: libc::c_uint| {
+            // SAFETY: the name is a string.
+            let fd = unsafe { libc::memfd_create(c"bb-init".as_ptr(), flags) };
+            match fd {
+                -1 => Err(io::Error::last_os_error()),
+                // SAFETY: it is new, and ours.
+                fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+            }
+        };
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        let memory = make(flags | MFD_EXEC).or_else(|_| make(flags))?;
+        rustix::io::write(&memory, &image())?;
+        let seals =
+            libc::F_SEAL_WRITE | libc::F_SEAL_GROW | libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL;
+        // SAFETY: takes numbers.
+        if unsafe { libc::fcntl(memory.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // Executed through a descriptor that cannot write.
+        let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+        Ok(Program(std::fs::File::open(path)?.into()))
+    }
+}
+
+/// What the new process needs.
+pub struct Launch {
+    pub program: RawFd,
+    pub life: RawFd,
+    pub errno: c_int,
+}
+
+impl Init {
+    /// In a process namespace of its own and in the other namespaces of this thread, whose /proc it
+    /// mounts.
+    pub fn start(program: &Program, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Self> {
+        let (read, write) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+        let mut launch = Launch {
+            program: program.0.as_raw_fd(),
+            life: read.as_raw_fd(),
+            errno: 0,
+        };
+        let pointer: *mut Launch = &raw mut launch;
+        let (_, pidfd) = process::make(
+            child::first,
+            pointer.cast::<c_void>(),
+            libc::CLONE_NEWPID as u64,
+            cgroup,
+        )?;
+        let mut init = Init {
+            pidfd,
+            _life: write,
+            gone: false,
+        };
+        // SAFETY: the child, which alone writes it, has executed its program or is gone.
+        let errno = unsafe { std::ptr::read_volatile(&raw const (*pointer).errno) };
+        if errno != 0 {
+            init.end(Duration::from_secs(1));
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        Ok(init)
+    }
+
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Kills everything in the namespace. False when something was left after `patience`.
+    pub fn end(&mut self, patience: Duration) -> bool {
+        if self.gone {
+            return true;
+        }
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        let timeout = Timespec::try_from(patience).ok();
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        loop {
+            match poll(&mut fds, timeout.as_ref()) {
+                Err(rustix::io::Errno::INTR) => continue,
+                Ok(1..) => break,
+                _ => return false,
+            }
+        }
+        let _ = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED);
+        self.gone = true;
+        true
+    }
+}
+
+impl Drop for Init {
+    fn drop(&mut self) {
+        self.end(Duration::from_secs(1));
+    }
+}
+
+/// memfd_create(2), since Linux 6.3.
+const MFD_EXEC: libc::c_uint = 0x10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_program_is_one_page_at_most() {
+        let image = image();
+        assert_eq!(image.len() as u64, HEADERS + CODE.len() as u64);
+        assert!(image.len() < 4096);
+    }
+}
