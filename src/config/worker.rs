@@ -47,6 +47,8 @@ pub struct Cache {
     pub directory: PathBuf,
     pub maximum_size: Size,
     pub maximum_files: u64,
+    /// Left free on the file system of the cache.
+    pub minimum_free: Size,
     /// Parsed Directory messages, in memory.
     pub maximum_directories_size: Size,
 }
@@ -116,6 +118,7 @@ impl Default for Cache {
             directory: PathBuf::from("/var/lib/bb-worker/cache"),
             maximum_size: Size::gib(20),
             maximum_files: 1_000_000,
+            minimum_free: Size::gib(1),
             maximum_directories_size: Size::mib(256),
         }
     }

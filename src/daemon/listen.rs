@@ -42,7 +42,12 @@ pub struct SocketPermissions {
     pub group: Option<u32>,
 }
 
-pub enum Listener {
+/// One service's sockets: one of our own, or all that a unit's ListenStream= lines made.
+pub struct Listener {
+    sockets: Vec<Socket>,
+}
+
+enum Socket {
     Tcp(TcpListener),
     Unix(UnixListener),
 }
@@ -59,14 +64,16 @@ pub enum Peer {
     },
 }
 
-/// The sockets that systemd passed, by name (sd_listen_fds_with_names(3)); each is taken once.
-static PASSED: LazyLock<Mutex<BTreeMap<String, OwnedFd>>> = LazyLock::new(|| {
-    let mut sockets = BTreeMap::new();
+/// The sockets that systemd passed, by name (sd_listen_fds_with_names(3)); each is taken once. A unit
+/// with several ListenStream= lines passes several under one name.
+static PASSED: LazyLock<Mutex<BTreeMap<String, Vec<OwnedFd>>>> = LazyLock::new(|| {
+    let mut sockets: BTreeMap<String, Vec<OwnedFd>> = BTreeMap::new();
     if let Ok(passed) = sd_notify::listen_fds_with_names() {
         for (fd, name) in passed {
             // SAFETY: systemd passed this descriptor to this process alone, and the initialiser of
             // a LazyLock runs once, so that nobody else owns it.
-            sockets.insert(name, unsafe { OwnedFd::from_raw_fd(fd) });
+            let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+            sockets.entry(name).or_default().push(socket);
         }
     }
     Mutex::new(sockets)
@@ -77,7 +84,7 @@ pub(super) fn any_passed() -> bool {
     std::env::var_os("LISTEN_FDS").is_some()
 }
 
-/// The socket that systemd passed under this name, else a socket of our own.
+/// The sockets that systemd passed under this name, else a socket of our own.
 ///
 /// `key` is the configuration key that gave the address, for errors.
 pub fn listen(
@@ -90,12 +97,18 @@ pub fn listen(
         .lock()
         .unwrap_or_else(|poisoned| poisoned.into_inner())
         .remove(name);
-    if let Some(socket) = passed {
-        return adopt(socket).map_err(|error| Failure::Environment {
-            message: format!("could not use the socket {name:?} that systemd passed: {error}"),
-        });
+    if let Some(passed) = passed {
+        let sockets = passed.into_iter().map(adopt).collect::<io::Result<_>>();
+        return sockets
+            .map(|sockets| Listener { sockets })
+            .map_err(|error| Failure::Environment {
+                message: format!("could not use a socket {name:?} that systemd passed: {error}"),
+            });
     }
-    open(address, permissions).map_err(|error| {
+    let opened = open(address, permissions).map(|socket| Listener {
+        sockets: vec![socket],
+    });
+    opened.map_err(|error| {
         let remedy = match error.kind() {
             io::ErrorKind::AddrInUse => {
                 "another process listens there; stop it, or choose another address"
@@ -114,28 +127,28 @@ pub fn listen(
     })
 }
 
-fn adopt(socket: OwnedFd) -> io::Result<Listener> {
+fn adopt(socket: OwnedFd) -> io::Result<Socket> {
     use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
     use std::os::fd::AsRawFd;
     let address: SockaddrStorage = getsockname(socket.as_raw_fd())?;
     if address.family() == Some(AddressFamily::Unix) {
         let listener = std::os::unix::net::UnixListener::from(socket);
         listener.set_nonblocking(true)?;
-        UnixListener::from_std(listener).map(Listener::Unix)
+        UnixListener::from_std(listener).map(Socket::Unix)
     } else {
         let listener = std::net::TcpListener::from(socket);
         listener.set_nonblocking(true)?;
-        TcpListener::from_std(listener).map(Listener::Tcp)
+        TcpListener::from_std(listener).map(Socket::Tcp)
     }
 }
 
-fn open(address: &ListenAddress, permissions: Option<SocketPermissions>) -> io::Result<Listener> {
+fn open(address: &ListenAddress, permissions: Option<SocketPermissions>) -> io::Result<Socket> {
     match address {
         ListenAddress::Tcp(address) => {
             // std sets SO_REUSEADDR, so that a restart needs no wait for TIME_WAIT.
             let listener = std::net::TcpListener::bind(address)?;
             listener.set_nonblocking(true)?;
-            TcpListener::from_std(listener).map(Listener::Tcp)
+            TcpListener::from_std(listener).map(Socket::Tcp)
         }
         ListenAddress::Unix(path) => {
             remove_stale(path)?;
@@ -146,7 +159,7 @@ fn open(address: &ListenAddress, permissions: Option<SocketPermissions>) -> io::
                 }
                 fs::set_permissions(path, fs::Permissions::from_mode(permissions.mode))?;
             }
-            Ok(Listener::Unix(listener))
+            Ok(Socket::Unix(listener))
         }
     }
 }
@@ -167,12 +180,20 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 }
 
 impl Listener {
+    /// All addresses, for people.
     pub fn address(&self) -> String {
+        let addresses: Vec<String> = self.sockets.iter().map(Socket::address).collect();
+        addresses.join(" and ")
+    }
+}
+
+impl Socket {
+    fn address(&self) -> String {
         match self {
-            Listener::Tcp(listener) => listener
+            Socket::Tcp(listener) => listener
                 .local_addr()
                 .map_or_else(|_| "tcp".to_owned(), |address| address.to_string()),
-            Listener::Unix(listener) => listener
+            Socket::Unix(listener) => listener
                 .local_addr()
                 .ok()
                 .and_then(|address| {
@@ -186,33 +207,28 @@ impl Listener {
 
     async fn accept(&self) -> io::Result<Connection> {
         match self {
-            Listener::Tcp(listener) => {
+            Socket::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?;
                 Ok(Connection::Tcp(stream))
             }
-            Listener::Unix(listener) => listener
+            Socket::Unix(listener) => listener
                 .accept()
                 .await
                 .map(|(stream, _)| Connection::Unix(stream)),
         }
     }
-}
 
-/// Serves until `stopping`, then gives calls that are under way `drain` to finish.
-pub async fn serve(
-    listener: Listener,
-    routes: Routes,
-    stopping: CancellationToken,
-    drain: Duration,
-) -> Result<(), Failure> {
-    let (sender, incoming) = mpsc::channel::<io::Result<Connection>>(16);
-    let accepting = stopping.clone();
-    tokio::spawn(async move {
+    /// Until `stopping`, or until nobody takes the connections.
+    async fn accept_all(
+        self,
+        stopping: CancellationToken,
+        sender: mpsc::Sender<io::Result<Connection>>,
+    ) {
         loop {
             let accepted = tokio::select! {
-                () = accepting.cancelled() => return,
-                accepted = listener.accept() => accepted,
+                () = stopping.cancelled() => return,
+                accepted = self.accept() => accepted,
             };
             match accepted {
                 Ok(connection) => {
@@ -228,7 +244,21 @@ pub async fn serve(
                 }
             }
         }
-    });
+    }
+}
+
+/// Serves until `stopping`, then gives calls that are under way `drain` to finish.
+pub async fn serve(
+    listener: Listener,
+    routes: Routes,
+    stopping: CancellationToken,
+    drain: Duration,
+) -> Result<(), Failure> {
+    let (sender, incoming) = mpsc::channel::<io::Result<Connection>>(16);
+    for socket in listener.sockets {
+        tokio::spawn(socket.accept_all(stopping.clone(), sender.clone()));
+    }
+    drop(sender);
     let server = Server::builder()
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)

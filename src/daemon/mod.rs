@@ -53,6 +53,15 @@ pub enum Failure {
     Environment { message: String },
 }
 
+/// Which boot of the host this is (random(4)). Units that hide /proc/sys pass it on as BB_BOOT_ID
+/// (systemd.unit(5), `%b`), without hyphens.
+pub fn boot_id() -> std::io::Result<String> {
+    match std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
+        Ok(text) => Ok(text.trim().replace('-', "")),
+        Err(error) => std::env::var("BB_BOOT_ID").map_err(|_| error),
+    }
+}
+
 #[derive(Parser)]
 struct Flags {
     /// TOML file; its drop-ins in FILE.d/*.toml are read too

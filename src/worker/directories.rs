@@ -1,14 +1,15 @@
 //! Directory messages: fetched level by level, parsed once, kept in memory, put together to the
 //! tree that an input root is laid out from.
 //!
-//! 1. A `Directory` is well formed: every name is one path component and occurs once.
-//! 2. A `Tree` is bounded: in its depth, in its entries counted with repetitions, and in the bytes
-//!    of its distinct Directory messages.
-//! 3. A Directory is fetched once, however many actions ask for it at the same time.
+//! 1. A `Directory` is well formed: every name is one path component and occurs once; each list is
+//!    in the order of the names.
+//! 2. A Directory is fetched once, however many actions ask for it at the same time.
+//! 3. A walk stops at every subtree that is in memory as a whole, so that its cost follows what is
+//!    new in a root.
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::Arc,
+    sync::{Arc, Weak},
 };
 
 use bytes::Bytes;
@@ -17,7 +18,12 @@ use parking_lot::Mutex;
 use prost::Message;
 use tokio_util::sync::CancellationToken;
 
-use super::{cache::Key, fault::Fault, lru::Lru};
+use super::{
+    cache::Key,
+    fault::Fault,
+    lru::Lru,
+    tree::{self, Node, Tree},
+};
 use crate::{
     digest::Digest,
     instance::InstanceName,
@@ -91,13 +97,21 @@ impl Directory {
                 .symlinks
                 .push((name(&symlink.name)?, symlink.target.as_str().into()));
         }
-        // REAPI wants the lists sorted, which changes nothing for us; twice is ambiguous.
+        directory.sort();
+        // Twice is ambiguous.
         let mut names: Vec<&str> = directory.names().collect();
         names.sort_unstable();
         match names.windows(2).find(|pair| pair[0] == pair[1]) {
             Some(pair) => Err(format!("it has two entries with the name {:?}", pair[0])),
             None => Ok(directory),
         }
+    }
+
+    /// REAPI wants the lists sorted; comparing two directories relies on it.
+    pub fn sort(&mut self) {
+        self.files.sort_by(|a, b| a.name.cmp(&b.name));
+        self.directories.sort_by(|a, b| a.0.cmp(&b.0));
+        self.symlinks.sort_by(|a, b| a.0.cmp(&b.0));
     }
 
     fn names(&self) -> impl Iterator<Item = &str> {
@@ -123,162 +137,6 @@ impl Directory {
     }
 }
 
-/// A whole input root, as a graph of its distinct directories.
-#[derive(Debug)]
-pub struct Tree {
-    /// The first is the root.
-    nodes: Vec<Node>,
-    entries: u64,
-}
-
-#[derive(Debug)]
-pub struct Node {
-    pub directory: Arc<Directory>,
-    pub digest: Digest,
-    /// For each of `directory.directories` its node.
-    pub children: Vec<u32>,
-    /// Of everything beneath, with repetitions.
-    pub entries: u64,
-}
-
-impl Tree {
-    pub fn root(&self) -> u32 {
-        0
-    }
-
-    pub fn node(&self, at: u32) -> &Node {
-        &self.nodes[at as usize]
-    }
-
-    /// Files, directories and symbolic links that it takes on disk.
-    pub fn entries(&self) -> u64 {
-        self.entries
-    }
-
-    /// Every file of every distinct directory.
-    pub fn files(&self) -> impl Iterator<Item = Key> {
-        self.nodes
-            .iter()
-            .flat_map(|node| node.directory.files.iter().map(|file| file.key))
-    }
-
-    /// Where in the root a file with this content is.
-    pub fn path_of(&self, digest: &Digest) -> Option<String> {
-        let (mut at, name) = self.nodes.iter().enumerate().find_map(|(at, node)| {
-            let mut files = node.directory.files.iter();
-            let file = files.find(|file| file.key.digest == *digest)?;
-            Some((at as u32, file.name.as_str()))
-        })?;
-        let mut parents: HashMap<u32, (u32, &str)> = HashMap::new();
-        for (parent, node) in self.nodes.iter().enumerate() {
-            for ((name, _), child) in node.directory.directories.iter().zip(&node.children) {
-                parents
-                    .entry(*child)
-                    .or_insert((parent as u32, name.as_str()));
-            }
-        }
-        let mut names = vec![name];
-        // Nodes are numbered level by level, so the first parent is nearer to the root.
-        while let Some((parent, name)) = parents.get(&at) {
-            names.push(name);
-            at = *parent;
-        }
-        names.reverse();
-        Some(names.join("/"))
-    }
-
-    /// `found` must hold everything reachable from `root`.
-    pub fn new(root: Digest, found: &HashMap<Digest, Arc<Directory>>) -> Result<Self, Fault> {
-        let mut nodes: Vec<Node> = Vec::with_capacity(found.len());
-        let mut numbers: HashMap<Digest, u32> = HashMap::with_capacity(found.len());
-        let mut number = |digest: Digest, nodes: &mut Vec<Node>| -> Result<u32, Fault> {
-            if let Some(number) = numbers.get(&digest) {
-                return Ok(*number);
-            }
-            let directory = found
-                .get(&digest)
-                .ok_or_else(|| Fault::Internal(format!("directory {digest} was not fetched")))?;
-            let at = nodes.len() as u32;
-            nodes.push(Node {
-                directory: directory.clone(),
-                digest,
-                children: Vec::new(),
-                entries: 0,
-            });
-            numbers.insert(digest, at);
-            Ok(at)
-        };
-        number(root, &mut nodes)?;
-        let mut at = 0;
-        while at < nodes.len() {
-            let directory = nodes[at].directory.clone();
-            for (_, child) in &directory.directories {
-                let child = number(*child, &mut nodes)?;
-                nodes[at].children.push(child);
-            }
-            at += 1;
-        }
-        measure(&mut nodes)?;
-        let entries = nodes[0].entries;
-        if entries > MAXIMUM_ENTRIES {
-            return Err(Fault::Invalid(format!(
-                "the input root has {} files, directories and symbolic links, more than the {MAXIMUM_ENTRIES} that are laid out",
-                if entries == u64::MAX {
-                    "over 10^19".to_owned()
-                } else {
-                    entries.to_string()
-                },
-            )));
-        }
-        Ok(Tree { nodes, entries })
-    }
-}
-
-/// Counts entries and depth from the leaves up. Not recursive: depth is the client's.
-fn measure(nodes: &mut [Node]) -> Result<(), Fault> {
-    const UNSEEN: u32 = 0;
-    const OPEN: u32 = u32::MAX;
-    // The depth of each finished node, one for a leaf.
-    let mut depths = vec![UNSEEN; nodes.len()];
-    let mut stack = vec![(0_u32, 0_usize)];
-    depths[0] = OPEN;
-    while let Some((at, next)) = stack.last_mut() {
-        let (node, at) = (&nodes[*at as usize], *at as usize);
-        if let Some(&child) = node.children.get(*next) {
-            *next += 1;
-            match depths[child as usize] {
-                UNSEEN => {
-                    depths[child as usize] = OPEN;
-                    stack.push((child, 0));
-                }
-                OPEN => {
-                    return Err(Fault::Invalid(format!(
-                        "directory {} of the input root contains itself",
-                        nodes[child as usize].digest
-                    )));
-                }
-                _ => {}
-            }
-            continue;
-        }
-        let mut entries = node.directory.entries();
-        let mut depth = 1;
-        for &child in &node.children {
-            entries = entries.saturating_add(nodes[child as usize].entries);
-            depth = depth.max(depths[child as usize] + 1);
-        }
-        if depth > MAXIMUM_DEPTH + 1 {
-            return Err(Fault::Invalid(format!(
-                "the input root has more than {MAXIMUM_DEPTH} directories below one another"
-            )));
-        }
-        nodes[at].entries = entries;
-        depths[at] = depth;
-        stack.pop();
-    }
-    Ok(())
-}
-
 /// What a walk through the storage brought.
 pub struct Walk {
     /// The tree, when nothing is missing.
@@ -288,14 +146,16 @@ pub struct Walk {
     /// What was read beside the root.
     pub beside: Result<Bytes, storage::Error>,
     found: HashMap<Digest, Arc<Directory>>,
+    known: HashMap<Digest, Tree>,
 }
 
 impl Walk {
-    /// Every file of every directory that was found.
-    pub fn files(&self) -> impl Iterator<Item = Key> {
-        self.found
-            .values()
-            .flat_map(|directory| directory.files.iter().map(|file| file.key))
+    /// Every file of every directory that was found. Takes as long as the root is large.
+    pub fn files(&self) -> Vec<Key> {
+        let mut files: Vec<Key> = self.known.values().flat_map(|tree| tree.files()).collect();
+        let found = self.found.values();
+        files.extend(found.flat_map(|directory| directory.files.iter().map(|file| file.key)));
+        files
     }
 }
 
@@ -312,7 +172,23 @@ pub struct Directories {
 #[derive(Default)]
 struct State {
     kept: Lru<Digest, Arc<Directory>>,
+    /// Subtrees that somebody holds as a whole: input roots that are kept on disk do.
+    trees: HashMap<Digest, Weak<Node>>,
+    /// From so many on the dead ones are looked for.
+    trees_limit: usize,
     fetching: HashMap<Digest, CancellationToken>,
+}
+
+impl State {
+    fn remember(&mut self, trees: Vec<Tree>) {
+        for tree in trees {
+            self.trees.insert(tree.digest, Arc::downgrade(&tree));
+        }
+        if self.trees.len() > self.trees_limit {
+            self.trees.retain(|_, tree| tree.strong_count() > 0);
+            self.trees_limit = self.trees.len() * 2 + 10_000;
+        }
+    }
 }
 
 /// Digests that we fetch; others wait for us.
@@ -351,6 +227,7 @@ impl Directories {
         beside: Digest,
     ) -> Result<Walk, Fault> {
         let mut found: HashMap<Digest, Arc<Directory>> = HashMap::new();
+        let mut known: HashMap<Digest, Tree> = HashMap::new();
         let mut missing = HashSet::new();
         let mut size = 0_u64;
         let mut level = vec![root];
@@ -369,7 +246,8 @@ impl Directories {
             }
             let mut wanted = level.clone();
             while !wanted.is_empty() || beside.is_some() {
-                let (claim, waiting) = self.claim(std::mem::take(&mut wanted), &mut found);
+                let (claim, waiting) =
+                    self.claim(std::mem::take(&mut wanted), &mut found, &mut known);
                 let mut digests = claim.digests.clone();
                 let first = beside.take();
                 digests.extend(first);
@@ -413,7 +291,10 @@ impl Directories {
             let mut seen = HashSet::new();
             for directory in level.iter().filter_map(|digest| found.get(digest)) {
                 for (_, child) in &directory.directories {
-                    if !found.contains_key(child) && !missing.contains(child) && seen.insert(*child)
+                    if !found.contains_key(child)
+                        && !known.contains_key(child)
+                        && !missing.contains(child)
+                        && seen.insert(*child)
                     {
                         next.push(*child);
                     }
@@ -424,7 +305,7 @@ impl Directories {
         let mut missing: Vec<Digest> = missing.into_iter().collect();
         missing.sort_unstable();
         let tree = match missing.is_empty() {
-            true => Some(Tree::new(root, &found)?),
+            true => Some(self.build(root, &found, &known)?),
             false => None,
         };
         Ok(Walk {
@@ -437,7 +318,28 @@ impl Directories {
                 ))),
             },
             found,
+            known,
         })
+    }
+
+    fn build(
+        &self,
+        root: Digest,
+        found: &HashMap<Digest, Arc<Directory>>,
+        known: &HashMap<Digest, Tree>,
+    ) -> Result<Tree, Fault> {
+        let (tree, new) = tree::build(root, found, known)?;
+        if tree.entries > MAXIMUM_ENTRIES {
+            return Err(Fault::Invalid(format!(
+                "the input root has {} files, directories and symbolic links, more than the {MAXIMUM_ENTRIES} that are laid out",
+                match tree.entries {
+                    u64::MAX => "over 10^19".to_owned(),
+                    entries => entries.to_string(),
+                },
+            )));
+        }
+        self.state.lock().remember(new);
+        Ok(tree)
     }
 
     /// Sorts digests into those that are here, those that are ours to fetch, and those that
@@ -446,6 +348,7 @@ impl Directories {
         &self,
         wanted: Vec<Digest>,
         found: &mut HashMap<Digest, Arc<Directory>>,
+        known: &mut HashMap<Digest, Tree>,
     ) -> (Claim<'_>, Vec<(Digest, CancellationToken)>) {
         let done = CancellationToken::new();
         let mut digests = Vec::new();
@@ -454,6 +357,8 @@ impl Directories {
         for digest in wanted {
             if digest.is_empty_blob() && digest == digest.function().empty() {
                 found.insert(digest, Arc::default());
+            } else if let Some(tree) = state.trees.get(&digest).and_then(Weak::upgrade) {
+                known.insert(digest, tree);
             } else if let Some(directory) = state.kept.get(&digest) {
                 found.insert(digest, directory.clone());
             } else if let Some(other) = state.fetching.get(&digest) {

@@ -19,13 +19,14 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, transport::Channel};
 
 use super::{
-    cache::{Cache, Pins},
+    cache::Cache,
     command::Command,
-    directories::{Directories, Tree},
+    directories::Directories,
     fault::Fault,
-    input_root::{InputRoot, LOCK_TIMEOUT, PrepareError, Roots},
+    input_root::{InputRoot, LOCK_TIMEOUT, Planned, PrepareError, Roots},
     outputs::{Collector, Found},
     task::Task,
+    tree::Tree,
 };
 use crate::{
     digest::{Digest, DigestFunction},
@@ -118,8 +119,8 @@ impl Executor {
     ) -> Result<(), Fault> {
         metadata.input_fetch_start_timestamp = now();
         let set_up = async {
-            let (command, tree, pins) = self.fetch(task).await?;
-            self.prepare(task, command, tree, pins).await
+            let (command, tree) = self.fetch(task).await?;
+            self.prepare(task, command, tree).await
         };
         let (command, mut root) = tokio::select! {
             ready = set_up => ready?,
@@ -164,8 +165,8 @@ impl Executor {
         ran.and(uploaded)
     }
 
-    /// The command, and all inputs in the cache. Everything that is missing is told at once.
-    async fn fetch(&self, task: &Task) -> Result<(Command, Tree, Pins), Fault> {
+    /// The command and all directories. When some are missing, all that is missing is told at once.
+    async fn fetch(&self, task: &Task) -> Result<(Command, Tree), Fault> {
         let digest = |field: &str, digest: Option<&reapi::Digest>| {
             Digest::parse_required(Some(task.function), digest)
                 .map_err(|error| Fault::Invalid(format!("{field} of the action is wrong: {error}")))
@@ -197,14 +198,8 @@ impl Executor {
                     return Err(Fault::of_storage(what, error.clone()));
                 }
             };
-        if let (Some(command), Some(_)) = (command, &walk.tree) {
-            let wanted = walk.files().collect();
-            let obtained = self.cache.obtain(&task.instance, wanted).await;
-            let tree = walk.tree.ok_or(Fault::Cancelled)?;
-            return match obtained {
-                Ok(pins) => Ok((command, tree, pins)),
-                Err(fault) => Err(with_path(fault, &tree)),
-            };
+        if let (Some(command), Some(tree)) = (command, &walk.tree) {
+            return Ok((command, tree.clone()));
         }
         // It will not run, so nothing is fetched; but the client learns of every missing file too.
         let absent = self.cache.absent(walk.files());
@@ -218,33 +213,36 @@ impl Executor {
         Err(Fault::of_storage("obtain the action's inputs", error))
     }
 
+    /// A root is chosen, the files that it lacks are fetched, then it is changed.
     async fn prepare(
         &self,
         task: &Task,
         command: Command,
         tree: Tree,
-        pins: Pins,
     ) -> Result<(Command, InputRoot), Fault> {
-        let tree = Arc::new(tree);
         let parents = Arc::new(command.output_parents());
         let mut attempts = 0;
         loop {
-            let (roots, tree, parents) = (self.roots.clone(), tree.clone(), parents.clone());
-            let prepared = tokio::task::spawn_blocking(move || roots.prepare(&tree, &parents));
+            let planned = self.plan(&tree).await?;
+            let wanted = planned.links().to_vec();
+            let obtained = self.cache.obtain(&task.instance, wanted).await;
+            let pins = obtained.map_err(|fault| with_path(fault, &tree))?;
+            let (roots, parents) = (self.roots.clone(), parents.clone());
+            let prepared = tokio::task::spawn_blocking(move || roots.prepare(planned, &parents));
             let prepared = prepared.await.map_err(|error| {
                 Fault::Internal(format!("could not lay out the input root: {error}"))
             })?;
+            drop(pins);
             match prepared {
-                Ok(root) => {
-                    drop(pins);
-                    return Ok((command, root));
-                }
+                Ok(root) => return Ok((command, root)),
                 Err(PrepareError::Vanished(keys)) if attempts < ATTEMPTS => {
                     attempts += 1;
                     tracing::warn!(
                         files = keys.len(),
                         "files vanished from the cache; fetching them again"
                     );
+                    // Whoever removed them may have changed others.
+                    self.roots.distrust_all();
                     self.cache.restore(&task.instance, keys).await?;
                 }
                 Err(PrepareError::Vanished(keys)) => {
@@ -257,6 +255,24 @@ impl Executor {
                 Err(PrepareError::Fault(fault)) => return Err(fault),
             }
         }
+    }
+
+    async fn plan(&self, tree: &Tree) -> Result<Planned, Fault> {
+        if let Some(planned) = self.roots.try_plan(tree) {
+            return Ok(planned);
+        }
+        let (roots, tree) = (self.roots.clone(), tree.clone());
+        let planned = tokio::task::spawn_blocking(move || roots.plan(&tree));
+        let planned = planned
+            .await
+            .map_err(|error| Fault::Internal(format!("could not plan the input root: {error}")))?;
+        planned.map_err(|error| {
+            let what = format!(
+                "make an action directory in {}",
+                self.roots.path().display()
+            );
+            Fault::of_disk(what, error)
+        })
     }
 
     fn run_request(&self, command: &Command, root: &InputRoot) -> RunRequest {
@@ -317,7 +333,7 @@ impl Executor {
         &self,
         task: &Task,
         command: Command,
-        root: InputRoot,
+        mut root: InputRoot,
         cancel: &CancellationToken,
         response: &mut reapi::ExecuteResponse,
     ) -> Result<(), Fault> {
@@ -325,15 +341,17 @@ impl Executor {
         let (cache, cancel, function) = (self.cache.clone(), cancel.clone(), task.function);
         let store_directories =
             command.store_directories || self.force_upload_trees_and_directories;
-        let collecting = tokio::task::spawn_blocking(move || {
-            // Nobody receives any more after a failed upload; the rest is collected all the same.
-            let send = |batch| drop(sender.blocking_send(batch));
-            Collector::new(function, &cache, store_directories, &cancel, send).collect(
-                root.gate(),
-                root.root(),
-                &command,
-            )
-        });
+        let collecting =
+            tokio::task::spawn_blocking(move || {
+                // Nobody receives any more after a failed upload; the rest is collected all the same.
+                let send = |batch| drop(sender.blocking_send(batch));
+                let found = Collector::new(function, &cache, store_directories, &cancel, send)
+                    .collect(root.gate(), root.root(), &command);
+                if found.by_a_privileged_user {
+                    root.distrust_user();
+                }
+                found
+            });
         let mut uploaded = Ok(());
         while let Some(batch) = batches.recv().await {
             let upload = self.storage.upload(&task.instance, batch).await;

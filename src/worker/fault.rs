@@ -87,7 +87,10 @@ impl Fault {
         let error = error.into();
         let text = format!("could not {what}: {error}");
         match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Fault::Exhausted(text),
+            // Another worker may have room, and this one later.
+            io::ErrorKind::StorageFull
+            | io::ErrorKind::QuotaExceeded
+            | io::ErrorKind::ReadOnlyFilesystem => Fault::Unavailable(text),
             _ => Fault::Internal(text),
         }
     }

@@ -1,7 +1,8 @@
 //! What is used, in the order of its last use, with weights and pins. PURE.
 //!
-//! 1. Every operation but `evict` takes constant time.
-//! 2. What is pinned is not evicted.
+//! 1. Every operation takes constant time; `evict` in proportion to what it evicts, however much is
+//!    pinned: pinned entries are in no order.
+//! 2. What is pinned is not evicted; it counts as used when its last pin goes.
 //! 3. A handle is valid for as long as its entry is pinned.
 
 use std::{collections::HashMap, hash::Hash};
@@ -84,10 +85,12 @@ impl<K: Copy + Eq + Hash, V> Lru<K, V> {
         entry.map(|entry| &entry.value)
     }
 
-    /// Uses an entry and pins it once more.
+    /// Pins an entry once more.
     pub fn pin(&mut self, key: &K) -> Option<Handle> {
         let at = *self.index.get(key)?;
-        self.touch(at);
+        if self.slots[at as usize].pins == 0 {
+            self.unlink(at);
+        }
         self.slots[at as usize].pins += 1;
         Some(Handle(at))
     }
@@ -95,7 +98,18 @@ impl<K: Copy + Eq + Hash, V> Lru<K, V> {
     pub fn unpin(&mut self, handle: Handle) {
         let pins = &mut self.slots[handle.0 as usize].pins;
         debug_assert!(*pins > 0, "unpinned more often than pinned");
-        *pins = pins.saturating_sub(1);
+        if *pins == 1 {
+            *pins = 0;
+            self.append(handle.0);
+        } else {
+            *pins = pins.saturating_sub(1);
+        }
+    }
+
+    /// The value behind a handle.
+    pub fn value_of(&self, handle: Handle) -> Option<&V> {
+        let entry = self.slots[handle.0 as usize].entry.as_ref();
+        entry.map(|entry| &entry.value)
     }
 
     /// Of the entry behind a handle.
@@ -142,25 +156,21 @@ impl<K: Copy + Eq + Hash, V> Lru<K, V> {
     /// Removes unpinned entries, the oldest first, for as long as `more` of (weight, count) says so.
     pub fn evict(&mut self, more: impl Fn(u64, usize) -> bool) -> Vec<(K, V)> {
         let mut evicted = Vec::new();
-        let mut at = self.oldest;
-        while at != NONE && more(self.weight, self.len()) {
-            let newer = self.slots[at as usize].newer;
-            if self.slots[at as usize].pins == 0
-                && let Some(entry) = self.slots[at as usize].entry.take()
-            {
-                self.unlink(at);
+        while self.oldest != NONE && more(self.weight, self.len()) {
+            let at = self.oldest;
+            self.unlink(at);
+            if let Some(entry) = self.slots[at as usize].entry.take() {
                 self.index.remove(&entry.key);
                 self.weight -= entry.weight;
                 self.vacant.push(at);
                 evicted.push((entry.key, entry.value));
             }
-            at = newer;
         }
         evicted
     }
 
     fn touch(&mut self, at: u32) {
-        if self.newest != at {
+        if self.newest != at && self.slots[at as usize].pins == 0 {
             self.unlink(at);
             self.append(at);
         }
@@ -253,6 +263,9 @@ mod tests {
                             let (key, handle) = handles.remove(n);
                             lru.unpin(handle);
                             list.iter_mut().find(|e| e.0 == key).unwrap().2 -= 1;
+                            if list.iter().any(|e| e.0 == key && e.2 == 0) {
+                                touch(&mut list, key);
+                            }
                         }
                     }
                     Step::Evict(limit) => {

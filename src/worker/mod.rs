@@ -36,6 +36,7 @@ pub mod removal;
 pub mod slot;
 mod story;
 pub mod task;
+pub mod tree;
 
 pub use probe::probe;
 
@@ -101,6 +102,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         config.scheduler.endpoint
     ));
     while clients.join_next().await.is_some() {}
+    tracing::info!("laid out {}", roots.counts());
     Ok(())
 }
 
@@ -125,6 +127,7 @@ async fn open_directories(
     let limits = cache::Limits {
         bytes: config.cache.maximum_size.get(),
         files: config.cache.maximum_files,
+        minimum_free: config.cache.minimum_free.get(),
     };
     let (cache_path, build_path) = (
         config.cache.directory.clone(),

@@ -61,6 +61,9 @@ pub struct Found {
     pub server_logs: BTreeMap<String, reapi::LogFile>,
     /// The first one.
     pub fault: Option<Fault>,
+    /// Something was made by root or by the worker's own user, so that the action could have changed
+    /// anything.
+    pub by_a_privileged_user: bool,
 }
 
 /// Reads outputs, and hands blobs to `send` in batches.
@@ -396,6 +399,11 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
         let (file, stat) =
             beneath::open_file(directory, name).map_err(|error| unreadable(text, error))?;
         let executable = is_executable(&stat);
+        // An input that is declared as an output has links in the cache and in the root.
+        let worker = rustix::process::geteuid().as_raw();
+        if stat.st_nlink == 1 && (stat.st_uid == worker || stat.st_uid == 0) {
+            self.found.by_a_privileged_user = true;
+        }
         // Before it is read: afterwards nobody can make it differ from its digest.
         let sealed = cache::seal(&file, executable);
         let (digest, file) = self.digest(file)?;

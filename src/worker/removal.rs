@@ -48,6 +48,16 @@ pub fn empty(directory: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
+/// Removes a directory that its owner closed to everybody.
+pub fn remove(parent: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    let name = CString::new(name)?;
+    make_accessible(parent, &name)?;
+    let directory = open(parent, &name)?;
+    empty(directory.as_fd())?;
+    rustix::fs::unlinkat(parent, &name, AtFlags::REMOVEDIR)?;
+    Ok(())
+}
+
 fn sweep(root: BorrowedFd<'_>, moved: &mut bool) -> io::Result<()> {
     let mut first_error: Option<io::Error> = None;
     let mut stack = vec![Level {

@@ -24,6 +24,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 const IDLE_PAUSE: Duration = Duration::from_secs(1);
 /// How long a call may take that is in flight, or still due, at the drain limit.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long an idle slot that stops waits for a scheduler to take note. One that is stopped at the
+/// same time may never answer.
+const LONGEST_FAREWELL: Duration = Duration::from_secs(5);
 
 pub struct Slot<T, R> {
     doing: Doing<T, R>,
@@ -179,7 +182,12 @@ impl<T, R: Clone> Slot<T, R> {
         if let Some(call) = &self.call {
             // The scheduler holds calls that ask for work; a slot that leaves must not wait for it.
             let held = draining && !call.prefer_being_idle && call.said != Said::Executing;
-            let limit = deadline.map(|deadline| deadline.max(call.began + LAST_WORDS));
+            let limit = deadline.map(|deadline| match call.said {
+                Said::Farewell => {
+                    (call.began + LONGEST_FAREWELL).min(deadline.max(call.began + LAST_WORDS))
+                }
+                _ => deadline.max(call.began + LAST_WORDS),
+            });
             if held || limit.is_some_and(|limit| limit <= now) {
                 if call.said == Said::Farewell {
                     self.life = Life::Gone;
@@ -548,6 +556,15 @@ mod tests {
         assert_eq!(stage.steps(), [Step::HangUp, unwilling(Activity::Idle)]);
         stage.slot.failed(stage.now, 0);
         assert_eq!(stage.steps(), [Step::Leave]);
+    }
+
+    #[test]
+    fn an_idle_slot_that_stops_does_not_wait_long_for_a_scheduler_that_is_silent() {
+        let mut stage = Stage::asking();
+        stage.slot.stop(stage.now + 60 * SECOND);
+        assert_eq!(stage.steps(), [Step::HangUp, unwilling(Activity::Idle)]);
+        assert_eq!(stage.pass(4 * SECOND).steps(), []);
+        assert_eq!(stage.pass(SECOND).steps(), [Step::HangUp, Step::Leave]);
     }
 
     #[test]

@@ -1,5 +1,6 @@
-//! Input roots whose files are all cached: how long a fresh one takes, and how much processor time
-//! per file; on the disk's file system and in memory.
+//! Input roots whose files are all cached: how long it takes from knowing the root's Directories to
+//! the root's being ready, by what is there already; on ext4 and xfs in memory, mounted by loop,
+//! where root may mount them.
 //!
 //! usage: cargo bench --bench farm -- roots [FILES...]
 
@@ -7,7 +8,8 @@ use std::{
     collections::{BTreeSet, HashMap},
     fs,
     os::fd::AsFd,
-    path::Path,
+    path::{Path, PathBuf},
+    process::Command,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -20,99 +22,300 @@ use bb_remote_execution::{
     storage::remote,
     worker::{
         cache::{Cache, Key, Limits},
-        directories::{Directory, File, Tree},
-        input_root::Roots,
+        directories::{Directory, File},
+        input_root::{InputRoot, Roots},
+        tree::{self, Tree},
     },
 };
 
 const FUNCTION: DigestFunction = DigestFunction::Sha256;
 const FILES_PER_DIRECTORY: usize = 50;
 const DIRECTORIES_PER_DIRECTORY: usize = 10;
-const ROUNDS: usize = 7;
+const ROUNDS: usize = 9;
+const LIMITS: Limits = Limits {
+    bytes: 1 << 40,
+    files: 1 << 24,
+    minimum_free: 0,
+};
 
 pub fn run(arguments: &[String]) {
     let sizes: Vec<usize> = match arguments {
-        [] => vec![0, 1_000, 10_000],
+        [] => vec![10_000, 50_000],
         given => given
             .iter()
             .map(|n| n.parse().expect("a number of files"))
             .collect(),
     };
-    println!("input roots, everything cached: median of {ROUNDS} rounds");
+    println!("input roots, everything cached: medians of {ROUNDS} rounds");
     println!(
-        "{:<9} {:>6} {:>5} {:<16} {:>8} {:>11} {:>11} {:>11}",
-        "where", "files", "dirs", "root", "wall ms", "cpu us/file", "clean ms", "cpu us/file"
+        "{:<6} {:>6} {:>5}  {:<22} {:>9} {:>11} {:>9} {:>12}",
+        "where", "files", "dirs", "root", "ready ms", "cpu us/file", "after ms", "fresh/this"
     );
-    for place in ["/var/tmp", "/dev/shm"] {
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut places = Vec::new();
+    for (kind, options) in [("ext4", &[][..]), ("xfs", &["-m", "reflink=1"])] {
+        if let Some(mounted) = Mounted::new(kind, memory.path(), options) {
+            places.push(mounted);
+        }
+    }
+    for place in &places {
         for &size in &sizes {
-            measure(Path::new(place), size);
+            measure(&place.kind, &place.at, size);
+        }
+    }
+    if places.is_empty() {
+        for &size in &sizes {
+            measure("disk", Path::new("/var/tmp"), size);
+        }
+    }
+    for place in &places {
+        restart(&place.kind, &place.at);
+    }
+}
+
+struct Mounted {
+    kind: String,
+    at: PathBuf,
+}
+
+impl Mounted {
+    fn new(kind: &str, place: &Path, options: &[&str]) -> Option<Self> {
+        let image = place.join(format!("{kind}.image"));
+        let at = place.join(kind);
+        fs::create_dir(&at).unwrap();
+        fs::File::create(&image).unwrap().set_len(4 << 30).unwrap();
+        let quiet = |command: &mut Command| command.output().is_ok_and(|out| out.status.success());
+        let mut make = Command::new(format!("mkfs.{kind}"));
+        let made = quiet(make.arg("-q").args(options).arg(&image));
+        let mut mount = Command::new("mount");
+        let mounted = made && quiet(mount.args(["-o", "loop,noatime"]).arg(&image).arg(&at));
+        mounted.then(|| Mounted {
+            kind: kind.to_owned(),
+            at,
+        })
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        for _ in 0..100 {
+            let status = Command::new("umount").arg(&self.at).status();
+            if status.is_ok_and(|status| status.success()) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(100));
         }
     }
 }
 
-fn measure(place: &Path, size: usize) {
+fn client(runtime: &tokio::runtime::Runtime) -> remote::Client {
+    let nowhere = Endpoint::Unix("/nonexistent/storage.sock".into());
+    let _guard = runtime.enter();
+    remote::Client::connect(&nowhere, &nowhere, Default::default())
+}
+
+struct Bench {
+    runtime: tokio::runtime::Runtime,
+    cache: Arc<Cache>,
+    roots: Roots,
+}
+
+impl Bench {
+    /// Ready, and cleaned up afterwards.
+    fn root(&self, tree: &Tree) -> (Clock2, InputRoot) {
+        let start = Clock::start();
+        let planned = self.roots.plan(tree).unwrap();
+        let wanted = planned.links().to_vec();
+        let instance = InstanceName::empty();
+        let obtained = self.cache.obtain(&instance, wanted);
+        let pins = self.runtime.block_on(obtained).unwrap();
+        let root = self.roots.prepare(planned, &BTreeSet::new()).unwrap();
+        drop(pins);
+        (start.elapsed(), root)
+    }
+
+    fn rounds<'t>(&self, trees: impl Iterator<Item = &'t Tree>) -> (Vec<Clock2>, Vec<Clock2>) {
+        let mut ready = Vec::new();
+        let mut after = Vec::new();
+        for tree in trees {
+            let (time, root) = self.root(tree);
+            ready.push(time);
+            let start = Clock::start();
+            // Outside of a runtime it is verified at once.
+            drop(root);
+            after.push(start.elapsed());
+        }
+        (ready, after)
+    }
+}
+
+type Clock2 = (Duration, Duration);
+
+fn measure(kind: &str, place: &Path, size: usize) {
     let directory = tempfile::Builder::new()
         .prefix("bb-bench-roots.")
         .tempdir_in(place)
         .unwrap();
-    let nowhere = Endpoint::Unix("/nonexistent/storage.sock".into());
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let client = {
-        let _guard = runtime.enter();
-        remote::Client::connect(&nowhere, &nowhere, Default::default())
-    };
-    let limits = Limits {
-        bytes: 1 << 40,
-        files: 1 << 24,
-    };
-    let cache = Arc::new(Cache::open(&directory.path().join("cache"), limits, client).unwrap());
-    let roots = Roots::open(&directory.path().join("build"), cache.clone(), 2).unwrap();
-    let keys: Vec<Key> = (0..size + ROUNDS)
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let client = client(&runtime);
+    let cache = Arc::new(Cache::open(&directory.path().join("cache"), LIMITS, client).unwrap());
+    let many = 100;
+    let keys: Vec<Key> = (0..size + ROUNDS * many)
         .map(|i| insert(&cache, directory.path(), &format!("file {i}")))
         .collect();
-    let first = tree(&keys[..size], None);
-    // Each round another file differs from the round before.
-    let changed: Vec<Tree> = (0..ROUNDS)
-        .map(|round| tree(&keys[..size], Some(keys[size + round])))
+    let first = tree(&keys[..size], &[]);
+    let one: Vec<Tree> = (0..ROUNDS)
+        .map(|round| tree(&keys[..size], &keys[size + round..][..1]))
         .collect();
-    let same: Vec<&Tree> = std::iter::repeat_n(&first, ROUNDS).collect();
-    for (what, trees) in [
-        ("the same", same),
-        ("one file changed", changed.iter().collect()),
-    ] {
-        if size == 0 && what != "the same" {
-            continue;
-        }
-        let mut made = Vec::new();
-        let mut cleaned = Vec::new();
-        for tree in trees {
-            let start = Clock::start();
-            let pins = runtime
-                .block_on(cache.obtain(&InstanceName::empty(), tree.files().collect()))
-                .unwrap();
-            let root = roots.prepare(tree, &BTreeSet::new()).unwrap();
-            drop(pins);
-            made.push(start.elapsed());
-            // Outside of a runtime it is cleaned at once.
+    let hundred: Vec<Tree> = (0..ROUNDS)
+        .map(|round| tree(&keys[..size], &keys[size + round * many..][..many]))
+        .collect();
+    let build = directory.path().join("build");
+    // Cold: one thread, then two, each time in new directories.
+    let mut fresh = [Duration::ZERO; 2];
+    for threads in [1, 2] {
+        let mut ready = Vec::new();
+        let mut after = Vec::new();
+        let mut grown = 0;
+        for _ in 0..ROUNDS.min(5) {
+            let roots = Roots::open(&build, cache.clone(), 1).unwrap();
+            roots.set_threads(threads);
+            let bench = Bench {
+                runtime: tokio::runtime::Builder::new_current_thread()
+                    .build()
+                    .unwrap(),
+                cache: cache.clone(),
+                roots,
+            };
+            let before = memory();
+            let (time, root) = bench.root(&first);
+            // Later ones get the memory that the first one left.
+            grown = grown.max(memory().saturating_sub(before));
+            ready.push(time);
             let start = Clock::start();
             drop(root);
-            cleaned.push(start.elapsed());
+            let removed = bench.roots;
+            after.push(start.elapsed());
+            drop(removed);
+            wait_for_trash(&build);
         }
-        let (wall, cpu) = (median(&made, |m| m.0), median(&made, |m| m.1));
-        let (clean_wall, clean_cpu) = (median(&cleaned, |m| m.0), median(&cleaned, |m| m.1));
-        let per_file = |time: Duration| time.as_secs_f64() * 1e6 / size.max(1) as f64;
-        println!(
-            "{:<9} {:>6} {:>5} {:<16} {:>8.2} {:>11.2} {:>11.2} {:>11.2}",
-            place.display(),
-            size,
-            first.entries() as usize - size,
-            what,
-            wall.as_secs_f64() * 1e3,
-            per_file(cpu),
-            clean_wall.as_secs_f64() * 1e3,
-            per_file(clean_cpu),
+        fresh[threads - 1] = median(&ready, |m| m.0);
+        let what = format!(
+            "cold, {threads} thread{}",
+            if threads > 1 { "s" } else { "" }
         );
+        print(kind, size, &first, &what, &ready, &after, None);
+        if threads == 1 {
+            println!(
+                "       memory of the kept root: {} bytes per entry",
+                grown / first.entries
+            );
+        } else {
+            println!(
+                "       two threads are {:.2} times as fast",
+                fresh[0].as_secs_f64() / fresh[1].as_secs_f64()
+            );
+        }
     }
+    let roots = Roots::open(&build, cache.clone(), 1).unwrap();
+    let bench = Bench {
+        runtime,
+        cache,
+        roots,
+    };
+    drop(bench.root(&first));
+    let same: Vec<&Tree> = std::iter::repeat_n(&first, ROUNDS).collect();
+    let fresh = Some(fresh[0]);
+    let (ready, after) = bench.rounds(same.into_iter());
+    print(kind, size, &first, "unchanged", &ready, &after, fresh);
+    let (ready, after) = bench.rounds(one.iter());
+    print(kind, size, &first, "1 file changed", &ready, &after, fresh);
+    // From and to the same: a hundred are changed each time.
+    let (ready, after) = bench.rounds(hundred.iter());
+    print(
+        kind,
+        size,
+        &first,
+        "100 files changed",
+        &ready,
+        &after,
+        fresh,
+    );
+    drop(bench);
+    wait_for_trash(&build);
+}
+
+fn wait_for_trash(build: &Path) {
+    let trash = build.join("trash");
+    let count = || fs::read_dir(&trash).map_or(0, |entries| entries.count());
+    while count() > 0 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn print(
+    kind: &str,
+    size: usize,
+    tree: &Tree,
+    what: &str,
+    ready: &[Clock2],
+    after: &[Clock2],
+    fresh: Option<Duration>,
+) {
+    let (wall, cpu) = (median(ready, |m| m.0), median(ready, |m| m.1));
+    let after = median(after, |m| m.0);
+    let ratio = fresh.map_or(String::new(), |fresh| {
+        format!("{:.0}", fresh.as_secs_f64() / wall.as_secs_f64())
+    });
+    println!(
+        "{:<6} {:>6} {:>5}  {:<22} {:>9.3} {:>11.2} {:>9.3} {:>12}",
+        kind,
+        size,
+        tree.entries as usize - size,
+        what,
+        wall.as_secs_f64() * 1e3,
+        cpu.as_secs_f64() * 1e6 / size.max(1) as f64,
+        after.as_secs_f64() * 1e3,
+        ratio,
+    );
+}
+
+/// A worker that starts with 200,000 cached files.
+fn restart(kind: &str, place: &Path) {
+    const FILES: usize = 200_000;
+    let directory = tempfile::tempdir_in(place).unwrap();
+    let path = directory.path().join("cache");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let client = client(&runtime);
+    let cache = Cache::open(&path, LIMITS, client.clone()).unwrap();
+    for i in 0..FILES {
+        insert(&cache, directory.path(), &format!("file {i}"));
+    }
+    drop(cache);
+    let before = memory();
+    let start = Instant::now();
+    let cache = Cache::open(&path, LIMITS, client).unwrap();
+    let opened = start.elapsed();
+    let files = cache.usage().0;
+    println!(
+        "{kind}: a cache of {files} files opened in {:.2} s; {} bytes of memory per file",
+        opened.as_secs_f64(),
+        memory().saturating_sub(before) / files.max(1),
+    );
+}
+
+/// Resident bytes of this process.
+fn memory() -> u64 {
+    let pages = fs::read_to_string("/proc/self/statm").unwrap();
+    let pages = pages
+        .split(' ')
+        .nth(1)
+        .and_then(|pages| pages.parse::<u64>().ok());
+    pages.unwrap_or(0) * 4096
 }
 
 fn insert(cache: &Cache, directory: &Path, content: &str) -> Key {
@@ -128,15 +331,18 @@ fn insert(cache: &Cache, directory: &Path, content: &str) -> Key {
     key
 }
 
-/// Directories of 50 files, ten of them in a directory, and so on. The last file may be another.
-fn tree(keys: &[Key], last: Option<Key>) -> Tree {
+/// Directories of 50 files, ten of them in a directory, and so on. So many files, spread evenly, are
+/// others.
+fn tree(keys: &[Key], others: &[Key]) -> Tree {
     let mut keys = keys.to_vec();
-    if let (Some(other), Some(key)) = (last, keys.last_mut()) {
-        *key = other;
+    for (i, key) in others.iter().enumerate() {
+        let at = i * keys.len() / others.len();
+        keys[at] = *key;
     }
     let mut found: HashMap<Digest, Arc<Directory>> = HashMap::new();
     let mut level: Vec<Digest> = Vec::new();
-    let mut add = |directory: Directory| {
+    let mut add = |mut directory: Directory| {
+        directory.sort();
         // Not the digest of its encoding, but as distinct.
         let digest = FUNCTION.digest_of(format!("{directory:?}").as_bytes());
         found.insert(digest, Arc::new(directory));
@@ -168,7 +374,7 @@ fn tree(keys: &[Key], last: Option<Key>) -> Tree {
             level.push(add(Directory::default()));
         }
     }
-    Tree::new(level[0], &found).unwrap()
+    tree::build(level[0], &found, &HashMap::new()).unwrap().0
 }
 
 struct Clock(Instant, Duration);
@@ -178,7 +384,7 @@ impl Clock {
         Clock(Instant::now(), processor_time())
     }
 
-    fn elapsed(&self) -> (Duration, Duration) {
+    fn elapsed(&self) -> Clock2 {
         (self.0.elapsed(), processor_time() - self.1)
     }
 }

@@ -294,15 +294,22 @@ impl Farm {
             .append(true)
             .open(self.path().join(format!("{name}.log")))
             .unwrap();
-        let child = command
+        command
             .arg("--config")
             .arg(self.path().join(format!("{name}.toml")))
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
-            .process_group(0)
-            .spawn()
-            .unwrap();
+            .process_group(0);
+        let child = loop {
+            match command.spawn() {
+                // Another test forked while this one copied the program, and has yet to exec.
+                Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                spawned => break spawned.unwrap(),
+            }
+        };
         *self.child(daemon) = Some(child);
     }
 

@@ -4,3 +4,5 @@ mod farm;
 mod inputs;
 mod outputs;
 mod results;
+mod roots;
+mod tamper;

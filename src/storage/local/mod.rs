@@ -20,13 +20,14 @@
 //!
 //! The index is read into memory at start, since 300,000 lookups a second leave no time for more.
 //! What remains for an embedded engine is to keep small blobs. Measured with 1,000,000 blobs of
-//! 1 KiB on the ext4 file system of a 2-core machine:
+//! 1 KiB on the ext4 file system of a 2-core machine (segments: `cargo bench --bench farm -- cas
+//! /var/tmp 1 store`):
 //!
 //! | | fjall 3.1 | fjall 3.1, key-value separation | segments |
 //! |---|---|---|---|
-//! | insert, batches of 1,000 | 141,000/s | 127,000/s | 617,000/s |
-//! | read one of 1,000,000 | 68,000/s | 110,000/s | 1,700,000/s |
-//! | open and read all keys | 2.7 s | 1.4 s | 0.5 s |
+//! | insert, batches of 1,000 | 141,000/s | 127,000/s | 310,000/s |
+//! | read one of 1,000,000 | 68,000/s | 110,000/s | 920,000/s |
+//! | open and read all keys | 2.7 s | 1.4 s | 0.7 s |
 //! | on disk after half was deleted | 1.1 GB | 1.2 GB | bounded |
 //! | after a full disk | poisoned: no write until the process restarts | the same | goes on |
 //!

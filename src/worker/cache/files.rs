@@ -27,7 +27,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT},
+    fs::{AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT},
     io::Errno,
 };
 
@@ -110,6 +110,9 @@ fn function_name(function: DigestFunction) -> &'static str {
     }
 }
 
+/// Key, copy, inode number, last use as in `Found`.
+type Scanned = (Key, u32, u64, (bool, i64, i64));
+
 pub struct Files {
     path: PathBuf,
     /// Locked for as long as this worker runs.
@@ -123,8 +126,11 @@ pub struct Files {
 pub struct Found {
     pub key: Key,
     pub copies: u32,
-    /// Seconds and nanoseconds.
-    pub last_used: (i64, i64),
+    /// Of the first copy.
+    pub inode: u64,
+    /// Seconds and nanoseconds; in front of it whether an input root has it, of which a worker that
+    /// was killed left the links.
+    pub last_used: (bool, i64, i64),
 }
 
 /// A file being written; removed on drop unless published.
@@ -183,38 +189,21 @@ impl Files {
 
     /// What is there, the longest unused first. Removes what nobody can use.
     pub fn scan(&self) -> io::Result<Vec<Found>> {
-        use std::os::unix::fs::MetadataExt;
-        let owner = rustix::process::geteuid().as_raw();
-        let mut files: Vec<(Key, u32, (i64, i64))> = Vec::new();
-        for shard in 0..SHARDS {
-            let path = self.path.join(format!("{shard:02x}"));
-            for entry in walkdir::WalkDir::new(path).min_depth(1).max_depth(1) {
-                let entry = entry?;
-                let metadata = entry.metadata()?;
-                let usable =
-                    entry
-                        .file_name()
-                        .to_str()
-                        .and_then(Key::parse_name)
-                        .filter(|(key, _)| {
-                            metadata.is_file()
-                                && key.shard() == shard
-                                && metadata.len() == key.digest.size()
-                                && metadata.mode() & 0o7777 == mode(key.executable).as_raw_mode()
-                                && metadata.uid() == owner
-                        });
-                match usable {
-                    Some((key, copy)) => {
-                        files.push((key, copy, (metadata.ctime(), metadata.ctime_nsec())));
-                    }
-                    None if metadata.is_dir() => std::fs::remove_dir_all(entry.path())?,
-                    None => std::fs::remove_file(entry.path())?,
-                }
-            }
-        }
+        // A directory's inodes are read one by one: two threads take half of the time.
+        let (low, high) = std::thread::scope(|scope| {
+            let low = scope.spawn(|| self.scan_shards(0..SHARDS / 2));
+            let high = self.scan_shards(SHARDS / 2..SHARDS);
+            (
+                low.join()
+                    .unwrap_or_else(|_| Err(io::ErrorKind::Other.into())),
+                high,
+            )
+        });
+        let mut files = low?;
+        files.append(&mut high?);
         files.sort_unstable();
         let mut found: Vec<Found> = Vec::new();
-        for (key, copy, last_used) in files {
+        for (key, copy, inode, last_used) in files {
             match found.last_mut() {
                 Some(last) if last.key == key && last.copies == copy => {
                     last.copies += 1;
@@ -223,23 +212,71 @@ impl Files {
                 _ if copy == 0 => found.push(Found {
                     key,
                     copies: 1,
+                    inode,
                     last_used,
                 }),
                 _ => self.remove_copy(&key, copy)?,
             }
         }
         found.sort_unstable_by_key(|found| found.last_used);
-        let boot_id = std::fs::read("/proc/sys/kernel/random/boot_id")?;
+        let boot_id = crate::daemon::boot_id()?;
         let known = self.path.join("boot_id");
-        if !std::fs::read(&known).is_ok_and(|before| before == boot_id) {
-            let newest = found.last().map_or(0, |found| found.last_used.0);
-            let old = found.partition_point(|found| found.last_used.0 < newest - WRITE_BACK);
-            for doubtful in found.drain(old..) {
+        if !std::fs::read_to_string(&known).is_ok_and(|before| before == boot_id) {
+            let changed = |found: &Found| found.last_used.1;
+            let newest = found.iter().map(changed).max().unwrap_or(0);
+            let (old, doubtful): (Vec<_>, Vec<_>) = found
+                .into_iter()
+                .partition(|found| changed(found) < newest - WRITE_BACK);
+            for doubtful in doubtful {
                 self.remove(&doubtful.key, doubtful.copies)?;
             }
+            found = old;
             std::fs::write(&known, boot_id)?;
         }
         Ok(found)
+    }
+
+    /// Every usable file with its copy, inode number and last use. Removes all else.
+    fn scan_shards(&self, shards: std::ops::Range<usize>) -> io::Result<Vec<Scanned>> {
+        let owner = rustix::process::geteuid().as_raw();
+        let mut files = Vec::new();
+        for number in shards {
+            let shard = &self.shards[number];
+            let mut entries = Dir::read_from(shard)?;
+            while let Some(entry) = entries.read() {
+                let entry = entry?;
+                let name = entry.file_name();
+                if name == c"." || name == c".." {
+                    continue;
+                }
+                let stat = rustix::fs::statat(shard, name, AtFlags::SYMLINK_NOFOLLOW)?;
+                let kind = FileType::from_raw_mode(stat.st_mode);
+                let usable = name
+                    .to_str()
+                    .ok()
+                    .and_then(Key::parse_name)
+                    .filter(|(key, _)| {
+                        kind == FileType::RegularFile
+                            && key.shard() == number
+                            && u64::try_from(stat.st_size) == Ok(key.digest.size())
+                            && stat.st_mode & 0o7777 == mode(key.executable).as_raw_mode()
+                            && stat.st_mtime == MTIME
+                            && stat.st_uid == owner
+                    });
+                match usable {
+                    Some((key, copy)) => {
+                        let changed = (stat.st_nlink > 1, stat.st_ctime, stat.st_ctime_nsec as i64);
+                        files.push((key, copy, stat.st_ino, changed));
+                    }
+                    None if kind == FileType::Directory => {
+                        let path = self.path.join(format!("{number:02x}"));
+                        std::fs::remove_dir_all(path.join(name.to_string_lossy().as_ref()))?;
+                    }
+                    None => rustix::fs::unlinkat(shard, name, AtFlags::empty())?,
+                }
+            }
+        }
+        Ok(files)
     }
 
     pub fn create(&self) -> io::Result<Incoming<'_>> {
@@ -253,9 +290,10 @@ impl Files {
         })
     }
 
-    /// Makes a written and verified file the n-th copy of `key`.
-    pub fn publish(&self, mut incoming: Incoming<'_>, key: &Key, copy: u32) -> io::Result<()> {
+    /// Makes a written and verified file the n-th copy of `key`; tells its inode number.
+    pub fn publish(&self, mut incoming: Incoming<'_>, key: &Key, copy: u32) -> io::Result<u64> {
         finish(incoming.file.as_fd(), key.executable)?;
+        let inode = rustix::fs::fstat(&incoming.file)?.st_ino;
         let mut name = String::new();
         key.write_name(copy, &mut name);
         rustix::fs::renameat(
@@ -265,11 +303,11 @@ impl Files {
             &name,
         )?;
         incoming.name.clear();
-        Ok(())
+        Ok(inode)
     }
 
     /// Writes a file whose content is known to match its digest.
-    pub fn write(&self, key: &Key, content: &[u8]) -> io::Result<()> {
+    pub fn write(&self, key: &Key, content: &[u8]) -> io::Result<u64> {
         let mut incoming = self.create()?;
         incoming.file.write_all(content)?;
         self.publish(incoming, key, 0)
@@ -290,16 +328,17 @@ impl Files {
     }
 
     /// Makes a sealed file the first copy of `key`, by a further link to it.
-    pub fn adopt(&self, key: &Key, directory: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {
+    pub fn adopt(&self, key: &Key, directory: BorrowedFd<'_>, name: &str) -> Result<u64, Errno> {
         let mut target = String::new();
         key.write_name(0, &mut target);
         let shard = &self.shards[key.shard()];
-        rustix::fs::linkat(directory, name, shard, &target, AtFlags::empty())
+        rustix::fs::linkat(directory, name, shard, &target, AtFlags::empty())?;
+        Ok(rustix::fs::statat(shard, &target, AtFlags::SYMLINK_NOFOLLOW)?.st_ino)
     }
 
     /// Makes another inode with the content of `source`, sharing its blocks where the file system
     /// can.
-    pub fn duplicate(&self, source: &File, key: &Key, copy: u32) -> io::Result<()> {
+    pub fn duplicate(&self, source: &File, key: &Key, copy: u32) -> io::Result<u64> {
         let incoming = self.create()?;
         if reflink_copy::reflink_file(source, &incoming.file).is_err() {
             let mut offset = 0;
@@ -319,6 +358,17 @@ impl Files {
             }
         }
         self.publish(incoming, key, copy)
+    }
+
+    /// Bytes and inodes that unprivileged users can still take on the file system.
+    pub fn free(&self) -> io::Result<(u64, u64)> {
+        let stat = rustix::fs::fstatvfs(&self.incoming)?;
+        // Some file systems have no fixed number of inodes, and say 0.
+        let inodes = match stat.f_files {
+            0 => u64::MAX,
+            _ => stat.f_favail,
+        };
+        Ok((stat.f_bavail.saturating_mul(stat.f_frsize), inodes))
     }
 
     pub fn open_copy(&self, key: &Key, copy: u32) -> io::Result<File> {

@@ -1,12 +1,21 @@
 //! The file cache: input files by digest, on local disk, from which input roots are linked.
 //!
-//! 1. It stays within its limits of bytes and files; only what is pinned may exceed them, and no
-//!    single action is allowed to pin more than the limit.
-//! 2. A pinned file is not evicted. Once linked into an input root, a file needs no pin.
+//! 1. It stays within its limits of bytes, of files, and of what its file system has free; only what
+//!    is pinned may exceed them, and no single action is allowed to pin more than the limit.
+//! 2. A pinned file is not evicted. Every link in an input root that is kept is a pin, so that the
+//!    number of its inode is given to no other file. When only pins are left, the keeper of input
+//!    roots is asked to let go of some.
 //! 3. A file is fetched once, however many actions ask for it at the same time.
 //! 4. Whoever holds the lock does no I/O; a key being fetched or evicted is marked `busy` instead.
 
-use std::{collections::HashMap, fs::File, io, os::fd::BorrowedFd, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    os::fd::BorrowedFd,
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
 use futures::{StreamExt, stream};
 use parking_lot::Mutex;
@@ -40,7 +49,12 @@ const KEYS_AT_A_TIME: usize = 4096;
 pub struct Limits {
     pub bytes: u64,
     pub files: u64,
+    /// Bytes of the file system that are left free.
+    pub minimum_free: u64,
 }
+
+/// Of a file system, that are left free; every directory and output of an action takes one.
+const MINIMUM_FREE_INODES: u64 = 1_000;
 
 pub struct Cache {
     files: Files,
@@ -49,12 +63,55 @@ pub struct Cache {
     state: Mutex<State>,
     /// Held while a second inode is made.
     duplicating: Mutex<()>,
+    /// Lets go of kept input roots; `false` when there are none.
+    release: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
+}
+
+/// A file on disk.
+#[derive(Clone, Copy)]
+struct Stored {
+    copies: u32,
+    /// Of the first copy.
+    inode: u64,
+}
+
+/// A link to a file of the cache.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    pub inode: u64,
+    handle: Handle,
+}
+
+/// Links in an input root, each of which pins its file.
+pub struct Links {
+    cache: Arc<Cache>,
+    pub of: Vec<Link>,
+}
+
+impl Links {
+    /// These alone; the others are let go of with what is returned.
+    pub fn part(&self, of: Vec<Link>) -> Self {
+        Links {
+            cache: self.cache.clone(),
+            of,
+        }
+    }
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        if !self.of.is_empty() {
+            let mut state = self.cache.state.lock();
+            for link in &self.of {
+                state.kept.unpin(link.handle);
+            }
+        }
+    }
 }
 
 #[derive(Default)]
 struct State {
-    /// With each file the number of its copies.
-    kept: Lru<Key, u32>,
+    kept: Lru<Key, Stored>,
     busy: HashMap<Key, Busy>,
     claims: u64,
 }
@@ -83,11 +140,11 @@ impl Drop for Pins {
         for handle in &self.handles {
             state.kept.unpin(*handle);
         }
-        let over = State::is_over(self.cache.limits)(state.kept.weight(), state.kept.len());
         drop(state);
+        let over = self.cache.is_over();
         if over && let Ok(runtime) = tokio::runtime::Handle::try_current() {
             let cache = self.cache.clone();
-            runtime.spawn_blocking(move || cache.evict(cache.limits));
+            runtime.spawn_blocking(move || cache.make_fit());
         }
     }
 }
@@ -149,7 +206,11 @@ impl Cache {
         let mut state = State::default();
         for found in files.scan()? {
             let weight = found.key.digest.size() * u64::from(found.copies);
-            state.kept.insert(found.key, found.copies, weight);
+            let stored = Stored {
+                copies: found.copies,
+                inode: found.inode,
+            };
+            state.kept.insert(found.key, stored, weight);
         }
         let cache = Cache {
             files,
@@ -157,8 +218,9 @@ impl Cache {
             storage,
             state: Mutex::new(state),
             duplicating: Mutex::new(()),
+            release: OnceLock::new(),
         };
-        cache.evict(limits);
+        cache.make_fit();
         Ok(cache)
     }
 
@@ -172,10 +234,46 @@ impl Cache {
         (state.kept.len() as u64, state.kept.weight())
     }
 
+    /// Sets what lets go of kept input roots when the cache is too full; once.
+    pub fn on_pressure(&self, release: impl Fn() -> bool + Send + Sync + 'static) {
+        let _ = self.release.set(Box::new(release));
+    }
+
+    /// Whether more than the limits is here.
+    pub fn is_over(&self) -> bool {
+        let state = self.state.lock();
+        State::is_over(self.limits)(state.kept.weight(), state.kept.len())
+    }
+
+    /// Pins files that are to be linked. Those that are not here are the error.
+    pub fn pin(self: &Arc<Self>, keys: impl Iterator<Item = Key>) -> Result<Links, Vec<Key>> {
+        let mut links = Links {
+            cache: self.clone(),
+            of: Vec::with_capacity(keys.size_hint().0),
+        };
+        let mut absent = Vec::new();
+        let mut state = self.state.lock();
+        for key in keys {
+            match state.kept.pin(&key) {
+                Some(handle) => links.of.push(Link {
+                    inode: state.kept.value_of(handle).map_or(0, |stored| stored.inode),
+                    handle,
+                }),
+                None => absent.push(key),
+            }
+        }
+        drop(state);
+        match absent.is_empty() {
+            true => Ok(links),
+            false => Err(absent),
+        }
+    }
+
     /// Those digests of `keys` that are not here.
-    pub fn absent(&self, keys: impl Iterator<Item = Key>) -> Vec<Digest> {
+    pub fn absent(&self, keys: Vec<Key>) -> Vec<Digest> {
         let state = self.state.lock();
         let mut digests: Vec<Digest> = keys
+            .into_iter()
             .filter(|key| !state.kept.contains(key))
             .map(|key| key.digest)
             .collect();
@@ -334,8 +432,8 @@ impl Cache {
             && key.digest.size() >= LARGE
         {
             match self.fetch_large(instance, key).await? {
-                true => pins.handles.push(self.admit(key)),
-                false => missing.push(key.digest),
+                Some(inode) => pins.handles.push(self.admit(key, inode)),
+                None => missing.push(key.digest),
             }
             return Ok((pins, missing));
         }
@@ -346,8 +444,9 @@ impl Cache {
             for (key, result) in keys.into_iter().zip(results) {
                 match result {
                     Ok(content) => {
-                        cache.with_room(&key, || cache.files.write(&key, &content))?;
-                        pins.handles.push(cache.admit(key));
+                        let write = || cache.files.write(&key, &content);
+                        let inode = cache.with_room(&key, write)?;
+                        pins.handles.push(cache.admit(key, inode));
                     }
                     Err(storage::Error::Missing(_)) => missing.push(key.digest),
                     Err(error) => {
@@ -363,12 +462,12 @@ impl Cache {
             .map_err(|error| Fault::Internal(format!("could not write input files: {error}")))?
     }
 
-    /// `false` when it is missing.
+    /// The inode number; `None` when it is missing.
     async fn fetch_large(
         self: &Arc<Self>,
         instance: &InstanceName,
         key: Key,
-    ) -> Result<bool, Fault> {
+    ) -> Result<Option<u64>, Fault> {
         let mut attempts = 0;
         loop {
             let incoming = self
@@ -400,14 +499,18 @@ impl Cache {
             };
             match result {
                 Ok(()) => {
-                    self.files
+                    let inode = self
+                        .files
                         .publish(incoming, &key, 0)
                         .map_err(|error| self.disk_fault(&key, error))?;
-                    return Ok(true);
+                    return Ok(Some(inode));
                 }
-                Err(storage::Error::Missing(_)) => return Ok(false),
+                Err(storage::Error::Missing(_)) => return Ok(None),
                 Err(storage::Error::Full(_)) if attempts < 4 && self.make_space(&key) => {
                     attempts += 1;
+                }
+                Err(storage::Error::Full(_)) => {
+                    return Err(self.disk_fault(&key, io::ErrorKind::StorageFull.into()));
                 }
                 Err(error) => {
                     let what = format!("obtain input file {}", key.digest);
@@ -450,8 +553,8 @@ impl Cache {
             false => self.files.duplicate(file, &key, 0),
         };
         match kept {
-            Ok(()) => {
-                let handle = self.admit(key);
+            Ok(inode) => {
+                let handle = self.admit(key, inode);
                 self.state.lock().kept.unpin(handle);
             }
             Err(error) => {
@@ -461,14 +564,60 @@ impl Cache {
     }
 
     /// Counts and pins a file that is on disk now, and evicts others for it.
-    fn admit(&self, key: Key) -> Handle {
+    fn admit(&self, key: Key, inode: u64) -> Handle {
         let handle = {
             let mut state = self.state.lock();
-            state.kept.insert(key, 1, key.digest.size());
+            let stored = Stored { copies: 1, inode };
+            state.kept.insert(key, stored, key.digest.size());
+            // One that was gone from the disk has a new inode.
+            if let Some(stored) = state.kept.peek_mut(&key) {
+                stored.inode = inode;
+            }
             state.kept.pin(&key).expect("just inserted")
         };
-        self.evict(self.limits);
+        self.make_fit();
         handle
+    }
+
+    /// Evicts until the limits are kept, and asks for kept input roots when that is not enough.
+    pub fn make_fit(&self) {
+        let lacking = self.lacking();
+        if lacking > 0 {
+            let weight = self.state.lock().kept.weight();
+            self.evict(Limits {
+                bytes: weight.saturating_sub(lacking),
+                ..self.limits
+            });
+            // Once: what was evicted may be linked from kept roots, and room comes with a delay.
+            if self.lacking() > 0
+                && let Some(release) = self.release.get()
+            {
+                release();
+            }
+        }
+        loop {
+            self.evict(self.limits);
+            if !self.is_over() || !self.release.get().is_some_and(|release| release()) {
+                return;
+            }
+        }
+    }
+
+    /// Bytes to evict, so that the file system has enough free.
+    fn lacking(&self) -> u64 {
+        if self.limits.minimum_free == 0 {
+            return 0;
+        }
+        match self.files.free() {
+            Ok((bytes, inodes)) if inodes < MINIMUM_FREE_INODES => {
+                let (files, weight) = self.usage();
+                let few = weight / files.max(1) * (MINIMUM_FREE_INODES - inodes);
+                few.max(self.limits.minimum_free.saturating_sub(bytes))
+                    .max(1)
+            }
+            Ok((bytes, _)) => self.limits.minimum_free.saturating_sub(bytes),
+            Err(_) => 0,
+        }
     }
 
     /// Removes what is unpinned and longest unused, until the limits are kept. Returns how many.
@@ -480,8 +629,8 @@ impl Cache {
             claim.add(&mut state, *key);
         }
         drop(state);
-        for (key, copies) in &victims {
-            if let Err(error) = self.files.remove(key, *copies) {
+        for (key, stored) in &victims {
+            if let Err(error) = self.files.remove(key, stored.copies) {
                 tracing::warn!(digest = %key.digest, %error, "could not remove a file from the cache");
             }
         }
@@ -494,16 +643,20 @@ impl Cache {
         let room = (key.digest.size() * 2).max(64 << 20).max(weight / 16);
         let removed = self.evict(Limits {
             bytes: weight.saturating_sub(room),
-            files: u64::MAX,
+            ..self.limits
         });
-        removed > 0
+        removed > 0 || self.release.get().is_some_and(|release| release())
     }
 
-    fn with_room(&self, key: &Key, mut write: impl FnMut() -> io::Result<()>) -> Result<(), Fault> {
+    fn with_room<T>(
+        &self,
+        key: &Key,
+        mut write: impl FnMut() -> io::Result<T>,
+    ) -> Result<T, Fault> {
         let mut attempts = 0;
         loop {
             match write() {
-                Ok(()) => return Ok(()),
+                Ok(done) => return Ok(done),
                 Err(error) if attempts < 4 && is_full(&error) && self.make_space(key) => {
                     attempts += 1;
                 }
@@ -529,6 +682,7 @@ impl Cache {
     pub fn link(
         &self,
         key: &Key,
+        link: &mut Link,
         directory: BorrowedFd<'_>,
         name: &str,
         buffer: &mut String,
@@ -536,7 +690,13 @@ impl Cache {
         match self.files.link(key, 0, directory, name, buffer) {
             Ok(()) => Ok(()),
             Err(Errno::NOENT) => Err(LinkError::Vanished),
-            Err(Errno::MLINK) => self.link_other(key, directory, name, buffer),
+            Err(Errno::MLINK) => {
+                self.link_other(key, directory, name, buffer)?;
+                let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
+                let stat = rustix::fs::statat(directory, name, flags);
+                link.inode = stat.map_err(|error| LinkError::Other(error.into()))?.st_ino;
+                Ok(())
+            }
             Err(error) => Err(LinkError::Other(error.into())),
         }
     }
@@ -552,7 +712,12 @@ impl Cache {
     ) -> Result<(), LinkError> {
         let other = |error: Errno| LinkError::Other(error.into());
         let _one_at_a_time = self.duplicating.lock();
-        let copies = self.state.lock().kept.peek(key).copied().unwrap_or(1);
+        let copies = self
+            .state
+            .lock()
+            .kept
+            .peek(key)
+            .map_or(1, |stored| stored.copies);
         for copy in (1..copies).rev() {
             match self.files.link(key, copy, directory, name, buffer) {
                 Err(Errno::MLINK) => {}
@@ -568,8 +733,8 @@ impl Cache {
         copy().map_err(LinkError::Other)?;
         {
             let mut state = self.state.lock();
-            if let Some(number) = state.kept.peek_mut(key) {
-                *number = copies + 1;
+            if let Some(stored) = state.kept.peek_mut(key) {
+                stored.copies = copies + 1;
             }
             state.kept.add_weight(key, key.digest.size());
         }

@@ -84,6 +84,7 @@ impl Default for Settings {
             limits: Limits {
                 bytes: 1 << 30,
                 files: 1 << 20,
+                minimum_free: 0,
             },
             entries: 64 << 20,
         }

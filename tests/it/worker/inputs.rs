@@ -368,6 +368,7 @@ async fn the_cache_stays_within_its_limits_and_says_when_a_root_does_not_fit() {
     let limits = Limits {
         bytes: 1000,
         files: 10,
+        minimum_free: 0,
     };
     let settings = Settings {
         limits,

@@ -1,0 +1,238 @@
+//! Gates: the directories around roots, from being made to being as good as new again.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    fs::{AtFlags, Dir, FlockOperation, Mode},
+    io::Errno,
+};
+
+use super::{
+    LOCK_TIMEOUT, Shared, listing,
+    model::{self, Kept, LARGEST_DIRECTORY, Place},
+    pool::Root,
+};
+use crate::worker::{
+    removal,
+    tree::{Node, Tree},
+};
+
+const PARTS: [&str; 3] = ["root", "tmp", "server_logs"];
+
+pub struct Gate {
+    pub name: String,
+    pub directory: OwnedFd,
+    pub root: OwnedFd,
+}
+
+/// Whether nobody else holds the lock; does not keep it.
+pub fn try_lock(gate: BorrowedFd<'_>) -> bool {
+    let free = rustix::fs::flock(gate, FlockOperation::NonBlockingLockExclusive).is_ok();
+    if free {
+        let _ = rustix::fs::flock(gate, FlockOperation::Unlock);
+    }
+    free
+}
+
+impl Shared {
+    /// The one that suits `wanted` best, or any empty one.
+    pub(super) fn take_root(&self, wanted: Option<&Tree>) -> io::Result<Root> {
+        let mut pool = self.pool.lock();
+        loop {
+            let root = match wanted {
+                Some(tree) => pool.choose(tree),
+                None => pool.take_empty(),
+            };
+            if let Some(root) = root {
+                return Ok(root);
+            }
+            if pool.dirty <= 2 * self.slots {
+                break;
+            }
+            self.cleaned.wait(&mut pool);
+        }
+        drop(pool);
+        self.make_root()
+    }
+
+    pub(super) fn make_root(&self) -> io::Result<Root> {
+        let name = self.next_name();
+        rustix::fs::mkdirat(&self.directory, &name, Mode::from_raw_mode(0o700))?;
+        let directory = listing(&self.directory, &name)?;
+        for part in PARTS {
+            rustix::fs::mkdirat(&directory, part, Mode::from_raw_mode(0o777))?;
+        }
+        let root = listing(&directory, PARTS[0])?;
+        let place = Place::open(&directory, PARTS[0], &self.open)?;
+        let (inode, baseline) = model::settle(place.as_fd())?;
+        let links = self.cache.pin(std::iter::empty());
+        let kept = Kept {
+            node: Node::empty(),
+            place: Arc::new(place),
+            inode,
+            baseline: Some(baseline),
+            links: links.map_err(|_| io::ErrorKind::NotFound)?,
+            symlinks: Box::default(),
+            children: Vec::new(),
+        };
+        Ok(Root {
+            gate: Gate {
+                name,
+                directory,
+                root,
+            },
+            kept,
+            generation: self.generation(),
+        })
+    }
+
+    /// Makes a used root as good as new, or throws it away.
+    pub(super) fn clean(&self, mut gate: Gate, kept: Option<Kept>, generation: u64, ready: i64) {
+        let name = self.next_name();
+        if rustix::fs::renameat(&self.directory, &gate.name, &self.directory, &name).is_ok() {
+            gate.name = name;
+        }
+        if !self.lock(&gate) {
+            self.pool.lock().dirty -= 1;
+            self.cleaned.notify_all();
+            return;
+        }
+        let began = Instant::now();
+        let cleaned = self.make_good(&gate, kept, ready);
+        let _ = rustix::fs::flock(&gate.directory, FlockOperation::Unlock);
+        tracing::debug!(
+            kept = matches!(cleaned, Ok(Some(_))),
+            microseconds = began.elapsed().as_micros() as u64,
+            "cleaned up after an action"
+        );
+        let root = match cleaned {
+            Ok(Some(kept)) if generation == self.generation() => Ok(Root {
+                gate,
+                kept,
+                generation,
+            }),
+            Ok(_) => Err(gate),
+            Err(error) => {
+                tracing::warn!(
+                    directory = %self.path.join(&gate.name).display(),
+                    %error,
+                    "could not make the root of an action what it was; it is thrown away"
+                );
+                Err(gate)
+            }
+        };
+        let mut pool = self.pool.lock();
+        pool.dirty -= 1;
+        let mut gone = Vec::new();
+        match root {
+            Ok(root) => {
+                pool.ready.push(root);
+                if pool.ready.len() > 2 * self.slots {
+                    gone.push(pool.ready.remove(0).gate);
+                }
+            }
+            Err(gate) => gone.push(gate),
+        }
+        let lacks = pool.ready.len() < self.slots;
+        drop(pool);
+        self.cleaned.notify_all();
+        for gate in gone {
+            self.discard(gate);
+        }
+        if lacks && let Ok(root) = self.make_root() {
+            self.pool.lock().ready.push(root);
+            self.cleaned.notify_all();
+        }
+        if self.cache.is_over() {
+            self.cache.make_fit();
+        }
+    }
+
+    /// Waits until no process of the action is left (I5).
+    fn lock(&self, gate: &Gate) -> bool {
+        let mut pause = Duration::from_millis(1);
+        let mut waited = Duration::ZERO;
+        let exclusive = FlockOperation::NonBlockingLockExclusive;
+        while rustix::fs::flock(&gate.directory, exclusive).is_err() {
+            if waited > LOCK_TIMEOUT {
+                tracing::error!(
+                    directory = %self.path.join(&gate.name).display(),
+                    "the runner did not let go of the directory of an action that is over; it is left until the next start"
+                );
+                return false;
+            }
+            std::thread::sleep(pause);
+            waited += pause;
+            pause = (pause * 2).min(Duration::from_millis(100));
+        }
+        true
+    }
+
+    /// `None` when it is not used again.
+    fn make_good(&self, gate: &Gate, kept: Option<Kept>, ready: i64) -> io::Result<Option<Kept>> {
+        let Some(mut kept) = kept else {
+            return Ok(None);
+        };
+        if !self.empty_gate(gate)? {
+            return Ok(None);
+        }
+        self.verify(&mut kept, ready)?;
+        Ok(Some(kept))
+    }
+
+    /// Removes all but the root. `false` when it cannot be told from a used one.
+    fn empty_gate(&self, gate: &Gate) -> io::Result<bool> {
+        let mut entries = Dir::read_from(&gate.directory)?;
+        while let Some(entry) = entries.read() {
+            let entry = entry?;
+            let name = entry.file_name();
+            let known = |part: &str| name.to_bytes() == part.as_bytes();
+            if name == c"." || name == c".." || PARTS.iter().any(|part| known(part)) {
+                continue;
+            }
+            match rustix::fs::unlinkat(&gate.directory, name, AtFlags::empty()) {
+                Ok(()) => {}
+                Err(Errno::ISDIR) => {
+                    removal::empty(listing(&gate.directory, name)?.as_fd())?;
+                    rustix::fs::unlinkat(&gate.directory, name, AtFlags::REMOVEDIR)?;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let (tmp, logs) = (
+            listing(&gate.directory, PARTS[1])?,
+            listing(&gate.directory, PARTS[2])?,
+        );
+        removal::empty(tmp.as_fd())?;
+        removal::empty(logs.as_fd())?;
+        Ok(is_as_made(gate.directory.as_fd(), 0o700)?
+            && is_as_made(tmp.as_fd(), 0o777)?
+            && is_as_made(logs.as_fd(), 0o777)?)
+    }
+
+    /// Throws a whole gate away.
+    pub(super) fn discard(&self, gate: Gate) {
+        self.trash.throw(&self.directory, &gate.name);
+    }
+}
+
+/// Owner, mode, attributes and size as when it was made.
+fn is_as_made(directory: BorrowedFd<'_>, mode: u32) -> io::Result<bool> {
+    let stat = rustix::fs::fstat(directory)?;
+    let mut names = [0; 512];
+    let plain = match rustix::fs::flistxattr(directory, &mut names[..]) {
+        Ok(length) => names[..length]
+            .split(|byte| *byte == 0)
+            .all(|name| name.is_empty() || name.starts_with(b"security.")),
+        Err(error) => error == Errno::OPNOTSUPP,
+    };
+    Ok(plain
+        && stat.st_uid == rustix::process::geteuid().as_raw()
+        && stat.st_mode & 0o7777 == mode
+        && stat.st_size <= LARGEST_DIRECTORY)
+}

@@ -1,0 +1,505 @@
+//! Performing a plan.
+//!
+//! 1. Removals come first, everywhere in the root; then a directory's own changes, then its
+//!    baseline (I6), then what is below.
+//! 2. On any error the whole root is given up (I7): nothing here undoes anything.
+//! 3. Directories that are made are worked on by two threads when that pays.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    sync::{Arc, atomic::Ordering},
+};
+
+use parking_lot::{Condvar, Mutex};
+use rustix::fs::{AtFlags, Mode};
+
+use super::{
+    Shared,
+    model::{self, Kept, Place},
+    plan::{Child, Made, Origin, Plan, Rewrite, Source},
+    pool::Parked,
+};
+use crate::worker::{
+    cache::{Key, Link, LinkError, Links},
+    fault::Fault,
+};
+
+/// From so many links on a second thread helps.
+const WORTH_A_THREAD: usize = 500;
+
+/// Why a plan could not be performed.
+pub enum LayOutError {
+    /// Gone from the cache.
+    Vanished(Vec<Key>),
+    /// At this name.
+    Disk(String, io::Error),
+}
+
+fn at(name: &str) -> impl FnOnce(rustix::io::Errno) -> LayOutError {
+    move |error| LayOutError::Disk(name.to_owned(), error.into())
+}
+
+/// A directory some of whose children are yet to come.
+struct Part {
+    kept: Kept,
+    children: Vec<Stay>,
+}
+
+enum Stay {
+    Kept(Kept),
+    Part(Box<Part>),
+    /// Which of those that are made.
+    Made(u32),
+}
+
+/// A directory between removals and additions.
+struct Halfway {
+    kept: Kept,
+    rewrite: Rewrite,
+    children: Vec<Half>,
+}
+
+enum Half {
+    Kept(Kept),
+    Halfway(Box<Halfway>),
+    New(Origin),
+}
+
+struct LayOut<'a> {
+    shared: &'a Shared,
+    /// Whether the root is kept, and so what is made is remembered.
+    hold: bool,
+    made: &'a [Made],
+    taken: Mutex<Vec<Option<Parked>>>,
+    dropped: Mutex<Vec<Option<Parked>>>,
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    /// For each of `made`.
+    results: Mutex<Vec<Option<Part>>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    /// The last first: so only the ancestors of what is worked on must be open.
+    jobs: Vec<(Arc<Place>, u32, String)>,
+    /// Threads that may yet add jobs.
+    working: usize,
+    vanished: Vec<Key>,
+    failed: Option<LayOutError>,
+}
+
+impl Shared {
+    /// Turns a root into another one. What was dropped goes to the pool. When not to `hold`, no
+    /// model comes back, and no more directories are open than must be.
+    pub(super) fn perform(
+        &self,
+        root: Kept,
+        plan: Plan<Parked>,
+        hold: bool,
+    ) -> Result<Option<Kept>, LayOutError> {
+        let Some(rewrite) = plan.rewrite else {
+            return Ok(Some(root));
+        };
+        let mut dropped = Vec::new();
+        dropped.resize_with(plan.dropped as usize, || None);
+        let lay_out = LayOut {
+            shared: self,
+            hold,
+            made: &plan.made,
+            taken: Mutex::new(plan.taken.into_iter().map(Some).collect()),
+            dropped: Mutex::new(dropped),
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            results: Mutex::new((0..plan.made.len()).map(|_| None).collect()),
+        };
+        let result = lay_out.run(root, rewrite, plan.links.len());
+        let dropped = lay_out.dropped.into_inner();
+        self.park(dropped.into_iter().flatten());
+        result
+    }
+
+    /// Makes a directory that an action removed, with all that is in it.
+    pub(super) fn make_again(
+        &self,
+        parent: BorrowedFd<'_>,
+        name: &str,
+        node: &crate::worker::tree::Tree,
+    ) -> Result<Kept, LayOutError> {
+        let made = super::plan::fresh(node);
+        let lay_out = LayOut {
+            shared: self,
+            hold: true,
+            made: &made,
+            taken: Mutex::default(),
+            dropped: Mutex::default(),
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            results: Mutex::new((0..made.len()).map(|_| None).collect()),
+        };
+        make(parent, name)?;
+        let place = Place::open(parent, name, &self.open).map_err(at(name))?;
+        let mut buffer = String::new();
+        lay_out.fill(0, Arc::new(place), &mut buffer)?;
+        lay_out.work(&mut buffer);
+        lay_out.outcome()?;
+        Ok(assemble_made(0, &mut lay_out.results.lock()))
+    }
+}
+
+fn make(parent: BorrowedFd<'_>, name: &str) -> Result<(), LayOutError> {
+    rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o777)).map_err(at(name))
+}
+
+impl LayOut<'_> {
+    fn run(&self, root: Kept, rewrite: Rewrite, links: usize) -> Result<Option<Kept>, LayOutError> {
+        let half = self.remove(root, rewrite)?;
+        let mut buffer = String::new();
+        let helpers = match links >= WORTH_A_THREAD {
+            true => self
+                .shared
+                .threads
+                .load(Ordering::Relaxed)
+                .saturating_sub(1),
+            false => 0,
+        };
+        self.queue.lock().working = 1;
+        let part = std::thread::scope(|scope| {
+            for _ in 0..helpers {
+                scope.spawn(|| self.work(&mut String::new()));
+            }
+            let part = self.add(half, &mut buffer);
+            let mut queue = self.queue.lock();
+            queue.working -= 1;
+            if part.is_err() {
+                queue.jobs.clear();
+            }
+            drop(queue);
+            self.changed.notify_all();
+            self.work(&mut buffer);
+            part
+        })?;
+        self.outcome()?;
+        Ok(self.hold.then(|| assemble(part, &mut self.results.lock())))
+    }
+
+    fn outcome(&self) -> Result<(), LayOutError> {
+        let mut queue = self.queue.lock();
+        if let Some(error) = queue.failed.take() {
+            return Err(error);
+        }
+        match queue.vanished.is_empty() {
+            true => Ok(()),
+            false => Err(LayOutError::Vanished(std::mem::take(&mut queue.vanished))),
+        }
+    }
+
+    /// Unlinks and parks what is not wanted, in the whole root.
+    fn remove(&self, mut kept: Kept, mut rewrite: Rewrite) -> Result<Halfway, LayOutError> {
+        let directory = kept.node.directory.clone();
+        let place = kept.place.clone();
+        for &i in &rewrite.dropped_files {
+            let name = directory.files[i as usize].name.as_str();
+            rustix::fs::unlinkat(&*place, name, AtFlags::empty()).map_err(at(name))?;
+        }
+        for &i in &rewrite.dropped_symlinks {
+            let name = directory.symlinks[i as usize].0.as_str();
+            rustix::fs::unlinkat(&*place, name, AtFlags::empty()).map_err(at(name))?;
+        }
+        let mut children: Vec<Option<Kept>> = std::mem::take(&mut kept.children)
+            .into_iter()
+            .map(Some)
+            .collect();
+        for dropped in &rewrite.dropped_children {
+            let i = dropped.child as usize;
+            let name = directory.directories[i].0.as_str();
+            let Some(child) = children[i].take() else {
+                continue;
+            };
+            if child.node.entries == 0 {
+                rustix::fs::unlinkat(&*place, name, AtFlags::REMOVEDIR).map_err(at(name))?;
+                continue;
+            }
+            let parked = self
+                .shared
+                .shelve(place.as_fd(), name, child)
+                .map_err(at(name))?;
+            self.dropped.lock()[dropped.number as usize] = Some(parked);
+        }
+        let stale = |name: &str| LayOutError::Disk(name.to_owned(), io::ErrorKind::NotFound.into());
+        let mut halves = Vec::with_capacity(rewrite.children.len());
+        for (child, entry) in std::mem::take(&mut rewrite.children)
+            .into_iter()
+            .zip(&rewrite.node.directory.directories)
+        {
+            let mut take = |i: u32| {
+                children[i as usize]
+                    .take()
+                    .ok_or_else(|| stale(entry.0.as_str()))
+            };
+            halves.push(match child {
+                Child::Kept(i) => Half::Kept(take(i)?),
+                Child::Rewritten(i, rewrite) => {
+                    Half::Halfway(Box::new(self.remove(take(i)?, *rewrite)?))
+                }
+                Child::New(origin) => Half::New(origin),
+            });
+        }
+        Ok(Halfway {
+            kept,
+            rewrite,
+            children: halves,
+        })
+    }
+
+    /// Adds what is wanted to directories that were there, and makes jobs of the others.
+    fn add(&self, half: Halfway, buffer: &mut String) -> Result<Part, LayOutError> {
+        let Halfway {
+            mut kept,
+            rewrite,
+            children,
+        } = half;
+        let place = kept.place.clone();
+        let directory = rewrite.node.directory.clone();
+        let new = |source: &Source| *source == Source::New;
+        let wanted = directory.files.iter().zip(&rewrite.files);
+        let wanted = wanted
+            .filter(|(_, source)| new(source))
+            .map(|(file, _)| file);
+        let mut fresh = self.pin(wanted.clone().map(|file| file.key))?;
+        for (file, link) in wanted.zip(&mut fresh.of) {
+            self.link(place.as_fd(), &file.key, file.name.as_str(), link, buffer)?;
+        }
+        let mut added = std::mem::take(&mut fresh.of).into_iter();
+        let old = std::mem::take(&mut kept.links.of);
+        let dropped = rewrite
+            .dropped_files
+            .iter()
+            .map(|i| old[*i as usize])
+            .collect();
+        drop(kept.links.part(dropped));
+        kept.links.of = rewrite
+            .files
+            .iter()
+            .filter_map(|source| match source {
+                Source::Kept(i) => old.get(*i as usize).copied(),
+                Source::New => added.next(),
+            })
+            .collect();
+        let mut symlinks = Vec::with_capacity(directory.symlinks.len());
+        for ((name, target), source) in directory.symlinks.iter().zip(&rewrite.symlinks) {
+            symlinks.push(match source {
+                Source::Kept(i) => kept.symlinks[*i as usize],
+                Source::New => make_symlink(place.as_fd(), name.as_str(), target)?,
+            });
+        }
+        kept.symlinks = symlinks.into();
+        kept.node = rewrite.node;
+        let mut stays = Vec::with_capacity(children.len());
+        let mut below = Vec::new();
+        for (child, (name, _)) in children.into_iter().zip(&directory.directories) {
+            let name = name.as_str();
+            match child {
+                Half::Kept(kept) => stays.push(Stay::Kept(kept)),
+                Half::New(origin) => stays.push(self.bring(&place, name, origin)?),
+                Half::Halfway(half) => {
+                    below.push((stays.len(), half));
+                    // A place for it.
+                    stays.push(Stay::Made(u32::MAX));
+                }
+            }
+        }
+        let (_, baseline) = model::settle(place.as_fd()).map_err(at("."))?;
+        kept.baseline = Some(baseline);
+        self.enqueue(&place, &directory.directories, &stays);
+        for (i, half) in below {
+            stays[i] = Stay::Part(Box::new(self.add(*half, buffer)?));
+        }
+        Ok(Part {
+            kept,
+            children: stays,
+        })
+    }
+
+    /// A subtree comes to its place, or at least its directory.
+    fn bring(&self, place: &Place, name: &str, origin: Origin) -> Result<Stay, LayOutError> {
+        let parked = match origin {
+            Origin::Made(i) => {
+                make(place.as_fd(), name)?;
+                return Ok(Stay::Made(i));
+            }
+            Origin::Parked(i) => self.taken.lock()[i as usize].take(),
+            Origin::Moved(i) => self.dropped.lock()[i as usize].take(),
+        };
+        let lost = || LayOutError::Disk(name.to_owned(), io::ErrorKind::NotFound.into());
+        let parked = parked.ok_or_else(lost)?;
+        let kept = self
+            .shared
+            .unshelve(parked, place.as_fd(), name)
+            .map_err(at(name))?;
+        Ok(Stay::Kept(kept))
+    }
+
+    fn enqueue(
+        &self,
+        place: &Arc<Place>,
+        names: &[(crate::path::Component, crate::digest::Digest)],
+        stays: &[Stay],
+    ) {
+        let mut jobs: Vec<_> = stays
+            .iter()
+            .zip(names)
+            .filter_map(|(stay, (name, _))| match stay {
+                Stay::Made(i) if *i != u32::MAX => {
+                    Some((place.clone(), *i, name.as_str().to_owned()))
+                }
+                _ => None,
+            })
+            .collect();
+        if !jobs.is_empty() {
+            self.queue.lock().jobs.append(&mut jobs);
+            self.changed.notify_all();
+        }
+    }
+
+    fn work(&self, buffer: &mut String) {
+        loop {
+            let (parent, made, name) = {
+                let mut queue = self.queue.lock();
+                loop {
+                    if queue.failed.is_some() {
+                        return;
+                    }
+                    if let Some(job) = queue.jobs.pop() {
+                        queue.working += 1;
+                        break job;
+                    }
+                    if queue.working == 0 {
+                        return;
+                    }
+                    self.changed.wait(&mut queue);
+                }
+            };
+            let filled = Place::open(&*parent, &name, &self.shared.open)
+                .map_err(at(&name))
+                .and_then(|place| self.fill(made, Arc::new(place), buffer));
+            let mut queue = self.queue.lock();
+            queue.working -= 1;
+            match filled {
+                Ok(()) => {}
+                Err(LayOutError::Vanished(keys)) => queue.vanished.extend(keys),
+                Err(error) => {
+                    queue.failed.get_or_insert(error);
+                }
+            }
+            drop(queue);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Everything of one directory that was just made, but what is below.
+    fn fill(&self, made: u32, place: Arc<Place>, buffer: &mut String) -> Result<(), LayOutError> {
+        let Made { node, children } = &self.made[made as usize];
+        let directory = &node.directory;
+        let mut stays = Vec::with_capacity(children.len());
+        for (origin, (name, _)) in children.iter().zip(&directory.directories) {
+            stays.push(self.bring(&place, name.as_str(), *origin)?);
+        }
+        let links = self.pin(directory.files.iter().map(|file| file.key));
+        let mut links = match links {
+            Ok(links) => links,
+            Err(error) => {
+                self.enqueue(&place, &directory.directories, &stays);
+                return Err(error);
+            }
+        };
+        for (file, link) in directory.files.iter().zip(&mut links.of) {
+            self.link(place.as_fd(), &file.key, file.name.as_str(), link, buffer)?;
+        }
+        let mut symlinks = Vec::with_capacity(directory.symlinks.len());
+        for (name, target) in &directory.symlinks {
+            symlinks.push(make_symlink(place.as_fd(), name.as_str(), target)?);
+        }
+        let (inode, baseline) = model::settle(place.as_fd()).map_err(at("."))?;
+        self.enqueue(&place, &directory.directories, &stays);
+        if self.hold {
+            let kept = Kept {
+                node: node.clone(),
+                place,
+                inode,
+                baseline: Some(baseline),
+                links,
+                symlinks: symlinks.into(),
+                children: Vec::new(),
+            };
+            self.results.lock()[made as usize] = Some(Part {
+                kept,
+                children: stays,
+            });
+        }
+        Ok(())
+    }
+
+    fn pin(&self, keys: impl Iterator<Item = Key>) -> Result<Links, LayOutError> {
+        self.shared.cache.pin(keys).map_err(LayOutError::Vanished)
+    }
+
+    fn link(
+        &self,
+        directory: BorrowedFd<'_>,
+        key: &Key,
+        name: &str,
+        link: &mut Link,
+        buffer: &mut String,
+    ) -> Result<(), LayOutError> {
+        match self.shared.cache.link(key, link, directory, name, buffer) {
+            Ok(()) => Ok(()),
+            Err(LinkError::Vanished) => {
+                // All others are tried, so that one attempt finds all that are gone.
+                self.queue.lock().vanished.push(*key);
+                Ok(())
+            }
+            Err(LinkError::Other(error)) => Err(LayOutError::Disk(name.to_owned(), error)),
+        }
+    }
+}
+
+/// Returns its inode number.
+pub fn make_symlink(
+    directory: BorrowedFd<'_>,
+    name: &str,
+    target: &str,
+) -> Result<u64, LayOutError> {
+    rustix::fs::symlinkat(target, directory, name).map_err(at(name))?;
+    let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
+    Ok(stat.map_err(at(name))?.st_ino)
+}
+
+fn assemble(part: Part, results: &mut [Option<Part>]) -> Kept {
+    let Part { mut kept, children } = part;
+    kept.children = children
+        .into_iter()
+        .map(|stay| match stay {
+            Stay::Kept(kept) => kept,
+            Stay::Part(part) => assemble(*part, results),
+            Stay::Made(i) => assemble_made(i, results),
+        })
+        .collect();
+    kept
+}
+
+fn assemble_made(made: u32, results: &mut [Option<Part>]) -> Kept {
+    let part = results[made as usize].take().expect("every job ended well");
+    assemble(part, results)
+}
+
+impl LayOutError {
+    pub(super) fn fault(self, shared: &Shared) -> Result<Fault, Vec<Key>> {
+        match self {
+            LayOutError::Vanished(keys) => Err(keys),
+            LayOutError::Disk(name, error) => {
+                Ok(shared.disk_fault(&format!("make {name:?} of the input root"), error))
+            }
+        }
+    }
+}

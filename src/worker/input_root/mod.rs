@@ -1,0 +1,577 @@
+//! Input roots: the directories that actions run in. Their cost follows what changed: the roots of
+//! past actions are kept, and turned into those of the next ones.
+//!
+//! ```text
+//! BUILD_DIRECTORY/N/               the gate: the worker's, 0700. The runner opens it for the
+//!                                  action's user while the action runs, and shuts it again
+//! BUILD_DIRECTORY/N/root/          the input root; every directory in it is the worker's, 0777
+//! BUILD_DIRECTORY/N/tmp/           0777
+//! BUILD_DIRECTORY/N/server_logs/   0777
+//! BUILD_DIRECTORY/N/std{out,err}   made by the runner
+//! BUILD_DIRECTORY/parked/          subtrees that no root has, for roots that will want them
+//! BUILD_DIRECTORY/trash/           what is to be removed, and what an earlier worker left
+//! ```
+//!
+//! An action finds in its root what its Directory messages say and nothing else, and empty `tmp`
+//! and `server_logs`. That holds because of these:
+//!
+//! - I1 Files: an input file is a hard link to a file of the cache: the worker's, read-only, and
+//!   whole before it had a name.
+//! - I2 Credentials: actions run as users that are neither root nor the worker. When an action's
+//!   output tells otherwise, nothing is kept from then on.
+//! - I3 Directories: every directory of a root is the worker's, so that no action can change its
+//!   owner, mode or times; it may write to it because of its mode, behind the gate.
+//! - I4 Nothing foreign stays: what an action made is removed before the next one gets the root.
+//! - I5 No process: roots are verified while the gate's lock is held, which the runner holds for as
+//!   long as a process of the action lives (flock(2)). The gate then has another name, so that a call
+//!   that arrives late at the runner finds nothing.
+//! - I6 Baseline: a directory's ctime is looked at after the worker's last change to it.
+//! - I7 Doubt means cold: after any error, a root and all that is known of it is thrown away.
+//!
+//! `plan` says what changes, `lay_out` does it, `verify` reverts what the action did, `pool` keeps
+//! what waits. Verification happens in the background. How many roots wait for it is bounded;
+//! beyond that, actions wait.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use parking_lot::{Condvar, Mutex};
+use rustix::{
+    fs::{Dir, FlockOperation, Mode, OFlags},
+    io::Errno,
+    process::Resource,
+};
+
+use super::{
+    beneath,
+    cache::{Cache, Key},
+    fault::Fault,
+    tree::{Node, Tree},
+};
+use crate::path::RelativePath;
+
+mod clock;
+mod gate;
+mod lay_out;
+mod model;
+pub mod plan;
+mod pool;
+mod trash;
+mod verify;
+
+use clock::Clock;
+use gate::Gate;
+use model::Kept;
+use plan::Plan;
+use pool::{Parked, Pool, Root};
+use trash::Trash;
+
+const TRASH: &str = "trash";
+const PARKED: &str = "parked";
+/// How long the runner may take until the last process of an action is gone.
+pub const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What was done since the start.
+#[derive(Debug, Default)]
+pub struct Counts {
+    pub roots: AtomicU64,
+    /// Entries of all roots, and those of them that had to be made.
+    pub entries: AtomicU64,
+    pub links: AtomicU64,
+    /// Directories that were made, and those that came out of the pool with all that is in them.
+    pub made: AtomicU64,
+    pub unparked: AtomicU64,
+    /// Spent on planning and laying out.
+    pub nanoseconds: AtomicU64,
+}
+
+pub struct Roots {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    path: PathBuf,
+    /// Locked for as long as this worker runs.
+    directory: OwnedFd,
+    parked: OwnedFd,
+    trash: Trash,
+    cache: Arc<Cache>,
+    sequence: AtomicU64,
+    threads: AtomicUsize,
+    /// Twice as many roots are kept, and may wait for cleaning.
+    slots: usize,
+    /// Directories that are open, and that may be.
+    open: Arc<AtomicU64>,
+    budget: u64,
+    fine_clock: bool,
+    /// Whether roots are kept at all.
+    keeps: AtomicBool,
+    /// What was made before the last time that something was found wrong is thrown away.
+    generation: AtomicU64,
+    pool: Mutex<Pool>,
+    cleaned: Condvar,
+    counts: Counts,
+}
+
+/// A root and what must be done to it.
+pub struct Planned {
+    shared: Arc<Shared>,
+    tree: Tree,
+    /// `None` only while it is performed or dropped.
+    work: Option<(Root, Plan<Parked>)>,
+    hold: bool,
+    spent: Duration,
+}
+
+/// A root for one action. Verified in the background when dropped.
+pub struct InputRoot {
+    shared: Arc<Shared>,
+    /// `None` only while being dropped.
+    gate: Option<Gate>,
+    /// `None` when it is not used again.
+    kept: Option<Kept>,
+    generation: u64,
+    /// Seconds since the epoch.
+    ready: i64,
+    trusted: bool,
+}
+
+impl std::fmt::Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        write!(
+            f,
+            "{} input roots with {} entries: linked {} files, made {} directories, used {} parked subtrees, in {} ms",
+            of(&self.roots),
+            of(&self.entries),
+            of(&self.links),
+            of(&self.made),
+            of(&self.unparked),
+            of(&self.nanoseconds) / 1_000_000,
+        )
+    }
+}
+
+/// Why there is no input root.
+#[derive(Debug)]
+pub enum PrepareError {
+    /// These are to be restored to the cache; then it may work.
+    Vanished(Vec<Key>),
+    Fault(Fault),
+}
+
+impl Drop for Planned {
+    fn drop(&mut self) {
+        if let Some((root, plan)) = self.work.take() {
+            self.shared.park(plan.taken.into_iter());
+            self.shared.pool.lock().ready.push(root);
+            self.shared.cleaned.notify_all();
+        }
+    }
+}
+
+impl Planned {
+    /// The files that will be linked.
+    pub fn links(&self) -> &[Key] {
+        self.work.as_ref().map_or(&[], |(_, plan)| &plan.links)
+    }
+
+    /// Gives up the root that this would have changed.
+    pub fn discard(mut self) {
+        if let Some((root, plan)) = self.work.take() {
+            self.shared.park(plan.taken.into_iter());
+            self.shared.discard(root.gate);
+        }
+    }
+}
+
+impl Roots {
+    /// Moves away and then removes what an earlier worker left. Sets the umask of the whole process
+    /// to 0, since the action's user must be able to write to directories. EWOULDBLOCK when another
+    /// worker uses the directory.
+    pub fn open(path: &Path, cache: Arc<Cache>, slots: usize) -> io::Result<Self> {
+        rustix::process::umask(Mode::empty());
+        std::fs::create_dir_all(path)?;
+        let directory = listing(rustix::fs::CWD, path)?;
+        rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive)?;
+        // Actions pass through on the way to their gates.
+        rustix::fs::fchmod(&directory, Mode::from_raw_mode(0o711))?;
+        let within = |name: &str| -> io::Result<OwnedFd> {
+            match rustix::fs::mkdirat(&directory, name, Mode::from_raw_mode(0o700)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+            Ok(listing(&directory, name)?)
+        };
+        let trash = within(TRASH)?;
+        discard_everything(&directory, &trash)?;
+        let parked = within(PARKED)?;
+        let trash = Trash::open(trash, &path.join(TRASH))?;
+        let clock = clock::probe(directory.as_fd())?;
+        let limit = rustix::process::getrlimit(Resource::Nofile).current;
+        let limit = limit.unwrap_or(1 << 20);
+        let budget = limit / 4 * 3;
+        let shared = Arc::new(Shared {
+            path: path.to_owned(),
+            directory,
+            parked,
+            trash,
+            cache,
+            sequence: AtomicU64::new(1),
+            threads: AtomicUsize::new(
+                std::thread::available_parallelism().map_or(1, |n| n.get().min(2)),
+            ),
+            slots,
+            open: Arc::default(),
+            budget,
+            fine_clock: clock == Clock::Fine,
+            keeps: AtomicBool::new(clock != Clock::Unknown),
+            generation: AtomicU64::new(0),
+            pool: Mutex::default(),
+            cleaned: Condvar::new(),
+            counts: Counts::default(),
+        });
+        let how = match clock {
+            Clock::Fine => {
+                "input roots are kept and changed; ctime tells every change of a directory"
+            }
+            Clock::Coarse => {
+                "input roots are kept and changed; ctime moves in steps, so what was just made is read again after an action"
+            }
+            Clock::Unknown => {
+                "each input root is made anew: not known how ctime behaves on this file system; ext4, xfs, btrfs and tmpfs are known"
+            }
+        };
+        tracing::info!(directory = %path.display(), clock = ?clock, directories = budget, "{how}");
+        for _ in 0..slots {
+            let root = shared.make_root()?;
+            shared.pool.lock().ready.push(root);
+        }
+        let weak = Arc::downgrade(&shared);
+        let release = move || weak.upgrade().is_some_and(|shared| shared.release());
+        shared.cache.on_pressure(release);
+        Ok(Roots { shared })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.shared.path
+    }
+
+    /// How many threads lay out a large root from now on.
+    pub fn set_threads(&self, threads: usize) {
+        self.shared.threads.store(threads, Ordering::Relaxed);
+    }
+
+    pub fn counts(&self) -> &Counts {
+        &self.shared.counts
+    }
+
+    /// An empty root. Blocks.
+    pub fn take(&self) -> io::Result<InputRoot> {
+        let root = self.shared.take_root(None)?;
+        Ok(self.shared.input_root(root))
+    }
+
+    /// Chooses a root for `tree` and says what must be done to it. `None` when that would block.
+    pub fn try_plan(&self, tree: &Tree) -> Option<Planned> {
+        let shared = &self.shared;
+        let hold = shared.holds(tree);
+        let root = {
+            let mut pool = shared.pool.lock();
+            match hold {
+                true => pool.choose(tree),
+                false => pool.take_empty(),
+            }
+        }?;
+        Some(shared.planned(root, tree, hold))
+    }
+
+    /// As `try_plan`; blocks until there is a root.
+    pub fn plan(&self, tree: &Tree) -> io::Result<Planned> {
+        let shared = &self.shared;
+        let hold = shared.holds(tree);
+        let root = shared.take_root(Some(tree).filter(|_| hold))?;
+        Ok(shared.planned(root, tree, hold))
+    }
+
+    /// Lays out the root, and the directories `parents`. All files that it links must be pinned.
+    /// Blocks.
+    pub fn prepare(
+        &self,
+        mut planned: Planned,
+        parents: &BTreeSet<RelativePath>,
+    ) -> Result<InputRoot, PrepareError> {
+        let began = Instant::now();
+        let shared = &self.shared;
+        let (root, plan) = planned.work.take().expect("present until performed");
+        let Root {
+            gate,
+            kept,
+            generation,
+        } = root;
+        let mut input_root = InputRoot {
+            shared: shared.clone(),
+            gate: Some(gate),
+            kept: None,
+            generation,
+            ready: 0,
+            trusted: true,
+        };
+        shared.count(&planned.tree, &plan);
+        // An error drops the root without its model: it is thrown away (I7).
+        let mut kept = match shared.perform(kept, plan, planned.hold) {
+            Ok(kept) => kept,
+            Err(error) => {
+                return Err(match error.fault(shared) {
+                    Ok(fault) => PrepareError::Fault(fault),
+                    Err(keys) => PrepareError::Vanished(keys),
+                });
+            }
+        };
+        for parent in parents {
+            let made = match &mut kept {
+                Some(kept) => make_parent(kept, parent),
+                None => beneath::make_directories(input_root.root(), parent)
+                    .map_err(|(component, error)| (component.as_str().to_owned(), error)),
+            };
+            if let Err((component, error)) = made {
+                input_root.kept = kept;
+                return Err(PrepareError::Fault(match error {
+                    Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG => Fault::Invalid(format!(
+                        "could not make directory {parent}, which declared outputs lie in: {component} is no directory in the input root"
+                    )),
+                    error => shared.disk_fault(&format!("make directory {parent}"), error.into()),
+                }));
+            }
+        }
+        input_root.kept = kept;
+        input_root.ready = now();
+        let spent = (planned.spent + began.elapsed()).as_nanos() as u64;
+        shared
+            .counts
+            .nanoseconds
+            .fetch_add(spent, Ordering::Relaxed);
+        Ok(input_root)
+    }
+
+    /// Something was not as it should be: all that is kept is thrown away, and what is in use will be.
+    pub fn distrust_all(&self) {
+        self.shared.generation.fetch_add(1, Ordering::SeqCst);
+        while self.shared.release() {}
+    }
+}
+
+/// Makes the directories of a path that the tree does not have. What changes below is found after the
+/// action, since the directory has no baseline any more.
+fn make_parent(root: &mut Kept, path: &RelativePath) -> Result<(), (String, Errno)> {
+    let mut at = root;
+    let mut components = path.components().iter();
+    let mut rest = path.components();
+    while let Some(component) = components.next() {
+        let directories = &at.node.directory.directories;
+        let found = directories.binary_search_by(|entry| entry.0.cmp(component));
+        let Ok(found) = found else { break };
+        at = &mut at.children[found];
+        rest = components.as_slice();
+    }
+    if rest.is_empty() {
+        return Ok(());
+    }
+    let rest: RelativePath = rest
+        .iter()
+        .cloned()
+        .fold(RelativePath::root(), |path, name| path.join(name));
+    at.baseline = None;
+    let place = at.place.clone();
+    let made = beneath::make_directories(place.as_fd(), &rest);
+    made.map_err(|(component, error)| (component.as_str().to_owned(), error))?;
+    model::set_mtime(place.as_fd()).map_err(|error| (path.to_string(), error))
+}
+
+impl InputRoot {
+    /// Relative to the build directory.
+    pub fn name(&self) -> &str {
+        self.gate.as_ref().map_or("", |gate| gate.name.as_str())
+    }
+
+    /// The directory with `stdout` and `stderr`.
+    pub fn gate(&self) -> BorrowedFd<'_> {
+        self.gate
+            .as_ref()
+            .expect("present until dropped")
+            .directory
+            .as_fd()
+    }
+
+    pub fn root(&self) -> BorrowedFd<'_> {
+        self.gate
+            .as_ref()
+            .expect("present until dropped")
+            .root
+            .as_fd()
+    }
+
+    /// A runner that failed may have let go of its lock while processes of the action live: no
+    /// other action gets this directory.
+    pub fn distrust(&mut self) {
+        self.trusted = false;
+    }
+
+    /// The action ran as root or as the worker, and may have changed anything in place (I2).
+    pub fn distrust_user(&mut self) {
+        self.trusted = false;
+        if self.shared.keeps.swap(false, Ordering::SeqCst) {
+            tracing::error!(
+                "an action ran as root or as the worker's own user: from now on each input root is made anew; let the runner use other users"
+            );
+        }
+        self.shared.generation.fetch_add(1, Ordering::SeqCst);
+        while self.shared.release() {}
+    }
+
+    /// Waits until the runner says, by letting go of its lock, that no process of the action is
+    /// left. `false` when that takes longer than `LOCK_TIMEOUT`.
+    pub async fn vacated(&self) -> bool {
+        let mut pause = Duration::from_millis(1);
+        let deadline = tokio::time::Instant::now() + LOCK_TIMEOUT;
+        loop {
+            if gate::try_lock(self.gate()) {
+                return true;
+            }
+            if tokio::time::Instant::now() > deadline {
+                return false;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(100));
+        }
+    }
+}
+
+impl Drop for InputRoot {
+    fn drop(&mut self) {
+        if let Some(gate) = self.gate.take() {
+            self.shared.pool.lock().dirty += 1;
+            let shared = self.shared.clone();
+            let kept = self.kept.take().filter(|_| self.trusted);
+            let (generation, ready) = (self.generation, self.ready);
+            let clean = move || shared.clean(gate, kept, generation, ready);
+            match tokio::runtime::Handle::try_current() {
+                Ok(runtime) => drop(runtime.spawn_blocking(clean)),
+                Err(_) => clean(),
+            }
+        }
+    }
+}
+
+fn listing<P: rustix::path::Arg>(parent: impl AsFd, name: P) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(parent, name, flags, Mode::empty())
+}
+
+fn now() -> i64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.map_or(0, |time| time.as_secs() as i64)
+}
+
+/// Throws away all that is in the build directory.
+fn discard_everything(directory: &OwnedFd, trash: &OwnedFd) -> io::Result<()> {
+    let mut entries = Dir::read_from(directory)?;
+    let mut names = Vec::new();
+    while let Some(entry) = entries.read() {
+        let name = entry?.file_name().to_owned();
+        let kept = [c".", c"..", c"trash", c"lost+found"];
+        if !kept.contains(&name.as_c_str()) {
+            names.push(name);
+        }
+    }
+    let mut number = 0_u64;
+    for name in names {
+        loop {
+            let no_replace = rustix::fs::RenameFlags::NOREPLACE;
+            let new = number.to_string();
+            number += 1;
+            match rustix::fs::renameat_with(directory, &name, trash, new, no_replace) {
+                Ok(()) => break,
+                Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Shared {
+    fn disk_fault(&self, what: &str, error: io::Error) -> Fault {
+        let what = format!("{what} in {}", self.path.display());
+        Fault::of_disk(what, error)
+    }
+
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    fn next_name(&self) -> String {
+        self.sequence.fetch_add(1, Ordering::Relaxed).to_string()
+    }
+
+    /// Whether a root of this size is kept after its action.
+    fn holds(&self, tree: &Node) -> bool {
+        self.keeps.load(Ordering::SeqCst) && tree.directories <= self.budget / 2
+    }
+
+    fn input_root(self: &Arc<Self>, root: Root) -> InputRoot {
+        let mut kept = root.kept;
+        let is_empty = kept.node.entries == 0;
+        if !is_empty {
+            kept.baseline = None;
+        }
+        InputRoot {
+            shared: self.clone(),
+            gate: Some(root.gate),
+            kept: Some(kept),
+            generation: root.generation,
+            ready: now(),
+            trusted: true,
+        }
+    }
+
+    fn planned(self: &Arc<Self>, root: Root, tree: &Tree, hold: bool) -> Planned {
+        let began = Instant::now();
+        let mut pool = self.pool.lock();
+        let old = root.kept.node.clone();
+        let rewrite = plan::compare(&old, tree, &|digest| hold && pool.has(digest));
+        let plan = plan::resolve(&old, rewrite, &mut |digest| match hold {
+            true => pool.take(digest),
+            false => None,
+        });
+        drop(pool);
+        let hold = hold && self.reserve(plan.made.len() as u64);
+        Planned {
+            shared: self.clone(),
+            tree: tree.clone(),
+            work: Some((root, plan)),
+            hold,
+            spent: began.elapsed(),
+        }
+    }
+
+    fn count(&self, tree: &Node, plan: &Plan<Parked>) {
+        let add = |count: &AtomicU64, more: u64| {
+            count.fetch_add(more, Ordering::Relaxed);
+        };
+        add(&self.counts.roots, 1);
+        add(&self.counts.entries, tree.entries);
+        add(&self.counts.links, plan.links.len() as u64);
+        add(&self.counts.made, plan.made.len() as u64);
+        add(&self.counts.unparked, plan.taken.len() as u64);
+    }
+}

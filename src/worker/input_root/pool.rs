@@ -1,0 +1,209 @@
+//! What waits for the next action: whole roots, and subtrees that were dropped from roots.
+//!
+//! 1. Everything in the pool was verified after the last action that had it.
+//! 2. It is bounded: in roots, in subtrees, in open directories; the longest unused go first,
+//!    subtrees before roots.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    os::fd::BorrowedFd,
+};
+
+use rustix::io::Errno;
+
+use super::{
+    Gate, Shared,
+    model::{self, Kept},
+    plan,
+};
+use crate::{digest::Digest, worker::tree::Tree};
+
+/// Subtrees that are parked at a time.
+const PARKED: usize = 10_000;
+/// Directories of a root that are looked at to see how much it shares with another.
+const LOOKS: u32 = 200;
+
+/// A root that no action has.
+pub struct Root {
+    pub gate: Gate,
+    pub kept: Kept,
+    /// Of `Shared::generation`.
+    pub generation: u64,
+}
+
+/// A subtree, beside the roots.
+pub struct Parked {
+    pub kept: Kept,
+    /// In the directory for parked ones.
+    pub name: String,
+    pub generation: u64,
+}
+
+#[derive(Default)]
+pub struct Pool {
+    /// The longest unused first.
+    pub ready: Vec<Root>,
+    /// Roots being cleaned.
+    pub dirty: usize,
+    parked: BTreeMap<u64, Parked>,
+    by_digest: HashMap<Digest, Vec<u64>>,
+    sequence: u64,
+}
+
+impl Pool {
+    pub fn has(&self, digest: &Digest) -> bool {
+        self.by_digest.contains_key(digest)
+    }
+
+    pub fn take(&mut self, digest: &Digest) -> Option<Parked> {
+        let numbers = self.by_digest.get_mut(digest)?;
+        let number = numbers.pop()?;
+        if numbers.is_empty() {
+            self.by_digest.remove(digest);
+        }
+        self.parked.remove(&number)
+    }
+
+    /// Adds a subtree; returns one that had to go for it.
+    pub fn put(&mut self, parked: Parked) -> Option<Parked> {
+        self.sequence += 1;
+        let numbers = self.by_digest.entry(parked.kept.node.digest).or_default();
+        numbers.push(self.sequence);
+        self.parked.insert(self.sequence, parked);
+        match self.parked.len() > PARKED {
+            true => self.take_oldest(),
+            false => None,
+        }
+    }
+
+    pub fn take_oldest(&mut self) -> Option<Parked> {
+        let (number, parked) = self.parked.pop_first()?;
+        let digest = parked.kept.node.digest;
+        if let Some(numbers) = self.by_digest.get_mut(&digest) {
+            numbers.retain(|other| *other != number);
+            if numbers.is_empty() {
+                self.by_digest.remove(&digest);
+            }
+        }
+        Some(parked)
+    }
+
+    /// The root that shares most with the wanted one; an empty one rather than one that shares
+    /// nothing; then the longest unused.
+    pub fn choose(&mut self, wanted: &Tree) -> Option<Root> {
+        let score = |root: &Root| {
+            let shared = plan::shared(&root.kept.node, wanted, &mut LOOKS.clone());
+            (shared, root.kept.node.entries == 0)
+        };
+        let mut best: Option<(usize, (u64, bool))> = None;
+        for (at, root) in self.ready.iter().enumerate() {
+            let score = score(root);
+            if best.is_none_or(|(_, highest)| score > highest) {
+                best = Some((at, score));
+            }
+        }
+        let (at, _) = best?;
+        Some(self.ready.remove(at))
+    }
+
+    pub fn take_empty(&mut self) -> Option<Root> {
+        let at = self
+            .ready
+            .iter()
+            .position(|root| root.kept.node.entries == 0)?;
+        Some(self.ready.remove(at))
+    }
+}
+
+impl Shared {
+    /// Moves a verified subtree out of a root.
+    pub(super) fn shelve(
+        &self,
+        parent: BorrowedFd<'_>,
+        name: &str,
+        kept: Kept,
+    ) -> Result<Parked, Errno> {
+        let parked = self.next_name();
+        rustix::fs::renameat(parent, name, &self.parked, &parked)?;
+        Ok(Parked {
+            kept,
+            name: parked,
+            generation: self.generation(),
+        })
+    }
+
+    /// Moves a parked subtree into a root. A rename sets the ctime of what is renamed, so that its
+    /// baseline is new (I6); what is below is as it was.
+    pub(super) fn unshelve(
+        &self,
+        parked: Parked,
+        parent: BorrowedFd<'_>,
+        name: &str,
+    ) -> Result<Kept, Errno> {
+        let Parked {
+            mut kept,
+            name: from,
+            ..
+        } = parked;
+        rustix::fs::renameat(&self.parked, &from, parent, name)?;
+        let (inode, baseline) = model::look(std::os::fd::AsFd::as_fd(&*kept.place))?;
+        if inode != kept.inode {
+            return Err(Errno::STALE);
+        }
+        kept.baseline = Some(baseline);
+        Ok(kept)
+    }
+
+    pub(super) fn park(&self, parked: impl Iterator<Item = Parked>) {
+        for parked in parked {
+            let current = self.generation() == parked.generation;
+            let gone = match current {
+                true => self.pool.lock().put(parked),
+                false => Some(parked),
+            };
+            if let Some(gone) = gone {
+                self.throw_away(gone);
+            }
+        }
+    }
+
+    pub(super) fn throw_away(&self, parked: Parked) {
+        self.trash.throw(&self.parked, &parked.name);
+    }
+
+    /// Lets go of something that is kept, a subtree first; `false` when there is nothing.
+    pub(super) fn release(&self) -> bool {
+        let mut pool = self.pool.lock();
+        if let Some(parked) = pool.take_oldest() {
+            drop(pool);
+            self.throw_away(parked);
+            return true;
+        }
+        let warm = pool
+            .ready
+            .iter()
+            .position(|root| root.kept.node.entries > 0);
+        let root = warm.map(|at| pool.ready.remove(at));
+        drop(pool);
+        match root {
+            Some(root) => {
+                self.discard(root.gate);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Makes room for so many more open directories; `false` when there is not enough.
+    pub(super) fn reserve(&self, directories: u64) -> bool {
+        loop {
+            let open = self.open.load(std::sync::atomic::Ordering::Relaxed);
+            if open.saturating_add(directories) <= self.budget {
+                return true;
+            }
+            if !self.release() {
+                return false;
+            }
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! Roots that are kept from one action to the next, and what ends that.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    sync::{Arc, atomic::Ordering},
+};
+
+use bb_remote_execution::{
+    config::Endpoint,
+    path::Component,
+    proto::rpc::Code,
+    storage::remote,
+    worker::{
+        cache::{Cache, Key, Limits},
+        directories::{Directory, File},
+        input_root::{PrepareError, Roots},
+        tree::{self, Tree},
+    },
+};
+
+use super::{
+    farm::{FUNCTION, Farm},
+    results::code,
+    tamper,
+};
+
+fn links(farm: &Farm) -> u64 {
+    farm.executor.roots.counts().links.load(Ordering::Relaxed)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_what_changed_is_linked() {
+    let farm = Farm::start().await;
+    let names: Vec<String> = (0..60).map(|i| format!("d{}/f{i}", i % 7)).collect();
+    let mut files: Vec<(&str, &str)> = names.iter().map(|name| (name.as_str(), "x")).collect();
+    let count = "find . -type f | wc -l";
+    let mut before = 0;
+    for (content, expected) in [("x", 60), ("x", 0), ("y", 1), ("z", 1)] {
+        files[17].1 = content;
+        let response = farm
+            .shell(&format!("{count}; cat d3/f17 # {before}"), &files, &[])
+            .await;
+        let out = farm.read(&response.result.unwrap().stdout_digest).await;
+        assert_eq!(String::from_utf8(out).unwrap(), format!("60\n{content}"));
+        let now = links(&farm);
+        assert_eq!(now - before, expected, "{content}");
+        before = now;
+        // It is cleaned in the background.
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_kept_once_actions_run_as_the_worker() {
+    let farm = Farm::start().await;
+    let files = [("a/b", "one"), ("a/c", "two")];
+    for round in 1..4 {
+        let script = format!("echo > out # {round}");
+        assert_eq!(farm.shell(&script, &files, &["out"]).await.status, None);
+        assert_eq!(links(&farm), round * 2);
+    }
+}
+
+fn key(content: &str) -> Key {
+    Key {
+        digest: FUNCTION.digest_of(content.as_bytes()),
+        executable: false,
+    }
+}
+
+fn root_of(directories: usize, content: &str) -> Tree {
+    let mut found = HashMap::new();
+    let inner = Directory {
+        files: vec![File {
+            name: Component::parse("f").unwrap(),
+            key: key(content),
+        }],
+        ..Default::default()
+    };
+    let digest = FUNCTION.digest_of(format!("{inner:?}").as_bytes());
+    found.insert(digest, Arc::new(inner));
+    let name = |i: usize| Component::parse(&i.to_string()).unwrap();
+    let mut root = Directory {
+        directories: (0..directories).map(|i| (name(i), digest)).collect(),
+        ..Default::default()
+    };
+    root.sort();
+    let digest = FUNCTION.digest_of(format!("{root:?}").as_bytes());
+    found.insert(digest, Arc::new(root));
+    tree::build(digest, &found, &HashMap::new()).unwrap().0
+}
+
+fn cache_with(place: &Path, content: &str) -> Arc<Cache> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let nowhere = Endpoint::Unix("/nonexistent/storage.sock".into());
+    let client = {
+        let _guard = runtime.enter();
+        remote::Client::connect(&nowhere, &nowhere, Default::default())
+    };
+    let limits = Limits {
+        bytes: 1 << 30,
+        files: 1 << 20,
+        minimum_free: 0,
+    };
+    let cache = Arc::new(Cache::open(&place.join("cache"), limits, client).unwrap());
+    fs::write(place.join("content"), content).unwrap();
+    let (file, parent) = (
+        fs::File::open(place.join("content")).unwrap(),
+        fs::File::open(place).unwrap(),
+    );
+    use std::os::fd::AsFd;
+    cache.keep_output(key(content), &file, false, parent.as_fd(), "content");
+    cache
+}
+
+#[test]
+fn a_full_disk_costs_one_action_and_no_other() {
+    let memory = Path::new("/dev/shm");
+    if !nix::unistd::geteuid().is_root() || !memory.is_dir() {
+        eprintln!("skipped: only root can mount a small file system");
+        return;
+    }
+    let place = tempfile::tempdir_in(memory).unwrap();
+    fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    // So few inodes that they are used up first.
+    for options in [&["-m", "0"][..], &["-N", "600"]] {
+        let inner = place.path().join(options[0]);
+        fs::create_dir(&inner).unwrap();
+        let Some(_mounted) = tamper::mount("ext4", 16, &inner, options) else {
+            eprintln!("skipped: no ext4 in a file");
+            return;
+        };
+        let at = inner.join("ext4");
+        let cache = cache_with(&at, "content");
+        let roots = Roots::open(&at.join("build"), cache, 2).unwrap();
+        let small = root_of(10, "content");
+        drop(
+            roots
+                .prepare(roots.plan(&small).unwrap(), &BTreeSet::new())
+                .unwrap(),
+        );
+        let large = root_of(20_000, "content");
+        let failed = roots.prepare(roots.plan(&large).unwrap(), &BTreeSet::new());
+        match failed {
+            Err(PrepareError::Fault(fault)) => {
+                assert_eq!(fault.status().code, Code::Unavailable as i32, "{fault}");
+            }
+            Err(PrepareError::Vanished(keys)) => panic!("{keys:?}"),
+            Ok(_) => panic!("there is no room for it"),
+        }
+        // What was made is removed in the background.
+        for attempt in 0.. {
+            let planned = roots.plan(&small);
+            match planned.map(|planned| roots.prepare(planned, &BTreeSet::new())) {
+                Ok(Ok(root)) => {
+                    let path = at.join("build").join(root.name()).join("root/3/f");
+                    assert_eq!(fs::read(path).unwrap(), b"content");
+                    break;
+                }
+                _ if attempt < 200 => std::thread::sleep(std::time::Duration::from_millis(50)),
+                _ => panic!("it does not recover"),
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cached_file_that_vanishes_ends_trust_in_what_is_kept() {
+    let farm = Farm::start().await;
+    let files = [("a/b", "one"), ("a/c", "two")];
+    assert_eq!(farm.shell("true", &files, &[]).await.status, None);
+    for entry in walkdir::WalkDir::new(farm.directory.path().join("cache")).min_depth(2) {
+        let entry = entry.unwrap();
+        if entry.file_type().is_file() {
+            fs::remove_file(entry.path()).unwrap();
+        }
+    }
+    // Another root, so that the files are linked again.
+    let files = [("x/b", "one"), ("x/c", "two"), ("x/d", "")];
+    let response = farm.shell("cat x/b x/c", &files, &[]).await;
+    assert_eq!(code(&response), Code::Ok);
+    let out = farm.read(&response.result.unwrap().stdout_digest).await;
+    assert_eq!(out, b"onetwo");
+}
