@@ -240,7 +240,6 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
         at(Step::Limits);
         call!(SYS_umask, 0o022)?;
         limit(libc::RLIMIT_CORE as c_int, 0, 0)?;
-        limit(libc::RLIMIT_NOFILE as c_int, OPEN_FILES.0, OPEN_FILES.1)?;
         limit(
             libc::RLIMIT_NPROC as c_int,
             launch.processes,
@@ -273,6 +272,8 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
             size_of::<OpenHow>()
         )?;
         call!(SYS_fchdir, input_root as RawFd)?;
+        // Not before: the daemon may have more descriptors than that, and so has this copy of them.
+        limit(libc::RLIMIT_NOFILE as c_int, OPEN_FILES.0, OPEN_FILES.1)?;
 
         at(Step::Credentials);
         // Refused without CAP_SETPCAP; then no_new_privs alone keeps files from giving any.

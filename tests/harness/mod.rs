@@ -5,7 +5,6 @@
 
 use std::{
     fs,
-    net::TcpListener,
     os::unix::{
         fs::{PermissionsExt, chown},
         process::CommandExt,
@@ -58,9 +57,9 @@ pub struct Farm {
 /// Users that each farm has for its actions.
 pub const USERS: u32 = 16;
 
-/// A range of users that no other test, in this process or another one, has. (What a packaged runner
+/// A range of users, and two ports, that no other test on this host has. (What a packaged runner
 /// uses lies below all of them.)
-fn claim_users() -> (u32, fs::File) {
+fn claim_users() -> (u32, u16, fs::File) {
     use nix::fcntl::{FcntlArg, fcntl};
     for number in 0..300 {
         let file = fs::OpenOptions::new()
@@ -78,7 +77,12 @@ fn claim_users() -> (u32, fs::File) {
             l_pid: 0,
         };
         if fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)).is_ok() {
-            return (59_000 + number as u32 * USERS, file);
+            // Below those that the kernel gives to others (ip(7), ip_local_port_range).
+            return (
+                59_000 + number as u32 * USERS,
+                21_000 + 2 * number as u16,
+                file,
+            );
         }
     }
     panic!("300 farms are being tested");
@@ -91,14 +95,6 @@ pub fn is_root() -> bool {
         eprintln!("skipped: a farm needs root");
     }
     root
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
 }
 
 impl Farm {
@@ -141,14 +137,14 @@ impl Farm {
             let program = Path::new(program);
             fs::copy(program, root.join("bin").join(program.file_name().unwrap())).unwrap();
         }
-        let (users, users_claim) = claim_users();
+        let (users, ports, users_claim) = claim_users();
         let mut farm = Farm {
             scheduler: None,
             worker: None,
             runner: None,
             directory,
-            clients: free_port(),
-            workers: free_port(),
+            clients: ports,
+            workers: ports + 1,
             users,
             _users_claim: users_claim,
         };
