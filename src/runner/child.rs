@@ -291,13 +291,7 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
         call!(SYS_setresgid, user, user, user)?;
         call!(SYS_setresuid, user, user, user)?;
         // The change of user has emptied the others of its sets, not the inheritable one.
-        let header = CapabilityHeader {
-            version: CAPABILITY_VERSION_3,
-            pid: 0,
-        };
-        let none = [[0u32; 3]; 2];
-        call!(SYS_capset, &raw const header, &raw const none)?;
-        call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)?;
+        give_up_privileges()?;
         // Dies with the thread that made it; after the change of user, which clears this.
         call!(SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL)?;
         if libc::getppid() != launch.parent {
@@ -366,13 +360,7 @@ unsafe fn become_first(launch: &init::Launch) -> Result<c_int, c_int> {
         // Root would have its capabilities again with its next program; where this is refused,
         // no_new_privs keeps them away alone.
         let _ = call!(SYS_prctl, libc::PR_SET_SECUREBITS, SECURE_NO_ROOT, 0, 0, 0);
-        let header = CapabilityHeader {
-            version: CAPABILITY_VERSION_3,
-            pid: 0,
-        };
-        let none = [[0u32; 3]; 2];
-        call!(SYS_capset, &raw const header, &raw const none)?;
-        call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)?;
+        give_up_privileges()?;
         let arguments = [c"bb-init".as_ptr(), ptr::null()];
         let nothing: [*const c_char; 1] = [ptr::null()];
         call!(
@@ -440,6 +428,21 @@ unsafe fn execute(launch: &Launch, report: *mut Report) -> c_int {
             let _ = call!(SYS_nanosleep, &raw const pause, 0);
         }
     }
+}
+
+/// Empties the sets of capabilities, for good.
+unsafe fn give_up_privileges() -> Result<(), c_int> {
+    let header = CapabilityHeader {
+        version: CAPABILITY_VERSION_3,
+        pid: 0,
+    };
+    let none = [[0u32; 3]; 2];
+    // SAFETY: header and sets live during the call, and the version says how large they are.
+    unsafe {
+        call!(SYS_capset, &raw const header, &raw const none)?;
+        call!(SYS_prctl, libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)?;
+    }
+    Ok(())
 }
 
 /// A regular file that this user may execute.

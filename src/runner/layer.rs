@@ -137,14 +137,7 @@ impl Layers {
                         tracing::info!("{key} is on: {}", description.on);
                     }
                 }
-                Some(reason) if demand == Demand::Require => {
-                    failures.push(Failure::Configuration {
-                        key,
-                        message: format!(
-                            "it is required, but {reason}; let the host allow it, or write \"auto\""
-                        ),
-                    })
-                }
+                Some(reason) if demand == Demand::Require => failures.push(unmet(key, &reason)),
                 Some(_) if tell && demand == Demand::Off => {
                     tracing::info!("{key} is off: {}", description.off);
                 }
@@ -155,6 +148,14 @@ impl Layers {
             }
         }
         (found, failures)
+    }
+}
+
+/// What is required does not work here.
+pub fn unmet(key: &'static str, reason: &str) -> Failure {
+    Failure::Configuration {
+        key,
+        message: format!("it is required, but {reason}; let the host allow it, or write \"auto\""),
     }
 }
 

@@ -280,12 +280,7 @@ fn find_cgroups(config: &Config) -> Result<Option<cgroup::Cgroups>, Failure> {
             Ok(Some(cgroups))
         }
         Err(reason) if config.containment.cgroups == Demand::Require => {
-            Err(Failure::Configuration {
-                key,
-                message: format!(
-                    "it is required, but {reason}; let the host allow it, or write \"auto\""
-                ),
-            })
+            Err(layer::unmet(key, &reason))
         }
         Err(reason) => {
             tracing::warn!(
@@ -385,40 +380,30 @@ fn unknown_user(name: String) -> Failure {
     }
 }
 
-fn group(name: &str) -> Option<u32> {
-    match name.parse::<u32>() {
+fn group(key: &'static str, name: &str) -> Result<u32, Failure> {
+    let found = match name.parse::<u32>() {
         Ok(number) => Some(number),
         Err(_) => nix::unistd::Group::from_name(name)
             .ok()
             .flatten()
             .map(|group| group.gid.as_raw()),
-    }
+    };
+    found.ok_or_else(|| Failure::Configuration {
+        key,
+        message: format!("there is no group {name:?} on this host; create it, or name another"),
+    })
 }
 
 fn resolve_groups(names: &[String]) -> Result<Vec<u32>, Failure> {
     names
         .iter()
-        .map(|name| {
-            group(name).ok_or_else(|| Failure::Configuration {
-                key: "additional_groups",
-                message: format!(
-                    "there is no group {name:?} on this host; create it, or name another"
-                ),
-            })
-        })
+        .map(|name| group("additional_groups", name))
         .collect()
 }
 
 fn socket_group(config: &Config) -> Result<Option<u32>, Failure> {
-    let name = &config.socket_group;
-    if name.is_empty() {
-        return Ok(None);
-    }
-    match group(name) {
-        Some(number) => Ok(Some(number)),
-        None => Err(Failure::Configuration {
-            key: "socket_group",
-            message: format!("there is no group {name:?} on this host; create it, or name another"),
-        }),
+    match config.socket_group.as_str() {
+        "" => Ok(None),
+        name => group("socket_group", name).map(Some),
     }
 }
