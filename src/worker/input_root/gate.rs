@@ -14,7 +14,7 @@ use rustix::{
 
 use super::{
     LOCK_TIMEOUT, Shared, listing,
-    model::{self, Kept, LARGEST_DIRECTORY, Place},
+    model::{self, Kept, Place},
     pool::Root,
 };
 use crate::worker::{
@@ -44,11 +44,7 @@ impl Shared {
     pub(super) fn take_root(&self, wanted: Option<&Tree>) -> io::Result<Root> {
         let mut pool = self.pool.lock();
         loop {
-            let root = match wanted {
-                Some(tree) => pool.choose(tree),
-                None => pool.take_empty(),
-            };
-            if let Some(root) = root {
+            if let Some(root) = pool.pick(wanted) {
                 return Ok(root);
             }
             if pool.dirty <= 2 * self.slots {
@@ -231,8 +227,5 @@ fn is_as_made(directory: BorrowedFd<'_>, mode: u32) -> io::Result<bool> {
             .all(|name| name.is_empty() || name.starts_with(b"security.")),
         Err(error) => error == Errno::OPNOTSUPP,
     };
-    Ok(plain
-        && stat.st_uid == rustix::process::geteuid().as_raw()
-        && stat.st_mode & 0o7777 == mode
-        && stat.st_size <= LARGEST_DIRECTORY)
+    Ok(plain && model::is_as_made(&stat, mode))
 }

@@ -46,7 +46,7 @@ use std::{
 
 use parking_lot::{Condvar, Mutex};
 use rustix::{
-    fs::{Dir, FlockOperation, Mode, OFlags},
+    fs::{FlockOperation, Mode, OFlags},
     io::Errno,
     process::Resource,
 };
@@ -213,9 +213,9 @@ impl Roots {
             Ok(listing(&directory, name)?)
         };
         let trash = within(TRASH)?;
+        let trash = Trash::open(trash, &path.join(TRASH))?;
         discard_everything(&directory, &trash)?;
         let parked = within(PARKED)?;
-        let trash = Trash::open(trash, &path.join(TRASH))?;
         let clock = clock::probe(directory.as_fd())?;
         let limit = rustix::process::getrlimit(Resource::Nofile).current;
         let limit = limit.unwrap_or(1 << 20);
@@ -285,13 +285,7 @@ impl Roots {
     pub fn try_plan(&self, tree: &Tree) -> Option<Planned> {
         let shared = &self.shared;
         let hold = shared.holds(tree);
-        let root = {
-            let mut pool = shared.pool.lock();
-            match hold {
-                true => pool.choose(tree),
-                false => pool.take_empty(),
-            }
-        }?;
+        let root = shared.pool.lock().pick(Some(tree).filter(|_| hold))?;
         Some(shared.planned(root, tree, hold))
     }
 
@@ -365,8 +359,7 @@ impl Roots {
 
     /// Something was not as it should be: all that is kept is thrown away, and what is in use will be.
     pub fn distrust_all(&self) {
-        self.shared.generation.fetch_add(1, Ordering::SeqCst);
-        while self.shared.release() {}
+        self.shared.forget_all();
     }
 }
 
@@ -434,8 +427,7 @@ impl InputRoot {
                 "an action ran as root or as the worker's own user: from now on each input root is made anew; let the runner use other users"
             );
         }
-        self.shared.generation.fetch_add(1, Ordering::SeqCst);
-        while self.shared.release() {}
+        self.shared.forget_all();
     }
 
     /// Waits until the runner says, by letting go of its lock, that no process of the action is
@@ -483,27 +475,11 @@ fn now() -> i64 {
 }
 
 /// Throws away all that is in the build directory.
-fn discard_everything(directory: &OwnedFd, trash: &OwnedFd) -> io::Result<()> {
-    let mut entries = Dir::read_from(directory)?;
-    let mut names = Vec::new();
-    while let Some(entry) = entries.read() {
-        let name = entry?.file_name().to_owned();
-        let kept = [c".", c"..", c"trash", c"lost+found"];
-        if !kept.contains(&name.as_c_str()) {
-            names.push(name);
-        }
-    }
-    let mut number = 0_u64;
-    for name in names {
-        loop {
-            let no_replace = rustix::fs::RenameFlags::NOREPLACE;
-            let new = number.to_string();
-            number += 1;
-            match rustix::fs::renameat_with(directory, &name, trash, new, no_replace) {
-                Ok(()) => break,
-                Err(Errno::EXIST) => {}
-                Err(error) => return Err(error.into()),
-            }
+fn discard_everything(directory: &OwnedFd, trash: &Trash) -> io::Result<()> {
+    for name in trash::list(directory)? {
+        if ![c"trash", c"lost+found"].contains(&name.as_c_str()) {
+            let moved = trash.take(directory, &name)?;
+            trash.remove_later(moved);
         }
     }
     Ok(())
@@ -529,15 +505,10 @@ impl Shared {
     }
 
     fn input_root(self: &Arc<Self>, root: Root) -> InputRoot {
-        let mut kept = root.kept;
-        let is_empty = kept.node.entries == 0;
-        if !is_empty {
-            kept.baseline = None;
-        }
         InputRoot {
             shared: self.clone(),
             gate: Some(root.gate),
-            kept: Some(kept),
+            kept: Some(root.kept),
             generation: root.generation,
             ready: now(),
             trusted: true,

@@ -18,7 +18,7 @@ use crate::worker::{cache::Links, tree::Tree};
 /// Of every directory in an input root, and of every input file: 2000-01-01T00:00:00Z.
 pub const MTIME: i64 = 946_684_800;
 /// Directories never shrink on ext4; one that grew beyond this is not used again.
-pub const LARGEST_DIRECTORY: i64 = 256 << 10;
+const LARGEST_DIRECTORY: i64 = 256 << 10;
 
 /// An open directory (O_PATH), counted as long as it is open.
 pub struct Place {
@@ -83,13 +83,17 @@ pub struct Kept {
     pub children: Vec<Kept>,
 }
 
+/// Owner, mode and size of a directory that the worker made.
+pub fn is_as_made(stat: &Stat, mode: u32) -> bool {
+    stat.st_uid == rustix::process::geteuid().as_raw()
+        && stat.st_mode & 0o7777 == mode
+        && stat.st_size <= LARGEST_DIRECTORY
+}
+
 /// What can be told of a directory without reading it; an error when it is not as the worker makes
 /// directories.
 fn baseline(stat: &Stat) -> Result<Baseline, Errno> {
-    let as_made = stat.st_uid == rustix::process::geteuid().as_raw()
-        && stat.st_mode & 0o7777 == 0o777
-        && stat.st_size <= LARGEST_DIRECTORY;
-    match as_made {
+    match is_as_made(stat, 0o777) {
         true => Ok(Baseline {
             seconds: stat.st_ctime,
             nanoseconds: stat.st_ctime_nsec as i64,

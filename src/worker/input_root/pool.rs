@@ -90,7 +90,7 @@ impl Pool {
 
     /// The root that shares most with the wanted one; an empty one rather than one that shares
     /// nothing; then the longest unused.
-    pub fn choose(&mut self, wanted: &Tree) -> Option<Root> {
+    fn choose(&mut self, wanted: &Tree) -> Option<Root> {
         let score = |root: &Root| {
             let shared = plan::shared(&root.kept.node, wanted, &mut LOOKS.clone());
             (shared, root.kept.node.entries == 0)
@@ -106,7 +106,15 @@ impl Pool {
         Some(self.ready.remove(at))
     }
 
-    pub fn take_empty(&mut self) -> Option<Root> {
+    /// The root that suits a tree best; an empty one where none is given.
+    pub fn pick(&mut self, wanted: Option<&Tree>) -> Option<Root> {
+        match wanted {
+            Some(tree) => self.choose(tree),
+            None => self.take_empty(),
+        }
+    }
+
+    fn take_empty(&mut self) -> Option<Root> {
         let at = self
             .ready
             .iter()
@@ -192,6 +200,13 @@ impl Shared {
             }
             None => false,
         }
+    }
+
+    /// All that is kept is thrown away, and what is in use will be (I7).
+    pub(super) fn forget_all(&self) {
+        self.generation
+            .fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        while self.release() {}
     }
 
     /// Makes room for so many more open directories; `false` when there is not enough.

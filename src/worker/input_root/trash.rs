@@ -76,19 +76,30 @@ impl Trash {
     }
 
     pub fn try_throw<P: rustix::path::Arg>(&self, parent: impl AsFd, name: P) -> Result<(), Errno> {
-        let to = self.sequence.fetch_add(1, Ordering::Relaxed).to_string();
-        rustix::fs::renameat(parent, name, &*self.directory, &to)?;
+        let to = self.take(parent, name)?;
         if self.waiting.load(Ordering::Relaxed) > WAITING {
             remove(&self.directory, &to, &self.path);
             return Ok(());
         }
-        self.waiting.fetch_add(1, Ordering::Relaxed);
-        let _ = self.names.lock().send(to);
+        self.remove_later(to);
         Ok(())
+    }
+
+    /// Moves an entry of a directory here, under the name that is returned.
+    pub fn take<P: rustix::path::Arg>(&self, parent: impl AsFd, name: P) -> Result<String, Errno> {
+        let to = self.sequence.fetch_add(1, Ordering::Relaxed).to_string();
+        rustix::fs::renameat(parent, name, &*self.directory, &to)?;
+        Ok(to)
+    }
+
+    pub fn remove_later(&self, name: String) {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        let _ = self.names.lock().send(name);
     }
 }
 
-fn list(directory: &OwnedFd) -> io::Result<Vec<std::ffi::CString>> {
+/// The names of a directory's entries.
+pub fn list(directory: &OwnedFd) -> io::Result<Vec<std::ffi::CString>> {
     let mut names = Vec::new();
     let mut entries = Dir::read_from(directory)?;
     while let Some(entry) = entries.read() {
