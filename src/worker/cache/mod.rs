@@ -34,9 +34,14 @@ use crate::{
 };
 
 mod files;
+mod pins;
+mod room;
 
 use files::Files;
 pub use files::{Key, seal};
+use pins::Claim;
+pub use pins::{Link, Links, Pins};
+use room::is_full;
 
 /// From this size on a file is streamed to disk rather than read into memory.
 const LARGE: u64 = 1 << 20;
@@ -52,9 +57,6 @@ pub struct Limits {
     /// Bytes of the file system that are left free.
     pub minimum_free: u64,
 }
-
-/// Of a file system, that are left free; every directory and output of an action takes one.
-const MINIMUM_FREE_INODES: u64 = 1_000;
 
 pub struct Cache {
     files: Files,
@@ -75,40 +77,6 @@ struct Stored {
     inode: u64,
 }
 
-/// A link to a file of the cache.
-#[derive(Clone, Copy, Debug)]
-pub struct Link {
-    pub inode: u64,
-    handle: Handle,
-}
-
-/// Links in an input root, each of which pins its file.
-pub struct Links {
-    cache: Arc<Cache>,
-    pub of: Vec<Link>,
-}
-
-impl Links {
-    /// These alone; the others are let go of with what is returned.
-    pub fn part(&self, of: Vec<Link>) -> Self {
-        Links {
-            cache: self.cache.clone(),
-            of,
-        }
-    }
-}
-
-impl Drop for Links {
-    fn drop(&mut self) {
-        if !self.of.is_empty() {
-            let mut state = self.cache.state.lock();
-            for link in &self.of {
-                state.kept.unpin(link.handle);
-            }
-        }
-    }
-}
-
 #[derive(Default)]
 struct State {
     kept: Lru<Key, Stored>,
@@ -120,75 +88,6 @@ struct Busy {
     /// By which claim.
     claim: u64,
     done: CancellationToken,
-}
-
-impl State {
-    fn is_over(limits: Limits) -> impl Fn(u64, usize) -> bool {
-        move |bytes, files| bytes > limits.bytes || files as u64 > limits.files
-    }
-}
-
-/// Files that are not evicted for as long as this lives.
-pub struct Pins {
-    cache: Arc<Cache>,
-    handles: Vec<Handle>,
-}
-
-impl Drop for Pins {
-    fn drop(&mut self) {
-        let mut state = self.cache.state.lock();
-        for handle in &self.handles {
-            state.kept.unpin(*handle);
-        }
-        drop(state);
-        let over = self.cache.is_over();
-        if over && let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            let cache = self.cache.clone();
-            runtime.spawn_blocking(move || cache.make_fit());
-        }
-    }
-}
-
-/// Keys that we change; others wait for us.
-struct Claim<'a> {
-    cache: &'a Cache,
-    number: u64,
-    keys: Vec<Key>,
-    done: CancellationToken,
-}
-
-impl<'a> Claim<'a> {
-    fn new(cache: &'a Cache) -> Self {
-        let mut state = cache.state.lock();
-        state.claims += 1;
-        Claim {
-            cache,
-            number: state.claims,
-            keys: Vec::new(),
-            done: CancellationToken::new(),
-        }
-    }
-
-    fn add(&mut self, state: &mut State, key: Key) {
-        let busy = Busy {
-            claim: self.number,
-            done: self.done.clone(),
-        };
-        state.busy.insert(key, busy);
-        self.keys.push(key);
-    }
-}
-
-impl Drop for Claim<'_> {
-    fn drop(&mut self) {
-        if !self.keys.is_empty() {
-            let mut state = self.cache.state.lock();
-            for key in &self.keys {
-                state.busy.remove(key);
-            }
-        }
-        self.done.cancel();
-    }
 }
 
 /// Why a file of the cache could not be linked.
@@ -232,17 +131,6 @@ impl Cache {
     pub fn usage(&self) -> (u64, u64) {
         let state = self.state.lock();
         (state.kept.len() as u64, state.kept.weight())
-    }
-
-    /// Sets what lets go of kept input roots when the cache is too full; once.
-    pub fn on_pressure(&self, release: impl Fn() -> bool + Send + Sync + 'static) {
-        let _ = self.release.set(Box::new(release));
-    }
-
-    /// Whether more than the limits is here.
-    pub fn is_over(&self) -> bool {
-        let state = self.state.lock();
-        State::is_over(self.limits)(state.kept.weight(), state.kept.len())
     }
 
     /// Pins files that are to be linked. Those that are not here are the error.
@@ -316,15 +204,8 @@ impl Cache {
                 wanted.push(key);
             }
         }
-        if missing.is_empty() {
-            return Ok(pins);
-        }
-        missing.sort_unstable();
-        missing.dedup();
-        Err(Fault::of_storage(
-            "obtain the input files",
-            storage::Error::Missing(missing),
-        ))
+        none_missing(missing)?;
+        Ok(pins)
     }
 
     /// Fetches files again that are gone from the disk, though they should be there.
@@ -339,13 +220,7 @@ impl Cache {
             handles: Vec::new(),
         };
         self.fetch(instance, &keys, &mut pins, &mut missing).await?;
-        match missing.is_empty() {
-            true => Ok(()),
-            false => Err(Fault::of_storage(
-                "obtain the input files",
-                storage::Error::Missing(missing),
-            )),
-        }
+        none_missing(missing)
     }
 
     /// Sorts keys into those that are here, which it pins, those that are ours to fetch, and those
@@ -432,7 +307,10 @@ impl Cache {
             && key.digest.size() >= LARGE
         {
             match self.fetch_large(instance, key).await? {
-                Some(inode) => pins.handles.push(self.admit(key, inode)),
+                Some(inode) => {
+                    pins.handles.push(self.admit(key, inode));
+                    self.make_fit();
+                }
                 None => missing.push(key.digest),
             }
             return Ok((pins, missing));
@@ -455,6 +333,7 @@ impl Cache {
                     }
                 }
             }
+            cache.make_fit();
             Ok((pins, missing))
         };
         tokio::task::spawn_blocking(write)
@@ -555,6 +434,7 @@ impl Cache {
         match kept {
             Ok(inode) => {
                 let handle = self.admit(key, inode);
+                self.make_fit();
                 self.state.lock().kept.unpin(handle);
             }
             Err(error) => {
@@ -575,94 +455,8 @@ impl Cache {
             }
             state.kept.pin(&key).expect("just inserted")
         };
-        self.make_fit();
+        self.keep_limits();
         handle
-    }
-
-    /// Evicts until the limits are kept, and asks for kept input roots when that is not enough.
-    pub fn make_fit(&self) {
-        let lacking = self.lacking();
-        if lacking > 0 {
-            let weight = self.state.lock().kept.weight();
-            self.evict(Limits {
-                bytes: weight.saturating_sub(lacking),
-                ..self.limits
-            });
-            // Once: what was evicted may be linked from kept roots, and room comes with a delay.
-            if self.lacking() > 0
-                && let Some(release) = self.release.get()
-            {
-                release();
-            }
-        }
-        loop {
-            self.evict(self.limits);
-            if !self.is_over() || !self.release.get().is_some_and(|release| release()) {
-                return;
-            }
-        }
-    }
-
-    /// Bytes to evict, so that the file system has enough free.
-    fn lacking(&self) -> u64 {
-        if self.limits.minimum_free == 0 {
-            return 0;
-        }
-        match self.files.free() {
-            Ok((bytes, inodes)) if inodes < MINIMUM_FREE_INODES => {
-                let (files, weight) = self.usage();
-                let few = weight / files.max(1) * (MINIMUM_FREE_INODES - inodes);
-                few.max(self.limits.minimum_free.saturating_sub(bytes))
-                    .max(1)
-            }
-            Ok((bytes, _)) => self.limits.minimum_free.saturating_sub(bytes),
-            Err(_) => 0,
-        }
-    }
-
-    /// Removes what is unpinned and longest unused, until the limits are kept. Returns how many.
-    fn evict(&self, limits: Limits) -> usize {
-        let mut claim = Claim::new(self);
-        let mut state = self.state.lock();
-        let victims = state.kept.evict(State::is_over(limits));
-        for (key, _) in &victims {
-            claim.add(&mut state, *key);
-        }
-        drop(state);
-        for (key, stored) in &victims {
-            if let Err(error) = self.files.remove(key, stored.copies) {
-                tracing::warn!(digest = %key.digest, %error, "could not remove a file from the cache");
-            }
-        }
-        victims.len()
-    }
-
-    /// Frees room on a full disk; `false` when there is nothing to remove.
-    fn make_space(&self, key: &Key) -> bool {
-        let weight = self.state.lock().kept.weight();
-        let room = (key.digest.size() * 2).max(64 << 20).max(weight / 16);
-        let removed = self.evict(Limits {
-            bytes: weight.saturating_sub(room),
-            ..self.limits
-        });
-        removed > 0 || self.release.get().is_some_and(|release| release())
-    }
-
-    fn with_room<T>(
-        &self,
-        key: &Key,
-        mut write: impl FnMut() -> io::Result<T>,
-    ) -> Result<T, Fault> {
-        let mut attempts = 0;
-        loop {
-            match write() {
-                Ok(done) => return Ok(done),
-                Err(error) if attempts < 4 && is_full(&error) && self.make_space(key) => {
-                    attempts += 1;
-                }
-                Err(error) => return Err(self.disk_fault(key, error)),
-            }
-        }
     }
 
     fn disk_fault(&self, key: &Key, error: io::Error) -> Fault {
@@ -744,9 +538,14 @@ impl Cache {
     }
 }
 
-fn is_full(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-    )
+fn none_missing(mut missing: Vec<Digest>) -> Result<(), Fault> {
+    if missing.is_empty() {
+        return Ok(());
+    }
+    missing.sort_unstable();
+    missing.dedup();
+    Err(Fault::of_storage(
+        "obtain the input files",
+        storage::Error::Missing(missing),
+    ))
 }

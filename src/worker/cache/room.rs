@@ -1,0 +1,127 @@
+//! Room for files: on the file system, and within the cache's limits.
+
+use std::io;
+
+use super::{Cache, Claim, Key, Limits, State};
+use crate::worker::fault::Fault;
+
+/// Of a file system, that are left free; every directory and output of an action takes one.
+const MINIMUM_FREE_INODES: u64 = 1_000;
+
+impl State {
+    fn is_over(limits: Limits) -> impl Fn(u64, usize) -> bool {
+        move |bytes, files| bytes > limits.bytes || files as u64 > limits.files
+    }
+}
+
+impl Cache {
+    /// Sets what lets go of kept input roots when the cache is too full; once.
+    pub fn on_pressure(&self, release: impl Fn() -> bool + Send + Sync + 'static) {
+        let _ = self.release.set(Box::new(release));
+    }
+
+    /// Whether more than the limits is here.
+    pub fn is_over(&self) -> bool {
+        let state = self.state.lock();
+        State::is_over(self.limits)(state.kept.weight(), state.kept.len())
+    }
+
+    /// Evicts until the file system has enough free, and the limits are kept.
+    pub fn make_fit(&self) {
+        let lacking = self.lacking();
+        if lacking > 0 {
+            let weight = self.state.lock().kept.weight();
+            self.evict(Limits {
+                bytes: weight.saturating_sub(lacking),
+                ..self.limits
+            });
+            // Once: what was evicted may be linked from kept roots, and room comes with a delay.
+            if self.lacking() > 0
+                && let Some(release) = self.release.get()
+            {
+                release();
+            }
+        }
+        self.keep_limits();
+    }
+
+    /// Evicts until the limits are kept, and asks for kept input roots when that is not enough. Does
+    /// not ask the file system, and so is for every single file.
+    pub(super) fn keep_limits(&self) {
+        loop {
+            self.evict(self.limits);
+            if !self.is_over() || !self.release.get().is_some_and(|release| release()) {
+                return;
+            }
+        }
+    }
+
+    /// Bytes to evict, so that the file system has enough free.
+    fn lacking(&self) -> u64 {
+        if self.limits.minimum_free == 0 {
+            return 0;
+        }
+        match self.files.free() {
+            Ok((bytes, inodes)) if inodes < MINIMUM_FREE_INODES => {
+                let (files, weight) = self.usage();
+                let few = weight / files.max(1) * (MINIMUM_FREE_INODES - inodes);
+                few.max(self.limits.minimum_free.saturating_sub(bytes))
+                    .max(1)
+            }
+            Ok((bytes, _)) => self.limits.minimum_free.saturating_sub(bytes),
+            Err(_) => 0,
+        }
+    }
+
+    /// Removes what is unpinned and longest unused, until the limits are kept. Returns how many.
+    fn evict(&self, limits: Limits) -> usize {
+        let mut claim = Claim::new(self);
+        let mut state = self.state.lock();
+        let victims = state.kept.evict(State::is_over(limits));
+        for (key, _) in &victims {
+            claim.add(&mut state, *key);
+        }
+        drop(state);
+        for (key, stored) in &victims {
+            if let Err(error) = self.files.remove(key, stored.copies) {
+                tracing::warn!(digest = %key.digest, %error, "could not remove a file from the cache");
+            }
+        }
+        victims.len()
+    }
+
+    /// Frees room on a full disk; `false` when there is nothing to remove.
+    pub(super) fn make_space(&self, key: &Key) -> bool {
+        let weight = self.state.lock().kept.weight();
+        let room = (key.digest.size() * 2).max(64 << 20).max(weight / 16);
+        let removed = self.evict(Limits {
+            bytes: weight.saturating_sub(room),
+            ..self.limits
+        });
+        removed > 0 || self.release.get().is_some_and(|release| release())
+    }
+
+    pub(super) fn with_room<T>(
+        &self,
+        key: &Key,
+        mut write: impl FnMut() -> io::Result<T>,
+    ) -> Result<T, Fault> {
+        let mut attempts = 0;
+        loop {
+            match write() {
+                Ok(done) => return Ok(done),
+                Err(error) if attempts < 4 && is_full(&error) && self.make_space(key) => {
+                    attempts += 1;
+                }
+                Err(error) => return Err(self.disk_fault(key, error)),
+            }
+        }
+    }
+}
+
+pub(super) fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
