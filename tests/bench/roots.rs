@@ -7,37 +7,29 @@
 use std::{
     collections::{BTreeSet, HashMap},
     fs,
-    os::fd::AsFd,
-    path::{Path, PathBuf},
-    process::Command,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use bb_remote_execution::{
-    config::Endpoint,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     path::Component,
-    storage::remote,
     worker::{
-        cache::{Cache, Key, Limits},
+        cache::{Cache, Key},
         directories::{Directory, File},
         input_root::{InputRoot, Roots},
         tree::{self, Tree},
     },
 };
 
+use crate::harness::parts::{FileSystem, keep, open_cache};
+
 const FUNCTION: DigestFunction = DigestFunction::Sha256;
 const FILES_PER_DIRECTORY: usize = 50;
 const DIRECTORIES_PER_DIRECTORY: usize = 10;
 const ROUNDS: usize = 9;
-const LIMITS: Limits = Limits {
-    bytes: 1 << 40,
-    files: 1 << 24,
-    minimum_free: 0,
-};
-
 pub fn run(arguments: &[String]) {
     let sizes: Vec<usize> = match arguments {
         [] => vec![10_000, 50_000],
@@ -54,13 +46,13 @@ pub fn run(arguments: &[String]) {
     let memory = tempfile::tempdir_in("/dev/shm").unwrap();
     let mut places = Vec::new();
     for (kind, options) in [("ext4", &[][..]), ("xfs", &["-m", "reflink=1"])] {
-        if let Some(mounted) = Mounted::new(kind, memory.path(), options) {
-            places.push(mounted);
+        if let Some(mounted) = FileSystem::mount(kind, 4 << 10, memory.path(), options) {
+            places.push((kind, mounted));
         }
     }
-    for place in &places {
+    for (kind, place) in &places {
         for &size in &sizes {
-            measure(&place.kind, &place.at, size);
+            measure(kind, &place.at, size);
         }
     }
     if places.is_empty() {
@@ -68,50 +60,9 @@ pub fn run(arguments: &[String]) {
             measure("disk", Path::new("/var/tmp"), size);
         }
     }
-    for place in &places {
-        restart(&place.kind, &place.at);
+    for (kind, place) in &places {
+        restart(kind, &place.at);
     }
-}
-
-struct Mounted {
-    kind: String,
-    at: PathBuf,
-}
-
-impl Mounted {
-    fn new(kind: &str, place: &Path, options: &[&str]) -> Option<Self> {
-        let image = place.join(format!("{kind}.image"));
-        let at = place.join(kind);
-        fs::create_dir(&at).unwrap();
-        fs::File::create(&image).unwrap().set_len(4 << 30).unwrap();
-        let quiet = |command: &mut Command| command.output().is_ok_and(|out| out.status.success());
-        let mut make = Command::new(format!("mkfs.{kind}"));
-        let made = quiet(make.arg("-q").args(options).arg(&image));
-        let mut mount = Command::new("mount");
-        let mounted = made && quiet(mount.args(["-o", "loop,noatime"]).arg(&image).arg(&at));
-        mounted.then(|| Mounted {
-            kind: kind.to_owned(),
-            at,
-        })
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        for _ in 0..100 {
-            let status = Command::new("umount").arg(&self.at).status();
-            if status.is_ok_and(|status| status.success()) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-    }
-}
-
-fn client(runtime: &tokio::runtime::Runtime) -> remote::Client {
-    let nowhere = Endpoint::Unix("/nonexistent/storage.sock".into());
-    let _guard = runtime.enter();
-    remote::Client::connect(&nowhere, &nowhere, Default::default())
 }
 
 struct Bench {
@@ -159,8 +110,7 @@ fn measure(kind: &str, place: &Path, size: usize) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .unwrap();
-    let client = client(&runtime);
-    let cache = Arc::new(Cache::open(&directory.path().join("cache"), LIMITS, client).unwrap());
+    let cache = Arc::new(open_cache(directory.path()));
     let many = 100;
     let keys: Vec<Key> = (0..size + ROUNDS * many)
         .map(|i| insert(&cache, directory.path(), &format!("file {i}")))
@@ -286,19 +236,14 @@ fn print(
 fn restart(kind: &str, place: &Path) {
     const FILES: usize = 200_000;
     let directory = tempfile::tempdir_in(place).unwrap();
-    let path = directory.path().join("cache");
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .build()
-        .unwrap();
-    let client = client(&runtime);
-    let cache = Cache::open(&path, LIMITS, client.clone()).unwrap();
+    let cache = open_cache(directory.path());
     for i in 0..FILES {
         insert(&cache, directory.path(), &format!("file {i}"));
     }
     drop(cache);
     let before = memory();
     let start = Instant::now();
-    let cache = Cache::open(&path, LIMITS, client).unwrap();
+    let cache = open_cache(directory.path());
     let opened = start.elapsed();
     let files = cache.usage().0;
     println!(
@@ -319,15 +264,11 @@ fn memory() -> u64 {
 }
 
 fn insert(cache: &Cache, directory: &Path, content: &str) -> Key {
-    let path = directory.join("content");
-    fs::write(&path, content).unwrap();
     let key = Key {
         digest: FUNCTION.digest_of(content.as_bytes()),
         executable: false,
     };
-    let parent = fs::File::open(directory).unwrap();
-    let file = fs::File::open(&path).unwrap();
-    cache.keep_output(key, &file, false, parent.as_fd(), "content");
+    keep(cache, directory, key, content);
     key
 }
 

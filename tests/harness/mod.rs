@@ -31,6 +31,8 @@ use bb_remote_execution::{
 use prost::Message;
 use tonic::transport::Channel;
 
+pub mod parts;
+
 pub const SCHEDULER_USER: u32 = 57_997;
 pub const WORKER_USER: u32 = 57_998;
 

@@ -1,4 +1,6 @@
 //! The scheduler over real sockets, with an embedded store; workers are calls that the test makes.
+//!
+//! Long, since every test is made of the same few calls, which are at its top.
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 

@@ -13,6 +13,8 @@
 //! 4. a worker that prefers being idle is answered at once, and gets nothing new;
 //! 5. a slot keeps its result until a scheduler has answered for it;
 //! 6. after the healing every client gets an end, and when all have left nothing remains.
+//!
+//! Long, since all of it is one world: each event may touch every part.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -37,33 +39,10 @@ use bb_remote_execution::{
 use prost::Message;
 use uuid::Uuid;
 
+use crate::harness::parts::Random;
+
 const MILLISECOND: Duration = Duration::from_millis(1);
 const MINUTE: Duration = Duration::from_secs(60);
-
-/// splitmix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n.max(1)
-    }
-
-    fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-
-    fn up_to(&mut self, milliseconds: u64) -> Duration {
-        MILLISECOND * self.below(milliseconds + 1) as u32
-    }
-}
 
 #[derive(Clone, Debug)]
 struct RunResult {

@@ -9,6 +9,8 @@
 //!    points to it, and its old segment is removed after that. A segment that somebody still writes
 //!    to is left alone.
 //! 5. A large blob's file and its entry come and go together, under its key's lock.
+//!
+//! Long, since taking space, giving it back and making room must agree on what is counted.
 
 use std::{
     collections::BTreeMap,

@@ -1,4 +1,6 @@
 //! The attempts, and the action that they are made against.
+//!
+//! Long, since it is one table: who adds an attempt sees at once what there is already.
 
 pub struct Attempt {
     pub name: &'static str,

@@ -9,12 +9,10 @@ use std::{
 };
 
 use bb_remote_execution::{
-    config::Endpoint,
     path::Component,
     proto::rpc::Code,
-    storage::remote,
     worker::{
-        cache::{Cache, Key, Limits},
+        cache::{Cache, Key},
         directories::{Directory, File},
         input_root::{PrepareError, Roots},
         tree::{self, Tree},
@@ -24,8 +22,8 @@ use bb_remote_execution::{
 use super::{
     farm::{FUNCTION, Farm},
     results::code,
-    tamper,
 };
+use crate::harness::parts::{FileSystem, keep, open_cache};
 
 fn links(farm: &Farm) -> u64 {
     farm.executor.roots.counts().links.load(Ordering::Relaxed)
@@ -94,28 +92,9 @@ fn root_of(directories: usize, content: &str) -> Tree {
 }
 
 fn cache_with(place: &Path, content: &str) -> Arc<Cache> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .build()
-        .unwrap();
-    let nowhere = Endpoint::Unix("/nonexistent/storage.sock".into());
-    let client = {
-        let _guard = runtime.enter();
-        remote::Client::connect(&nowhere, &nowhere, Default::default())
-    };
-    let limits = Limits {
-        bytes: 1 << 30,
-        files: 1 << 20,
-        minimum_free: 0,
-    };
-    let cache = Arc::new(Cache::open(&place.join("cache"), limits, client).unwrap());
-    fs::write(place.join("content"), content).unwrap();
-    let (file, parent) = (
-        fs::File::open(place.join("content")).unwrap(),
-        fs::File::open(place).unwrap(),
-    );
-    use std::os::fd::AsFd;
-    cache.keep_output(key(content), &file, false, parent.as_fd(), "content");
-    cache
+    let cache = open_cache(place);
+    keep(&cache, place, key(content), content);
+    Arc::new(cache)
 }
 
 #[test]
@@ -131,12 +110,12 @@ fn a_full_disk_costs_one_action_and_no_other() {
     for options in [&["-m", "0"][..], &["-N", "600"]] {
         let inner = place.path().join(options[0]);
         fs::create_dir(&inner).unwrap();
-        let Some(_mounted) = tamper::mount("ext4", 16, &inner, options) else {
+        let Some(mounted) = FileSystem::mount("ext4", 16, &inner, options) else {
             eprintln!("skipped: no ext4 in a file");
             return;
         };
-        let at = inner.join("ext4");
-        let cache = cache_with(&at, "content");
+        let at = &mounted.at;
+        let cache = cache_with(at, "content");
         let roots = Roots::open(&at.join("build"), cache, 2).unwrap();
         let small = root_of(10, "content");
         drop(

@@ -10,25 +10,19 @@ use std::{
     ffi::CString,
     fs,
     io::Write,
-    os::{
-        fd::AsFd,
-        unix::{
-            ffi::OsStrExt,
-            fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink},
-        },
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{MetadataExt, OpenOptionsExt, PermissionsExt, symlink},
     },
     path::{Path, PathBuf},
-    process::Command,
     sync::{Arc, atomic::Ordering},
 };
 
 use bb_remote_execution::{
-    config::Endpoint,
     digest::Digest,
     path::{Component, RelativePath},
-    storage::remote,
     worker::{
-        cache::{Cache, Key, Limits},
+        cache::Key,
         directories::{Directory, File},
         input_root::{InputRoot, Roots},
         tree::{self, Node, Tree},
@@ -36,26 +30,10 @@ use bb_remote_execution::{
 };
 
 use super::farm::FUNCTION;
+use crate::harness::parts::{FileSystem, Random, keep, open_cache};
 
 const USER: u32 = 57_991;
 const MTIME: i64 = 946_684_800;
-
-/// splitmix64
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.next() % n.max(1) as u64) as usize
-    }
-}
 
 #[derive(Clone)]
 enum Entry {
@@ -67,19 +45,19 @@ enum Entry {
 type Entries = BTreeMap<String, Entry>;
 
 fn name(random: &mut Random) -> String {
-    match random.below(40) {
-        0 => format!("{:x<255}", random.below(3)),
+    match random.index(40) {
+        0 => format!("{:x<255}", random.index(3)),
         n => format!("n{}", n % 20),
     }
 }
 
 fn grow(random: &mut Random, depth: usize) -> Entries {
     let mut entries = Entries::new();
-    for _ in 0..random.below(9) {
-        let entry = match random.below(10) {
+    for _ in 0..random.index(9) {
+        let entry = match random.index(10) {
             0..=2 if depth > 0 => Entry::Directory(grow(random, depth - 1)),
-            3 => Entry::Link(format!("../n{}", random.below(5))),
-            _ => Entry::File(random.below(CONTENTS), random.below(4) == 0),
+            3 => Entry::Link(format!("../n{}", random.index(5))),
+            _ => Entry::File(random.index(CONTENTS), random.index(4) == 0),
         };
         entries.insert(name(random), entry);
     }
@@ -88,10 +66,10 @@ fn grow(random: &mut Random, depth: usize) -> Entries {
 
 /// Another tree that has most in common with this one.
 fn change(random: &mut Random, entries: &mut Entries) {
-    for _ in 0..1 + random.below(3) {
+    for _ in 0..1 + random.index(3) {
         let names: Vec<String> = entries.keys().cloned().collect();
-        let some = names.get(random.below(names.len())).cloned();
-        match (random.below(6), some) {
+        let some = names.get(random.index(names.len())).cloned();
+        match (random.index(6), some) {
             (0, Some(name)) => drop(entries.remove(&name)),
             (1, Some(from)) => {
                 let entry = entries.remove(&from).unwrap();
@@ -99,7 +77,7 @@ fn change(random: &mut Random, entries: &mut Entries) {
             }
             (2, _) => drop(entries.insert(name(random), Entry::Directory(grow(random, 2)))),
             (3, _) => {
-                let file = Entry::File(random.below(CONTENTS), random.below(2) == 0);
+                let file = Entry::File(random.index(CONTENTS), random.index(2) == 0);
                 entries.insert(name(random), file);
             }
             (_, Some(name)) => {
@@ -228,10 +206,10 @@ fn wander(random: &mut Random, root: &Path) -> (PathBuf, Vec<PathBuf>) {
             .iter()
             .filter(|path| fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir()))
             .collect();
-        if below.is_empty() || random.below(3) == 0 {
+        if below.is_empty() || random.index(3) == 0 {
             return (at, names);
         }
-        at = below[random.below(below.len())].clone();
+        at = below[random.index(below.len())].clone();
     }
 }
 
@@ -239,14 +217,14 @@ fn wander(random: &mut Random, root: &Path) -> (PathBuf, Vec<PathBuf>) {
 fn tamper(random: &mut Random, root: &Path, held: &mut Vec<fs::File>) -> bool {
     let (directory, names) = wander(random, root);
     let (other, others) = wander(random, root);
-    let new = directory.join(format!("evil{}", random.below(30)));
-    let some = match names.get(random.below(names.len())) {
+    let new = directory.join(format!("evil{}", random.index(30)));
+    let some = match names.get(random.index(names.len())) {
         Some(path) => path.clone(),
         None => new.clone(),
     };
-    let target = match others.get(random.below(others.len() + 1)) {
+    let target = match others.get(random.index(others.len() + 1)) {
         Some(path) => path.clone(),
-        None => other.join(format!("moved{}", random.below(9))),
+        None => other.join(format!("moved{}", random.index(9))),
     };
     // A FIFO without a reader would wait.
     let open = |path: &Path, truncate: bool| {
@@ -257,7 +235,7 @@ fn tamper(random: &mut Random, root: &Path, held: &mut Vec<fs::File>) -> bool {
     let write =
         |path: &Path| open(path, true).is_ok_and(|mut file| file.write_all(b"evil").is_ok());
     let c_path = |path: &Path| CString::new(path.as_os_str().as_bytes()).unwrap();
-    match random.below(26) {
+    match random.index(26) {
         0..=2 => write(&new),
         3 => write(&some),
         4..=5 => fs::remove_file(&some).is_ok(),
@@ -269,7 +247,7 @@ fn tamper(random: &mut Random, root: &Path, held: &mut Vec<fs::File>) -> bool {
         }
         11 => fs::remove_dir_all(&some).is_ok(),
         12 => {
-            let mode = random.below(0o10000) as u32;
+            let mode = random.index(0o10000) as u32;
             fs::set_permissions(&some, fs::Permissions::from_mode(mode)).is_ok()
         }
         13 => fs::hard_link(&some, &target).is_ok(),
@@ -295,7 +273,7 @@ fn tamper(random: &mut Random, root: &Path, held: &mut Vec<fs::File>) -> bool {
         21 => std::os::unix::net::UnixListener::bind(&new).is_ok(),
         22 => {
             let mut at = new.clone();
-            for _ in 0..random.below(12) {
+            for _ in 0..random.index(12) {
                 at.push("d");
             }
             fs::create_dir_all(&at).is_ok() && write(&at.join("f"))
@@ -315,73 +293,12 @@ fn tamper(random: &mut Random, root: &Path, held: &mut Vec<fs::File>) -> bool {
     }
 }
 
-struct Mounted(PathBuf);
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        for _ in 0..50 {
-            let status = Command::new("umount").arg(&self.0).status();
-            if status.is_ok_and(|status| status.success()) {
-                return;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(100));
-        }
-    }
-}
-
-/// A file system of its own, if it can be had.
-pub fn mount(kind: &str, megabytes: u64, place: &Path, options: &[&str]) -> Option<impl Drop> {
-    let image = place.join(format!("{kind}.image"));
-    let at = place.join(kind);
-    fs::create_dir(&at).unwrap();
-    let file = fs::File::create(&image).unwrap();
-    file.set_len(megabytes << 20).unwrap();
-    let quiet = |command: &mut Command| command.output().is_ok_and(|out| out.status.success());
-    let made = quiet(
-        Command::new(format!("mkfs.{kind}"))
-            .arg("-q")
-            .args(options)
-            .arg(&image),
-    );
-    let mounted = made
-        && quiet(
-            Command::new("mount")
-                .args(["-o", "loop"])
-                .arg(&image)
-                .arg(&at),
-        );
-    mounted.then(|| Mounted(at))
-}
-
 fn run(place: &Path, what: &str, operations: usize, seed: u64) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .build()
-        .unwrap();
-    let nowhere = Endpoint::Unix("/nonexistent/storage.sock".into());
-    let client = {
-        let _guard = runtime.enter();
-        remote::Client::connect(&nowhere, &nowhere, Default::default())
-    };
     fs::set_permissions(place, fs::Permissions::from_mode(0o755)).unwrap();
-    let limits = Limits {
-        bytes: 1 << 30,
-        files: 1 << 20,
-        minimum_free: 0,
-    };
-    let cache = Arc::new(Cache::open(&place.join("cache"), limits, client).unwrap());
+    let cache = Arc::new(open_cache(place));
     for number in 0..CONTENTS {
         for executable in [false, true] {
-            let path = place.join("content");
-            fs::write(&path, content(number)).unwrap();
-            let file = fs::File::open(&path).unwrap();
-            let parent = fs::File::open(place).unwrap();
-            cache.keep_output(
-                key(number, executable),
-                &file,
-                false,
-                parent.as_fd(),
-                "content",
-            );
+            keep(&cache, place, key(number, executable), &content(number));
         }
     }
     let roots = Roots::open(&place.join("build"), cache.clone(), 2).unwrap();
@@ -394,16 +311,16 @@ fn run(place: &Path, what: &str, operations: usize, seed: u64) {
     let mut active: Vec<InputRoot> = Vec::new();
     while done < operations {
         round += 1;
-        let at = random.below(variants.len());
-        if random.below(3) > 0 {
+        let at = random.index(variants.len());
+        if random.index(3) > 0 {
             change(&mut random, &mut variants[at]);
         }
-        if random.below(50) == 0 {
+        if random.index(50) == 0 {
             variants[at] = grow(&mut random, 4);
         }
         let tree = tree_of(&variants[at]);
         let planned = roots.plan(&tree).unwrap();
-        let parents: BTreeSet<RelativePath> = match random.below(2) {
+        let parents: BTreeSet<RelativePath> = match random.index(2) {
             0 => BTreeSet::new(),
             _ => [RelativePath::resolve(&RelativePath::root(), "out put/below", "root").unwrap()]
                 .into(),
@@ -422,7 +339,7 @@ fn run(place: &Path, what: &str, operations: usize, seed: u64) {
         }
         // As the runner opens the gate.
         fs::set_permissions(&gate, fs::Permissions::from_mode(0o711)).unwrap();
-        let count = 1 + random.below(12);
+        let count = 1 + random.index(12);
         let (path, seed) = (gate.join("root"), random.next());
         let adversary = move || {
             if nix::unistd::geteuid().is_root() {
@@ -438,7 +355,7 @@ fn run(place: &Path, what: &str, operations: usize, seed: u64) {
         fs::set_permissions(&gate, fs::Permissions::from_mode(0o700)).unwrap();
         // Sometimes two actions have roots at a time.
         active.push(root);
-        if active.len() > 1 || random.below(2) == 0 {
+        if active.len() > 1 || random.index(2) == 0 {
             active.remove(0);
         }
     }
@@ -483,9 +400,9 @@ fn nothing_that_an_action_did_is_seen_by_the_next() {
             ("xfs", &["-m", "reflink=1"]),
             ("btrfs", &[]),
         ] {
-            if let Some(_mounted) = mount(kind, 600, place.path(), options) {
+            if let Some(mount) = FileSystem::mount(kind, 600, place.path(), options) {
                 mounted += 1;
-                run(&place.path().join(kind), kind, operations, seed);
+                run(&mount.at, kind, operations, seed);
             }
         }
     }

@@ -1,0 +1,107 @@
+//! What tests and benchmarks of a worker's parts share: a cache that no storage feeds, file systems
+//! in files, and numbers from a seed.
+
+use std::{
+    fs,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use bb_remote_execution::{
+    config::Endpoint,
+    storage::remote,
+    worker::cache::{Cache, Key, Limits},
+};
+
+/// splitmix64.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n.max(1)
+    }
+
+    pub fn index(&mut self, n: usize) -> usize {
+        self.below(n as u64) as usize
+    }
+
+    pub fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+
+    pub fn up_to(&mut self, milliseconds: u64) -> Duration {
+        Duration::from_millis(self.below(milliseconds + 1))
+    }
+}
+
+/// In `place`, with limits that nothing here reaches. Its storage is nowhere, and is never asked.
+pub fn open_cache(place: &Path) -> Cache {
+    let limits = Limits {
+        bytes: 1 << 40,
+        files: 1 << 24,
+        minimum_free: 0,
+    };
+    // Only to connect; nobody calls.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .unwrap();
+    let nowhere = Endpoint::Unix("/nonexistent/storage.sock".into());
+    let client = {
+        let _guard = runtime.enter();
+        remote::Client::connect(&nowhere, &nowhere, Default::default())
+    };
+    Cache::open(&place.join("cache"), limits, client).unwrap()
+}
+
+/// Brings a file with this content, whose digest `key` has, into the cache; by way of `place`.
+pub fn keep(cache: &Cache, place: &Path, key: Key, content: &str) {
+    let path = place.join("content");
+    fs::write(&path, content).unwrap();
+    let parent = fs::File::open(place).unwrap();
+    let file = fs::File::open(&path).unwrap();
+    cache.keep_output(key, &file, false, parent.as_fd(), "content");
+}
+
+/// A file system in a file, mounted by loop; unmounted on drop.
+pub struct FileSystem {
+    pub at: PathBuf,
+}
+
+impl FileSystem {
+    /// `None` where it cannot be made or mounted. `options` are mkfs's.
+    pub fn mount(kind: &str, megabytes: u64, place: &Path, options: &[&str]) -> Option<Self> {
+        let image = place.join(format!("{kind}.image"));
+        let at = place.join(kind);
+        fs::create_dir(&at).unwrap();
+        let file = fs::File::create(&image).unwrap();
+        file.set_len(megabytes << 20).unwrap();
+        let quiet = |command: &mut Command| command.output().is_ok_and(|out| out.status.success());
+        let mut make = Command::new(format!("mkfs.{kind}"));
+        let made = quiet(make.arg("-q").args(options).arg(&image));
+        let mut mount = Command::new("mount");
+        let mounted = made && quiet(mount.args(["-o", "loop,noatime"]).arg(&image).arg(&at));
+        mounted.then(|| FileSystem { at })
+    }
+}
+
+impl Drop for FileSystem {
+    fn drop(&mut self) {
+        for _ in 0..100 {
+            let status = Command::new("umount").arg(&self.at).status();
+            if status.is_ok_and(|status| status.success()) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
