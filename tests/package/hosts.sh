@@ -54,27 +54,38 @@ root_file_system() {
   printf '%s' "$root"
 }
 
+# hierarchies: where control groups are made. The old layout has two that systemd looks at.
+hierarchies() {
+  local hierarchy found=no
+  for hierarchy in /sys/fs/cgroup/unified /sys/fs/cgroup/systemd; do
+    [ ! -w "$hierarchy/cgroup.procs" ] || { found=yes; echo "$hierarchy"; }
+  done
+  [ $found = yes ] || echo /sys/fs/cgroup
+}
+
+# enter_group GROUP: this (sub)shell moves to a new control group.
+enter_group() {
+  local hierarchy
+  for hierarchy in $(hierarchies); do
+    mkdir "$hierarchy/$1"
+    echo "$BASHPID" >"$hierarchy/$1/cgroup.procs"
+  done
+}
+
 # cage SCRIPT ARGUMENT...: runs a script, for which this file is sourced, inside a cage.
 cage() {
-  local group=bb-package-test.$$ hierarchy hierarchies=() result=0
-  # The old layout has two that systemd looks at.
-  for hierarchy in /sys/fs/cgroup/unified /sys/fs/cgroup/systemd; do
-    [ ! -w "$hierarchy/cgroup.procs" ] || hierarchies+=("$hierarchy")
-  done
-  [ ${#hierarchies[@]} -gt 0 ] || hierarchies=(/sys/fs/cgroup)
+  local hierarchy result=0
+  export cage_group=bb-package-test.$$
   (
-    for hierarchy in "${hierarchies[@]}"; do
-      mkdir "$hierarchy/$group"
-      echo "$BASHPID" >"$hierarchy/$group/cgroup.procs"
-    done
+    enter_group "$cage_group"
     exec unshare --mount --pid --fork --kill-child --propagation private --mount-proc \
       bash "$@"
   ) </dev/null || result=$?
-  for hierarchy in "${hierarchies[@]}"; do
+  for hierarchy in $(hierarchies); do
     local _
     for _ in 1 2 3 4 5 6 7 8 9 10; do
-      find "$hierarchy/$group" -depth -type d -exec rmdir {} + 2>/dev/null || true
-      [ -d "$hierarchy/$group" ] || break
+      find "$hierarchy/$cage_group" -depth -type d -exec rmdir {} + 2>/dev/null || true
+      [ -d "$hierarchy/$cage_group" ] || break
       sleep 0.2
     done
   done
@@ -100,12 +111,15 @@ host() {
   mount -t overlay overlay \
     -o "lowerdir=$root,upperdir=$directory/upper,workdir=$directory/work" "$directory/root"
   echo "$name" >"$directory/root/etc/hostname"
+  # A control group of its own: systemd-nspawn makes one below its own, whose name is always the same.
   # Without SYSTEMD_SECCOMP=0 its filter forbids more than a real host does.
-  SYSTEMD_SECCOMP=0 SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 systemd-nspawn --quiet \
-    --directory="$directory/root" --boot --machine="$name" --register=no --keep-unit \
-    "${network[@]}" --resolv-conf=off --timezone=off --link-journal=no --capability=all \
-    --bind-ro="$payload:/srv" --console=read-only \
-    </dev/null >"$directory/console.log" 2>&1 &
+  (
+    enter_group "$cage_group/$name"
+    SYSTEMD_SECCOMP=0 SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1 exec systemd-nspawn --quiet \
+      --directory="$directory/root" --boot --machine="$name" --register=no --keep-unit \
+      "${network[@]}" --resolv-conf=off --timezone=off --link-journal=no --capability=all \
+      --bind-ro="$payload:/srv" --console=read-only
+  ) </dev/null >"$directory/console.log" 2>&1 &
   nspawn=$!
   for _ in $(seq 600); do
     kill -0 $nspawn 2>/dev/null || { cat "$directory/console.log" >&2; fail "$name did not boot"; }
