@@ -131,6 +131,8 @@ fn measure(kind: &str, place: &Path, size: usize) {
         let mut grown = 0;
         for _ in 0..ROUNDS.min(5) {
             let roots = Roots::open(&build, cache.clone(), 1).unwrap();
+            // The last round's root, whose removal would be measured too.
+            wait_for_trash(&build);
             roots.set_threads(threads);
             let bench = Bench {
                 runtime: tokio::runtime::Builder::new_current_thread()
@@ -170,6 +172,7 @@ fn measure(kind: &str, place: &Path, size: usize) {
         }
     }
     let roots = Roots::open(&build, cache.clone(), 1).unwrap();
+    wait_for_trash(&build);
     let bench = Bench {
         runtime,
         cache,
