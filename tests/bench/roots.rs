@@ -2,8 +2,9 @@
 //! being ready, by what is there already; on ext4 and xfs in memory, mounted by loop, where root may
 //! mount them.
 //!
-//! "walk" is the look-up of the root's Directories, and has the round trips to a store on the same
-//! host in it. "ready" is what comes after it: plan, pin, lay out.
+//! "walk" is the look-up of the root's Directories, with the round trips to a store on the same host
+//! in it; "net" is how long these reads take alone, one level after the other. "ready" is what comes
+//! after the walk: plan, pin, lay out.
 //!
 //! usage: cargo bench --bench farm -- roots [FILES...]
 
@@ -29,8 +30,7 @@ use bb_remote_execution::{
     },
 };
 use prost::Message;
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::service::Routes;
+use tonic::{service::Routes, transport::server::TcpIncoming};
 
 use crate::harness::parts::{FileSystem, keep, open_cache, open_cache_of};
 
@@ -49,12 +49,13 @@ pub fn run(arguments: &[String]) {
     };
     println!("input roots, everything cached: medians of {ROUNDS} rounds");
     println!(
-        "{:<6} {:>6} {:>5}  {:<18} {:>8} {:>9} {:>11} {:>9} {:>11}",
+        "{:<6} {:>6} {:>5}  {:<18} {:>8} {:>8} {:>9} {:>11} {:>9} {:>11}",
         "where",
         "files",
         "dirs",
         "root",
         "walk ms",
+        "net ms",
         "ready ms",
         "cpu us/file",
         "after ms",
@@ -84,6 +85,7 @@ pub fn run(arguments: &[String]) {
 
 struct Bench {
     runtime: tokio::runtime::Runtime,
+    client: remote::Client,
     cache: Arc<Cache>,
     directories: Directories,
     roots: Roots,
@@ -92,6 +94,7 @@ struct Bench {
 /// One action's root.
 struct Measured {
     walk: Duration,
+    net: Duration,
     ready: Clock2,
     after: Duration,
 }
@@ -105,6 +108,7 @@ impl Bench {
     ) -> Self {
         Bench {
             runtime,
+            client: client.clone(),
             cache: cache.clone(),
             directories: Directories::new(client.clone(), 16 << 20, 1 << 30),
             roots,
@@ -131,14 +135,49 @@ impl Bench {
         (start.elapsed(), root)
     }
 
+    /// Reads what `new` has and `old` lacks, as a walk does.
+    fn read(&self, old: Option<&Tree>, new: &Tree) -> Duration {
+        let mut levels: Vec<Vec<Digest>> = Vec::new();
+        let mut pairs = vec![(old, new)];
+        while !pairs.is_empty() {
+            pairs.retain(|(old, new)| old.is_none_or(|old| old.digest != new.digest));
+            levels.push(pairs.iter().map(|(_, new)| new.digest).collect());
+            let below = pairs.iter().flat_map(|(old, new)| {
+                let old = |i: usize| old.and_then(|old| old.children.get(i));
+                new.children
+                    .iter()
+                    .enumerate()
+                    .map(move |(i, new)| (old(i), new))
+            });
+            pairs = below.collect();
+        }
+        levels.retain(|level| !level.is_empty());
+        let start = Instant::now();
+        self.runtime.block_on(async {
+            for level in &levels {
+                let instance = InstanceName::empty();
+                let read = self.client.read_many(&instance, level, 16 << 20);
+                assert!(read.await.iter().all(Result::is_ok));
+            }
+        });
+        start.elapsed()
+    }
+
     /// Ready, and cleaned up afterwards: outside of a runtime that is done at once.
-    fn round(&self, root: Digest) -> (Measured, Tree) {
+    fn round(&self, old: Option<&Tree>, root: Digest) -> (Measured, Tree) {
         let (walk, tree) = self.walk(root);
+        let net = self.read(old, &tree);
         let (ready, root) = self.lay_out(&tree);
         let start = Instant::now();
         drop(root);
         let after = start.elapsed();
-        (Measured { walk, ready, after }, tree)
+        let measured = Measured {
+            walk,
+            net,
+            ready,
+            after,
+        };
+        (measured, tree)
     }
 }
 
@@ -157,10 +196,11 @@ fn start_storage(place: &Path) -> Endpoint {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         runtime.block_on(async {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            // As the daemons do.
+            let connections = TcpIncoming::from(listener).with_nodelay(Some(true));
             tonic::transport::Server::builder()
-                .tcp_nodelay(true)
                 .add_routes(routes)
-                .serve_with_incoming(TcpListenerStream::new(listener))
+                .serve_with_incoming(connections)
                 .await
                 .unwrap();
         });
@@ -216,6 +256,7 @@ fn measure(kind: &str, place: &Path, size: usize) {
             roots.set_threads(threads);
             let bench = Bench::new(runtime(), &client, roots, &cache);
             let (walk, tree) = bench.walk(first);
+            let net = bench.read(None, &tree);
             let before = memory();
             let (ready, root) = bench.lay_out(&tree);
             // Later ones get the memory that the first one left.
@@ -223,7 +264,12 @@ fn measure(kind: &str, place: &Path, size: usize) {
             let start = Instant::now();
             drop(root);
             let after = start.elapsed();
-            rounds.push(Measured { walk, ready, after });
+            rounds.push(Measured {
+                walk,
+                net,
+                ready,
+                after,
+            });
             known = Some(tree);
             drop(bench);
             wait_for_trash(&build);
@@ -250,7 +296,7 @@ fn measure(kind: &str, place: &Path, size: usize) {
     let roots = Roots::open(&build, cache.clone(), 1).unwrap();
     wait_for_trash(&build);
     let bench = Bench::new(runtime(), &client, roots, &cache);
-    let (_, known) = bench.round(first);
+    let (_, known) = bench.round(None, first);
     let same = vec![first; ROUNDS];
     // From and to the same: as many are changed each time.
     for (what, roots) in [
@@ -258,7 +304,13 @@ fn measure(kind: &str, place: &Path, size: usize) {
         ("1 file changed", &one),
         ("100 files changed", &hundred),
     ] {
-        let rounds: Vec<Measured> = roots.iter().map(|root| bench.round(*root).0).collect();
+        let mut before = known.clone();
+        let mut rounds = Vec::new();
+        for root in roots {
+            let (measured, tree) = bench.round(Some(&before), *root);
+            rounds.push(measured);
+            before = tree;
+        }
         print(kind, size, &known, what, &rounds, Some(fresh[0]));
     }
     drop(bench);
@@ -281,19 +333,20 @@ fn print(
     rounds: &[Measured],
     fresh: Option<Duration>,
 ) {
-    let walk = median(rounds, |m| m.walk);
+    let (walk, net) = (median(rounds, |m| m.walk), median(rounds, |m| m.net));
     let (wall, cpu) = (median(rounds, |m| m.ready.0), median(rounds, |m| m.ready.1));
     let after = median(rounds, |m| m.after);
     let ratio = fresh.map_or(String::new(), |fresh| {
         format!("{:.0}", fresh.as_secs_f64() / wall.as_secs_f64())
     });
     println!(
-        "{:<6} {:>6} {:>5}  {:<18} {:>8.3} {:>9.3} {:>11.2} {:>9.3} {:>11}",
+        "{:<6} {:>6} {:>5}  {:<18} {:>8.3} {:>8.3} {:>9.3} {:>11.2} {:>9.3} {:>11}",
         kind,
         size,
         tree.directories,
         what,
         walk.as_secs_f64() * 1e3,
+        net.as_secs_f64() * 1e3,
         wall.as_secs_f64() * 1e3,
         cpu.as_secs_f64() * 1e6 / size.max(1) as f64,
         after.as_secs_f64() * 1e3,

@@ -4,7 +4,7 @@
 //! usage: cargo bench --bench farm -- stream ENDPOINT FILE
 //!
 //! ENDPOINT is a storage that has everything (grpc://127.0.0.1:8980), FILE a worker's log of level
-//! `debug`, or anything else with `input_root=HASH-SIZE` in its lines.
+//! `debug`, or anything else with `input_root=HASH/SIZE` in its lines.
 
 use std::{
     collections::{BTreeSet, VecDeque},
@@ -55,7 +55,7 @@ pub fn run(arguments: &[String]) {
 fn parse(text: &str) -> Vec<Digest> {
     let found = text.split("input_root=").skip(1).filter_map(|rest| {
         let rest = rest.split([' ', '"', '\n']).next()?;
-        let (hash, size) = rest.split_once('-')?;
+        let (hash, size) = rest.split_once('/')?;
         Digest::parse_parts(Some(FUNCTION), hash, size.parse().ok()?).ok()
     });
     found.collect()
