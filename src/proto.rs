@@ -25,6 +25,10 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 /// The header with a serialised RequestMetadata (REAPI: RequestMetadata).
 pub const REQUEST_METADATA_HEADER: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
 
+/// Between this project's worker and runner: whose the input files are.
+const INPUTS_HEADER: &str = "bb-inputs";
+const PRIVATE: &str = "private";
+
 /// A request on behalf of an action, which its receiver may log (REAPI: RequestMetadata.action_id).
 pub fn for_action<T>(message: T, action: &Digest) -> tonic::Request<T> {
     let metadata = reapi::RequestMetadata {
@@ -37,6 +41,18 @@ pub fn for_action<T>(message: T, action: &Digest) -> tonic::Request<T> {
         .metadata_mut()
         .insert_bin(REQUEST_METADATA_HEADER, value);
     request
+}
+
+/// Says that nobody else has the files in the input root, so that they may become the action's.
+pub fn set_private_inputs<T>(request: &mut tonic::Request<T>) {
+    let private = tonic::metadata::MetadataValue::from_static(PRIVATE);
+    request.metadata_mut().insert(INPUTS_HEADER, private);
+}
+
+/// Whether a worker said so.
+pub fn has_private_inputs<T>(request: &tonic::Request<T>) -> bool {
+    let value = request.metadata().get(INPUTS_HEADER);
+    value.is_some_and(|value| value.as_bytes() == PRIVATE.as_bytes())
 }
 
 /// The hash of the action that a request is made for; empty when it does not say.

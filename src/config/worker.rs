@@ -66,6 +66,18 @@ pub struct Runner {
     pub worker_id: BTreeMap<String, String>,
     /// The action's own values win.
     pub environment_variables: BTreeMap<String, String>,
+    pub inputs: Inputs,
+}
+
+/// Whose an action's input files are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Inputs {
+    /// The worker's, linked from its cache and read-only.
+    #[default]
+    Shared,
+    /// The action's: copies that it may change, made anew for each action.
+    Private,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -134,6 +146,7 @@ impl Default for Runner {
             size_class: 0,
             worker_id: BTreeMap::new(),
             environment_variables: BTreeMap::new(),
+            inputs: Inputs::Shared,
         }
     }
 }

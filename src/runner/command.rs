@@ -36,6 +36,8 @@ pub struct Command {
     pub temporary_directory: Option<RelativePath>,
     pub stdout: LogPath,
     pub stderr: LogPath,
+    /// Nobody else has the files in the input root: they become the action's.
+    pub owns_inputs: bool,
 }
 
 /// Where the executable may be; relative paths start at the working directory.
@@ -205,6 +207,7 @@ impl Command {
             temporary_directory,
             stdout,
             stderr,
+            owns_inputs: false,
         })
     }
 }

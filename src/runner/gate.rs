@@ -22,11 +22,12 @@ use std::{
 };
 
 use rustix::fs::{
-    FlockOperation, Gid, Mode, OFlags, ResolveFlags, fchmod, fchown, flock, fstat, openat2,
+    FlockOperation, Gid, Mode, OFlags, ResolveFlags, Uid, fchmod, fchown, flock, fstat, openat2,
 };
 
 use super::{
     command::{Command, LogPath},
+    giving,
     process::Stop,
 };
 use crate::path::RelativePath;
@@ -61,6 +62,11 @@ pub enum GateError {
     Log { log: LogPath, error: io::Error },
     #[error("Failed to open directory {path:?} to the action's user: {error}")]
     Change { path: String, error: io::Error },
+    #[error(
+        "Failed to make the action's user the owner of {path:?}: {error}; the worker must have made \
+         all that is in it for this action alone"
+    )]
+    Give { path: String, error: io::Error },
     #[error(
         "Directory {path:?} in build directory is still locked by another run, or by the worker, \
          after {PATIENCE:?}"
@@ -195,6 +201,13 @@ impl Gate {
             directory,
             closed: None,
         };
+        if command.owns_inputs {
+            gate.give_inputs(build, &command.input_root, id)
+                .map_err(|error| GateError::Give {
+                    path: command.input_root.to_string(),
+                    error,
+                })?;
+        }
         if parent.is_some() {
             gate.let_pass(id).map_err(|error| GateError::Change {
                 path: path.to_string(),
@@ -202,6 +215,19 @@ impl Gate {
             })?;
         }
         Ok(gate)
+    }
+
+    fn give_inputs(
+        &self,
+        build: &BuildDirectory,
+        input_root: &RelativePath,
+        id: u32,
+    ) -> io::Result<()> {
+        let worker = Uid::from_raw(fstat(&self.directory)?.st_uid);
+        let root = build
+            .directory(input_root, OFlags::RDONLY)
+            .map_err(io::Error::other)?;
+        giving::give(root, worker, id)
     }
 
     fn let_pass(&mut self, id: u32) -> io::Result<()> {

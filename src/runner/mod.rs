@@ -27,6 +27,7 @@ mod cleaner;
 mod command;
 mod furnish;
 mod gate;
+mod giving;
 mod init;
 mod layer;
 mod log;

@@ -139,7 +139,9 @@ impl runner_server::Runner for Runner {
                 TmpdirRule::Tmp => Some(Tmpdir::Tmp),
             },
         };
-        let command = Command::parse(request.into_inner(), additions).map_err(refused)?;
+        let owns_inputs = proto::has_private_inputs(&request);
+        let mut command = Command::parse(request.into_inner(), additions).map_err(refused)?;
+        command.owns_inputs = owns_inputs;
         let user = self
             .users
             .take(PATIENCE)

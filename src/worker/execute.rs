@@ -29,6 +29,7 @@ use super::{
     tree::Tree,
 };
 use crate::{
+    config::worker::Inputs,
     digest::{Digest, DigestFunction},
     proto::{
         self, cas, reapi,
@@ -61,6 +62,7 @@ pub struct Executor {
     pub environment_variables: BTreeMap<String, String>,
     /// As if every Command asked for TREE_AND_DIRECTORY.
     pub force_upload_trees_and_directories: bool,
+    pub inputs: Inputs,
     /// For links in messages; without one there are none.
     pub browser_url: Option<String>,
 }
@@ -130,7 +132,10 @@ impl Executor {
 
         stage.send_replace(Stage::Running);
         let mut runner = self.runner.clone();
-        let request = proto::for_action(self.run_request(&command, &root), &task.digest);
+        let mut request = proto::for_action(self.run_request(&command, &root), &task.digest);
+        if self.inputs == Inputs::Private {
+            proto::set_private_inputs(&mut request);
+        }
         metadata.execution_start_timestamp = now();
         let start = Instant::now();
         // Whatever does not answer first is dropped, and the runner sees its call cancelled.
@@ -264,11 +269,16 @@ impl Executor {
     }
 
     async fn plan(&self, tree: &Tree) -> Result<Planned, Fault> {
-        if let Some(planned) = self.roots.try_plan(tree) {
+        if self.inputs == Inputs::Shared
+            && let Some(planned) = self.roots.try_plan(tree)
+        {
             return Ok(planned);
         }
-        let (roots, tree) = (self.roots.clone(), tree.clone());
-        let planned = tokio::task::spawn_blocking(move || roots.plan(&tree));
+        let (roots, tree, inputs) = (self.roots.clone(), tree.clone(), self.inputs);
+        let planned = tokio::task::spawn_blocking(move || match inputs {
+            Inputs::Shared => roots.plan(&tree),
+            Inputs::Private => roots.plan_private(&tree),
+        });
         let planned = planned
             .await
             .map_err(|error| Fault::Internal(format!("could not plan the input root: {error}")))?;
@@ -345,6 +355,7 @@ impl Executor {
     ) -> Result<(), Fault> {
         let (sender, mut batches) = mpsc::channel(2);
         let (cache, cancel, function) = (self.cache.clone(), cancel.clone(), task.function);
+        let shared = self.inputs == Inputs::Shared;
         let store_directories =
             command.store_directories || self.force_upload_trees_and_directories;
         let collecting =
@@ -353,7 +364,7 @@ impl Executor {
                 let send = |batch| drop(sender.blocking_send(batch));
                 let found = Collector::new(function, &cache, store_directories, &cancel, send)
                     .collect(root.gate(), root.root(), &command);
-                if found.by_a_privileged_user {
+                if found.by_a_privileged_user && shared {
                     root.distrust_user();
                 }
                 found

@@ -11,7 +11,7 @@ use std::{
 use rustix::process::{Resource, Rlimit};
 
 use crate::{
-    config::worker::{Config, Runner},
+    config::worker::{Config, Inputs, Runner},
     daemon::{self, Failure, Life, Program},
     instance::InstanceName,
     proto::{
@@ -71,6 +71,13 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
         let identities = identities(runner)?;
+        if runner.inputs == Inputs::Private {
+            tracing::info!(
+                runner = %runner.endpoint,
+                shares_blocks = cache.shares_blocks(),
+                "input files are the actions' own, and each input root is made anew"
+            );
+        }
         let executor = Arc::new(execute::Executor {
             storage: storage.clone(),
             cache: cache.clone(),
@@ -83,6 +90,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
                 .collect(),
             environment_variables: runner.environment_variables.clone(),
             force_upload_trees_and_directories: config.storage.force_upload_trees_and_directories,
+            inputs: runner.inputs,
             browser_url: Some(config.storage.browser_url.clone()).filter(|url| !url.is_empty()),
         });
         for (slot, identity) in identities.into_iter().enumerate() {

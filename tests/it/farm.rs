@@ -24,6 +24,66 @@ fn shared() -> &'static Path {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn private_inputs_are_the_actions_own() {
+    if !is_root() {
+        return;
+    }
+    let mut farm = Farm::start(shared(), 1, "").await;
+    let configuration = farm.path().join("bb_worker.toml");
+    let text = fs::read_to_string(&configuration).unwrap();
+    fs::write(&configuration, text + "inputs = \"private\"\n").unwrap();
+    farm.kill(Daemon::Worker);
+    farm.spawn(Daemon::Worker);
+    let client = farm.client();
+    let file = client.upload("hello\n").await;
+    let node = |name: &str, is_executable| FileNode {
+        name: name.to_owned(),
+        digest: Some(file.clone()),
+        is_executable,
+        ..Default::default()
+    };
+    let inner = Directory {
+        files: vec![node("f", true)],
+        ..Default::default()
+    };
+    let inner = client.upload_message(&inner).await;
+    let input_root = Directory {
+        files: vec![node("in", false)],
+        directories: vec![DirectoryNode {
+            name: "d".to_owned(),
+            digest: Some(inner),
+        }],
+        ..Default::default()
+    };
+    for round in 0..3 {
+        let script = format!(
+            "find . | sort; cat in d/f; stat -c '%u %a %h %Y' in d/f d; \
+             chmod 600 in; echo more >> in; touch -d @5 in; ln in other; chmod 700 d; mv d e; \
+             cat in; stat -c '%a %h %Y' in; id -u # {round}"
+        );
+        let mut task = Task::shell(&script).outputs(&["in"]);
+        task.input_root = input_root.clone();
+        let response = client.run(&task).await;
+        assert!(is_ok(&response), "{response:?}");
+        let told = client.standard_output(&response).await;
+        let user = told.lines().last().unwrap();
+        let expected = format!(
+            ".\n./d\n./d/f\n./in\nhello\nhello\n{user} 666 1 946684800\n{user} 777 1 946684800\n\
+             {user} 777 2 946684800\nhello\nmore\n600 2 5\n{user}\n"
+        );
+        assert_eq!(told, expected);
+        let output = &response.result.unwrap().output_files[0];
+        assert_eq!(
+            client.read(output.digest.as_ref().unwrap()).await,
+            b"hello\nmore\n"
+        );
+    }
+    let log = farm.log("bb_worker");
+    assert!(log.contains("input files are the actions' own"), "{log}");
+    assert!(!log.contains("worker's own user"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_action_has_its_inputs_and_gives_its_outputs() {
     if !is_root() {
         return;

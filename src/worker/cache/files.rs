@@ -345,24 +345,28 @@ impl Files {
     /// can.
     pub fn duplicate(&self, source: &File, key: &Key, copy: u32) -> io::Result<u64> {
         let incoming = self.create()?;
-        if reflink_copy::reflink_file(source, &incoming.file).is_err() {
-            let mut offset = 0;
-            let mut to = 0;
-            while offset < key.digest.size() {
-                let rest = usize::try_from(key.digest.size() - offset).unwrap_or(usize::MAX);
-                let copied = rustix::fs::copy_file_range(
-                    source,
-                    Some(&mut offset),
-                    &incoming.file,
-                    Some(&mut to),
-                    rest,
-                )?;
-                if copied == 0 {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-            }
-        }
+        copy_content(source, &incoming.file, key.digest.size())?;
         self.publish(incoming, key, copy)
+    }
+
+    /// Makes a file of its own with the content of a cached one, which everybody may write to, in a
+    /// directory. ESTALE when the cached file is not the one with this inode number.
+    pub fn copy(
+        &self,
+        key: &Key,
+        inode: u64,
+        directory: BorrowedFd<'_>,
+        name: &str,
+    ) -> io::Result<()> {
+        let source = self.open_copy(key, 0)?;
+        if rustix::fs::fstat(&source)?.st_ino != inode {
+            return Err(Errno::STALE.into());
+        }
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let mode = mode(key.executable) | Mode::from_raw_mode(0o222);
+        let file = File::from(rustix::fs::openat(directory, name, flags, mode)?);
+        copy_content(&source, &file, key.digest.size())?;
+        set_mtime(file.as_fd())
     }
 
     /// Bytes and inodes that unprivileged users can still take on the file system.
@@ -374,6 +378,13 @@ impl Files {
             _ => stat.f_favail,
         };
         Ok((stat.f_bavail.saturating_mul(stat.f_frsize), inodes))
+    }
+
+    /// Whether copies share blocks on this file system.
+    pub fn shares_blocks(&self) -> io::Result<bool> {
+        let (mut one, other) = (self.create()?, self.create()?);
+        one.file.write_all(&[0; 4096])?;
+        Ok(reflink_copy::reflink_file(&one.file, &other.file).is_ok())
     }
 
     pub fn open_copy(&self, key: &Key, copy: u32) -> io::Result<File> {
@@ -403,9 +414,29 @@ impl Files {
     }
 }
 
+/// Shares the blocks where the file system can.
+fn copy_content(source: &File, to: &File, size: u64) -> io::Result<()> {
+    if reflink_copy::reflink_file(source, to).is_ok() {
+        return Ok(());
+    }
+    let (mut from, mut at) = (0, 0);
+    while from < size {
+        let rest = usize::try_from(size - from).unwrap_or(usize::MAX);
+        let copied = rustix::fs::copy_file_range(source, Some(&mut from), to, Some(&mut at), rest)?;
+        if copied == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    Ok(())
+}
+
 /// Gives a file its final mode and mtime.
 fn finish(file: BorrowedFd<'_>, executable: bool) -> io::Result<()> {
     rustix::fs::fchmod(file, mode(executable))?;
+    set_mtime(file)
+}
+
+fn set_mtime(file: BorrowedFd<'_>) -> io::Result<()> {
     rustix::fs::futimens(
         file,
         &Timestamps {

@@ -552,6 +552,26 @@ impl Cache {
         }
     }
 
+    /// Whether copies of files take no room of their own until they are written to.
+    pub fn shares_blocks(&self) -> bool {
+        self.files.shares_blocks().unwrap_or(false)
+    }
+
+    /// Copies a pinned file into an input root, for an action that may change it.
+    pub fn copy(
+        &self,
+        key: &Key,
+        link: &Link,
+        directory: BorrowedFd<'_>,
+        name: &str,
+    ) -> Result<(), LinkError> {
+        let copied = self.files.copy(key, link.inode, directory, name);
+        copied.map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ESTALE) => LinkError::Vanished,
+            _ => LinkError::Other(error),
+        })
+    }
+
     /// The first inode has all the links that the file system allows; uses another one.
     #[cold]
     fn link_other(

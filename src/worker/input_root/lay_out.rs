@@ -20,9 +20,12 @@ use super::{
     plan::{Child, Made, Origin, Plan, Rewrite, Source},
     pool::Parked,
 };
-use crate::worker::{
-    cache::{Key, Link, LinkError, Links},
-    fault::Fault,
+use crate::{
+    config::worker::Inputs,
+    worker::{
+        cache::{Key, Link, LinkError, Links},
+        fault::Fault,
+    },
 };
 
 /// From so many links on a second thread helps.
@@ -70,6 +73,7 @@ struct LayOut<'a> {
     shared: &'a Shared,
     /// Whether the root is kept, and so what is made is remembered.
     hold: bool,
+    inputs: Inputs,
     made: &'a [Made],
     taken: Mutex<Vec<Option<Parked>>>,
     dropped: Mutex<Vec<Option<Parked>>>,
@@ -97,6 +101,7 @@ impl Shared {
         root: Kept,
         plan: Plan<Parked>,
         hold: bool,
+        inputs: Inputs,
     ) -> Result<Option<Kept>, LayOutError> {
         let Some(rewrite) = plan.rewrite else {
             return Ok(Some(root));
@@ -106,6 +111,7 @@ impl Shared {
         let lay_out = LayOut {
             shared: self,
             hold,
+            inputs,
             made: &plan.made,
             taken: Mutex::new(plan.taken.into_iter().map(Some).collect()),
             dropped: Mutex::new(dropped),
@@ -130,6 +136,7 @@ impl Shared {
         let lay_out = LayOut {
             shared: self,
             hold: true,
+            inputs: Inputs::Shared,
             made: &made,
             taken: Mutex::default(),
             dropped: Mutex::default(),
@@ -452,7 +459,12 @@ impl LayOut<'_> {
         link: &mut Link,
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
-        match self.shared.cache.link(key, link, directory, name, buffer) {
+        let cache = &self.shared.cache;
+        let made = match self.inputs {
+            Inputs::Shared => cache.link(key, link, directory, name, buffer),
+            Inputs::Private => cache.copy(key, link, directory, name),
+        };
+        match made {
             Ok(()) => Ok(()),
             Err(LinkError::Vanished) => {
                 // All others are tried, so that one attempt finds all that are gone.

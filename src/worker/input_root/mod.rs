@@ -28,6 +28,9 @@
 //! - I6 Baseline: a directory's ctime is looked at after the worker's last change to it.
 //! - I7 Doubt means cold: after any error, a root and all that is known of it is thrown away.
 //!
+//! Where actions are to have input files of their own, each root is made anew, of copies: then the
+//! runner makes the action's user their owner, and nothing of the root is kept.
+//!
 //! `plan` says what changes, `lay_out` does it, `verify` reverts what the action did, `pool` keeps
 //! what waits. Verification happens in the background. How many roots wait for it is bounded;
 //! beyond that, actions wait.
@@ -57,7 +60,7 @@ use super::{
     fault::Fault,
     tree::{Node, Tree},
 };
-use crate::path::RelativePath;
+use crate::{config::worker::Inputs, path::RelativePath};
 
 mod clock;
 mod gate;
@@ -131,6 +134,7 @@ pub struct Planned {
     /// `None` only while it is performed or dropped.
     work: Option<(Root, Plan<Parked>)>,
     hold: bool,
+    inputs: Inputs,
     alterations: u64,
     spent: Duration,
 }
@@ -296,6 +300,15 @@ impl Roots {
         Some(shared.planned(root, tree, hold, alterations))
     }
 
+    /// As `plan`, for a root of copies.
+    pub fn plan_private(&self, tree: &Tree) -> io::Result<Planned> {
+        let alterations = self.shared.look();
+        let root = self.shared.take_root(None)?;
+        let mut planned = self.shared.planned(root, tree, false, alterations);
+        planned.inputs = Inputs::Private;
+        Ok(planned)
+    }
+
     /// As `try_plan`; blocks until there is a root.
     pub fn plan(&self, tree: &Tree) -> io::Result<Planned> {
         let shared = &self.shared;
@@ -332,7 +345,7 @@ impl Roots {
         shared.count(&planned.tree, &plan);
         let (linked, made, unparked) = (plan.links.len(), plan.made.len(), plan.taken.len());
         // An error drops the root without its model: it is thrown away (I7).
-        let mut kept = match shared.perform(kept, plan, planned.hold) {
+        let mut kept = match shared.perform(kept, plan, planned.hold, planned.inputs) {
             Ok(kept) => kept,
             Err(error) => {
                 return Err(match error.fault(shared) {
@@ -565,6 +578,7 @@ impl Shared {
             tree: tree.clone(),
             work: Some((root, plan)),
             hold,
+            inputs: Inputs::Shared,
             alterations,
             spent: began.elapsed(),
         }

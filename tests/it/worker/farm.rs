@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs,
+    fs, io,
     os::unix::process::{CommandExt, ExitStatusExt},
     path::{Path, PathBuf},
     process::Stdio,
@@ -12,7 +12,7 @@ use std::{
 };
 
 use bb_remote_execution::{
-    config::Endpoint,
+    config::{Endpoint, worker::Inputs},
     daemon,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
@@ -78,6 +78,7 @@ impl Drop for Farm {
 pub struct Settings {
     pub limits: Limits,
     pub entries: u64,
+    pub inputs: Inputs,
 }
 
 impl Default for Settings {
@@ -89,6 +90,7 @@ impl Default for Settings {
                 minimum_free: 0,
             },
             entries: 64 << 20,
+            inputs: Inputs::Shared,
         }
     }
 }
@@ -120,7 +122,7 @@ impl Farm {
         };
         let runner = Routes::new(RunnerServer::new(runner));
         let runner = serve(runner, None, stop.clone()).await;
-        let (executor, cache) = executor(directory.path(), &client, &runner, settings);
+        let (executor, cache) = executor(directory.path(), &client, &runner, settings).unwrap();
         Farm {
             directory,
             _store: store_directory,
@@ -137,27 +139,23 @@ impl Farm {
     pub async fn restart(&mut self, settings: Settings) {
         let nowhere = self.directory.path().join("nowhere");
         fs::create_dir_all(&nowhere).unwrap();
-        let (other, cache) = executor(&nowhere, &self.client, &self.runner, settings);
+        let (other, cache) = executor(&nowhere, &self.client, &self.runner, settings).unwrap();
         self.cache = cache;
         self.executor = other;
-        // What cleans in the background holds the directories' locks a little longer.
-        for _ in 0..1000 {
-            let cache = Cache::open(
-                &self.directory.path().join("cache"),
-                settings.limits,
-                self.client.clone(),
-            );
-            match cache {
-                Ok(cache) => drop(cache),
-                Err(_) => {
+        // What cleans in the background holds the directories' locks a little longer, as does a process
+        // that is being started and has yet to exec.
+        let mut attempts = 0;
+        let (executor, cache) = loop {
+            let opened = executor(self.directory.path(), &self.client, &self.runner, settings);
+            match opened {
+                Ok(opened) => break opened,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && attempts < 1000 => {
+                    attempts += 1;
                     tokio::time::sleep(Duration::from_millis(10)).await;
-                    continue;
                 }
+                Err(error) => panic!("{error}"),
             }
-            break;
-        }
-        let (executor, cache) =
-            executor(self.directory.path(), &self.client, &self.runner, settings);
+        };
         self.executor = executor;
         self.cache = cache;
     }
@@ -295,10 +293,10 @@ fn executor(
     client: &remote::Client,
     runner: &Endpoint,
     settings: Settings,
-) -> (Arc<Executor>, Arc<Cache>) {
-    let cache = Cache::open(&directory.join("cache"), settings.limits, client.clone()).unwrap();
+) -> io::Result<(Arc<Executor>, Arc<Cache>)> {
+    let cache = Cache::open(&directory.join("cache"), settings.limits, client.clone())?;
     let cache = Arc::new(cache);
-    let roots = Roots::open(&directory.join("build"), cache.clone(), 2).unwrap();
+    let roots = Roots::open(&directory.join("build"), cache.clone(), 2)?;
     let executor = Executor {
         storage: client.clone(),
         cache: cache.clone(),
@@ -308,9 +306,10 @@ fn executor(
         workers: vec![r#"{"hostname":"here"}"#.to_owned()],
         environment_variables: BTreeMap::from([("FROM_WORKER".to_owned(), "yes".to_owned())]),
         force_upload_trees_and_directories: false,
+        inputs: settings.inputs,
         browser_url: Some("http://browser/".to_owned()),
     };
-    (Arc::new(executor), cache)
+    Ok((Arc::new(executor), cache))
 }
 
 async fn serve(routes: Routes, calls: Option<Calls>, stop: CancellationToken) -> Endpoint {

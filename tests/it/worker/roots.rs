@@ -3,9 +3,10 @@
 use std::{
     collections::{BTreeSet, HashMap},
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::Path,
     sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use bb_remote_execution::{
@@ -14,7 +15,7 @@ use bb_remote_execution::{
     worker::{
         cache::{Cache, Key},
         directories::{Directory, File},
-        input_root::{PrepareError, Roots},
+        input_root::{InputRoot, PrepareError, Roots},
         tree::{self, Tree},
     },
 };
@@ -47,7 +48,7 @@ async fn only_what_changed_is_linked() {
         assert_eq!(now - before, expected, "{content}");
         before = now;
         // It is cleaned in the background.
-        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
     }
 }
 
@@ -141,11 +142,61 @@ fn a_full_disk_costs_one_action_and_no_other() {
                     assert_eq!(fs::read(path).unwrap(), b"content");
                     break;
                 }
-                _ if attempt < 200 => std::thread::sleep(std::time::Duration::from_millis(50)),
+                _ if attempt < 200 => std::thread::sleep(Duration::from_millis(50)),
                 _ => panic!("it does not recover"),
             }
         }
     }
+}
+
+#[test]
+fn a_root_in_which_something_stirs_is_given_to_nobody() {
+    let place = tempfile::tempdir().unwrap();
+    let roots = Roots::open(
+        &place.path().join("build"),
+        cache_with(place.path(), "x"),
+        1,
+    )
+    .unwrap();
+    let prepare = || {
+        let planned = roots.plan(&root_of(3, "x")).unwrap();
+        roots.prepare(planned, &BTreeSet::new()).unwrap()
+    };
+    let first = prepare();
+    let path = place.path().join("build").join(first.name());
+    let gate = fs::File::open(&path).unwrap();
+    let inode = gate.metadata().unwrap().ino();
+    // As the runner does for as long as a process of the action lives.
+    gate.lock().unwrap();
+    std::thread::scope(|scope| {
+        // It waits for the lock.
+        let cleaning = scope.spawn(move || drop(first));
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!cleaning.is_finished());
+        // A call that comes late finds nothing under the old name, and another action another root.
+        assert!(!path.exists());
+        let second = prepare();
+        let at = |root: &InputRoot| {
+            let path = place.path().join("build").join(root.name());
+            fs::metadata(path).unwrap().ino()
+        };
+        assert_ne!(at(&second), inode);
+        // What is left behind meanwhile is foreign.
+        let name = fs::read_dir(place.path().join("build"))
+            .unwrap()
+            .find_map(|entry| {
+                let entry = entry.unwrap();
+                (entry.metadata().unwrap().ino() == inode).then(|| entry.path())
+            });
+        fs::write(name.unwrap().join("root/0/evil"), "evil").unwrap();
+        gate.unlock().unwrap();
+        cleaning.join().unwrap();
+        let third = prepare();
+        assert_eq!(at(&third), inode);
+        let root = place.path().join("build").join(third.name()).join("root");
+        assert!(!root.join("0/evil").exists());
+        assert_eq!(fs::read(root.join("0/f")).unwrap(), b"x");
+    });
 }
 
 #[tokio::test(flavor = "multi_thread")]
