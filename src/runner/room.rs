@@ -163,6 +163,16 @@ impl Plan {
     }
 }
 
+impl Room {
+    /// Whether it is around the build directory as it is, and nobody has killed its first process.
+    fn is_usable(&self, build_directory: (u64, u64)) -> bool {
+        self.mounts
+            .as_ref()
+            .is_none_or(|mounts| mounts.identity == build_directory)
+            && self.init.as_ref().is_none_or(Init::is_alive)
+    }
+}
+
 impl Rooms {
     pub fn open(plan: Plan) -> io::Result<Self> {
         let plan = Arc::new(plan);
@@ -193,16 +203,16 @@ impl Rooms {
                 None => break,
             };
             match next {
-                Ok(Ok(room)) => match &room.mounts {
-                    Some(mounts) if mounts.identity != build_directory => {}
-                    _ => return Ok(room),
-                },
+                Ok(Ok(room)) if room.is_usable(build_directory) => return Ok(room),
+                Ok(Ok(_)) => {}
                 Ok(Err(error)) => last = Some(error),
                 Err(_) => break,
             }
         }
         Err(last.unwrap_or_else(|| {
-            RoomError::at("build directory")(io::Error::other("it is replaced all the time"))
+            RoomError::at("build directory")(io::Error::other(
+                "it is replaced, or rooms are killed, all the time",
+            ))
         }))
     }
 
