@@ -20,11 +20,14 @@ use std::{
         unix::fs::{DirBuilderExt, FileExt},
     },
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::config::runner::Limits;
 
@@ -35,6 +38,8 @@ const PERIOD: u64 = 100_000;
 #[derive(Debug)]
 pub struct Cgroups {
     directory: PathBuf,
+    /// Open, as some threads see control groups read-only; the mount that it was opened by is not.
+    parent: Arc<OwnedFd>,
     next: AtomicU64,
     limits: Limits,
 }
@@ -92,6 +97,7 @@ impl Memory {
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
+    parent: Arc<OwnedFd>,
     directory: OwnedFd,
     events: fs::File,
 }
@@ -105,8 +111,12 @@ impl Cgroups {
         create_directory(&directory)
             .map_err(|error| format!("could not create {}: {error}", directory.display()))?;
         enable_controllers(&directory);
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let parent = rustix::fs::open(&directory, flags, Mode::empty())
+            .map_err(|error| format!("could not open {}: {error}", directory.display()))?;
         let cgroups = Cgroups {
             directory,
+            parent: Arc::new(parent),
             next: AtomicU64::new(0),
             limits: limits.clone(),
         };
@@ -171,6 +181,7 @@ impl Cgroups {
         Ok(Cgroup {
             events: fs::File::open(path.join("cgroup.events"))?,
             path,
+            parent: self.parent.clone(),
             directory,
         })
     }
@@ -231,7 +242,8 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir(&self.path) {
+        let name = self.path.file_name().unwrap_or_default();
+        if let Err(error) = rustix::fs::unlinkat(&*self.parent, name, AtFlags::REMOVEDIR) {
             let _ = fs::write(self.path.join("cgroup.kill"), "1");
             tracing::warn!(cgroup = %self.path.display(), %error, "could not remove a control group; the next start will");
         }

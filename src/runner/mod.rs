@@ -2,7 +2,7 @@
 //!
 //! A worker asks over a Unix socket (`service`). What to run is parsed (`command`); a user of its own
 //! is found (`user`), and a room that was prepared ahead (`room`): namespaces (`furnish`, `mount`,
-//! `network`, with a first process, `init`) and a control group (`cgroup`), as far as the host allows
+//! `network`, with a first process, `init`; most is copied from a `template`) and a control group (`cgroup`), as far as the host allows
 //! them (`layer`). The action's directory is opened to that user (`gate`); a process is made
 //! (`process`, `child`, `seccomp`), waited for, and everything that came of it is killed (`action`,
 //! where the order is).
@@ -37,6 +37,7 @@ mod room;
 mod root;
 mod seccomp;
 mod service;
+mod template;
 mod user;
 
 use layer::{Layer, Layers};
