@@ -306,6 +306,47 @@ async fn a_control_group_counts_what_nobody_waited_for() {
     farm.stop().await;
 }
 
+/// Of the host; unmounted on drop.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn tmpfs(path: PathBuf) -> Self {
+        let mount = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "mode=1777", "tmpfs"])
+            .arg(&path)
+            .status();
+        assert!(mount.unwrap().success());
+        Mounted(path)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_mounted_on_the_host_later_is_there_and_read_only() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start().await;
+    let directory = tempfile::tempdir_in("/srv").unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    until("rooms are ready", || first_processes(&farm).len() > 4).await;
+    let mounted = Mounted::tmpfs(directory.path().to_owned());
+    fs::write(mounted.0.join("file"), "there").unwrap();
+    let place = mounted.0.display();
+    let ended = farm
+        .sh(&format!("cat {place}/file; touch {place}/new"))
+        .await;
+    assert_eq!(ended.stdout, "there");
+    assert!(ended.stderr.contains("Read-only file system"), "{ended:?}");
+    drop(mounted);
+    farm.stop().await;
+}
+
 /// The first processes of rooms around this farm's build directory.
 fn first_processes(farm: &Farm) -> Vec<i32> {
     let place = farm.build().to_string_lossy().into_owned();

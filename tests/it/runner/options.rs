@@ -2,7 +2,7 @@
 
 use bb_remote_execution::config::{
     Duration as Configured, Size,
-    runner::{Network, Root},
+    runner::{Demand, Network, Root},
 };
 
 use super::*;
@@ -180,14 +180,41 @@ async fn what_is_required_and_not_there_stops_the_daemon() {
     let directory = tempfile::tempdir_in("/tmp").unwrap();
     let mut config = configuration(directory.path(), fresh_users());
     fs::create_dir(&config.build_directory).unwrap();
-    config.containment.hidden = bb_remote_execution::config::runner::Demand::Require;
-    config.containment.mounts = bb_remote_execution::config::runner::Demand::Off;
+    config.containment.hidden = Demand::Require;
+    config.containment.mounts = Demand::Off;
     let Err(Failure::Configuration { key, message }) = runner::run(config, Life::new()).await
     else {
         panic!("it started");
     };
     assert_eq!(key, "containment.hidden");
     assert!(message.contains("containment.mounts"), "{message}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn required_control_groups_keep_the_limits_or_the_check_says_which_they_do_not() {
+    if !is_root() {
+        return;
+    }
+    let directory = tempfile::tempdir_in("/tmp").unwrap();
+    let mut config = configuration(directory.path(), fresh_users());
+    fs::create_dir(&config.build_directory).unwrap();
+    config.containment.cgroups = Demand::Require;
+    config.limits.memory = Size(100 << 20);
+    let controllers = ["", "/unified"]
+        .map(|mount| fs::read_to_string(format!("/sys/fs/cgroup{mount}/cgroup.controllers")));
+    let limited = controllers
+        .iter()
+        .flatten()
+        .any(|names| names.split_whitespace().any(|name| name == "memory"));
+    let failures = runner::probe(&config).await;
+    let told = failures
+        .iter()
+        .any(|failure| failure.to_string().contains("limits.memory"));
+    assert_eq!(told, !limited, "{failures:?}");
+    if !limited {
+        let failure = runner::run(config, Life::new()).await.unwrap_err();
+        assert!(failure.to_string().contains("limits.memory"), "{failure:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
