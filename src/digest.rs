@@ -268,11 +268,14 @@ impl Digest {
             });
         }
         let mut bytes = [0; LONGEST];
+        let mut all = 0;
         for (byte, pair) in bytes.iter_mut().zip(hash.as_bytes().chunks_exact(2)) {
-            match (nibble(pair[0]), nibble(pair[1])) {
-                (Some(high), Some(low)) => *byte = high << 4 | low,
-                _ => return Err(DigestError::NotLowerCaseHexadecimal(shorten(hash))),
-            }
+            let (high, low) = (NIBBLES[usize::from(pair[0])], NIBBLES[usize::from(pair[1])]);
+            *byte = high << 4 | low & 0xf;
+            all |= high | low;
+        }
+        if all > 0xf {
+            return Err(DigestError::NotLowerCaseHexadecimal(shorten(hash)));
         }
         let size =
             u64::try_from(size).map_err(|_| DigestError::NegativeSize(size, hash.to_owned()))?;
@@ -333,13 +336,16 @@ impl fmt::Debug for Digest {
     }
 }
 
-fn nibble(c: u8) -> Option<u8> {
-    match c {
-        b'0'..=b'9' => Some(c - b'0'),
-        b'a'..=b'f' => Some(c - b'a' + 10),
-        _ => None,
+/// What each lower-case hexadecimal digit stands for; 0xff for what is none.
+const NIBBLES: [u8; 256] = {
+    let mut table = [0xff; 256];
+    let mut value = 0;
+    while value < 16 {
+        table[b"0123456789abcdef"[value] as usize] = value as u8;
+        value += 1;
     }
-}
+    table
+};
 
 /// What a message shows of a text that a stranger sent.
 pub fn shorten(text: &str) -> String {

@@ -68,6 +68,7 @@ impl Directory {
                 .map_err(|error| format!("the digest of its entry {name:?} is wrong: {error}"))
         };
         let mut directory = Directory::default();
+        directory.files.reserve_exact(message.files.len());
         for file in &message.files {
             directory.files.push(File {
                 name: name(&file.name)?,
@@ -77,6 +78,9 @@ impl Directory {
                 },
             });
         }
+        directory
+            .directories
+            .reserve_exact(message.directories.len());
         for entry in &message.directories {
             directory.directories.push((
                 name(&entry.name)?,

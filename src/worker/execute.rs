@@ -144,7 +144,7 @@ impl Executor {
         if matches!(ended, Ended::Answered(Err(_))) {
             root.distrust();
         }
-        let ran = self.take_answer(ended, task, metadata, response);
+        let mut ran = self.take_answer(ended, task, metadata, response);
         if !root.vacated().await {
             return Err(Fault::Internal(format!(
                 "the runner did not end all processes of the action within {} s; what they left was not collected",
@@ -153,6 +153,12 @@ impl Executor {
         }
         if ran == Err(Fault::Cancelled) {
             return ran;
+        }
+        if ran.is_ok() && !root.is_unaltered() {
+            ran = Err(Fault::Unavailable(format!(
+                "while the command ran, somebody changed input files in the cache in {} on the worker's host; they will be fetched again",
+                self.cache.path().display()
+            )));
         }
 
         stage.send_replace(Stage::UploadingOutputs);

@@ -86,7 +86,9 @@ impl Fault {
     pub fn of_disk(what: impl fmt::Display, error: impl Into<io::Error>) -> Self {
         let error = error.into();
         let text = format!("could not {what}: {error}");
+        let broken = error.raw_os_error() == Some(libc::EIO);
         match error.kind() {
+            _ if broken => Fault::Unavailable(format!("{text}; look after the disk of this host")),
             // Another worker may have room, and this one later.
             io::ErrorKind::StorageFull
             | io::ErrorKind::QuotaExceeded

@@ -66,6 +66,10 @@ impl<K: Copy + Eq + Hash, V> Lru<K, V> {
         self.index.contains_key(key)
     }
 
+    pub fn keys(&self) -> Vec<K> {
+        self.index.keys().copied().collect()
+    }
+
     /// Looks at an entry without using it.
     pub fn peek(&self, key: &K) -> Option<&V> {
         let slot = &self.slots[*self.index.get(key)? as usize];

@@ -10,6 +10,7 @@ mod actions;
 mod cas;
 mod roots;
 mod runs;
+mod stream;
 
 fn main() {
     let arguments: Vec<String> = std::env::args()
@@ -26,6 +27,7 @@ fn main() {
         ("cas", cas::run),
         ("roots", roots::run),
         ("runs", runs::run),
+        ("stream", stream::run),
     ] {
         if name == "all" || name == benchmark {
             known = true;
@@ -33,7 +35,7 @@ fn main() {
         }
     }
     if !known {
-        eprintln!("no benchmark {name:?}; there are: actions, cas, roots, runs");
+        eprintln!("no benchmark {name:?}; there are: actions, cas, roots, runs, stream");
         std::process::exit(2);
     }
 }

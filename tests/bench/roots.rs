@@ -1,11 +1,15 @@
-//! Input roots whose files are all cached: how long it takes from knowing the root's Directories to
-//! the root's being ready, by what is there already; on ext4 and xfs in memory, mounted by loop,
-//! where root may mount them.
+//! Input roots whose files are all cached: how long it takes from the action's arrival to the root's
+//! being ready, by what is there already; on ext4 and xfs in memory, mounted by loop, where root may
+//! mount them.
+//!
+//! "walk" is the look-up of the root's Directories, with the round trips to a store on the same host
+//! in it; "net" is how long these reads take alone, one level after the other. "ready" is what comes
+//! after the walk: plan, pin, lay out.
 //!
 //! usage: cargo bench --bench farm -- roots [FILES...]
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::BTreeSet,
     fs,
     path::Path,
     sync::Arc,
@@ -13,23 +17,28 @@ use std::{
 };
 
 use bb_remote_execution::{
+    config::Endpoint,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
-    path::Component,
+    proto::reapi,
+    storage::{Content, local::Store, remote, service},
     worker::{
         cache::{Cache, Key},
-        directories::{Directory, File},
+        directories::Directories,
         input_root::{InputRoot, Roots},
-        tree::{self, Tree},
+        tree::Tree,
     },
 };
+use prost::Message;
+use tonic::{service::Routes, transport::server::TcpIncoming};
 
-use crate::harness::parts::{FileSystem, keep, open_cache};
+use crate::harness::parts::{FileSystem, keep, open_cache, open_cache_of};
 
 const FUNCTION: DigestFunction = DigestFunction::Sha256;
 const FILES_PER_DIRECTORY: usize = 50;
 const DIRECTORIES_PER_DIRECTORY: usize = 10;
 const ROUNDS: usize = 9;
+
 pub fn run(arguments: &[String]) {
     let sizes: Vec<usize> = match arguments {
         [] => vec![10_000, 50_000],
@@ -40,8 +49,17 @@ pub fn run(arguments: &[String]) {
     };
     println!("input roots, everything cached: medians of {ROUNDS} rounds");
     println!(
-        "{:<6} {:>6} {:>5}  {:<22} {:>9} {:>11} {:>9} {:>12}",
-        "where", "files", "dirs", "root", "ready ms", "cpu us/file", "after ms", "fresh/this"
+        "{:<6} {:>6} {:>5}  {:<18} {:>8} {:>8} {:>9} {:>11} {:>9} {:>11}",
+        "where",
+        "files",
+        "dirs",
+        "root",
+        "walk ms",
+        "net ms",
+        "ready ms",
+        "cpu us/file",
+        "after ms",
+        "fresh/this"
     );
     let memory = tempfile::tempdir_in("/dev/shm").unwrap();
     let mut places = Vec::new();
@@ -67,13 +85,45 @@ pub fn run(arguments: &[String]) {
 
 struct Bench {
     runtime: tokio::runtime::Runtime,
+    client: remote::Client,
     cache: Arc<Cache>,
+    directories: Directories,
     roots: Roots,
 }
 
+/// One action's root.
+struct Measured {
+    walk: Duration,
+    net: Duration,
+    ready: Clock2,
+    after: Duration,
+}
+
 impl Bench {
-    /// Ready, and cleaned up afterwards.
-    fn root(&self, tree: &Tree) -> (Clock2, InputRoot) {
+    fn new(
+        runtime: tokio::runtime::Runtime,
+        client: &remote::Client,
+        roots: Roots,
+        cache: &Arc<Cache>,
+    ) -> Self {
+        Bench {
+            runtime,
+            client: client.clone(),
+            cache: cache.clone(),
+            directories: Directories::new(client.clone(), 16 << 20, 1 << 30),
+            roots,
+        }
+    }
+
+    fn walk(&self, root: Digest) -> (Duration, Tree) {
+        let start = Instant::now();
+        let instance = InstanceName::empty();
+        let walk = self.directories.walk(&instance, root, FUNCTION.empty());
+        let tree = self.runtime.block_on(walk).unwrap().tree.unwrap();
+        (start.elapsed(), tree)
+    }
+
+    fn lay_out(&self, tree: &Tree) -> (Clock2, InputRoot) {
         let start = Clock::start();
         let planned = self.roots.plan(tree).unwrap();
         let wanted = planned.links().to_vec();
@@ -85,19 +135,77 @@ impl Bench {
         (start.elapsed(), root)
     }
 
-    fn rounds<'t>(&self, trees: impl Iterator<Item = &'t Tree>) -> (Vec<Clock2>, Vec<Clock2>) {
-        let mut ready = Vec::new();
-        let mut after = Vec::new();
-        for tree in trees {
-            let (time, root) = self.root(tree);
-            ready.push(time);
-            let start = Clock::start();
-            // Outside of a runtime it is verified at once.
-            drop(root);
-            after.push(start.elapsed());
+    /// Reads what `new` has and `old` lacks, as a walk does.
+    fn read(&self, old: Option<&Tree>, new: &Tree) -> Duration {
+        let mut levels: Vec<Vec<Digest>> = Vec::new();
+        let mut pairs = vec![(old, new)];
+        while !pairs.is_empty() {
+            pairs.retain(|(old, new)| old.is_none_or(|old| old.digest != new.digest));
+            levels.push(pairs.iter().map(|(_, new)| new.digest).collect());
+            let below = pairs.iter().flat_map(|(old, new)| {
+                let old = |i: usize| old.and_then(|old| old.children.get(i));
+                new.children
+                    .iter()
+                    .enumerate()
+                    .map(move |(i, new)| (old(i), new))
+            });
+            pairs = below.collect();
         }
-        (ready, after)
+        levels.retain(|level| !level.is_empty());
+        let start = Instant::now();
+        self.runtime.block_on(async {
+            for level in &levels {
+                let instance = InstanceName::empty();
+                let read = self.client.read_many(&instance, level, 16 << 20);
+                assert!(read.await.iter().all(Result::is_ok));
+            }
+        });
+        start.elapsed()
     }
+
+    /// Ready, and cleaned up afterwards: outside of a runtime that is done at once.
+    fn round(&self, old: Option<&Tree>, root: Digest) -> (Measured, Tree) {
+        let (walk, tree) = self.walk(root);
+        let net = self.read(old, &tree);
+        let (ready, root) = self.lay_out(&tree);
+        let start = Instant::now();
+        drop(root);
+        let after = start.elapsed();
+        let measured = Measured {
+            walk,
+            net,
+            ready,
+            after,
+        };
+        (measured, tree)
+    }
+}
+
+/// An embedded store in `place` on a loopback port, served by threads of its own until the process
+/// ends.
+fn start_storage(place: &Path) -> Endpoint {
+    let store = place.join("store");
+    fs::create_dir(&store).unwrap();
+    let store = Arc::new(Store::open(&store, 4 << 30).unwrap());
+    let routes =
+        service::add_to(Routes::default(), &store).add_service(service::capabilities(false, 0));
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let endpoint = Endpoint::Tcp(listener.local_addr().unwrap().to_string());
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            // As the daemons do.
+            let connections = TcpIncoming::from(listener).with_nodelay(Some(true));
+            tonic::transport::Server::builder()
+                .add_routes(routes)
+                .serve_with_incoming(connections)
+                .await
+                .unwrap();
+        });
+    });
+    endpoint
 }
 
 type Clock2 = (Duration, Duration);
@@ -107,62 +215,76 @@ fn measure(kind: &str, place: &Path, size: usize) {
         .prefix("bb-bench-roots.")
         .tempdir_in(place)
         .unwrap();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .build()
-        .unwrap();
-    let cache = Arc::new(open_cache(directory.path()));
+    let runtime = || tokio::runtime::Runtime::new().unwrap();
+    let storage = tempfile::tempdir().unwrap();
+    let endpoint = start_storage(storage.path());
+    let first_runtime = runtime();
+    let client = {
+        let _guard = first_runtime.enter();
+        remote::Client::connect(&endpoint, &endpoint, Default::default())
+    };
+    let cache = Arc::new(open_cache_of(directory.path(), client.clone()));
     let many = 100;
     let keys: Vec<Key> = (0..size + ROUNDS * many)
         .map(|i| insert(&cache, directory.path(), &format!("file {i}")))
         .collect();
-    let first = tree(&keys[..size], &[]);
-    let one: Vec<Tree> = (0..ROUNDS)
-        .map(|round| tree(&keys[..size], &keys[size + round..][..1]))
+    let tree = |others: &[Key]| {
+        let (root, blobs) = tree(&keys[..size], others);
+        let instance = InstanceName::empty();
+        let upload = client.upload(&instance, blobs);
+        first_runtime.block_on(upload).unwrap();
+        root
+    };
+    let first = tree(&[]);
+    let one: Vec<Digest> = (0..ROUNDS)
+        .map(|round| tree(&keys[size + round..][..1]))
         .collect();
-    let hundred: Vec<Tree> = (0..ROUNDS)
-        .map(|round| tree(&keys[..size], &keys[size + round * many..][..many]))
+    let hundred: Vec<Digest> = (0..ROUNDS)
+        .map(|round| tree(&keys[size + round * many..][..many]))
         .collect();
     let build = directory.path().join("build");
     // Cold: one thread, then two, each time in new directories.
     let mut fresh = [Duration::ZERO; 2];
     for threads in [1, 2] {
-        let mut ready = Vec::new();
-        let mut after = Vec::new();
+        let mut rounds = Vec::new();
         let mut grown = 0;
+        let mut known = None;
         for _ in 0..ROUNDS.min(5) {
             let roots = Roots::open(&build, cache.clone(), 1).unwrap();
             // The last round's root, whose removal would be measured too.
             wait_for_trash(&build);
             roots.set_threads(threads);
-            let bench = Bench {
-                runtime: tokio::runtime::Builder::new_current_thread()
-                    .build()
-                    .unwrap(),
-                cache: cache.clone(),
-                roots,
-            };
+            let bench = Bench::new(runtime(), &client, roots, &cache);
+            let (walk, tree) = bench.walk(first);
+            let net = bench.read(None, &tree);
             let before = memory();
-            let (time, root) = bench.root(&first);
+            let (ready, root) = bench.lay_out(&tree);
             // Later ones get the memory that the first one left.
             grown = grown.max(memory().saturating_sub(before));
-            ready.push(time);
-            let start = Clock::start();
+            let start = Instant::now();
             drop(root);
-            let removed = bench.roots;
-            after.push(start.elapsed());
-            drop(removed);
+            let after = start.elapsed();
+            rounds.push(Measured {
+                walk,
+                net,
+                ready,
+                after,
+            });
+            known = Some(tree);
+            drop(bench);
             wait_for_trash(&build);
         }
-        fresh[threads - 1] = median(&ready, |m| m.0);
-        let what = format!(
-            "cold, {threads} thread{}",
-            if threads > 1 { "s" } else { "" }
-        );
-        print(kind, size, &first, &what, &ready, &after, None);
+        let known = known.unwrap();
+        fresh[threads - 1] = median(&rounds, |m| m.ready.0);
+        let what = match threads {
+            1 => "cold, 1 thread",
+            _ => "cold, 2 threads",
+        };
+        print(kind, size, &known, what, &rounds, None);
         if threads == 1 {
             println!(
                 "       memory of the kept root: {} bytes per entry",
-                grown / first.entries
+                grown / known.entries
             );
         } else {
             println!(
@@ -173,29 +295,24 @@ fn measure(kind: &str, place: &Path, size: usize) {
     }
     let roots = Roots::open(&build, cache.clone(), 1).unwrap();
     wait_for_trash(&build);
-    let bench = Bench {
-        runtime,
-        cache,
-        roots,
-    };
-    drop(bench.root(&first));
-    let same: Vec<&Tree> = std::iter::repeat_n(&first, ROUNDS).collect();
-    let fresh = Some(fresh[0]);
-    let (ready, after) = bench.rounds(same.into_iter());
-    print(kind, size, &first, "unchanged", &ready, &after, fresh);
-    let (ready, after) = bench.rounds(one.iter());
-    print(kind, size, &first, "1 file changed", &ready, &after, fresh);
-    // From and to the same: a hundred are changed each time.
-    let (ready, after) = bench.rounds(hundred.iter());
-    print(
-        kind,
-        size,
-        &first,
-        "100 files changed",
-        &ready,
-        &after,
-        fresh,
-    );
+    let bench = Bench::new(runtime(), &client, roots, &cache);
+    let (_, known) = bench.round(None, first);
+    let same = vec![first; ROUNDS];
+    // From and to the same: as many are changed each time.
+    for (what, roots) in [
+        ("unchanged", &same),
+        ("1 file changed", &one),
+        ("100 files changed", &hundred),
+    ] {
+        let mut before = known.clone();
+        let mut rounds = Vec::new();
+        for root in roots {
+            let (measured, tree) = bench.round(Some(&before), *root);
+            rounds.push(measured);
+            before = tree;
+        }
+        print(kind, size, &known, what, &rounds, Some(fresh[0]));
+    }
     drop(bench);
     wait_for_trash(&build);
 }
@@ -213,21 +330,23 @@ fn print(
     size: usize,
     tree: &Tree,
     what: &str,
-    ready: &[Clock2],
-    after: &[Clock2],
+    rounds: &[Measured],
     fresh: Option<Duration>,
 ) {
-    let (wall, cpu) = (median(ready, |m| m.0), median(ready, |m| m.1));
-    let after = median(after, |m| m.0);
+    let (walk, net) = (median(rounds, |m| m.walk), median(rounds, |m| m.net));
+    let (wall, cpu) = (median(rounds, |m| m.ready.0), median(rounds, |m| m.ready.1));
+    let after = median(rounds, |m| m.after);
     let ratio = fresh.map_or(String::new(), |fresh| {
         format!("{:.0}", fresh.as_secs_f64() / wall.as_secs_f64())
     });
     println!(
-        "{:<6} {:>6} {:>5}  {:<22} {:>9.3} {:>11.2} {:>9.3} {:>12}",
+        "{:<6} {:>6} {:>5}  {:<18} {:>8.3} {:>8.3} {:>9.3} {:>11.2} {:>9.3} {:>11}",
         kind,
         size,
-        tree.entries as usize - size,
+        tree.directories,
         what,
+        walk.as_secs_f64() * 1e3,
+        net.as_secs_f64() * 1e3,
         wall.as_secs_f64() * 1e3,
         cpu.as_secs_f64() * 1e6 / size.max(1) as f64,
         after.as_secs_f64() * 1e3,
@@ -277,48 +396,48 @@ fn insert(cache: &Cache, directory: &Path, content: &str) -> Key {
 
 /// Directories of 50 files, ten of them in a directory, and so on. So many files, spread evenly, are
 /// others.
-fn tree(keys: &[Key], others: &[Key]) -> Tree {
+fn tree(keys: &[Key], others: &[Key]) -> (Digest, Vec<(Digest, Content)>) {
     let mut keys = keys.to_vec();
     for (i, key) in others.iter().enumerate() {
         let at = i * keys.len() / others.len();
         keys[at] = *key;
     }
-    let mut found: HashMap<Digest, Arc<Directory>> = HashMap::new();
+    let mut blobs = Vec::new();
     let mut level: Vec<Digest> = Vec::new();
-    let mut add = |mut directory: Directory| {
-        directory.sort();
-        // Not the digest of its encoding, but as distinct.
-        let digest = FUNCTION.digest_of(format!("{directory:?}").as_bytes());
-        found.insert(digest, Arc::new(directory));
+    let mut add = |directory: reapi::Directory| {
+        let data = directory.encode_to_vec();
+        let digest = FUNCTION.digest_of(&data);
+        blobs.push((digest, Content::Bytes(data.into())));
         digest
     };
     for files in keys.chunks(FILES_PER_DIRECTORY) {
-        let files = files.iter().enumerate().map(|(i, key)| File {
-            name: Component::parse(&format!("source_file_{i}.cc")).unwrap(),
-            key: *key,
+        let files = files.iter().enumerate().map(|(i, key)| reapi::FileNode {
+            name: format!("source_file_{i:02}.cc"),
+            digest: Some(key.digest.to_proto()),
+            ..Default::default()
         });
-        level.push(add(Directory {
+        level.push(add(reapi::Directory {
             files: files.collect(),
             ..Default::default()
         }));
     }
-    while level.len() != 1 {
+    while level.len() > 1 {
         let above = level.chunks(DIRECTORIES_PER_DIRECTORY).map(|children| {
             let named = children
                 .iter()
                 .enumerate()
-                .map(|(i, child)| (Component::parse(&format!("package_{i}")).unwrap(), *child));
-            add(Directory {
+                .map(|(i, child)| reapi::DirectoryNode {
+                    name: format!("package_{i}"),
+                    digest: Some(child.to_proto()),
+                });
+            add(reapi::Directory {
                 directories: named.collect(),
                 ..Default::default()
             })
         });
         level = above.collect();
-        if level.is_empty() {
-            level.push(add(Directory::default()));
-        }
     }
-    tree::build(level[0], &found, &HashMap::new()).unwrap().0
+    (level[0], blobs)
 }
 
 struct Clock(Instant, Duration);

@@ -1,5 +1,5 @@
-//! What tests and benchmarks of a worker's parts share: a cache that no storage feeds, file systems
-//! in files, and numbers from a seed.
+//! What tests and benchmarks of a worker's parts share: caches with and without a storage, file
+//! systems in files, and numbers from a seed.
 
 use std::{
     fs,
@@ -46,11 +46,6 @@ impl Random {
 
 /// In `place`, with limits that nothing here reaches. Its storage is nowhere, and is never asked.
 pub fn open_cache(place: &Path) -> Cache {
-    let limits = Limits {
-        bytes: 1 << 40,
-        files: 1 << 24,
-        minimum_free: 0,
-    };
     // Only to connect; nobody calls.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
@@ -60,7 +55,16 @@ pub fn open_cache(place: &Path) -> Cache {
         let _guard = runtime.enter();
         remote::Client::connect(&nowhere, &nowhere, Default::default())
     };
-    Cache::open(&place.join("cache"), limits, client).unwrap()
+    open_cache_of(place, client)
+}
+
+pub fn open_cache_of(place: &Path, storage: remote::Client) -> Cache {
+    let limits = Limits {
+        bytes: 1 << 40,
+        files: 1 << 24,
+        minimum_free: 0,
+    };
+    Cache::open(&place.join("cache"), limits, storage).unwrap()
 }
 
 /// Brings a file with this content, whose digest `key` has, into the cache; by way of `place`.

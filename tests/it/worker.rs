@@ -1,6 +1,7 @@
 //! What a worker promises, on real file systems, with a real store.
 
 mod farm;
+mod faults;
 mod inputs;
 mod outputs;
 mod results;

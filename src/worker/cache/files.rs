@@ -31,6 +31,7 @@ use rustix::{
     io::Errno,
 };
 
+use super::watch::Watch;
 use crate::digest::{Digest, DigestFunction};
 
 const SHARDS: usize = 256;
@@ -72,7 +73,7 @@ impl Key {
         }
     }
 
-    fn parse_name(name: &str) -> Option<(Self, u32)> {
+    pub(super) fn parse_name(name: &str) -> Option<(Self, u32)> {
         let (name, copy) = match name.split_once('.') {
             Some((name, copy)) => (name, u32::from_str(copy).ok().filter(|copy| *copy > 0)?),
             None => (name, 0),
@@ -185,6 +186,10 @@ impl Files {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    pub fn watch(&self) -> io::Result<Watch> {
+        Watch::new(&self.shards)
     }
 
     /// What is there, the longest unused first. Removes what nobody can use.

@@ -7,6 +7,7 @@
 //!    roots is asked to let go of some.
 //! 3. A file is fetched once, however many actions ask for it at the same time.
 //! 4. Whoever holds the lock does no I/O; a key being fetched or evicted is marked `busy` instead.
+//! 5. A file that somebody else changed is removed and fetched again; whoever used it learns of it.
 
 use std::{
     collections::HashMap,
@@ -36,12 +37,14 @@ use crate::{
 mod files;
 mod pins;
 mod room;
+mod watch;
 
 use files::Files;
 pub use files::{Key, seal};
 use pins::Claim;
 pub use pins::{Link, Links, Pins};
 use room::is_full;
+use watch::{Changed, Watch};
 
 /// From this size on a file is streamed to disk rather than read into memory.
 const LARGE: u64 = 1 << 20;
@@ -67,6 +70,10 @@ pub struct Cache {
     duplicating: Mutex<()>,
     /// Lets go of kept input roots; `false` when there are none.
     release: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
+    /// `None` where the host allows no more watches.
+    watch: Option<Watch>,
+    /// How often somebody else changed files; held while they are removed.
+    alterations: Mutex<u64>,
 }
 
 /// A file on disk.
@@ -93,7 +100,7 @@ struct Busy {
 /// Why a file of the cache could not be linked.
 #[derive(Debug)]
 pub enum LinkError {
-    /// Somebody removed it from the disk.
+    /// Somebody removed it from the disk, or put another one in its place.
     Vanished,
     Other(io::Error),
 }
@@ -111,6 +118,14 @@ impl Cache {
             };
             state.kept.insert(found.key, stored, weight);
         }
+        // Before anything is used; what was changed earlier shows by its size, mode or mtime.
+        let watch = files.watch().inspect_err(|error| {
+            tracing::warn!(
+                directory = %path.display(),
+                %error,
+                "could not watch the cache for changes by others; raise fs.inotify.max_user_watches and fs.inotify.max_user_instances"
+            );
+        });
         let cache = Cache {
             files,
             limits,
@@ -118,6 +133,8 @@ impl Cache {
             state: Mutex::new(state),
             duplicating: Mutex::new(()),
             release: OnceLock::new(),
+            watch: watch.ok(),
+            alterations: Mutex::default(),
         };
         cache.make_fit();
         Ok(cache)
@@ -131,6 +148,42 @@ impl Cache {
     pub fn usage(&self) -> (u64, u64) {
         let state = self.state.lock();
         (state.kept.len() as u64, state.kept.weight())
+    }
+
+    /// How often it was found that somebody else had changed files, which are gone from the disk then.
+    /// Looks again; a change that came before the call is counted.
+    pub fn alterations(&self) -> u64 {
+        let mut alterations = self.alterations.lock();
+        let Some(watch) = &self.watch else {
+            return *alterations;
+        };
+        let changed = match watch.changed() {
+            Changed::Files(files) => files,
+            Changed::Unknown => self.state.lock().kept.keys(),
+        };
+        if changed.is_empty() {
+            return *alterations;
+        }
+        *alterations += 1;
+        tracing::error!(
+            directory = %self.path().display(),
+            files = changed.len(),
+            first = %changed[0].digest,
+            "somebody changed files of the cache, which only this worker may write to; they are removed and fetched again, and actions that ran meanwhile fail"
+        );
+        for key in &changed {
+            // Its pins stay: whoever links it finds it gone.
+            let copies = self
+                .state
+                .lock()
+                .kept
+                .peek(key)
+                .map_or(1, |file| file.copies);
+            if let Err(error) = self.files.remove(key, copies) {
+                tracing::error!(digest = %key.digest, %error, "could not remove a changed file from the cache");
+            }
+        }
+        *alterations
     }
 
     /// Pins files that are to be linked. Those that are not here are the error.
@@ -481,14 +534,18 @@ impl Cache {
         name: &str,
         buffer: &mut String,
     ) -> Result<(), LinkError> {
+        let inode = || -> Result<u64, LinkError> {
+            let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
+            let stat = rustix::fs::statat(directory, name, flags);
+            Ok(stat.map_err(|error| LinkError::Other(error.into()))?.st_ino)
+        };
         match self.files.link(key, 0, directory, name, buffer) {
+            Ok(()) if inode()? != link.inode => Err(LinkError::Vanished),
             Ok(()) => Ok(()),
             Err(Errno::NOENT) => Err(LinkError::Vanished),
             Err(Errno::MLINK) => {
                 self.link_other(key, directory, name, buffer)?;
-                let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
-                let stat = rustix::fs::statat(directory, name, flags);
-                link.inode = stat.map_err(|error| LinkError::Other(error.into()))?.st_ino;
+                link.inode = inode()?;
                 Ok(())
             }
             Err(error) => Err(LinkError::Other(error.into())),

@@ -117,6 +117,8 @@ struct Shared {
     keeps: AtomicBool,
     /// What was made before the last time that something was found wrong is thrown away.
     generation: AtomicU64,
+    /// Of the cache, those after which all was thrown away.
+    alterations: AtomicU64,
     pool: Mutex<Pool>,
     cleaned: Condvar,
     counts: Counts,
@@ -129,6 +131,7 @@ pub struct Planned {
     /// `None` only while it is performed or dropped.
     work: Option<(Root, Plan<Parked>)>,
     hold: bool,
+    alterations: u64,
     spent: Duration,
 }
 
@@ -140,6 +143,8 @@ pub struct InputRoot {
     /// `None` when it is not used again.
     kept: Option<Kept>,
     generation: u64,
+    /// Of the cache, before it was laid out.
+    alterations: u64,
     /// Seconds since the epoch.
     ready: i64,
     trusted: bool,
@@ -236,6 +241,7 @@ impl Roots {
             fine_clock: clock == Clock::Fine,
             keeps: AtomicBool::new(clock != Clock::Unknown),
             generation: AtomicU64::new(0),
+            alterations: AtomicU64::new(0),
             pool: Mutex::default(),
             cleaned: Condvar::new(),
             counts: Counts::default(),
@@ -284,17 +290,19 @@ impl Roots {
     /// Chooses a root for `tree` and says what must be done to it. `None` when that would block.
     pub fn try_plan(&self, tree: &Tree) -> Option<Planned> {
         let shared = &self.shared;
+        let alterations = shared.look();
         let hold = shared.holds(tree);
         let root = shared.pool.lock().pick(Some(tree).filter(|_| hold))?;
-        Some(shared.planned(root, tree, hold))
+        Some(shared.planned(root, tree, hold, alterations))
     }
 
     /// As `try_plan`; blocks until there is a root.
     pub fn plan(&self, tree: &Tree) -> io::Result<Planned> {
         let shared = &self.shared;
+        let alterations = shared.look();
         let hold = shared.holds(tree);
         let root = shared.take_root(Some(tree).filter(|_| hold))?;
-        Ok(shared.planned(root, tree, hold))
+        Ok(shared.planned(root, tree, hold, alterations))
     }
 
     /// Lays out the root, and the directories `parents`. All files that it links must be pinned.
@@ -317,10 +325,12 @@ impl Roots {
             gate: Some(gate),
             kept: None,
             generation,
+            alterations: planned.alterations,
             ready: 0,
             trusted: true,
         };
         shared.count(&planned.tree, &plan);
+        let (linked, made, unparked) = (plan.links.len(), plan.made.len(), plan.taken.len());
         // An error drops the root without its model: it is thrown away (I7).
         let mut kept = match shared.perform(kept, plan, planned.hold) {
             Ok(kept) => kept,
@@ -349,11 +359,20 @@ impl Roots {
         }
         input_root.kept = kept;
         input_root.ready = now();
-        let spent = (planned.spent + began.elapsed()).as_nanos() as u64;
+        let spent = planned.spent + began.elapsed();
+        tracing::debug!(
+            input_root = %planned.tree.digest,
+            entries = planned.tree.entries,
+            linked,
+            made,
+            unparked,
+            microseconds = spent.as_micros() as u64,
+            "laid out an input root"
+        );
         shared
             .counts
             .nanoseconds
-            .fetch_add(spent, Ordering::Relaxed);
+            .fetch_add(spent.as_nanos() as u64, Ordering::Relaxed);
         Ok(input_root)
     }
 
@@ -428,6 +447,11 @@ impl InputRoot {
             );
         }
         self.shared.forget_all();
+    }
+
+    /// Whether nobody but the worker changed files of the cache since the root was chosen.
+    pub fn is_unaltered(&self) -> bool {
+        self.shared.cache.alterations() == self.alterations
     }
 
     /// Waits until the runner says, by letting go of its lock, that no process of the action is
@@ -510,12 +534,22 @@ impl Shared {
             gate: Some(root.gate),
             kept: Some(root.kept),
             generation: root.generation,
+            alterations: self.alterations.load(Ordering::SeqCst),
             ready: now(),
             trusted: true,
         }
     }
 
-    fn planned(self: &Arc<Self>, root: Root, tree: &Tree, hold: bool) -> Planned {
+    /// Throws all away when somebody else changed files of the cache, to which kept roots have links.
+    fn look(&self) -> u64 {
+        let alterations = self.cache.alterations();
+        if self.alterations.swap(alterations, Ordering::SeqCst) != alterations {
+            self.forget_all();
+        }
+        alterations
+    }
+
+    fn planned(self: &Arc<Self>, root: Root, tree: &Tree, hold: bool, alterations: u64) -> Planned {
         let began = Instant::now();
         let mut pool = self.pool.lock();
         let old = root.kept.node.clone();
@@ -531,6 +565,7 @@ impl Shared {
             tree: tree.clone(),
             work: Some((root, plan)),
             hold,
+            alterations,
             spent: began.elapsed(),
         }
     }

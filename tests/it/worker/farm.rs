@@ -57,7 +57,9 @@ impl Calls {
 }
 
 pub struct Farm {
+    /// Cache and build directory.
     pub directory: tempfile::TempDir,
+    _store: tempfile::TempDir,
     pub client: remote::Client,
     pub executor: Arc<Executor>,
     pub cache: Arc<Cache>,
@@ -97,9 +99,14 @@ impl Farm {
     }
 
     pub async fn start_with(settings: Settings) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let store = directory.path().join("store");
-        fs::create_dir(&store).unwrap();
+        Self::start_in(&std::env::temp_dir(), settings).await
+    }
+
+    /// What the worker has is in `place`; the store is elsewhere.
+    pub async fn start_in(place: &Path, settings: Settings) -> Self {
+        let directory = tempfile::tempdir_in(place).unwrap();
+        let store_directory = tempfile::tempdir().unwrap();
+        let store = store_directory.path().to_owned();
         let store = tokio::task::spawn_blocking(move || Store::open(&store, 1 << 30).unwrap());
         let store = Arc::new(store.await.unwrap());
         let calls = Calls::default();
@@ -116,6 +123,7 @@ impl Farm {
         let (executor, cache) = executor(directory.path(), &client, &runner, settings);
         Farm {
             directory,
+            _store: store_directory,
             client,
             executor,
             cache,

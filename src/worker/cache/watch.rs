@@ -1,0 +1,66 @@
+//! Whether somebody else writes to files of the cache: an administrator by mistake, or a program that
+//! is root.
+//!
+//! inotify(7) on the shards tells of contents and attributes that are changed by way of a name in
+//! them. The worker causes no such event: it writes files in `incoming`, and a link that comes or
+//! goes is none. Events are there as soon as the change is, so that whoever looks after an action
+//! knows what happened while it ran.
+
+use std::{
+    io,
+    mem::MaybeUninit,
+    os::fd::{AsRawFd, OwnedFd},
+};
+
+use rustix::{
+    fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags},
+    io::Errno,
+};
+
+use super::Key;
+
+/// What was changed since the last look.
+#[derive(Debug, PartialEq)]
+pub enum Changed {
+    Files(Vec<Key>),
+    /// More than is known one by one.
+    Unknown,
+}
+
+pub struct Watch(OwnedFd);
+
+impl Watch {
+    pub fn new(shards: &[OwnedFd]) -> io::Result<Self> {
+        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+        for shard in shards {
+            let path = format!("/proc/self/fd/{}", shard.as_raw_fd());
+            let events = WatchFlags::MODIFY | WatchFlags::ATTRIB;
+            inotify::add_watch(&inotify, path, events)?;
+        }
+        Ok(Watch(inotify))
+    }
+
+    /// Does not wait.
+    pub fn changed(&self) -> Changed {
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut reader = Reader::new(&self.0, &mut buffer);
+        let mut files = Vec::new();
+        loop {
+            match reader.next() {
+                Ok(event) if event.events().contains(ReadFlags::QUEUE_OVERFLOW) => {
+                    return Changed::Unknown;
+                }
+                // What has another name is no file of the cache; what has none is a shard.
+                Ok(event) => {
+                    let name = event.file_name().and_then(|name| name.to_str().ok());
+                    files.extend(name.and_then(Key::parse_name).map(|(key, _)| key));
+                }
+                Err(Errno::INTR) => {}
+                Err(_) => break,
+            }
+        }
+        files.sort_unstable();
+        files.dedup();
+        Changed::Files(files)
+    }
+}
