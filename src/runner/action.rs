@@ -15,10 +15,12 @@ use rustix::fs::OFlags;
 use tokio::sync::oneshot;
 
 use super::{
+    cgroup::{Cgroup, Memory, Usage},
     child::{Inherited, Step},
     cleaner::Cleaner,
     command::{Command, Executable},
     gate::{BuildDirectory, Gate, GateError},
+    init::End,
     layer::Layer,
     log::{INTERVAL, Log},
     mount::copy_of_directory,
@@ -79,6 +81,9 @@ pub enum RunError {
     },
     #[error("Failed to wait for process: {0}")]
     Wait(io::Error),
+    /// What it had done until then says nothing about it.
+    #[error("The action was killed from outside: {0}")]
+    Killed(&'static str),
     #[error(
         "Processes of the action were still there {DYING:?} after they were killed; user {user} is \
          not used again until bb_runner is restarted"
@@ -254,7 +259,8 @@ fn run_in(
     };
 
     // Also when it never started: by now nothing may be left.
-    let quiet = room.init.as_mut().is_none_or(|init| init.end(DYING))
+    let namespace = room.init.as_mut().map(|init| init.end(DYING));
+    let quiet = namespace != Some(None)
         && room
             .cgroup
             .as_ref()
@@ -274,15 +280,23 @@ fn run_in(
     }
     stdout.finish();
     stderr.finish();
-    if let (Ok(exit), Some(cgroup)) = (&mut ended, &room.cgroup) {
-        exit.memory = cgroup.memory();
-        if let Some(memory) = exit.memory.filter(|memory| memory.killed > 0) {
-            stderr.say(&format!(
-                "the action ran out of memory: its limit is {} and it used up to {}",
-                Size(memory.limit),
-                Size(memory.peak)
-            ));
+    let group = room.cgroup.as_ref().map(Cgroup::usage);
+    if let Ok(exit) = &mut ended {
+        exit.group = group;
+        if let Some(group) = &group {
+            explain(&mut stderr, group, house.config.limits.processes);
         }
+    }
+    let memory = group.and_then(|group| group.memory);
+    if memory.is_some_and(|memory| memory.is_victim()) {
+        ended = ended.and(Err(RunError::Killed("this host ran out of memory")));
+    } else if namespace == Some(Some(End::Killed))
+        && !memory.is_some_and(|memory| memory.is_exhausted())
+        && !matches!(ended, Err(RunError::Stopped))
+    {
+        ended = Err(RunError::Killed(
+            "somebody sent SIGKILL to the first process of its namespace, or to its control group",
+        ));
     }
     let plan = house.rooms.plan();
     if !plan.layers.has(Layer::Mounts) {
@@ -294,6 +308,24 @@ fn run_in(
     drop(root);
     drop(gate);
     ended
+}
+
+/// Tells whoever reads the action's output of limits that it has reached.
+fn explain(stderr: &mut Log, group: &Usage, processes: u64) {
+    if let Some(memory) = group.memory.filter(Memory::is_exhausted) {
+        let peak = memory.peak.map_or_else(String::new, |peak| {
+            format!(" and it used up to {}", Size(peak))
+        });
+        stderr.say(&format!(
+            "the action ran out of memory: its limit is {}{peak}",
+            Size(memory.limit.unwrap_or_default())
+        ));
+    }
+    if group.processes_refused > 0 {
+        stderr.say(&format!(
+            "the action could not make more processes: its limit is {processes}"
+        ));
+    }
 }
 
 /// What is mounted for one action, and where its input root is then.

@@ -20,11 +20,14 @@ use std::{
         unix::fs::{DirBuilderExt, FileExt},
     },
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::config::runner::Limits;
 
@@ -35,24 +38,66 @@ const PERIOD: u64 = 100_000;
 #[derive(Debug)]
 pub struct Cgroups {
     directory: PathBuf,
+    /// Open, as some threads see control groups read-only; the mount that it was opened by is not.
+    parent: Arc<OwnedFd>,
     next: AtomicU64,
     limits: Limits,
 }
 
-/// What the memory controller says at the end of an action.
+/// What a group says of its action at the end: all processes, those that nobody waited for included.
+/// Where a controller is missing, so is what it would tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub processor: Option<Processor>,
+    pub memory: Option<Memory>,
+    pub io: Option<Io>,
+    /// How often a process could not be made, as there were too many.
+    pub processes_refused: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Processor {
+    pub user: Duration,
+    pub system: Duration,
+    /// Time in which something wanted to run and had used up its share.
+    pub throttled: Duration,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Memory {
-    /// Bytes.
-    pub peak: u64,
-    pub limit: u64,
-    /// Processes that were killed since the limit was reached.
+    /// Bytes; the kernel tells since Linux 5.19.
+    pub peak: Option<u64>,
+    pub limit: Option<u64>,
+    /// Processes that were killed for want of memory: this group's, or the host's.
     pub killed: u64,
+    /// How often the limit stood in the way.
+    pub refused: u64,
+}
+
+/// Bytes, of all devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Io {
+    pub read: u64,
+    pub written: u64,
+}
+
+impl Memory {
+    /// The action used more than its limit.
+    pub fn is_exhausted(&self) -> bool {
+        self.killed > 0 && self.refused > 0
+    }
+
+    /// The action was killed since others had used too much.
+    pub fn is_victim(&self) -> bool {
+        self.killed > 0 && self.refused == 0
+    }
 }
 
 /// The group of one action; removed on drop, when it should be empty.
 #[derive(Debug)]
 pub struct Cgroup {
     path: PathBuf,
+    parent: Arc<OwnedFd>,
     directory: OwnedFd,
     events: fs::File,
 }
@@ -60,15 +105,18 @@ pub struct Cgroup {
 impl Cgroups {
     /// Finds the daemon's own group, and makes room below it. The error says why there is none.
     pub fn find(first_user: u32, limits: &Limits) -> Result<Self, String> {
-        let base = own_group()?;
-        let base = make_way(base)?;
+        let base = make_way(own_group()?.directory)?;
         let directory = base.join(format!("bb-runner-{first_user}"));
         clear(&directory);
         create_directory(&directory)
             .map_err(|error| format!("could not create {}: {error}", directory.display()))?;
         enable_controllers(&directory);
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let parent = rustix::fs::open(&directory, flags, Mode::empty())
+            .map_err(|error| format!("could not open {}: {error}", directory.display()))?;
         let cgroups = Cgroups {
             directory,
+            parent: Arc::new(parent),
             next: AtomicU64::new(0),
             limits: limits.clone(),
         };
@@ -87,19 +135,16 @@ impl Cgroups {
         let _ = fs::remove_dir(&self.directory);
     }
 
-    /// Those of the configured limits that this host does not keep.
+    /// Those of the configured limits that are not kept here.
     pub fn missing(&self) -> Vec<&'static str> {
-        let available =
-            fs::read_to_string(self.directory.join("cgroup.subtree_control")).unwrap_or_default();
-        let has = |name| available.split_whitespace().any(|found| found == name);
-        let mut missing = Vec::new();
-        if self.limits.memory.get() > 0 && !has("memory") {
-            missing.push("limits.memory");
-        }
-        if self.limits.processors > 0.0 && !has("cpu") {
-            missing.push("limits.processors");
-        }
-        missing
+        missing(&self.limits, &self.directory.join("cgroup.subtree_control"))
+    }
+
+    /// Those that cannot be kept on this host, wherever the daemon runs; changes nothing. The error
+    /// says why there are no groups.
+    pub fn check(limits: &Limits) -> Result<Vec<&'static str>, String> {
+        let mount = own_group()?.mount;
+        Ok(missing(limits, &mount.join("cgroup.controllers")))
     }
 
     fn settings(&self) -> impl Iterator<Item = (&'static str, String)> {
@@ -136,6 +181,7 @@ impl Cgroups {
         Ok(Cgroup {
             events: fs::File::open(path.join("cgroup.events"))?,
             path,
+            parent: self.parent.clone(),
             directory,
         })
     }
@@ -146,25 +192,24 @@ impl Cgroup {
         self.directory.as_fd()
     }
 
-    /// `None` where there is no memory controller, or no limit.
-    pub fn memory(&self) -> Option<Memory> {
+    pub fn usage(&self) -> Usage {
         let read = |file| fs::read_to_string(self.path.join(file)).ok();
-        let limit = read("memory.max")?.trim().parse().ok()?;
-        let events = read("memory.events")?;
-        let event = |name| {
-            events
-                .lines()
-                .find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
-                .unwrap_or(0)
-        };
-        Some(Memory {
-            // Since Linux 5.19.
-            peak: read("memory.peak")
-                .and_then(|text| text.trim().parse().ok())
-                .unwrap_or(0),
-            limit,
-            killed: event("oom_kill "),
-        })
+        let number = |file| read(file)?.trim().parse().ok();
+        Usage {
+            processor: read("cpu.stat").map(|text| Processor {
+                user: Duration::from_micros(field(&text, "user_usec")),
+                system: Duration::from_micros(field(&text, "system_usec")),
+                throttled: Duration::from_micros(field(&text, "throttled_usec")),
+            }),
+            memory: read("memory.events").map(|events| Memory {
+                peak: number("memory.peak"),
+                limit: number("memory.max"),
+                killed: field(&events, "oom_kill"),
+                refused: field(&events, "oom"),
+            }),
+            io: read("io.stat").map(|text| Io::sum(&text)),
+            processes_refused: read("pids.events").map_or(0, |text| field(&text, "max")),
+        }
     }
 
     /// Kills whatever is in it. False when something was left after `patience`.
@@ -197,14 +242,57 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir(&self.path) {
+        let name = self.path.file_name().unwrap_or_default();
+        if let Err(error) = rustix::fs::unlinkat(&*self.parent, name, AtFlags::REMOVEDIR) {
             let _ = fs::write(self.path.join("cgroup.kill"), "1");
             tracing::warn!(cgroup = %self.path.display(), %error, "could not remove a control group; the next start will");
         }
     }
 }
 
-fn own_group() -> Result<PathBuf, String> {
+impl Io {
+    /// Of `io.stat`: a line for each device.
+    fn sum(text: &str) -> Io {
+        let mut sum = Io::default();
+        for word in text.split_whitespace() {
+            let of = |name| word.strip_prefix(name)?.parse::<u64>().ok();
+            sum.read = sum.read.saturating_add(of("rbytes=").unwrap_or(0));
+            sum.written = sum.written.saturating_add(of("wbytes=").unwrap_or(0));
+        }
+        sum
+    }
+}
+
+/// A number of a flat keyed file; 0 when it is not there.
+fn field(text: &str, name: &str) -> u64 {
+    text.lines()
+        .filter_map(|line| line.split_once(' '))
+        .find(|(key, _)| *key == name)
+        .and_then(|(_, value)| value.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+/// Those limits whose controllers are not named in a file. Without pids, processes are limited for
+/// each user (setrlimit(2)).
+fn missing(limits: &Limits, controllers: &Path) -> Vec<&'static str> {
+    let available = fs::read_to_string(controllers).unwrap_or_default();
+    let has = |name: &str| available.split_whitespace().any(|found| found == name);
+    [
+        (limits.memory.get() > 0, "memory", "limits.memory"),
+        (limits.processors > 0.0, "cpu", "limits.processors"),
+    ]
+    .into_iter()
+    .filter(|(wanted, controller, _)| *wanted && !has(controller))
+    .map(|(.., key)| key)
+    .collect()
+}
+
+struct OwnGroup {
+    mount: PathBuf,
+    directory: PathBuf,
+}
+
+fn own_group() -> Result<OwnGroup, String> {
     let read = |path: &str| {
         fs::read_to_string(path).map_err(|error| format!("could not read {path}: {error}"))
     };
@@ -225,7 +313,10 @@ fn own_group() -> Result<PathBuf, String> {
         .ok_or("/proc/self/cgroup names no group of version 2")?;
     Path::new(&path)
         .strip_prefix(&root)
-        .map(|below| Path::new(&mount).join(below))
+        .map(|below| OwnGroup {
+            directory: Path::new(&mount).join(below),
+            mount: PathBuf::from(&mount),
+        })
         .map_err(|_| format!("{path} is not below what is mounted at {mount}"))
 }
 
@@ -302,4 +393,25 @@ fn clear(directory: &Path) {
         std::thread::sleep(Duration::from_millis(10));
     }
     tracing::warn!(cgroup = %directory.display(), "could not remove what an earlier runner left");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_found_by_their_whole_names_and_summed_over_devices() {
+        let events = "low 0\nhigh 0\nmax 41\noom 2\noom_kill 3\noom_group_kill 1\n";
+        assert_eq!((field(events, "oom"), field(events, "oom_kill")), (2, 3));
+        assert_eq!(field(events, "missing"), 0);
+        let stat = "254:0 rbytes=4096 wbytes=100 rios=1 wios=1 dbytes=7 dios=0\n\
+                    254:16 rbytes=1 wbytes=1 rios=1 wios=1 dbytes=0 dios=0\n";
+        assert_eq!(
+            Io::sum(stat),
+            Io {
+                read: 4097,
+                written: 101
+            }
+        );
+    }
 }

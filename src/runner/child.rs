@@ -356,7 +356,6 @@ unsafe fn become_first(launch: &init::Launch) -> Result<c_int, c_int> {
             libc::CLOSE_RANGE_CLOEXEC as c_int
         )?;
         call!(SYS_fcntl, FIRST_LIFE, libc::F_SETFD, 0)?;
-        call!(SYS_prctl, libc::PR_SET_NAME, c"bb-init".as_ptr(), 0, 0, 0)?;
         // Root would have its capabilities again with its next program; where this is refused,
         // no_new_privs keeps them away alone.
         let _ = call!(SYS_prctl, libc::PR_SET_SECUREBITS, SECURE_NO_ROOT, 0, 0, 0);

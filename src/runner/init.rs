@@ -30,9 +30,17 @@ pub struct Program(OwnedFd);
 #[derive(Debug)]
 pub struct Init {
     pidfd: OwnedFd,
-    /// Closed by our end.
-    _life: OwnedFd,
-    gone: bool,
+    /// It ends when it is told to here, or when this is closed.
+    life: OwnedFd,
+    end: Option<End>,
+}
+
+/// How the namespace ended; nothing is left in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Told,
+    /// Somebody else killed the first process, and so all others.
+    Killed,
 }
 
 /// read(3, …, 1), exit(0).
@@ -145,13 +153,13 @@ impl Init {
         )?;
         let mut init = Init {
             pidfd,
-            _life: write,
-            gone: false,
+            life: write,
+            end: None,
         };
         // SAFETY: the child, which alone writes it, has executed its program or is gone.
         let errno = unsafe { std::ptr::read_volatile(&raw const (*pointer).errno) };
         if errno != 0 {
-            init.end(Duration::from_secs(1));
+            init.end(FORBEARANCE);
             return Err(io::Error::from_raw_os_error(errno));
         }
         Ok(init)
@@ -161,32 +169,52 @@ impl Init {
         self.pidfd.as_fd()
     }
 
-    /// Kills everything in the namespace. False when something was left after `patience`.
-    pub fn end(&mut self, patience: Duration) -> bool {
-        if self.gone {
-            return true;
+    pub fn is_alive(&self) -> bool {
+        self.end.is_none() && !self.ends_within(Duration::ZERO)
+    }
+
+    /// Kills everything in the namespace. `None` when something was left after `patience`.
+    ///
+    /// It is told to end rather than killed, so that its status says whether somebody else did that.
+    pub fn end(&mut self, patience: Duration) -> Option<End> {
+        if self.end.is_some() {
+            return self.end;
         }
-        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        // Fails when it is gone already.
+        let _ = rustix::io::write(&self.life, &[0]);
+        let obeyed = self.ends_within(FORBEARANCE.min(patience));
+        if !obeyed {
+            let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+            if !self.ends_within(patience) {
+                return None;
+            }
+        }
+        let status = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED);
+        let killed = obeyed && matches!(status, Ok(Some(status)) if status.killed());
+        self.end = Some(if killed { End::Killed } else { End::Told });
+        self.end
+    }
+
+    fn ends_within(&self, patience: Duration) -> bool {
         let timeout = Timespec::try_from(patience).ok();
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
         loop {
             match poll(&mut fds, timeout.as_ref()) {
                 Err(rustix::io::Errno::INTR) => continue,
-                Ok(1..) => break,
-                _ => return false,
+                result => return matches!(result, Ok(1..)),
             }
         }
-        let _ = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED);
-        self.gone = true;
-        true
     }
 }
 
 impl Drop for Init {
     fn drop(&mut self) {
-        self.end(Duration::from_secs(1));
+        self.end(FORBEARANCE);
     }
 }
+
+/// How long it may take to do what it is told, among an action's processes; they live on meanwhile.
+const FORBEARANCE: Duration = Duration::from_secs(1);
 
 /// memfd_create(2), since Linux 6.3.
 const MFD_EXEC: libc::c_uint = 0x10;

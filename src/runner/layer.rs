@@ -176,5 +176,5 @@ fn try_out(config: &Config, description: &Description) -> Result<(), String> {
         config.build_directory = "/tmp".into();
     }
     let plan = Plan::new(&config, layers, None).map_err(|error| error.to_string())?;
-    plan.prepare().map(drop).map_err(|error| error.to_string())
+    plan.try_out().map_err(|error| error.to_string())
 }

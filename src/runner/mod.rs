@@ -2,7 +2,7 @@
 //!
 //! A worker asks over a Unix socket (`service`). What to run is parsed (`command`); a user of its own
 //! is found (`user`), and a room that was prepared ahead (`room`): namespaces (`furnish`, `mount`,
-//! `network`, with a first process, `init`) and a control group (`cgroup`), as far as the host allows
+//! `network`, with a first process, `init`; most is copied from a `template`) and a control group (`cgroup`), as far as the host allows
 //! them (`layer`). The action's directory is opened to that user (`gate`); a process is made
 //! (`process`, `child`, `seccomp`), waited for, and everything that came of it is killed (`action`,
 //! where the order is).
@@ -38,6 +38,7 @@ mod room;
 mod root;
 mod seccomp;
 mod service;
+mod template;
 mod user;
 
 use layer::{Layer, Layers};
@@ -74,6 +75,10 @@ pub async fn probe(config: &Config) -> Vec<Failure> {
         failures.push(failure);
     } else {
         failures.extend(Layers::find(config, false).1);
+    }
+    if config.containment.cgroups == Demand::Require {
+        let unmet = cgroup::Cgroups::check(&config.limits).and_then(|missing| kept(&missing));
+        failures.extend(unmet.err().map(|reason| layer::unmet(CGROUPS, &reason)));
     }
     failures.extend(check_users(config).err());
     let (_, unknown) = resolve_users(&config.allowed_users);
@@ -266,14 +271,30 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     result
 }
 
+const CGROUPS: &str = "containment.cgroups";
+
+/// No limit is missing.
+fn kept(missing: &[&str]) -> Result<(), String> {
+    match missing {
+        [] => Ok(()),
+        _ => Err(format!(
+            "without its controller, which is not delegated to this daemon, {} cannot be kept",
+            missing.join(" or ")
+        )),
+    }
+}
+
 fn find_cgroups(config: &Config) -> Result<Option<cgroup::Cgroups>, Failure> {
-    let key = "containment.cgroups";
+    let key = CGROUPS;
     if config.containment.cgroups == Demand::Off {
         tracing::info!("{key} is off: actions' processes are found by their users");
         return Ok(None);
     }
     match cgroup::Cgroups::find(config.users.first, &config.limits) {
         Ok(cgroups) => {
+            if config.containment.cgroups == Demand::Require {
+                kept(&cgroups.missing()).map_err(|reason| layer::unmet(key, &reason))?;
+            }
             for key in cgroups.missing() {
                 tracing::warn!("{key} is not kept: its controller is not delegated to this daemon");
             }

@@ -25,7 +25,7 @@ use rustix::{
 };
 
 use super::{
-    cgroup::Memory,
+    cgroup::Usage,
     child::{self, Inherited, Launch, Report, Step},
     room::enter,
     seccomp::Filter,
@@ -40,6 +40,8 @@ pub struct Process {
     pid: libc::pid_t,
     pidfd: OwnedFd,
     reaped: bool,
+    /// What this daemon used at most when the process was made; KiB.
+    ours: libc::c_long,
 }
 
 /// Why a wait is over.
@@ -55,8 +57,11 @@ pub enum Woken {
 pub struct Exit {
     pub cause: Cause,
     pub usage: libc::rusage,
-    /// Of the whole action, where there is a limit.
-    pub memory: Option<Memory>,
+    /// Whether `usage` has the memory that this daemon used: a process keeps the highest figure of
+    /// what it shared before it executed a program. Then the command's was this at most.
+    pub memory_is_ours: bool,
+    /// Of the whole action, where it had a control group.
+    pub group: Option<Usage>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -225,6 +230,7 @@ impl Process {
             pid,
             pidfd,
             reaped: false,
+            ours: own_peak(),
         };
         // SAFETY: the child, which alone writes it, has executed its command or is gone.
         let report = unsafe { ptr::read_volatile(&raw const report) };
@@ -297,11 +303,13 @@ impl Process {
         } else {
             Cause::Code(libc::WEXITSTATUS(status))
         };
+        // SAFETY: all zeros are a valid value, whether or not the kernel wrote another.
+        let usage = unsafe { usage.assume_init() };
         Ok(Exit {
             cause,
-            // SAFETY: all zeros are a valid value, whether or not the kernel wrote another.
-            usage: unsafe { usage.assume_init() },
-            memory: None,
+            usage,
+            memory_is_ours: usage.ru_maxrss <= self.ours,
+            group: None,
         })
     }
 }
@@ -312,6 +320,16 @@ impl Drop for Process {
             self.kill();
             let _ = self.reap();
         }
+    }
+}
+
+/// The most memory that this daemon had so far; KiB.
+fn own_peak() -> libc::c_long {
+    let mut usage = MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the place lives during the call; all zeros are a valid value.
+    unsafe {
+        libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
+        usage.assume_init().ru_maxrss
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! 1. A room is one action's own: namespaces with all that is in them, and a control group. Only
 //!    network namespaces are used again, as `network` says.
-//! 2. A room is bound to the build directory as it was; when the worker has made that anew, so are the
-//!    rooms.
+//! 2. A room is bound to the host's mounts and the build directory as they were; when something was
+//!    mounted since, or the worker has made that directory anew, it is not used.
 //!
 //! What is in a room is furnished by `furnish`. That takes about as long as an action's whole start
 //! (mount_namespaces(7) are copied and torn down under locks of the whole kernel), hence ahead, on a
@@ -25,10 +25,11 @@ use parking_lot::Mutex;
 
 use super::{
     cgroup::{Cgroup, Cgroups},
-    furnish,
+    furnish::Workshop,
     init::{Init, Program},
     layer::{Layer, Layers},
     network::{Network, Networks},
+    template::{Changes, Moment},
 };
 use crate::config::runner::Config;
 
@@ -52,6 +53,8 @@ pub struct Plan {
     pub init: Option<Arc<Program>>,
     pub networks: Networks,
     pub cgroups: Option<Arc<Cgroups>>,
+    /// Of the host's mounts.
+    pub changes: Changes,
 }
 
 /// One action's surroundings. Dropped in this order: processes first.
@@ -72,6 +75,8 @@ pub struct Mounts {
     pub place: CString,
     /// Its device and inode number.
     pub identity: (u64, u64),
+    /// When it all was so on the host.
+    pub moment: Moment,
     /// Where the action's temporary directory must be mounted.
     pub temporary: Vec<CString>,
 }
@@ -133,6 +138,7 @@ impl Plan {
             init,
             networks: Networks::default(),
             cgroups: cgroups.map(Arc::new),
+            changes: Changes::watch()?,
         })
     }
 
@@ -143,23 +149,25 @@ impl Plan {
         shared
     }
 
-    /// On a thread that ends with it: a thread that has left the host's namespaces is of no other use.
-    pub fn prepare(&self) -> Result<Room, RoomError> {
-        let cgroup = match &self.cgroups {
-            Some(cgroups) => Some(cgroups.create().map_err(RoomError::at("control group"))?),
-            None => None,
-        };
-        let group = cgroup.as_ref().map(Cgroup::as_fd);
-        let room = std::thread::scope(|scope| {
+    /// Whether a room can be made.
+    pub fn try_out(&self) -> Result<(), RoomError> {
+        std::thread::scope(|scope| {
             let thread = std::thread::Builder::new()
                 .name("room".to_owned())
-                .spawn_scoped(scope, || furnish::furnish(self, group))
+                .spawn_scoped(scope, || Workshop::open()?.furnish(self).map(drop))
                 .map_err(RoomError::at("thread"))?;
-            thread
-                .join()
-                .unwrap_or_else(|_| Err(RoomError::at("thread")(io::Error::other("it panicked"))))
-        })?;
-        Ok(Room { cgroup, ..room })
+            let panicked = |_| Err(RoomError::at("thread")(io::Error::other("it panicked")));
+            thread.join().unwrap_or_else(panicked)
+        })
+    }
+}
+
+impl Room {
+    /// Whether it is around the host as it is, and nobody has killed its first process.
+    fn is_usable(&self, build_directory: (u64, u64), changes: u64) -> bool {
+        self.mounts.as_ref().is_none_or(|mounts| {
+            mounts.identity == build_directory && mounts.moment.has_mounts_of(changes)
+        }) && self.init.as_ref().is_none_or(Init::is_alive)
     }
 }
 
@@ -171,7 +179,16 @@ impl Rooms {
             .name("rooms".to_owned())
             .spawn({
                 let plan = plan.clone();
-                move || while sender.send(plan.prepare()).is_ok() {}
+                move || {
+                    let mut workshop = Workshop::open();
+                    let mut next = || {
+                        workshop
+                            .as_mut()
+                            .map_err(|error| error.clone())?
+                            .furnish(&plan)
+                    };
+                    while sender.send(next()).is_ok() {}
+                }
             })?;
         Ok(Rooms {
             plan,
@@ -186,6 +203,7 @@ impl Rooms {
     /// A room around the build directory that has this device and inode number.
     pub fn take(&self, build_directory: (u64, u64)) -> Result<Room, RoomError> {
         let mut last = None;
+        let changes = self.plan.changes.count();
         // Each of those that are ready may be out of date, as may the one that is in the making.
         for _ in 0..AHEAD + 2 {
             let next = match &*self.ready.lock() {
@@ -193,16 +211,16 @@ impl Rooms {
                 None => break,
             };
             match next {
-                Ok(Ok(room)) => match &room.mounts {
-                    Some(mounts) if mounts.identity != build_directory => {}
-                    _ => return Ok(room),
-                },
+                Ok(Ok(room)) if room.is_usable(build_directory, changes) => return Ok(room),
+                Ok(Ok(_)) => {}
                 Ok(Err(error)) => last = Some(error),
                 Err(_) => break,
             }
         }
         Err(last.unwrap_or_else(|| {
-            RoomError::at("build directory")(io::Error::other("it is replaced all the time"))
+            RoomError::at("build directory")(io::Error::other(
+                "it is replaced, or rooms are killed, all the time",
+            ))
         }))
     }
 

@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status};
 
 use super::{
     action::{self, House, RunError},
-    cgroup::Memory,
+    cgroup::Usage,
     command::{Additions, Command, CommandError, Tmpdir},
     gate::{self, BuildDirectory, GateError},
     process::{Cause, Exit, Stop},
@@ -197,6 +197,10 @@ fn failed(error: RunError) -> Status {
     match error {
         RunError::Stopped | RunError::Gate(GateError::Stopped) => Status::cancelled(message),
         RunError::Gate(GateError::Locked { .. }) => Status::unavailable(message),
+        RunError::Killed(_) => {
+            tracing::warn!(error = message, "an action was lost");
+            Status::unavailable(message)
+        }
         _ => {
             tracing::warn!(error = message, "could not run a command");
             Status::internal(message)
@@ -227,7 +231,7 @@ fn response(exit: &Exit) -> RunResponse {
     let usage = PosixResourceUsage {
         user_time: time(usage.ru_utime),
         system_time: time(usage.ru_stime),
-        maximum_resident_set_size: usage.ru_maxrss.saturating_mul(1024),
+        maximum_resident_set_size: resident(exit),
         page_reclaims: usage.ru_minflt,
         page_faults: usage.ru_majflt,
         swaps: usage.ru_nswap,
@@ -241,26 +245,59 @@ fn response(exit: &Exit) -> RunResponse {
         termination_signal,
     };
     let mut resource_usage = vec![pack(&usage)];
-    resource_usage.extend(exit.memory.map(memory_usage));
+    resource_usage.extend(exit.group.as_ref().map(group_usage));
     RunResponse {
         exit_code,
         resource_usage,
     }
 }
 
+/// Bytes. Where the kernel's figure is this daemon's own, the action's is at most that, and at most
+/// what all of its processes had together.
+fn resident(exit: &Exit) -> i64 {
+    let figure = exit.usage.ru_maxrss.saturating_mul(1024);
+    let together = exit.group.and_then(|group| group.memory?.peak);
+    match together.map(i64::try_from) {
+        Some(Ok(together)) if exit.memory_is_ours => figure.min(together),
+        _ => figure,
+    }
+}
+
 /// A google.protobuf.Struct, as Buildbarn has no message for it.
-fn memory_usage(memory: Memory) -> prost_types::Any {
+fn group_usage(usage: &Usage) -> prost_types::Any {
     use prost_types::value::Kind;
-    let number = |bytes: u64| Kind::NumberValue(bytes as f64);
-    let fields = [
-        ("memory_peak_bytes", number(memory.peak)),
-        ("memory_limit_bytes", number(memory.limit)),
-        ("out_of_memory", Kind::BoolValue(memory.killed > 0)),
-    ]
-    .map(|(name, kind)| (name.to_owned(), prost_types::Value { kind: Some(kind) }));
-    let usage = prost_types::Struct {
-        fields: fields.into(),
+    let mut fields = std::collections::BTreeMap::new();
+    let mut tell = |name: &str, kind| {
+        fields.insert(name.to_owned(), prost_types::Value { kind: Some(kind) });
     };
+    let number = |bytes: u64| Kind::NumberValue(bytes as f64);
+    if let Some(processor) = usage.processor {
+        for (name, time) in [
+            ("cpu_user_seconds", processor.user),
+            ("cpu_system_seconds", processor.system),
+            ("cpu_throttled_seconds", processor.throttled),
+        ] {
+            tell(name, Kind::NumberValue(time.as_secs_f64()));
+        }
+    }
+    if let Some(memory) = usage.memory {
+        if let Some(peak) = memory.peak {
+            tell("memory_peak_bytes", number(peak));
+        }
+        if let Some(limit) = memory.limit {
+            tell("memory_limit_bytes", number(limit));
+        }
+        tell("out_of_memory", Kind::BoolValue(memory.is_exhausted()));
+    }
+    if let Some(io) = usage.io {
+        tell("io_read_bytes", number(io.read));
+        tell("io_written_bytes", number(io.written));
+    }
+    tell(
+        "process_limit_reached",
+        Kind::BoolValue(usage.processes_refused > 0),
+    );
+    let usage = prost_types::Struct { fields };
     prost_types::Any {
         type_url: "type.googleapis.com/google.protobuf.Struct".to_owned(),
         value: prost::Message::encode_to_vec(&usage),

@@ -5,6 +5,7 @@
 mod command;
 mod containment;
 mod custom;
+mod installed;
 mod options;
 mod program;
 
@@ -195,6 +196,8 @@ impl Slot {
 struct Ended {
     code: i64,
     usage: PosixResourceUsage,
+    /// What the control group says; truths are 1. Empty where there is none.
+    group: BTreeMap<String, f64>,
     stdout: String,
     stderr: String,
 }
@@ -203,14 +206,31 @@ impl Ended {
     fn new(response: &RunResponse, slot: &Slot) -> Self {
         let text =
             |name| String::from_utf8_lossy(&fs::read(slot.path.join(name)).unwrap()).into_owned();
-        assert_eq!(response.resource_usage.len(), 1);
         Ended {
             code: response.exit_code,
             usage: unpack(&response.resource_usage[0]).unwrap(),
+            group: response
+                .resource_usage
+                .get(1)
+                .map_or_else(BTreeMap::new, figures),
             stdout: text("stdout"),
             stderr: text("stderr"),
         }
     }
+}
+
+/// Of a google.protobuf.Struct.
+fn figures(message: &prost_types::Any) -> BTreeMap<String, f64> {
+    use prost_types::value::Kind;
+    assert!(message.type_url.ends_with("google.protobuf.Struct"));
+    let figures: prost_types::Struct = prost::Message::decode(&*message.value).unwrap();
+    let figure = |value: prost_types::Value| match value.kind {
+        Some(Kind::NumberValue(number)) => number,
+        Some(Kind::BoolValue(truth)) => f64::from(u8::from(truth)),
+        other => panic!("{other:?}"),
+    };
+    let fields = figures.fields.into_iter();
+    fields.map(|(name, value)| (name, figure(value))).collect()
 }
 
 /// Of these users, zombies aside.

@@ -287,3 +287,139 @@ async fn time_of_a_run() {
     }
     farm.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_control_group_counts_what_nobody_waited_for() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start().await;
+    let script = "(setsid sh -c 'i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; touch done' &); \
+                  while [ ! -e done ]; do sleep 0.01; done";
+    let ended = farm.sh(script).await;
+    if let Some(whole) = ended.group.get("cpu_user_seconds") {
+        let time = ended.usage.user_time.unwrap();
+        let waited_for = time.seconds as f64 + f64::from(time.nanos) / 1e9;
+        assert!(*whole > waited_for, "{ended:?}");
+        assert_eq!(ended.group["process_limit_reached"], 0.0);
+    }
+    farm.stop().await;
+}
+
+/// Of the host; unmounted on drop.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn tmpfs(path: PathBuf) -> Self {
+        let mount = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "mode=1777", "tmpfs"])
+            .arg(&path)
+            .status();
+        assert!(mount.unwrap().success());
+        Mounted(path)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg(&self.0).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_mounted_on_the_host_later_is_there_and_read_only() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start().await;
+    let directory = tempfile::tempdir_in("/srv").unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    until("rooms are ready", || first_processes(&farm).len() > 4).await;
+    let mounted = Mounted::tmpfs(directory.path().to_owned());
+    fs::write(mounted.0.join("file"), "there").unwrap();
+    let place = mounted.0.display();
+    let ended = farm
+        .sh(&format!("cat {place}/file; touch {place}/new"))
+        .await;
+    assert_eq!(ended.stdout, "there");
+    assert!(ended.stderr.contains("Read-only file system"), "{ended:?}");
+    drop(mounted);
+    farm.stop().await;
+}
+
+/// The first processes of rooms around this farm's build directory.
+fn first_processes(farm: &Farm) -> Vec<i32> {
+    let place = farm.build().to_string_lossy().into_owned();
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let read = |name| fs::read_to_string(entry.path().join(name)).unwrap_or_default();
+        if read("cmdline").starts_with("bb-init") && read("mountinfo").contains(&place) {
+            found.extend(
+                entry
+                    .file_name()
+                    .to_str()
+                    .and_then(|name| name.parse::<i32>().ok()),
+            );
+        }
+    }
+    found
+}
+
+fn kill(process: i32) {
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(process),
+        nix::sys::signal::Signal::SIGKILL,
+    )
+    .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_action_that_is_killed_with_its_namespace_is_the_farms_to_run_again() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start().await;
+    let slot = farm.slot();
+    let request = slot.request(&["/bin/sh", "-c", "touch started; exec sleep 1000"]);
+    let mut client = farm.client.clone();
+    let call = tokio::spawn(async move { client.run(request).await });
+    let started = slot.path.join("root/started");
+    until("the action has started", || started.exists()).await;
+    let action = farm.processes()[0];
+    let namespace = |process: i32| fs::read_link(format!("/proc/{process}/ns/pid")).ok();
+    let first = first_processes(&farm)
+        .into_iter()
+        .find(|&first| namespace(first) == namespace(action))
+        .unwrap();
+    kill(first);
+    let status = call.await.unwrap().unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    assert!(
+        status.message().contains("killed from outside"),
+        "{status:?}"
+    );
+    assert_eq!(farm.processes(), [0i32; 0]);
+
+    // Told apart from a command that kills itself, and from one that says so.
+    let ended = farm.sh("kill -KILL $$").await;
+    assert_eq!((ended.code, &*ended.usage.termination_signal), (-1, "KILL"));
+    let ended = farm.sh("exit 137").await;
+    assert_eq!((ended.code, &*ended.usage.termination_signal), (137, ""));
+    farm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rooms_that_were_killed_before_an_action_came_are_passed_over() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start().await;
+    // Until there is nothing more to prepare.
+    until("rooms are ready", || first_processes(&farm).len() > 4).await;
+    for first in first_processes(&farm) {
+        kill(first);
+    }
+    until("they are gone", || first_processes(&farm).is_empty()).await;
+    assert_eq!(farm.sh("exit 3").await.code, 3);
+    farm.stop().await;
+}

@@ -1,6 +1,9 @@
 //! What the configuration adds to commands and around them.
 
-use bb_remote_execution::config::{Duration as Configured, Size, runner::Root};
+use bb_remote_execution::config::{
+    Duration as Configured, Size,
+    runner::{Demand, Network, Root},
+};
 
 use super::*;
 
@@ -177,12 +180,71 @@ async fn what_is_required_and_not_there_stops_the_daemon() {
     let directory = tempfile::tempdir_in("/tmp").unwrap();
     let mut config = configuration(directory.path(), fresh_users());
     fs::create_dir(&config.build_directory).unwrap();
-    config.containment.hidden = bb_remote_execution::config::runner::Demand::Require;
-    config.containment.mounts = bb_remote_execution::config::runner::Demand::Off;
+    config.containment.hidden = Demand::Require;
+    config.containment.mounts = Demand::Off;
     let Err(Failure::Configuration { key, message }) = runner::run(config, Life::new()).await
     else {
         panic!("it started");
     };
     assert_eq!(key, "containment.hidden");
     assert!(message.contains("containment.mounts"), "{message}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn required_control_groups_keep_the_limits_or_the_check_says_which_they_do_not() {
+    if !is_root() {
+        return;
+    }
+    let directory = tempfile::tempdir_in("/tmp").unwrap();
+    let mut config = configuration(directory.path(), fresh_users());
+    fs::create_dir(&config.build_directory).unwrap();
+    config.containment.cgroups = Demand::Require;
+    config.limits.memory = Size(100 << 20);
+    let controllers = ["", "/unified"]
+        .map(|mount| fs::read_to_string(format!("/sys/fs/cgroup{mount}/cgroup.controllers")));
+    let limited = controllers
+        .iter()
+        .flatten()
+        .any(|names| names.split_whitespace().any(|name| name == "memory"));
+    let failures = runner::probe(&config).await;
+    let told = failures
+        .iter()
+        .any(|failure| failure.to_string().contains("limits.memory"));
+    assert_eq!(told, !limited, "{failures:?}");
+    if !limited {
+        let failure = runner::run(config, Life::new()).await.unwrap_err();
+        assert!(failure.to_string().contains("limits.memory"), "{failure:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_runner_on_the_same_build_directory_may_give_what_the_first_does_not() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start().await;
+    let slot = farm.slot();
+    let other = tempfile::tempdir_in("/tmp").unwrap();
+    fs::set_permissions(other.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let first = fresh_users();
+    let mut config = configuration(other.path(), first);
+    config.build_directory = farm.build();
+    config.containment.network = Network::Host;
+    let life = Life::new();
+    let running = tokio::spawn(runner::run(config, life.clone()));
+    let mut client = connect(other.path()).await;
+
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let script = format!("exec 3<>/dev/tcp/127.0.0.1/{port}");
+    let arguments = ["/bin/bash", "-c", &script];
+    assert_ne!(farm.run(&slot, &arguments).await.unwrap().code, 0);
+    let slot = farm.slot();
+    let response = client.run(slot.request(&arguments)).await.unwrap();
+    assert_eq!(response.into_inner().exit_code, 0);
+
+    life.stop();
+    running.await.unwrap().unwrap();
+    assert_eq!(farm.sh("exit 3").await.code, 3);
+    farm.stop().await;
 }
