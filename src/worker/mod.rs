@@ -28,6 +28,7 @@ pub mod command;
 pub mod directories;
 pub mod execute;
 pub mod fault;
+mod hashing;
 pub mod input_root;
 pub mod lru;
 pub mod outputs;

@@ -6,16 +6,15 @@
 //! 1. Nothing outside of the root is read (`beneath`).
 //! 2. The first fault is kept, and the rest collected nevertheless.
 //! 3. Blobs leave in batches of bounded size while collecting goes on.
-//! 4. Each file is read once; small ones are uploaded from memory.
+//! 4. Each file is read once; small ones are uploaded from memory, large ones that lie together are
+//!    hashed by several threads.
+//!
+//! Long, since all of it reads one hostile directory into one result and one batch.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fs::File,
-    io,
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::fs::FileExt,
-    },
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
 };
 
@@ -33,6 +32,7 @@ use super::{
     command::{Command, Output, OutputKind},
     directories::{MAXIMUM_DEPTH, MAXIMUM_ENTRIES},
     fault::Fault,
+    hashing,
 };
 use crate::{
     digest::{Digest, DigestFunction, shorten},
@@ -40,8 +40,8 @@ use crate::{
     storage::Content,
 };
 
-/// Read at a time; files up to this size are kept in memory until they are uploaded.
-const BUFFER: usize = 64 << 10;
+/// Two files of this size are worth a thread.
+const LARGE: i64 = 4 << 20;
 /// Of one batch.
 const BATCH_BYTES: usize = 8 << 20;
 const BATCH_FILES: usize = 64;
@@ -81,6 +81,16 @@ pub struct Collector<'a, S> {
     sent: HashSet<Digest>,
     entries: u64,
     buffer: Vec<u8>,
+    /// Large files that are open and, but for errors, hashed already; by device and inode number.
+    ahead: HashMap<(u64, u64), (Opened, Option<Digest>)>,
+}
+
+/// A regular file, before it is read.
+struct Opened {
+    file: Arc<File>,
+    executable: bool,
+    /// Nobody can make it differ from its digest any more.
+    sealed: bool,
 }
 
 /// One level of an output directory.
@@ -114,6 +124,7 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
             sent: HashSet::new(),
             entries: 0,
             buffer: Vec::new(),
+            ahead: HashMap::new(),
         }
     }
 
@@ -126,6 +137,7 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
     ) -> Found {
         self.found.stdout = self.log(gate, "stdout");
         self.found.stderr = self.log(gate, "stderr");
+        self.hash_outputs_ahead(root, &command.outputs);
         for output in &command.outputs {
             if let Err(fault) = self.output(root, output, command.reports_in_old_lists) {
                 self.fail(fault);
@@ -155,8 +167,8 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
         if stat.st_size == 0 {
             return None;
         }
-        match self.digest(file) {
-            Ok((digest, _)) => Some(digest),
+        match self.digest(&Arc::new(file)) {
+            Ok(digest) => Some(digest),
             Err(fault) => {
                 self.fail(fault);
                 None
@@ -318,6 +330,8 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
         files.sort_unstable();
         symlinks.sort_unstable();
         rest.sort_unstable_by(|a, b| b.cmp(a));
+        let places = files.iter().map(|name| (directory.as_fd(), name.as_str()));
+        self.hash_ahead(places.collect());
         let mut message = reapi::Directory::default();
         for name in files {
             match self.file(directory.as_fd(), &name, &format!("{output}/…/{name}")) {
@@ -396,59 +410,124 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
         name: &str,
         text: &str,
     ) -> Result<(Digest, bool), Fault> {
-        let (file, stat) =
-            beneath::open_file(directory, name).map_err(|error| unreadable(text, error))?;
+        let (opened, hashed) = match self.take_ahead(directory, name) {
+            Some(ahead) => ahead,
+            None => {
+                let opened = self.open(directory, name);
+                (opened.map_err(|error| unreadable(text, error))?, None)
+            }
+        };
+        let digest = match hashed {
+            Some(digest) => {
+                self.add(digest, Content::File(opened.file.clone()));
+                digest
+            }
+            None => self.digest(&opened.file)?,
+        };
+        let Opened {
+            file,
+            executable,
+            sealed,
+        } = opened;
+        let key = Key { digest, executable };
+        self.cache.keep_output(key, &file, sealed, directory, name);
+        Ok((digest, executable))
+    }
+
+    /// Opens a regular file, and takes it from the action before it is read.
+    fn open(&mut self, directory: BorrowedFd<'_>, name: &str) -> Result<Opened, Errno> {
+        let (file, stat) = beneath::open_file(directory, name)?;
         let executable = is_executable(&stat);
         // An input that is declared as an output has links in the cache and in the root.
         let worker = rustix::process::geteuid().as_raw();
         if stat.st_nlink == 1 && (stat.st_uid == worker || stat.st_uid == 0) {
             self.found.by_a_privileged_user = true;
         }
-        // Before it is read: afterwards nobody can make it differ from its digest.
-        let sealed = cache::seal(&file, executable);
-        let (digest, file) = self.digest(file)?;
-        let key = Key { digest, executable };
-        self.cache.keep_output(key, &file, sealed, directory, name);
-        Ok((digest, executable))
+        Ok(Opened {
+            sealed: cache::seal(&file, executable),
+            file: Arc::new(file),
+            executable,
+        })
+    }
+
+    fn take_ahead(
+        &mut self,
+        directory: BorrowedFd<'_>,
+        name: &str,
+    ) -> Option<(Opened, Option<Digest>)> {
+        if self.ahead.is_empty() {
+            return None;
+        }
+        let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+        self.ahead.remove(&(stat.st_dev, stat.st_ino))
+    }
+
+    fn hash_outputs_ahead(&mut self, root: BorrowedFd<'_>, outputs: &[Output]) {
+        if outputs.len() < 2 {
+            return;
+        }
+        let parents: Vec<(OwnedFd, &str)> = outputs
+            .iter()
+            .filter(|output| output.kind != OutputKind::Directory)
+            .take(BATCH_FILES)
+            .filter_map(|output| {
+                let path = output.path.components();
+                let (parent, _) = output.path.split_last()?;
+                let parent = beneath::open_directory(root, &parent).ok()?;
+                Some((parent, path.last()?.as_str()))
+            })
+            .collect();
+        let places = parents.iter().map(|(parent, name)| (parent.as_fd(), *name));
+        self.hash_ahead(places.collect());
+    }
+
+    /// Hashes those that are large, if there are several. What cannot be read is for later to tell.
+    fn hash_ahead(&mut self, places: Vec<(BorrowedFd<'_>, &str)>) {
+        if places.len() < 2 {
+            return;
+        }
+        let mut large = Vec::new();
+        for (directory, name) in places {
+            let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
+            if let Ok(stat) = stat
+                && FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+                && stat.st_size >= LARGE
+                && large.len() < BATCH_FILES
+            {
+                large.push((directory, name, (stat.st_dev, stat.st_ino)));
+            }
+        }
+        if large.len() < 2 {
+            return;
+        }
+        let mut opened = Vec::new();
+        for (directory, name, inode) in large {
+            // The same file under two names is read once, and then again as it is met.
+            if !opened.iter().any(|(_, other)| *other == inode)
+                && let Ok(file) = self.open(directory, name)
+            {
+                opened.push((file, inode));
+            }
+        }
+        let files: Vec<&File> = opened.iter().map(|(opened, _)| &*opened.file).collect();
+        let digests = hashing::hash_all(&files, self.function, self.cancel);
+        for ((opened, inode), digest) in opened.into_iter().zip(digests) {
+            self.ahead.insert(inode, (opened, digest));
+        }
     }
 
     /// Reads a file and adds it to the batch.
-    fn digest(&mut self, file: File) -> Result<(Digest, Arc<File>), Fault> {
-        let what = |error: io::Error| Fault::of_disk("read an output", error);
-        let file = Arc::new(file);
+    fn digest(&mut self, file: &Arc<File>) -> Result<Digest, Fault> {
         let mut buffer = std::mem::take(&mut self.buffer);
-        buffer.resize(BUFFER, 0);
-        let mut hasher = self.function.hasher();
-        let mut first = 0;
-        loop {
-            if self.cancel.is_cancelled() {
-                return Err(Fault::Cancelled);
-            }
-            let length = match file.read_at(&mut buffer[first..], hasher.size() + first as u64) {
-                Ok(length) => length,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(what(error)),
-            };
-            // A buffer is hashed when it is full, so that a small file is still in it at the end.
-            first += length;
-            if length == 0 {
-                break;
-            }
-            if first == BUFFER {
-                hasher.update(&buffer);
-                first = 0;
-            }
-        }
-        let small = hasher.size() == 0;
-        hasher.update(&buffer[..first]);
-        let digest = hasher.finish();
-        let content = match small {
-            true => Content::Bytes(Bytes::copy_from_slice(&buffer[..first])),
-            false => Content::File(file.clone()),
+        let hashed = hashing::hash(file, self.function, self.cancel, &mut buffer);
+        let (digest, whole) = hashed?;
+        let content = match whole {
+            Some(length) => Content::Bytes(Bytes::copy_from_slice(&buffer[..length])),
+            None => Content::File(file.clone()),
         };
         self.buffer = buffer;
         self.add(digest, content);
-        Ok((digest, file))
+        Ok(digest)
     }
 
     fn add(&mut self, digest: Digest, content: Content) {
@@ -496,9 +575,9 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
                     FileType::RegularFile => {
                         let digest = beneath::open_file(directory.as_fd(), &name)
                             .map_err(|error| unreadable(&path, error))
-                            .and_then(|(file, _)| self.digest(file));
+                            .and_then(|(file, _)| self.digest(&Arc::new(file)));
                         match digest {
-                            Ok((digest, _)) => {
+                            Ok(digest) => {
                                 let log = reapi::LogFile {
                                     digest: Some(digest.to_proto()),
                                     human_readable: false,

@@ -230,3 +230,62 @@ async fn hostile_leftovers_end_in_a_clear_error_and_are_gone_afterwards() {
         assert_eq!(response.result.unwrap().stdout_digest, None);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_outputs_are_what_the_command_made() {
+    let farm = Farm::start().await;
+    // In several places, one of them under two names, one small, one the same as another.
+    let script = "
+        make() { mkdir -p $(dirname $1); yes $2 | head -c $3 > $1; }
+        make a one 5000000; make b/c two 6000000; make d three 3; make e one 5000000
+        make t/x four 7000001; make t/y five 4194304; make t/u/z six 9000000
+        ln t/x t/same; chmod +x t/y";
+    let outputs = ["a", "b/c", "d", "e", "t", "absent"];
+    let response = farm.shell(script, &[("in", "")], &outputs).await;
+    assert_eq!(response.status, None, "{response:?}");
+    let result = response.result.unwrap();
+    let expected = |word: &str, length: usize| -> Vec<u8> {
+        let line = format!("{word}\n").into_bytes();
+        line.into_iter().cycle().take(length).collect()
+    };
+    let files: Vec<&str> = result
+        .output_files
+        .iter()
+        .map(|f| f.path.as_str())
+        .collect();
+    assert_eq!(files, ["a", "b/c", "d", "e"]);
+    for (file, (word, length)) in result.output_files.iter().zip([
+        ("one", 5_000_000),
+        ("two", 6_000_000),
+        ("three", 3),
+        ("one", 5_000_000),
+    ]) {
+        assert!(
+            farm.read(&file.digest).await == expected(word, length),
+            "{}",
+            file.path
+        );
+    }
+    let tree: reapi::Tree = farm
+        .read_message(&result.output_directories[0].tree_digest)
+        .await;
+    let root = tree.root.unwrap();
+    let names: Vec<(&str, bool)> = root
+        .files
+        .iter()
+        .map(|file| (file.name.as_str(), file.is_executable))
+        .collect();
+    assert_eq!(names, [("same", false), ("x", false), ("y", true)]);
+    for (file, (word, length)) in root.files.iter().chain(&tree.children[0].files).zip([
+        ("four", 7_000_001),
+        ("four", 7_000_001),
+        ("five", 4_194_304),
+        ("six", 9_000_000),
+    ]) {
+        assert!(
+            farm.read(&file.digest).await == expected(word, length),
+            "{}",
+            file.name
+        );
+    }
+}

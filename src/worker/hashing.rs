@@ -1,0 +1,87 @@
+//! Digests of files, one by one or several at a time.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    sync::atomic::{AtomicUsize, Ordering},
+};
+
+use tokio_util::sync::CancellationToken;
+
+use super::fault::Fault;
+use crate::digest::{Digest, DigestFunction};
+
+/// Read at a time; a file of up to this size is in the buffer afterwards.
+pub const BUFFER: usize = 64 << 10;
+const THREADS: usize = 8;
+
+/// Reads a whole file. Tells its length too when all of it is in `buffer`.
+pub fn hash(
+    file: &File,
+    function: DigestFunction,
+    cancel: &CancellationToken,
+    buffer: &mut Vec<u8>,
+) -> Result<(Digest, Option<usize>), Fault> {
+    buffer.resize(BUFFER, 0);
+    let mut hasher = function.hasher();
+    let mut first = 0;
+    loop {
+        if cancel.is_cancelled() {
+            return Err(Fault::Cancelled);
+        }
+        let length = match file.read_at(&mut buffer[first..], hasher.size() + first as u64) {
+            Ok(length) => length,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(Fault::of_disk("read an output", error)),
+        };
+        // A buffer is hashed when it is full, so that a small file is still in it at the end.
+        first += length;
+        if length == 0 {
+            break;
+        }
+        if first == BUFFER {
+            hasher.update(buffer);
+            first = 0;
+        }
+    }
+    let whole = (hasher.size() == 0).then_some(first);
+    hasher.update(&buffer[..first]);
+    Ok((hasher.finish(), whole))
+}
+
+/// In the order of the files; `None` for those that could not be read.
+pub fn hash_all(
+    files: &[&File],
+    function: DigestFunction,
+    cancel: &CancellationToken,
+) -> Vec<Option<Digest>> {
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS));
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut buffer = Vec::new();
+        let mut digests = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(file) = files.get(at) else {
+                return digests;
+            };
+            let hashed = hash(file, function, cancel, &mut buffer);
+            digests.extend(hashed.ok().map(|(digest, _)| (at, digest)));
+        }
+    };
+    let mut digests = vec![None; files.len()];
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads.min(files.len()))
+            .map(|_| scope.spawn(work))
+            .collect();
+        let mut done = work();
+        for other in others {
+            done.extend(other.join().unwrap_or_default());
+        }
+        for (at, digest) in done {
+            digests[at] = Some(digest);
+        }
+    });
+    digests
+}
