@@ -68,6 +68,11 @@ impl Disk {
     }
 }
 
+/// What a client is told.
+fn tell(response: &reapi::ExecuteResponse) {
+    println!("{:?}: {}", code(response), text(response));
+}
+
 fn is_ok(response: &reapi::ExecuteResponse) -> bool {
     let exit_code = response.result.as_ref().map(|result| result.exit_code);
     response.status.is_none() && exit_code == Some(0)
@@ -111,6 +116,7 @@ async fn a_disk_too_full_to_fetch_costs_one_action_and_no_other() {
             farm.shell("true", &files, &[]),
             farm.shell("cat a # 2", &[("a", "b")], &[])
         );
+        tell(&response);
         assert_eq!(code(&response), Code::Unavailable, "{}", text(&response));
         assert!(text(&response).contains("make room"), "{}", text(&response));
         assert!(is_ok(&other), "{}", text(&other));
@@ -156,6 +162,7 @@ async fn a_disk_without_inodes_costs_one_action_and_no_other() {
     for _ in 0..3 {
         let task = farm.task(&shell("true", &[]), many.clone()).await;
         let response = farm.execute(task).await;
+        tell(&response);
         assert_eq!(code(&response), Code::Unavailable, "{}", text(&response));
         recovers(&farm, &[("a", "b")]).await;
     }
@@ -172,6 +179,7 @@ async fn a_disk_that_is_read_only_for_a_while_leaves_no_wrong_root() {
     disk.remount("remount,ro");
     for files in [&[("a", "b"), ("c", "d")][..], &[("c", "d")]] {
         let response = farm.shell("cat *", files, &[]).await;
+        tell(&response);
         assert_eq!(code(&response), Code::Unavailable, "{}", text(&response));
         assert!(text(&response).contains("Read-only"), "{}", text(&response));
     }
@@ -202,6 +210,7 @@ async fn a_broken_disk_makes_no_wrong_output() {
         "{response:?}"
     );
     let response = farm.shell("true # 2", &files, &["in"]).await;
+    tell(&response);
     assert_eq!(code(&response), Code::Unavailable, "{}", text(&response));
     assert!(response.result.unwrap().output_files.is_empty());
 }
@@ -296,6 +305,7 @@ async fn an_action_whose_inputs_somebody_changes_meanwhile_has_no_result() {
         }
     }
     let response = running.await.unwrap();
+    tell(&response);
     assert_eq!(code(&response), Code::Unavailable, "{}", text(&response));
     assert!(
         text(&response).contains("somebody changed"),

@@ -293,6 +293,18 @@ fn tamper(random: &mut Random, root: &Path, held: &mut Vec<fs::File>) -> bool {
     }
 }
 
+/// 100,000 entries in one directory, of few inodes.
+fn fill(root: &Path) {
+    let (directory, _) = wander(&mut Random(1), root);
+    for file in 0..4 {
+        let first = directory.join(format!("crowd{file}"));
+        fs::write(&first, "evil").unwrap();
+        for i in 0..25_000 {
+            fs::hard_link(&first, directory.join(format!("crowd{file}-{i}"))).unwrap();
+        }
+    }
+}
+
 fn run(place: &Path, what: &str, operations: usize, seed: u64) {
     fs::set_permissions(place, fs::Permissions::from_mode(0o755)).unwrap();
     let cache = Arc::new(open_cache(place));
@@ -341,12 +353,16 @@ fn run(place: &Path, what: &str, operations: usize, seed: u64) {
         fs::set_permissions(&gate, fs::Permissions::from_mode(0o711)).unwrap();
         let count = 1 + random.index(12);
         let (path, seed) = (gate.join("root"), random.next());
+        let crowd = round == 20;
         let adversary = move || {
             if nix::unistd::geteuid().is_root() {
                 become_another_user();
             }
             let mut random = Random(seed);
             let mut held = Vec::new();
+            if crowd {
+                fill(&path);
+            }
             let done = (0..count).filter(|_| tamper(&mut random, &path, &mut held));
             done.count()
         };
