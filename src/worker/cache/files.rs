@@ -241,6 +241,18 @@ impl Files {
         Ok(found)
     }
 
+    /// Whether size, mode, owner and mtime of the first copy are right; also when it is not there.
+    pub fn is_as_made(&self, key: &Key) -> bool {
+        let mut name = String::new();
+        key.write_name(0, &mut name);
+        let shard = &self.shards[key.shard()];
+        let owner = rustix::process::geteuid().as_raw();
+        match rustix::fs::statat(shard, &name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => is_as_made(&stat, key, owner),
+            Err(error) => error == Errno::NOENT,
+        }
+    }
+
     /// Every usable file with its copy, inode number and last use. Removes all else.
     fn scan_shards(&self, shards: std::ops::Range<usize>) -> io::Result<Vec<Scanned>> {
         let owner = rustix::process::geteuid().as_raw();
@@ -260,14 +272,7 @@ impl Files {
                     .to_str()
                     .ok()
                     .and_then(Key::parse_name)
-                    .filter(|(key, _)| {
-                        kind == FileType::RegularFile
-                            && key.shard() == number
-                            && u64::try_from(stat.st_size) == Ok(key.digest.size())
-                            && stat.st_mode & 0o7777 == mode(key.executable).as_raw_mode()
-                            && stat.st_mtime == MTIME
-                            && stat.st_uid == owner
-                    });
+                    .filter(|(key, _)| key.shard() == number && is_as_made(&stat, key, owner));
                 match usable {
                     Some((key, copy)) => {
                         let changed = (stat.st_nlink > 1, stat.st_ctime, stat.st_ctime_nsec as i64);
@@ -412,6 +417,14 @@ impl Files {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+fn is_as_made(stat: &rustix::fs::Stat, key: &Key, owner: u32) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+        && u64::try_from(stat.st_size) == Ok(key.digest.size())
+        && stat.st_mode & 0o7777 == mode(key.executable).as_raw_mode()
+        && stat.st_mtime == MTIME
+        && stat.st_uid == owner
 }
 
 /// Shares the blocks where the file system can.

@@ -158,7 +158,17 @@ impl Cache {
             return *alterations;
         };
         let changed = match watch.changed() {
-            Changed::Files(files) => files,
+            Changed::Files {
+                mut contents,
+                attributes,
+            } => {
+                // Whoever sets what was set already does no harm.
+                let changed = |key: &Key| !self.files.is_as_made(key);
+                contents.extend(attributes.into_iter().filter(changed));
+                contents.sort_unstable();
+                contents.dedup();
+                contents
+            }
             Changed::Unknown => self.state.lock().kept.keys(),
         };
         if changed.is_empty() {

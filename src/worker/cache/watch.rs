@@ -22,7 +22,11 @@ use super::Key;
 /// What was changed since the last look.
 #[derive(Debug, PartialEq)]
 pub enum Changed {
-    Files(Vec<Key>),
+    /// In `contents`, or, in what `attributes` has, modes, owners or times alone.
+    Files {
+        contents: Vec<Key>,
+        attributes: Vec<Key>,
+    },
     /// More than is known one by one.
     Unknown,
 }
@@ -44,7 +48,7 @@ impl Watch {
     pub fn changed(&self) -> Changed {
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = Reader::new(&self.0, &mut buffer);
-        let mut files = Vec::new();
+        let (mut contents, mut attributes) = (Vec::new(), Vec::new());
         loop {
             match reader.next() {
                 Ok(event) if event.events().contains(ReadFlags::QUEUE_OVERFLOW) => {
@@ -53,14 +57,23 @@ impl Watch {
                 // What has another name is no file of the cache; what has none is a shard.
                 Ok(event) => {
                     let name = event.file_name().and_then(|name| name.to_str().ok());
-                    files.extend(name.and_then(Key::parse_name).map(|(key, _)| key));
+                    let key = name.and_then(Key::parse_name).map(|(key, _)| key);
+                    match event.events().contains(ReadFlags::MODIFY) {
+                        true => contents.extend(key),
+                        false => attributes.extend(key),
+                    }
                 }
                 Err(Errno::INTR) => {}
                 Err(_) => break,
             }
         }
-        files.sort_unstable();
-        files.dedup();
-        Changed::Files(files)
+        for files in [&mut contents, &mut attributes] {
+            files.sort_unstable();
+            files.dedup();
+        }
+        Changed::Files {
+            contents,
+            attributes,
+        }
     }
 }
