@@ -187,6 +187,12 @@ impl Cgroups {
     }
 }
 
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
 impl Cgroup {
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
