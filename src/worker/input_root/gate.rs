@@ -107,12 +107,12 @@ impl Shared {
             "cleaned up after an action"
         );
         let root = match cleaned {
-            Ok(Some(kept)) if generation == self.generation() => Ok(Root {
+            Ok(Some(kept)) => Ok(Root {
                 gate,
                 kept,
                 generation,
             }),
-            Ok(_) => Err(gate),
+            Ok(None) => Err(gate),
             Err(error) => {
                 tracing::warn!(
                     directory = %self.path.join(&gate.name).display(),
@@ -125,17 +125,19 @@ impl Shared {
         let mut pool = self.pool.lock();
         pool.dirty -= 1;
         let mut gone = Vec::new();
-        match root {
-            Ok(root) => {
-                pool.ready.push(root);
-                if pool.ready.len() > 2 * self.slots {
-                    gone.push(pool.ready.remove(0).gate);
-                }
+        let forgotten = match root {
+            Ok(root) => self.give_back(&mut pool, root),
+            Err(gate) => {
+                gone.push(gate);
+                None
             }
-            Err(gate) => gone.push(gate),
+        };
+        if pool.ready.len() > 2 * self.slots {
+            gone.push(pool.ready.remove(0).gate);
         }
         let lacks = pool.ready.len() < self.slots;
         drop(pool);
+        gone.extend(forgotten.map(|root| root.gate));
         self.cleaned.notify_all();
         for gate in gone {
             self.discard(gate);

@@ -120,8 +120,9 @@ struct Shared {
     keeps: AtomicBool,
     /// What was made before the last time that something was found wrong is thrown away.
     generation: AtomicU64,
-    /// Of the cache, those after which all was thrown away.
-    alterations: AtomicU64,
+    /// Of the cache, those after which all was thrown away; held meanwhile, so that nobody is given
+    /// what is about to be.
+    alterations: Mutex<u64>,
     pool: Mutex<Pool>,
     cleaned: Condvar,
     counts: Counts,
@@ -182,7 +183,10 @@ impl Drop for Planned {
     fn drop(&mut self) {
         if let Some((root, plan)) = self.work.take() {
             self.shared.park(plan.taken.into_iter());
-            self.shared.pool.lock().ready.push(root);
+            let gone = self.shared.give_back(&mut self.shared.pool.lock(), root);
+            if let Some(root) = gone {
+                self.shared.discard(root.gate);
+            }
             self.shared.cleaned.notify_all();
         }
     }
@@ -245,7 +249,7 @@ impl Roots {
             fine_clock: clock == Clock::Fine,
             keeps: AtomicBool::new(clock != Clock::Unknown),
             generation: AtomicU64::new(0),
-            alterations: AtomicU64::new(0),
+            alterations: Mutex::default(),
             pool: Mutex::default(),
             cleaned: Condvar::new(),
             counts: Counts::default(),
@@ -547,7 +551,7 @@ impl Shared {
             gate: Some(root.gate),
             kept: Some(root.kept),
             generation: root.generation,
-            alterations: self.alterations.load(Ordering::SeqCst),
+            alterations: *self.alterations.lock(),
             ready: now(),
             trusted: true,
         }
@@ -555,11 +559,13 @@ impl Shared {
 
     /// Throws all away when somebody else changed files of the cache, to which kept roots have links.
     fn look(&self) -> u64 {
-        let alterations = self.cache.alterations();
-        if self.alterations.swap(alterations, Ordering::SeqCst) != alterations {
+        let mut alterations = self.alterations.lock();
+        let now = self.cache.alterations();
+        if *alterations != now {
+            *alterations = now;
             self.forget_all();
         }
-        alterations
+        now
     }
 
     fn planned(self: &Arc<Self>, root: Root, tree: &Tree, hold: bool, alterations: u64) -> Planned {

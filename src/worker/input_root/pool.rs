@@ -164,15 +164,26 @@ impl Shared {
 
     pub(super) fn park(&self, parked: impl Iterator<Item = Parked>) {
         for parked in parked {
-            let current = self.generation() == parked.generation;
-            let gone = match current {
-                true => self.pool.lock().put(parked),
+            // Looked at under the lock: whoever forgets all counts up first, and then empties the pool.
+            let mut pool = self.pool.lock();
+            let gone = match self.generation() == parked.generation {
+                true => pool.put(parked),
                 false => Some(parked),
             };
+            drop(pool);
             if let Some(gone) = gone {
                 self.throw_away(gone);
             }
         }
+    }
+
+    /// A root that no action has any more; comes back when it was to be forgotten meanwhile.
+    pub(super) fn give_back(&self, pool: &mut Pool, root: Root) -> Option<Root> {
+        if self.generation() != root.generation {
+            return Some(root);
+        }
+        pool.ready.push(root);
+        None
     }
 
     pub(super) fn throw_away(&self, parked: Parked) {
