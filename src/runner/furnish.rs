@@ -21,7 +21,7 @@ use super::{
     layer::Layer,
     mount::{attach, copy_of_tree, private_tmpfs},
     network::Network,
-    room::{Mounts, Plan, Room, RoomError, enter, open_namespace},
+    room::{Mounts, Plan, Room, RoomError, enter, open_namespace, unshare},
     template::{Fresh, Moment, Template, at, make_place},
 };
 
@@ -120,14 +120,6 @@ fn join_network(plan: &Plan) -> io::Result<Network> {
     let network = plan.networks.take()?;
     enter(network.namespace()?, libc::CLONE_NEWNET)?;
     Ok(network)
-}
-
-fn unshare(flags: libc::c_int) -> io::Result<()> {
-    // SAFETY: takes a number; concerns this thread only.
-    match unsafe { libc::unshare(flags) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// In a copy of the template.

@@ -14,7 +14,7 @@ use std::{
 use nix::sys::socket::{AddressFamily, SockFlag, SockType};
 use parking_lot::Mutex;
 
-use super::room::open_namespace;
+use super::room::{open_namespace, unshare};
 
 #[derive(Clone, Debug, Default)]
 pub struct Networks(Arc<Mutex<Vec<OwnedFd>>>);
@@ -62,10 +62,7 @@ impl Drop for Network {
 }
 
 fn make() -> io::Result<OwnedFd> {
-    // SAFETY: takes a number; concerns this thread only.
-    if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
+    unshare(libc::CLONE_NEWNET)?;
     let socket = nix::sys::socket::socket(
         AddressFamily::Inet,
         SockType::Datagram,

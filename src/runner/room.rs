@@ -243,6 +243,15 @@ pub fn open_namespace(kind: &str) -> io::Result<OwnedFd> {
     Ok(fs::File::open(path)?.into())
 }
 
+/// Makes this thread leave what it shares with others (unshare(2)).
+pub fn unshare(flags: libc::c_int) -> io::Result<()> {
+    // SAFETY: takes a number; concerns this thread only.
+    match unsafe { libc::unshare(flags) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Makes this thread enter a namespace of this kind.
 pub fn enter(namespace: impl AsFd, kind: libc::c_int) -> io::Result<()> {
     use std::os::fd::AsRawFd;

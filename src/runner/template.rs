@@ -27,7 +27,7 @@ use rustix::{
 use super::{
     layer::Layer,
     mount::{READ_ONLY, RECURSIVE, attach, copy_of_tree, private_tmpfs, set_attributes},
-    room::{Plan, RoomError, SHARED_MEMORY, open_namespace},
+    room::{Plan, RoomError, SHARED_MEMORY, open_namespace, unshare},
 };
 
 /// What programs may expect in /dev, besides links, terminals and shared memory.
@@ -120,10 +120,7 @@ impl Moment {
 impl Template {
     /// On a thread that is in the daemon's own mount namespace; leaves it in the template.
     pub fn make(plan: &Plan, moment: Moment) -> Result<Self, RoomError> {
-        // SAFETY: takes a number; concerns this thread only.
-        if unsafe { libc::unshare(libc::CLONE_NEWNS) } != 0 {
-            return Err(RoomError::at("unshare")(io::Error::last_os_error()));
-        }
+        unshare(libc::CLONE_NEWNS).map_err(RoomError::at("unshare"))?;
         let namespace = open_namespace("mnt").map_err(RoomError::at("mnt"))?;
         // What the host mounts and unmounts later is seen here too, and not the other way round.
         mount_change(

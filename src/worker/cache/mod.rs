@@ -44,7 +44,7 @@ pub use files::{Key, seal};
 use pins::Claim;
 pub use pins::{Link, Links, Pins};
 use room::is_full;
-use watch::{Changed, Watch};
+use watch::Watch;
 
 /// From this size on a file is streamed to disk rather than read into memory.
 const LARGE: u64 = 1 << 20;
@@ -148,52 +148,6 @@ impl Cache {
     pub fn usage(&self) -> (u64, u64) {
         let state = self.state.lock();
         (state.kept.len() as u64, state.kept.weight())
-    }
-
-    /// How often it was found that somebody else had changed files, which are gone from the disk then.
-    /// Looks again; a change that came before the call is counted.
-    pub fn alterations(&self) -> u64 {
-        let mut alterations = self.alterations.lock();
-        let Some(watch) = &self.watch else {
-            return *alterations;
-        };
-        let changed = match watch.changed() {
-            Changed::Files {
-                mut contents,
-                attributes,
-            } => {
-                // Whoever sets what was set already does no harm.
-                let changed = |key: &Key| !self.files.is_as_made(key);
-                contents.extend(attributes.into_iter().filter(changed));
-                contents.sort_unstable();
-                contents.dedup();
-                contents
-            }
-            Changed::Unknown => self.state.lock().kept.keys(),
-        };
-        if changed.is_empty() {
-            return *alterations;
-        }
-        *alterations += 1;
-        tracing::error!(
-            directory = %self.path().display(),
-            files = changed.len(),
-            first = %changed[0].digest,
-            "somebody changed files of the cache, which only this worker may write to; they are removed and fetched again, and actions that ran meanwhile fail"
-        );
-        for key in &changed {
-            // Its pins stay: whoever links it finds it gone.
-            let copies = self
-                .state
-                .lock()
-                .kept
-                .peek(key)
-                .map_or(1, |file| file.copies);
-            if let Err(error) = self.files.remove(key, copies) {
-                tracing::error!(digest = %key.digest, %error, "could not remove a changed file from the cache");
-            }
-        }
-        *alterations
     }
 
     /// Pins files that are to be linked. Those that are not here are the error.

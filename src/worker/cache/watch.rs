@@ -17,11 +17,11 @@ use rustix::{
     io::Errno,
 };
 
-use super::Key;
+use super::{Cache, Key};
 
 /// What was changed since the last look.
 #[derive(Debug, PartialEq)]
-pub enum Changed {
+enum Changed {
     /// In `contents`, or, in what `attributes` has, modes, owners or times alone.
     Files {
         contents: Vec<Key>,
@@ -45,7 +45,7 @@ impl Watch {
     }
 
     /// Does not wait.
-    pub fn changed(&self) -> Changed {
+    fn changed(&self) -> Changed {
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = Reader::new(&self.0, &mut buffer);
         let (mut contents, mut attributes) = (Vec::new(), Vec::new());
@@ -75,5 +75,53 @@ impl Watch {
             contents,
             attributes,
         }
+    }
+}
+
+impl Cache {
+    /// How often it was found that somebody else had changed files, which are gone from the disk then.
+    /// Looks again; a change that came before the call is counted.
+    pub fn alterations(&self) -> u64 {
+        let mut alterations = self.alterations.lock();
+        let Some(watch) = &self.watch else {
+            return *alterations;
+        };
+        let changed = match watch.changed() {
+            Changed::Files {
+                mut contents,
+                attributes,
+            } => {
+                // Whoever sets what was set already does no harm.
+                let changed = |key: &Key| !self.files.is_as_made(key);
+                contents.extend(attributes.into_iter().filter(changed));
+                contents.sort_unstable();
+                contents.dedup();
+                contents
+            }
+            Changed::Unknown => self.state.lock().kept.keys(),
+        };
+        if changed.is_empty() {
+            return *alterations;
+        }
+        *alterations += 1;
+        tracing::error!(
+            directory = %self.path().display(),
+            files = changed.len(),
+            first = %changed[0].digest,
+            "somebody changed files of the cache, which only this worker may write to; they are removed and fetched again, and actions that ran meanwhile fail"
+        );
+        for key in &changed {
+            // Its pins stay: whoever links it finds it gone.
+            let copies = self
+                .state
+                .lock()
+                .kept
+                .peek(key)
+                .map_or(1, |file| file.copies);
+            if let Err(error) = self.files.remove(key, copies) {
+                tracing::error!(digest = %key.digest, %error, "could not remove a changed file from the cache");
+            }
+        }
+        *alterations
     }
 }
