@@ -7,15 +7,18 @@ demo_packages=(gcc g++ libc6-dev bazel-bootstrap bazel-rules-java bazel-rules-pr
 step() { printf '\n== %s/4  %s  [%s since the start]\n' "$1" "$2" "$(elapsed $((SECONDS - began)))"; }
 
 install_packages() {
-  local package missing=()
+  local package missing=() log=$target/farm-packages.log
+  mkdir -p "$target"
   for package in "$@"; do
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
   done
   [ ${#missing[@]} -gt 0 ] || return 0
-  say "Installing ${missing[*]}…"
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq \
-    --no-install-recommends "${missing[@]}" >/dev/null
+  say "    installing ${missing[*]}"
+  {
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq \
+      --no-install-recommends "${missing[@]}"
+  } >"$log" 2>&1 || { tail -n 10 "$log" >&2; fail "apt-get could not install ${missing[*]}; all that it said is in $log"; }
 }
 
 demo() {

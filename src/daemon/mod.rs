@@ -76,6 +76,10 @@ struct Flags {
     #[arg(long, value_name = "PID", conflicts_with = "check",
           value_parser = clap::value_parser!(i32).range(1..))]
     reload: Option<i32>,
+
+    /// Print what makes a shell complete these options, and exit; for packages
+    #[arg(long, value_name = "SHELL", hide = true)]
+    completions: Option<clap_complete::Shell>,
 }
 
 /// A daemon's whole main function.
@@ -162,7 +166,7 @@ pub fn main<C: DeserializeOwned + Check + PartialEq + 'static>(
 fn flags(program: &Program, default: &Path) -> Flags {
     use clap::{CommandFactory, FromArgMatches};
     let name = program.name;
-    let command = Flags::command()
+    let mut command = Flags::command()
         .name(name)
         .version(env!("CARGO_PKG_VERSION"))
         .about(program.about)
@@ -173,7 +177,14 @@ fn flags(program: &Program, default: &Path) -> Flags {
              and {name}.toml(5).",
             default.display()
         ));
-    Flags::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+    let flags = Flags::from_arg_matches(&command.get_matches_mut());
+    let flags = flags.unwrap_or_else(|error| error.exit());
+    if let Some(shell) = flags.completions {
+        let mut command = command.mut_arg("completions", |option| option.hide_possible_values(true));
+        clap_complete::generate(shell, &mut command, name, &mut std::io::stdout());
+        std::process::exit(0);
+    }
+    flags
 }
 
 fn explain(failure: &Failure, path: &Path) -> String {
