@@ -180,7 +180,8 @@ fn flags(program: &Program, default: &Path) -> Flags {
     let flags = Flags::from_arg_matches(&command.get_matches_mut());
     let flags = flags.unwrap_or_else(|error| error.exit());
     if let Some(shell) = flags.completions {
-        let mut command = command.mut_arg("completions", |option| option.hide_possible_values(true));
+        let mut command =
+            command.mut_arg("completions", |option| option.hide_possible_values(true));
         clap_complete::generate(shell, &mut command, name, &mut std::io::stdout());
         std::process::exit(0);
     }

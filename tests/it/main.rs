@@ -8,6 +8,7 @@ mod bad_input;
 mod documents;
 mod escape;
 mod farm;
+mod packages;
 mod runner;
 mod scheduler;
 mod simulation;

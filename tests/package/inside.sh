@@ -8,12 +8,12 @@ fail() {
   exit 1
 }
 
-# install VERSION [PACKAGE...]: by apt, from files, as a user would.
+# install VERSION [PACKAGE...]: by apt, from files, as a user would; what they share comes with them.
 install() {
-  local version=$1 name files=()
+  local version=$1 name files=("/srv/$1/bb-remote-execution-common_$1_all.deb")
   shift
   [ $# -gt 0 ] || set -- bb-scheduler bb-worker bb-runner
-  for name in "$@"; do files+=("/srv/$version/${name}_${version}_amd64.deb"); done
+  for name in "$@"; do files+=("/srv/$version/${name}_${version}_$(dpkg --print-architecture).deb"); done
   apt-get install --yes --quiet --no-install-recommends --allow-downgrades \
     -o Dpkg::Use-Pty=0 -o APT::Sandbox::User=root -o Dpkg::Options::=--force-unsafe-io "${files[@]}"
 }
@@ -29,6 +29,7 @@ await() {
 }
 
 active() { [ "$(systemctl is-active "$1")" = active ]; }
+fails_active() { ! active "$1"; }
 pid_of() { systemctl show --property=MainPID --value "$1"; }
 restarts_of() { systemctl show --property=NRestarts --value "$1"; }
 
@@ -99,6 +100,26 @@ abseil() {
     bazel_ build "${flags[@]}" --jobs=8 --target_pattern_file=/var/tmp/abseil.targets \
       >/var/tmp/abseil.log 2>&1 || { tail -n 40 /var/tmp/abseil.log >&2; fail "Bazel failed"; })
   all_remote /var/tmp/abseil.log
+}
+
+# steps FILE SECTION N: the N-th block of indented lines in that section of a text, README.md or a
+# page of man(1), as they are written there.
+steps() {
+  case $1 in
+    *.md) awk -v heading="$2" '
+      /^#/ { inside = $0 ~ "^#+ " heading "$" }
+      inside && /^    / { print; next }
+      inside { print /^$/ ? "" : "." }' "$1" | sed 's/^    //' ;;
+    *) awk -v heading="$2" '
+      /^(   )?[^ ]/ { inside = $0 ~ "^ *" heading "$" }
+      inside && /^           / { print; next }
+      inside { print /^$/ ? "" : "." }' "$1" | sed 's/^           //' ;;
+  esac | awk -v wanted="$3" '
+    $0 == "." { if (some) { number++; some = 0 } next }
+    /[^ ]/ { some = 1 }
+    number + some == wanted' | sed '/./,$!d' >/var/tmp/steps
+  [ -s /var/tmp/steps ] || fail "$1 has no block $3 in $2"
+  cat /var/tmp/steps
 }
 
 # The farm has begun to work: some actions are done, and not nearly all.
