@@ -76,10 +76,6 @@ struct Flags {
     #[arg(long, value_name = "PID", conflicts_with = "check",
           value_parser = clap::value_parser!(i32).range(1..))]
     reload: Option<i32>,
-
-    /// Print what makes a shell complete these options, and exit; for packages
-    #[arg(long, value_name = "SHELL", hide = true)]
-    completions: Option<clap_complete::Shell>,
 }
 
 /// A daemon's whole main function.
@@ -177,15 +173,17 @@ fn flags(program: &Program, default: &Path) -> Flags {
              and {name}.toml(5).",
             default.display()
         ));
-    let flags = Flags::from_arg_matches(&command.get_matches_mut());
-    let flags = flags.unwrap_or_else(|error| error.exit());
-    if let Some(shell) = flags.completions {
-        let mut command =
-            command.mut_arg("completions", |option| option.hide_possible_values(true));
-        clap_complete::generate(shell, &mut command, name, &mut std::io::stdout());
+    // For those who make packages; shells need not complete it.
+    let completions = clap::Arg::new("completions")
+        .long("completions")
+        .hide(true)
+        .value_parser(clap::value_parser!(clap_complete::Shell));
+    let matches = command.clone().arg(completions).get_matches();
+    if let Some(shell) = matches.get_one::<clap_complete::Shell>("completions") {
+        clap_complete::generate(*shell, &mut command, name, &mut std::io::stdout());
         std::process::exit(0);
     }
-    flags
+    Flags::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
 fn explain(failure: &Failure, path: &Path) -> String {

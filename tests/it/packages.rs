@@ -183,6 +183,7 @@ fn shells_complete_every_option_that_the_help_has() {
         for shell in ["bash", "zsh", "fish"] {
             let script = output(program, &["--completions", shell]);
             assert!(script.contains(&format!("bb_{name}")), "{shell}");
+            assert!(!script.contains("--completions"), "{script}");
             for option in &offered {
                 // fish: -l option.
                 let found = [format!("--{option}"), format!("-l {option}")];
