@@ -14,6 +14,7 @@ pub struct Config {
     pub cache: Cache,
     /// Emptied at start-up. On the same file system as `cache.directory`, because of hardlinks.
     pub build_directory: PathBuf,
+    pub outputs: Outputs,
     pub runners: Vec<Runner>,
     pub shutdown: Shutdown,
     pub log: Log,
@@ -51,6 +52,16 @@ pub struct Cache {
     pub minimum_free: Size,
     /// Parsed Directory messages, in memory.
     pub maximum_directories_size: Size,
+}
+
+/// What the outputs of one action may come to.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Outputs {
+    /// Of all files together.
+    pub maximum_size: Size,
+    /// For reading and uploading them.
+    pub timeout: Duration,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -94,6 +105,7 @@ impl Default for Config {
             storage: Storage::default(),
             cache: Cache::default(),
             build_directory: PathBuf::from("/var/lib/bb-worker/build"),
+            outputs: Outputs::default(),
             runners: vec![Runner::default()],
             shutdown: Shutdown::default(),
             log: Log::default(),
@@ -132,6 +144,15 @@ impl Default for Cache {
             maximum_files: 1_000_000,
             minimum_free: Size::gib(1),
             maximum_directories_size: Size::mib(256),
+        }
+    }
+}
+
+impl Default for Outputs {
+    fn default() -> Self {
+        Outputs {
+            maximum_size: Size::gib(32),
+            timeout: Duration::seconds(30 * 60),
         }
     }
 }
@@ -175,6 +196,18 @@ impl Check for Config {
             return Err((
                 "build_directory",
                 "it must be neither inside nor around cache.directory, since it is emptied at start-up".to_owned(),
+            ));
+        }
+        if self.outputs.maximum_size.get() == 0 {
+            return Err((
+                "outputs.maximum_size",
+                "it must be more than 0, or no action could have any output".to_owned(),
+            ));
+        }
+        if self.outputs.timeout.get().is_zero() {
+            return Err((
+                "outputs.timeout",
+                "it must be more than 0, or no output could be read".to_owned(),
             ));
         }
         if self.runners.is_empty() {

@@ -68,11 +68,20 @@ struct Shared {
     cas: Vec<Channel>,
     next: AtomicUsize,
     action_cache: Channel,
-    /// Bytes of blobs in one batch, once the server said so.
-    batch_size: OnceCell<u64>,
+    /// Once the server said so.
+    announced: OnceCell<Announced>,
     downloads: Semaphore,
     uploads: Semaphore,
     reads: Flights,
+}
+
+/// The limits that a server gives in its capabilities, in bytes; 0 where it gives none.
+#[derive(Clone, Copy, Default)]
+struct Announced {
+    /// Of all blobs of one batch.
+    batch_size: u64,
+    /// Of one blob.
+    blob_size: u64,
 }
 
 /// Blobs of at most this size travel in batches, if the server's batches are not smaller still.
@@ -89,6 +98,9 @@ const MAX_MESSAGE_SIZE: usize = 64 << 20;
 
 const CONNECTIONS: usize = 4;
 
+/// A server that does not answer by then is one that announces nothing.
+const CAPABILITIES_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Digests of one FindMissingBlobs.
 const DIGESTS: usize = 20_000;
 
@@ -101,7 +113,7 @@ impl Client {
                 cas: (0..CONNECTIONS).map(|_| daemon::connect(cas)).collect(),
                 next: AtomicUsize::new(0),
                 action_cache: daemon::connect(action_cache),
-                batch_size: OnceCell::new(),
+                announced: OnceCell::new(),
                 downloads: permits(options.download_concurrency),
                 uploads: permits(options.upload_concurrency),
                 reads: Flights::default(),
@@ -270,27 +282,42 @@ impl Client {
     /// Bytes of blobs that fit into one batch, each with its overhead. REAPI:
     /// max_batch_total_size_bytes, where 0 is no limit.
     async fn batch_size(&self, instance: &InstanceName) -> u64 {
+        let announced = self.announced(instance).await;
+        let limit = match announced.batch_size {
+            0 => DEFAULT_BATCH_SIZE,
+            limit => limit.min(DEFAULT_BATCH_SIZE),
+        };
+        // Room for the message's own fields, such as a long instance name.
+        limit - (limit / 64).min(8 << 10)
+    }
+
+    /// Bytes of the largest blob that the CAS takes; the most there is when it does not say.
+    pub async fn maximum_blob_size(&self, instance: &InstanceName) -> u64 {
+        match self.announced(instance).await.blob_size {
+            0 => u64::MAX,
+            limit => limit,
+        }
+    }
+
+    /// What the CAS says of itself; nothing while it cannot be asked.
+    async fn announced(&self, instance: &InstanceName) -> Announced {
         let ask = async || {
             let request = GetCapabilitiesRequest {
                 instance_name: instance.to_string(),
             };
-            let capabilities = CapabilitiesClient::new(self.channel())
-                .get_capabilities(request)
-                .await
-                .map_err(drop)?
-                .into_inner();
-            let limit = capabilities
-                .cache_capabilities
-                .map_or(0, |cache| cache.max_batch_total_size_bytes);
-            Ok::<_, ()>(match u64::try_from(limit) {
-                Ok(0) | Err(_) => DEFAULT_BATCH_SIZE,
-                Ok(limit) => limit.min(DEFAULT_BATCH_SIZE),
+            let mut client = CapabilitiesClient::new(self.channel());
+            let answer = client.get_capabilities(request);
+            let answer = tokio::time::timeout(CAPABILITIES_TIMEOUT, answer).await;
+            let capabilities = answer.map_err(drop)?.map_err(drop)?.into_inner();
+            let cache = capabilities.cache_capabilities.unwrap_or_default();
+            let size = |limit: i64| u64::try_from(limit).unwrap_or(0);
+            Ok::<_, ()>(Announced {
+                batch_size: size(cache.max_batch_total_size_bytes),
+                blob_size: size(cache.max_cas_blob_size_bytes),
             })
         };
-        let known = self.shared.batch_size.get_or_try_init(ask).await;
-        let limit = known.copied().unwrap_or(DEFAULT_BATCH_SIZE);
-        // Room for the message's own fields, such as a long instance name.
-        limit - (limit / 64).min(8 << 10)
+        let known = self.shared.announced.get_or_try_init(ask).await;
+        known.copied().unwrap_or_default()
     }
 }
 

@@ -19,17 +19,19 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, transport::Channel};
 
 use super::{
+    availability::{Availability, NotReady},
     cache::Cache,
     command::Command,
     directories::Directories,
     fault::Fault,
     input_root::{InputRoot, LOCK_TIMEOUT, Planned, PrepareError, Roots},
-    outputs::{Collector, Found},
+    outputs::{self, Collector, Found},
+    report,
     task::Task,
     tree::Tree,
 };
 use crate::{
-    config::worker::Inputs,
+    config::worker::{Inputs, Outputs},
     digest::{Digest, DigestFunction},
     proto::{
         self, cas, reapi,
@@ -41,6 +43,8 @@ use crate::{
 /// Files that vanish from the cache again and again are a broken disk.
 const ATTEMPTS: u32 = 3;
 const READINESS_TIMEOUT: Duration = Duration::from_secs(30);
+/// What was read within the time for outputs may still be uploaded for so long.
+const LAST_UPLOADS: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
@@ -56,6 +60,7 @@ pub struct Executor {
     pub directories: Arc<Directories>,
     pub roots: Arc<Roots>,
     pub runner: RunnerClient<Channel>,
+    pub availability: Availability,
     /// For each slot its labels as JSON.
     pub workers: Vec<String>,
     /// The action's own win.
@@ -95,15 +100,18 @@ impl Executor {
             result: Some(reapi::ActionResult::default()),
             ..Default::default()
         };
+        let began = Instant::now();
         let fault = self
             .run_and_collect(&task, stage, cancel, &mut metadata, &mut response)
             .await
             .err();
+        self.availability.ended(began, fault.as_ref());
         metadata.worker_completed_timestamp = now();
         if let Some(result) = &mut response.result {
             result.execution_metadata = Some(metadata);
         }
         response.status = fault.as_ref().map(Fault::status);
+        report::make_fit(&mut response);
         if fault != Some(Fault::Cancelled) {
             self.record(&task, &mut response).await;
         }
@@ -151,12 +159,13 @@ impl Executor {
         }
         let mut ran = self.take_answer(ended, task, metadata, response);
         if !root.vacated().await {
-            return Err(Fault::Internal(format!(
+            return Err(Fault::Unavailable(format!(
                 "the runner did not end all processes of the action within {} s; what they left was not collected",
                 LOCK_TIMEOUT.as_secs()
             )));
         }
-        if ran == Err(Fault::Cancelled) {
+        // What a runner that failed left may still change, when it is the runner that is gone.
+        if matches!(ran, Err(Fault::Cancelled | Fault::Unavailable(_))) {
             return ran;
         }
         if ran.is_ok() && !root.is_unaltered() {
@@ -168,8 +177,10 @@ impl Executor {
 
         stage.send_replace(Stage::UploadingOutputs);
         metadata.output_upload_start_timestamp = now();
+        let timeout = self.outputs.timeout.get();
         let uploaded = tokio::select! {
             uploaded = self.upload(task, command, root, cancel, response) => uploaded,
+            () = tokio::time::sleep(timeout + LAST_UPLOADS) => Err(outputs::late(timeout)),
             () = cancel.cancelled() => Err(Fault::Cancelled),
         };
         metadata.output_upload_completed_timestamp = now();
@@ -257,7 +268,7 @@ impl Executor {
                     self.cache.restore(&task.instance, keys).await?;
                 }
                 Err(PrepareError::Vanished(keys)) => {
-                    return Err(Fault::Internal(format!(
+                    return Err(Fault::Unavailable(format!(
                         "could not keep {} files in the cache in {}: something removes them",
                         keys.len(),
                         self.cache.path().display()
@@ -326,14 +337,20 @@ impl Executor {
                 Ok(())
             }
             Ended::Answered(Err(status)) => {
-                // A runner that goes away is the farm's fault, not the client's.
-                let code = match status.code() {
-                    Code::Unknown | Code::Cancelled => Code::Unavailable,
-                    code => code,
-                };
-                Err(Fault::Runner {
-                    code: code as i32,
-                    text: format!("Failed to run command: {}", status.message()),
+                let text = format!("Failed to run command: {}", status.message());
+                Err(match status.code() {
+                    Code::InvalidArgument
+                    | Code::FailedPrecondition
+                    | Code::OutOfRange
+                    | Code::DeadlineExceeded => Fault::Runner {
+                        code: status.code() as i32,
+                        text,
+                    },
+                    // Whatever else it is that a runner cannot do: not the client's fault.
+                    _ if std::error::Error::source(&status).is_none() => Fault::Unavailable(text),
+                    _ => Fault::Unavailable(format!(
+                        "{text}; bb_runner on the worker's host went away"
+                    )),
                 })
             }
             Ended::Late => Err(Fault::Late(format!(
@@ -354,21 +371,30 @@ impl Executor {
         response: &mut reapi::ExecuteResponse,
     ) -> Result<(), Fault> {
         let (sender, mut batches) = mpsc::channel(2);
-        let (cache, cancel, function) = (self.cache.clone(), cancel.clone(), task.function);
+        let timeout = self.outputs.timeout.get();
+        let limits = outputs::Limits {
+            size: self.outputs.maximum_size.get(),
+            blob_size: self.storage.maximum_blob_size(&task.instance).await,
+            timeout,
+            deadline: Instant::now() + timeout,
+        };
+        // Whoever stops waiting for this also ends the reading.
+        let cancel = cancel.child_token();
+        let _stop = cancel.clone().drop_guard();
+        let (cache, function) = (self.cache.clone(), task.function);
         let shared = self.inputs == Inputs::Shared;
         let store_directories =
             command.store_directories || self.force_upload_trees_and_directories;
-        let collecting =
-            tokio::task::spawn_blocking(move || {
-                // Nobody receives any more after a failed upload; the rest is collected all the same.
-                let send = |batch| drop(sender.blocking_send(batch));
-                let found = Collector::new(function, &cache, store_directories, &cancel, send)
-                    .collect(root.gate(), root.root(), &command);
-                if found.by_a_privileged_user && shared {
-                    root.distrust_user();
-                }
-                found
-            });
+        let collecting = tokio::task::spawn_blocking(move || {
+            // Nobody receives any more after a failed upload; the rest is collected all the same.
+            let send = |batch| drop(sender.blocking_send(batch));
+            let found = Collector::new(function, &cache, store_directories, limits, &cancel, send)
+                .collect(root.gate(), root.root(), &command);
+            if found.by_a_privileged_user && shared {
+                root.distrust_user();
+            }
+            found
+        });
         let mut uploaded = Ok(());
         while let Some(batch) = batches.recv().await {
             let upload = self.storage.upload(&task.instance, batch).await;
@@ -381,7 +407,7 @@ impl Executor {
         let found = collecting
             .await
             .map_err(|error| Fault::Internal(format!("could not collect outputs: {error}")))?;
-        report(found, uploaded, response)
+        tell(found, uploaded, response)
     }
 
     /// Keeps a good result for everybody, or a bad one for whoever follows the link.
@@ -447,7 +473,12 @@ impl Executor {
     }
 
     /// Whether this slot can run actions; the text says why not.
-    pub async fn check_readiness(&self, _slot: usize) -> Result<(), String> {
+    pub async fn check_readiness(&self, slot: usize) -> Result<(), NotReady> {
+        let checked = self.check_runner().await;
+        self.availability.admit(slot, checked)
+    }
+
+    async fn check_runner(&self) -> Result<(), String> {
         let roots = self.roots.clone();
         let made = tokio::task::spawn_blocking(move || {
             let root = roots.take()?;
@@ -455,7 +486,7 @@ impl Executor {
             rustix::fs::mkdirat(root.gate(), "check_readiness", mode)?;
             Ok::<_, std::io::Error>(root)
         });
-        let root = made
+        let mut root = made
             .await
             .map_err(|error| error.to_string())?
             .map_err(|error| {
@@ -478,7 +509,7 @@ impl Executor {
 /// Puts what was found into the response. When not all of it could be uploaded, what refers to
 /// blobs is left out.
 #[allow(deprecated, reason = "clients of REAPI 2.0 read the older lists")]
-fn report(
+fn tell(
     found: Found,
     uploaded: Result<(), Fault>,
     response: &mut reapi::ExecuteResponse,

@@ -10,6 +10,7 @@ use std::{
 
 use rustix::process::{Resource, Rlimit};
 
+use self::availability::Availability;
 use crate::{
     config::worker::{Config, Inputs, Runner},
     daemon::{self, Failure, Life, Program},
@@ -21,6 +22,7 @@ use crate::{
     storage::remote,
 };
 
+pub mod availability;
 pub mod beneath;
 pub mod cache;
 pub mod client;
@@ -28,12 +30,13 @@ pub mod command;
 pub mod directories;
 pub mod execute;
 pub mod fault;
-mod hashing;
+pub mod health;
 pub mod input_root;
 pub mod lru;
 pub mod outputs;
 mod probe;
 pub mod removal;
+pub mod report;
 pub mod slot;
 mod story;
 pub mod task;
@@ -46,6 +49,8 @@ pub const PROGRAM: Program = Program {
     about: "Lays out input roots, has a runner run build actions in them, and uploads their outputs",
 };
 
+/// How soon the status line tells of a change.
+const STATUS_INTERVAL: std::time::Duration = std::time::Duration::from_secs(2);
 /// How long a slot may take until its loop runs.
 const A_START: std::time::Duration = std::time::Duration::from_secs(60);
 
@@ -68,7 +73,9 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         config.storage.maximum_message_size.get(),
         config.cache.maximum_directories_size.get(),
     ));
+    refuse_equal_slots(&config)?;
     let scheduler = daemon::connect(&config.scheduler.endpoint);
+    let mut executors = Vec::new();
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
         let identities = identities(runner)?;
@@ -85,6 +92,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
             directories: directories.clone(),
             roots: roots.clone(),
             runner: RunnerClient::new(daemon::connect(&runner.endpoint)),
+            availability: Availability::new(&runner.endpoint),
             workers: identities
                 .iter()
                 .map(|identity| serde_json::to_string(&identity.worker_id).unwrap_or_default())
@@ -94,6 +102,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
             inputs: runner.inputs,
             browser_url: Some(config.storage.browser_url.clone()).filter(|url| !url.is_empty()),
         });
+        executors.push(executor.clone());
         for (slot, identity) in identities.into_iter().enumerate() {
             clients.spawn(client::run(
                 scheduler.clone(),
@@ -106,13 +115,42 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
             ));
         }
     }
-    life.ready(&format!(
+    let serving = format!(
         "Serving {slots} slots of scheduler {}",
         config.scheduler.endpoint
-    ));
+    );
+    life.ready(&serving);
+    let telling = tokio::spawn(tell_status(life.clone(), serving, executors, roots.clone()));
     while clients.join_next().await.is_some() {}
+    telling.abort();
     tracing::info!("laid out {}", roots.counts());
     Ok(())
+}
+
+/// Keeps the status line true: what does not go as it should comes first.
+async fn tell_status(
+    life: Life,
+    serving: String,
+    executors: Vec<Arc<execute::Executor>>,
+    roots: Arc<input_root::Roots>,
+) {
+    let mut told = serving.clone();
+    let mut interval = tokio::time::interval(STATUS_INTERVAL);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        interval.tick().await;
+        let mut parts: Vec<String> = executors
+            .iter()
+            .filter_map(|executor| executor.availability.trouble())
+            .collect();
+        parts.extend(roots.why_not_kept(std::time::Instant::now()));
+        parts.push(serving.clone());
+        let status = parts.join("; ");
+        if status != told {
+            life.status(&status);
+            told = status;
+        }
+    }
 }
 
 fn connect_storage(config: &Config) -> remote::Client {
@@ -240,6 +278,32 @@ fn identities(runner: &Runner) -> Result<Vec<client::Identity>, Failure> {
         }
     };
     Ok((0..slots).map(identity).collect())
+}
+
+/// Two slots that a scheduler cannot tell from one another would both be given each other's actions.
+fn refuse_equal_slots(config: &Config) -> Result<(), Failure> {
+    let mut seen: Vec<(usize, client::Identity)> = Vec::new();
+    for (number, runner) in config.runners.iter().enumerate() {
+        for identity in identities(runner)? {
+            if let Some((other, _)) = seen.iter().find(|(_, known)| *known == identity) {
+                return Err(Failure::Configuration {
+                    key: "runners.worker_id",
+                    message: format!(
+                        "[[runners]] sections {} and {} ({} and {}) have equal labels {} and serve the same platform, so that a scheduler could not tell their slots apart and would run each action twice; give each a worker_id of its own, such as {{ hostname = \"…\", runner = \"{}\" }}",
+                        other + 1,
+                        number + 1,
+                        config.runners[*other].endpoint,
+                        runner.endpoint,
+                        serde_json::to_string(&identity.worker_id).unwrap_or_default(),
+                        number + 1,
+                    ),
+                });
+            }
+            // Slots of one runner differ in `thread`.
+            seen.push((number, identity));
+        }
+    }
+    Ok(())
 }
 
 /// Deep trees need many open directories; systemd leaves it to daemons to raise their limit.

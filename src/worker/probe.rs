@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
-use super::{connect_storage, existing, one_file_system};
+use super::{connect_storage, existing, one_file_system, refuse_equal_slots};
 use crate::{
     config::worker::Config,
     daemon::{self, Failure},
@@ -17,6 +17,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// What would keep `run` from working. Leaves nothing changed.
 pub async fn probe(config: &Config) -> Vec<Failure> {
     let mut failures = Vec::new();
+    failures.extend(refuse_equal_slots(config).err());
     let (cache, build) = (&config.cache.directory, &config.build_directory);
     let mut usable = true;
     for (key, path) in [("cache.directory", cache), ("build_directory", build)] {

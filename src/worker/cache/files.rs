@@ -427,6 +427,15 @@ fn is_as_made(stat: &rustix::fs::Stat, key: &Key, owner: u32) -> bool {
         && stat.st_uid == owner
 }
 
+/// Whether a file is one that the worker made, for the cache or for an input root, and that nobody
+/// changed since.
+pub fn is_the_workers(stat: &rustix::fs::Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+        && matches!(stat.st_mode & 0o7777, 0o444 | 0o555)
+        && (stat.st_mtime, stat.st_mtime_nsec) == (MTIME, 0)
+        && stat.st_uid == rustix::process::geteuid().as_raw()
+}
+
 /// Shares the blocks where the file system can.
 fn copy_content(source: &File, to: &File, size: u64) -> io::Result<()> {
     if reflink_copy::reflink_file(source, to).is_ok() {

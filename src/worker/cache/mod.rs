@@ -40,7 +40,7 @@ mod room;
 mod watch;
 
 use files::Files;
-pub use files::{Key, seal};
+pub use files::{Key, is_the_workers, seal};
 use pins::Claim;
 pub use pins::{Link, Links, Pins};
 use room::is_full;

@@ -18,7 +18,7 @@
 //! - I1 Files: an input file is a hard link to a file of the cache: the worker's, read-only, and
 //!   whole before it had a name.
 //! - I2 Credentials: actions run as users that are neither root nor the worker. When an action's
-//!   output tells otherwise, nothing is kept from then on.
+//!   output tells otherwise, all is thrown away, and nothing is kept for a while (`keeping`).
 //! - I3 Directories: every directory of a root is the worker's, so that no action can change its
 //!   owner, mode or times; it may write to it because of its mode, behind the gate.
 //! - I4 Nothing foreign stays: what an action made is removed before the next one gets the root.
@@ -42,7 +42,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -64,6 +64,7 @@ use crate::{config::worker::Inputs, path::RelativePath};
 
 mod clock;
 mod gate;
+mod keeping;
 mod lay_out;
 mod model;
 pub mod plan;
@@ -73,6 +74,7 @@ mod verify;
 
 use clock::Clock;
 use gate::Gate;
+use keeping::Keeping;
 use model::Kept;
 use plan::Plan;
 use pool::{Parked, Pool, Root};
@@ -116,8 +118,7 @@ struct Shared {
     open: Arc<AtomicU64>,
     budget: u64,
     fine_clock: bool,
-    /// Whether roots are kept at all.
-    keeps: AtomicBool,
+    keeping: Keeping,
     /// What was made before the last time that something was found wrong is thrown away.
     generation: AtomicU64,
     /// Of the cache, those after which all was thrown away; held meanwhile, so that nobody is given
@@ -247,7 +248,7 @@ impl Roots {
             open: Arc::default(),
             budget,
             fine_clock: clock == Clock::Fine,
-            keeps: AtomicBool::new(clock != Clock::Unknown),
+            keeping: Keeping::new(clock != Clock::Unknown),
             generation: AtomicU64::new(0),
             alterations: Mutex::default(),
             pool: Mutex::default(),
@@ -393,6 +394,11 @@ impl Roots {
         Ok(input_root)
     }
 
+    /// Why roots are not kept now, though they could be; for the status line.
+    pub fn why_not_kept(&self, now: Instant) -> Option<String> {
+        self.shared.keeping.why_not(now)
+    }
+
     /// Something was not as it should be: all that is kept is thrown away, and what is in use will be.
     pub fn distrust_all(&self) {
         self.shared.forget_all();
@@ -458,11 +464,7 @@ impl InputRoot {
     /// The action ran as root or as the worker, and may have changed anything in place (I2).
     pub fn distrust_user(&mut self) {
         self.trusted = false;
-        if self.shared.keeps.swap(false, Ordering::SeqCst) {
-            tracing::error!(
-                "an action ran as root or as the worker's own user: from now on each input root is made anew; let the runner use other users"
-            );
-        }
+        self.shared.keeping.distrust(Instant::now());
         self.shared.forget_all();
     }
 
@@ -542,7 +544,7 @@ impl Shared {
 
     /// Whether a root of this size is kept after its action.
     fn holds(&self, tree: &Node) -> bool {
-        self.keeps.load(Ordering::SeqCst) && tree.directories <= self.budget / 2
+        self.keeping.is_on(Instant::now()) && tree.directories <= self.budget / 2
     }
 
     fn input_root(self: &Arc<Self>, root: Root) -> InputRoot {

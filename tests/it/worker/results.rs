@@ -223,9 +223,108 @@ async fn what_a_client_got_wrong_is_an_invalid_argument() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_is_ready_when_its_runner_sees_its_directories() {
     let farm = Farm::start().await;
-    assert_eq!(farm.executor.check_readiness(0).await, Ok(()));
+    farm.executor.check_readiness(0).await.unwrap();
     let response = farm.shell("true", &[], &[]).await;
     assert_eq!(response.status, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_runner_cannot_do_is_unavailable_and_its_host_goes_out_of_service() {
+    use bb_remote_execution::worker::availability::NotReady;
+    for answer in [
+        tonic::Code::Internal,
+        tonic::Code::Cancelled,
+        tonic::Code::Unknown,
+        tonic::Code::ResourceExhausted,
+        tonic::Code::PermissionDenied,
+    ] {
+        let farm = Farm::start_failing(answer).await;
+        let availability = &farm.executor.availability;
+        let paused = availability.paused();
+        for fault in 1..=3 {
+            let before = *paused.borrow();
+            let script = format!("echo out > f # {fault}");
+            let response = farm.shell(&script, &[], &["f"]).await;
+            assert_eq!(code(&response), Code::Unavailable, "{}", text(&response));
+            assert!(text(&response).contains("Failed to run command: no"));
+            // Whoever takes the action next is somebody else.
+            assert!(*paused.borrow() > before);
+            let ready = farm.executor.check_readiness(0).await;
+            assert!(matches!(ready, Err(NotReady::Paused { .. })), "{ready:?}");
+            assert_eq!(availability.trouble().is_some(), fault == 3);
+            while Instant::now() <= *paused.borrow() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        let trouble = availability.trouble().unwrap();
+        assert!(trouble.contains("3 failures in a row"), "{trouble}");
+        if answer != tonic::Code::Internal {
+            continue;
+        }
+        // One slot tries; the others wait for it.
+        farm.executor.check_readiness(0).await.unwrap();
+        let other = farm.executor.check_readiness(1).await;
+        assert!(matches!(other, Err(NotReady::Paused { .. })), "{other:?}");
+        farm.mend_runner();
+        let response = farm.shell("true", &[], &[]).await;
+        assert_eq!(response.status, None);
+        farm.executor.check_readiness(1).await.unwrap();
+        assert_eq!(availability.trouble(), None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_runner_says_of_the_action_is_told_to_the_client_and_no_fault_of_the_host() {
+    for (answer, expected) in [
+        (tonic::Code::InvalidArgument, Code::InvalidArgument),
+        (tonic::Code::DeadlineExceeded, Code::DeadlineExceeded),
+    ] {
+        let farm = Farm::start_failing(answer).await;
+        for fault in 1..=4 {
+            let response = farm.shell(&format!("true # {fault}"), &[], &[]).await;
+            assert_eq!(code(&response), expected, "{}", text(&response));
+        }
+        farm.executor.check_readiness(0).await.unwrap();
+        assert_eq!(farm.executor.availability.trouble(), None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sections_whose_slots_a_scheduler_could_not_tell_apart_are_refused_with_the_remedy() {
+    let section = |concurrency| worker::Runner {
+        concurrency,
+        endpoint: Endpoint::Unix(format!("/nonexistent/{concurrency}.sock").into()),
+        ..Default::default()
+    };
+    let refused = async |runners: Vec<worker::Runner>| {
+        let config = worker::Config {
+            runners,
+            ..Default::default()
+        };
+        let failures = bb_remote_execution::worker::probe(&config).await;
+        failures.into_iter().find_map(|failure| match failure {
+            Failure::Configuration { key, message } if key == "runners.worker_id" => Some(message),
+            _ => None,
+        })
+    };
+    let message = refused(vec![section(2), section(3)]).await.unwrap();
+    for part in ["sections 1 and 2", "2.sock", "3.sock", "worker_id"] {
+        assert!(message.contains(part), "{message}");
+    }
+    let labelled = worker::Runner {
+        worker_id: [("hostname".to_owned(), "other".to_owned())].into(),
+        ..section(3)
+    };
+    assert_eq!(refused(vec![section(2), labelled]).await, None);
+    let of_another_platform = worker::Runner {
+        platform: Default::default(),
+        ..section(3)
+    };
+    let apart = vec![section(2), of_another_platform];
+    assert_eq!(refused(apart).await, None);
+    // One slot has no `thread`.
+    assert_eq!(refused(vec![section(1), section(2)]).await, None);
+    assert!(refused(vec![section(1), section(1)]).await.is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]
