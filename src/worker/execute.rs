@@ -168,6 +168,11 @@ impl Executor {
         if matches!(ran, Err(Fault::Cancelled | Fault::Unavailable(_))) {
             return ran;
         }
+        if ran.is_ok()
+            && let Some(full) = root.disk_was_full()
+        {
+            ran = Err(full);
+        }
         if ran.is_ok() && !root.is_unaltered() {
             ran = Err(Fault::Unavailable(format!(
                 "while the command ran, somebody changed input files in the cache in {} on the worker's host; they will be fetched again",
@@ -480,6 +485,11 @@ impl Executor {
 
     async fn check_runner(&self) -> Result<(), String> {
         let roots = self.roots.clone();
+        let room = self.roots.clone();
+        tokio::task::spawn_blocking(move || room.await_room())
+            .await
+            .map_err(|error| error.to_string())?
+            .map_err(|fault| fault.to_string())?;
         let made = tokio::task::spawn_blocking(move || {
             let root = roots.take()?;
             let mode = rustix::fs::Mode::from_raw_mode(0o777);

@@ -63,6 +63,7 @@ use super::{
 use crate::{config::worker::Inputs, path::RelativePath};
 
 mod clock;
+mod disk;
 mod gate;
 mod keeping;
 mod lay_out;
@@ -73,6 +74,7 @@ mod trash;
 mod verify;
 
 use clock::Clock;
+use disk::{Disk, Watched};
 use gate::Gate;
 use keeping::Keeping;
 use model::Kept;
@@ -109,6 +111,7 @@ struct Shared {
     directory: OwnedFd,
     parked: OwnedFd,
     trash: Trash,
+    disk: Arc<Disk>,
     cache: Arc<Cache>,
     sequence: AtomicU64,
     threads: AtomicUsize,
@@ -154,6 +157,8 @@ pub struct InputRoot {
     /// Seconds since the epoch.
     ready: i64,
     trusted: bool,
+    /// From when the command may start.
+    watched: Option<Watched>,
 }
 
 impl std::fmt::Display for Counts {
@@ -234,7 +239,10 @@ impl Roots {
         let limit = rustix::process::getrlimit(Resource::Nofile).current;
         let limit = limit.unwrap_or(1 << 20);
         let budget = limit / 4 * 3;
+        let watched = directory.try_clone()?;
+        let disk = Disk::new(path.to_owned(), watched, cache.minimum_free())?;
         let shared = Arc::new(Shared {
+            disk,
             path: path.to_owned(),
             directory,
             parked,
@@ -288,6 +296,11 @@ impl Roots {
 
     pub fn counts(&self) -> &Counts {
         &self.shared.counts
+    }
+
+    /// Whether an action finds room; waits for what is being removed. Blocks.
+    pub fn await_room(&self) -> Result<(), Fault> {
+        self.shared.await_room()
     }
 
     /// An empty root. Blocks.
@@ -346,6 +359,7 @@ impl Roots {
             alterations: planned.alterations,
             ready: 0,
             trusted: true,
+            watched: None,
         };
         shared.count(&planned.tree, &plan);
         let (linked, made, unparked) = (plan.links.len(), plan.made.len(), plan.taken.len());
@@ -376,6 +390,8 @@ impl Roots {
             }
         }
         input_root.kept = kept;
+        shared.await_room().map_err(PrepareError::Fault)?;
+        input_root.watched = Some(shared.disk.watch());
         input_root.ready = now();
         let spent = planned.spent + began.elapsed();
         tracing::debug!(
@@ -468,6 +484,11 @@ impl InputRoot {
         self.shared.forget_all();
     }
 
+    /// Why what the command wrote may be cut: the disk was full.
+    pub fn disk_was_full(&self) -> Option<Fault> {
+        self.watched.as_ref()?.fault()
+    }
+
     /// Whether nobody but the worker changed files of the cache since the root was chosen.
     pub fn is_unaltered(&self) -> bool {
         self.shared.cache.alterations() == self.alterations
@@ -556,6 +577,7 @@ impl Shared {
             alterations: *self.alterations.lock(),
             ready: now(),
             trusted: true,
+            watched: None,
         }
     }
 
