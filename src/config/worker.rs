@@ -78,6 +78,9 @@ pub struct Runner {
     /// The action's own values win.
     pub environment_variables: BTreeMap<String, String>,
     pub inputs: Inputs,
+    /// That a runner of another kind belongs to, and its actions; empty for this project's, which lets
+    /// actions in by itself.
+    pub group: String,
 }
 
 /// Whose an action's input files are.
@@ -168,6 +171,7 @@ impl Default for Runner {
             worker_id: BTreeMap::new(),
             environment_variables: BTreeMap::new(),
             inputs: Inputs::Shared,
+            group: String::new(),
         }
     }
 }

@@ -68,6 +68,9 @@ pub struct Executor {
     /// As if every Command asked for TREE_AND_DIRECTORY.
     pub force_upload_trees_and_directories: bool,
     pub inputs: Inputs,
+    /// `runners.group`, to which an action's directory is opened.
+    pub group: Option<u32>,
+    pub outputs: Outputs,
     /// For links in messages; without one there are none.
     pub browser_url: Option<String>,
 }
@@ -140,6 +143,9 @@ impl Executor {
 
         stage.send_replace(Stage::Running);
         let mut runner = self.runner.clone();
+        if let Some(group) = self.group {
+            root.open_to(group)?;
+        }
         let mut request = proto::for_action(self.run_request(&command, &root), &task.digest);
         if self.inputs == Inputs::Private {
             proto::set_private_inputs(&mut request);
@@ -505,11 +511,19 @@ impl Executor {
                     self.roots.path().display()
                 )
             })?;
+        if let Some(group) = self.group {
+            root.open_to(group).map_err(|fault| fault.to_string())?;
+        }
         let path = format!("{}/check_readiness", root.name());
         let mut runner = self.runner.clone();
         let check = runner.check_readiness(CheckReadinessRequest { path });
         match tokio::time::timeout(READINESS_TIMEOUT, check).await {
             Ok(Ok(_)) => Ok(()),
+            // As Buildbarn's runner says it.
+            Ok(Err(status)) if status.message().contains("ermission denied") => Err(format!(
+                "the runner is not ready: {}; if it is no bb_runner of this project and not this worker's user, name a group of its user as runners.group in bb_worker.toml",
+                status.message()
+            )),
             Ok(Err(status)) => Err(format!("the runner is not ready: {}", status.message())),
             Err(_) => Err("the runner does not answer".to_owned()),
         }

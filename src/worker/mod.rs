@@ -100,6 +100,8 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
             environment_variables: runner.environment_variables.clone(),
             force_upload_trees_and_directories: config.storage.force_upload_trees_and_directories,
             inputs: runner.inputs,
+            group: group_of(runner)?,
+            outputs: config.outputs.clone(),
             browser_url: Some(config.storage.browser_url.clone()).filter(|url| !url.is_empty()),
         });
         executors.push(executor.clone());
@@ -229,6 +231,28 @@ fn one_file_system(cache: &Path, build: &Path) -> Result<(), Failure> {
             ),
         }),
         _ => Ok(()),
+    }
+}
+
+/// The number of `runners.group`.
+fn group_of(runner: &Runner) -> Result<Option<u32>, Failure> {
+    let name = runner.group.as_str();
+    if name.is_empty() {
+        return Ok(None);
+    }
+    if let Ok(number) = name.parse() {
+        return Ok(Some(number));
+    }
+    let unknown = |why: String| Failure::Configuration {
+        key: "runners.group",
+        message: format!(
+            "group {name:?} is not known on this host{why}; name one of the runner's user"
+        ),
+    };
+    match nix::unistd::Group::from_name(name) {
+        Ok(Some(group)) => Ok(Some(group.gid.as_raw())),
+        Ok(None) => Err(unknown(String::new())),
+        Err(error) => Err(unknown(format!(" ({error})"))),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
-use super::{connect_storage, existing, one_file_system, refuse_equal_slots};
+use super::{connect_storage, existing, group_of, one_file_system, refuse_equal_slots};
 use crate::{
     config::worker::Config,
     daemon::{self, Failure},
@@ -32,6 +32,7 @@ pub async fn probe(config: &Config) -> Vec<Failure> {
         failures.extend(linkable.err());
     }
     for runner in &config.runners {
+        failures.extend(group_of(runner).err());
         let mut client = RunnerClient::new(daemon::connect(&runner.endpoint));
         // The build directory itself.
         let check = client.check_readiness(CheckReadinessRequest::default());

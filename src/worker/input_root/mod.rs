@@ -494,6 +494,23 @@ impl InputRoot {
         self.shared.cache.alterations() == self.alterations
     }
 
+    /// Opens the directory to a group, for a runner that cannot do so for an action's user. Such a
+    /// runner holds no lock either (I5), so that the root is not used again.
+    pub fn open_to(&mut self, group: u32) -> Result<(), Fault> {
+        self.trusted = false;
+        let gate = self.gate();
+        let group = rustix::fs::Gid::from_raw(group);
+        rustix::fs::fchown(gate, None, Some(group))
+            .and_then(|()| rustix::fs::fchmod(gate, Mode::from_raw_mode(0o770)))
+            .map_err(|error| {
+                let what = format!(
+                    "open a directory to runners.group {}; the worker needs CAP_CHOWN, or to be in that group",
+                    group.as_raw()
+                );
+                self.shared.disk_fault(&what, error.into())
+            })
+    }
+
     /// Waits until the runner says, by letting go of its lock, that no process of the action is
     /// left. `false` when that takes longer than `LOCK_TIMEOUT`.
     pub async fn vacated(&self) -> bool {

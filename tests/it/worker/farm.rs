@@ -90,6 +90,8 @@ pub struct Settings {
     pub blob_size: u64,
     /// What the runner answers to every Run.
     pub failing: Option<tonic::Code>,
+    /// Of a runner of another kind.
+    pub group: Option<u32>,
 }
 
 impl Default for Settings {
@@ -105,6 +107,7 @@ impl Default for Settings {
             outputs_size: 1 << 30,
             blob_size: 0,
             failing: None,
+            group: None,
         }
     }
 }
@@ -338,6 +341,7 @@ fn executor(
         environment_variables: BTreeMap::from([("FROM_WORKER".to_owned(), "yes".to_owned())]),
         force_upload_trees_and_directories: false,
         inputs: settings.inputs,
+        group: settings.group,
         outputs: Outputs {
             maximum_size: Size(settings.outputs_size),
             timeout: ConfiguredDuration::seconds(60),

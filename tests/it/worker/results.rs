@@ -328,6 +328,32 @@ async fn sections_whose_slots_a_scheduler_could_not_tell_apart_are_refused_with_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn only_where_a_group_is_configured_may_its_runner_enter_by_itself() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root can give directories to any group");
+        return;
+    }
+    for (group, expected) in [(None, "700 0\n"), (Some(12345), "770 12345\n")] {
+        let settings = super::farm::Settings {
+            group,
+            ..Default::default()
+        };
+        let farm = Farm::start_with(settings).await;
+        farm.executor.check_readiness(0).await.unwrap();
+        // What an action leaves is in no root of a later one, be it kept or not.
+        for run in 0..4 {
+            let script = format!("stat -c '%a %g' ..; ls in; test ! -e left; touch left # {run}");
+            let response = farm.shell(&script, &[("in", "x")], &[]).await;
+            assert_eq!(response.status, None, "{}", text(&response));
+            let result = response.result.unwrap();
+            assert_eq!(result.exit_code, 0);
+            let out = farm.read(&result.stdout_digest).await;
+            assert_eq!(String::from_utf8(out).unwrap(), format!("{expected}in\n"));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn logs_of_the_server_are_told_by_their_paths() {
     let farm = Farm::start().await;
     let script =
