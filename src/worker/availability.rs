@@ -42,6 +42,13 @@ impl Availability {
         self.paused.subscribe()
     }
 
+    /// A slot begins an execution; when, by the clock that `ended` counts with.
+    pub fn begin(&self, slot: usize) -> Instant {
+        let now = Instant::now();
+        self.health.lock().began(now, slot);
+        now
+    }
+
     /// An execution that began at `began` has ended, with this fault or none.
     pub fn ended(&self, began: Instant, fault: Option<&Fault>) {
         let verdict = match fault {

@@ -171,8 +171,8 @@ pub async fn run(
                             "the scheduler does not take what this slot says"
                         );
                         let reason = shorten(status.message());
-                        let smaller = |response: &Box<ExecuteResponse>| {
-                            Box::new(report::after_refusal(response, &reason))
+                        let smaller = |response: Box<ExecuteResponse>| {
+                            Box::new(report::after_refusal(&response, &reason))
                         };
                         state.refused(now, random(), smaller);
                     }

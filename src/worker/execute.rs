@@ -103,7 +103,7 @@ impl Executor {
             result: Some(reapi::ActionResult::default()),
             ..Default::default()
         };
-        let began = Instant::now();
+        let began = self.availability.begin(slot);
         let fault = self
             .run_and_collect(&task, stage, cancel, &mut metadata, &mut response)
             .await

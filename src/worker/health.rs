@@ -6,7 +6,7 @@
 //! 2. Of actions that ran together, only the first fault counts, and no success of one that began
 //!    before a fault tells that it is over.
 //! 3. After `OUT_OF_SERVICE` faults in a row one slot alone takes an action, and the others when that
-//!    went well, or runs for `TRIAL`.
+//!    went well, or has run for `TRIAL`.
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -35,7 +35,7 @@ pub struct Health {
 enum State {
     Serving,
     Paused { until: Instant },
-    Trying { slot: usize, until: Instant },
+    Trying { slot: usize, until: Option<Instant> },
 }
 
 /// How an execution ended, as far as this host is concerned.
@@ -75,13 +75,31 @@ impl Default for Health {
 }
 
 impl Health {
+    /// A slot has begun an execution.
+    pub fn began(&mut self, now: Instant, slot: usize) {
+        if let State::Trying {
+            slot: trying,
+            until: until @ None,
+        } = &mut self.state
+            && *trying == slot
+        {
+            *until = Some(now + TRIAL);
+        }
+    }
+
     /// An execution that began at `began` has ended.
     pub fn ended(&mut self, now: Instant, began: Instant, verdict: Verdict) -> Change {
         if self.counted.is_some_and(|counted| began < counted) {
             return Change::None;
         }
         match verdict {
-            Verdict::Neither => Change::None,
+            Verdict::Neither => {
+                // The next action of the slot that tries may tell.
+                if let State::Trying { until, .. } = &mut self.state {
+                    *until = None;
+                }
+                Change::None
+            }
             Verdict::Ran => {
                 let was_out = self.faults >= OUT_OF_SERVICE;
                 *self = Health::default();
@@ -112,14 +130,14 @@ impl Health {
             State::Serving => Ok(()),
             State::Paused { until } if now < until => Err(until),
             State::Paused { .. } if self.faults >= OUT_OF_SERVICE => {
-                let until = now + TRIAL;
-                self.state = State::Trying { slot, until };
+                self.state = State::Trying { slot, until: None };
                 Ok(())
             }
-            State::Trying { slot: other, until } if now < until && other != slot => {
-                Err(until.min(now + WAIT))
-            }
-            State::Trying { slot: other, until } if now < until && other == slot => Ok(()),
+            State::Trying { slot: other, .. } if other == slot => Ok(()),
+            State::Trying { until: None, .. } => Err(now + WAIT),
+            State::Trying {
+                until: Some(until), ..
+            } if now < until => Err(until.min(now + WAIT)),
             State::Paused { .. } | State::Trying { .. } => {
                 self.state = State::Serving;
                 Ok(())
@@ -217,6 +235,12 @@ mod tests {
             now += LONGEST_PAUSE;
         }
         assert_eq!(health.admit(now, 7), Ok(()));
+        // It may get nothing to do for long.
+        now += 600 * SECOND;
+        assert!(health.admit(now, 8).is_err());
+        health.began(now, 6);
+        assert!(health.admit(now + TRIAL, 8).is_err());
+        health.began(now, 7);
         assert!(health.admit(now + TRIAL - SECOND, 8).is_err());
         assert_eq!(health.admit(now + TRIAL, 8), Ok(()));
         // Yet the next fault finds that it was never well.

@@ -363,7 +363,7 @@ impl<T, R: Clone> Slot<T, R> {
     /// The call failed, since the scheduler does not take what it said. When that was a result, there
     /// is one that it may take instead; when even that has been refused, the result is given up, and
     /// the scheduler learns that nothing runs here.
-    pub fn refused(&mut self, now: Instant, random: u64, smaller: impl FnOnce(&R) -> R) {
+    pub fn refused(&mut self, now: Instant, random: u64, smaller: impl FnOnce(R) -> R) {
         let completed = self.call.as_ref().map(|call| call.said) == Some(Said::Completed);
         self.failed(now, random);
         if completed
@@ -377,7 +377,7 @@ impl<T, R: Clone> Slot<T, R> {
                     not_before: self.not_before,
                 });
             } else {
-                *result = smaller(result);
+                *result = smaller(result.clone());
             }
         }
     }
