@@ -2,7 +2,8 @@
 //!
 //! The order of the lines in `execute` is a promise:
 //!
-//! 1. Outputs are collected only after the last process of the action is gone.
+//! 1. Outputs are collected only after the last process of the action is gone: the runner says so, or
+//!    lets go of its lock, and is there.
 //! 2. Outputs are in the Content Addressable Storage before the Action Cache entry that names them.
 //! 3. The Action Cache entry is written before completion is reported.
 //! 4. Whatever fails, the response says who must act in its status, and has all that was
@@ -25,6 +26,7 @@ use super::{
     fault::Fault,
     input_root::{InputRoot, LOCK_TIMEOUT, Planned, PrepareError, Roots},
     outputs::{Collector, Found},
+    runner,
     task::Task,
     tree::Tree,
 };
@@ -131,7 +133,7 @@ impl Executor {
         metadata.input_fetch_completed_timestamp = now();
 
         stage.send_replace(Stage::Running);
-        let mut runner = self.runner.clone();
+        let mut client = self.runner.clone();
         let mut request = proto::for_action(self.run_request(&command, &root), &task.digest);
         if self.inputs == Inputs::Private {
             proto::set_private_inputs(&mut request);
@@ -139,25 +141,36 @@ impl Executor {
         metadata.execution_start_timestamp = now();
         let start = Instant::now();
         // Whatever does not answer first is dropped, and the runner sees its call cancelled.
-        let ended = tokio::select! {
-            answer = runner.run(request) => Ended::Answered(answer.map(tonic::Response::into_inner)),
+        let mut ended = tokio::select! {
+            answer = client.run(request) => Ended::Answered(answer.map(tonic::Response::into_inner)),
             () = tokio::time::sleep(task.timeout) => Ended::Late,
             () = cancel.cancelled() => Ended::Cancelled,
         };
         metadata.virtual_execution_duration = Some(proto::proto_duration(start.elapsed()));
         metadata.execution_completed_timestamp = now();
+        // A runner that is stopped says nothing of a command, which may have ended long ago.
+        if matches!(ended, Ended::Late) && !runner::answers(&self.runner).await {
+            ended = Ended::Answered(Err(tonic::Status::unavailable(
+                "the runner does not answer",
+            )));
+        }
+        let was_run = matches!(ended, Ended::Answered(Ok(_)));
         if matches!(ended, Ended::Answered(Err(_))) {
             root.distrust();
         }
         let mut ran = self.take_answer(ended, task, metadata, response);
-        if !root.vacated().await {
-            return Err(Fault::Internal(format!(
-                "the runner did not end all processes of the action within {} s; what they left was not collected",
-                LOCK_TIMEOUT.as_secs()
-            )));
-        }
         if ran == Err(Fault::Cancelled) {
+            root.vacated().await;
             return ran;
+        }
+        if !was_run && !self.is_quiet(&root).await {
+            root.distrust();
+            return Err(ran.err().filter(Fault::is_unavailable).unwrap_or_else(|| {
+                Fault::Unavailable(format!(
+                    "the runner did not end all processes of the action within {} s; what they left was not collected",
+                    LOCK_TIMEOUT.as_secs()
+                ))
+            }));
         }
         if ran.is_ok() && !root.is_unaltered() {
             ran = Err(Fault::Unavailable(format!(
@@ -174,6 +187,15 @@ impl Executor {
         };
         metadata.output_upload_completed_timestamp = now();
         ran.and(uploaded)
+    }
+
+    /// Whether nothing of an action lives whose runner did not say so.
+    ///
+    /// The runner holds the lock of the gate for as long as anything lives, but a runner that was
+    /// killed lets go of it at once. One that answers afterwards either is the same, and let go
+    /// by itself, or is its successor, which answers nobody before it has killed what was left.
+    async fn is_quiet(&self, root: &InputRoot) -> bool {
+        root.vacated().await && runner::answers(&self.runner).await
     }
 
     /// The command and all directories. When some are missing, all that is missing is told at once.
@@ -328,6 +350,7 @@ impl Executor {
             Ended::Answered(Err(status)) => {
                 // A runner that goes away is the farm's fault, not the client's.
                 let code = match status.code() {
+                    _ if !runner::is_answer(&status) => Code::Unavailable,
                     Code::Unknown | Code::Cancelled => Code::Unavailable,
                     code => code,
                 };

@@ -34,6 +34,7 @@ pub mod lru;
 pub mod outputs;
 mod probe;
 pub mod removal;
+mod runner;
 pub mod slot;
 mod story;
 pub mod task;
