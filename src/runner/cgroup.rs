@@ -278,19 +278,9 @@ fn field(text: &str, name: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// Those limits whose controllers are not named in a file. Without pids, processes are limited for
-/// each user (setrlimit(2)).
-fn missing(limits: &Limits, controllers: &Path) -> Vec<&'static str> {
-    let available = fs::read_to_string(controllers).unwrap_or_default();
-    let has = |name: &str| available.split_whitespace().any(|found| found == name);
-    [
-        (limits.memory.get() > 0, "memory", "limits.memory"),
-        (limits.processors > 0.0, "cpu", "limits.processors"),
-    ]
-    .into_iter()
-    .filter(|(wanted, controller, _)| *wanted && !has(controller))
-    .map(|(.., key)| key)
-    .collect()
+/// Where control groups are mounted; the same directory for all runners that can touch each other's.
+pub fn mount_point() -> Option<PathBuf> {
+    own_group().ok().map(|group| group.mount)
 }
 
 struct OwnGroup {
