@@ -306,10 +306,12 @@ impl Check for Config {
                 "each must be an absolute path, and not /".to_owned(),
             ));
         }
-        if self.limits.processes < 16 {
+        // cgroups(7), pids.max: no more than there are process numbers.
+        if !(16..=4_194_304).contains(&self.limits.processes) {
             return Err((
                 "limits.processes",
-                "a command and its helpers need at least 16".to_owned(),
+                "a command and its helpers need at least 16, and no kernel has more than 4194304"
+                    .to_owned(),
             ));
         }
         if !(self.limits.processors == 0.0 || (0.01..=100_000.0).contains(&self.limits.processors))
@@ -366,5 +368,24 @@ impl Check for Config {
             ));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_of_processes_that_no_kernel_takes_is_an_error() {
+        for (processes, is_good) in [
+            (15, false),
+            (16, true),
+            (4_194_304, true),
+            (4_194_305, false),
+        ] {
+            let mut config = Config::default();
+            config.limits.processes = processes;
+            assert_eq!(config.check().is_ok(), is_good, "{processes}");
+        }
     }
 }

@@ -25,7 +25,8 @@ use super::{
     log::{INTERVAL, Log},
     mount::copy_of_directory,
     process::{Base, Blueprint, Exit, Process, SpawnError, Stop, Woken},
-    room::{Mounts, Room, RoomError, Rooms},
+    room::{Mounts, Room, RoomError},
+    rooms::Rooms,
     root::RootDirectory,
     seccomp::Filter,
     user::{self, User},
@@ -227,7 +228,7 @@ fn run_in(
         processes: room
             .init
             .as_ref()
-            .map(|init| (init.pidfd(), house.processes.as_fd())),
+            .map(|init| (init.processes(), house.processes.as_fd())),
         inherited: house.inherited,
         mounts: &mounts,
         root: match (&root, &room.mounts) {

@@ -21,7 +21,7 @@ use super::{
     layer::Layer,
     mount::{attach, copy_of_tree, private_tmpfs},
     network::Network,
-    room::{Mounts, Plan, Room, RoomError, enter, open_namespace, unshare},
+    room::{GROUP_STEP, Mounts, Plan, Room, RoomError, enter, open_namespace, unshare},
     template::{Fresh, Moment, Template, at, make_place},
 };
 
@@ -59,7 +59,9 @@ impl Workshop {
             enter(&self.host, libc::CLONE_NEWNS).map_err(RoomError::at("the host's mounts"))?;
         }
         let cgroup = match &plan.cgroups {
-            Some(cgroups) => Some(cgroups.create().map_err(RoomError::at("control group"))?),
+            Some(cgroups) => Some(cgroups.create().map_err(|(path, error)| {
+                RoomError::at(format!("{GROUP_STEP} {}", path.display()))(error)
+            })?),
             None => None,
         };
         let mut room = Room {
@@ -99,7 +101,11 @@ impl Workshop {
         }
         if let Some(program) = &plan.init {
             let group = room.cgroup.as_ref().map(Cgroup::as_fd);
-            let init = Init::start(program, group).map_err(RoomError::at("process namespace"))?;
+            let started = Init::start(program, group);
+            let mut init = started.map_err(RoomError::at("process namespace"))?;
+            let cgroup = init.take_cgroup();
+            room.namespaces
+                .extend(cgroup.map(|namespace| (namespace, libc::CLONE_NEWCGROUP)));
             room.init = Some(init);
         }
         Ok(room)

@@ -1,11 +1,11 @@
 //! bb_runner: runs commands as other Unix users, confined, and leaves nothing behind.
 //!
-//! A worker asks over a Unix socket (`service`). What to run is parsed (`command`); a user of its own
-//! is found (`user`), and a room that was prepared ahead (`room`): namespaces (`furnish`, `mount`,
-//! `network`, with a first process, `init`; most is copied from a `template`) and a control group (`cgroup`), as far as the host allows
-//! them (`layer`). The action's directory is opened to that user (`gate`); a process is made
-//! (`process`, `child`, `seccomp`), waited for, and everything that came of it is killed (`action`,
-//! where the order is).
+//! A worker asks over a Unix socket (`service`, `deadline`). What to run is parsed (`command`); a user
+//! of its own is found (`user`), and a room that was prepared ahead (`rooms`, `room`): namespaces
+//! (`furnish`, `mount`, `network`, with a first process, `init`; most is copied from a `template`) and
+//! a control group (`cgroup`), as far as the host allows them (`layer`). The action's directory is
+//! opened to that user (`gate`); a process is made (`process`, `child`, `seccomp`), waited for, and
+//! everything that came of it is killed (`action`, where the order is).
 //!
 //! What an action can and cannot do to whom: bb-remote-execution(7), SECURITY.
 
@@ -16,7 +16,6 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::runner::{Config, Demand, Root},
     daemon::{self, Failure, Life, Program, SocketPermissions},
-    proto::runner::runner_server::RunnerServer,
 };
 
 mod action;
@@ -25,6 +24,7 @@ mod child;
 mod claim;
 mod cleaner;
 mod command;
+mod deadline;
 mod furnish;
 mod gate;
 mod giving;
@@ -35,6 +35,7 @@ mod mount;
 mod network;
 mod process;
 mod room;
+mod rooms;
 mod root;
 mod seccomp;
 mod service;
@@ -77,7 +78,7 @@ pub async fn probe(config: &Config) -> Vec<Failure> {
         failures.extend(Layers::find(config, false).1);
     }
     if config.containment.cgroups == Demand::Require {
-        let unmet = cgroup::Cgroups::check(&config.limits).and_then(|missing| kept(&missing));
+        let unmet = cgroup::Cgroups::check(&config.limits).and_then(|unkept| kept(&unkept));
         failures.extend(unmet.err().map(|reason| layer::unmet(CGROUPS, &reason)));
     }
     failures.extend(check_users(config).err());
@@ -143,6 +144,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         }),
     )?;
 
+    raise_descriptors();
     // Neither a core file nor another user may hold what is in this process's memory: actions' first
     // processes share it for a moment.
     let _ = nix::sys::prctl::set_dumpable(false);
@@ -177,7 +179,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     };
     let plan = room::Plan::new(&config, layers, cgroups)
         .map_err(|error| failed("make the first process of actions", error))?;
-    let rooms = room::Rooms::open(plan).map_err(|error| failed("start a thread", error))?;
+    let rooms = rooms::Rooms::open(plan).map_err(|error| failed("start a thread", error))?;
     let null = fs::File::open("/dev/null").map_err(|error| failed("open /dev/null", error))?;
 
     let groups = resolve_groups(&config.additional_groups)?;
@@ -235,11 +237,9 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         house: house.clone(),
     };
     let (health, health_server) = tonic_health::server::health_reporter();
-    health.set_serving::<RunnerServer<service::Runner>>().await;
-    let mut routes = tonic::service::Routes::new(
-        RunnerServer::new(runner).max_decoding_message_size(LARGEST_REQUEST),
-    )
-    .add_service(health_server);
+    health.set_serving::<deadline::Server>().await;
+    let mut routes =
+        tonic::service::Routes::new(deadline::Server::new(runner)).add_service(health_server);
     if let Ok(reflection) = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(crate::proto::DESCRIPTORS)
         .build_v1()
@@ -271,16 +271,27 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     result
 }
 
+/// Each action takes some twenty descriptors; the usual soft limit is there for select(2) only, and
+/// actions get limits of their own (`child`).
+fn raise_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let limit = Resource::RLIMIT_NOFILE;
+    let raised = getrlimit(limit).and_then(|(_, hard)| setrlimit(limit, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "could not raise the limit of descriptors");
+    }
+}
+
 const CGROUPS: &str = "containment.cgroups";
 
-/// No limit is missing.
-fn kept(missing: &[&str]) -> Result<(), String> {
-    match missing {
+/// Each limit is.
+fn kept(unkept: &[cgroup::Unkept]) -> Result<(), String> {
+    match unkept {
         [] => Ok(()),
-        _ => Err(format!(
-            "without its controller, which is not delegated to this daemon, {} cannot be kept",
-            missing.join(" or ")
-        )),
+        _ => {
+            let reason = |it: &cgroup::Unkept| format!("{} cannot be kept: {}", it.key, it.reason);
+            Err(unkept.iter().map(reason).collect::<Vec<_>>().join("; "))
+        }
     }
 }
 
@@ -293,10 +304,10 @@ fn find_cgroups(config: &Config) -> Result<Option<cgroup::Cgroups>, Failure> {
     match cgroup::Cgroups::find(config.users.first, &config.limits) {
         Ok(cgroups) => {
             if config.containment.cgroups == Demand::Require {
-                kept(&cgroups.missing()).map_err(|reason| layer::unmet(key, &reason))?;
+                kept(cgroups.unkept()).map_err(|reason| layer::unmet(key, &reason))?;
             }
-            for key in cgroups.missing() {
-                tracing::warn!("{key} is not kept: its controller is not delegated to this daemon");
+            for cgroup::Unkept { key, reason } in cgroups.unkept() {
+                tracing::warn!("{key} is not kept: {reason}");
             }
             tracing::info!(directory = %cgroups.directory().display(), "{key} is on: actions have control groups");
             Ok(Some(cgroups))

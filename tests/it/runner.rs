@@ -5,6 +5,7 @@
 mod command;
 mod containment;
 mod custom;
+mod faults;
 mod installed;
 mod options;
 mod program;
