@@ -49,6 +49,8 @@ pub struct Cache {
     pub maximum_files: u64,
     /// Left free on the file system of the cache.
     pub minimum_free: Size,
+    /// Bytes a second that are read again in the background; 0 for none.
+    pub verification_rate: Size,
     /// Parsed Directory messages, in memory.
     pub maximum_directories_size: Size,
 }
@@ -73,9 +75,12 @@ pub struct Runner {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Inputs {
-    /// The worker's, linked from its cache and read-only.
+    /// The worker's, and read-only: reflinks of cached files where the file system has them, else hard
+    /// links.
     #[default]
     Shared,
+    /// The worker's, and read-only: hard links everywhere.
+    HardLinks,
     /// The action's: copies that it may change, made anew for each action.
     Private,
 }
@@ -131,6 +136,7 @@ impl Default for Cache {
             maximum_size: Size::gib(20),
             maximum_files: 1_000_000,
             minimum_free: Size::gib(1),
+            verification_rate: Size::mib(4),
             maximum_directories_size: Size::mib(256),
         }
     }

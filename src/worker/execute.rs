@@ -257,8 +257,8 @@ impl Executor {
         let mut attempts = 0;
         loop {
             let planned = self.plan(&tree).await?;
-            let wanted = planned.links().to_vec();
-            let obtained = self.cache.obtain(&task.instance, wanted).await;
+            let (wanted, method) = (planned.links().to_vec(), planned.method());
+            let obtained = self.cache.obtain(&task.instance, wanted, method).await;
             let pins = obtained.map_err(|fault| with_path(fault, &tree))?;
             let (roots, parents) = (self.roots.clone(), parents.clone());
             let prepared = tokio::task::spawn_blocking(move || roots.prepare(planned, &parents));
@@ -291,16 +291,11 @@ impl Executor {
     }
 
     async fn plan(&self, tree: &Tree) -> Result<Planned, Fault> {
-        if self.inputs == Inputs::Shared
-            && let Some(planned) = self.roots.try_plan(tree)
-        {
+        if let Some(planned) = self.roots.try_plan(tree, self.inputs) {
             return Ok(planned);
         }
         let (roots, tree, inputs) = (self.roots.clone(), tree.clone(), self.inputs);
-        let planned = tokio::task::spawn_blocking(move || match inputs {
-            Inputs::Shared => roots.plan(&tree),
-            Inputs::Private => roots.plan_private(&tree),
-        });
+        let planned = tokio::task::spawn_blocking(move || roots.plan(&tree, inputs));
         let planned = planned
             .await
             .map_err(|error| Fault::Internal(format!("could not plan the input root: {error}")))?;
@@ -378,20 +373,20 @@ impl Executor {
     ) -> Result<(), Fault> {
         let (sender, mut batches) = mpsc::channel(2);
         let (cache, cancel, function) = (self.cache.clone(), cancel.clone(), task.function);
-        let shared = self.inputs == Inputs::Shared;
+        let shared = self.inputs != Inputs::Private;
         let store_directories =
             command.store_directories || self.force_upload_trees_and_directories;
-        let collecting =
-            tokio::task::spawn_blocking(move || {
-                // Nobody receives any more after a failed upload; the rest is collected all the same.
-                let send = |batch| drop(sender.blocking_send(batch));
-                let found = Collector::new(function, &cache, store_directories, &cancel, send)
-                    .collect(root.gate(), root.root(), &command);
-                if found.by_a_privileged_user && shared {
-                    root.distrust_user();
-                }
-                found
-            });
+        let collecting = tokio::task::spawn_blocking(move || {
+            // Nobody receives any more after a failed upload; the rest is collected all the same.
+            let send = |batch| drop(sender.blocking_send(batch));
+            let mut found = Collector::new(function, &cache, store_directories, &cancel, send)
+                .collect(root.gate(), root.root(), &command);
+            root.taken_over(std::mem::take(&mut found.taken_over));
+            if found.by_a_privileged_user && shared {
+                root.distrust_user();
+            }
+            found
+        });
         let mut uploaded = Ok(());
         while let Some(batch) = batches.recv().await {
             let upload = self.storage.upload(&task.instance, batch).await;

@@ -58,6 +58,13 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     let (cache, roots) = open_directories(&config, slots, &storage).await?;
     let (files, bytes) = cache.usage();
     tracing::info!(files, bytes, directory = %cache.path().display(), "opened the cache");
+    let rate = config.cache.verification_rate.get();
+    if rate > 0 {
+        let started = cache::Verifier::new(&cache).start(rate);
+        started.map_err(|error| Failure::Environment {
+            message: format!("could not start a thread that verifies the cache: {error}"),
+        })?;
+    }
     life.vital("the cache", {
         let cache = cache.clone();
         move || {
@@ -73,13 +80,24 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
         let identities = identities(runner)?;
-        if runner.inputs == Inputs::Private {
-            tracing::info!(
-                runner = %runner.endpoint,
-                shares_blocks = cache.shares_blocks(),
+        let how = match (runner.inputs, cache.method(runner.inputs)) {
+            (_, cache::Method::Reflink) => "input files are reflinks of cached ones",
+            (Inputs::Shared, _) => {
+                "input files are hard links to cached ones, since the file system has no reflinks; flock(2) on one waits for other actions that have the same file"
+            }
+            (Inputs::HardLinks, _) => {
+                "input files are hard links to cached ones; flock(2) on one waits for other actions that have the same file"
+            }
+            (Inputs::Private, _) => {
                 "input files are the actions' own, and each input root is made anew"
-            );
-        }
+            }
+        };
+        tracing::info!(
+            runner = %runner.endpoint,
+            inputs = ?runner.inputs,
+            shares_blocks = cache.shares_blocks(),
+            "{how}"
+        );
         let executor = Arc::new(execute::Executor {
             storage: storage.clone(),
             cache: cache.clone(),
@@ -113,6 +131,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     ));
     while clients.join_next().await.is_some() {}
     tracing::info!("laid out {}", roots.counts());
+    tracing::info!("verified {}", cache.verified());
     Ok(())
 }
 

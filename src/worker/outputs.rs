@@ -64,6 +64,8 @@ pub struct Found {
     /// Something was made by root or by the worker's own user, so that the action could have changed
     /// anything.
     pub by_a_privileged_user: bool,
+    /// Inode numbers of files that were the action's, and may be the worker's now.
+    pub taken_over: Vec<u64>,
 }
 
 /// Reads outputs, and hands blobs to `send` in batches.
@@ -438,10 +440,13 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
     fn open(&mut self, directory: BorrowedFd<'_>, name: &str) -> Result<Opened, Errno> {
         let (file, stat) = beneath::open_file(directory, name)?;
         let executable = is_executable(&stat);
-        // An input that is declared as an output has links in the cache and in the root.
+        // An input that is declared as an output is as the worker made it.
         let worker = rustix::process::geteuid().as_raw();
-        if stat.st_nlink == 1 && (stat.st_uid == worker || stat.st_uid == 0) {
+        if (stat.st_uid == worker || stat.st_uid == 0) && !cache::is_the_workers(&stat) {
             self.found.by_a_privileged_user = true;
+        }
+        if stat.st_uid != worker {
+            self.found.taken_over.push(stat.st_ino);
         }
         Ok(Opened {
             sealed: cache::seal(&file, executable),
