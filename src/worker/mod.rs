@@ -122,6 +122,7 @@ fn connect_storage(config: &Config) -> remote::Client {
         remote::Options {
             download_concurrency: config.storage.download_concurrency,
             upload_concurrency: config.storage.upload_concurrency,
+            ..Default::default()
         },
     )
 }
