@@ -142,6 +142,7 @@ fn connect_storage(config: &Config) -> remote::Client {
         remote::Options {
             download_concurrency: config.storage.download_concurrency,
             upload_concurrency: config.storage.upload_concurrency,
+            ..Default::default()
         },
     )
 }
