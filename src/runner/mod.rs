@@ -33,6 +33,7 @@ mod layer;
 mod log;
 mod mount;
 mod network;
+mod probe;
 mod process;
 mod room;
 mod rooms;
@@ -43,6 +44,7 @@ mod template;
 mod user;
 
 use layer::{Layer, Layers};
+pub use probe::{probe, warnings};
 use service::TmpdirRule;
 
 pub const PROGRAM: Program = Program {
@@ -69,54 +71,13 @@ const CAPABILITIES: [(u32, &str); 8] = [
 ];
 const NAMESPACES: usize = 2;
 
-/// What would keep `run` from working.
-pub async fn probe(config: &Config) -> Vec<Failure> {
-    let mut failures = Vec::new();
-    if let Err(failure) = check_capabilities() {
-        failures.push(failure);
-    } else {
-        failures.extend(Layers::find(config, false).1);
-    }
-    if config.containment.cgroups == Demand::Require {
-        let unmet = cgroup::Cgroups::check(&config.limits).and_then(|unkept| kept(&unkept));
-        failures.extend(unmet.err().map(|reason| layer::unmet(CGROUPS, &reason)));
-    }
-    failures.extend(check_users(config).err());
-    let (_, unknown) = resolve_users(&config.allowed_users);
-    failures.extend(unknown.into_iter().map(unknown_user));
-    failures.extend(socket_group(config).err());
-    failures.extend(resolve_groups(&config.additional_groups).err());
-    if let Err(error) = fs::metadata(&config.build_directory) {
-        failures.push(Failure::Configuration {
-            key: "build_directory",
-            message: format!(
-                "could not find {}: {error}; bb_worker makes it, or give the same build_directory \
-                 as in bb_worker.toml",
-                config.build_directory.display()
-            ),
-        });
-    }
-    if let Some(barrier) = gate::barrier(&config.build_directory) {
-        failures.push(Failure::Configuration {
-            key: "build_directory",
-            message: service::barrier_message(&barrier),
-        });
-    }
-    for path in &config.readiness_checking_pathnames {
-        if let Err(error) = fs::metadata(path) {
-            failures.push(Failure::Configuration {
-                key: "readiness_checking_pathnames",
-                message: format!("could not find {}: {error}", path.display()),
-            });
-        }
-    }
-    failures
-}
-
 /// Runs until told to stop.
 pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     check_capabilities()?;
     check_users(&config)?;
+    if let Some(failure) = probe::vital_directory(&config) {
+        return Err(failure);
+    }
     let (allowed, unknown) = resolve_users(&config.allowed_users);
     for name in unknown {
         tracing::warn!("{}", unknown_user(name));
@@ -256,13 +217,23 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
             let _ = answer.recv();
         }
     });
-    life.ready(&format!(
-        "Running commands for {} as users {} to {}",
+    let place = format!(
+        "for {} as users {} to {}",
         listener.address(),
         range.start,
         range.end - 1
-    ));
-    let result = daemon::serve(listener, routes, life.stopping(), drain).await;
+    );
+    life.ready(&format!("running commands {place}"));
+    let stopping = life.stopping();
+    let line = || match (stopping.is_cancelled(), users.in_use()) {
+        (true, running) => format!("draining: {running} commands still run"),
+        (false, 0) => format!("idle, {place}"),
+        (false, running) => format!("{running} commands run, {place}"),
+    };
+    let result = tokio::select! {
+        result = daemon::serve(listener, routes, life.stopping(), drain) => result,
+        () = life.keep_status(line) => Ok(()),
+    };
     killing.cancel();
     if !users.all_back(DYING).await {
         tracing::warn!("leaving although not everything that was killed is gone");

@@ -206,7 +206,7 @@ impl runner_server::Runner for Runner {
         };
         stop_on_drop.0 = None;
         if let Ok(Ok(exit)) = &result {
-            tracing::info!(action, user = id, cause = ?exit.cause, "command ended");
+            tracing::debug!(action, user = id, cause = ?exit.cause, "command ended");
         }
         let result = result
             .unwrap_or_else(|_| Err(RunError::Wait(std::io::Error::other("the thread panicked"))));

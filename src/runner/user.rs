@@ -74,6 +74,11 @@ impl Users {
         })
     }
 
+    /// Users that an action has now.
+    pub fn in_use(&self) -> usize {
+        (self.usable() as usize).saturating_sub(self.permits.available_permits())
+    }
+
     /// Users that were not retired.
     fn usable(&self) -> u32 {
         self.range.len() as u32 - self.retired.load(Ordering::Relaxed)

@@ -14,8 +14,9 @@ use tonic::{Status, transport::Channel};
 use uuid::Uuid;
 
 use super::{
+    activity::Activity,
     execute::{Executor, Stage},
-    slot::{Activity, Answer, Desired, Report, Slot, Step},
+    slot::{self, Answer, Desired, Report, Slot, Step},
     story,
     task::Task,
 };
@@ -86,6 +87,7 @@ pub async fn run(
     stopping: CancellationToken,
     drain: Duration,
     heart: Heart,
+    activity: Arc<Activity>,
 ) {
     let client = OperationQueueClient::new(channel).max_decoding_message_size(LARGEST_ANSWER);
     let mut state: Slot<Result<Task, Box<ExecuteResponse>>, Box<ExecuteResponse>> =
@@ -114,7 +116,7 @@ pub async fn run(
                 continue;
             }
             Step::Start(task) => {
-                execution = Some(start(executor.clone(), slot, task));
+                execution = Some(start(executor.clone(), activity.clone(), slot, task));
                 continue;
             }
             Step::Cancel => {
@@ -150,21 +152,12 @@ pub async fn run(
                 call = None;
                 match *answer {
                     Ok(response) => {
-                        if state.failures() > 0 {
-                            tracing::info!(slot, "the scheduler answers again");
-                        }
+                        activity.answered();
                         state.answered(now, answer_of(&identity, response, now));
                     }
                     Err(status) => {
                         state.failed(now, random());
-                        if state.failures() == 1 {
-                            tracing::warn!(
-                                slot,
-                                code = ?status.code(),
-                                error = status.message(),
-                                "could not synchronize with the scheduler; trying again"
-                            );
-                        }
+                        activity.failed(status.code(), status.message(), SystemTime::now());
                     }
                 }
             }
@@ -179,8 +172,9 @@ pub async fn run(
             Event::Readiness(result) => {
                 readiness = None;
                 let pause = random_below(LONGEST_READINESS_PAUSE);
-                if let Err(error) = &result {
-                    tracing::warn!(slot, error, "could not get ready for actions; trying again");
+                match &result {
+                    Ok(()) => activity.ready(slot),
+                    Err(error) => activity.unready(slot, error, SystemTime::now()),
                 }
                 state.readiness(now, result.is_ok(), pause);
             }
@@ -195,6 +189,7 @@ pub async fn run(
 
 fn start(
     executor: Arc<Executor>,
+    activity: Arc<Activity>,
     slot: usize,
     task: Result<Task, Box<ExecuteResponse>>,
 ) -> Execution {
@@ -203,6 +198,7 @@ fn start(
     let cancelled = cancel.clone();
     // In a task of its own, so that a panic ends this action and not this slot.
     let result = tokio::spawn(async move {
+        let _running = activity.run();
         match task {
             Ok(task) => {
                 let (action, instance) = (task.digest.hash_hex(), task.instance.clone());
@@ -267,9 +263,9 @@ fn request(
         })
     };
     let state = match report.activity {
-        Activity::Idle => WorkerState::Idle(()),
-        Activity::Started(digest) => executing(digest, ExecutionState::Started(())),
-        Activity::Executing(digest) => executing(
+        slot::Activity::Idle => WorkerState::Idle(()),
+        slot::Activity::Started(digest) => executing(digest, ExecutionState::Started(())),
+        slot::Activity::Executing(digest) => executing(
             digest,
             match stage {
                 None => ExecutionState::Started(()),
@@ -278,7 +274,7 @@ fn request(
                 Some(Stage::UploadingOutputs) => ExecutionState::UploadingOutputs(()),
             },
         ),
-        Activity::Completed(digest, response) => {
+        slot::Activity::Completed(digest, response) => {
             executing(digest, ExecutionState::Completed(*response))
         }
     };

@@ -1,12 +1,6 @@
 //! The worker: lays out input roots, has a runner run commands in them, uploads their outputs.
 
-use std::{
-    collections::BTreeMap,
-    io,
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, io, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
 use rustix::process::{Resource, Rlimit};
 
@@ -21,6 +15,7 @@ use crate::{
     storage::remote,
 };
 
+mod activity;
 pub mod beneath;
 pub mod cache;
 pub mod client;
@@ -40,7 +35,7 @@ mod story;
 pub mod task;
 pub mod tree;
 
-pub use probe::probe;
+pub use probe::{probe, warnings};
 
 pub const PROGRAM: Program = Program {
     name: "bb_worker",
@@ -53,7 +48,7 @@ const A_START: std::time::Duration = std::time::Duration::from_secs(60);
 /// Runs until told to stop, then until the actions that are running have ended.
 pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     raise_file_limit();
-    let slots: usize = config.runners.iter().map(slots).sum();
+    let slots: usize = config.runners.iter().map(Runner::slots).sum();
     let storage = connect_storage(&config);
     let (cache, roots) = open_directories(&config, slots, &storage).await?;
     let (files, bytes) = cache.usage();
@@ -77,6 +72,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         config.cache.maximum_directories_size.get(),
     ));
     let scheduler = daemon::connect(&config.scheduler.endpoint);
+    let activity = Arc::new(activity::Activity::new(&config.scheduler.endpoint, slots));
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
         let identities = identities(runner)?;
@@ -122,6 +118,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
                 life.stopping(),
                 config.shutdown.drain_timeout.get(),
                 life.heart(format!("slot {slot}"), A_START),
+                activity.clone(),
             ));
         }
     }
@@ -129,7 +126,11 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         "Serving {slots} slots of scheduler {}",
         config.scheduler.endpoint
     ));
-    while clients.join_next().await.is_some() {}
+    let stopping = life.stopping();
+    tokio::select! {
+        () = async { while clients.join_next().await.is_some() {} } => {}
+        () = life.keep_status(|| activity.line(stopping.is_cancelled())) => {}
+    }
     tracing::info!("laid out {}", roots.counts());
     tracing::info!("verified {}", cache.verified());
     Ok(())
@@ -215,13 +216,6 @@ fn one_file_system(cache: &Path, build: &Path) -> Result<(), Failure> {
     }
 }
 
-fn slots(runner: &Runner) -> usize {
-    match runner.concurrency {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        concurrency => concurrency,
-    }
-}
-
 /// One for each slot. Their labels differ in `thread`, as with Buildbarn's worker.
 fn identities(runner: &Runner) -> Result<Vec<client::Identity>, Failure> {
     let instance_name_prefix =
@@ -237,7 +231,7 @@ fn identities(runner: &Runner) -> Result<Vec<client::Identity>, Failure> {
         let hostname = hostname.to_string_lossy().into_owned();
         labels = BTreeMap::from([("hostname".to_owned(), hostname)]);
     }
-    let slots = slots(runner);
+    let slots = runner.slots();
     let width = (slots - 1).to_string().len();
     let identity = |slot: usize| {
         let mut worker_id = labels.clone();
@@ -273,12 +267,4 @@ fn raise_file_limit() {
     if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
         tracing::warn!(%error, "could not raise the limit of open files");
     }
-}
-
-/// The closest directory above `path`, or `path` itself, that exists.
-fn existing(path: &Path) -> PathBuf {
-    path.ancestors()
-        .find(|ancestor| ancestor.is_dir())
-        .unwrap_or(Path::new("/"))
-        .to_owned()
 }

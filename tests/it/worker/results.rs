@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bb_remote_execution::{
-    config::{Endpoint, worker},
+    config::{self, Endpoint, worker},
     daemon::Failure,
     proto::{cas::HistoricalExecuteResponse, reapi, rpc::Code},
     worker::execute::Stage,
@@ -244,16 +244,23 @@ async fn a_check_names_each_key_that_must_be_changed() {
     let directory = tempfile::tempdir().unwrap();
     let other_file_system = tempfile::tempdir_in("/dev/shm").unwrap();
     let nobody = |name: &str| Endpoint::Unix(directory.path().join(name));
-    let mut config = worker::Config {
+    let passable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(other_file_system.path(), passable).unwrap();
+    let mut settings = worker::Config {
         build_directory: other_file_system.path().join("build"),
         ..Default::default()
     };
-    config.cache.directory = directory.path().join("cache");
-    config.scheduler.endpoint = nobody("scheduler.sock");
-    config.storage.cas = nobody("storage.sock");
-    config.runners[0].endpoint = nobody("runner.sock");
-    let failures = bb_remote_execution::worker::probe(&config).await;
-    let mut keys: Vec<&str> = failures
+    settings.cache.directory = directory.path().join("cache");
+    settings.scheduler.endpoint = nobody("scheduler.sock");
+    settings.storage.cas = nobody("storage.sock");
+    settings.runners[0].endpoint = nobody("runner.sock");
+    let path = directory.path().join("bb_worker.toml");
+    let loaded = config::examine::<worker::Config>(&path, true);
+    let host = bb_remote_execution::daemon::Host::of("bb_worker", &path, &loaded);
+    let mut findings = bb_remote_execution::daemon::Findings::default();
+    bb_remote_execution::worker::probe(&settings, &host, &mut findings).await;
+    let mut keys: Vec<&str> = findings
+        .failures()
         .iter()
         .map(|failure| match failure {
             Failure::Configuration { key, .. } => *key,
