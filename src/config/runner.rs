@@ -82,6 +82,8 @@ pub struct Containment {
     pub seccomp: Demand,
     /// A control group for each action.
     pub cgroups: Demand,
+    /// Lets actions make user namespaces, and use what these are for.
+    pub allow_user_namespaces: bool,
 }
 
 /// Of each action; those on memory, processors and processes need controllers (cgroups(7)), and are
@@ -188,6 +190,7 @@ impl Default for Containment {
             seccomp: Demand::Auto,
             cgroups: Demand::Auto,
         }
+            allow_user_namespaces: false,
     }
 }
 

@@ -43,6 +43,7 @@ mod template;
 mod user;
 
 use layer::{Layer, Layers};
+mod syscalls;
 use service::TmpdirRule;
 
 pub const PROGRAM: Program = Program {
@@ -217,7 +218,11 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         rooms,
         null,
         processes,
-        filter: layers.has(Layer::Seccomp).then(seccomp::Filter::new),
+    let user_namespaces = config.containment.allow_user_namespaces;
+    let filter = layers
+        .has(Layer::Seccomp)
+        .then(|| seccomp::Filter::new(user_namespaces));
+        filter,
         groups,
         emulator,
         cleaner,
