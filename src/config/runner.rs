@@ -43,6 +43,8 @@ pub struct Config {
     pub writable_directories: Vec<PathBuf>,
     /// TMPDIR = the action's temporary directory, unless the action sets it.
     pub set_tmpdir_environment_variable: bool,
+    /// PATH, HOME and TZ, as far as the action does not set them.
+    pub set_default_environment_variables: bool,
     /// Missing ones make this runner, and so the worker, not ready.
     pub readiness_checking_pathnames: Vec<PathBuf>,
     pub shutdown: Shutdown,
@@ -85,6 +87,8 @@ pub struct Containment {
     pub hidden_paths: Vec<PathBuf>,
     /// A filter of system calls.
     pub seccomp: Demand,
+    /// Lets actions make user namespaces, and use what these are for.
+    pub allow_user_namespaces: bool,
     /// A control group for each action.
     pub cgroups: Demand,
 }
@@ -201,6 +205,7 @@ impl Default for Containment {
             .map(PathBuf::from)
             .to_vec(),
             seccomp: Demand::Auto,
+            allow_user_namespaces: false,
             cgroups: Demand::Auto,
         }
     }
@@ -253,6 +258,7 @@ impl Default for Config {
             run_command_cleaner: Vec::new(),
             writable_directories: Vec::new(),
             set_tmpdir_environment_variable: true,
+            set_default_environment_variables: true,
             readiness_checking_pathnames: Vec::new(),
             shutdown: Shutdown::default(),
             log: Log::default(),

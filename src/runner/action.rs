@@ -195,6 +195,15 @@ fn run_in(
     let mut stdout = Log::new(build.create_log(&command.stdout)?, limit);
     let mut stderr = Log::new(build.create_log(&command.stderr)?, limit);
 
+    if let Some(mounts) = &room.mounts {
+        mounts
+            .account
+            .name(user, &command.home)
+            .map_err(|error| RunError::Resources {
+                what: "name the action's user",
+                error,
+            })?;
+    }
     let Scene {
         base,
         input_root,

@@ -16,7 +16,7 @@ use std::{
     ptr,
 };
 
-use super::init;
+use super::{init, quota::LIMITS};
 
 /// What the process needs, as pointers that live until it has executed the command.
 pub struct Launch {
@@ -245,6 +245,12 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
             launch.processes,
             launch.processes,
         )?;
+        let mut index = 0;
+        while index < LIMITS.len() {
+            let (resource, most) = LIMITS[index];
+            limit(resource, most, most)?;
+            index += 1;
+        }
 
         at(Step::InputRoot);
         // In the namespace's mounts: a directory that was opened outside would lead outside.

@@ -1,11 +1,12 @@
 //! bb_runner: runs commands as other Unix users, confined, and leaves nothing behind.
 //!
-//! A worker asks over a Unix socket (`service`, `deadline`). What to run is parsed (`command`); a user
-//! of its own is found (`user`), and a room that was prepared ahead (`rooms`, `room`): namespaces
-//! (`furnish`, `mount`, `network`, with a first process, `init`; most is copied from a `template`) and
-//! a control group (`cgroup`), as far as the host allows them (`layer`). The action's directory is
-//! opened to that user (`gate`); a process is made (`process`, `child`, `seccomp`), waited for, and
-//! everything that came of it is killed (`action`, where the order is).
+//! A worker asks over a Unix socket (`service`, `deadline`). What to run is parsed (`command`,
+//! `environment`); a user of its own is found (`user`, `account`), and a room that was prepared ahead
+//! (`rooms`, `room`): namespaces (`furnish`, `mount`, `network`, with a first process, `init`; most is
+//! copied from a `template`) and a control group (`cgroup`), as far as the host allows them (`layer`).
+//! The action's directory is opened to that user (`gate`); a process is made (`process`, `child`,
+//! `seccomp`, `syscalls`, `quota`), waited for, and everything that came of it is killed (`action`,
+//! where the order is).
 //!
 //! What an action can and cannot do to whom: bb-remote-execution(7), SECURITY.
 
@@ -18,6 +19,7 @@ use crate::{
     daemon::{self, Failure, Life, Program, SocketPermissions},
 };
 
+mod account;
 mod action;
 mod cgroup;
 mod child;
@@ -25,6 +27,7 @@ mod claim;
 mod cleaner;
 mod command;
 mod deadline;
+mod environment;
 mod furnish;
 mod gate;
 mod giving;
@@ -35,17 +38,19 @@ mod mount;
 mod network;
 mod probe;
 mod process;
+mod quota;
 mod room;
 mod rooms;
 mod root;
 mod seccomp;
 mod service;
+mod syscalls;
 mod template;
 mod user;
 
+use environment::{Additions, View};
 use layer::{Layer, Layers};
 pub use probe::{probe, warnings};
-use service::TmpdirRule;
 
 pub const PROGRAM: Program = Program {
     name: "bb_runner",
@@ -163,14 +168,21 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     });
     let users = user::Users::new(&config.users);
     let build_directory = config.build_directory.to_string_lossy().into_owned();
-    let tmpdir = match (&config.root, layers.has(Layer::Mounts)) {
-        _ if !config.set_tmpdir_environment_variable => TmpdirRule::Alone,
-        (Root::Input, _) => TmpdirRule::Tmp,
-        (_, true) => TmpdirRule::InGate(build_directory),
-        (_, false) => TmpdirRule::Below(build_directory),
+    let additions = Additions {
+        view: match (&config.root, layers.has(Layer::Mounts)) {
+            (Root::Input, _) => View::InputRoot,
+            (_, true) => View::OwnDirectory(build_directory),
+            (_, false) => View::Whole(build_directory),
+        },
+        tmpdir: config.set_tmpdir_environment_variable,
+        defaults: config.set_default_environment_variables,
     };
     let processes =
         room::open_namespace("pid").map_err(|error| failed("open /proc/self/ns/pid", error))?;
+    let user_namespaces = config.containment.allow_user_namespaces;
+    let filter = layers
+        .has(Layer::Seccomp)
+        .then(|| seccomp::Filter::new(user_namespaces));
     let killing = CancellationToken::new();
     let drain = config.shutdown.drain_timeout.get();
     let house = Arc::new(action::House {
@@ -178,7 +190,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         rooms,
         null,
         processes,
-        filter: layers.has(Layer::Seccomp).then(seccomp::Filter::new),
+        filter,
         groups,
         emulator,
         cleaner,
@@ -193,7 +205,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     let runner = service::Runner {
         users: users.clone(),
         allowed,
-        tmpdir,
+        additions,
         killing: killing.clone(),
         house: house.clone(),
     };

@@ -19,14 +19,16 @@ use std::{
 };
 
 use super::{
+    account::Account,
     cgroup::{Cgroup, Cgroups},
     furnish::Workshop,
     init::{Init, Program},
     layer::{Layer, Layers},
     network::{Network, Networks},
+    quota,
     template::{Changes, Moment},
 };
-use crate::config::runner::Config;
+use crate::config::runner::{Config, Root};
 
 /// Where the action's temporary directory appears.
 const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
@@ -45,6 +47,10 @@ pub struct Plan {
     pub temporary: Vec<PathBuf>,
     /// Another tree in place of the host's.
     pub image: Option<PathBuf>,
+    /// Whether /etc/passwd and /etc/group are to tell the action's user.
+    pub names_users: bool,
+    /// The most pseudo-terminals.
+    pub terminals: u32,
     pub init: Option<Arc<Program>>,
     pub networks: Networks,
     pub cgroups: Option<Arc<Cgroups>>,
@@ -74,6 +80,7 @@ pub struct Mounts {
     pub moment: Moment,
     /// Where the action's temporary directory must be mounted.
     pub temporary: Vec<CString>,
+    pub account: Account,
 }
 
 /// The administrator must act, or there is a shortage on this host.
@@ -116,6 +123,8 @@ impl Plan {
             hidden: config.containment.hidden_paths.clone(),
             temporary,
             image,
+            names_users: config.root != Root::Input,
+            terminals: quota::terminals(config.users.count),
             init,
             networks: Networks::default(),
             cgroups: cgroups.map(Arc::new),
@@ -148,7 +157,9 @@ impl Room {
     /// control group.
     pub fn is_usable(&self, build_directory: (u64, u64), changes: u64) -> bool {
         self.mounts.as_ref().is_none_or(|mounts| {
-            mounts.identity == build_directory && mounts.moment.has_mounts_of(changes)
+            mounts.identity == build_directory
+                && mounts.moment.has_mounts_of(changes)
+                && mounts.account.is_current()
         }) && self.init.as_ref().is_none_or(Init::is_alive)
             && self
                 .cgroup

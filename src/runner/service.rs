@@ -24,8 +24,9 @@ use tonic::{Request, Response, Status};
 use super::{
     action::{self, House, RunError},
     cgroup::Usage,
-    command::{Additions, Command, CommandError, Tmpdir},
+    command::{Command, CommandError},
     deadline,
+    environment::Additions,
     gate::{self, BuildDirectory, GateError},
     process::{Cause, Exit, Stop},
     user::Users,
@@ -48,17 +49,9 @@ pub struct Runner {
     pub users: Arc<Users>,
     /// User numbers of `allowed_users`; root's is not among them.
     pub allowed: BTreeSet<u32>,
-    pub tmpdir: TmpdirRule,
+    pub additions: Additions,
     /// Kills all actions.
     pub killing: CancellationToken,
-}
-
-/// Whether and how TMPDIR is set; the text is the absolute build directory.
-pub enum TmpdirRule {
-    Alone,
-    Below(String),
-    InGate(String),
-    Tmp,
 }
 
 /// Tells the thread of a Run to end when the call is dropped.
@@ -158,16 +151,8 @@ impl runner_server::Runner for Runner {
         let action = proto::action_of(&request);
         let deadline =
             deadline::of(request.metadata()).map(|limit| (Instant::now() + limit, limit));
-        let additions = Additions {
-            tmpdir: match &self.tmpdir {
-                TmpdirRule::Alone => None,
-                TmpdirRule::Below(directory) => Some(Tmpdir::Below(directory)),
-                TmpdirRule::InGate(directory) => Some(Tmpdir::InGate(directory)),
-                TmpdirRule::Tmp => Some(Tmpdir::Tmp),
-            },
-        };
         let owns_inputs = proto::has_private_inputs(&request);
-        let mut command = Command::parse(request.into_inner(), additions).map_err(refused)?;
+        let mut command = Command::parse(request.into_inner(), &self.additions).map_err(refused)?;
         command.owns_inputs = owns_inputs;
         let user = self
             .users

@@ -2,6 +2,7 @@
 //!
 //! These tests make users of numbers that nobody else has, and so need root.
 
+mod account;
 mod command;
 mod containment;
 mod custom;

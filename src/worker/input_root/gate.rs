@@ -27,7 +27,7 @@ use crate::worker::{
     tree::{Node, Tree},
 };
 
-const PARTS: [&str; 3] = ["root", "tmp", "server_logs"];
+const PARTS: [&str; 4] = ["root", "tmp", "server_logs", "home"];
 
 pub struct Gate {
     pub name: String,
@@ -228,15 +228,14 @@ impl Shared {
                 Err(error) => return Err(error.into()),
             }
         }
-        let (tmp, logs) = (
-            listing(&gate.directory, PARTS[1])?,
-            listing(&gate.directory, PARTS[2])?,
-        );
-        removal::empty(tmp.as_fd())?;
-        removal::empty(logs.as_fd())?;
-        Ok(is_as_made(gate.directory.as_fd(), 0o700)?
-            && is_as_made(tmp.as_fd(), 0o777)?
-            && is_as_made(logs.as_fd(), 0o777)?)
+        for part in &PARTS[1..] {
+            let directory = listing(&gate.directory, *part)?;
+            removal::empty(directory.as_fd())?;
+            if !is_as_made(directory.as_fd(), 0o777)? {
+                return Ok(false);
+            }
+        }
+        is_as_made(gate.directory.as_fd(), 0o700)
     }
 
     /// Throws a whole gate away.

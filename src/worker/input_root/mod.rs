@@ -7,13 +7,14 @@
 //! BUILD_DIRECTORY/N/root/          the input root; every directory in it is the worker's, 0777
 //! BUILD_DIRECTORY/N/tmp/           0777
 //! BUILD_DIRECTORY/N/server_logs/   0777
+//! BUILD_DIRECTORY/N/home/          0777; the action's $HOME
 //! BUILD_DIRECTORY/N/std{out,err}   made by the runner
 //! BUILD_DIRECTORY/parked/          subtrees that no root has, for roots that will want them
 //! BUILD_DIRECTORY/trash/           what is to be removed, and what an earlier worker left
 //! ```
 //!
-//! An action finds in its root what its Directory messages say and nothing else, and empty `tmp`
-//! and `server_logs`. That holds because of these:
+//! An action finds in its root what its Directory messages say and nothing else, and empty `tmp`,
+//! `home` and `server_logs`. That holds because of these:
 //!
 //! - I1 Files: an input file is the worker's and read-only: a reflink of a cached file or an empty one,
 //!   made while no action can see it; or a hard link to a file of the cache, which was whole before it

@@ -366,7 +366,7 @@ fn run(place: &Path, what: &str, inputs: Inputs, operations: usize, seed: u64) {
             told.is_empty(),
             "{what}, seed {seed}, round {round}: {told:#?}"
         );
-        for part in ["tmp", "server_logs"] {
+        for part in ["tmp", "server_logs", "home"] {
             assert_eq!(fs::read_dir(gate.join(part)).unwrap().count(), 0);
         }
         // As the runner opens the gate.
