@@ -6,6 +6,7 @@ fn main() -> ExitCode {
     daemon::main(
         runner::PROGRAM,
         |config| &config.log,
+        runner::warnings,
         runner::probe,
         runner::run,
     )

@@ -6,6 +6,7 @@ fn main() -> ExitCode {
     daemon::main(
         scheduler::PROGRAM,
         |config| &config.log,
+        scheduler::warnings,
         scheduler::probe,
         scheduler::run,
     )

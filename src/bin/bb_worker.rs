@@ -6,6 +6,7 @@ fn main() -> ExitCode {
     daemon::main(
         worker::PROGRAM,
         |config| &config.log,
+        worker::warnings,
         worker::probe,
         worker::run,
     )

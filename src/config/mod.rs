@@ -3,36 +3,70 @@
 //! 1. An empty file is a whole configuration: every key has a default.
 //! 2. After NAME.toml come the drop-ins NAME.toml.d/*.toml, in the order of their names. Tables are
 //!    merged key by key; anything else replaces what came before, arrays as a whole.
-//! 3. Each file is checked on its own, so that an error names the file, the line and the key.
+//! 3. All errors are told at once, each with its file, line and key: what is wrong is taken out, and
+//!    the rest is read again.
 
 use std::{
-    fs, io,
+    fmt, fs, io,
     path::{Path, PathBuf},
 };
 
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+mod parse;
+mod place;
+mod print;
 pub mod runner;
 pub mod scheduler;
 mod value;
+mod words;
 pub mod worker;
 
+use parse::Step;
+pub use place::{Place, place, unfit};
+pub use print::effective;
 pub use value::{Duration, Endpoint, ListenAddress, Size};
 
-/// What no single value tells.
-pub trait Check {
-    /// The key that the administrator must change, and why.
-    fn check(&self) -> Result<(), (&'static str, String)>;
+/// A whole configuration.
+pub trait Check: DeserializeOwned + Serialize + Default + PartialEq {
+    /// What no single value tells.
+    fn check(&self, complaints: &mut Complaints);
+}
+
+/// Keys that the administrator must change, and why.
+#[derive(Debug, Default)]
+pub struct Complaints(Vec<(String, String)>);
+
+impl Complaints {
+    /// The sentence begins after the key, and says what to write instead. A number in the key is that
+    /// of a section among several, from 0 on: `runners.1.platform`.
+    pub fn add(&mut self, key: impl Into<String>, message: impl Into<String>) {
+        self.0.push((key.into(), message.into()));
+    }
+
+    /// Each at the place where its key was given.
+    pub fn told(self, path: &Path) -> Vec<Error> {
+        self.0
+            .into_iter()
+            .map(|(key, message)| at_key(path, &key, message))
+            .collect()
+    }
+
+    pub fn unless(&mut self, right: bool, key: &str, message: impl Into<String>) {
+        if !right {
+            self.add(key, message);
+        }
+    }
 }
 
 /// What is logged, to the journal when systemd started the daemon, else to standard error.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Log {
     pub level: Level,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Level {
     Error,
@@ -55,129 +89,312 @@ pub enum Error {
         text: String,
         message: String,
     },
+    /// Of a key that no file gives.
     #[error("{}: {key}: {message}", .path.display())]
     Key {
         path: PathBuf,
-        key: &'static str,
+        key: String,
         message: String,
     },
 }
 
-/// Reads a configuration and its drop-ins. A missing file is an error unless `optional`.
-pub fn load<T: DeserializeOwned + Check>(path: &Path, optional: bool) -> Result<T, Error> {
-    read(path, optional).map(|(config, _)| config)
-}
-
-/// Likewise, together with the keys that the files give.
-pub fn read<T: DeserializeOwned + Check>(
-    path: &Path,
-    optional: bool,
-) -> Result<(T, toml::Table), Error> {
-    let mut merged = toml::Table::new();
-    let mut last = path.to_owned();
-    for (file, required) in files(path, optional)? {
-        let text = match fs::read_to_string(&file) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound && !required => continue,
-            Err(error) => return Err(Error::Unreadable { path: file, error }),
-        };
-        toml::from_str::<T>(&text).map_err(|error| at_line(&file, &text, &error))?;
-        let table: toml::Table =
-            toml::from_str(&text).map_err(|error| at_line(&file, &text, &error))?;
-        merge(&mut merged, table);
-        last = file;
-    }
-    let config = T::deserialize(merged.clone()).map_err(|error| Error::Key {
-        path: last.clone(),
-        key: "all files together",
-        message: error.to_string(),
-    })?;
-    match config.check() {
-        Ok(()) => Ok((config, merged)),
-        Err((key, message)) => Err(match locate(path, key) {
-            Some((path, line)) => Error::Line {
+impl Error {
+    /// One line, for a log.
+    pub fn brief(&self) -> String {
+        match self {
+            Error::Line {
                 path,
                 line,
-                text: key.to_owned(),
                 message,
-            },
-            None => Error::Key {
-                path: path.to_owned(),
-                key,
-                message,
-            },
+                ..
+            } => format!("{}:{line}: {message}", path.display()),
+            error => error.to_string(),
+        }
+    }
+}
+
+/// All that is wrong.
+#[derive(Debug)]
+pub struct Errors(pub Vec<Error>);
+
+impl fmt::Display for Errors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, error) in self.0.iter().enumerate() {
+            let end = if number == 0 { "" } else { "\n" };
+            write!(f, "{end}{error}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Errors {}
+
+/// What the files say, and what is wrong with them.
+#[derive(Debug)]
+pub struct Loaded<C> {
+    /// Without what is wrong.
+    pub config: C,
+    /// The keys that the files give, without those that are wrong.
+    pub table: toml::Table,
+    /// What was read, the last one having the last word.
+    pub files: Vec<PathBuf>,
+    /// What lies among the drop-ins, but is none by its name.
+    pub passed_over: Vec<PathBuf>,
+    pub errors: Vec<Error>,
+    /// Every file is TOML, so that nothing but single keys is missing.
+    pub whole: bool,
+    /// Lists of sections in some of which a key is missing.
+    mutilated: Vec<String>,
+}
+
+/// The keys that are not at their defaults because nobody thought of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Given<'t>(pub &'t toml::Table);
+
+impl Given<'_> {
+    pub fn has(&self, key: &str) -> bool {
+        let mut table = self.0;
+        let mut steps = key.split('.').peekable();
+        while let Some(step) = steps.next() {
+            match table.get(step) {
+                Some(_) if steps.peek().is_none() => return true,
+                Some(toml::Value::Table(inner)) => table = inner,
+                // Of an array of sections, the name alone is known.
+                found => return found.is_some(),
+            }
+        }
+        false
+    }
+}
+
+/// Reads a configuration and its drop-ins. A missing file is an error unless `optional`.
+pub fn load<C: Check>(path: &Path, optional: bool) -> Result<C, Errors> {
+    read(path, optional).map(|loaded| loaded.config)
+}
+
+/// Likewise, together with where it comes from.
+pub fn read<C: Check>(path: &Path, optional: bool) -> Result<Loaded<C>, Errors> {
+    let mut loaded = examine(path, optional);
+    match loaded.errors.is_empty() {
+        true => Ok(loaded),
+        false => Err(Errors(std::mem::take(&mut loaded.errors))),
+    }
+}
+
+/// Reads what can be read, and tells everything that is wrong.
+pub fn examine<C: Check>(path: &Path, optional: bool) -> Loaded<C> {
+    let mut loaded = Loaded {
+        config: C::default(),
+        table: toml::Table::new(),
+        files: Vec::new(),
+        passed_over: Vec::new(),
+        errors: Vec::new(),
+        whole: true,
+        mutilated: Vec::new(),
+    };
+    let defaults = toml::Table::try_from(C::default()).unwrap_or_default();
+    let (drop_ins, passed_over) = drop_ins(path).unwrap_or_else(|error| {
+        loaded.errors.push(error);
+        Default::default()
+    });
+    loaded.passed_over = passed_over;
+    let main = (path.to_owned(), !optional);
+    for (file, required) in
+        std::iter::once(main).chain(drop_ins.into_iter().map(|file| (file, true)))
+    {
+        match fs::read_to_string(&file) {
+            Ok(text) => {
+                let table = loaded.examine_file(&file, &text, &defaults);
+                merge(&mut loaded.table, table);
+                loaded.files.push(file);
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !required => {}
+            Err(error) => {
+                loaded.whole = false;
+                let path = file;
+                loaded.errors.push(Error::Unreadable { path, error });
+            }
+        }
+    }
+    match parse::parse::<C>(&loaded.table) {
+        Ok(config) => loaded.config = config,
+        Err(fault) => loaded.errors.push(Error::Key {
+            path: path.to_owned(),
+            key: words::dotted(&fault.path),
+            message: format!("all files together: {}", words::sentence(&fault, &defaults)),
         }),
     }
+    let mut complaints = Complaints::default();
+    loaded.config.check(&mut complaints);
+    // Of sections that lost what is wrong in them, nothing can be said.
+    complaints.0.retain(|(key, _)| {
+        let list = key.split('.').next().unwrap_or(key);
+        !loaded.mutilated.iter().any(|known| known == list)
+    });
+    loaded.errors.extend(complaints.told(path));
+    loaded
 }
 
-/// Where a dotted key was last given, for errors that are found after parsing.
-pub fn locate(path: &Path, key: &str) -> Option<(PathBuf, usize)> {
-    let mut found = None;
-    for (file, _) in files(path, true).ok()? {
-        let Ok(text) = fs::read_to_string(&file) else {
-            continue;
-        };
-        if let Some(line) = line_of(&text, key) {
-            found = Some((file, line));
+impl<C: Check> Loaded<C> {
+    fn examine_file(&mut self, path: &Path, text: &str, defaults: &toml::Table) -> toml::Table {
+        let (_, faults) = toml::de::DeTable::parse_recoverable(text);
+        if !faults.is_empty() {
+            self.whole = false;
+            let mut told = Vec::new();
+            for fault in faults {
+                let error = no_toml(path, text, &fault);
+                if let Error::Line { line, .. } = error
+                    && !told.contains(&line)
+                {
+                    told.push(line);
+                    self.errors.push(error);
+                }
+            }
+            return toml::Table::new();
         }
+        let mut table: toml::Table = toml::from_str(text).unwrap_or_default();
+        while let Err(fault) = parse::parse::<C>(&table) {
+            let message = words::sentence(&fault, defaults);
+            self.errors.push(match line_of(text, &fault.path) {
+                Some(line) => at_line(path, text, line, message),
+                None => Error::Key {
+                    path: path.to_owned(),
+                    key: words::dotted(&fault.path),
+                    message,
+                },
+            });
+            if let [Step::Key(list), Step::Index(_), ..] = &fault.path[..] {
+                self.mutilated.push(list.clone());
+            }
+            // Items of a list have no names, so that it goes as a whole.
+            let named = fault
+                .path
+                .iter()
+                .rposition(|step| matches!(step, Step::Key(_)));
+            let Some(named) = named else { break };
+            if !remove(&mut table, &fault.path[..=named]) {
+                break;
+            }
+        }
+        table
     }
-    found
 }
 
-fn line_of(text: &str, key: &str) -> Option<usize> {
-    use toml::de::{DeTable, DeValue};
-    let document = DeTable::parse(text).ok()?;
-    let mut table = document.get_ref();
-    let mut parts = key.split('.').peekable();
-    loop {
-        let (name, value) = table.get_key_value(parts.next()?)?;
-        if parts.peek().is_none() {
-            return Some(text[..name.span().start].matches('\n').count() + 1);
+/// An error at the place where a dotted key was last given.
+pub fn at_key(path: &Path, key: &str, message: String) -> Error {
+    let message_of = |shown: &str| format!("{shown}: {message}");
+    let shown = words::dotted(&steps(key));
+    match locate(path, key) {
+        Some((file, line)) => {
+            let text = fs::read_to_string(&file).unwrap_or_default();
+            at_line(&file, &text, line, message_of(&shown))
         }
-        table = match value.get_ref() {
-            DeValue::Table(table) => table,
-            DeValue::Array(array) => match array.last()?.get_ref() {
+        None => Error::Key {
+            path: path.to_owned(),
+            key: shown,
+            message,
+        },
+    }
+}
+
+/// Where a dotted key was last given.
+pub fn locate(path: &Path, key: &str) -> Option<(PathBuf, usize)> {
+    let (drop_ins, _) = drop_ins(path).ok()?;
+    let steps = steps(key);
+    drop_ins
+        .into_iter()
+        .rev()
+        .chain(std::iter::once(path.to_owned()))
+        .find_map(|file| {
+            let text = fs::read_to_string(&file).ok()?;
+            let line = line_of(&text, &steps)?;
+            Some((file, line))
+        })
+}
+
+fn steps(key: &str) -> Vec<Step> {
+    key.split('.')
+        .map(|step| match step.parse() {
+            Ok(index) => Step::Index(index),
+            Err(_) => Step::Key(step.to_owned()),
+        })
+        .collect()
+}
+
+/// Of several sections without a number, the last one.
+fn line_of(text: &str, path: &[Step]) -> Option<usize> {
+    use toml::de::{DeTable, DeValue};
+    enum At<'t, 'v> {
+        Table(&'t DeTable<'v>),
+        Value(&'t DeValue<'v>),
+    }
+    let document = DeTable::parse(text).ok()?;
+    let mut at = At::Table(document.get_ref());
+    let mut offset = None;
+    for step in path {
+        let table = match (&at, step) {
+            (At::Value(DeValue::Array(items)), Step::Index(index)) => {
+                let item = items.get(*index)?;
+                offset = Some(item.span().start);
+                at = At::Value(item.get_ref());
+                continue;
+            }
+            (At::Table(table), Step::Key(_)) => *table,
+            (At::Value(DeValue::Table(table)), Step::Key(_)) => table,
+            (At::Value(DeValue::Array(items)), Step::Key(_)) => match items.last()?.get_ref() {
                 DeValue::Table(table) => table,
                 _ => return None,
             },
             _ => return None,
         };
+        let Step::Key(key) = step else { return None };
+        let (name, value) = table.get_key_value(key.as_str())?;
+        offset = Some(name.span().start);
+        at = At::Value(value.get_ref());
+    }
+    offset.map(|offset| text[..offset].matches('\n').count() + 1)
+}
+
+fn remove(table: &mut toml::Table, path: &[Step]) -> bool {
+    fn inside(value: &mut toml::Value, path: &[Step]) -> bool {
+        match (value, path.split_first()) {
+            (toml::Value::Table(table), Some(_)) => remove(table, path),
+            (toml::Value::Array(items), Some((Step::Index(index), rest))) => {
+                items.get_mut(*index).is_some_and(|item| inside(item, rest))
+            }
+            _ => false,
+        }
+    }
+    match path.split_first() {
+        Some((Step::Key(key), [])) => table.remove(key).is_some(),
+        Some((Step::Key(key), rest)) => table.get_mut(key).is_some_and(|value| inside(value, rest)),
+        _ => false,
     }
 }
 
-/// The file, then its drop-ins; with each, whether it must be there.
-fn files(path: &Path, optional: bool) -> Result<Vec<(PathBuf, bool)>, Error> {
+/// The drop-ins of a file in their order, and what else is there.
+fn drop_ins(path: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>), Error> {
     let mut directory = path.as_os_str().to_owned();
     directory.push(".d");
     let directory = PathBuf::from(directory);
-    let mut drop_ins = Vec::new();
+    let unreadable = |error| Error::Unreadable {
+        path: directory.clone(),
+        error,
+    };
+    let mut found = Vec::new();
     match fs::read_dir(&directory) {
         Ok(entries) => {
             for entry in entries {
-                let entry = entry.map_err(|error| Error::Unreadable {
-                    path: directory.clone(),
-                    error,
-                })?;
-                let path = entry.path();
-                if path
-                    .extension()
-                    .is_some_and(|extension| extension == "toml")
-                {
-                    drop_ins.push((path, true));
-                }
+                found.push(entry.map_err(unreadable)?.path());
             }
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => {
-            return Err(Error::Unreadable {
-                path: directory,
-                error,
-            });
-        }
+        Err(error) => return Err(unreadable(error)),
     }
-    drop_ins.sort();
-    drop_ins.insert(0, (path.to_owned(), !optional));
-    Ok(drop_ins)
+    found.sort();
+    Ok(found
+        .into_iter()
+        .partition(|path| path.extension().is_some_and(|end| end == "toml")))
 }
 
 fn merge(into: &mut toml::Table, from: toml::Table) {
@@ -191,15 +408,37 @@ fn merge(into: &mut toml::Table, from: toml::Table) {
     }
 }
 
-fn at_line(path: &Path, text: &str, error: &toml::de::Error) -> Error {
-    let offset = error.span().map_or(0, |span| span.start.min(text.len()));
-    let line = text[..offset].matches('\n').count();
+fn at_line(path: &Path, text: &str, line: usize, message: String) -> Error {
     Error::Line {
         path: path.to_owned(),
-        line: line + 1,
-        text: text.lines().nth(line).unwrap_or_default().trim().to_owned(),
-        message: error.message().replace('\n', " "),
+        line,
+        text: text
+            .lines()
+            .nth(line.saturating_sub(1))
+            .unwrap_or_default()
+            .trim()
+            .chars()
+            .take(200)
+            .collect(),
+        message,
     }
+}
+
+fn no_toml(path: &Path, text: &str, error: &toml::de::Error) -> Error {
+    let offset = error.span().map_or(0, |span| span.start.min(text.len()));
+    let line = text.as_bytes()[..offset]
+        .iter()
+        .filter(|byte| **byte == b'\n')
+        .count()
+        + 1;
+    let message = error.message().replace('\n', " ");
+    let message = message.split(", expected").next().unwrap_or(&message);
+    at_line(
+        path,
+        text,
+        line,
+        format!("this line is not TOML: {message}"),
+    )
 }
 
 #[cfg(test)]
@@ -283,12 +522,51 @@ mod tests {
     }
 
     #[test]
+    fn all_errors_are_told_at_once_each_at_its_own_file_and_line() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = write(
+            directory.path(),
+            "w.toml",
+            "[cache]\nmaximum_size = 10\nmaximum_fils = 1\n\n[[runners]]\nconcurrency = -1\n\n\
+             [[runners]]\nconcurrency = \"2\"\nsize_class = true\n",
+        );
+        let drop_in = write(
+            directory.path(),
+            "w.toml.d/10.toml",
+            "\nbuild_directory = \"/home\"\nstorage.browser_url = \"x\"\nlog.level = \"loud\"\n",
+        );
+        let no_toml = write(directory.path(), "w.toml.d/20.toml", "a = 1\nb = c\n");
+        let errors = load::<worker::Config>(&path, false).unwrap_err().0;
+        let mut found: Vec<(PathBuf, usize)> = errors
+            .into_iter()
+            .map(|error| match error {
+                Error::Line { path, line, .. } => (path, line),
+                other => panic!("{other}"),
+            })
+            .collect();
+        found.sort();
+        let expected = [
+            (&path, 2),
+            (&path, 3),
+            (&path, 6),
+            (&path, 9),
+            (&path, 10),
+            (&drop_in, 2),
+            (&drop_in, 3),
+            (&drop_in, 4),
+            (&no_toml, 2),
+        ];
+        let expected = expected.map(|(path, line)| (path.clone(), line));
+        assert_eq!(found, expected);
+    }
+
+    #[test]
     fn only_an_optional_file_may_be_missing() {
         let path = Path::new("/nonexistent/w.toml");
         assert!(load::<worker::Config>(path, true).is_ok());
         assert!(matches!(
-            load::<worker::Config>(path, false),
-            Err(Error::Unreadable { .. })
+            load::<worker::Config>(path, false).unwrap_err().0[..],
+            [Error::Unreadable { .. }]
         ));
     }
 }

@@ -1,12 +1,17 @@
 //! bb_runner.toml, see bb_runner.toml(5).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use super::{Check, Duration, ListenAddress, Log, Size};
+use super::{Check, Complaints, Duration, ListenAddress, Log, Place, Size, place, unfit};
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+/// One action each, at a time.
+pub const MOST_USERS: u32 = 500;
+/// kernel.pid_max is never greater.
+const MOST_PROCESSES: u64 = 4_194_304;
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Ignored when systemd passes a socket under the name `runner`.
@@ -38,6 +43,8 @@ pub struct Config {
     pub writable_directories: Vec<PathBuf>,
     /// TMPDIR = the action's temporary directory, unless the action sets it.
     pub set_tmpdir_environment_variable: bool,
+    /// PATH, HOME and TZ, as far as the action does not set them.
+    pub set_default_environment_variables: bool,
     /// Missing ones make this runner, and so the worker, not ready.
     pub readiness_checking_pathnames: Vec<PathBuf>,
     pub shutdown: Shutdown,
@@ -45,14 +52,14 @@ pub struct Config {
 }
 
 /// The Unix users that actions run as: `count` numbers from `first`, each also a group.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Users {
     pub first: u32,
     pub count: u32,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Shutdown {
     /// How long running commands may go on after SIGTERM.
@@ -60,7 +67,7 @@ pub struct Shutdown {
 }
 
 /// Layers of containment; `--check` and the log tell which are on.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Containment {
     /// The host's files read-only, temporary directories and paths of the action's own.
@@ -80,13 +87,15 @@ pub struct Containment {
     pub hidden_paths: Vec<PathBuf>,
     /// A filter of system calls.
     pub seccomp: Demand,
+    /// Lets actions make user namespaces, and use what these are for.
+    pub allow_user_namespaces: bool,
     /// A control group for each action.
     pub cgroups: Demand,
 }
 
 /// Of each action; those on memory, processors and processes need controllers (cgroups(7)), and are
 /// not there where the host has none.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
     /// 0 for none. There is no swap then.
@@ -99,7 +108,7 @@ pub struct Limits {
     pub log_size: Size,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Demand {
     /// On, if the host allows it.
@@ -111,7 +120,7 @@ pub enum Demand {
 }
 
 /// What actions can reach.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Network {
     /// A loopback interface of their own, if the host allows it.
@@ -167,6 +176,16 @@ impl<'de> Deserialize<'de> for Root {
     }
 }
 
+impl Serialize for Root {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Root::Host => serializer.serialize_str("host"),
+            Root::Input => serializer.serialize_str("input"),
+            Root::Image(path) => path.serialize(serializer),
+        }
+    }
+}
+
 impl Default for Containment {
     fn default() -> Self {
         Containment {
@@ -186,6 +205,7 @@ impl Default for Containment {
             .map(PathBuf::from)
             .to_vec(),
             seccomp: Demand::Auto,
+            allow_user_namespaces: false,
             cgroups: Demand::Auto,
         }
     }
@@ -194,6 +214,12 @@ impl Default for Containment {
 impl Users {
     pub fn range(&self) -> std::ops::Range<u32> {
         self.first..self.first.saturating_add(self.count)
+    }
+}
+
+impl Serialize for Mode {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{:04o}", self.0))
     }
 }
 
@@ -232,6 +258,7 @@ impl Default for Config {
             run_command_cleaner: Vec::new(),
             writable_directories: Vec::new(),
             set_tmpdir_environment_variable: true,
+            set_default_environment_variables: true,
             readiness_checking_pathnames: Vec::new(),
             shutdown: Shutdown::default(),
             log: Log::default(),
@@ -268,103 +295,167 @@ impl Default for Shutdown {
 }
 
 impl Check for Config {
-    fn check(&self) -> Result<(), (&'static str, String)> {
-        if matches!(self.listen, ListenAddress::Tcp(_)) {
-            return Err((
-                "listen",
-                "callers are known by their Unix user; write a socket, such as \"unix:/run/bb-runner/runner.sock\"".to_owned(),
-            ));
-        }
-        if self
-            .writable_directories
-            .iter()
-            .any(|directory| !directory.is_absolute())
-        {
-            return Err((
-                "writable_directories",
-                "each directory must be an absolute path".to_owned(),
-            ));
-        }
-        if self
-            .containment
-            .hidden_paths
-            .iter()
-            .any(|path| !path.is_absolute())
-        {
-            return Err((
-                "containment.hidden_paths",
-                "each must be an absolute path".to_owned(),
-            ));
-        }
-        if self
-            .clean_temporary_directories
-            .iter()
-            .any(|directory| !directory.is_absolute() || directory.parent().is_none())
-        {
-            return Err((
+    fn check(&self, complaints: &mut Complaints) {
+        let mut is_wrong = |key: &str, wrong: bool, message: &str| {
+            complaints.unless(!wrong, key, message);
+        };
+        is_wrong(
+            "listen",
+            matches!(self.listen, ListenAddress::Tcp(_)),
+            "callers are known by their Unix user; write a socket, such as \"unix:/run/bb-runner/runner.sock\"",
+        );
+        for (key, paths) in [
+            ("writable_directories", &self.writable_directories),
+            (
                 "clean_temporary_directories",
-                "each must be an absolute path, and not /".to_owned(),
-            ));
+                &self.clean_temporary_directories,
+            ),
+            ("containment.hidden_paths", &self.containment.hidden_paths),
+            (
+                "readiness_checking_pathnames",
+                &self.readiness_checking_pathnames,
+            ),
+        ] {
+            for path in paths {
+                if let Some(reason) = unfit(path) {
+                    is_wrong(key, true, &format!("{}: {reason}", path.display()));
+                }
+            }
         }
-        if self.limits.processes < 16 {
-            return Err((
-                "limits.processes",
-                "a command and its helpers need at least 16".to_owned(),
-            ));
+        for path in &self.clean_temporary_directories {
+            let vital = place(path) == Place::Vital || self.build_directory.starts_with(path);
+            is_wrong(
+                "clean_temporary_directories",
+                unfit(path).is_none() && vital,
+                &format!(
+                    "{} would be emptied, which the host cannot be without; name a directory that \
+                     holds nothing but what actions leave, such as /tmp",
+                    path.display()
+                ),
+            );
         }
-        if !(self.limits.processors == 0.0 || (0.01..=100_000.0).contains(&self.limits.processors))
-        {
-            return Err((
-                "limits.processors",
-                "give a number such as 2.0, or 0.0 for no limit".to_owned(),
-            ));
+        for path in &self.writable_directories {
+            is_wrong(
+                "writable_directories",
+                path.parent().is_none() && path.is_absolute(),
+                "/ is everything; name the directories that actions share",
+            );
         }
-        if self.root != Root::Host && self.containment.mounts == Demand::Off {
-            return Err((
-                "root",
-                "another root than the host's takes containment.mounts".to_owned(),
-            ));
+        for path in &self.containment.hidden_paths {
+            let needed = [
+                "/", "/usr", "/bin", "/lib", "/lib64", "/etc", "/dev", "/proc",
+            ];
+            is_wrong(
+                "containment.hidden_paths",
+                needed.iter().any(|needed| Path::new(needed) == path),
+                &format!("no command runs without {}; leave it out", path.display()),
+            );
         }
-        if !self.build_directory.is_absolute() {
-            return Err((
+        for (key, command) in [
+            ("emulator", &self.emulator),
+            ("run_command_cleaner", &self.run_command_cleaner),
+        ] {
+            is_wrong(
+                key,
+                command.iter().any(|word| word.contains('\0')),
+                "it has a NUL character",
+            );
+            is_wrong(
+                key,
+                command.first().is_some_and(String::is_empty),
+                "write a program first, then its arguments; or [] for none",
+            );
+        }
+        is_wrong(
+            "limits.processes",
+            self.limits.processes < 16,
+            "a command and its helpers need at least 16",
+        );
+        is_wrong(
+            "limits.processes",
+            self.limits.processes > MOST_PROCESSES,
+            "Linux has at most 4194304 processes; lower it",
+        );
+        is_wrong(
+            "limits.memory",
+            self.limits.memory != Size(0) && self.limits.memory < Size::mib(16),
+            "no program runs in less than 16MiB; raise it, or write \"0B\" for no limit",
+        );
+        is_wrong(
+            "limits.processors",
+            !(self.limits.processors == 0.0
+                || (0.01..=100_000.0).contains(&self.limits.processors)),
+            "write a number such as 2.0, or 0.0 for no limit",
+        );
+        is_wrong(
+            "root",
+            self.root != Root::Host && self.containment.mounts == Demand::Off,
+            "another root than the host's takes containment.mounts, which is \"off\"; switch that on",
+        );
+        if let Some(reason) = unfit(&self.build_directory) {
+            is_wrong(
                 "build_directory",
-                "the directory must be an absolute path, the same as the worker's build_directory"
-                    .to_owned(),
-            ));
+                true,
+                &format!("{reason}; it is the same as the worker's build_directory"),
+            );
+        } else {
+            is_wrong(
+                "build_directory",
+                place(&self.build_directory) != Place::Free,
+                "the worker empties it, and others have files there; choose a directory of its own, such as /var/lib/bb-worker/build",
+            );
         }
-        if self.users.first < 1000 {
-            return Err((
-                "users.first",
-                "numbers below 1000 belong to the system; choose a free range, such as first = 58000".to_owned(),
-            ));
-        }
+        self.users.check(complaints);
+    }
+}
+
+impl Users {
+    fn check(&self, complaints: &mut Complaints) {
+        complaints.unless(
+            self.first >= 1000,
+            "users.first",
+            "numbers below 1000 belong to the system; choose a free range, such as first = 58000",
+        );
         // Each running action has a thread of the runner's for itself.
-        if self.users.count > 500 {
-            return Err((
-                "users.count",
-                "there can be at most 500 actions at once on one host".to_owned(),
-            ));
-        }
-        if self.users.count == 0
-            || self
-                .users
-                .first
-                .checked_add(self.users.count)
-                .is_none_or(|end| end > 65_000 && self.users.first <= 65_535)
-        {
-            return Err((
-                "users.count",
-                "the range must hold at least one user, and not reach 65534 (nobody)".to_owned(),
-            ));
-        }
+        complaints.unless(
+            self.count <= MOST_USERS,
+            "users.count",
+            "there can be at most 500 actions at once on one host",
+        );
+        let end = self.first.checked_add(self.count);
+        let overlaps_nobody = end.is_none_or(|end| end > 65_534 && self.first <= 65_535);
+        complaints.unless(
+            self.count > 0 && !overlaps_nobody,
+            "users.count",
+            "the range must hold at least one user, and not reach 65534 (nobody)",
+        );
         // systemd.exec(5), DynamicUser=: 61184 to 65519.
-        let range = self.users.range();
-        if range.start <= 65_519 && range.end > 61_184 {
-            return Err((
-                "users.first",
-                "systemd gives the numbers from 61184 to 65519 to services with DynamicUser=; choose a range below or above, such as first = 58000".to_owned(),
-            ));
+        let range = self.range();
+        complaints.unless(
+            range.start > 65_519 || range.end <= 61_184 || overlaps_nobody,
+            "users.first",
+            "systemd gives the numbers from 61184 to 65519 to services with DynamicUser=; choose a range below or above, such as first = 58000",
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_of_processes_that_no_kernel_takes_is_an_error() {
+        for (processes, is_good) in [
+            (15, false),
+            (16, true),
+            (4_194_304, true),
+            (4_194_305, false),
+        ] {
+            let mut config = Config::default();
+            config.limits.processes = processes;
+            let mut complaints = Complaints::default();
+            config.check(&mut complaints);
+            assert_eq!(complaints.0.is_empty(), is_good, "{processes}");
         }
-        Ok(())
     }
 }

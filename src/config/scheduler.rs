@@ -2,11 +2,11 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use super::{Check, Duration, Endpoint, ListenAddress, Log, Size};
+use super::{Check, Complaints, Duration, Endpoint, ListenAddress, Log, Place, Size, place, unfit};
 
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     pub clients: Clients,
@@ -17,21 +17,21 @@ pub struct Config {
     pub log: Log,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Clients {
     /// Ignored for a socket that systemd passes under the name `clients`.
     pub listen: ListenAddress,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Workers {
     /// Ignored for a socket that systemd passes under the name `workers`.
     pub listen: ListenAddress,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Storage {
     /// Both are embedded or both are not; see `Check`.
@@ -46,7 +46,7 @@ pub enum StoragePlace {
     Endpoint(Endpoint),
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Embedded {
     pub directory: PathBuf,
@@ -55,7 +55,7 @@ pub struct Embedded {
 }
 
 /// Buildbarn compiles most of these in; the defaults are its own unless a line says otherwise.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Scheduling {
     /// For actions without a timeout.
@@ -84,7 +84,7 @@ pub struct Scheduling {
     pub default_platform: BTreeMap<String, String>,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Shutdown {
     /// How long running calls may go on after SIGTERM.
@@ -166,43 +166,140 @@ impl<'de> Deserialize<'de> for StoragePlace {
     }
 }
 
+impl Serialize for StoragePlace {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            StoragePlace::Embedded => serializer.serialize_str("embedded"),
+            StoragePlace::Endpoint(endpoint) => endpoint.serialize(serializer),
+        }
+    }
+}
+
 impl Check for Config {
-    fn check(&self) -> Result<(), (&'static str, String)> {
+    fn check(&self, complaints: &mut Complaints) {
+        complaints.unless(
+            !self.clients.listen.meets(&self.workers.listen),
+            "workers.listen",
+            format!(
+                "clients.listen has the same port, {}; give each a port of its own, such as 127.0.0.1:8983 here",
+                self.clients.listen
+            ),
+        );
+        self.storage.check(&self.clients.listen, complaints);
+        self.scheduling.check(complaints);
+    }
+}
+
+impl Storage {
+    fn check(&self, clients: &ListenAddress, complaints: &mut Complaints) {
         let embedded = |place: &StoragePlace| *place == StoragePlace::Embedded;
-        if embedded(&self.storage.cas) != embedded(&self.storage.action_cache) {
-            return Err((
-                "storage.action_cache",
-                "the CAS and the Action Cache are either both \"embedded\" or both endpoints; set storage.cas alike".to_owned(),
-            ));
+        complaints.unless(
+            embedded(&self.cas) == embedded(&self.action_cache),
+            "storage.action_cache",
+            "the CAS and the Action Cache are either both \"embedded\" or both endpoints; set storage.cas alike",
+        );
+        for (key, place) in [
+            ("storage.cas", &self.cas),
+            ("storage.action_cache", &self.action_cache),
+        ] {
+            if let StoragePlace::Endpoint(endpoint) = place {
+                complaints.unless(
+                    !endpoint.is_at(clients),
+                    key,
+                    "that is this scheduler's own port, so that it would ask itself; write \"embedded\", or where the storage is",
+                );
+            }
         }
-        if !self.storage.embedded.directory.is_absolute() {
-            return Err((
+        let directory = &self.embedded.directory;
+        if let Some(reason) = unfit(directory) {
+            complaints.add("storage.embedded.directory", reason);
+        } else {
+            complaints.unless(
+                place(directory) == Place::Free,
                 "storage.embedded.directory",
-                "the directory must be an absolute path".to_owned(),
-            ));
+                "others have files there; choose a directory of its own, such as /var/lib/bb-scheduler/storage",
+            );
         }
-        if self.storage.embedded.maximum_size < Size::mib(16) {
-            return Err((
-                "storage.embedded.maximum_size",
-                "less than 16MiB cannot hold the outputs of a build; 20GiB is a good start"
-                    .to_owned(),
-            ));
+        complaints.unless(
+            self.embedded.maximum_size >= Size::mib(16),
+            "storage.embedded.maximum_size",
+            "less than 16MiB cannot hold the outputs of a build; 20GiB is a good start",
+        );
+    }
+}
+
+impl Scheduling {
+    fn check(&self, complaints: &mut Complaints) {
+        for (key, duration, otherwise) in [
+            (
+                "default_execution_timeout",
+                self.default_execution_timeout,
+                "every action without a timeout would fail at once",
+            ),
+            (
+                "maximum_execution_timeout",
+                self.maximum_execution_timeout,
+                "every action would be refused",
+            ),
+            (
+                "execution_update_interval",
+                self.execution_update_interval,
+                "clients would be written to without end",
+            ),
+            (
+                "operation_with_no_waiters_timeout",
+                self.operation_with_no_waiters_timeout,
+                "a client that reconnects would find its action cancelled",
+            ),
+            (
+                "busy_worker_synchronization_interval",
+                self.busy_worker_synchronization_interval,
+                "workers would call without end",
+            ),
+            (
+                "idle_worker_synchronization_interval",
+                self.idle_worker_synchronization_interval,
+                "workers would call without end",
+            ),
+            (
+                "worker_with_no_synchronizations_timeout",
+                self.worker_with_no_synchronizations_timeout,
+                "every worker would be taken for dead",
+            ),
+            (
+                "platform_queue_with_no_workers_timeout",
+                self.platform_queue_with_no_workers_timeout,
+                "actions would fail as soon as the last worker of their platform restarts",
+            ),
+        ] {
+            complaints.unless(
+                duration >= Duration(std::time::Duration::from_millis(1)),
+                &format!("scheduling.{key}"),
+                format!("with {duration}, {otherwise}; write a length of time, such as \"1m\""),
+            );
         }
-        if self.scheduling.default_execution_timeout > self.scheduling.maximum_execution_timeout {
-            return Err((
-                "scheduling.default_execution_timeout",
-                format!(
-                    "it exceeds scheduling.maximum_execution_timeout, which is {}",
-                    self.scheduling.maximum_execution_timeout
-                ),
-            ));
-        }
-        if self.scheduling.maximum_message_size > Size::mib(64) {
-            return Err((
-                "scheduling.maximum_message_size",
-                "an Action of more than 64MiB is a mistake of its client".to_owned(),
-            ));
-        }
-        Ok(())
+        complaints.unless(
+            self.default_execution_timeout <= self.maximum_execution_timeout,
+            "scheduling.default_execution_timeout",
+            format!(
+                "it exceeds scheduling.maximum_execution_timeout, which is {}",
+                self.maximum_execution_timeout
+            ),
+        );
+        complaints.unless(
+            self.maximum_message_size <= Size::mib(64),
+            "scheduling.maximum_message_size",
+            "an Action of more than 64MiB is a mistake of its client",
+        );
+        complaints.unless(
+            self.maximum_message_size >= Size(4096),
+            "scheduling.maximum_message_size",
+            "Actions would not fit; write at least \"4KiB\", and \"2MiB\" is a good start",
+        );
+        complaints.unless(
+            !self.default_platform.contains_key(""),
+            "scheduling.default_platform",
+            "a property needs a name, as in { OSFamily = \"linux\" }",
+        );
     }
 }

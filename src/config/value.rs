@@ -5,7 +5,7 @@
 
 use std::{fmt, net::SocketAddr, path::PathBuf, str::FromStr};
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 macro_rules! from_string {
     ($($type:ty),*) => {$(
@@ -24,6 +24,12 @@ macro_rules! from_string {
                 deserializer.deserialize_any(Visitor)
             }
         }
+
+        impl Serialize for $type {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
     )*};
 }
 from_string!(Duration, Size, ListenAddress, Endpoint);
@@ -34,6 +40,8 @@ pub struct Duration(pub std::time::Duration);
 
 impl Duration {
     const EXPECTED: &str = r#"a duration with its unit, such as "60s", "15min" or "1h 30min""#;
+    /// So that the time in so long is a time.
+    const LONGEST: std::time::Duration = std::time::Duration::from_secs(10 * 366 * 24 * 60 * 60);
 
     pub const fn seconds(seconds: u64) -> Self {
         Duration(std::time::Duration::from_secs(seconds))
@@ -48,9 +56,14 @@ impl FromStr for Duration {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        humantime::parse_duration(text)
-            .map(Duration)
-            .map_err(|error| format!("{text:?}: {error}; write {}", Self::EXPECTED))
+        match humantime::parse_duration(text) {
+            Ok(duration) if duration <= Self::LONGEST => Ok(Duration(duration)),
+            Ok(_) => Err(format!("{text:?} is more than ten years")),
+            Err(error) => Err(format!(
+                "{text:?} is no duration: {error}; write {}",
+                Self::EXPECTED
+            )),
+        }
     }
 }
 
@@ -134,6 +147,19 @@ impl ListenAddress {
     const EXPECTED: &str = r#"an address to listen on, such as "127.0.0.1:8980", "[::1]:8980" or "unix:/run/bb-runner/runner.sock""#;
 }
 
+impl ListenAddress {
+    /// Whether a host cannot listen on both. Ports that the kernel chooses never meet.
+    pub fn meets(&self, other: &ListenAddress) -> bool {
+        match (self, other) {
+            (ListenAddress::Tcp(a), ListenAddress::Tcp(b)) => {
+                let all = a.ip().is_unspecified() || b.ip().is_unspecified();
+                a.port() == b.port() && a.port() != 0 && (all || a.ip() == b.ip())
+            }
+            (a, b) => a == b,
+        }
+    }
+}
+
 impl FromStr for ListenAddress {
     type Err = String;
 
@@ -167,6 +193,30 @@ pub enum Endpoint {
 
 impl Endpoint {
     const EXPECTED: &str = r#"an endpoint, such as "grpc://storage.example:8980" or "unix:/run/bb-runner/runner.sock""#;
+}
+
+impl Endpoint {
+    /// Whether calls reach who listens at `address` on this host.
+    pub fn is_at(&self, address: &ListenAddress) -> bool {
+        match (self, address) {
+            (Endpoint::Unix(a), ListenAddress::Unix(b)) => a == b,
+            (Endpoint::Tcp(authority), ListenAddress::Tcp(address)) => {
+                let Some((host, port)) = authority.rsplit_once(':') else {
+                    return false;
+                };
+                let host = host.trim_matches(['[', ']']);
+                let ip = match host {
+                    "localhost" => Some(std::net::IpAddr::from([127, 0, 0, 1])),
+                    host => host.parse().ok(),
+                };
+                let same = ip.is_some_and(|ip| {
+                    ip == address.ip() || address.ip().is_unspecified() && ip.is_loopback()
+                });
+                same && port.parse() == Ok(address.port())
+            }
+            _ => false,
+        }
+    }
 }
 
 impl FromStr for Endpoint {

@@ -2,11 +2,14 @@
 
 use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use super::{Check, Duration, Endpoint, Log, Size};
+use super::{Check, Complaints, Duration, Endpoint, Log, Place, Size, place, unfit};
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+/// As many as a runner has users for.
+const MOST_SLOTS: usize = super::runner::MOST_USERS as usize;
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     pub scheduler: Scheduler,
@@ -20,13 +23,13 @@ pub struct Config {
     pub log: Log,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Scheduler {
     pub endpoint: Endpoint,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Storage {
     pub cas: Endpoint,
@@ -42,7 +45,7 @@ pub struct Storage {
     pub force_upload_trees_and_directories: bool,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Cache {
     pub directory: PathBuf,
@@ -50,12 +53,14 @@ pub struct Cache {
     pub maximum_files: u64,
     /// Left free on the file system of the cache.
     pub minimum_free: Size,
+    /// Bytes a second that are read again in the background; 0 for none.
+    pub verification_rate: Size,
     /// Parsed Directory messages, in memory.
     pub maximum_directories_size: Size,
 }
 
 /// What the outputs of one action may come to.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Outputs {
     /// Of all files together.
@@ -64,7 +69,7 @@ pub struct Outputs {
     pub timeout: Duration,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Runner {
     pub endpoint: Endpoint,
@@ -84,17 +89,20 @@ pub struct Runner {
 }
 
 /// Whose an action's input files are.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Inputs {
-    /// The worker's, linked from its cache and read-only.
+    /// The worker's, and read-only: reflinks of cached files where the file system has them, else hard
+    /// links.
     #[default]
     Shared,
+    /// The worker's, and read-only: hard links everywhere.
+    HardLinks,
     /// The action's: copies that it may change, made anew for each action.
     Private,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Shutdown {
     /// How long running actions may go on after SIGTERM.
@@ -146,6 +154,7 @@ impl Default for Cache {
             maximum_size: Size::gib(20),
             maximum_files: 1_000_000,
             minimum_free: Size::gib(1),
+            verification_rate: Size::mib(4),
             maximum_directories_size: Size::mib(256),
         }
     }
@@ -185,46 +194,162 @@ impl Default for Shutdown {
 }
 
 impl Check for Config {
-    fn check(&self) -> Result<(), (&'static str, String)> {
+    fn check(&self, complaints: &mut Complaints) {
         for (key, path) in [
             ("build_directory", &self.build_directory),
             ("cache.directory", &self.cache.directory),
         ] {
-            if !path.is_absolute() {
-                return Err((key, "the directory must be an absolute path".to_owned()));
+            if let Some(reason) = unfit(path) {
+                complaints.add(key, reason);
+            } else {
+                complaints.unless(
+                    place(path) == Place::Free,
+                    key,
+                    format!(
+                        "the worker removes what it does not know there, and others have files in {}; choose a directory of its own",
+                        path.display()
+                    ),
+                );
             }
         }
-        if self.build_directory.starts_with(&self.cache.directory)
-            || self.cache.directory.starts_with(&self.build_directory)
-        {
-            return Err((
-                "build_directory",
-                "it must be neither inside nor around cache.directory, since it is emptied at start-up".to_owned(),
-            ));
-        }
-        if self.outputs.maximum_size.get() == 0 {
-            return Err((
-                "outputs.maximum_size",
-                "it must be more than 0, or no action could have any output".to_owned(),
-            ));
-        }
-        if self.outputs.timeout.get().is_zero() {
-            return Err((
-                "outputs.timeout",
-                "it must be more than 0, or no output could be read".to_owned(),
-            ));
-        }
-        if self.runners.is_empty() {
-            return Err((
-                "runners",
-                "there must be at least one [[runners]] section".to_owned(),
-            ));
-        }
-        for runner in &self.runners {
-            if let Err(error) = crate::instance::InstanceName::parse(&runner.instance_name_prefix) {
-                return Err(("runners.instance_name_prefix", error.to_string()));
+        complaints.unless(
+            !self.build_directory.starts_with(&self.cache.directory)
+                && !self.cache.directory.starts_with(&self.build_directory),
+            "build_directory",
+            "it must be neither inside nor around cache.directory, since it is emptied at start-up",
+        );
+        self.cache.check(complaints);
+        self.storage.check(complaints);
+        complaints.unless(
+            self.outputs.maximum_size.get() > 0,
+            "outputs.maximum_size",
+            "no action could have any output; write a size, and \"32GiB\" is a good start",
+        );
+        complaints.unless(
+            !self.outputs.timeout.get().is_zero(),
+            "outputs.timeout",
+            "no output could be read; write a duration, and \"30m\" is a good start",
+        );
+        complaints.unless(
+            !self.runners.is_empty(),
+            "runners",
+            "there must be at least one [[runners]] section",
+        );
+        for (number, runner) in self.runners.iter().enumerate() {
+            runner.check(number, complaints);
+            let twin = self.runners[..number].iter().position(|other| {
+                let labels = |runner: &Runner| {
+                    (
+                        runner.instance_name_prefix.clone(),
+                        runner.platform.clone(),
+                        runner.size_class,
+                        runner.worker_id.clone(),
+                    )
+                };
+                labels(other) == labels(runner)
+            });
+            if let Some(twin) = twin {
+                complaints.add(
+                    format!("runners.{number}"),
+                    format!(
+                        "this section and [[runners]] number {} are the same worker to the scheduler, so that every action would run twice; give them different platforms, or worker_id = {{ ... }}",
+                        twin + 1
+                    ),
+                );
             }
         }
-        Ok(())
+    }
+}
+
+impl Cache {
+    fn check(&self, complaints: &mut Complaints) {
+        complaints.unless(
+            self.maximum_size >= Size::mib(1),
+            "cache.maximum_size",
+            "the inputs of no action would fit; write at least \"1MiB\", and \"20GiB\" is a good start",
+        );
+        complaints.unless(
+            self.maximum_files >= 1,
+            "cache.maximum_files",
+            "the inputs of no action would fit; write a number such as 1000000",
+        );
+        complaints.unless(
+            self.maximum_directories_size >= Size(64 << 10),
+            "cache.maximum_directories_size",
+            "the input root of no action would fit; write at least \"64KiB\", and \"256MiB\" is a good start",
+        );
+    }
+}
+
+impl Storage {
+    fn check(&self, complaints: &mut Complaints) {
+        for (key, concurrency) in [
+            ("storage.download_concurrency", self.download_concurrency),
+            ("storage.upload_concurrency", self.upload_concurrency),
+        ] {
+            complaints.unless(
+                concurrency.get() <= 10_000,
+                key,
+                "no storage serves more than 10000 transfers at a time; 32 is a good start",
+            );
+        }
+        complaints.unless(
+            (Size(64 << 10)..=Size::gib(1)).contains(&self.maximum_message_size),
+            "storage.maximum_message_size",
+            "it is for Commands, Directories and Trees; write a size from \"64KiB\" to \"1GiB\", and \"16MiB\" is a good start",
+        );
+        let is_url = ["http://", "https://"].iter().any(|scheme| {
+            self.browser_url.len() > scheme.len() && self.browser_url.starts_with(scheme)
+        });
+        complaints.unless(
+            self.browser_url.is_empty()
+                || is_url
+                    && !self
+                        .browser_url
+                        .contains(|c: char| c.is_control() || c == ' '),
+            "storage.browser_url",
+            "it must begin with http:// or https://, or be empty for no links",
+        );
+    }
+}
+
+impl Runner {
+    /// Actions at a time.
+    pub fn slots(&self) -> usize {
+        match self.concurrency {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            concurrency => concurrency,
+        }
+    }
+
+    fn check(&self, number: usize, complaints: &mut Complaints) {
+        let key = |name: &str| format!("runners.{number}.{name}");
+        if let Err(error) = crate::instance::InstanceName::parse(&self.instance_name_prefix) {
+            complaints.add(key("instance_name_prefix"), error.to_string());
+        }
+        complaints.unless(
+            self.concurrency <= MOST_SLOTS,
+            &key("concurrency"),
+            "a runner has at most 500 actions at a time; 0 is one for each processor",
+        );
+        complaints.unless(
+            !self.platform.contains_key(""),
+            &key("platform"),
+            "a property needs a name, as in { OSFamily = \"linux\" }",
+        );
+        complaints.unless(
+            !self.worker_id.contains_key(""),
+            &key("worker_id"),
+            "a label needs a name, as in { hostname = \"build7\" }",
+        );
+        for (name, value) in &self.environment_variables {
+            complaints.unless(
+                !name.is_empty() && !name.contains(['=', '\0']) && !value.contains('\0'),
+                &key("environment_variables"),
+                format!(
+                    "{name:?} cannot be a variable: names are neither empty nor have = in them"
+                ),
+            );
+        }
     }
 }

@@ -10,6 +10,13 @@ use tower::service_fn;
 use super::listen::{CONNECTION_WINDOW, STREAM_WINDOW};
 use crate::config::Endpoint;
 
+/// Streams that we left early are remembered, since more of their frames may be on the way. A frame of
+/// one that is forgotten counts as an error of the peer's, and h2 ends a connection, with every call
+/// on it, after 1024 of those in its life: fifty streams in one second that are left before their
+/// trailers have come are enough to begin the count. Our peers are those that the administrator
+/// chose, so that there is no such limit, and few frames that must be answered.
+const RESET_STREAMS: usize = 4096;
+
 /// A channel that connects at its first call, and again after each loss.
 ///
 /// Calls on an unreachable peer fail with UNAVAILABLE, and the endpoint is named in the text.
@@ -32,6 +39,8 @@ pub fn connect(endpoint: &Endpoint) -> Channel {
         .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_keep_alive_interval(Duration::from_secs(60))
         .keep_alive_timeout(Duration::from_secs(20))
+        .http2_max_concurrent_reset_streams(RESET_STREAMS)
+        .http2_max_local_error_reset_streams(None)
         .connect_with_connector_lazy(service_fn(move |_| {
             let endpoint = endpoint.clone();
             async move {

@@ -5,7 +5,8 @@
 //! 2. The sentence has the fields as well, since `journalctl -u` shows nothing else. (This is why
 //!    the tracing-journald crate does not do: its sentence is the message alone.)
 //! 3. Values may come from hostile actions and clients: they are cut at `LIMIT`, and in the
-//!    sentence control characters are escaped.
+//!    sentence sooner; control characters are escaped there, so that one entry is one line.
+//! 4. Without a journal, the same sentences go to standard error.
 //!
 //! The protocol is systemd's "Native Journal Protocol": one datagram per entry, a field being
 //! `NAME\n`, its length as 64 bits little endian, its value, `\n`.
@@ -31,9 +32,17 @@ const SOCKET: &str = "/run/systemd/journal/socket";
 /// Bytes of one value; a whole entry must fit into a datagram (net.core.wmem_default).
 const LIMIT: usize = 8 << 10;
 
+/// Of one value in the sentence; the field has the rest.
+const SHOWN: usize = 1 << 10;
+
 pub struct Journal {
-    socket: UnixDatagram,
+    output: Output,
     program: &'static str,
+}
+
+enum Output {
+    Journal(UnixDatagram),
+    StandardError,
 }
 
 /// Whether standard error is read by the journal (systemd.exec(5), JOURNAL_STREAM).
@@ -57,19 +66,27 @@ pub fn complain(program: &str, text: &str) {
 }
 
 impl Journal {
-    /// None unless systemd reads this process's standard error and the journal can be reached.
-    pub fn connect(program: &'static str) -> Option<Self> {
-        if !reads_standard_error() {
-            return None;
-        }
-        let socket = UnixDatagram::unbound().ok()?;
-        socket.connect(SOCKET).ok()?;
-        // A journal that hangs must not make the daemon hang.
-        socket
-            .set_write_timeout(Some(Duration::from_secs(1)))
-            .ok()?;
-        Some(Journal { socket, program })
+    /// Standard error, unless systemd reads that and the journal can be reached.
+    pub fn open(program: &'static str) -> Self {
+        let output = match connect() {
+            Some(socket) => Output::Journal(socket),
+            None => Output::StandardError,
+        };
+        Journal { output, program }
     }
+}
+
+fn connect() -> Option<UnixDatagram> {
+    if !reads_standard_error() {
+        return None;
+    }
+    let socket = UnixDatagram::unbound().ok()?;
+    socket.connect(SOCKET).ok()?;
+    // A journal that hangs must not make the daemon hang.
+    socket
+        .set_write_timeout(Some(Duration::from_secs(1)))
+        .ok()?;
+    Some(socket)
 }
 
 impl<S: Subscriber + for<'s> LookupSpan<'s>> Layer<S> for Journal {
@@ -97,10 +114,18 @@ impl<S: Subscriber + for<'s> LookupSpan<'s>> Layer<S> for Journal {
             facts.inherit(&around);
             span = around.parent();
         }
-        let priority = priority(event.metadata().level());
-        let entry = facts.entry(self.program, priority);
-        if self.socket.send(&entry).is_err() {
-            eprintln!("<{priority}>{}", facts.sentence());
+        let level = event.metadata().level();
+        match &self.output {
+            Output::Journal(socket) => {
+                let entry = facts.entry(self.program, priority(level));
+                if socket.send(&entry).is_err() {
+                    eprintln!("<{}>{}", priority(level), facts.sentence());
+                }
+            }
+            Output::StandardError => {
+                let now = humantime::format_rfc3339_micros(std::time::SystemTime::now());
+                eprintln!("{now} {level:>5} {}", facts.sentence());
+            }
         }
     }
 }
@@ -134,14 +159,7 @@ impl Facts {
     }
 
     fn put(&mut self, field: &Field, mut value: String) {
-        if value.len() > LIMIT {
-            let end = (0..=LIMIT)
-                .rev()
-                .find(|end| value.is_char_boundary(*end))
-                .unwrap_or(0);
-            value.truncate(end);
-            value.push('…');
-        }
+        cut(&mut value, LIMIT);
         if field.name() == "message" {
             self.message = value;
         } else if let Some((_, old)) = self
@@ -156,8 +174,16 @@ impl Facts {
     }
 
     fn sentence(&self) -> String {
-        let mut text = self.message.clone();
+        let mut text = String::new();
+        for c in self.message.chars() {
+            match c.is_control() {
+                true => text.extend(c.escape_default()),
+                false => text.push(c),
+            }
+        }
         for (name, value) in &self.fields {
+            let mut value = value.clone();
+            cut(&mut value, SHOWN);
             let plain =
                 !value.is_empty() && !value.contains(|c: char| c.is_control() || " \"".contains(c));
             let _ = if plain {
@@ -197,6 +223,18 @@ impl Facts {
     }
 }
 
+/// What was cut off shows.
+fn cut(value: &mut String, limit: usize) {
+    if value.len() > limit {
+        let end = (0..=limit)
+            .rev()
+            .find(|end| value.is_char_boundary(*end))
+            .unwrap_or(0);
+        value.truncate(end);
+        value.push('…');
+    }
+}
+
 impl Visit for Facts {
     fn record_str(&mut self, field: &Field, value: &str) {
         self.put(field, value.to_owned());
@@ -233,7 +271,7 @@ mod tests {
     fn entries(speak: impl FnOnce()) -> Vec<Vec<(String, String)>> {
         let (here, there) = UnixDatagram::pair().unwrap();
         let journal = Journal {
-            socket: there,
+            output: Output::Journal(there),
             program: "bb_test",
         };
         let read = Arc::new(Mutex::new(Vec::new()));
@@ -277,8 +315,17 @@ mod tests {
             let _outer = outer.enter();
             let inner = tracing::info_span!("inner", worker = "inner");
             let _inner = inner.enter();
-            tracing::info!(text = long, action = "b", "x");
+            tracing::info!(text = long, action = "b", "x\n\u{1b}[2J{}", "y\r\n");
         });
+        let sentence = entries[0]
+            .iter()
+            .find(|(name, _)| name == "MESSAGE")
+            .unwrap();
+        assert!(
+            sentence.1.starts_with("x\\n\\u{1b}[2Jy\\r\\n text="),
+            "{sentence:?}"
+        );
+        assert!(sentence.1.len() < 2 * SHOWN);
         let value = |name: &str| {
             let found = entries[0].iter().find(|(known, _)| known == name).unwrap();
             found.1.clone()

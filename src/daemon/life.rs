@@ -11,6 +11,9 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
+/// How old the line of `systemctl status` can be.
+const STATUS_INTERVAL: Duration = Duration::from_secs(2);
+
 /// Told to stop once, says when it is ready. Clones are the same life.
 #[derive(Clone, Debug, Default)]
 pub struct Life {
@@ -78,6 +81,19 @@ impl Life {
             status.clone_into(last);
         }
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(status)]);
+    }
+
+    /// Says what `line` says, whenever that changes, once the daemon is ready; never returns.
+    pub async fn keep_status(&self, line: impl Fn() -> String) {
+        let mut last = None;
+        loop {
+            tokio::time::sleep(STATUS_INTERVAL).await;
+            let line = line();
+            if last.as_ref() != Some(&line) {
+                self.status(&line);
+                last = Some(line);
+            }
+        }
     }
 
     /// The line that `systemctl status` shows, once the daemon is ready.

@@ -27,7 +27,7 @@ use tonic::{
     transport::{Server, server::Connected},
 };
 
-use super::Failure;
+use super::{Failure, holder};
 use crate::config::ListenAddress;
 
 // A 4 MiB chunk in flight needs no round trip on a loopback or a LAN.
@@ -108,23 +108,93 @@ pub fn listen(
     let opened = open(address, permissions).map(|socket| Listener {
         sockets: vec![socket],
     });
-    opened.map_err(|error| {
-        let remedy = match error.kind() {
-            io::ErrorKind::AddrInUse => {
-                "another process listens there; stop it, or choose another address"
-            }
-            io::ErrorKind::PermissionDenied => {
-                "choose an address or a directory that this user may use"
-            }
-            io::ErrorKind::AddrNotAvailable => "the address must be one of this host's",
-            io::ErrorKind::NotFound => "create the directory of the socket first",
-            _ => "choose another address",
-        };
-        Failure::Configuration {
-            key,
-            message: format!("could not listen on {address}: {error}; {remedy}"),
+    opened.map_err(|error| not_listening(key, address, &error))
+}
+
+/// Why an address cannot be listened on, and what to do.
+pub(super) fn not_listening(
+    key: &'static str,
+    address: &ListenAddress,
+    error: &io::Error,
+) -> Failure {
+    let remedy = match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            let held = holder::listener(address, "");
+            format!("{held} listens there; stop it, or choose another address")
         }
-    })
+        io::ErrorKind::PermissionDenied => {
+            "choose an address or a directory that this user may use".to_owned()
+        }
+        io::ErrorKind::AddrNotAvailable => "the address must be one of this host's".to_owned(),
+        io::ErrorKind::NotFound => "create the directory of the socket first".to_owned(),
+        _ => "choose another address".to_owned(),
+    };
+    Failure::Configuration {
+        key,
+        message: format!("could not listen on {address}: {error}; {remedy}"),
+    }
+}
+
+/// Whether an address could be listened on. Changes nothing: a port is bound for a moment, without
+/// that connections are taken.
+pub(super) fn try_to_bind(address: &ListenAddress) -> io::Result<()> {
+    use nix::sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrStorage, bind, setsockopt, socket, sockopt,
+    };
+    use std::os::fd::AsRawFd;
+    match address {
+        ListenAddress::Tcp(address) => {
+            let family = match address.is_ipv4() {
+                true => AddressFamily::Inet,
+                false => AddressFamily::Inet6,
+            };
+            let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+            // As std does, so that a restart needs no wait for TIME_WAIT.
+            setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+            Ok(bind(socket.as_raw_fd(), &SockaddrStorage::from(*address))?)
+        }
+        ListenAddress::Unix(path) => {
+            // unix(7)
+            if path.as_os_str().len() > 107 {
+                return Err(io::Error::other(
+                    "the path of a socket has at most 107 characters",
+                ));
+            }
+            let is_socket = |metadata: fs::Metadata| metadata.file_type().is_socket();
+            match fs::symlink_metadata(path).map(is_socket) {
+                Ok(true) => match std::os::unix::net::UnixStream::connect(path) {
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                    _ => return Err(io::ErrorKind::AddrInUse.into()),
+                },
+                Ok(false) => return Err(io::Error::other("there is a file of that name")),
+                Err(_) => {}
+            }
+            let directory = path.parent().unwrap_or(Path::new("/"));
+            let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+            Ok(rustix::fs::access(directory, access)?)
+        }
+    }
+}
+
+/// Where the sockets listen that systemd passed under this name, if it did and none was taken yet.
+pub(super) fn passed(name: &str) -> Option<Vec<ListenAddress>> {
+    use nix::sys::socket::{SockaddrStorage, UnixAddr, getsockname};
+    use std::os::fd::AsRawFd;
+    let sockets = PASSED
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
+    let address = |socket: &OwnedFd| {
+        let address: SockaddrStorage = getsockname(socket.as_raw_fd()).ok()?;
+        if let Some(address) = address.as_sockaddr_in() {
+            return Some(ListenAddress::Tcp((*address).into()));
+        }
+        if let Some(address) = address.as_sockaddr_in6() {
+            return Some(ListenAddress::Tcp((*address).into()));
+        }
+        let path = address.as_unix_addr().and_then(UnixAddr::path)?;
+        Some(ListenAddress::Unix(path.to_owned()))
+    };
+    Some(sockets.get(name)?.iter().filter_map(address).collect())
 }
 
 fn adopt(socket: OwnedFd) -> io::Result<Socket> {

@@ -12,23 +12,28 @@ use std::{
 
 use clap::Parser;
 use sd_notify::NotifyState;
-use serde::de::DeserializeOwned;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::{journal::complain, log::Levels, reload::Running};
-use crate::config::{self, Check, Log};
+use crate::config::{self, Check, Complaints, Log};
 
+mod check;
 mod connect;
+pub mod disk;
+mod holder;
 mod journal;
 mod life;
 mod listen;
 mod log;
 mod reload;
+mod unit;
 mod watchdog;
 
+pub use check::{Findings, Host, SHIPPED_STOP_TIMEOUT};
 pub use connect::connect;
 pub use life::{Heart, Life};
 pub use listen::{Listener, Peer, SocketPermissions, listen, serve};
+pub use log::LineLimit;
 
 const EX_CONFIG: u8 = 78;
 
@@ -72,19 +77,25 @@ struct Flags {
     #[arg(long)]
     check: bool,
 
+    /// Print every key with its value and where that comes from, and exit
+    #[arg(long, conflicts_with = "check")]
+    print_config: bool,
+
     /// Check the configuration, then tell a running daemon to read it again
-    #[arg(long, value_name = "PID", conflicts_with = "check",
+    #[arg(long, value_name = "PID", conflicts_with_all = ["check", "print_config"],
           value_parser = clap::value_parser!(i32).range(1..))]
     reload: Option<i32>,
 }
 
 /// A daemon's whole main function.
 ///
-/// `probe` says everything that would keep `run` from working, without changing anything.
-pub fn main<C: DeserializeOwned + Check + PartialEq + 'static>(
+/// `warnings` says what is wrong although the daemon starts with it. `probe` tries what would keep
+/// `run` from working, without changing anything.
+pub fn main<C: Check + 'static>(
     program: Program,
     log_of: fn(&C) -> &Log,
-    probe: impl AsyncFnOnce(&C) -> Vec<Failure>,
+    warnings: fn(&C, &Host, &mut Complaints),
+    probe: impl AsyncFnOnce(&C, &Host, &mut Findings),
     run: impl AsyncFnOnce(C, Life) -> Result<(), Failure>,
 ) -> ExitCode {
     let default = PathBuf::from(format!("/etc/bb-remote-execution/{}.toml", program.name));
@@ -93,17 +104,25 @@ pub fn main<C: DeserializeOwned + Check + PartialEq + 'static>(
         Some(path) => (path, false),
         None => (default, true),
     };
-    let (config, table) = match config::read::<C>(&path, optional) {
-        Ok(read) => read,
-        Err(error) => {
-            let text = format!(
-                "{error}\nAll keys are described in {}.toml(5).",
-                program.name
-            );
-            complain(program.name, &text);
-            return ExitCode::from(EX_CONFIG);
-        }
-    };
+    let loaded = config::examine::<C>(&path, optional);
+    let mut host = Host::of(program.name, &path, &loaded);
+    host.is_default = optional;
+    if flags.check {
+        return check::run(&program, &host, &loaded, warnings, probe);
+    }
+    if !loaded.errors.is_empty() {
+        let text = format!(
+            "{}\nAll keys are described in {}.toml(5).",
+            config::Errors(loaded.errors),
+            program.name
+        );
+        complain(program.name, &text);
+        return ExitCode::from(EX_CONFIG);
+    }
+    if flags.print_config {
+        print!("{}", config::effective(&path, &loaded));
+        return ExitCode::SUCCESS;
+    }
     if let Some(pid) = flags.reload {
         return ask_to_reload(&program, pid);
     }
@@ -114,24 +133,24 @@ pub fn main<C: DeserializeOwned + Check + PartialEq + 'static>(
             return ExitCode::FAILURE;
         }
     };
-    if flags.check {
-        let failures = runtime.block_on(probe(&config));
-        for failure in &failures {
-            complain(program.name, &explain(failure, &path));
-        }
-        if failures.is_empty() {
-            println!("{}: {} is good", program.name, path.display());
-            return ExitCode::SUCCESS;
-        }
-        return ExitCode::from(EX_CONFIG);
-    }
+    let config = loaded.config;
     let levels = log::start(program.name, log_of(&config).level);
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        configuration = %in_words(&loaded.files),
+        "starting"
+    );
+    let mut complaints = Complaints::default();
+    warnings(&config, &host, &mut complaints);
+    for complaint in complaints.told(&path) {
+        tracing::warn!("{}", complaint.brief());
+    }
     let life = Life::new();
     watchdog::start(&life, runtime.handle());
     let running = Running {
         path: path.clone(),
         optional,
-        table,
+        table: loaded.table,
         log_of,
     };
     let result = runtime.block_on(async {
@@ -186,12 +205,25 @@ fn flags(program: &Program, default: &Path) -> Flags {
     Flags::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }
 
+/// Names of files, for one line.
+fn in_words(files: &[PathBuf]) -> String {
+    match files {
+        [] => "defaults".to_owned(),
+        files => {
+            let names: Vec<String> = files
+                .iter()
+                .map(|file| file.display().to_string())
+                .collect();
+            names.join(", ")
+        }
+    }
+}
+
 fn explain(failure: &Failure, path: &Path) -> String {
     match failure {
-        Failure::Configuration { key, message } => match config::locate(path, key) {
-            Some((file, line)) => format!("{}:{line}: {key}: {message}", file.display()),
-            None => format!("{}: {key}: {message}", path.display()),
-        },
+        Failure::Configuration { key, message } => {
+            config::at_key(path, key, message.clone()).brief()
+        }
         Failure::Environment { message } => message.clone(),
     }
 }
@@ -220,7 +252,7 @@ fn ask_to_reload(program: &Program, pid: i32) -> ExitCode {
 /// reads the configuration again.
 async fn obey_signals<C>(life: Life, mut running: Running<C>, levels: Levels)
 where
-    C: DeserializeOwned + Check + PartialEq,
+    C: Check,
 {
     let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hang_up)) = (
         signal(SignalKind::terminate()),
@@ -258,7 +290,7 @@ where
 /// Says RELOADING=1 and READY=1 around it (sd_notify(3)).
 fn reload<C>(life: &Life, running: &mut Running<C>, levels: &Levels)
 where
-    C: DeserializeOwned + Check + PartialEq,
+    C: Check,
 {
     if let Ok(now) = NotifyState::monotonic_usec_now() {
         let _ = sd_notify::notify(&[NotifyState::Reloading, now]);

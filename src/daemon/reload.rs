@@ -6,8 +6,6 @@
 
 use std::{collections::BTreeSet, path::PathBuf};
 
-use serde::de::DeserializeOwned;
-
 use super::log::Levels;
 use crate::config::{self, Check, Log};
 
@@ -22,11 +20,11 @@ pub struct Running<C> {
     pub log_of: fn(&C) -> &Log,
 }
 
-impl<C: DeserializeOwned + Check + PartialEq> Running<C> {
+impl<C: Check> Running<C> {
     /// Returns one line for `systemctl status`; empty when nothing waits for a restart.
     pub fn reload(&mut self, levels: &Levels) -> String {
         let (config, table) = match config::read::<C>(&self.path, self.optional) {
-            Ok(read) => read,
+            Ok(loaded) => (loaded.config, loaded.table),
             Err(error) => {
                 tracing::error!("could not reload, and goes on as before: {error}");
                 return "configuration not reloaded, because of an error in it".to_owned();
@@ -121,7 +119,7 @@ mod tests {
         let path = directory.path().join("w.toml");
         let write = |text: &str| std::fs::write(&path, text).unwrap();
         write("cache.maximum_size = \"20GiB\"\n[[runners]]\nconcurrency = 2\n");
-        let (_, table) = config::read::<Config>(&path, false).unwrap();
+        let table = config::read::<Config>(&path, false).unwrap().table;
         let mut running = Running::<Config> {
             path: path.clone(),
             optional: false,
@@ -138,7 +136,7 @@ mod tests {
         let wait = "restart to apply: runners, storage.browser_url";
         assert_eq!(running.reload(&levels), wait);
         assert_eq!(running.reload(&levels), wait);
-        let changed = running.changed(&config::read::<Config>(&path, false).unwrap().1);
+        let changed = running.changed(&config::read::<Config>(&path, false).unwrap().table);
         assert!(!changed.contains("log.level"), "{changed:?}");
 
         write("no_such_key = 1\n");

@@ -25,7 +25,8 @@ use super::{
     log::{INTERVAL, Log},
     mount::copy_of_directory,
     process::{Base, Blueprint, Exit, Process, SpawnError, Stop, Woken},
-    room::{Mounts, Room, RoomError, Rooms},
+    room::{Mounts, Room, RoomError},
+    rooms::Rooms,
     root::RootDirectory,
     seccomp::Filter,
     user::{self, User},
@@ -194,6 +195,15 @@ fn run_in(
     let mut stdout = Log::new(build.create_log(&command.stdout)?, limit);
     let mut stderr = Log::new(build.create_log(&command.stderr)?, limit);
 
+    if let Some(mounts) = &room.mounts {
+        mounts
+            .account
+            .name(user, &command.home)
+            .map_err(|error| RunError::Resources {
+                what: "name the action's user",
+                error,
+            })?;
+    }
     let Scene {
         base,
         input_root,
@@ -227,7 +237,7 @@ fn run_in(
         processes: room
             .init
             .as_ref()
-            .map(|init| (init.pidfd(), house.processes.as_fd())),
+            .map(|init| (init.processes(), house.processes.as_fd())),
         inherited: house.inherited,
         mounts: &mounts,
         root: match (&root, &room.mounts) {

@@ -27,6 +27,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags};
 
 use crate::config::runner::Limits;
@@ -39,9 +40,26 @@ const PERIOD: u64 = 100_000;
 pub struct Cgroups {
     directory: PathBuf,
     /// Open, as some threads see control groups read-only; the mount that it was opened by is not.
-    parent: Arc<OwnedFd>,
+    parent: Mutex<Arc<OwnedFd>>,
     next: AtomicU64,
-    limits: Limits,
+    /// Those that were accepted at the start, so that each group must accept them.
+    settings: Vec<Setting>,
+    unkept: Vec<Unkept>,
+}
+
+/// What is written to which file of a group, for which limit.
+#[derive(Clone, Debug)]
+struct Setting {
+    file: &'static str,
+    value: String,
+    key: &'static str,
+}
+
+/// A configured limit that is not kept here.
+#[derive(Clone, Debug)]
+pub struct Unkept {
+    pub key: &'static str,
+    pub reason: String,
 }
 
 /// What a group says of its action at the end: all processes, those that nobody waited for included.
@@ -108,21 +126,24 @@ impl Cgroups {
         let base = make_way(own_group()?.directory)?;
         let directory = base.join(format!("bb-runner-{first_user}"));
         clear(&directory);
-        create_directory(&directory)
+        let parent = make_directory(&directory)
             .map_err(|error| format!("could not create {}: {error}", directory.display()))?;
-        enable_controllers(&directory);
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let parent = rustix::fs::open(&directory, flags, Mode::empty())
-            .map_err(|error| format!("could not open {}: {error}", directory.display()))?;
-        let cgroups = Cgroups {
+        let mut cgroups = Cgroups {
             directory,
-            parent: Arc::new(parent),
+            parent: Mutex::new(Arc::new(parent)),
             next: AtomicU64::new(0),
-            limits: limits.clone(),
+            settings: Vec::new(),
+            unkept: Vec::new(),
         };
-        cgroups
+        let first = cgroups
             .create()
-            .map_err(|error| format!("could not use {}: {error}", cgroups.directory.display()))?;
+            .map_err(|(path, error)| format!("could not use {}: {error}", path.display()))?;
+        for setting in settings(limits) {
+            match setting.apply(&first.path) {
+                Ok(()) => cgroups.settings.push(setting),
+                Err(error) => cgroups.unkept.extend(setting.unkept(error)),
+            }
+        }
         Ok(cgroups)
     }
 
@@ -136,55 +157,111 @@ impl Cgroups {
     }
 
     /// Those of the configured limits that are not kept here.
-    pub fn missing(&self) -> Vec<&'static str> {
-        missing(&self.limits, &self.directory.join("cgroup.subtree_control"))
+    pub fn unkept(&self) -> &[Unkept] {
+        &self.unkept
     }
 
     /// Those that cannot be kept on this host, wherever the daemon runs; changes nothing. The error
     /// says why there are no groups.
-    pub fn check(limits: &Limits) -> Result<Vec<&'static str>, String> {
-        let mount = own_group()?.mount;
-        Ok(missing(limits, &mount.join("cgroup.controllers")))
+    pub fn check(limits: &Limits) -> Result<Vec<Unkept>, String> {
+        let controllers = own_group()?.mount.join("cgroup.controllers");
+        let available = fs::read_to_string(controllers).unwrap_or_default();
+        let has = |name| available.split_whitespace().any(|found| found == name);
+        let lacking = settings(limits)
+            .into_iter()
+            .filter(|it| !has(it.controller()));
+        let mut unkept: Vec<Unkept> = lacking
+            .filter_map(|it| it.unkept(io::ErrorKind::NotFound.into()))
+            .collect();
+        unkept.dedup_by_key(|it| it.key);
+        Ok(unkept)
     }
 
-    fn settings(&self) -> impl Iterator<Item = (&'static str, String)> {
-        let Limits {
-            memory,
-            processors,
-            processes,
-            ..
-        } = self.limits;
-        let mut settings = vec![("pids.max", processes.to_string())];
-        if memory.get() > 0 {
-            settings.push(("memory.max", memory.get().to_string()));
-            settings.push(("memory.swap.max", "0".to_owned()));
-            // All or nothing: what is left of an action without some of its processes is no result.
-            settings.push(("memory.oom.group", "1".to_owned()));
-        }
-        if processors > 0.0 {
-            let quota = (processors * PERIOD as f64) as u64;
-            settings.push(("cpu.max", format!("{quota} {PERIOD}")));
-        }
-        settings.into_iter()
-    }
-
-    pub fn create(&self) -> io::Result<Cgroup> {
+    /// The error has the place.
+    pub fn create(&self) -> Result<Cgroup, (PathBuf, io::Error)> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let path = self.directory.join(number.to_string());
-        create_directory(&path)?;
-        // Where a controller is not delegated, there is no such file, and no limit.
-        for (file, value) in self.settings() {
-            let _ = fs::write(path.join(file), value);
+        match create_directory(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let parent = make_directory(&self.directory);
+                let parent = parent.map_err(|error| (self.directory.clone(), error))?;
+                *self.parent.lock() = Arc::new(parent);
+                tracing::warn!(directory = %self.directory.display(), "somebody removed the place for actions' control groups; it was made again");
+                create_directory(&path)
+            }
+            result => result,
         }
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let directory = rustix::fs::open(&path, flags, Mode::empty())?;
-        Ok(Cgroup {
-            events: fs::File::open(path.join("cgroup.events"))?,
-            path,
-            parent: self.parent.clone(),
-            directory,
+        .map_err(|error| (path.clone(), error))?;
+        let cgroup = Cgroup::open(&path, self.parent.lock().clone());
+        let cgroup = cgroup.map_err(|error| (path.clone(), error))?;
+        for setting in &self.settings {
+            let set = setting.apply(&path);
+            set.map_err(|error| (path.join(setting.file), error))?;
+        }
+        Ok(cgroup)
+    }
+}
+
+/// What `limits` mean for a group.
+fn settings(limits: &Limits) -> Vec<Setting> {
+    let mut settings = Vec::new();
+    let mut set = |key, file, value| settings.push(Setting { file, value, key });
+    set("limits.processes", "pids.max", limits.processes.to_string());
+    if limits.memory.get() > 0 {
+        let key = "limits.memory";
+        set(key, "memory.max", limits.memory.get().to_string());
+        set(key, "memory.swap.max", "0".to_owned());
+        // All or nothing: what is left of an action without some of its processes is no result.
+        set(key, "memory.oom.group", "1".to_owned());
+    }
+    if limits.processors > 0.0 {
+        let quota = (limits.processors * PERIOD as f64) as u64;
+        set("limits.processors", "cpu.max", format!("{quota} {PERIOD}"));
+    }
+    settings
+}
+
+impl Setting {
+    fn controller(&self) -> &'static str {
+        self.file.split('.').next().unwrap_or(self.file)
+    }
+
+    fn apply(&self, group: &Path) -> io::Result<()> {
+        // Not made where there is none: a file system of another kind would take it.
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .open(group.join(self.file))?;
+        io::Write::write_all(&mut file, self.value.as_bytes())
+    }
+
+    /// Why the limit is not kept, if that must be told.
+    fn unkept(&self, error: io::Error) -> Option<Unkept> {
+        let is_missing = error.kind() == io::ErrorKind::NotFound;
+        let reason = match (self.file, is_missing) {
+            // Then processes are limited for each user (setrlimit(2)).
+            ("pids.max", true) => return None,
+            // A kernel that does not count swap; there may be none.
+            ("memory.swap.max", true) if !has_swap() => return None,
+            ("memory.swap.max", true) => {
+                "the kernel does not count swap, of which this host has some; boot it with \
+                 swapaccount=1, or switch swap off"
+                    .to_owned()
+            }
+            (file, true) => format!(
+                "there is no {file}: the controller {} is not delegated to this daemon",
+                self.controller()
+            ),
+            (file, false) => format!("{:?} could not be written to {file}: {error}", self.value),
+        };
+        Some(Unkept {
+            key: self.key,
+            reason,
         })
     }
+}
+
+fn has_swap() -> bool {
+    fs::read_to_string("/proc/swaps").is_ok_and(|table| table.lines().count() > 1)
 }
 
 impl Drop for Cgroups {
@@ -194,8 +271,24 @@ impl Drop for Cgroups {
 }
 
 impl Cgroup {
+    fn open(path: &Path, parent: Arc<OwnedFd>) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Cgroup {
+            directory: rustix::fs::open(path, flags, Mode::empty())?,
+            events: fs::File::open(path.join("cgroup.events"))?,
+            path: path.to_owned(),
+            parent,
+        })
+    }
+
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
+    }
+
+    /// By somebody else: nothing can be started in it any more.
+    pub fn is_removed(&self) -> bool {
+        let looked = self.events.read_at(&mut [0; 1], 0);
+        looked.is_err_and(|error| error.raw_os_error() == Some(libc::ENODEV))
     }
 
     pub fn usage(&self) -> Usage {
@@ -249,6 +342,9 @@ impl Cgroup {
 impl Drop for Cgroup {
     fn drop(&mut self) {
         let name = self.path.file_name().unwrap_or_default();
+        if self.is_removed() {
+            return;
+        }
         if let Err(error) = rustix::fs::unlinkat(&*self.parent, name, AtFlags::REMOVEDIR) {
             let _ = fs::write(self.path.join("cgroup.kill"), "1");
             tracing::warn!(cgroup = %self.path.display(), %error, "could not remove a control group; the next start will");
@@ -278,19 +374,9 @@ fn field(text: &str, name: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// Those limits whose controllers are not named in a file. Without pids, processes are limited for
-/// each user (setrlimit(2)).
-fn missing(limits: &Limits, controllers: &Path) -> Vec<&'static str> {
-    let available = fs::read_to_string(controllers).unwrap_or_default();
-    let has = |name: &str| available.split_whitespace().any(|found| found == name);
-    [
-        (limits.memory.get() > 0, "memory", "limits.memory"),
-        (limits.processors > 0.0, "cpu", "limits.processors"),
-    ]
-    .into_iter()
-    .filter(|(wanted, controller, _)| *wanted && !has(controller))
-    .map(|(.., key)| key)
-    .collect()
+/// Where control groups are mounted; the same directory for all runners that can touch each other's.
+pub fn mount_point() -> Option<PathBuf> {
+    own_group().ok().map(|group| group.mount)
 }
 
 struct OwnGroup {
@@ -376,6 +462,18 @@ fn enable_controllers(directory: &Path) {
     }
 }
 
+/// The place for actions' groups; an open descriptor of it.
+fn make_directory(directory: &Path) -> io::Result<OwnedFd> {
+    match create_directory(directory) {
+        // Another thread was faster.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        result => result?,
+    }
+    enable_controllers(directory);
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(directory, flags, Mode::empty())?)
+}
+
 /// Whatever the umask is: actions must not make groups.
 fn create_directory(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().mode(0o755).create(path)
@@ -418,6 +516,48 @@ mod tests {
                 read: 4097,
                 written: 101
             }
+        );
+    }
+
+    #[test]
+    fn a_limit_that_the_kernel_does_not_take_is_told_with_its_file_and_reason() {
+        let group = tempfile::tempdir().unwrap();
+        // Refuses what is written.
+        std::os::unix::fs::symlink("/dev/full", group.path().join("pids.max")).unwrap();
+        fs::write(group.path().join("cpu.max"), "").unwrap();
+        let limits = Limits {
+            memory: crate::config::Size::mib(64),
+            processors: 0.5,
+            processes: 100,
+            ..Limits::default()
+        };
+        let unkept: Vec<Unkept> = settings(&limits)
+            .into_iter()
+            .filter_map(|setting| setting.unkept(setting.apply(group.path()).err()?))
+            .collect();
+        let told = |key| unkept.iter().find(|it| it.key == key).map(|it| &*it.reason);
+        let reason = told("limits.processes").unwrap();
+        assert!(
+            reason.contains("\"100\" could not be written to pids.max"),
+            "{reason}"
+        );
+        let reason = told("limits.memory").unwrap();
+        assert!(
+            reason.contains("controller memory is not delegated"),
+            "{reason}"
+        );
+        assert_eq!(told("limits.processors"), None);
+        assert_eq!(
+            fs::read_to_string(group.path().join("cpu.max")).unwrap(),
+            "50000 100000"
+        );
+        // Without the controller, users' own limits do.
+        fs::remove_file(group.path().join("pids.max")).unwrap();
+        let first = settings(&limits).swap_remove(0);
+        assert!(
+            first
+                .unkept(first.apply(group.path()).unwrap_err())
+                .is_none()
         );
     }
 }

@@ -11,12 +11,12 @@
 //!    terminal, group, capability, keyring; and no privilege can be had again (no_new_privs).
 
 use std::{
-    ffi::{c_char, c_int, c_long, c_void},
+    ffi::{CStr, c_char, c_int, c_long, c_void},
     os::fd::RawFd,
     ptr,
 };
 
-use super::init;
+use super::{init, quota::LIMITS};
 
 /// What the process needs, as pointers that live until it has executed the command.
 pub struct Launch {
@@ -245,6 +245,12 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
             launch.processes,
             launch.processes,
         )?;
+        let mut index = 0;
+        while index < LIMITS.len() {
+            let (resource, most) = LIMITS[index];
+            limit(resource, most, most)?;
+            index += 1;
+        }
 
         at(Step::InputRoot);
         // In the namespace's mounts: a directory that was opened outside would lead outside.
@@ -314,7 +320,8 @@ unsafe fn prepare(launch: &Launch, report: *mut Report) -> Result<(), c_int> {
     }
 }
 
-/// The first process of a room, see `init`: mounts /proc, gives up what it can, becomes its program.
+/// The first process of a room, see `init`: mounts /proc and its control group, gives up what it can,
+/// becomes its program.
 ///
 /// # Safety
 /// `argument` is an `init::Launch` that is valid. Runs in a process of its own.
@@ -322,18 +329,37 @@ pub unsafe extern "C" fn first(argument: *const c_void) -> ! {
     // SAFETY: as promised by the caller.
     unsafe {
         let launch = argument.cast::<init::Launch>().cast_mut();
-        let errno = become_first(&*launch).unwrap_or_else(|errno| errno);
+        let errno = become_first(launch).unwrap_or_else(|errno| errno);
         ptr::write_volatile(&raw mut (*launch).errno, errno);
         libc::_exit(127)
     }
 }
 
-unsafe fn become_first(launch: &init::Launch) -> Result<c_int, c_int> {
+unsafe fn become_first(launch: *mut init::Launch) -> Result<c_int, c_int> {
     // SAFETY: system calls only, on memory that lives until they are done.
     unsafe {
         let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
         let proc = c"proc".as_ptr();
         call!(SYS_mount, proc, c"/proc".as_ptr(), proc, flags, 0)?;
+        let own = |path: &CStr| {
+            let flags = libc::O_RDONLY | libc::O_CLOEXEC;
+            call!(SYS_openat, libc::AT_FDCWD, path.as_ptr(), flags)
+        };
+        let processes = own(c"/proc/self/ns/pid")?;
+        ptr::write_volatile(&raw mut (*launch).processes, processes as RawFd);
+        if (*launch).has_cgroup {
+            // It is in its group already, which becomes the root.
+            call!(SYS_unshare, libc::CLONE_NEWCGROUP)?;
+            let cgroup = own(c"/proc/self/ns/cgroup")?;
+            ptr::write_volatile(&raw mut (*launch).cgroup, cgroup as RawFd);
+            // Where this is not to be had, what is there stays empty.
+            let kind = c"cgroup2".as_ptr();
+            let place = c"/sys/fs/cgroup".as_ptr();
+            let flags = flags | libc::MS_RDONLY;
+            let _ = call!(SYS_mount, kind, place, kind, flags, 0);
+        }
+        // From here on the descriptors are its own.
+        call!(SYS_unshare, libc::CLONE_FILES)?;
         call!(SYS_setsid)?;
         // So that the kernel reaps orphans by itself; survives the execution of the program.
         let mut ignored = KernelSignalAction::default();
@@ -345,9 +371,9 @@ unsafe fn become_first(launch: &init::Launch) -> Result<c_int, c_int> {
             0,
             SIGNAL_SET_SIZE
         )?;
-        let program = call!(SYS_fcntl, launch.program, libc::F_DUPFD_CLOEXEC, 10)?;
-        if launch.life != FIRST_LIFE {
-            call!(SYS_dup3, launch.life, FIRST_LIFE, 0)?;
+        let program = call!(SYS_fcntl, (*launch).program, libc::F_DUPFD_CLOEXEC, 10)?;
+        if (*launch).life != FIRST_LIFE {
+            call!(SYS_dup3, (*launch).life, FIRST_LIFE, 0)?;
         }
         call!(
             SYS_close_range,

@@ -4,6 +4,11 @@
 //! The claim is a lock on the bytes `first..first + count` of one file for the whole host (fcntl(2),
 //! open file description locks): overlapping ranges exclude each other, and the kernel drops the
 //! claim of a runner that dies.
+//!
+//! That file is `cgroup.procs` of the root of the control groups that are mounted here, since runners
+//! that have one of their own in common would also clear each other's groups; and where it cannot be
+//! opened, or for a runner of an older version, one below /run, which a service or a container may
+//! have to itself.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -16,6 +21,8 @@ use std::{
 
 use nix::fcntl::{FcntlArg, fcntl};
 
+use super::cgroup;
+
 const DIRECTORY: &str = "/run/bb-runner";
 const NAME: &str = "users.lock";
 /// A killed runner's last processes, too, hold its lock until they are gone.
@@ -23,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Held while the runner lives.
 pub struct Claim {
-    _file: File,
+    _files: Vec<File>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -36,19 +43,22 @@ pub enum ClaimError {
 
 impl Claim {
     pub async fn take(range: &Range<u32>) -> Result<Self, ClaimError> {
-        let file = open(Path::new(DIRECTORY))?;
+        let mut files = vec![open(Path::new(DIRECTORY))?];
+        let groups = cgroup::mount_point().map(|root| root.join("cgroup.procs"));
+        let groups = groups.map(|path| OpenOptions::new().read(true).write(true).open(path));
+        files.extend(groups.and_then(Result::ok));
         let mut waited = Duration::ZERO;
-        loop {
-            if lock(&file, range)? {
-                return Ok(Claim { _file: file });
+        for file in &files {
+            while !lock(file, range)? {
+                if waited >= PATIENCE {
+                    return Err(ClaimError::Taken(range.clone()));
+                }
+                let pause = Duration::from_millis(50);
+                tokio::time::sleep(pause).await;
+                waited += pause;
             }
-            if waited >= PATIENCE {
-                return Err(ClaimError::Taken(range.clone()));
-            }
-            let pause = Duration::from_millis(50);
-            tokio::time::sleep(pause).await;
-            waited += pause;
         }
+        Ok(Claim { _files: files })
     }
 }
 

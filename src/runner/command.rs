@@ -11,6 +11,7 @@
 
 use std::{collections::BTreeSet, ffi::CString, fmt};
 
+use super::environment::Additions;
 use crate::{
     path::{PathError, RelativePath},
     proto::runner::RunRequest,
@@ -25,7 +26,7 @@ const LONGEST_PATH: usize = 4095;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Command {
     pub arguments: Vec<CString>,
-    /// `NAME=VALUE`, exactly what was sent, after TMPDIR if the runner sets it.
+    /// `NAME=VALUE`: exactly what was sent, after what the runner adds.
     pub environment: Vec<CString>,
     pub executable: Executable,
     /// Below the input root.
@@ -36,6 +37,8 @@ pub struct Command {
     pub temporary_directory: Option<RelativePath>,
     pub stdout: LogPath,
     pub stderr: LogPath,
+    /// An absolute path as the command sees it.
+    pub home: String,
     /// Nobody else has the files in the input root: they become the action's.
     pub owns_inputs: bool,
 }
@@ -97,44 +100,8 @@ pub enum Part {
     Variable(String),
 }
 
-/// What the runner's configuration adds.
-#[derive(Clone, Copy, Debug)]
-pub struct Additions<'a> {
-    /// `None` to leave TMPDIR alone.
-    pub tmpdir: Option<Tmpdir<'a>>,
-}
-
-/// Where a command finds its temporary directory.
-#[derive(Clone, Copy, Debug)]
-pub enum Tmpdir<'a> {
-    /// In this absolute build directory.
-    Below(&'a str),
-    /// In this directory, on which the one that the input root lies in is mounted; or else on /tmp.
-    InGate(&'a str),
-    /// On /tmp.
-    Tmp,
-}
-
-impl Tmpdir<'_> {
-    fn path(self, temporary: &RelativePath, input_root: &RelativePath) -> String {
-        match self {
-            Tmpdir::Below(directory) => format!("{directory}/{temporary}"),
-            Tmpdir::Tmp => "/tmp".to_owned(),
-            Tmpdir::InGate(directory) => match (temporary.split_last(), input_root.split_last()) {
-                (Some((gate, name)), Some((root_gate, _)))
-                    if gate == root_gate && !gate.is_root() =>
-                {
-                    format!("{directory}/{name}")
-                }
-                (_, Some((gate, _))) if gate.is_root() => format!("{directory}/{temporary}"),
-                _ => "/tmp".to_owned(),
-            },
-        }
-    }
-}
-
 impl Command {
-    pub fn parse(request: RunRequest, additions: Additions<'_>) -> Result<Self, CommandError> {
+    pub fn parse(mut request: RunRequest, additions: &Additions) -> Result<Self, CommandError> {
         let below_build = |what, text: &str| {
             RelativePath::resolve(&RelativePath::root(), text, "build directory")
                 .map_err(|error| CommandError::Directory(what, text.to_owned(), error))
@@ -154,6 +121,30 @@ impl Command {
         })?;
         let stdout = LogPath::parse(Stream::Stdout, request.stdout_path)?;
         let stderr = LogPath::parse(Stream::Stderr, request.stderr_path)?;
+
+        let home = additions
+            .view
+            .home(temporary_directory.as_ref(), &input_root);
+        let added = additions.to(
+            &request.environment_variables,
+            &home,
+            temporary_directory.as_ref(),
+            &input_root,
+        );
+        let variable = |(name, value): (String, String)| {
+            let text = format!("{name}={value}");
+            c_string(Part::Variable(name), text)
+        };
+        let mut environment = Vec::with_capacity(request.environment_variables.len() + added.len());
+        for (name, value) in added {
+            if name == "PATH" {
+                // For the search, too.
+                let variables = &mut request.environment_variables;
+                variables.insert(name, value);
+            } else {
+                environment.push(variable((name, value))?);
+            }
+        }
 
         let executable = match request.arguments.first() {
             None => return Err(CommandError::NoArguments),
@@ -182,21 +173,11 @@ impl Command {
             .map(|(index, argument)| c_string(Part::Argument(index), argument))
             .collect::<Result<_, _>>()?;
 
-        let mut environment = Vec::with_capacity(request.environment_variables.len() + 1);
-        if let (Some(tmpdir), Some(temporary)) = (additions.tmpdir, &temporary_directory)
-            && !request.environment_variables.contains_key("TMPDIR")
-        {
-            environment.push(c_string(
-                Part::Variable("TMPDIR".to_owned()),
-                format!("TMPDIR={}", tmpdir.path(temporary, &input_root)),
-            )?);
-        }
         for (name, value) in request.environment_variables {
             if name.is_empty() || name.contains('=') {
                 return Err(CommandError::VariableName(name));
             }
-            let text = format!("{name}={value}");
-            environment.push(c_string(Part::Variable(name), text)?);
+            environment.push(variable((name, value))?);
         }
         Ok(Command {
             arguments,
@@ -207,6 +188,7 @@ impl Command {
             temporary_directory,
             stdout,
             stderr,
+            home,
             owns_inputs: false,
         })
     }
@@ -279,7 +261,10 @@ impl fmt::Display for Part {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::environment::{PATH, View},
+        *,
+    };
 
     fn request(arguments: &[&str], environment: &[(&str, &str)]) -> RunRequest {
         RunRequest {
@@ -297,13 +282,16 @@ mod tests {
         }
     }
 
+    fn additions(tmpdir: bool, defaults: bool) -> Additions {
+        Additions {
+            view: View::OwnDirectory("/build".to_owned()),
+            tmpdir,
+            defaults,
+        }
+    }
+
     fn parse(request: RunRequest) -> Result<Command, CommandError> {
-        Command::parse(
-            request,
-            Additions {
-                tmpdir: Some(Tmpdir::InGate("/build")),
-            },
-        )
+        Command::parse(request, &additions(true, false))
     }
 
     fn texts(strings: &[CString]) -> Vec<&str> {
@@ -346,13 +334,37 @@ mod tests {
         );
         let command = parse(request(&["/x"], &[("TMPDIR", "/mine")])).unwrap();
         assert_eq!(texts(&command.environment), ["TMPDIR=/mine"]);
-        let command = Command::parse(request(&["/x"], &[]), Additions { tmpdir: None });
+        let command = Command::parse(request(&["/x"], &[]), &additions(false, false));
         assert!(command.unwrap().environment.is_empty());
         let without = RunRequest {
             temporary_directory: String::new(),
             ..request(&["/x"], &[])
         };
         assert!(parse(without).unwrap().environment.is_empty());
+    }
+
+    #[test]
+    fn what_the_command_leaves_unset_has_a_default_and_what_it_sets_wins() {
+        let with = |environment: &[(&str, &str)]| {
+            Command::parse(request(&["cc"], environment), &additions(false, true)).unwrap()
+        };
+        let command = with(&[]);
+        let path = format!("PATH={PATH}");
+        assert_eq!(
+            texts(&command.environment),
+            ["HOME=/build/home", "TZ=UTC", &path]
+        );
+        let Executable::Search { candidates, .. } = &command.executable else {
+            panic!("a name led to no search");
+        };
+        assert_eq!(texts(candidates).last(), Some(&"/bin/cc"));
+        let own = [("HOME", "/h"), ("PATH", ""), ("TZ", "")];
+        let command = with(&own);
+        assert_eq!(texts(&command.environment), ["HOME=/h", "PATH=", "TZ="]);
+        let Executable::Search { candidates, .. } = command.executable else {
+            panic!("a name led to no search");
+        };
+        assert!(candidates.is_empty());
     }
 
     #[test]

@@ -2,12 +2,13 @@
 //!
 //! 1. What all rooms have in common is copied from a `template`; what an action may write is made
 //!    anew: shared memory, terminals, temporary directories, /proc.
-//! 2. An action's gate (see `gate`) is mounted on the build directory when it starts, so that its
+//! 2. Its user has a name in it (`account`), as soon as there is a user.
+//! 3. An action's gate (see `gate`) is mounted on the build directory when it starts, so that its
 //!    paths are the same in every slot and it sees nobody else's.
 //!
 //! It runs on a thread of its own, which goes from one room's namespaces to the next one's.
 
-use std::{io, os::fd::OwnedFd};
+use std::{ffi::CString, io, os::fd::OwnedFd, path::Path};
 
 use rustix::{
     fs::{Mode, OFlags},
@@ -15,13 +16,16 @@ use rustix::{
 };
 
 use super::{
+    account::Account,
     cgroup::Cgroup,
     gate,
     init::Init,
     layer::Layer,
     mount::{attach, copy_of_tree, private_tmpfs},
     network::Network,
-    room::{Mounts, Plan, Room, RoomError, enter, open_namespace, unshare},
+    room::{
+        GROUP_STEP, Mounts, Plan, Room, RoomError, SHARED_MEMORY, enter, open_namespace, unshare,
+    },
     template::{Fresh, Moment, Template, at, make_place},
 };
 
@@ -59,7 +63,9 @@ impl Workshop {
             enter(&self.host, libc::CLONE_NEWNS).map_err(RoomError::at("the host's mounts"))?;
         }
         let cgroup = match &plan.cgroups {
-            Some(cgroups) => Some(cgroups.create().map_err(RoomError::at("control group"))?),
+            Some(cgroups) => Some(cgroups.create().map_err(|(path, error)| {
+                RoomError::at(format!("{GROUP_STEP} {}", path.display()))(error)
+            })?),
             None => None,
         };
         let mut room = Room {
@@ -99,7 +105,11 @@ impl Workshop {
         }
         if let Some(program) = &plan.init {
             let group = room.cgroup.as_ref().map(Cgroup::as_fd);
-            let init = Init::start(program, group).map_err(RoomError::at("process namespace"))?;
+            let started = Init::start(program, group);
+            let mut init = started.map_err(RoomError::at("process namespace"))?;
+            let cgroup = init.take_cgroup();
+            room.namespaces
+                .extend(cgroup.map(|namespace| (namespace, libc::CLONE_NEWCGROUP)));
             room.init = Some(init);
         }
         Ok(room)
@@ -140,8 +150,12 @@ fn mounts(plan: &Plan, template: &Template) -> Result<Mounts, RoomError> {
     }
     if plan.layers.has(Layer::Devices) {
         let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
-        let options = c"newinstance,ptmxmode=0666,mode=0620,gid=5";
-        mount("devpts", "/dev/pts", "devpts", flags, Some(options)).map_err(at("/dev/pts"))?;
+        let options = format!(
+            "newinstance,ptmxmode=0666,mode=0620,gid=5,max={}",
+            plan.terminals
+        );
+        let options = CString::new(options).unwrap_or_default();
+        mount("devpts", "/dev/pts", "devpts", flags, Some(&*options)).map_err(at("/dev/pts"))?;
     }
     let build_directory = rustix::fs::open(
         &*template.place,
@@ -149,7 +163,17 @@ fn mounts(plan: &Plan, template: &Template) -> Result<Mounts, RoomError> {
         Mode::empty(),
     )
     .map_err(at("build directory"))?;
+    let scratch = Path::new(SHARED_MEMORY);
+    let has_scratch = template.fresh.iter().any(|fresh| fresh.place == scratch);
+    let account = match plan.names_users && has_scratch {
+        true => {
+            let root = plan.image.as_deref().unwrap_or(Path::new("/"));
+            Account::prepare(root, scratch).map_err(RoomError::at("/etc/passwd and /etc/group"))?
+        }
+        false => Account::default(),
+    };
     Ok(Mounts {
+        account,
         identity: gate::identity(&build_directory).map_err(RoomError::at("build directory"))?,
         moment: template.moment.clone(),
         build_directory,

@@ -1,8 +1,9 @@
 //! The build directory, and the way into it for one action at a time.
 //!
-//! The contract with the worker: an action's input root, temporary directory and logs lie in one
-//! directory of its own, the gate, which belongs to the worker and is closed to everybody else
-//! (0700). What is behind it may be open to all (0777).
+//! The contract with the worker: an action's input root, temporary directory, home directory and logs
+//! lie in one directory of its own, the gate, which belongs to the worker and is closed to everybody
+//! else (0700). What is behind it may be open to all (0777). A worker that knows of no home directory,
+//! as Buildbarn's, finds one made here.
 //!
 //! 1. While an action runs, and no longer, its gate lets its group pass (0710).
 //! 2. The gate is locked exclusively (flock(2)) from before the first process of an action exists
@@ -21,12 +22,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::fs::{
-    FlockOperation, Gid, Mode, OFlags, ResolveFlags, Uid, fchmod, fchown, flock, fstat, openat2,
+use rustix::{
+    fs::{
+        AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, ResolveFlags, Uid, fchmod, fchown,
+        flock, fstat, mkdirat, openat2, statat,
+    },
+    io::Errno,
 };
 
 use super::{
     command::{Command, LogPath},
+    environment::HOME,
     giving,
     process::Stop,
 };
@@ -62,6 +68,8 @@ pub enum GateError {
     Log { log: LogPath, error: io::Error },
     #[error("Failed to open directory {path:?} to the action's user: {error}")]
     Change { path: String, error: io::Error },
+    #[error("Failed to make the action's home directory in {path:?}: {error}")]
+    Home { path: String, error: io::Error },
     #[error(
         "Failed to make the action's user the owner of {path:?}: {error}; the worker must have made \
          all that is in it for this action alone"
@@ -209,6 +217,10 @@ impl Gate {
                 })?;
         }
         if parent.is_some() {
+            gate.make_home().map_err(|error| GateError::Home {
+                path: path.to_string(),
+                error,
+            })?;
             gate.let_pass(id).map_err(|error| GateError::Change {
                 path: path.to_string(),
                 error,
@@ -228,6 +240,21 @@ impl Gate {
             .directory(input_root, OFlags::RDONLY)
             .map_err(io::Error::other)?;
         giving::give(root, worker, id)
+    }
+
+    /// Unless the worker made it, who removes what is in there with everything else.
+    fn make_home(&self) -> io::Result<()> {
+        match mkdirat(&self.directory, HOME, Mode::from_raw_mode(0o777)) {
+            Ok(()) => Ok(()),
+            Err(Errno::EXIST) => {
+                let stat = statat(&self.directory, HOME, AtFlags::SYMLINK_NOFOLLOW)?;
+                match FileType::from_raw_mode(stat.st_mode) {
+                    FileType::Directory => Ok(()),
+                    _ => Err(Errno::NOTDIR.into()),
+                }
+            }
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn let_pass(&mut self, id: u32) -> io::Result<()> {

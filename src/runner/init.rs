@@ -5,7 +5,12 @@
 //! 2. When it ends, the kernel kills everything in the namespace, and this daemon is told of its end
 //!    only when nothing is left there.
 //! 3. It ends when this daemon does, in whatever way: it waits for the end of a pipe.
-//! 4. It is a program of a few instructions in memory, so that it costs a page or two, has nothing of
+//! 4. The descriptor of its namespace is opened by the process itself, which every process may do for
+//!    itself (proc_pid_ns(5)). To ask for the namespace of another process, by its pidfd or its
+//!    directory in /proc, takes PTRACE_MODE_READ (ptrace(2)): CAP_SYS_PTRACE, or that the other one
+//!    can be dumped, which it cannot from clone3(2) until some time after its execve(2) has let this
+//!    daemon go on.
+//! 5. It is a program of a few instructions in memory, so that it costs a page or two, has nothing of
 //!    the daemon's, and can do nothing.
 
 use std::{
@@ -30,9 +35,17 @@ pub struct Program(OwnedFd);
 #[derive(Debug)]
 pub struct Init {
     pidfd: OwnedFd,
+    namespaces: Namespaces,
     /// It ends when it is told to here, or when this is closed.
     life: OwnedFd,
     end: Option<End>,
+}
+
+/// What other processes join.
+#[derive(Debug)]
+pub struct Namespaces {
+    processes: OwnedFd,
+    cgroup: Option<OwnedFd>,
 }
 
 /// How the namespace ended; nothing is left in it.
@@ -131,6 +144,13 @@ impl Program {
 pub struct Launch {
     pub program: RawFd,
     pub life: RawFd,
+    /// Whether its control group becomes all that it, and what joins it, sees of control groups
+    /// (cgroup_namespaces(7)).
+    pub has_cgroup: bool,
+    /// What the process has opened, in the table of descriptors that it shares with this daemon until
+    /// then; -1 before.
+    pub processes: RawFd,
+    pub cgroup: RawFd,
     pub errno: c_int,
 }
 
@@ -142,31 +162,54 @@ impl Init {
         let mut launch = Launch {
             program: program.0.as_raw_fd(),
             life: read.as_raw_fd(),
+            has_cgroup: cgroup.is_some(),
+            processes: -1,
+            cgroup: -1,
             errno: 0,
         };
         let pointer: *mut Launch = &raw mut launch;
         let (_, pidfd) = process::make(
             child::first,
             pointer.cast::<c_void>(),
-            libc::CLONE_NEWPID as u64,
+            (libc::CLONE_NEWPID | libc::CLONE_FILES) as u64,
             cgroup,
         )?;
-        let mut init = Init {
-            pidfd,
-            life: write,
-            end: None,
-        };
         // SAFETY: the child, which alone writes it, has executed its program or is gone.
-        let errno = unsafe { std::ptr::read_volatile(&raw const (*pointer).errno) };
-        if errno != 0 {
-            init.end(FORBEARANCE);
-            return Err(io::Error::from_raw_os_error(errno));
+        let Launch {
+            processes,
+            cgroup,
+            errno,
+            ..
+        } = unsafe { std::ptr::read_volatile(pointer) };
+        // SAFETY: those that there are, are in this daemon's table, and nobody else's.
+        let [processes, cgroup] =
+            [processes, cgroup].map(|fd| (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) }));
+        let failed = |errno| {
+            // It is gone, or will be when its pipe is.
+            let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+            Err(io::Error::from_raw_os_error(errno))
+        };
+        match (errno, processes) {
+            (0, Some(processes)) => Ok(Init {
+                pidfd,
+                namespaces: Namespaces { processes, cgroup },
+                life: write,
+                end: None,
+            }),
+            // Killed by somebody else.
+            (0, None) => failed(libc::ESRCH),
+            (errno, _) => failed(errno),
         }
-        Ok(init)
     }
 
-    pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
+    /// To be joined by the parent of a process (pid_namespaces(7)).
+    pub fn processes(&self) -> BorrowedFd<'_> {
+        self.namespaces.processes.as_fd()
+    }
+
+    /// To be joined by a process itself.
+    pub fn take_cgroup(&mut self) -> Option<OwnedFd> {
+        self.namespaces.cgroup.take()
     }
 
     pub fn is_alive(&self) -> bool {

@@ -1,10 +1,11 @@
 //! bb_runner: runs commands as other Unix users, confined, and leaves nothing behind.
 //!
-//! A worker asks over a Unix socket (`service`). What to run is parsed (`command`); a user of its own
-//! is found (`user`), and a room that was prepared ahead (`room`): namespaces (`furnish`, `mount`,
-//! `network`, with a first process, `init`; most is copied from a `template`) and a control group (`cgroup`), as far as the host allows
-//! them (`layer`). The action's directory is opened to that user (`gate`); a process is made
-//! (`process`, `child`, `seccomp`), waited for, and everything that came of it is killed (`action`,
+//! A worker asks over a Unix socket (`service`, `deadline`). What to run is parsed (`command`,
+//! `environment`); a user of its own is found (`user`, `account`), and a room that was prepared ahead
+//! (`rooms`, `room`): namespaces (`furnish`, `mount`, `network`, with a first process, `init`; most is
+//! copied from a `template`) and a control group (`cgroup`), as far as the host allows them (`layer`).
+//! The action's directory is opened to that user (`gate`); a process is made (`process`, `child`,
+//! `seccomp`, `syscalls`, `quota`), waited for, and everything that came of it is killed (`action`,
 //! where the order is).
 //!
 //! What an action can and cannot do to whom: bb-remote-execution(7), SECURITY.
@@ -16,15 +17,17 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::runner::{Config, Demand, Root},
     daemon::{self, Failure, Life, Program, SocketPermissions},
-    proto::runner::runner_server::RunnerServer,
 };
 
+mod account;
 mod action;
 mod cgroup;
 mod child;
 mod claim;
 mod cleaner;
 mod command;
+mod deadline;
+mod environment;
 mod furnish;
 mod gate;
 mod giving;
@@ -33,16 +36,21 @@ mod layer;
 mod log;
 mod mount;
 mod network;
+mod probe;
 mod process;
+mod quota;
 mod room;
+mod rooms;
 mod root;
 mod seccomp;
 mod service;
+mod syscalls;
 mod template;
 mod user;
 
+use environment::{Additions, View};
 use layer::{Layer, Layers};
-use service::TmpdirRule;
+pub use probe::{probe, warnings};
 
 pub const PROGRAM: Program = Program {
     name: "bb_runner",
@@ -68,54 +76,13 @@ const CAPABILITIES: [(u32, &str); 8] = [
 ];
 const NAMESPACES: usize = 2;
 
-/// What would keep `run` from working.
-pub async fn probe(config: &Config) -> Vec<Failure> {
-    let mut failures = Vec::new();
-    if let Err(failure) = check_capabilities() {
-        failures.push(failure);
-    } else {
-        failures.extend(Layers::find(config, false).1);
-    }
-    if config.containment.cgroups == Demand::Require {
-        let unmet = cgroup::Cgroups::check(&config.limits).and_then(|missing| kept(&missing));
-        failures.extend(unmet.err().map(|reason| layer::unmet(CGROUPS, &reason)));
-    }
-    failures.extend(check_users(config).err());
-    let (_, unknown) = resolve_users(&config.allowed_users);
-    failures.extend(unknown.into_iter().map(unknown_user));
-    failures.extend(socket_group(config).err());
-    failures.extend(resolve_groups(&config.additional_groups).err());
-    if let Err(error) = fs::metadata(&config.build_directory) {
-        failures.push(Failure::Configuration {
-            key: "build_directory",
-            message: format!(
-                "could not find {}: {error}; bb_worker makes it, or give the same build_directory \
-                 as in bb_worker.toml",
-                config.build_directory.display()
-            ),
-        });
-    }
-    if let Some(barrier) = gate::barrier(&config.build_directory) {
-        failures.push(Failure::Configuration {
-            key: "build_directory",
-            message: service::barrier_message(&barrier),
-        });
-    }
-    for path in &config.readiness_checking_pathnames {
-        if let Err(error) = fs::metadata(path) {
-            failures.push(Failure::Configuration {
-                key: "readiness_checking_pathnames",
-                message: format!("could not find {}: {error}", path.display()),
-            });
-        }
-    }
-    failures
-}
-
 /// Runs until told to stop.
 pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     check_capabilities()?;
     check_users(&config)?;
+    if let Some(failure) = probe::vital_directory(&config) {
+        return Err(failure);
+    }
     let (allowed, unknown) = resolve_users(&config.allowed_users);
     for name in unknown {
         tracing::warn!("{}", unknown_user(name));
@@ -143,6 +110,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         }),
     )?;
 
+    raise_descriptors();
     // Neither a core file nor another user may hold what is in this process's memory: actions' first
     // processes share it for a moment.
     let _ = nix::sys::prctl::set_dumpable(false);
@@ -177,7 +145,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     };
     let plan = room::Plan::new(&config, layers, cgroups)
         .map_err(|error| failed("make the first process of actions", error))?;
-    let rooms = room::Rooms::open(plan).map_err(|error| failed("start a thread", error))?;
+    let rooms = rooms::Rooms::open(plan).map_err(|error| failed("start a thread", error))?;
     let null = fs::File::open("/dev/null").map_err(|error| failed("open /dev/null", error))?;
 
     let groups = resolve_groups(&config.additional_groups)?;
@@ -200,14 +168,21 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     });
     let users = user::Users::new(&config.users);
     let build_directory = config.build_directory.to_string_lossy().into_owned();
-    let tmpdir = match (&config.root, layers.has(Layer::Mounts)) {
-        _ if !config.set_tmpdir_environment_variable => TmpdirRule::Alone,
-        (Root::Input, _) => TmpdirRule::Tmp,
-        (_, true) => TmpdirRule::InGate(build_directory),
-        (_, false) => TmpdirRule::Below(build_directory),
+    let additions = Additions {
+        view: match (&config.root, layers.has(Layer::Mounts)) {
+            (Root::Input, _) => View::InputRoot,
+            (_, true) => View::OwnDirectory(build_directory),
+            (_, false) => View::Whole(build_directory),
+        },
+        tmpdir: config.set_tmpdir_environment_variable,
+        defaults: config.set_default_environment_variables,
     };
     let processes =
         room::open_namespace("pid").map_err(|error| failed("open /proc/self/ns/pid", error))?;
+    let user_namespaces = config.containment.allow_user_namespaces;
+    let filter = layers
+        .has(Layer::Seccomp)
+        .then(|| seccomp::Filter::new(user_namespaces));
     let killing = CancellationToken::new();
     let drain = config.shutdown.drain_timeout.get();
     let house = Arc::new(action::House {
@@ -215,7 +190,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         rooms,
         null,
         processes,
-        filter: layers.has(Layer::Seccomp).then(seccomp::Filter::new),
+        filter,
         groups,
         emulator,
         cleaner,
@@ -230,16 +205,14 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     let runner = service::Runner {
         users: users.clone(),
         allowed,
-        tmpdir,
+        additions,
         killing: killing.clone(),
         house: house.clone(),
     };
     let (health, health_server) = tonic_health::server::health_reporter();
-    health.set_serving::<RunnerServer<service::Runner>>().await;
-    let mut routes = tonic::service::Routes::new(
-        RunnerServer::new(runner).max_decoding_message_size(LARGEST_REQUEST),
-    )
-    .add_service(health_server);
+    health.set_serving::<deadline::Server>().await;
+    let mut routes =
+        tonic::service::Routes::new(deadline::Server::new(runner)).add_service(health_server);
     if let Ok(reflection) = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(crate::proto::DESCRIPTORS)
         .build_v1()
@@ -256,13 +229,23 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
             let _ = answer.recv();
         }
     });
-    life.ready(&format!(
-        "Running commands for {} as users {} to {}",
+    let place = format!(
+        "for {} as users {} to {}",
         listener.address(),
         range.start,
         range.end - 1
-    ));
-    let result = daemon::serve(listener, routes, life.stopping(), drain).await;
+    );
+    life.ready(&format!("running commands {place}"));
+    let stopping = life.stopping();
+    let line = || match (stopping.is_cancelled(), users.in_use()) {
+        (true, running) => format!("draining: {running} commands still run"),
+        (false, 0) => format!("idle, {place}"),
+        (false, running) => format!("{running} commands run, {place}"),
+    };
+    let result = tokio::select! {
+        result = daemon::serve(listener, routes, life.stopping(), drain) => result,
+        () = life.keep_status(line) => Ok(()),
+    };
     killing.cancel();
     if !users.all_back(DYING).await {
         tracing::warn!("leaving although not everything that was killed is gone");
@@ -271,16 +254,27 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     result
 }
 
+/// Each action takes some twenty descriptors; the usual soft limit is there for select(2) only, and
+/// actions get limits of their own (`child`).
+fn raise_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let limit = Resource::RLIMIT_NOFILE;
+    let raised = getrlimit(limit).and_then(|(_, hard)| setrlimit(limit, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "could not raise the limit of descriptors");
+    }
+}
+
 const CGROUPS: &str = "containment.cgroups";
 
-/// No limit is missing.
-fn kept(missing: &[&str]) -> Result<(), String> {
-    match missing {
+/// Each limit is.
+fn kept(unkept: &[cgroup::Unkept]) -> Result<(), String> {
+    match unkept {
         [] => Ok(()),
-        _ => Err(format!(
-            "without its controller, which is not delegated to this daemon, {} cannot be kept",
-            missing.join(" or ")
-        )),
+        _ => {
+            let reason = |it: &cgroup::Unkept| format!("{} cannot be kept: {}", it.key, it.reason);
+            Err(unkept.iter().map(reason).collect::<Vec<_>>().join("; "))
+        }
     }
 }
 
@@ -293,10 +287,10 @@ fn find_cgroups(config: &Config) -> Result<Option<cgroup::Cgroups>, Failure> {
     match cgroup::Cgroups::find(config.users.first, &config.limits) {
         Ok(cgroups) => {
             if config.containment.cgroups == Demand::Require {
-                kept(&cgroups.missing()).map_err(|reason| layer::unmet(key, &reason))?;
+                kept(cgroups.unkept()).map_err(|reason| layer::unmet(key, &reason))?;
             }
-            for key in cgroups.missing() {
-                tracing::warn!("{key} is not kept: its controller is not delegated to this daemon");
+            for cgroup::Unkept { key, reason } in cgroups.unkept() {
+                tracing::warn!("{key} is not kept: {reason}");
             }
             tracing::info!(directory = %cgroups.directory().display(), "{key} is on: actions have control groups");
             Ok(Some(cgroups))

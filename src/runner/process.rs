@@ -102,7 +102,7 @@ pub struct Blueprint<'a> {
     pub cgroup: Option<BorrowedFd<'a>>,
     /// With their kinds (setns(2)).
     pub namespaces: &'a [(OwnedFd, c_int)],
-    /// The first process of the namespace to be in, and the one that this daemon is in.
+    /// The process namespace to be in, and the one that this daemon is in.
     pub processes: Option<(BorrowedFd<'a>, BorrowedFd<'a>)>,
     pub inherited: Inherited,
     /// What to mount where.

@@ -1,4 +1,5 @@
-//! Rooms: what surrounds an action, prepared before it arrives and torn down after it was answered.
+//! Rooms: what surrounds an action, prepared before it arrives (`rooms`) and torn down after it was
+//! answered.
 //!
 //! 1. A room is one action's own: namespaces with all that is in them, and a control group. Only
 //!    network namespaces are used again, as `network` says.
@@ -14,30 +15,26 @@ use std::{
     fs, io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        mpsc::{Receiver, sync_channel},
-    },
-    thread::JoinHandle,
+    sync::Arc,
 };
 
-use parking_lot::Mutex;
-
 use super::{
+    account::Account,
     cgroup::{Cgroup, Cgroups},
     furnish::Workshop,
     init::{Init, Program},
     layer::{Layer, Layers},
     network::{Network, Networks},
+    quota,
     template::{Changes, Moment},
 };
-use crate::config::runner::Config;
+use crate::config::runner::{Config, Root};
 
 /// Where the action's temporary directory appears.
 const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
+/// Where a control group could not be made.
+pub const GROUP_STEP: &str = "control group";
 pub const SHARED_MEMORY: &str = "/dev/shm";
-/// Rooms that wait for actions.
-const AHEAD: usize = 4;
 
 /// What rooms are built from.
 #[derive(Debug)]
@@ -50,6 +47,10 @@ pub struct Plan {
     pub temporary: Vec<PathBuf>,
     /// Another tree in place of the host's.
     pub image: Option<PathBuf>,
+    /// Whether /etc/passwd and /etc/group are to tell the action's user.
+    pub names_users: bool,
+    /// The most pseudo-terminals.
+    pub terminals: u32,
     pub init: Option<Arc<Program>>,
     pub networks: Networks,
     pub cgroups: Option<Arc<Cgroups>>,
@@ -79,28 +80,15 @@ pub struct Mounts {
     pub moment: Moment,
     /// Where the action's temporary directory must be mounted.
     pub temporary: Vec<CString>,
+    pub account: Account,
 }
 
 /// The administrator must act, or there is a shortage on this host.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("could not prepare a room for the action: {step}: {error}")]
+#[error("could not prepare a room for the action: {step}: {error}{}", remedy(.step, .error))]
 pub struct RoomError {
     step: String,
     error: Arc<io::Error>,
-}
-
-/// Gives out rooms that a thread prepares ahead.
-#[derive(Debug)]
-pub struct Rooms {
-    plan: Arc<Plan>,
-    /// `None` once closed.
-    ready: Mutex<Option<Ready>>,
-}
-
-#[derive(Debug)]
-struct Ready {
-    rooms: Receiver<Result<Room, RoomError>>,
-    builder: JoinHandle<()>,
 }
 
 impl RoomError {
@@ -135,6 +123,8 @@ impl Plan {
             hidden: config.containment.hidden_paths.clone(),
             temporary,
             image,
+            names_users: config.root != Root::Input,
+            terminals: quota::terminals(config.users.count),
             init,
             networks: Networks::default(),
             cgroups: cgroups.map(Arc::new),
@@ -163,77 +153,46 @@ impl Plan {
 }
 
 impl Room {
-    /// Whether it is around the host as it is, and nobody has killed its first process.
-    fn is_usable(&self, build_directory: (u64, u64), changes: u64) -> bool {
+    /// Whether it is around the host as it is, and nobody has killed its first process or removed its
+    /// control group.
+    pub fn is_usable(&self, build_directory: (u64, u64), changes: u64) -> bool {
         self.mounts.as_ref().is_none_or(|mounts| {
-            mounts.identity == build_directory && mounts.moment.has_mounts_of(changes)
+            mounts.identity == build_directory
+                && mounts.moment.has_mounts_of(changes)
+                && mounts.account.is_current()
         }) && self.init.as_ref().is_none_or(Init::is_alive)
+            && self
+                .cgroup
+                .as_ref()
+                .is_none_or(|cgroup| !cgroup.is_removed())
     }
 }
 
-impl Rooms {
-    pub fn open(plan: Plan) -> io::Result<Self> {
-        let plan = Arc::new(plan);
-        let (sender, rooms) = sync_channel(AHEAD);
-        let builder = std::thread::Builder::new()
-            .name("rooms".to_owned())
-            .spawn({
-                let plan = plan.clone();
-                move || {
-                    let mut workshop = Workshop::open();
-                    let mut next = || {
-                        workshop
-                            .as_mut()
-                            .map_err(|error| error.clone())?
-                            .furnish(&plan)
-                    };
-                    while sender.send(next()).is_ok() {}
-                }
-            })?;
-        Ok(Rooms {
-            plan,
-            ready: Mutex::new(Some(Ready { rooms, builder })),
-        })
-    }
-
-    pub fn plan(&self) -> &Plan {
-        &self.plan
-    }
-
-    /// A room around the build directory that has this device and inode number.
-    pub fn take(&self, build_directory: (u64, u64)) -> Result<Room, RoomError> {
-        let mut last = None;
-        let changes = self.plan.changes.count();
-        // Each of those that are ready may be out of date, as may the one that is in the making.
-        for _ in 0..AHEAD + 2 {
-            let next = match &*self.ready.lock() {
-                Some(ready) => ready.rooms.recv(),
-                None => break,
-            };
-            match next {
-                Ok(Ok(room)) if room.is_usable(build_directory, changes) => return Ok(room),
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => last = Some(error),
-                Err(_) => break,
-            }
+/// What ran out, and who gives more of it.
+fn remedy(step: &str, error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => {
+            "; bb_runner has all the descriptors that it may have: raise LimitNOFILE= of its unit (systemd.exec(5))"
         }
-        Err(last.unwrap_or_else(|| {
-            RoomError::at("build directory")(io::Error::other(
-                "it is replaced, or rooms are killed, all the time",
-            ))
-        }))
-    }
-
-    /// Removes all rooms that nobody is in; there will be no others.
-    pub fn close(&self) {
-        let ready = self.ready.lock().take();
-        if let Some(Ready { rooms, builder }) = ready {
-            drop(rooms);
-            let _ = builder.join();
+        Some(libc::ENFILE) => {
+            "; this host has all the open files that it may have: raise fs.file-max (sysctl)"
         }
-        if let Some(cgroups) = &self.plan.cgroups {
-            cgroups.close();
+        Some(libc::ENOSPC | libc::EUSERS) => {
+            "; this host has all the namespaces or mounts that it may have: raise \
+             user.max_mnt_namespaces, user.max_pid_namespaces, user.max_net_namespaces, \
+             user.max_ipc_namespaces, user.max_uts_namespaces, user.max_cgroup_namespaces or \
+             fs.mount-max (sysctl)"
         }
+        Some(libc::EAGAIN) if step.starts_with(GROUP_STEP) => {
+            "; there are too many control groups: raise cgroup.max.descendants and cgroup.max.depth \
+             of the groups above"
+        }
+        Some(libc::EAGAIN) => {
+            "; this host or bb_runner's control group has all the processes that it may have: raise \
+             kernel.pid_max, kernel.threads-max (sysctl) or TasksMax= of its unit"
+        }
+        Some(libc::ENOMEM) => "; this host is short of memory",
+        _ => "",
     }
 }
 

@@ -2,11 +2,20 @@
 //!
 //! 1. Nobody is answered but root and the configured users, as the kernel names them.
 //! 2. A Run that was begun is finished, cleaned up and only then forgotten, whether or not its caller
-//!    still waits: a call that is cancelled, or whose deadline passes, kills its action. (A deadline
-//!    that the caller sends is kept by tonic, which drops the call and answers CANCELLED at once; so a
-//!    caller that needs the quiet that follows takes the lock of the gate.)
+//!    still waits: a call that is cancelled kills its action. A caller that did so, and needs the quiet
+//!    that follows, takes the lock of the gate.
+//! 3. A deadline that the caller sends is kept: the command is killed, and DEADLINE_EXCEEDED is the
+//!    answer when nothing of it is left.
+//! 4. Ready means that an action can be started: surroundings for one were made a moment ago. Whatever
+//!    else keeps this host from running an action is UNAVAILABLE, so that it is tried elsewhere.
 
-use std::{collections::BTreeSet, fs, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
@@ -15,7 +24,9 @@ use tonic::{Request, Response, Status};
 use super::{
     action::{self, House, RunError},
     cgroup::Usage,
-    command::{Additions, Command, CommandError, Tmpdir},
+    command::{Command, CommandError},
+    deadline,
+    environment::Additions,
     gate::{self, BuildDirectory, GateError},
     process::{Cause, Exit, Stop},
     user::Users,
@@ -38,17 +49,9 @@ pub struct Runner {
     pub users: Arc<Users>,
     /// User numbers of `allowed_users`; root's is not among them.
     pub allowed: BTreeSet<u32>,
-    pub tmpdir: TmpdirRule,
+    pub additions: Additions,
     /// Kills all actions.
     pub killing: CancellationToken,
-}
-
-/// Whether and how TMPDIR is set; the text is the absolute build directory.
-pub enum TmpdirRule {
-    Alone,
-    Below(String),
-    InGate(String),
-    Tmp,
 }
 
 /// Tells the thread of a Run to end when the call is dropped.
@@ -73,6 +76,19 @@ impl Runner {
         Err(Status::permission_denied(format!(
             "{who} may not run commands here; allowed_users of bb_runner.toml names who may"
         )))
+    }
+
+    /// Whether an action's surroundings can be made; cheap when that was shown a moment ago.
+    async fn check_rooms(&self, build_directory: (u64, u64)) -> Result<(), Status> {
+        let made = match self.house.rooms.is_proven(build_directory) {
+            Some(known) => known,
+            None => {
+                let house = self.house.clone();
+                let proven = tokio::task::spawn_blocking(move || house.rooms.prove()).await;
+                proven.map_err(|error| Status::unavailable(error.to_string()))?
+            }
+        };
+        made.map_err(|error| Status::unavailable(error.to_string()))
     }
 
     /// `readiness_checking_pathnames`.
@@ -125,46 +141,57 @@ impl runner_server::Runner for Runner {
                 .check(&resolved)
                 .map_err(|error| failed("check existence of", error))?;
         }
+        let identity = build.identity().map_err(|error| failed("look at", error))?;
+        self.check_rooms(identity).await?;
         Ok(Response::new(()))
     }
 
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<RunResponse>, Status> {
         self.admit(&request)?;
         let action = proto::action_of(&request);
-        let additions = Additions {
-            tmpdir: match &self.tmpdir {
-                TmpdirRule::Alone => None,
-                TmpdirRule::Below(directory) => Some(Tmpdir::Below(directory)),
-                TmpdirRule::InGate(directory) => Some(Tmpdir::InGate(directory)),
-                TmpdirRule::Tmp => Some(Tmpdir::Tmp),
-            },
-        };
+        let deadline =
+            deadline::of(request.metadata()).map(|limit| (Instant::now() + limit, limit));
         let owns_inputs = proto::has_private_inputs(&request);
-        let mut command = Command::parse(request.into_inner(), additions).map_err(refused)?;
+        let mut command = Command::parse(request.into_inner(), &self.additions).map_err(refused)?;
         command.owns_inputs = owns_inputs;
         let user = self
             .users
             .take(PATIENCE)
             .await
-            .map_err(|error| Status::resource_exhausted(error.to_string()))?;
+            .map_err(|error| Status::unavailable(error.to_string()))?;
         let id = user.id();
-        let stop = Stop::new()
-            .map_err(|error| Status::resource_exhausted(format!("Failed to run: {error}")))?;
+        let stop =
+            Stop::new().map_err(|error| Status::unavailable(format!("Failed to run: {error}")))?;
         let mut stop_on_drop = StopOnDrop(Some(stop.clone()));
         let (answer, mut answered) = oneshot::channel();
         let house = self.house.clone();
         let told = stop.clone();
         tokio::task::spawn_blocking(move || action::run(&house, &command, user, &told, answer));
+        let over = async {
+            match deadline {
+                Some((instant, limit)) => {
+                    tokio::time::sleep_until(instant.into()).await;
+                    limit
+                }
+                None => std::future::pending().await,
+            }
+        };
+        let mut exceeded = None;
         let result = tokio::select! {
             result = &mut answered => result,
             () = self.killing.cancelled() => {
                 stop.signal();
                 answered.await
             }
+            limit = over => {
+                exceeded = Some(limit);
+                stop.signal();
+                answered.await
+            }
         };
         stop_on_drop.0 = None;
         if let Ok(Ok(exit)) = &result {
-            tracing::info!(action, user = id, cause = ?exit.cause, "command ended");
+            tracing::debug!(action, user = id, cause = ?exit.cause, "command ended");
         }
         let result = result
             .unwrap_or_else(|_| Err(RunError::Wait(std::io::Error::other("the thread panicked"))));
@@ -177,6 +204,13 @@ impl runner_server::Runner for Runner {
         }
         match result {
             Ok(exit) => Ok(Response::new(response(&exit))),
+            Err(RunError::Stopped | RunError::Gate(GateError::Stopped))
+                if let Some(limit) = exceeded =>
+            {
+                Err(Status::deadline_exceeded(format!(
+                    "The command did not end within {limit:?}; everything that it had started was killed"
+                )))
+            }
             Err(RunError::Stopped) if self.killing.is_cancelled() => Err(Status::unavailable(
                 "The runner was stopped, and the action with it",
             )),
@@ -196,14 +230,13 @@ fn failed(error: RunError) -> Status {
     }
     match error {
         RunError::Stopped | RunError::Gate(GateError::Stopped) => Status::cancelled(message),
-        RunError::Gate(GateError::Locked { .. }) => Status::unavailable(message),
         RunError::Killed(_) => {
             tracing::warn!(error = message, "an action was lost");
             Status::unavailable(message)
         }
         _ => {
             tracing::warn!(error = message, "could not run a command");
-            Status::internal(message)
+            Status::unavailable(message)
         }
     }
 }

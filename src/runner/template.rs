@@ -3,7 +3,8 @@
 //! 1. Every file system is read-only but the build directory, the `writable_directories`, /proc, and
 //!    what each room has of its own in memory. So an action leaves nothing on the host, whatever
 //!    directories there are open to all.
-//! 2. Hidden paths are empty; what must be seen below them is mounted there again.
+//! 2. Hidden paths are empty; what must be seen below them is mounted there again. So is the place of
+//!    control groups, where each room has its own group mounted (`init`).
 //! 3. It is of one moment: when something was mounted on the host since, or the directories that it
 //!    is about were made anew, then another must be made, which `Moment` tells.
 
@@ -30,6 +31,8 @@ use super::{
     room::{Plan, RoomError, SHARED_MEMORY, open_namespace, unshare},
 };
 
+/// As `child::first` has it.
+const CGROUPS: &str = "/sys/fs/cgroup";
 /// What programs may expect in /dev, besides links, terminals and shared memory.
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 const LINKS: [(&str, &str); 5] = [
@@ -155,6 +158,11 @@ impl Template {
             true => hide(plan, &writable)?,
             false => Vec::new(),
         };
+        if plan.cgroups.is_some() && Path::new(CGROUPS).is_dir() {
+            private_tmpfs(Path::new(CGROUPS), c"mode=755,size=64k")
+                .map_err(RoomError::at(CGROUPS))?;
+            set_attributes(c"/sys/fs/cgroup", READ_ONLY, 0, 0).map_err(RoomError::at(CGROUPS))?;
+        }
         let (fresh, temporary) = fresh(plan, &writable)?;
         for (path, tree) in &writable {
             make_place(path)

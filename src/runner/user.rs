@@ -74,6 +74,11 @@ impl Users {
         })
     }
 
+    /// Users that an action has now.
+    pub fn in_use(&self) -> usize {
+        (self.usable() as usize).saturating_sub(self.permits.available_permits())
+    }
+
     /// Users that were not retired.
     fn usable(&self) -> u32 {
         self.range.len() as u32 - self.retired.load(Ordering::Relaxed)
@@ -284,22 +289,43 @@ fn made_by(id: u32, kind: &str) -> Vec<i32> {
         .collect()
 }
 
-/// Entries of /etc/passwd and /etc/group in the range that are not there for actions.
+/// Entries of /etc/passwd and /etc/group in the range that are not there for actions, and ranges of
+/// /etc/subuid and /etc/subgid that overlap it.
 pub fn collisions(range: &Range<u32>) -> Vec<String> {
+    let read = |file| fs::read_to_string(file).unwrap_or_default();
     let mut found = Vec::new();
     for (file, kind) in [("/etc/passwd", "user"), ("/etc/group", "group")] {
-        for line in fs::read_to_string(file).unwrap_or_default().lines() {
-            let mut fields = line.split(':');
-            let (Some(name), Some(Ok(id))) = (fields.next(), fields.nth(1).map(str::parse::<u32>))
-            else {
-                continue;
-            };
-            if range.contains(&id) && !name.starts_with("bb-action") {
-                found.push(format!("{kind} {name} ({id})"));
-            }
-        }
+        found.extend(accounts_in(range, &read(file), kind));
+    }
+    for file in ["/etc/subuid", "/etc/subgid"] {
+        found.extend(delegated_in(range, &read(file), file));
     }
     found
+}
+
+/// Of passwd(5) or group(5).
+fn accounts_in(range: &Range<u32>, text: &str, kind: &str) -> Vec<String> {
+    let account = |line: &str| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        let id = fields.nth(1)?.parse::<u32>().ok()?;
+        (range.contains(&id) && !name.starts_with("bb-action"))
+            .then(|| format!("{kind} {name} ({id})"))
+    };
+    text.lines().filter_map(account).collect()
+}
+
+/// Of subuid(5).
+fn delegated_in(range: &Range<u32>, text: &str, file: &str) -> Vec<String> {
+    let delegated = |line: &str| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        let first = fields.next()?.parse::<u64>().ok()?;
+        let end = first.saturating_add(fields.next()?.parse().ok()?);
+        (first < u64::from(range.end) && u64::from(range.start) < end)
+            .then(|| format!("{file} gives {name} the numbers {first} to {}", end - 1))
+    };
+    text.lines().filter_map(delegated).collect()
 }
 
 #[cfg(test)]
@@ -313,6 +339,22 @@ mod tests {
             first: 70_000,
             count,
         })
+    }
+
+    #[test]
+    fn numbers_that_others_have_are_told() {
+        let accounts = "root:x:0:0::/:/bin/sh\nbb-action-58000:x:58000:\nann:x:58001:\n:::\nx\n";
+        let range = 58_000..58_256;
+        assert_eq!(accounts_in(&range, accounts, "user"), ["user ann (58001)"]);
+        let delegated =
+            "a:100000:65536\nb:58255:1\nc:58256:10\nd:57000:1000\ne:1:4294967295\nf:x:1\n";
+        assert_eq!(
+            delegated_in(&range, delegated, "/etc/subuid"),
+            [
+                "/etc/subuid gives b the numbers 58255 to 58255",
+                "/etc/subuid gives e the numbers 1 to 4294967295"
+            ]
+        );
     }
 
     #[tokio::test]

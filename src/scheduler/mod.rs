@@ -1,18 +1,23 @@
 //! bb_scheduler: queues the actions of clients, and hands them to workers.
 //!
-//! `queue` decides, `shared` lets calls meet in it, `service` speaks the protocols.
+//! `queue` decides, `shared` lets calls meet in it, `service` speaks the protocols, `observer` tells
+//! what goes on.
 
 use tokio_util::sync::CancellationToken;
 use tonic::{server::NamedService, service::Routes};
 use tonic_health::ServingStatus;
 
+mod observer;
 pub mod queue;
 mod service;
 mod shared;
 
 use crate::{
-    config::{ListenAddress, scheduler::Config},
-    daemon::{self, Failure, Life, Program},
+    config::{
+        self, Complaints, ListenAddress,
+        scheduler::{Config, StoragePlace},
+    },
+    daemon::{self, Failure, Findings, Host, Life, Program},
     proto::{
         self, reapi::execution_server::ExecutionServer,
         remoteworker::operation_queue_server::OperationQueueServer,
@@ -32,24 +37,69 @@ const LARGEST_REPORT: usize = 64 << 20;
 /// An ExecuteRequest has a few names and a digest.
 const LARGEST_REQUEST: usize = 1 << 20;
 
-/// What would keep `run` from working.
-pub async fn probe(config: &Config) -> Vec<Failure> {
-    let mut failures = Vec::new();
-    for (name, key, address) in [
-        ("clients", "clients.listen", &config.clients.listen),
-        ("workers", "workers.listen", &config.workers.listen),
-    ] {
-        let fresh = matches!(address, ListenAddress::Unix(path) if !path.exists());
-        failures.extend(daemon::listen(name, key, address, None).err());
-        if let ListenAddress::Unix(path) = address
-            && fresh
-        {
-            // A socket of root's would keep the daemon from making its own.
-            let _ = std::fs::remove_file(path);
-        }
+/// What is wrong, although `run` goes on with it.
+pub fn warnings(config: &Config, host: &Host, complaints: &mut Complaints) {
+    let none = config::Duration::seconds(0);
+    host.check_drain(config.shutdown.drain_timeout, none, complaints);
+    for (name, unit, key, address) in sockets(config) {
+        host.check_socket(name, unit, key, address, complaints);
     }
-    failures.extend(Storage::probe(&config.storage).await);
-    failures
+    if config.storage.cas == StoragePlace::Embedded {
+        let embedded = &config.storage.embedded;
+        let key = "storage.embedded.maximum_size";
+        host.check_size(key, embedded.maximum_size, &embedded.directory, complaints);
+    }
+}
+
+/// Names of sockets, their units, and what they are used in place of.
+fn sockets(config: &Config) -> [(&'static str, &'static str, &'static str, &ListenAddress); 2] {
+    [
+        (
+            "clients",
+            "bb-scheduler.socket",
+            "clients.listen",
+            &config.clients.listen,
+        ),
+        (
+            "workers",
+            "bb-scheduler-workers.socket",
+            "workers.listen",
+            &config.workers.listen,
+        ),
+    ]
+}
+
+/// What would keep `run` from working.
+pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
+    for (_, unit, key, address) in sockets(config) {
+        findings.try_address(host, unit, key, address);
+    }
+    let mut failures = Storage::probe(&config.storage).await;
+    let what = match &config.storage.cas {
+        StoragePlace::Embedded => {
+            let embedded = &config.storage.embedded;
+            let lock = embedded.directory.join("lock");
+            findings.try_lock(host, "storage.embedded.directory", &lock);
+            failures.retain(|failure| match failure {
+                Failure::Configuration { key, message } if key.ends_with("maximum_size") => {
+                    let given = host.given().has(key);
+                    if !given {
+                        findings.note(format!("{key}: {message}"));
+                    }
+                    // More than the whole disk is a warning's.
+                    given
+                        && daemon::disk::disk(&embedded.directory)
+                            .is_none_or(|disk| embedded.maximum_size.get() <= disk.total)
+                }
+                Failure::Configuration { .. } => true,
+                // Told of the lock, with who has it.
+                Failure::Environment { .. } => false,
+            });
+            format!("storage: {} can be used", embedded.directory.display())
+        }
+        StoragePlace::Endpoint(endpoint) => format!("storage: {endpoint} answers"),
+    };
+    findings.record(what, failures);
 }
 
 /// Runs until told to stop.
@@ -99,6 +149,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     life.ready(&status);
     tokio::select! {
         () = queue.keep_time() => Ok(()),
+        () = observer::observe(&queue, &life, &status) => Ok(()),
         served = async {
             tokio::try_join!(
                 daemon::serve(clients, client_routes, stopping.clone(), drain),

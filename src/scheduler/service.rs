@@ -4,7 +4,7 @@
 use std::{
     pin::Pin,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use futures::{Stream, stream};
@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     config,
+    daemon::{LineLimit, Peer},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::{
@@ -68,6 +69,36 @@ impl reapi::execution_server::Execution for Clients {
         &self,
         request: Request<reapi::ExecuteRequest>,
     ) -> Result<Response<Operations>, Status> {
+        let asked = Asked::new(&request);
+        let result = self.take(request).await;
+        if let Err(status) = &result {
+            asked.refused(status);
+        }
+        result
+    }
+
+    async fn wait_execution(
+        &self,
+        request: Request<reapi::WaitExecutionRequest>,
+    ) -> Result<Response<Operations>, Status> {
+        self.refuse_when_stopping()?;
+        let name = request.into_inner().name;
+        let waiter = Uuid::try_parse(&name)
+            .ok()
+            .and_then(|operation| self.queue.wait(operation))
+            .ok_or_else(|| {
+                let name = crate::digest::shorten(&name);
+                Status::not_found(format!("Operation with name {name:?} not found"))
+            })?;
+        Ok(Response::new(self.watch(waiter)))
+    }
+}
+
+impl Clients {
+    async fn take(
+        &self,
+        request: Request<reapi::ExecuteRequest>,
+    ) -> Result<Response<Operations>, Status> {
         self.refuse_when_stopping()?;
         let header = request
             .metadata()
@@ -107,24 +138,6 @@ impl reapi::execution_server::Execution for Clients {
         Ok(Response::new(self.watch(waiter)))
     }
 
-    async fn wait_execution(
-        &self,
-        request: Request<reapi::WaitExecutionRequest>,
-    ) -> Result<Response<Operations>, Status> {
-        self.refuse_when_stopping()?;
-        let name = request.into_inner().name;
-        let waiter = Uuid::try_parse(&name)
-            .ok()
-            .and_then(|operation| self.queue.wait(operation))
-            .ok_or_else(|| {
-                let name = crate::digest::shorten(&name);
-                Status::not_found(format!("Operation with name {name:?} not found"))
-            })?;
-        Ok(Response::new(self.watch(waiter)))
-    }
-}
-
-impl Clients {
     fn refuse_when_stopping(&self) -> Result<(), Status> {
         match self.stopping.is_cancelled() {
             true => Err(stopping()),
@@ -221,7 +234,49 @@ impl Clients {
     }
 }
 
-/// A failure of the farm is a warning; one of the action or its client is nobody's business here.
+/// What a client asked for, for the log.
+struct Asked {
+    action: String,
+    instance: String,
+    client: String,
+}
+
+/// Lines about refusals, which a client can cause as fast as it can call.
+static REFUSALS: LineLimit = LineLimit::new(20, Duration::from_secs(10));
+
+impl Asked {
+    fn new(request: &Request<reapi::ExecuteRequest>) -> Self {
+        let client = match request.extensions().get::<Peer>() {
+            Some(Peer::Tcp(Some(address))) => address.to_string(),
+            Some(Peer::Unix { uid, .. }) => format!("user {uid}"),
+            Some(Peer::Tcp(None)) | None => "unknown".to_owned(),
+        };
+        let request = request.get_ref();
+        let action = request.action_digest.as_ref();
+        Asked {
+            action: action.map(|digest| digest.hash.clone()).unwrap_or_default(),
+            instance: request.instance_name.clone(),
+            client,
+        }
+    }
+
+    fn refused(&self, status: &Status) {
+        if let Some(withheld) = REFUSALS.admit(Instant::now()) {
+            tracing::info!(
+                action = self.action,
+                instance = self.instance,
+                client = self.client,
+                code = ?status.code(),
+                error = status.message(),
+                lines_withheld = withheld,
+                "refused an action"
+            );
+        }
+    }
+}
+
+/// A failure of the farm is a warning, with its reason and its worker; one of the action or its client
+/// is nobody's business here.
 fn tell_end(operation: Uuid, work: &Work, outcome: &Outcome) {
     let (action, instance) = (work.digest.hash_hex(), work.instance.as_str());
     let code = rpc::Code::try_from(outcome.code).unwrap_or(rpc::Code::Unknown);
@@ -230,9 +285,23 @@ fn tell_end(operation: Uuid, work: &Work, outcome: &Outcome) {
         | rpc::Code::Internal
         | rpc::Code::Unknown
         | rpc::Code::DataLoss
-        | rpc::Code::ResourceExhausted => tracing::warn!(
-            %operation, action, instance, code = code.as_str_name(), "an operation failed"
-        ),
+        | rpc::Code::ResourceExhausted => {
+            let response = reapi::ExecuteResponse::decode(&*outcome.response).unwrap_or_default();
+            let worker = response
+                .result
+                .and_then(|result| result.execution_metadata)
+                .map(|metadata| metadata.worker)
+                .unwrap_or_default();
+            tracing::warn!(
+                %operation,
+                action,
+                instance,
+                worker,
+                code = code.as_str_name(),
+                error = response.status.unwrap_or_default().message,
+                "an operation failed"
+            );
+        }
         _ => tracing::info!(
             %operation, action, instance, code = code.as_str_name(), "operation completed"
         ),
@@ -314,7 +383,7 @@ impl OperationQueue for Workers {
             })?
             .ok_or_else(stopping)?;
         if let Desired::Execute { work, .. } = &instruction.desired {
-            tracing::info!(
+            tracing::debug!(
                 action = work.digest.hash_hex(),
                 instance = work.instance.as_str(),
                 worker = serde_json::to_string(id.labels()).unwrap_or_default(),

@@ -89,6 +89,10 @@ impl SharedQueue {
         result
     }
 
+    pub fn look<T>(&self, look: impl FnOnce(&Queue<Held, Watch>) -> T) -> T {
+        look(&self.state.lock().queue)
+    }
+
     /// Returns as soon as nobody decides.
     pub fn touch(&self) {
         drop(self.state.lock());

@@ -9,7 +9,7 @@ use bytes::Bytes;
 
 use crate::{
     config::scheduler::{self as config, StoragePlace},
-    daemon::Failure,
+    daemon::{self, Failure},
     digest::Digest,
     instance::InstanceName,
     proto::reapi::ActionResult,
@@ -74,6 +74,18 @@ impl Storage {
                 bytes = store.used(),
                 "opened the embedded store"
             );
+            let directory = &config.embedded.directory;
+            if let Some(disk) = daemon::disk::disk(directory)
+                && store.used().saturating_add(disk.available) < size
+            {
+                tracing::warn!(
+                    directory = %directory.display(),
+                    left = %daemon::disk::rounded(store.used() + disk.available),
+                    "the disk has less left for the embedded store than storage.embedded.maximum_size, \
+                     {}; lower that, or free space there",
+                    config.embedded.maximum_size
+                );
+            }
             Ok(Storage::Local(Arc::new(store)))
         };
         match (&config.cas, &config.action_cache) {

@@ -3,6 +3,8 @@
 //!
 //! 1. Whatever is returned has been verified against its digest.
 //! 2. A peer that restarts within `PATIENCE` is not noticed, except by the delay.
+//! 3. Every call ends: an answer that does not come within its time is an error. A stream that moves
+//!    is not cut, however slow it is.
 
 use std::{
     num::NonZeroUsize,
@@ -15,10 +17,13 @@ use std::{
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
-use tokio::sync::{OnceCell, Semaphore};
-use tonic::{Code, transport::Channel};
+use tokio::sync::Semaphore;
+use tonic::{Code, Status, transport::Channel};
 
-use self::flight::{Flights, Seat};
+use self::{
+    flight::{Flights, Seat},
+    limits::Limits,
+};
 use super::Error;
 use crate::{
     config::Endpoint,
@@ -38,6 +43,7 @@ use crate::{
 
 mod download;
 mod flight;
+mod limits;
 mod retry;
 mod upload;
 
@@ -45,6 +51,28 @@ mod upload;
 pub struct Options {
     pub download_concurrency: NonZeroUsize,
     pub upload_concurrency: NonZeroUsize,
+    pub timeouts: Timeouts,
+}
+
+/// How long a peer may be silent.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// From a unary call to its answer.
+    pub call: Duration,
+    /// Between two messages of a stream; one that moves has no other limit.
+    pub idle: Duration,
+    /// Until it has said what it can.
+    pub capabilities: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Timeouts {
+            call: Duration::from_secs(60),
+            idle: Duration::from_secs(60),
+            capabilities: Duration::from_secs(10),
+        }
+    }
 }
 
 impl Default for Options {
@@ -53,6 +81,7 @@ impl Default for Options {
         Options {
             download_concurrency: CALLS,
             upload_concurrency: CALLS,
+            timeouts: Timeouts::default(),
         }
     }
 }
@@ -68,8 +97,8 @@ struct Shared {
     cas: Vec<Channel>,
     next: AtomicUsize,
     action_cache: Channel,
-    /// Once the server said so.
-    announced: OnceCell<Announced>,
+    limits: Limits,
+    timeouts: Timeouts,
     downloads: Semaphore,
     uploads: Semaphore,
     reads: Flights,
@@ -87,9 +116,6 @@ struct Announced {
 /// Blobs of at most this size travel in batches, if the server's batches are not smaller still.
 const SMALL: u64 = 1 << 20;
 
-/// Most servers and clients take messages of 4 MiB.
-const DEFAULT_BATCH_SIZE: u64 = 4 << 20;
-
 /// What a digest, a status and their tags add to a blob in a batch, at most.
 const OVERHEAD: u64 = 200;
 
@@ -97,12 +123,6 @@ const OVERHEAD: u64 = 200;
 const MAX_MESSAGE_SIZE: usize = 64 << 20;
 
 const CONNECTIONS: usize = 4;
-
-/// A server that does not answer by then is one that announces nothing.
-const CAPABILITIES_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Digests of one FindMissingBlobs.
-const DIGESTS: usize = 20_000;
 
 impl Client {
     /// Connects at the first call, so that it never fails here.
@@ -113,7 +133,8 @@ impl Client {
                 cas: (0..CONNECTIONS).map(|_| daemon::connect(cas)).collect(),
                 next: AtomicUsize::new(0),
                 action_cache: daemon::connect(action_cache),
-                announced: OnceCell::new(),
+                limits: Limits::default(),
+                timeouts: options.timeouts,
                 downloads: permits(options.download_concurrency),
                 uploads: permits(options.upload_concurrency),
                 reads: Flights::default(),
@@ -125,7 +146,7 @@ impl Client {
     pub async fn probe(&self) -> Result<(), Error> {
         let request = GetCapabilitiesRequest::default();
         let answer = tokio::time::timeout(
-            Duration::from_secs(10),
+            self.shared.timeouts.capabilities,
             CapabilitiesClient::new(self.channel()).get_capabilities(request),
         )
         .await
@@ -158,36 +179,70 @@ impl Client {
         // One call has digests of one function.
         let mut calls: Vec<Vec<Digest>> = Vec::new();
         for run in distinct.chunk_by(|a, b| a.function() == b.function()) {
-            calls.extend(run.chunks(DIGESTS).map(<[Digest]>::to_vec));
+            let most = self.shared.limits.digests();
+            calls.extend(run.chunks(most).map(<[Digest]>::to_vec));
         }
         let answers: Vec<Vec<Digest>> = stream::iter(calls)
-            .map(|digests| self.find_missing_once(instance, digests))
+            .map(|digests| self.find_missing_of(instance, digests))
             .buffered(4)
             .try_collect()
             .await?;
         Ok(answers.concat())
     }
 
-    async fn find_missing_once(
+    /// Of digests of one function; in halves when the server does not take so many.
+    async fn find_missing_of(
         &self,
         instance: &InstanceName,
         digests: Vec<Digest>,
     ) -> Result<Vec<Digest>, Error> {
+        let mut missing = Vec::new();
+        let mut refused = false;
+        let mut open = vec![digests];
+        while let Some(mut digests) = open.pop() {
+            let count = digests.len();
+            match self.find_missing_once(instance, &digests).await? {
+                Ok(found) => {
+                    if refused {
+                        self.shared.limits.learn_digests(count);
+                    }
+                    missing.extend(found);
+                }
+                Err(status) if count <= 1 => return Err(retry::error(&status, None)),
+                Err(_) => {
+                    refused = true;
+                    let later = digests.split_off(count / 2);
+                    open.extend([later, digests]);
+                }
+            }
+        }
+        Ok(missing)
+    }
+
+    /// The inner error is a refusal that a smaller call may not get.
+    async fn find_missing_once(
+        &self,
+        instance: &InstanceName,
+        digests: &[Digest],
+    ) -> Result<Result<Vec<Digest>, Status>, Error> {
         let Some(function) = digests.first().map(Digest::function) else {
-            return Ok(Vec::new());
+            return Ok(Ok(Vec::new()));
         };
         let request = FindMissingBlobsRequest {
             instance_name: instance.to_string(),
             blob_digests: digests.iter().map(Digest::to_proto).collect(),
             digest_function: function.to_proto() as i32,
         };
-        let answer = retry::unary(None, || {
+        let answer = retry::divisible(self.shared.timeouts.call, || {
             let (mut client, request) = (self.cas(), request.clone());
             async move { client.find_missing_blobs(request).await }
         });
-        let missing = answer.await?.missing_blob_digests;
+        let missing = match answer.await? {
+            Ok(answer) => answer.missing_blob_digests,
+            Err(refusal) => return Ok(Err(refusal)),
+        };
         if missing.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Ok(Vec::new()));
         }
         let missing: std::collections::HashSet<Digest> = missing
             .iter()
@@ -198,9 +253,8 @@ impl Client {
                     "the CAS answered with an ill-formed digest: {error}"
                 ))
             })?;
-        let mut digests = digests;
-        digests.retain(|digest| missing.contains(digest));
-        Ok(digests)
+        let of_ours = digests.iter().filter(|digest| missing.contains(digest));
+        Ok(Ok(of_ours.copied().collect()))
     }
 
     /// A whole blob of at most `limit` bytes, verified.
@@ -229,7 +283,8 @@ impl Client {
             digest_function: action.function().to_proto() as i32,
             ..Default::default()
         };
-        let result = retry::unary(Some(action), || {
+        let limit = self.shared.timeouts.call;
+        let result = retry::unary(limit, Some(action), || {
             let (mut client, request) = (self.actions(), request.clone());
             async move { client.get_action_result(request).await }
         });
@@ -253,7 +308,7 @@ impl Client {
             results_cache_policy: None,
             digest_function: action.function().to_proto() as i32,
         };
-        let answer = retry::unary(None, || {
+        let answer = retry::unary(self.shared.timeouts.call, None, || {
             let (mut client, request) = (self.actions(), request.clone());
             async move { client.update_action_result(request).await }
         });
@@ -279,51 +334,53 @@ impl Client {
             .max_decoding_message_size(MAX_MESSAGE_SIZE)
     }
 
-    /// Bytes of blobs that fit into one batch, each with its overhead. REAPI:
-    /// max_batch_total_size_bytes, where 0 is no limit.
+    /// Bytes of blobs that fit into one batch, each with its overhead.
     async fn batch_size(&self, instance: &InstanceName) -> u64 {
-        let announced = self.announced(instance).await;
-        let limit = match announced.batch_size {
-            0 => DEFAULT_BATCH_SIZE,
-            limit => limit.min(DEFAULT_BATCH_SIZE),
-        };
-        // Room for the message's own fields, such as a long instance name.
-        limit - (limit / 64).min(8 << 10)
+        self.ask_for_limits(instance).await;
+        self.shared.limits.batch_size()
     }
 
     /// Bytes of the largest blob that the CAS takes; the most there is when it does not say.
     pub async fn maximum_blob_size(&self, instance: &InstanceName) -> u64 {
-        match self.announced(instance).await.blob_size {
-            0 => u64::MAX,
-            limit => limit,
-        }
+        self.ask_for_limits(instance).await;
+        self.shared.limits.blob_size()
     }
 
-    /// What the CAS says of itself; nothing while it cannot be asked.
-    async fn announced(&self, instance: &InstanceName) -> Announced {
-        let ask = async || {
+    async fn ask_for_limits(&self, instance: &InstanceName) {
+        let ask = async {
             let request = GetCapabilitiesRequest {
                 instance_name: instance.to_string(),
             };
             let mut client = CapabilitiesClient::new(self.channel());
             let answer = client.get_capabilities(request);
-            let answer = tokio::time::timeout(CAPABILITIES_TIMEOUT, answer).await;
-            let capabilities = answer.map_err(drop)?.map_err(drop)?.into_inner();
-            let cache = capabilities.cache_capabilities.unwrap_or_default();
-            let size = |limit: i64| u64::try_from(limit).unwrap_or(0);
-            Ok::<_, ()>(Announced {
-                batch_size: size(cache.max_batch_total_size_bytes),
-                blob_size: size(cache.max_cas_blob_size_bytes),
-            })
+            let answer = retry::timely(self.shared.timeouts.capabilities, answer).await?;
+            let cache = answer.into_inner().cache_capabilities.unwrap_or_default();
+            Ok((
+                cache.max_batch_total_size_bytes,
+                cache.max_cas_blob_size_bytes,
+            ))
         };
-        let known = self.shared.announced.get_or_try_init(ask).await;
-        known.copied().unwrap_or_default()
+        self.shared.limits.announced(ask).await;
     }
 }
 
 /// Which need not be asked for.
 fn is_the_empty_blob(digest: &Digest) -> bool {
     digest.is_empty_blob() && *digest == digest.function().empty()
+}
+
+/// In two, of about the same size.
+fn halve<T>(mut blobs: Vec<T>, size: impl Fn(&T) -> u64) -> [Vec<T>; 2] {
+    let total: u64 = blobs.iter().map(|blob| size(blob) + OVERHEAD).sum();
+    let mut before = 0;
+    let middle = blobs.iter().position(|blob| {
+        before += size(blob) + OVERHEAD;
+        before > total / 2
+    });
+    // Neither is empty.
+    let most = blobs.len().saturating_sub(1).max(1);
+    let later = blobs.split_off(middle.unwrap_or(most).clamp(1, most));
+    [blobs, later]
 }
 
 /// Groups of at most `limit` bytes, each blob counted with its overhead.

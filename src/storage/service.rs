@@ -10,6 +10,7 @@ use tonic::{Code, Request, Response, Status, async_trait, service::Routes};
 
 use super::{Error, blocking, local::Store};
 use crate::{
+    daemon::LineLimit,
     digest::{Digest, DigestError, DigestFunction},
     instance::{InstanceName, InstanceNameError},
     proto::{
@@ -210,6 +211,9 @@ fn digest(function_value: i32, digest: Option<&reapi::Digest>) -> Result<Digest,
     Ok(Digest::parse_required(function(function_value)?, digest)?)
 }
 
+/// Lines about refusals, of which there is one for each blob.
+static REFUSALS: LineLimit = LineLimit::new(5, std::time::Duration::from_secs(60));
+
 impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let code = match &error {
@@ -221,6 +225,11 @@ impl From<Error> for Status {
             Error::Full(_) => Code::ResourceExhausted,
             Error::Internal(_) => Code::Internal,
         };
+        if let Error::Full(_) | Error::Internal(_) = &error
+            && let Some(lines_withheld) = REFUSALS.admit(std::time::Instant::now())
+        {
+            tracing::warn!(%error, lines_withheld, "the store refused a blob");
+        }
         Status::new(code, error.to_string())
     }
 }

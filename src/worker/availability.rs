@@ -9,6 +9,7 @@ use super::{
     fault::Fault,
     health::{Change, Health, Verdict},
 };
+use crate::digest::shorten;
 
 pub struct Availability {
     /// For messages.
@@ -16,8 +17,6 @@ pub struct Availability {
     health: Mutex<Health>,
     /// Before this no slot asks for work.
     paused: watch::Sender<Instant>,
-    /// Why the last readiness check failed.
-    unready: Mutex<Option<String>>,
 }
 
 /// Why a slot does not ask for work.
@@ -33,7 +32,6 @@ impl Availability {
             runner: runner.to_string(),
             health: Mutex::default(),
             paused: watch::Sender::new(Instant::now()),
-            unready: Mutex::default(),
         }
     }
 
@@ -86,7 +84,6 @@ impl Availability {
 
     /// A slot's readiness was checked; whether it may ask for work.
     pub fn admit(&self, slot: usize, checked: Result<(), String>) -> Result<(), NotReady> {
-        *self.unready.lock() = checked.as_ref().err().cloned();
         checked.map_err(NotReady::Because)?;
         let admitted = self.health.lock().admit(Instant::now(), slot);
         admitted.map_err(|until| NotReady::Paused { until })
@@ -94,14 +91,12 @@ impl Availability {
 
     /// For the status line; `None` while all is well.
     pub fn trouble(&self) -> Option<String> {
-        if let Some(reason) = &*self.unready.lock() {
-            return Some(format!("runner {} is not ready: {reason}", self.runner));
-        }
         let health = self.health.lock();
         let (faults, reason) = health.out_of_service()?;
         Some(format!(
-            "runner {} is out of service after {faults} failures in a row, the last: {reason}",
-            self.runner
+            "runner {} is out of service after {faults} failures in a row, the last: {}",
+            self.runner,
+            shorten(reason)
         ))
     }
 }

@@ -14,10 +14,11 @@ use tonic::{Code, Status, transport::Channel};
 use uuid::Uuid;
 
 use super::{
+    activity::Activity,
     availability::NotReady,
     execute::{Executor, Stage},
     report,
-    slot::{Activity, Answer, Desired, Report, Slot, Step},
+    slot::{self, Answer, Desired, Report, Slot, Step},
     story,
     task::Task,
 };
@@ -90,6 +91,7 @@ pub async fn run(
     stopping: CancellationToken,
     drain: Duration,
     heart: Heart,
+    activity: Arc<Activity>,
 ) {
     let client = OperationQueueClient::new(channel).max_decoding_message_size(LARGEST_ANSWER);
     let mut state: Slot<Result<Task, Box<ExecuteResponse>>, Box<ExecuteResponse>> =
@@ -98,7 +100,6 @@ pub async fn run(
     let mut call: Pending<Result<SynchronizeResponse, Status>> = None;
     let mut readiness: Pending<Result<(), NotReady>> = None;
     let mut paused = executor.availability.paused();
-    let mut unready = false;
 
     let mut execution: Option<Execution> = None;
     loop {
@@ -121,7 +122,7 @@ pub async fn run(
                 continue;
             }
             Step::Start(task) => {
-                execution = Some(start(executor.clone(), slot, task));
+                execution = Some(start(executor.clone(), activity.clone(), slot, task));
                 continue;
             }
             Step::Cancel => {
@@ -158,9 +159,7 @@ pub async fn run(
                 call = None;
                 match *answer {
                     Ok(response) => {
-                        if state.failures() > 0 {
-                            tracing::info!(slot, "the scheduler answers again");
-                        }
+                        activity.answered();
                         state.answered(now, answer_of(&identity, response, now));
                     }
                     Err(status) if refuses(&status) => {
@@ -178,14 +177,7 @@ pub async fn run(
                     }
                     Err(status) => {
                         state.failed(now, random());
-                        if state.failures() == 1 {
-                            tracing::warn!(
-                                slot,
-                                code = ?status.code(),
-                                error = status.message(),
-                                "could not synchronize with the scheduler; trying again"
-                            );
-                        }
+                        activity.failed(status.code(), status.message(), SystemTime::now());
                     }
                 }
             }
@@ -199,31 +191,22 @@ pub async fn run(
             }
             Event::Readiness(result) => {
                 readiness = None;
-                match result {
-                    Ok(()) => {
-                        if std::mem::take(&mut unready) {
-                            tracing::info!(slot, "ready for actions again");
-                        }
-                        state.readiness(now, true, Duration::ZERO);
-                    }
-                    Err(NotReady::Paused { until }) => {
-                        let spread = random_below(LONGEST_READINESS_PAUSE / 10);
-                        let pause = until.saturating_duration_since(now) + spread;
-                        state.readiness(now, false, pause);
-                    }
+                let pause = random_below(LONGEST_READINESS_PAUSE);
+                match &result {
+                    Ok(()) => activity.ready(slot),
                     Err(NotReady::Because(error)) => {
-                        // Once, however long it lasts.
-                        if !std::mem::replace(&mut unready, true) {
-                            tracing::warn!(
-                                slot,
-                                error,
-                                "could not get ready for actions; trying again"
-                            );
-                        }
-                        let pause = random_below(LONGEST_READINESS_PAUSE);
-                        state.readiness(now, false, pause);
+                        activity.unready(slot, error, SystemTime::now());
                     }
+                    // What is the matter was said when the pause began.
+                    Err(NotReady::Paused { .. }) => {}
                 }
+                let pause = match &result {
+                    Err(NotReady::Paused { until }) => {
+                        until.saturating_duration_since(now) + pause / 10
+                    }
+                    _ => pause,
+                };
+                state.readiness(now, result.is_ok(), pause);
             }
             Event::Paused(until) => state.pause(until),
             Event::Stopping => {
@@ -237,6 +220,7 @@ pub async fn run(
 
 fn start(
     executor: Arc<Executor>,
+    activity: Arc<Activity>,
     slot: usize,
     task: Result<Task, Box<ExecuteResponse>>,
 ) -> Execution {
@@ -245,6 +229,7 @@ fn start(
     let cancelled = cancel.clone();
     // In a task of its own, so that a panic ends this action and not this slot.
     let result = tokio::spawn(async move {
+        let _running = activity.run();
         match task {
             Ok(task) => {
                 let (action, instance) = (task.digest.hash_hex(), task.instance.clone());
@@ -309,9 +294,9 @@ fn request(
         })
     };
     let state = match report.activity {
-        Activity::Idle => WorkerState::Idle(()),
-        Activity::Started(digest) => executing(digest, ExecutionState::Started(())),
-        Activity::Executing(digest) => executing(
+        slot::Activity::Idle => WorkerState::Idle(()),
+        slot::Activity::Started(digest) => executing(digest, ExecutionState::Started(())),
+        slot::Activity::Executing(digest) => executing(
             digest,
             match stage {
                 None => ExecutionState::Started(()),
@@ -320,7 +305,7 @@ fn request(
                 Some(Stage::UploadingOutputs) => ExecutionState::UploadingOutputs(()),
             },
         ),
-        Activity::Completed(digest, response) => {
+        slot::Activity::Completed(digest, response) => {
             executing(digest, ExecutionState::Completed(*response))
         }
     };

@@ -125,6 +125,12 @@ impl Directory {
         files.chain(directories).chain(symlinks).map(|n| n.as_str())
     }
 
+    /// Of its names, each with so many bytes beside it.
+    pub fn size_on_disk(&self, beside_a_name: u64) -> u64 {
+        self.names()
+            .fold(0, |sum, name| sum + name.len() as u64 + beside_a_name)
+    }
+
     pub fn entries(&self) -> u64 {
         (self.files.len() + self.directories.len() + self.symlinks.len()) as u64
     }

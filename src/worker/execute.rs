@@ -2,7 +2,8 @@
 //!
 //! The order of the lines in `execute` is a promise:
 //!
-//! 1. Outputs are collected only after the last process of the action is gone.
+//! 1. Outputs are collected only after the last process of the action is gone: the runner says so, or
+//!    lets go of its lock, and is there.
 //! 2. Outputs are in the Content Addressable Storage before the Action Cache entry that names them.
 //! 3. The Action Cache entry is written before completion is reported.
 //! 4. Whatever fails, the response says who must act in its status, and has all that was
@@ -26,7 +27,7 @@ use super::{
     fault::Fault,
     input_root::{InputRoot, LOCK_TIMEOUT, Planned, PrepareError, Roots},
     outputs::{self, Collector, Found},
-    report,
+    report, runner,
     task::Task,
     tree::Tree,
 };
@@ -142,7 +143,7 @@ impl Executor {
         metadata.input_fetch_completed_timestamp = now();
 
         stage.send_replace(Stage::Running);
-        let mut runner = self.runner.clone();
+        let mut client = self.runner.clone();
         if let Some(group) = self.group {
             root.open_to(group)?;
         }
@@ -153,26 +154,36 @@ impl Executor {
         metadata.execution_start_timestamp = now();
         let start = Instant::now();
         // Whatever does not answer first is dropped, and the runner sees its call cancelled.
-        let ended = tokio::select! {
-            answer = runner.run(request) => Ended::Answered(answer.map(tonic::Response::into_inner)),
+        let mut ended = tokio::select! {
+            answer = client.run(request) => Ended::Answered(answer.map(tonic::Response::into_inner)),
             () = tokio::time::sleep(task.timeout) => Ended::Late,
             () = cancel.cancelled() => Ended::Cancelled,
         };
         metadata.virtual_execution_duration = Some(proto::proto_duration(start.elapsed()));
         metadata.execution_completed_timestamp = now();
+        // A runner that is stopped says nothing of a command, which may have ended long ago.
+        if matches!(ended, Ended::Late) && !runner::answers(&self.runner).await {
+            ended = Ended::Answered(Err(tonic::Status::unavailable(
+                "the runner does not answer",
+            )));
+        }
+        let was_run = matches!(ended, Ended::Answered(Ok(_)));
         if matches!(ended, Ended::Answered(Err(_))) {
             root.distrust();
         }
         let mut ran = self.take_answer(ended, task, metadata, response);
-        if !root.vacated().await {
-            return Err(Fault::Unavailable(format!(
-                "the runner did not end all processes of the action within {} s; what they left was not collected",
-                LOCK_TIMEOUT.as_secs()
-            )));
-        }
-        // What a runner that failed left may still change, when it is the runner that is gone.
-        if matches!(ran, Err(Fault::Cancelled | Fault::Unavailable(_))) {
+        if ran == Err(Fault::Cancelled) {
+            root.vacated().await;
             return ran;
+        }
+        if !was_run && !self.is_quiet(&root).await {
+            root.distrust();
+            return Err(ran.err().filter(Fault::is_unavailable).unwrap_or_else(|| {
+                Fault::Unavailable(format!(
+                    "the runner did not end all processes of the action within {} s; what they left was not collected",
+                    LOCK_TIMEOUT.as_secs()
+                ))
+            }));
         }
         if ran.is_ok()
             && let Some(full) = root.disk_was_full()
@@ -196,6 +207,15 @@ impl Executor {
         };
         metadata.output_upload_completed_timestamp = now();
         ran.and(uploaded)
+    }
+
+    /// Whether nothing of an action lives whose runner did not say so.
+    ///
+    /// The runner holds the lock of the gate for as long as anything lives, but a runner that was
+    /// killed lets go of it at once. One that answers afterwards either is the same, and let go
+    /// by itself, or is its successor, which answers nobody before it has killed what was left.
+    async fn is_quiet(&self, root: &InputRoot) -> bool {
+        root.vacated().await && runner::answers(&self.runner).await
     }
 
     /// The command and all directories. When some are missing, all that is missing is told at once.
@@ -257,8 +277,8 @@ impl Executor {
         let mut attempts = 0;
         loop {
             let planned = self.plan(&tree).await?;
-            let wanted = planned.links().to_vec();
-            let obtained = self.cache.obtain(&task.instance, wanted).await;
+            let (wanted, method) = (planned.links().to_vec(), planned.method());
+            let obtained = self.cache.obtain(&task.instance, wanted, method).await;
             let pins = obtained.map_err(|fault| with_path(fault, &tree))?;
             let (roots, parents) = (self.roots.clone(), parents.clone());
             let prepared = tokio::task::spawn_blocking(move || roots.prepare(planned, &parents));
@@ -291,16 +311,11 @@ impl Executor {
     }
 
     async fn plan(&self, tree: &Tree) -> Result<Planned, Fault> {
-        if self.inputs == Inputs::Shared
-            && let Some(planned) = self.roots.try_plan(tree)
-        {
+        if let Some(planned) = self.roots.try_plan(tree, self.inputs) {
             return Ok(planned);
         }
         let (roots, tree, inputs) = (self.roots.clone(), tree.clone(), self.inputs);
-        let planned = tokio::task::spawn_blocking(move || match inputs {
-            Inputs::Shared => roots.plan(&tree),
-            Inputs::Private => roots.plan_private(&tree),
-        });
+        let planned = tokio::task::spawn_blocking(move || roots.plan(&tree, inputs));
         let planned = planned
             .await
             .map_err(|error| Fault::Internal(format!("could not plan the input root: {error}")))?;
@@ -350,6 +365,9 @@ impl Executor {
             Ended::Answered(Err(status)) => {
                 let text = format!("Failed to run command: {}", status.message());
                 Err(match status.code() {
+                    _ if !runner::is_answer(&status) => Fault::Unavailable(format!(
+                        "{text}; bb_runner on the worker's host went away"
+                    )),
                     Code::InvalidArgument
                     | Code::FailedPrecondition
                     | Code::OutOfRange
@@ -358,10 +376,7 @@ impl Executor {
                         text,
                     },
                     // Whatever else it is that a runner cannot do: not the client's fault.
-                    _ if std::error::Error::source(&status).is_none() => Fault::Unavailable(text),
-                    _ => Fault::Unavailable(format!(
-                        "{text}; bb_runner on the worker's host went away"
-                    )),
+                    _ => Fault::Unavailable(text),
                 })
             }
             Ended::Late => Err(Fault::Late(format!(
@@ -393,19 +408,22 @@ impl Executor {
         let cancel = cancel.child_token();
         let _stop = cancel.clone().drop_guard();
         let (cache, function) = (self.cache.clone(), task.function);
-        let shared = self.inputs == Inputs::Shared;
+        let shared = self.inputs != Inputs::Private;
         let store_directories =
             command.store_directories || self.force_upload_trees_and_directories;
-        let collecting = tokio::task::spawn_blocking(move || {
-            // Nobody receives any more after a failed upload; the rest is collected all the same.
-            let send = |batch| drop(sender.blocking_send(batch));
-            let found = Collector::new(function, &cache, store_directories, limits, &cancel, send)
-                .collect(root.gate(), root.root(), &command);
-            if found.by_a_privileged_user && shared {
-                root.distrust_user();
-            }
-            found
-        });
+        let collecting =
+            tokio::task::spawn_blocking(move || {
+                // Nobody receives any more after a failed upload; the rest is collected all the same.
+                let send = |batch| drop(sender.blocking_send(batch));
+                let mut found =
+                    Collector::new(function, &cache, store_directories, limits, &cancel, send)
+                        .collect(root.gate(), root.root(), &command);
+                root.taken_over(std::mem::take(&mut found.taken_over));
+                if found.by_a_privileged_user && shared {
+                    root.distrust_user();
+                }
+                found
+            });
         let mut uploaded = Ok(());
         while let Some(batch) = batches.recv().await {
             let upload = self.storage.upload(&task.instance, batch).await;

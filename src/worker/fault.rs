@@ -72,6 +72,10 @@ impl Fault {
         proto::status(code, self.to_string())
     }
 
+    pub fn is_unavailable(&self) -> bool {
+        self.status().code == rpc::Code::Unavailable as i32
+    }
+
     /// `what` reads as "could not WHAT".
     pub fn of_storage(what: impl fmt::Display, error: storage::Error) -> Self {
         use storage::Error;

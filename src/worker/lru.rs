@@ -5,7 +5,7 @@
 //! 2. What is pinned is not evicted; it counts as used when its last pin goes.
 //! 3. A handle is valid for as long as its entry is pinned.
 
-use std::{collections::HashMap, hash::Hash};
+use std::{collections::HashMap, hash::Hash, num::NonZeroU32};
 
 const NONE: u32 = u32::MAX;
 
@@ -32,8 +32,18 @@ struct Entry<K, V> {
 }
 
 /// Where a pinned entry is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Handle(u32);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Handle(NonZeroU32);
+
+impl Handle {
+    fn new(at: u32) -> Self {
+        Handle(NonZeroU32::MIN.saturating_add(at))
+    }
+
+    fn at(self) -> usize {
+        self.0.get() as usize - 1
+    }
+}
 
 impl<K: Copy + Eq + Hash, V> Default for Lru<K, V> {
     fn default() -> Self {
@@ -96,15 +106,15 @@ impl<K: Copy + Eq + Hash, V> Lru<K, V> {
             self.unlink(at);
         }
         self.slots[at as usize].pins += 1;
-        Some(Handle(at))
+        Some(Handle::new(at))
     }
 
     pub fn unpin(&mut self, handle: Handle) {
-        let pins = &mut self.slots[handle.0 as usize].pins;
+        let pins = &mut self.slots[handle.at()].pins;
         debug_assert!(*pins > 0, "unpinned more often than pinned");
         if *pins == 1 {
             *pins = 0;
-            self.append(handle.0);
+            self.append(handle.at() as u32);
         } else {
             *pins = pins.saturating_sub(1);
         }
@@ -112,14 +122,29 @@ impl<K: Copy + Eq + Hash, V> Lru<K, V> {
 
     /// The value behind a handle.
     pub fn value_of(&self, handle: Handle) -> Option<&V> {
-        let entry = self.slots[handle.0 as usize].entry.as_ref();
+        let entry = self.slots[handle.at()].entry.as_ref();
         entry.map(|entry| &entry.value)
+    }
+
+    /// The key behind a handle.
+    pub fn key_of(&self, handle: Handle) -> Option<&K> {
+        let entry = self.slots[handle.at()].entry.as_ref();
+        entry.map(|entry| &entry.key)
     }
 
     /// Of the entry behind a handle.
     pub fn weight_of(&self, handle: Handle) -> u64 {
-        let entry = self.slots[handle.0 as usize].entry.as_ref();
+        let entry = self.slots[handle.at()].entry.as_ref();
         entry.map_or(0, |entry| entry.weight)
+    }
+
+    /// The first entry at or after a place, in an order of no meaning in which an entry keeps its
+    /// place, and the place after it. `None` when there is no more.
+    pub fn next(&self, place: usize) -> Option<(&K, &V, usize)> {
+        let rest = self.slots.get(place..)?.iter().enumerate();
+        let mut found = rest.filter_map(|(i, slot)| Some((i, slot.entry.as_ref()?)));
+        let (i, entry) = found.next()?;
+        Some((&entry.key, &entry.value, place + i + 1))
     }
 
     /// Adds an entry as the one last used. An entry that is there already is used, and stays.
@@ -157,20 +182,50 @@ impl<K: Copy + Eq + Hash, V> Lru<K, V> {
         }
     }
 
+    pub fn take_weight(&mut self, key: &K, weight: u64) {
+        if let Some(at) = self.index.get(key)
+            && let Some(entry) = &mut self.slots[*at as usize].entry
+        {
+            let weight = weight.min(entry.weight);
+            entry.weight -= weight;
+            self.weight -= weight;
+        }
+    }
+
     /// Removes unpinned entries, the oldest first, for as long as `more` of (weight, count) says so.
     pub fn evict(&mut self, more: impl Fn(u64, usize) -> bool) -> Vec<(K, V)> {
         let mut evicted = Vec::new();
-        while self.oldest != NONE && more(self.weight, self.len()) {
-            let at = self.oldest;
-            self.unlink(at);
-            if let Some(entry) = self.slots[at as usize].entry.take() {
-                self.index.remove(&entry.key);
-                self.weight -= entry.weight;
-                self.vacant.push(at);
-                evicted.push((entry.key, entry.value));
-            }
+        while more(self.weight, self.len()) {
+            let Some(entry) = self.evict_oldest() else {
+                break;
+            };
+            evicted.push(entry);
         }
         evicted
+    }
+
+    /// Removes the unpinned entry that is the oldest.
+    pub fn evict_oldest(&mut self) -> Option<(K, V)> {
+        (self.oldest != NONE).then(|| self.remove_at(self.oldest))?
+    }
+
+    /// Removes an entry; a pinned one stays.
+    pub fn remove(&mut self, key: &K) -> Option<V> {
+        let at = *self.index.get(key)?;
+        if self.slots[at as usize].pins > 0 {
+            return None;
+        }
+        self.remove_at(at).map(|(_, value)| value)
+    }
+
+    /// One that is not pinned.
+    fn remove_at(&mut self, at: u32) -> Option<(K, V)> {
+        self.unlink(at);
+        let entry = self.slots[at as usize].entry.take()?;
+        self.index.remove(&entry.key);
+        self.weight -= entry.weight;
+        self.vacant.push(at);
+        Some((entry.key, entry.value))
     }
 
     fn touch(&mut self, at: u32) {
@@ -215,6 +270,7 @@ mod tests {
         Get(u8),
         Pin(u8),
         Unpin(usize),
+        Remove(u8),
         Evict(u64),
     }
 
@@ -224,6 +280,7 @@ mod tests {
             (0..20u8).prop_map(Step::Get),
             (0..20u8).prop_map(Step::Pin),
             (0..8usize).prop_map(Step::Unpin),
+            (0..20u8).prop_map(Step::Remove),
             (0..60u64).prop_map(Step::Evict),
         ]
     }
@@ -272,6 +329,11 @@ mod tests {
                             }
                         }
                     }
+                    Step::Remove(key) => {
+                        let before = list.len();
+                        list.retain(|e| e.0 != key || e.2 > 0);
+                        prop_assert_eq!(lru.remove(&key).is_some(), list.len() < before);
+                    }
                     Step::Evict(limit) => {
                         let evicted: Vec<u8> =
                             lru.evict(|weight, _| weight > limit).into_iter().map(|e| e.0).collect();
@@ -291,6 +353,17 @@ mod tests {
                 prop_assert_eq!(lru.len(), list.len());
                 prop_assert_eq!(lru.weight(), list.iter().map(|e| e.1).sum::<u64>());
                 prop_assert!(list.iter().all(|e| lru.contains(&e.0)));
+                prop_assert!(handles.iter().all(|(key, handle)| lru.key_of(*handle) == Some(key)));
+                let mut walked = Vec::new();
+                let mut place = 0;
+                while let Some((key, _, next)) = lru.next(place) {
+                    walked.push(*key);
+                    place = next;
+                }
+                walked.sort_unstable();
+                let mut keys = lru.keys();
+                keys.sort_unstable();
+                prop_assert_eq!(walked, keys);
             }
         }
     }

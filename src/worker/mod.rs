@@ -1,12 +1,6 @@
 //! The worker: lays out input roots, has a runner run commands in them, uploads their outputs.
 
-use std::{
-    collections::BTreeMap,
-    io,
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, io, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
 use rustix::process::{Resource, Rlimit};
 
@@ -22,6 +16,7 @@ use crate::{
     storage::remote,
 };
 
+mod activity;
 pub mod availability;
 pub mod beneath;
 pub mod cache;
@@ -37,31 +32,37 @@ pub mod outputs;
 mod probe;
 pub mod removal;
 pub mod report;
+mod runner;
 pub mod slot;
 mod story;
 pub mod task;
 pub mod tree;
 
-pub use probe::probe;
+pub use probe::{probe, warnings};
 
 pub const PROGRAM: Program = Program {
     name: "bb_worker",
     about: "Lays out input roots, has a runner run build actions in them, and uploads their outputs",
 };
 
-/// How soon the status line tells of a change.
-const STATUS_INTERVAL: std::time::Duration = std::time::Duration::from_secs(2);
 /// How long a slot may take until its loop runs.
 const A_START: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Runs until told to stop, then until the actions that are running have ended.
 pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     raise_file_limit();
-    let slots: usize = config.runners.iter().map(slots).sum();
+    let slots: usize = config.runners.iter().map(Runner::slots).sum();
     let storage = connect_storage(&config);
     let (cache, roots) = open_directories(&config, slots, &storage).await?;
     let (files, bytes) = cache.usage();
     tracing::info!(files, bytes, directory = %cache.path().display(), "opened the cache");
+    let rate = config.cache.verification_rate.get();
+    if rate > 0 {
+        let started = cache::Verifier::new(&cache).start(rate);
+        started.map_err(|error| Failure::Environment {
+            message: format!("could not start a thread that verifies the cache: {error}"),
+        })?;
+    }
     life.vital("the cache", {
         let cache = cache.clone();
         move || {
@@ -73,19 +74,30 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         config.storage.maximum_message_size.get(),
         config.cache.maximum_directories_size.get(),
     ));
-    refuse_equal_slots(&config)?;
     let scheduler = daemon::connect(&config.scheduler.endpoint);
     let mut executors = Vec::new();
+    let activity = Arc::new(activity::Activity::new(&config.scheduler.endpoint, slots));
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
         let identities = identities(runner)?;
-        if runner.inputs == Inputs::Private {
-            tracing::info!(
-                runner = %runner.endpoint,
-                shares_blocks = cache.shares_blocks(),
+        let how = match (runner.inputs, cache.method(runner.inputs)) {
+            (_, cache::Method::Reflink) => "input files are reflinks of cached ones",
+            (Inputs::Shared, _) => {
+                "input files are hard links to cached ones, since the file system has no reflinks; flock(2) on one waits for other actions that have the same file"
+            }
+            (Inputs::HardLinks, _) => {
+                "input files are hard links to cached ones; flock(2) on one waits for other actions that have the same file"
+            }
+            (Inputs::Private, _) => {
                 "input files are the actions' own, and each input root is made anew"
-            );
-        }
+            }
+        };
+        tracing::info!(
+            runner = %runner.endpoint,
+            inputs = ?runner.inputs,
+            shares_blocks = cache.shares_blocks(),
+            "{how}"
+        );
         let executor = Arc::new(execute::Executor {
             storage: storage.clone(),
             cache: cache.clone(),
@@ -114,45 +126,30 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
                 life.stopping(),
                 config.shutdown.drain_timeout.get(),
                 life.heart(format!("slot {slot}"), A_START),
+                activity.clone(),
             ));
         }
     }
-    let serving = format!(
+    life.ready(&format!(
         "Serving {slots} slots of scheduler {}",
         config.scheduler.endpoint
-    );
-    life.ready(&serving);
-    let telling = tokio::spawn(tell_status(life.clone(), serving, executors, roots.clone()));
-    while clients.join_next().await.is_some() {}
-    telling.abort();
-    tracing::info!("laid out {}", roots.counts());
-    Ok(())
-}
-
-/// Keeps the status line true: what does not go as it should comes first.
-async fn tell_status(
-    life: Life,
-    serving: String,
-    executors: Vec<Arc<execute::Executor>>,
-    roots: Arc<input_root::Roots>,
-) {
-    let mut told = serving.clone();
-    let mut interval = tokio::time::interval(STATUS_INTERVAL);
-    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        interval.tick().await;
-        let mut parts: Vec<String> = executors
+    ));
+    let stopping = life.stopping();
+    let line = || {
+        let line = activity.line(stopping.is_cancelled());
+        let troubles = executors
             .iter()
             .filter_map(|executor| executor.availability.trouble())
-            .collect();
-        parts.extend(roots.why_not_kept(std::time::Instant::now()));
-        parts.push(serving.clone());
-        let status = parts.join("; ");
-        if status != told {
-            life.status(&status);
-            told = status;
-        }
+            .chain(roots.why_not_kept(std::time::Instant::now()));
+        troubles.fold(line, |line, trouble| format!("{line}; {trouble}"))
+    };
+    tokio::select! {
+        () = async { while clients.join_next().await.is_some() {} } => {}
+        () = life.keep_status(line) => {}
     }
+    tracing::info!("laid out {}", roots.counts());
+    tracing::info!("verified {}", cache.verified());
+    Ok(())
 }
 
 fn connect_storage(config: &Config) -> remote::Client {
@@ -162,6 +159,7 @@ fn connect_storage(config: &Config) -> remote::Client {
         remote::Options {
             download_concurrency: config.storage.download_concurrency,
             upload_concurrency: config.storage.upload_concurrency,
+            ..Default::default()
         },
     )
 }
@@ -256,13 +254,6 @@ fn group_of(runner: &Runner) -> Result<Option<u32>, Failure> {
     }
 }
 
-fn slots(runner: &Runner) -> usize {
-    match runner.concurrency {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        concurrency => concurrency,
-    }
-}
-
 /// One for each slot. Their labels differ in `thread`, as with Buildbarn's worker.
 fn identities(runner: &Runner) -> Result<Vec<client::Identity>, Failure> {
     let instance_name_prefix =
@@ -278,7 +269,7 @@ fn identities(runner: &Runner) -> Result<Vec<client::Identity>, Failure> {
         let hostname = hostname.to_string_lossy().into_owned();
         labels = BTreeMap::from([("hostname".to_owned(), hostname)]);
     }
-    let slots = slots(runner);
+    let slots = runner.slots();
     let width = (slots - 1).to_string().len();
     let identity = |slot: usize| {
         let mut worker_id = labels.clone();
@@ -304,32 +295,6 @@ fn identities(runner: &Runner) -> Result<Vec<client::Identity>, Failure> {
     Ok((0..slots).map(identity).collect())
 }
 
-/// Two slots that a scheduler cannot tell from one another would both be given each other's actions.
-fn refuse_equal_slots(config: &Config) -> Result<(), Failure> {
-    let mut seen: Vec<(usize, client::Identity)> = Vec::new();
-    for (number, runner) in config.runners.iter().enumerate() {
-        for identity in identities(runner)? {
-            if let Some((other, _)) = seen.iter().find(|(_, known)| *known == identity) {
-                return Err(Failure::Configuration {
-                    key: "runners.worker_id",
-                    message: format!(
-                        "[[runners]] sections {} and {} ({} and {}) have equal labels {} and serve the same platform, so that a scheduler could not tell their slots apart and would run each action twice; give each a worker_id of its own, such as {{ hostname = \"…\", runner = \"{}\" }}",
-                        other + 1,
-                        number + 1,
-                        config.runners[*other].endpoint,
-                        runner.endpoint,
-                        serde_json::to_string(&identity.worker_id).unwrap_or_default(),
-                        number + 1,
-                    ),
-                });
-            }
-            // Slots of one runner differ in `thread`.
-            seen.push((number, identity));
-        }
-    }
-    Ok(())
-}
-
 /// Deep trees need many open directories; systemd leaves it to daemons to raise their limit.
 fn raise_file_limit() {
     let limit = rustix::process::getrlimit(Resource::Nofile);
@@ -340,12 +305,4 @@ fn raise_file_limit() {
     if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
         tracing::warn!(%error, "could not raise the limit of open files");
     }
-}
-
-/// The closest directory above `path`, or `path` itself, that exists.
-fn existing(path: &Path) -> PathBuf {
-    path.ancestors()
-        .find(|ancestor| ancestor.is_dir())
-        .unwrap_or(Path::new("/"))
-        .to_owned()
 }

@@ -1,11 +1,20 @@
 //! What would keep a worker from working, for `--check`.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
-use super::{connect_storage, existing, group_of, one_file_system, refuse_equal_slots};
+use super::{connect_storage, group_of, one_file_system};
 use crate::{
-    config::worker::Config,
-    daemon::{self, Failure},
+    config::{
+        self, Complaints,
+        worker::{Config, Runner},
+    },
+    daemon::{
+        self, Failure, Findings, Host,
+        disk::{disk, existing},
+    },
     proto::{
         remoteworker::{SynchronizeRequest, operation_queue_client::OperationQueueClient},
         runner::{CheckReadinessRequest, runner_client::RunnerClient},
@@ -14,44 +23,143 @@ use crate::{
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Descriptors that one slot needs.
+const DESCRIPTORS: u64 = 100;
+
+/// What is wrong, although `run` goes on with it.
+pub fn warnings(config: &Config, host: &Host, complaints: &mut Complaints) {
+    host.check_drain(
+        config.shutdown.drain_timeout,
+        config::Duration::seconds(0),
+        complaints,
+    );
+    let cache = &config.cache;
+    for (key, size) in [
+        ("cache.maximum_size", cache.maximum_size),
+        ("cache.minimum_free", cache.minimum_free),
+    ] {
+        host.check_size(key, size, &cache.directory, complaints);
+    }
+    let slots: usize = config.runners.iter().map(Runner::slots).sum();
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
+    if let Some(limit) = limit
+        && slots as u64 * DESCRIPTORS > limit
+    {
+        complaints.add(
+            "runners.concurrency",
+            format!(
+                "{slots} actions at a time need {} open files, and the limit is {limit}; lower it, or \
+                 raise LimitNOFILE= of bb-worker.service",
+                slots as u64 * DESCRIPTORS
+            ),
+        );
+    }
+    if let Some(runner) = host.sibling::<config::runner::Config>("bb_runner") {
+        check_runner(config, &runner, complaints);
+    }
+}
+
+/// Of the runner that is configured in the same directory: what each of them says is right, but not
+/// both.
+fn check_runner(config: &Config, runner: &config::runner::Config, complaints: &mut Complaints) {
+    let ours = config
+        .runners
+        .iter()
+        .enumerate()
+        .filter(|(_, ours)| ours.endpoint.is_at(&runner.listen));
+    let mut slots_there = 0;
+    let mut last = None;
+    for (number, ours) in ours {
+        slots_there += ours.slots();
+        last = Some(number);
+    }
+    let Some(number) = last else { return };
+    complaints.unless(
+        config.build_directory == runner.build_directory,
+        "build_directory",
+        format!(
+            "the runner of {} looks for actions in {}; give both the same build_directory",
+            runner.listen,
+            runner.build_directory.display()
+        ),
+    );
+    complaints.unless(
+        slots_there <= runner.users.count as usize,
+        &format!("runners.{number}.concurrency"),
+        format!(
+            "{slots_there} actions at a time need as many users, and bb_runner.toml has {}; lower it, or raise users.count there",
+            runner.users.count
+        ),
+    );
+}
+
 /// What would keep `run` from working. Leaves nothing changed.
-pub async fn probe(config: &Config) -> Vec<Failure> {
-    let mut failures = Vec::new();
-    failures.extend(refuse_equal_slots(config).err());
+pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
     let (cache, build) = (&config.cache.directory, &config.build_directory);
     let mut usable = true;
     for (key, path) in [("cache.directory", cache), ("build_directory", build)] {
-        if let Err(message) = check_writable(path) {
-            failures.push(Failure::Configuration { key, message });
-            usable = false;
-        }
+        let wrong = check_writable(path)
+            .err()
+            .map(|message| Failure::Configuration { key, message });
+        usable &= wrong.is_none();
+        findings.record(
+            format!("{key}: {} can be written to", path.display()),
+            wrong,
+        );
+        findings.try_lock(host, key, path);
     }
     if usable {
         let (cache, build) = (existing(cache), existing(build));
         let linkable = one_file_system(&cache, &build).and_then(|()| check_links(&cache, &build));
-        failures.extend(linkable.err());
+        findings.record(
+            "build_directory: files can be linked there from the cache",
+            linkable.err(),
+        );
+    }
+    findings.record(
+        "build_directory: the users of actions can pass to it",
+        check_passable(build).err(),
+    );
+    if let Some(stranger) = stranger(build) {
+        findings.fail(Failure::Configuration {
+            key: "build_directory",
+            message: format!(
+                "it is emptied at start-up, and no worker made {}; move that, or choose a directory of its own",
+                stranger.display()
+            ),
+        });
+    }
+    if let Some(disk) = disk(cache)
+        && disk.total
+            < config
+                .cache
+                .maximum_size
+                .get()
+                .saturating_add(config.cache.minimum_free.get())
+    {
+        findings.note(format!(
+            "cache.maximum_size is not reached: {} of {} stay free",
+            config.cache.minimum_free,
+            daemon::disk::rounded(disk.total)
+        ));
     }
     for runner in &config.runners {
-        failures.extend(group_of(runner).err());
-        let mut client = RunnerClient::new(daemon::connect(&runner.endpoint));
-        // The build directory itself.
-        let check = client.check_readiness(CheckReadinessRequest::default());
-        if let Some(message) = answer(&runner.endpoint, check).await {
-            failures.push(Failure::Configuration {
-                key: "runners.endpoint",
-                message: format!(
-                    "{message}; is bb_runner running, and may this user connect to its socket?"
-                ),
-            });
+        if let Err(failure) = group_of(runner) {
+            findings.fail(failure);
         }
+        let wrong = check_runner_answers(config, runner, usable).await.err();
+        findings.record(
+            format!("runners.endpoint: {} answers", runner.endpoint),
+            wrong,
+        );
     }
     let mut scheduler = OperationQueueClient::new(daemon::connect(&config.scheduler.endpoint));
     // A worker that says nothing of itself is refused, which shows that a scheduler is there.
     let call = scheduler.synchronize(SynchronizeRequest::default());
-    match tokio::time::timeout(TIMEOUT, call).await {
-        Ok(Err(status)) if status.code() == tonic::Code::InvalidArgument => {}
-        Ok(Ok(_)) => {}
-        Ok(Err(status)) => failures.push(Failure::Configuration {
+    let wrong = match tokio::time::timeout(TIMEOUT, call).await {
+        Ok(Err(status)) if status.code() == tonic::Code::InvalidArgument => None,
+        Ok(Ok(_)) => None,
+        Ok(Err(status)) => Some(Failure::Configuration {
             key: "scheduler.endpoint",
             message: format!(
                 "{} does not serve workers: {}; set it to the workers' port of bb_scheduler",
@@ -59,24 +167,115 @@ pub async fn probe(config: &Config) -> Vec<Failure> {
                 status.message()
             ),
         }),
-        Err(_) => failures.push(Failure::Configuration {
+        Err(_) => Some(Failure::Configuration {
             key: "scheduler.endpoint",
             message: format!("{} does not answer", config.scheduler.endpoint),
         }),
-    }
+    };
+    findings.record(
+        format!(
+            "scheduler.endpoint: {} serves workers",
+            config.scheduler.endpoint
+        ),
+        wrong,
+    );
     let storage = connect_storage(config);
-    match tokio::time::timeout(TIMEOUT, storage.probe()).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => failures.push(Failure::Configuration {
+    let wrong = match tokio::time::timeout(TIMEOUT, storage.probe()).await {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(Failure::Configuration {
             key: "storage.cas",
             message: format!("{}: {error}", config.storage.cas),
         }),
-        Err(_) => failures.push(Failure::Configuration {
+        Err(_) => Some(Failure::Configuration {
             key: "storage.cas",
             message: format!("{} does not answer", config.storage.cas),
         }),
+    };
+    findings.record(
+        format!("storage.cas: {} answers", config.storage.cas),
+        wrong,
+    );
+}
+
+/// Whether it is ready, and looks for actions where this worker lays them out.
+async fn check_runner_answers(
+    config: &Config,
+    runner: &Runner,
+    usable: bool,
+) -> Result<(), Failure> {
+    let key = "runners.endpoint";
+    let mut client = RunnerClient::new(daemon::connect(&runner.endpoint));
+    // The build directory itself.
+    let check = client.check_readiness(CheckReadinessRequest::default());
+    if let Some(message) = answer(&runner.endpoint, check).await {
+        return Err(Failure::Configuration {
+            key,
+            message: format!(
+                "{message}; is bb_runner running, and may this user connect to its socket?"
+            ),
+        });
     }
-    failures
+    if !usable || !config.build_directory.is_dir() {
+        return Ok(());
+    }
+    let name = format!("bb_worker-check-{}", std::process::id());
+    let path = config.build_directory.join(&name);
+    if std::fs::create_dir(&path).is_err() {
+        return Ok(());
+    }
+    let check = client.check_readiness(CheckReadinessRequest { path: name });
+    let seen = answer(&runner.endpoint, check).await;
+    let _ = std::fs::remove_dir(&path);
+    match seen {
+        None => Ok(()),
+        Some(message) => Err(Failure::Configuration {
+            key: "build_directory",
+            message: format!(
+                "the runner does not see what is made in {} ({message}); give bb_runner.toml the same build_directory",
+                config.build_directory.display()
+            ),
+        }),
+    }
+}
+
+/// A directory on the way that the users of actions are kept out of.
+fn check_passable(build: &Path) -> Result<(), Failure> {
+    use std::os::unix::fs::MetadataExt;
+    // The last one is the worker's own to open.
+    let closed = build.ancestors().skip(1).find(|directory| {
+        std::fs::metadata(directory).is_ok_and(|metadata| metadata.mode() & 0o001 == 0)
+    });
+    match closed {
+        None => Ok(()),
+        Some(directory) => Err(Failure::Configuration {
+            key: "build_directory",
+            message: format!(
+                "the users of actions cannot pass {}; chmod o+x {0}, or choose another place",
+                directory.display()
+            ),
+        }),
+    }
+}
+
+/// Something in the build directory that no worker left there.
+fn stranger(build: &Path) -> Option<PathBuf> {
+    let entries = std::fs::read_dir(build).ok()?;
+    let names: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    let is = |path: &PathBuf, name: &str| path.file_name().is_some_and(|known| known == name);
+    // Every worker makes it first.
+    if names.iter().any(|path| is(path, "trash")) {
+        return None;
+    }
+    let is_ours = |path: &PathBuf| {
+        let number = |name: &str| name.chars().all(|c| c.is_ascii_digit());
+        is(path, "lost+found")
+            || path.is_dir()
+                && path
+                    .file_name()
+                    .and_then(|name| name.to_str())
+                    .is_some_and(number)
+    };
+    names.into_iter().find(|path| !is_ours(path))
 }
 
 async fn answer<T>(

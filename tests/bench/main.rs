@@ -10,6 +10,7 @@ mod actions;
 mod cas;
 mod roots;
 mod runs;
+mod soak;
 mod stream;
 
 fn main() {
@@ -27,6 +28,7 @@ fn main() {
         ("cas", cas::run),
         ("roots", roots::run),
         ("runs", runs::run),
+        ("soak", soak::run),
         ("stream", stream::run),
     ] {
         if name == "all" || name == benchmark {
@@ -35,7 +37,7 @@ fn main() {
         }
     }
     if !known {
-        eprintln!("no benchmark {name:?}; there are: actions, cas, roots, runs, stream");
+        eprintln!("no benchmark {name:?}; there are: actions, cas, roots, runs, soak, stream");
         std::process::exit(2);
     }
 }

@@ -1,6 +1,6 @@
 //! Input roots whose files are all cached: how long it takes from the action's arrival to the root's
-//! being ready, by what is there already; on ext4 and xfs in memory, mounted by loop, where root may
-//! mount them.
+//! being ready, by what is there already; on ext4, xfs and btrfs in memory, mounted by loop, where root
+//! may mount them: by hard links, and by reflinks where the file system has them.
 //!
 //! "walk" is the look-up of the root's Directories, with the round trips to a store on the same host
 //! in it; "net" is how long these reads take alone, one level after the other. "ready" is what comes
@@ -17,7 +17,7 @@ use std::{
 };
 
 use bb_remote_execution::{
-    config::Endpoint,
+    config::{Endpoint, worker::Inputs},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::reapi,
@@ -49,7 +49,7 @@ pub fn run(arguments: &[String]) {
     };
     println!("input roots, everything cached: medians of {ROUNDS} rounds");
     println!(
-        "{:<6} {:>6} {:>5}  {:<18} {:>8} {:>8} {:>9} {:>11} {:>9} {:>11}",
+        "{:<15} {:>6} {:>5}  {:<18} {:>8} {:>8} {:>9} {:>11} {:>9} {:>11}",
         "where",
         "files",
         "dirs",
@@ -63,19 +63,32 @@ pub fn run(arguments: &[String]) {
     );
     let memory = tempfile::tempdir_in("/dev/shm").unwrap();
     let mut places = Vec::new();
-    for (kind, options) in [("ext4", &[][..]), ("xfs", &["-m", "reflink=1"])] {
+    let kinds = [
+        ("ext4", &[][..]),
+        ("xfs", &["-m", "reflink=1"]),
+        ("btrfs", &[]),
+    ];
+    for (kind, options) in kinds {
         if let Some(mounted) = FileSystem::mount(kind, 4 << 10, memory.path(), options) {
             places.push((kind, mounted));
         }
     }
     for (kind, place) in &places {
         for &size in &sizes {
-            measure(kind, &place.at, size);
+            measure(kind, &place.at, size, Inputs::HardLinks);
+            if *kind != "ext4" {
+                measure(
+                    &format!("{kind}, reflinks"),
+                    &place.at,
+                    size,
+                    Inputs::Shared,
+                );
+            }
         }
     }
     if places.is_empty() {
         for &size in &sizes {
-            measure("disk", Path::new("/var/tmp"), size);
+            measure("disk", Path::new("/var/tmp"), size, Inputs::Shared);
         }
     }
     for (kind, place) in &places {
@@ -89,6 +102,7 @@ struct Bench {
     cache: Arc<Cache>,
     directories: Directories,
     roots: Roots,
+    inputs: Inputs,
 }
 
 /// One action's root.
@@ -105,6 +119,7 @@ impl Bench {
         client: &remote::Client,
         roots: Roots,
         cache: &Arc<Cache>,
+        inputs: Inputs,
     ) -> Self {
         Bench {
             runtime,
@@ -112,6 +127,7 @@ impl Bench {
             cache: cache.clone(),
             directories: Directories::new(client.clone(), 16 << 20, 1 << 30),
             roots,
+            inputs,
         }
     }
 
@@ -125,10 +141,10 @@ impl Bench {
 
     fn lay_out(&self, tree: &Tree) -> (Clock2, InputRoot) {
         let start = Clock::start();
-        let planned = self.roots.plan(tree).unwrap();
-        let wanted = planned.links().to_vec();
+        let planned = self.roots.plan(tree, self.inputs).unwrap();
+        let (wanted, method) = (planned.links().to_vec(), planned.method());
         let instance = InstanceName::empty();
-        let obtained = self.cache.obtain(&instance, wanted);
+        let obtained = self.cache.obtain(&instance, wanted, method);
         let pins = self.runtime.block_on(obtained).unwrap();
         let root = self.roots.prepare(planned, &BTreeSet::new()).unwrap();
         drop(pins);
@@ -210,7 +226,7 @@ fn start_storage(place: &Path) -> Endpoint {
 
 type Clock2 = (Duration, Duration);
 
-fn measure(kind: &str, place: &Path, size: usize) {
+fn measure(kind: &str, place: &Path, size: usize, inputs: Inputs) {
     let directory = tempfile::Builder::new()
         .prefix("bb-bench-roots.")
         .tempdir_in(place)
@@ -254,7 +270,7 @@ fn measure(kind: &str, place: &Path, size: usize) {
             // The last round's root, whose removal would be measured too.
             wait_for_trash(&build);
             roots.set_threads(threads);
-            let bench = Bench::new(runtime(), &client, roots, &cache);
+            let bench = Bench::new(runtime(), &client, roots, &cache, inputs);
             let (walk, tree) = bench.walk(first);
             let net = bench.read(None, &tree);
             let before = memory();
@@ -295,7 +311,7 @@ fn measure(kind: &str, place: &Path, size: usize) {
     }
     let roots = Roots::open(&build, cache.clone(), 1).unwrap();
     wait_for_trash(&build);
-    let bench = Bench::new(runtime(), &client, roots, &cache);
+    let bench = Bench::new(runtime(), &client, roots, &cache, inputs);
     let (_, known) = bench.round(None, first);
     let same = vec![first; ROUNDS];
     // From and to the same: as many are changed each time.
@@ -340,7 +356,7 @@ fn print(
         format!("{:.0}", fresh.as_secs_f64() / wall.as_secs_f64())
     });
     println!(
-        "{:<6} {:>6} {:>5}  {:<18} {:>8.3} {:>8.3} {:>9.3} {:>11.2} {:>9.3} {:>11}",
+        "{:<15} {:>6} {:>5}  {:<18} {:>8.3} {:>8.3} {:>9.3} {:>11.2} {:>9.3} {:>11}",
         kind,
         size,
         tree.directories,

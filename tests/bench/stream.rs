@@ -15,6 +15,7 @@ use std::{
 
 use bb_remote_execution::{
     config::Endpoint,
+    config::worker::Inputs,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     storage::remote,
@@ -142,8 +143,8 @@ fn lay_out(
         let tree = tree.expect("the storage has all Directories");
         total.walk += start.elapsed();
         let start = Instant::now();
-        let planned = roots.plan(&tree).unwrap();
-        let obtained = cache.obtain(&instance, planned.links().to_vec());
+        let planned = roots.plan(&tree, Inputs::Shared).unwrap();
+        let obtained = cache.obtain(&instance, planned.links().to_vec(), planned.method());
         let pins = runtime.block_on(obtained).unwrap();
         active.push_back(roots.prepare(planned, &BTreeSet::new()).unwrap());
         drop(pins);

@@ -20,11 +20,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bb_remote_execution::proto::reapi::{Directory, FileNode};
+use bb_remote_execution::proto::reapi::{self, Directory, FileNode};
 
 use crate::harness::{Client, Daemon, Farm, Task, WORKER_USER, is_ok, is_root};
 
+mod abis;
 mod attempts;
+use abis::{AS_ROOT_OF_A_NAMESPACE, OF_USER_NAMESPACES, WAYS};
 use attempts::{ATTEMPTS, Attempt, LIBRARY, VICTIM};
 
 /// The farm of one run, and what is around it.
@@ -220,15 +222,22 @@ async fn with_library(client: &Client, code: &str, words: &BTreeMap<&'static str
     let mut task =
         Task::new(&["/usr/bin/python3", "-B", "lib.py", &code]).outputs(&["out", "dir/secret"]);
     task.input_root = Directory {
-        files: vec![FileNode {
-            name: "lib.py".to_owned(),
-            digest: Some(client.upload(LIBRARY).await),
-            ..Default::default()
-        }],
+        files: vec![
+            file("abi.py", client.upload(abis::LIBRARY).await),
+            file("lib.py", client.upload(LIBRARY).await),
+        ],
         ..Default::default()
     };
     task.command.environment_variables[0].value = "/usr/bin:/bin:/usr/sbin".to_owned();
     task
+}
+
+fn file(name: &str, digest: reapi::Digest) -> FileNode {
+    FileNode {
+        name: name.to_owned(),
+        digest: Some(digest),
+        ..Default::default()
+    }
 }
 
 /// Processes of the actions' users whose command lines have this text.
@@ -300,16 +309,36 @@ async fn no_action_escapes_and_nothing_of_it_stays() {
         return;
     }
     let began = Instant::now();
-    let (escapes, left) = all("", &ATTEMPTS.iter().collect::<Vec<_>>()).await;
+    let attempts: Vec<_> = ATTEMPTS.iter().chain(WAYS).collect();
+    let (escapes, left) = all("", &attempts).await;
     println!(
         "{} attempts in {:?}, {} escapes, {} left",
-        ATTEMPTS.len(),
+        attempts.len(),
         began.elapsed(),
         escapes.len(),
         left.len()
     );
     assert!(ATTEMPTS.len() >= 80);
     assert!(escapes.is_empty(), "{escapes:#?}");
+    assert!(left.is_empty(), "{left:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_action_escapes_by_a_user_namespace_where_these_are_allowed() {
+    if !is_root() {
+        return;
+    }
+    let attempts: Vec<_> = ATTEMPTS
+        .iter()
+        .chain(WAYS)
+        .chain(AS_ROOT_OF_A_NAMESPACE)
+        .collect();
+    let (escapes, left) = all("allow_user_namespaces = true", &attempts).await;
+    let expected: BTreeSet<_> = OF_USER_NAMESPACES.into();
+    let unexpected: Vec<_> = escapes.difference(&expected).collect();
+    assert!(unexpected.is_empty(), "{unexpected:#?}");
+    // They were made, so that the rest means something.
+    assert!(escapes.contains("be root in a namespace of one's own"));
     assert!(left.is_empty(), "{left:#?}");
 }
 
@@ -323,6 +352,7 @@ async fn a_layer_that_is_off_is_missed() {
     let layers = ["ipc", "hostname", "network", "seccomp"];
     let attempts: Vec<_> = ATTEMPTS
         .iter()
+        .chain(WAYS)
         .filter(|attempt| layers.contains(&attempt.layer))
         .collect();
     let (escapes, _) = all(off, &attempts).await;
@@ -331,6 +361,12 @@ async fn a_layer_that_is_off_is_missed() {
             .iter()
             .any(|attempt| attempt.layer == layer && escapes.contains(attempt.name));
         assert!(missed, "{layer} stops nothing");
+    }
+    for way in [
+        "make a refused call as a 32-bit program",
+        "open a socket of another family by socketcall",
+    ] {
+        assert!(escapes.contains(way), "{way}: {escapes:?}");
     }
 }
 

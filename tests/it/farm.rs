@@ -5,19 +5,23 @@ use std::{
     ops::Range,
     os::unix::fs::MetadataExt,
     path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use bb_remote_execution::proto::{
     reapi::{
-        Directory, DirectoryNode, ExecuteRequest, ExecutedActionMetadata, FileNode,
-        GetActionResultRequest, Tree,
+        Directory, DirectoryNode, ExecuteRequest, ExecuteResponse, ExecutedActionMetadata,
+        FileNode, GetActionResultRequest, Tree,
     },
     rpc::Code,
 };
 use prost::Message;
 
-use crate::harness::{Daemon, Farm, Task, WORKER_USER, finished, is_ok, is_root};
+use crate::harness::{Client, Daemon, Farm, Task, WORKER_USER, finished, is_ok, is_root};
 
 fn shared() -> &'static Path {
     Path::new("/var/tmp")
@@ -347,10 +351,7 @@ async fn a_killed_daemon_comes_back_and_the_farm_goes_on() {
                 }
             };
             let status = response.status.unwrap();
-            assert!(
-                [Code::Unavailable as i32, Code::Internal as i32].contains(&status.code),
-                "{status:?}"
-            );
+            assert_eq!(status.code, Code::Unavailable as i32, "{status:?}");
         }
         let deadline = Instant::now() + Duration::from_secs(40);
         let client = farm.client();
@@ -392,4 +393,104 @@ async fn a_stopped_worker_finishes_what_it_runs() {
             "{daemon:?} {status:?}"
         );
     }
+}
+
+/// Begins an action that goes on until it is killed, and makes `started` first.
+async fn begin(farm: &Farm, task: Task) -> tokio::task::JoinHandle<ExecuteResponse> {
+    let client = farm.client();
+    let action = client.prepare(&task).await.unwrap();
+    let call = tokio::spawn(async move { client.execute(action).await.unwrap() });
+    let is_started = || {
+        walkdir::WalkDir::new(farm.build_directory())
+            .into_iter()
+            .flatten()
+            .any(|entry| entry.file_name() == "started")
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !is_started() {
+        assert!(Instant::now() < deadline, "the action does not start");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    call
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn outputs_are_not_read_while_processes_of_a_killed_runners_action_live() {
+    if !is_root() {
+        return;
+    }
+    // So that they live until another runner kills them.
+    let mut farm = Farm::start_with(shared(), 2, "", |_| {
+        "[containment]\nprocesses = \"off\"\ncgroups = \"off\"\n".to_owned()
+    })
+    .await;
+    let script = "echo begun; echo x > out; setsid sleep 1000 & touch started; sleep 1000";
+    let call = begin(&farm, Task::shell(script).outputs(&["out"])).await;
+    farm.kill(Daemon::Runner);
+    let response = call.await.unwrap();
+    assert!(!action_processes(&farm.users()).is_empty());
+    let status = response.status.unwrap();
+    assert_eq!(status.code, Code::Unavailable as i32, "{status:?}");
+    let result = response.result.unwrap();
+    assert_eq!(result.output_files, []);
+    assert_eq!(result.stdout_digest, None);
+    assert!(result.stdout_raw.is_empty());
+    // The next one ends them.
+    farm.spawn(Daemon::Runner);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !action_processes(&farm.users()).is_empty() {
+        assert!(Instant::now() < deadline, "they live on");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_runner_that_is_stopped_is_unavailable_and_no_timeout_of_the_action() {
+    if !is_root() {
+        return;
+    }
+    let mut farm = Farm::start(shared(), 2, "").await;
+    let mut task = Task::shell("touch started; sleep 1000");
+    task.action.timeout = Some(prost_types::Duration {
+        seconds: 2,
+        nanos: 0,
+    });
+    let call = begin(&farm, task).await;
+    let runner = farm.pid(Daemon::Runner) as i32;
+    // SAFETY: the number is that of a child that was not waited for.
+    unsafe { libc::kill(runner, libc::SIGSTOP) };
+    let status = call.await.unwrap().status.unwrap();
+    // SAFETY: as above.
+    unsafe { libc::kill(runner, libc::SIGCONT) };
+    assert_eq!(status.code, Code::Unavailable as i32, "{status:?}");
+    assert!(status.message.contains("runner"), "{status:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes a farm at BB_TEST_FARM, of which it asks BB_TEST_ACTIONS: tests/package/run 8-load"]
+async fn every_action_of_a_farm_under_load_ends_well_at_its_first_attempt() {
+    const AT_ONCE: usize = 64;
+    let address = std::env::var("BB_TEST_FARM").unwrap();
+    let actions: usize = std::env::var("BB_TEST_ACTIONS").unwrap().parse().unwrap();
+    let left = Arc::new(AtomicUsize::new(actions));
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..AT_ONCE.min(actions) {
+        let (client, left) = (Client::connect(&address), left.clone());
+        calls.spawn(async move {
+            let mut failed = Vec::new();
+            let next = |left: usize| left.checked_sub(1);
+            while let Ok(number) = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next) {
+                let task = Task::shell(&format!("echo {number} > out")).outputs(&["out"]);
+                match client.try_run(&task).await {
+                    Ok(response) if is_ok(&response) => {}
+                    Ok(response) => failed.push(format!("{:?}", response.status)),
+                    Err(status) => failed.push(format!("{status:?}")),
+                }
+            }
+            failed
+        });
+    }
+    let failed: Vec<String> = calls.join_all().await.into_iter().flatten().collect();
+    println!("{} of {actions} operations failed", failed.len());
+    assert!(failed.is_empty(), "{:?}", &failed[..failed.len().min(5)]);
 }

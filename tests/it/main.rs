@@ -5,6 +5,8 @@ mod harness;
 
 mod architecture;
 mod bad_input;
+mod configurations;
+mod connections;
 mod documents;
 mod escape;
 mod farm;

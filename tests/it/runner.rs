@@ -2,9 +2,11 @@
 //!
 //! These tests make users of numbers that nobody else has, and so need root.
 
+mod account;
 mod command;
 mod containment;
 mod custom;
+mod faults;
 mod installed;
 mod options;
 mod program;

@@ -21,6 +21,7 @@ mod bytestream;
 mod cas;
 mod client;
 mod disk;
+mod limits;
 mod peers;
 
 /// A store that is served on a socket of its own.

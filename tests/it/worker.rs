@@ -1,5 +1,6 @@
 //! What a worker promises, on real file systems, with a real store.
 
+mod distinct;
 mod farm;
 mod faults;
 mod inputs;
@@ -7,3 +8,4 @@ mod outputs;
 mod results;
 mod roots;
 mod tamper;
+mod verification;

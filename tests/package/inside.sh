@@ -39,6 +39,16 @@ nothing_failed() {
   [ -z "$failed" ] || { systemctl status --no-pager $(cut -d' ' -f1 <<<"$failed") || true; fail "units have failed: $failed"; }
 }
 
+# no_failed_operations: none that this host's scheduler has told a client of since its boot. Bazel's
+# retries hide them. A show that breaks daemons says may_fail=yes.
+no_failed_operations() {
+  [ -z "${may_fail-}" ] || return 0
+  local failed
+  failed=$(journalctl -b -u bb-scheduler -o cat --no-pager | grep 'an operation failed' || true)
+  [ -z "$failed" ] || fail "$(wc -l <<<"$failed") operations failed: $(head -n 3 <<<"$failed")
+$(journalctl -b -u bb-worker -u bb-runner -p warning -o cat --no-pager | tail -n 5)"
+}
+
 # The flags that every build here has: all actions run on the farm, and nothing is taken from earlier
 # builds. Retries are Bazel's default.
 bazel_flags() {
@@ -73,6 +83,7 @@ demo() {
   mapfile -t flags < <(bazel_flags "$@")
   (cd /var/tmp/demo && bazel_ clean >/dev/null 2>&1 && bazel_ test "${flags[@]}" --jobs=8 //...) \
     >/var/tmp/demo.log 2>&1 || { tail -n 25 /var/tmp/demo.log >&2; fail "Bazel failed"; }
+  no_failed_operations
   all_remote /var/tmp/demo.log
 }
 
@@ -99,6 +110,7 @@ abseil() {
       { tail -n 5 /var/tmp/abseil.query >&2; fail "bazel query failed"; }
     bazel_ build "${flags[@]}" --jobs=8 --target_pattern_file=/var/tmp/abseil.targets \
       >/var/tmp/abseil.log 2>&1 || { tail -n 40 /var/tmp/abseil.log >&2; fail "Bazel failed"; })
+  no_failed_operations
   all_remote /var/tmp/abseil.log
 }
 

@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 use super::{
     Client, OVERHEAD, SMALL, Seat,
     flight::{Passenger, Pilot},
-    group, is_the_empty_blob, retry,
+    group, halve, is_the_empty_blob, retry,
 };
 use crate::{
     digest::{Digest, Hasher},
@@ -87,21 +87,65 @@ impl Client {
         }
         for pilot in large {
             flights.push(futures::future::Either::Right(async move {
-                let digest = *pilot.digest();
-                // Whoever asks has said that he can bear as much.
-                let sink = Sink::Memory(BytesMut::with_capacity(digest.size() as usize));
-                pilot.land(match self.stream(instance, &digest, sink).await {
-                    Ok(Sink::Memory(content)) => Ok(content.freeze()),
-                    Ok(Sink::File(_)) => Ok(Bytes::new()),
-                    Err(error) => Err(error),
-                });
+                let content = self.read_stream(instance, pilot.digest()).await;
+                pilot.land(content);
             }));
         }
         while flights.next().await.is_some() {}
     }
 
-    /// One batch; a blob that comes corrupt, or with an error that may pass, is asked for again.
-    async fn read_batch(&self, instance: &InstanceName, mut pilots: Vec<Pilot>) {
+    /// Whoever asks has said that he can bear as much.
+    async fn read_stream(&self, instance: &InstanceName, digest: &Digest) -> Result<Bytes, Error> {
+        let sink = Sink::Memory(BytesMut::with_capacity(digest.size() as usize));
+        match self.stream(instance, digest, sink).await? {
+            Sink::Memory(content) => Ok(content.freeze()),
+            Sink::File(_) => Ok(Bytes::new()),
+        }
+    }
+
+    /// One batch; in halves, and at last by streams, when the server does not take it.
+    async fn read_batch(&self, instance: &InstanceName, pilots: Vec<Pilot>) {
+        let size = |pilot: &Pilot| pilot.digest().size();
+        let mut refused = false;
+        let mut open = vec![pilots];
+        while let Some(pilots) = open.pop() {
+            let total: u64 = pilots.iter().map(|pilot| size(pilot) + OVERHEAD).sum();
+            let refusal = self.read_batch_once(instance, pilots).await;
+            let Some((mut pilots, status)) = refusal else {
+                if refused {
+                    self.shared.limits.learn_batch_size(total);
+                }
+                continue;
+            };
+            refused = true;
+            if pilots.len() > 1 {
+                let [first, later] = halve(pilots, size);
+                open.extend([later, first]);
+                continue;
+            }
+            let Some(pilot) = pilots.pop() else {
+                continue;
+            };
+            let content = self.read_stream(instance, pilot.digest()).await;
+            // It was not the size.
+            let hopeless = matches!(content, Err(Error::Invalid(_)));
+            pilot.land(content);
+            if hopeless {
+                let error = retry::error(&status, None);
+                for pilot in open.drain(..).flatten() {
+                    pilot.land(Err(error.clone()));
+                }
+            }
+        }
+    }
+
+    /// A blob that comes corrupt, or with an error that may pass, is asked for again. What is left
+    /// when the server refuses a call as a whole, with its status.
+    async fn read_batch_once(
+        &self,
+        instance: &InstanceName,
+        mut pilots: Vec<Pilot>,
+    ) -> Option<(Vec<Pilot>, Status)> {
         let mut failures = retry::Failures::default();
         let mut corrupt_before = false;
         while let Some(first) = pilots.first() {
@@ -118,14 +162,18 @@ impl Client {
                 digest_function: function.to_proto() as i32,
             };
             let permit = self.shared.downloads.acquire().await;
-            let answer = retry::unary(None, || {
+            let answer = retry::divisible(self.shared.timeouts.call, || {
                 let (mut client, request) = (self.cas(), request.clone());
                 async move { client.batch_read_blobs(request).await }
             });
             let answer = answer.await;
             drop(permit);
             let answer = match answer {
-                Ok(answer) => answer,
+                Ok(Ok(answer)) => answer,
+                Ok(Err(refusal)) => {
+                    pilots.extend(rest);
+                    return Some((pilots, refusal));
+                }
                 Err(error) => {
                     for pilot in pilots {
                         pilot.land(Err(error.clone()));
@@ -184,6 +232,7 @@ impl Client {
             again.extend(rest);
             pilots = again;
         }
+        None
     }
 
     /// Streams a blob into an open, empty file, verified; on error the file's content is undefined.
@@ -248,13 +297,14 @@ impl Client {
                 read_limit: 0,
             };
             let mut client = self.bytes();
-            let opened = retry::timely(retry::STREAM_TIMEOUT, client.read(request));
+            let silence = self.shared.timeouts.idle;
+            let opened = retry::timely(silence, client.read(request));
             let end = match opened.await {
                 Err(status) => Some(status),
                 Ok(answer) => {
                     let mut stream = answer.into_inner();
                     loop {
-                        let next = retry::timely(retry::STREAM_TIMEOUT, stream.message());
+                        let next = retry::timely(silence, stream.message());
                         let data = match next.await {
                             Ok(Some(message)) => message.data,
                             Ok(None) => break None,

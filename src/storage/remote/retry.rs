@@ -5,8 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::watch;
 use tonic::{Code, Response, Status};
 
+use super::limits::may_be_too_large;
 use crate::{digest::Digest, storage::Error};
 
 /// From the first failure, how long a call is tried again.
@@ -14,12 +16,6 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How often a server may say that the trouble is its own, or that it is full, before it is believed.
 const BELIEVED_AFTER: u32 = 5;
-
-/// A unary call's answer takes no longer.
-const UNARY_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Between two messages of a stream passes no more time.
-pub const STREAM_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The failures of one call.
 #[derive(Default)]
@@ -36,10 +32,7 @@ impl Failures {
             Code::Unavailable | Code::Aborted | Code::Cancelled | Code::DeadlineExceeded => {
                 u32::MAX
             }
-            // Transport errors show themselves as INTERNAL or UNKNOWN, too.
-            Code::Internal | Code::Unknown if std::error::Error::source(status).is_some() => {
-                u32::MAX
-            }
+            _ if is_of_the_connection(status) => u32::MAX,
             Code::Internal | Code::Unknown | Code::ResourceExhausted => BELIEVED_AFTER,
             _ => return give_up,
         };
@@ -59,18 +52,64 @@ impl Failures {
     }
 }
 
-/// Calls until there is an answer, or it is no use. `digest` is what NOT_FOUND is about.
+/// Calls until there is an answer, or it is no use. Each answer takes no longer than `limit`;
+/// `digest` is what NOT_FOUND is about.
 pub async fn unary<T, F: Future<Output = Result<Response<T>, Status>> + Send>(
+    limit: Duration,
     digest: Option<&Digest>,
     call: impl Fn() -> F + Send,
 ) -> Result<T, Error> {
     let mut failures = Failures::default();
     loop {
-        match timely(UNARY_TIMEOUT, call()).await {
+        match timely(limit, call()).await {
             Ok(answer) => return Ok(answer.into_inner()),
             Err(status) => failures.wait(&status, digest).await?,
         }
     }
+}
+
+/// The same for a call that can be made in parts; the inner error is a refusal of its size.
+pub async fn divisible<T, F: Future<Output = Result<Response<T>, Status>> + Send>(
+    limit: Duration,
+    call: impl Fn() -> F + Send,
+) -> Result<Result<T, Status>, Error> {
+    let mut failures = Failures::default();
+    loop {
+        match timely(limit, call()).await {
+            Ok(answer) => return Ok(Ok(answer.into_inner())),
+            Err(status) if may_be_too_large(&status) => return Ok(Err(status)),
+            Err(status) => failures.wait(&status, None).await?,
+        }
+    }
+}
+
+/// Waits for an answer as long as `progress` changes, and `silence` after each change, or `last`
+/// once nothing can change it any more.
+pub async fn moving<T>(
+    silence: Duration,
+    last: Duration,
+    mut progress: watch::Receiver<u64>,
+    answer: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    let mut answer = std::pin::pin!(answer);
+    loop {
+        let moved = tokio::select! {
+            answer = &mut answer => return answer,
+            moved = tokio::time::timeout(silence, progress.changed()) => moved,
+        };
+        match moved {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return timely(last, answer).await,
+            Err(_) => return Err(silent(silence)),
+        }
+    }
+}
+
+fn silent(limit: Duration) -> Status {
+    Status::deadline_exceeded(format!(
+        "the storage did not answer within {} seconds",
+        limit.as_secs()
+    ))
 }
 
 pub async fn timely<T>(
@@ -79,16 +118,23 @@ pub async fn timely<T>(
 ) -> Result<T, Status> {
     match tokio::time::timeout(limit, answer).await {
         Ok(answer) => answer,
-        Err(_) => Err(Status::deadline_exceeded(format!(
-            "the storage did not answer within {} seconds",
-            limit.as_secs()
-        ))),
+        Err(_) => Err(silent(limit)),
     }
+}
+
+/// Not an answer of the peer's: the connection ended under the call. Such errors show themselves as
+/// INTERNAL or UNKNOWN, too, and as RESOURCE_EXHAUSTED where an end of HTTP/2 finds the other one too
+/// busy (RFC 9113, ENHANCE_YOUR_CALM).
+pub fn is_of_the_connection(status: &Status) -> bool {
+    std::error::Error::source(status).is_some()
 }
 
 /// What a status means to whoever called. `digest` is what NOT_FOUND is about.
 pub fn error(status: &Status, digest: Option<&Digest>) -> Error {
     let text = describe(status);
+    if is_of_the_connection(status) {
+        return Error::Unavailable(text);
+    }
     match (status.code(), digest) {
         (Code::NotFound, Some(digest)) => Error::Missing(vec![*digest]),
         (Code::InvalidArgument | Code::OutOfRange, _) => Error::Invalid(text),
@@ -117,4 +163,36 @@ fn describe(status: &Status) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_upload_may_take_any_time_as_long_as_it_moves() {
+        let silence = Duration::from_secs(1);
+        let (progress, moved) = watch::channel(0);
+        let slow = async {
+            for piece in 0..30 {
+                tokio::time::sleep(silence / 20).await;
+                progress.send_replace(piece);
+            }
+            Ok(())
+        };
+        moving(silence, silence, moved, slow).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_upload_that_stands_still_is_given_up() {
+        let silence = Duration::from_millis(1);
+        let (progress, moved) = watch::channel(0);
+        let never = std::future::pending::<Result<(), Status>>;
+        let error = moving(silence, silence, moved.clone(), never()).await;
+        assert_eq!(error.unwrap_err().code(), Code::DeadlineExceeded);
+        // All of it was sent, and no answer comes.
+        drop(progress);
+        let error = moving(silence, silence, moved, never()).await;
+        assert_eq!(error.unwrap_err().code(), Code::DeadlineExceeded);
+    }
 }

@@ -7,7 +7,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use tonic::{Code, Status};
 use uuid::Uuid;
 
-use super::{Client, OVERHEAD, SMALL, group, retry};
+use super::{Client, OVERHEAD, SMALL, group, halve, retry};
 use crate::{
     digest::Digest,
     instance::InstanceName,
@@ -57,11 +57,43 @@ impl Client {
             .await
     }
 
+    /// One batch; in halves, and at last by streams, when the server does not take it.
     async fn write_batch(
         &self,
         instance: &InstanceName,
-        mut blobs: Vec<(Digest, Content)>,
+        blobs: Vec<(Digest, Content)>,
     ) -> Result<(), Error> {
+        let size = |(digest, _): &(Digest, Content)| digest.size();
+        let mut refused = false;
+        let mut open = vec![blobs];
+        while let Some(blobs) = open.pop() {
+            let total: u64 = blobs.iter().map(|blob| size(blob) + OVERHEAD).sum();
+            let mut left = self.write_batch_once(instance, blobs).await?;
+            match left.len() {
+                0 if refused => self.shared.limits.learn_batch_size(total),
+                0 => {}
+                1 => {
+                    refused = true;
+                    for (digest, content) in left.drain(..) {
+                        self.write_stream(instance, digest, content).await?;
+                    }
+                }
+                _ => {
+                    refused = true;
+                    let [first, later] = halve(left, size);
+                    open.extend([later, first]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What is left when the server refuses a call as a whole.
+    async fn write_batch_once(
+        &self,
+        instance: &InstanceName,
+        mut blobs: Vec<(Digest, Content)>,
+    ) -> Result<Vec<(Digest, Content)>, Error> {
         let mut failures = retry::Failures::default();
         while let Some((first, _)) = blobs.first() {
             let function = first.function();
@@ -88,12 +120,15 @@ impl Client {
                 requests: requests?,
                 digest_function: function.to_proto() as i32,
             };
-            let answer = retry::unary(None, || {
+            let answer = retry::divisible(self.shared.timeouts.call, || {
                 let (mut client, request) = (self.cas(), request.clone());
                 async move { client.batch_update_blobs(request).await }
             });
             let answer = answer.await?;
             drop(permit);
+            let Ok(answer) = answer else {
+                return Ok(same.into_iter().chain(other).collect());
+            };
             let mut statuses: std::collections::HashMap<_, _> = answer
                 .responses
                 .into_iter()
@@ -123,7 +158,7 @@ impl Client {
             }
             blobs = again;
         }
-        Ok(())
+        Ok(Vec::new())
     }
 
     /// By ByteStream, resumed where it was interrupted.
@@ -169,15 +204,20 @@ impl Client {
         let (failed, mut failure) = tokio::sync::mpsc::channel(1);
         let content = content.clone();
         let resource_name = name.to_owned();
-        let parts = stream::unfold(Some(offset), move |at| {
+        let (progress, moved) = tokio::sync::watch::channel(offset);
+        // What is under way to the peer is bounded by its windows: each piece that is taken from here
+        // means that others have arrived.
+        let parts = stream::unfold(Some((offset, progress)), move |state| {
             let (content, failed) = (content.clone(), failed.clone());
+            let at = state.as_ref().map(|(at, _)| *at);
             let resource_name = if at == Some(offset) {
                 resource_name.clone()
             } else {
                 String::new()
             };
             async move {
-                let at = at?;
+                let (at, progress) = state?;
+                progress.send_replace(at);
                 let end = (at + CHUNK).min(digest.size());
                 let data = match &content {
                     Content::Bytes(_) => piece(&digest, &content, at, end),
@@ -199,12 +239,14 @@ impl Client {
                     finish_write,
                     data,
                 };
-                Some((message, (!finish_write).then_some(end)))
+                Some((message, (!finish_write).then_some((end, progress))))
             }
         });
-        // The peer's windows bound how much of it is on its way; only silence is a reason to stop.
-        let limit = retry::STREAM_TIMEOUT + std::time::Duration::from_secs(digest.size() >> 20);
-        let answer = retry::timely(limit, self.bytes().write(parts)).await;
+        let silence = self.shared.timeouts.idle;
+        // Some servers look at all of it before they answer.
+        let last = silence + std::time::Duration::from_secs(digest.size() >> 20);
+        let mut client = self.bytes();
+        let answer = retry::moving(silence, last, moved, client.write(parts)).await;
         if let Ok(error) = failure.try_recv() {
             return Err(error);
         }
@@ -217,7 +259,8 @@ impl Client {
             resource_name: name.to_owned(),
         };
         let mut client = self.bytes();
-        let answer = retry::timely(retry::STREAM_TIMEOUT, client.query_write_status(request));
+        let limit = self.shared.timeouts.call;
+        let answer = retry::timely(limit, client.query_write_status(request));
         match answer.await {
             Ok(answer) => u64::try_from(answer.into_inner().committed_size)
                 .unwrap_or(0)

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! DIRECTORY/00 … ff/    by the first byte of the hash: sha256-HASH-SIZE+x, sha256-HASH-SIZE-x
-//!                       (executable or not), and …+x.1, …+x.2 when a file has so many links
-//!                       that it takes a second inode
+//!                       (executable or not), and …+x.1, …+x.2, further inodes of a file that
+//!                       is hard-linked several times into one input root, or has so many links
+//!                       that one inode does not take them
 //! DIRECTORY/incoming/   what is being written; emptied at start
 //! DIRECTORY/boot_id     of the host when a worker last started (random(4))
 //! ```
@@ -126,12 +127,19 @@ pub struct Files {
 /// A file that was there at start.
 pub struct Found {
     pub key: Key,
-    pub copies: u32,
     /// Of the first copy.
     pub inode: u64,
+    /// Inode numbers of further copies.
+    pub others: Vec<u64>,
     /// Seconds and nanoseconds; in front of it whether an input root has it, of which a worker that
     /// was killed left the links.
     pub last_used: (bool, i64, i64),
+}
+
+impl Found {
+    fn copies(&self) -> u32 {
+        1 + self.others.len() as u32
+    }
 }
 
 /// A file being written; removed on drop unless published.
@@ -188,6 +196,13 @@ impl Files {
         &self.path
     }
 
+    /// Of the first copy.
+    pub fn path_of(&self, key: &Key) -> PathBuf {
+        let mut name = String::new();
+        key.write_name(0, &mut name);
+        self.path.join(format!("{:02x}", key.shard())).join(name)
+    }
+
     pub fn watch(&self) -> io::Result<Watch> {
         Watch::new(&self.shards)
     }
@@ -210,14 +225,14 @@ impl Files {
         let mut found: Vec<Found> = Vec::new();
         for (key, copy, inode, last_used) in files {
             match found.last_mut() {
-                Some(last) if last.key == key && last.copies == copy => {
-                    last.copies += 1;
+                Some(last) if last.key == key && last.copies() == copy => {
+                    last.others.push(inode);
                     last.last_used = last.last_used.max(last_used);
                 }
                 _ if copy == 0 => found.push(Found {
                     key,
-                    copies: 1,
                     inode,
+                    others: Vec::new(),
                     last_used,
                 }),
                 _ => self.remove_copy(&key, copy)?,
@@ -233,7 +248,7 @@ impl Files {
                 .into_iter()
                 .partition(|found| changed(found) < newest - WRITE_BACK);
             for doubtful in doubtful {
-                self.remove(&doubtful.key, doubtful.copies)?;
+                self.remove(&doubtful.key, doubtful.copies())?;
             }
             found = old;
             std::fs::write(&known, boot_id)?;
@@ -354,26 +369,6 @@ impl Files {
         self.publish(incoming, key, copy)
     }
 
-    /// Makes a file of its own with the content of a cached one, which everybody may write to, in a
-    /// directory. ESTALE when the cached file is not the one with this inode number.
-    pub fn copy(
-        &self,
-        key: &Key,
-        inode: u64,
-        directory: BorrowedFd<'_>,
-        name: &str,
-    ) -> io::Result<()> {
-        let source = self.open_copy(key, 0)?;
-        if rustix::fs::fstat(&source)?.st_ino != inode {
-            return Err(Errno::STALE.into());
-        }
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let mode = mode(key.executable) | Mode::from_raw_mode(0o222);
-        let file = File::from(rustix::fs::openat(directory, name, flags, mode)?);
-        copy_content(&source, &file, key.digest.size())?;
-        set_mtime(file.as_fd())
-    }
-
     /// Bytes and inodes that unprivileged users can still take on the file system.
     pub fn free(&self) -> io::Result<(u64, u64)> {
         let stat = rustix::fs::fstatvfs(&self.incoming)?;
@@ -409,7 +404,7 @@ impl Files {
         Ok(())
     }
 
-    fn remove_copy(&self, key: &Key, copy: u32) -> io::Result<()> {
+    pub fn remove_copy(&self, key: &Key, copy: u32) -> io::Result<()> {
         let mut name = String::new();
         key.write_name(copy, &mut name);
         match rustix::fs::unlinkat(&self.shards[key.shard()], &name, AtFlags::empty()) {
@@ -419,12 +414,52 @@ impl Files {
     }
 }
 
-fn is_as_made(stat: &rustix::fs::Stat, key: &Key, owner: u32) -> bool {
-    FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
-        && u64::try_from(stat.st_size) == Ok(key.digest.size())
-        && stat.st_mode & 0o7777 == mode(key.executable).as_raw_mode()
-        && stat.st_mtime == MTIME
-        && stat.st_uid == owner
+/// Who may write to a file of an input root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MayWrite {
+    Nobody,
+    Everybody,
+}
+
+fn create(
+    directory: BorrowedFd<'_>,
+    name: &str,
+    executable: bool,
+    may_write: MayWrite,
+) -> io::Result<File> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let mode = match may_write {
+        MayWrite::Nobody => mode(executable),
+        MayWrite::Everybody => mode(executable) | Mode::from_raw_mode(0o222),
+    };
+    Ok(rustix::fs::openat(directory, name, flags, mode)?.into())
+}
+
+/// Makes a file of its own in a directory, with the content of a cached one, sharing its blocks where
+/// the file system can; tells its inode number. Whoever `may_write` says may write to it.
+pub fn copy(
+    source: &File,
+    key: &Key,
+    directory: BorrowedFd<'_>,
+    name: &str,
+    may_write: MayWrite,
+) -> io::Result<u64> {
+    let file = create(directory, name, key.executable, may_write)?;
+    copy_content(source, &file, key.digest.size())?;
+    set_mtime(file.as_fd())?;
+    Ok(rustix::fs::fstat(&file)?.st_ino)
+}
+
+/// Makes an empty file in a directory; tells its inode number.
+pub fn make_empty(
+    directory: BorrowedFd<'_>,
+    name: &str,
+    executable: bool,
+    may_write: MayWrite,
+) -> io::Result<u64> {
+    let file = create(directory, name, executable, may_write)?;
+    set_mtime(file.as_fd())?;
+    Ok(rustix::fs::fstat(&file)?.st_ino)
 }
 
 /// Whether a file is one that the worker made, for the cache or for an input root, and that nobody
@@ -434,6 +469,14 @@ pub fn is_the_workers(stat: &rustix::fs::Stat) -> bool {
         && matches!(stat.st_mode & 0o7777, 0o444 | 0o555)
         && (stat.st_mtime, stat.st_mtime_nsec) == (MTIME, 0)
         && stat.st_uid == rustix::process::geteuid().as_raw()
+}
+
+pub fn is_as_made(stat: &rustix::fs::Stat, key: &Key, owner: u32) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+        && u64::try_from(stat.st_size) == Ok(key.digest.size())
+        && stat.st_mode & 0o7777 == mode(key.executable).as_raw_mode()
+        && stat.st_mtime == MTIME
+        && stat.st_uid == owner
 }
 
 /// Shares the blocks where the file system can.

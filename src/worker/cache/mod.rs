@@ -2,12 +2,15 @@
 //!
 //! 1. It stays within its limits of bytes, of files, and of what its file system has free; only what
 //!    is pinned may exceed them, and no single action is allowed to pin more than the limit.
-//! 2. A pinned file is not evicted. Every link in an input root that is kept is a pin, so that the
-//!    number of its inode is given to no other file. When only pins are left, the keeper of input
-//!    roots is asked to let go of some.
+//! 2. A pinned file is not evicted. Every file of an input root that is kept pins what it is made of,
+//!    so that the number of an inode with links is given to no other file, and blocks that are shared
+//!    are counted. When only pins are left, the keeper of input roots is asked to let go of some.
 //! 3. A file is fetched once, however many actions ask for it at the same time.
 //! 4. Whoever holds the lock does no I/O; a key being fetched or evicted is marked `busy` instead.
 //! 5. A file that somebody else changed is removed and fetched again; whoever used it learns of it.
+//! 6. No content is used that this worker has not read (`verification`).
+//! 7. Every inode counts: cached files, their further inodes (`link`), and files of kept input roots
+//!    that have inodes of their own.
 
 use std::{
     collections::HashMap,
@@ -35,15 +38,20 @@ use crate::{
 };
 
 mod files;
+mod link;
 mod pins;
 mod room;
+mod verification;
 mod watch;
 
 use files::Files;
 pub use files::{Key, is_the_workers, seal};
+use link::Further;
+pub use link::{LinkError, Method};
 use pins::Claim;
-pub use pins::{Link, Links, Pins};
+pub use pins::{Link, LinkKind, Links, Pins};
 use room::is_full;
+pub use verification::{Portion, Verified, Verifier};
 use watch::Watch;
 
 /// From this size on a file is streamed to disk rather than read into memory.
@@ -66,27 +74,35 @@ pub struct Cache {
     limits: Limits,
     storage: Client,
     state: Mutex<State>,
-    /// Held while a second inode is made.
+    /// Held while further inodes of files are made or removed.
     duplicating: Mutex<()>,
     /// Lets go of kept input roots; `false` when there are none.
     release: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
+    /// Whether files can share blocks.
+    reflinks: bool,
     /// `None` where the host allows no more watches.
     watch: Option<Watch>,
     /// How often somebody else changed files; held while they are removed.
     alterations: Mutex<u64>,
+    verified: Verified,
 }
 
 /// A file on disk.
 #[derive(Clone, Copy)]
 struct Stored {
-    copies: u32,
     /// Of the first copy.
     inode: u64,
+    /// Whether its content was read by this worker.
+    verified: bool,
 }
 
 #[derive(Default)]
 struct State {
     kept: Lru<Key, Stored>,
+    /// Of those files that have more than one inode.
+    further: Further,
+    /// Inodes in input roots that are not the cache's.
+    own: u64,
     busy: HashMap<Key, Busy>,
     claims: u64,
 }
@@ -97,26 +113,22 @@ struct Busy {
     done: CancellationToken,
 }
 
-/// Why a file of the cache could not be linked.
-#[derive(Debug)]
-pub enum LinkError {
-    /// Somebody removed it from the disk, or put another one in its place.
-    Vanished,
-    Other(io::Error),
-}
-
 impl Cache {
     /// Takes up what an earlier worker left. Blocks for a second per million files.
     pub fn open(path: &Path, limits: Limits, storage: Client) -> io::Result<Self> {
         let files = Files::open(path)?;
+        let reflinks = files.shares_blocks()?;
         let mut state = State::default();
         for found in files.scan()? {
-            let weight = found.key.digest.size() * u64::from(found.copies);
             let stored = Stored {
-                copies: found.copies,
                 inode: found.inode,
+                verified: false,
             };
-            state.kept.insert(found.key, stored, weight);
+            let size = found.key.digest.size();
+            state.kept.insert(found.key, stored, size);
+            for inode in found.others {
+                state.add_further(&found.key, inode);
+            }
         }
         // Before anything is used; what was changed earlier shows by its size, mode or mtime.
         let watch = files.watch().inspect_err(|error| {
@@ -131,10 +143,12 @@ impl Cache {
             limits,
             storage,
             state: Mutex::new(state),
+            reflinks,
             duplicating: Mutex::new(()),
             release: OnceLock::new(),
             watch: watch.ok(),
             alterations: Mutex::default(),
+            verified: Verified::default(),
         };
         cache.make_fit();
         Ok(cache)
@@ -155,30 +169,6 @@ impl Cache {
         (state.kept.len() as u64, state.kept.weight())
     }
 
-    /// Pins files that are to be linked. Those that are not here are the error.
-    pub fn pin(self: &Arc<Self>, keys: impl Iterator<Item = Key>) -> Result<Links, Vec<Key>> {
-        let mut links = Links {
-            cache: self.clone(),
-            of: Vec::with_capacity(keys.size_hint().0),
-        };
-        let mut absent = Vec::new();
-        let mut state = self.state.lock();
-        for key in keys {
-            match state.kept.pin(&key) {
-                Some(handle) => links.of.push(Link {
-                    inode: state.kept.value_of(handle).map_or(0, |stored| stored.inode),
-                    handle,
-                }),
-                None => absent.push(key),
-            }
-        }
-        drop(state);
-        match absent.is_empty() {
-            true => Ok(links),
-            false => Err(absent),
-        }
-    }
-
     /// Those digests of `keys` that are not here.
     pub fn absent(&self, keys: Vec<Key>) -> Vec<Digest> {
         let state = self.state.lock();
@@ -193,22 +183,26 @@ impl Cache {
         digests
     }
 
-    /// Brings all these files here and pins them. Tells all that are missing in one fault.
+    /// Brings all these files here, with repetitions, and pins them. Tells all that are missing in one
+    /// fault.
     pub async fn obtain(
         self: &Arc<Self>,
         instance: &InstanceName,
         mut wanted: Vec<Key>,
+        method: Method,
     ) -> Result<Pins, Fault> {
+        self.check_occurrences(&wanted, method)?;
         let mut pins = Pins {
             cache: self.clone(),
             handles: Vec::with_capacity(wanted.len()),
         };
         let mut missing = Vec::new();
+        let mut unverified = Vec::new();
         while !wanted.is_empty() {
             let mut claim = Claim::new(self);
             let mut waiting = Vec::new();
             for keys in wanted.chunks(KEYS_AT_A_TIME) {
-                self.claim(keys, &mut pins, &mut claim, &mut waiting);
+                self.claim(keys, &mut pins, &mut claim, &mut waiting, &mut unverified);
                 if wanted.len() > KEYS_AT_A_TIME {
                     tokio::task::yield_now().await;
                 }
@@ -227,6 +221,17 @@ impl Cache {
             }
         }
         none_missing(missing)?;
+        if !unverified.is_empty() {
+            let cache = self.clone();
+            let verify = move || cache.verify_first_use(unverified);
+            let wrong = tokio::task::spawn_blocking(verify).await;
+            let wrong = wrong.map_err(|error| {
+                Fault::Internal(format!("could not verify cached input files: {error}"))
+            })?;
+            if !wrong.is_empty() {
+                self.restore(instance, wrong).await?;
+            }
+        }
         Ok(pins)
     }
 
@@ -241,23 +246,35 @@ impl Cache {
             cache: self.clone(),
             handles: Vec::new(),
         };
+        let (cache, gone) = (self.clone(), keys.clone());
+        let forgotten = tokio::task::spawn_blocking(move || {
+            for key in &gone {
+                cache.forget_further(key);
+            }
+        });
+        let _ = forgotten.await;
         self.fetch(instance, &keys, &mut pins, &mut missing).await?;
         none_missing(missing)
     }
 
-    /// Sorts keys into those that are here, which it pins, those that are ours to fetch, and those
-    /// that others change.
+    /// Sorts keys into those that are here, which it pins, some of them unverified; those that are ours
+    /// to fetch; and those that others change.
     fn claim(
         &self,
         keys: &[Key],
         pins: &mut Pins,
         claim: &mut Claim<'_>,
         waiting: &mut Vec<(Key, CancellationToken)>,
+        unverified: &mut Vec<Key>,
     ) {
         let mut state = self.state.lock();
         for key in keys {
             if let Some(handle) = state.kept.pin(key) {
                 pins.handles.push(handle);
+                let stored = state.kept.value_of(handle);
+                if stored.is_some_and(|stored| !stored.verified) {
+                    unverified.push(*key);
+                }
                 continue;
             }
             match state.busy.get(key) {
@@ -267,6 +284,21 @@ impl Cache {
                 None => claim.add(&mut state, *key),
             }
         }
+    }
+
+    /// Each occurrence is a file of its own, and takes blocks unless it shares them.
+    fn check_occurrences(&self, wanted: &[Key], method: Method) -> Result<(), Fault> {
+        let shared = match method {
+            Method::Reflink => true,
+            Method::HardLink => false,
+            Method::Copy => self.reflinks,
+        };
+        let sizes = wanted.iter().map(|key| match shared {
+            true => 0,
+            false => key.digest.size(),
+        });
+        let bytes = sizes.fold(0, u64::saturating_add);
+        self.check_limits(wanted.len() as u64, bytes)
     }
 
     fn check_size(&self, pins: &Pins, claim: &Claim<'_>) -> Result<(), Fault> {
@@ -281,6 +313,10 @@ impl Cache {
             .iter()
             .fold(here, |sum, key| sum.saturating_add(key.digest.size()));
         let files = (handles.len() + claim.keys.len()) as u64;
+        self.check_limits(files, bytes)
+    }
+
+    fn check_limits(&self, files: u64, bytes: u64) -> Result<(), Fault> {
         if bytes > self.limits.bytes || files > self.limits.files {
             return Err(Fault::Exhausted(format!(
                 "the input root has {files} files of {bytes} bytes, but the cache of this worker \
@@ -330,8 +366,16 @@ impl Cache {
         {
             match self.fetch_large(instance, key).await? {
                 Some(inode) => {
-                    pins.handles.push(self.admit(key, inode));
-                    self.make_fit();
+                    let cache = self.clone();
+                    let admit = move || {
+                        let handles = vec![cache.admit(key, inode)];
+                        cache.make_fit();
+                        Pins { cache, handles }
+                    };
+                    let admitted = tokio::task::spawn_blocking(admit).await;
+                    pins = admitted.map_err(|error| {
+                        Fault::Internal(format!("could not count an input file: {error}"))
+                    })?;
                 }
                 None => missing.push(key.digest),
             }
@@ -432,7 +476,8 @@ impl Cache {
         directory: BorrowedFd<'_>,
         name: &str,
     ) {
-        if key.digest.size() > self.limits.bytes / 4 {
+        // Empty files are made, not cached.
+        if key.digest.size() > self.limits.bytes / 4 || key.digest.size() == 0 {
             return;
         }
         let mut claim = Claim::new(self);
@@ -470,11 +515,14 @@ impl Cache {
     fn admit(&self, key: Key, inode: u64) -> Handle {
         let handle = {
             let mut state = self.state.lock();
-            let stored = Stored { copies: 1, inode };
+            let stored = Stored {
+                inode,
+                verified: true,
+            };
             state.kept.insert(key, stored, key.digest.size());
             // One that was gone from the disk has a new inode.
-            if let Some(stored) = state.kept.peek_mut(&key) {
-                stored.inode = inode;
+            if let Some(known) = state.kept.peek_mut(&key) {
+                *known = stored;
             }
             state.kept.pin(&key).expect("just inserted")
         };
@@ -493,95 +541,6 @@ impl Cache {
             self.path().display()
         );
         Fault::of_disk(what, error)
-    }
-
-    /// Links a pinned file into an input root. `buffer` is used again and again.
-    pub fn link(
-        &self,
-        key: &Key,
-        link: &mut Link,
-        directory: BorrowedFd<'_>,
-        name: &str,
-        buffer: &mut String,
-    ) -> Result<(), LinkError> {
-        let inode = || -> Result<u64, LinkError> {
-            let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
-            let stat = rustix::fs::statat(directory, name, flags);
-            Ok(stat.map_err(|error| LinkError::Other(error.into()))?.st_ino)
-        };
-        match self.files.link(key, 0, directory, name, buffer) {
-            Ok(()) if inode()? != link.inode => Err(LinkError::Vanished),
-            Ok(()) => Ok(()),
-            Err(Errno::NOENT) => Err(LinkError::Vanished),
-            Err(Errno::MLINK) => {
-                self.link_other(key, directory, name, buffer)?;
-                link.inode = inode()?;
-                Ok(())
-            }
-            Err(error) => Err(LinkError::Other(error.into())),
-        }
-    }
-
-    /// Whether copies of files take no room of their own until they are written to.
-    pub fn shares_blocks(&self) -> bool {
-        self.files.shares_blocks().unwrap_or(false)
-    }
-
-    /// Copies a pinned file into an input root, for an action that may change it.
-    pub fn copy(
-        &self,
-        key: &Key,
-        link: &Link,
-        directory: BorrowedFd<'_>,
-        name: &str,
-    ) -> Result<(), LinkError> {
-        let copied = self.files.copy(key, link.inode, directory, name);
-        copied.map_err(|error| match error.raw_os_error() {
-            Some(libc::ENOENT | libc::ESTALE) => LinkError::Vanished,
-            _ => LinkError::Other(error),
-        })
-    }
-
-    /// The first inode has all the links that the file system allows; uses another one.
-    #[cold]
-    fn link_other(
-        &self,
-        key: &Key,
-        directory: BorrowedFd<'_>,
-        name: &str,
-        buffer: &mut String,
-    ) -> Result<(), LinkError> {
-        let other = |error: Errno| LinkError::Other(error.into());
-        let _one_at_a_time = self.duplicating.lock();
-        let copies = self
-            .state
-            .lock()
-            .kept
-            .peek(key)
-            .map_or(1, |stored| stored.copies);
-        for copy in (1..copies).rev() {
-            match self.files.link(key, copy, directory, name, buffer) {
-                Err(Errno::MLINK) => {}
-                // Removed by somebody: as good as full.
-                Err(Errno::NOENT) => {}
-                result => return result.map_err(other),
-            }
-        }
-        let copy = || {
-            let first = self.files.open_copy(key, 0)?;
-            self.files.duplicate(&first, key, copies)
-        };
-        copy().map_err(LinkError::Other)?;
-        {
-            let mut state = self.state.lock();
-            if let Some(stored) = state.kept.peek_mut(key) {
-                stored.copies = copies + 1;
-            }
-            state.kept.add_weight(key, key.digest.size());
-        }
-        self.files
-            .link(key, copies, directory, name, buffer)
-            .map_err(other)
     }
 }
 

@@ -8,14 +8,56 @@ use tokio_util::sync::CancellationToken;
 use super::{Busy, Cache, Key, State};
 use crate::worker::lru::Handle;
 
-/// A link to a file of the cache.
+/// A file of an input root.
 #[derive(Clone, Copy, Debug)]
 pub struct Link {
     pub inode: u64,
-    pub(super) handle: Handle,
+    /// Of the cached file; empty files are none.
+    pin: Option<Handle>,
+    /// Which inode of the cached file it is, or `OWN`.
+    number: u32,
 }
 
-/// Links in an input root, each of which pins its file.
+/// An inode of its own, that no other name leads to.
+const OWN: u32 = u32::MAX;
+
+/// What a file of an input root is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkKind {
+    /// Made for this place alone, as there is nothing in it.
+    Empty,
+    /// An inode of its own with the content of a cached file.
+    Own(Handle),
+    /// Another name of the n-th inode of a cached file.
+    HardLink(Handle, u32),
+}
+
+impl Link {
+    pub(super) fn new(kind: LinkKind, inode: u64) -> Self {
+        let (pin, number) = match kind {
+            LinkKind::Empty => (None, OWN),
+            LinkKind::Own(handle) => (Some(handle), OWN),
+            LinkKind::HardLink(handle, number) => (Some(handle), number),
+        };
+        Link { inode, pin, number }
+    }
+
+    pub fn kind(&self) -> LinkKind {
+        match (self.pin, self.number) {
+            (None, _) => LinkKind::Empty,
+            (Some(handle), OWN) => LinkKind::Own(handle),
+            (Some(handle), number) => LinkKind::HardLink(handle, number),
+        }
+    }
+
+    /// Whether only this place in the root holds the number of its inode: when the file is gone,
+    /// another one may get it.
+    pub fn is_of_its_own(&self) -> bool {
+        self.number == OWN
+    }
+}
+
+/// Files of an input root, which pin what they are made of.
 pub struct Links {
     pub(super) cache: Arc<Cache>,
     pub of: Vec<Link>,
@@ -36,7 +78,23 @@ impl Drop for Links {
         if !self.of.is_empty() {
             let mut state = self.cache.state.lock();
             for link in &self.of {
-                state.kept.unpin(link.handle);
+                state.release(link);
+            }
+        }
+    }
+}
+
+impl State {
+    fn release(&mut self, link: &Link) {
+        match link.kind() {
+            LinkKind::Empty => self.own -= 1,
+            LinkKind::Own(handle) => {
+                self.own -= 1;
+                self.kept.unpin(handle);
+            }
+            LinkKind::HardLink(handle, number) => {
+                self.unlink_further(handle, number, link.inode);
+                self.kept.unpin(handle);
             }
         }
     }

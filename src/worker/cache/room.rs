@@ -9,8 +9,8 @@ use crate::worker::fault::Fault;
 const MINIMUM_FREE_INODES: u64 = 1_000;
 
 impl State {
-    fn is_over(limits: Limits) -> impl Fn(u64, usize) -> bool {
-        move |bytes, files| bytes > limits.bytes || files as u64 > limits.files
+    fn is_over(&self, limits: Limits) -> bool {
+        self.kept.weight() > limits.bytes || self.inodes() > limits.files
     }
 }
 
@@ -22,8 +22,7 @@ impl Cache {
 
     /// Whether more than the limits is here.
     pub fn is_over(&self) -> bool {
-        let state = self.state.lock();
-        State::is_over(self.limits)(state.kept.weight(), state.kept.len())
+        self.state.lock().is_over(self.limits)
     }
 
     /// Evicts until the file system has enough free, and the limits are kept.
@@ -48,9 +47,17 @@ impl Cache {
     /// Evicts until the limits are kept, and asks for kept input roots when that is not enough. Does
     /// not ask the file system, and so is for every single file.
     pub(super) fn keep_limits(&self) {
-        loop {
+        let release = || self.release.get().is_some_and(|release| release());
+        while self.is_over() {
+            self.remove_idle();
+            // Files of kept input roots are the dearest inodes, but not so dear that no cached file
+            // has room beside them.
+            let crowded = self.state.lock().extra_inodes() > self.limits.files / 2;
+            if crowded && self.is_over() && release() {
+                continue;
+            }
             self.evict(self.limits);
-            if !self.is_over() || !self.release.get().is_some_and(|release| release()) {
+            if self.is_over() && !release() {
                 return;
             }
         }
@@ -77,13 +84,16 @@ impl Cache {
     fn evict(&self, limits: Limits) -> usize {
         let mut claim = Claim::new(self);
         let mut state = self.state.lock();
-        let victims = state.kept.evict(State::is_over(limits));
-        for (key, _) in &victims {
-            claim.add(&mut state, *key);
+        let mut victims = Vec::new();
+        while state.is_over(limits)
+            && let Some((key, _)) = state.kept.evict_oldest()
+        {
+            victims.push((key, state.take_further(&key)));
+            claim.add(&mut state, key);
         }
         drop(state);
-        for (key, stored) in &victims {
-            if let Err(error) = self.files.remove(key, stored.copies) {
+        for (key, copies) in &victims {
+            if let Err(error) = self.files.remove(key, *copies) {
                 tracing::warn!(digest = %key.digest, %error, "could not remove a file from the cache");
             }
         }

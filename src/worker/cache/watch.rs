@@ -17,7 +17,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Cache, Key};
+use super::{Cache, Claim, Key};
 
 /// What was changed since the last look.
 #[derive(Debug, PartialEq)]
@@ -103,25 +103,49 @@ impl Cache {
         if changed.is_empty() {
             return *alterations;
         }
+        self.count_and_remove(
+            &mut alterations,
+            &changed,
+            "somebody changed files of the cache",
+        );
+        *alterations
+    }
+
+    /// These files are not what they should be; `why` is said in the log.
+    pub(super) fn alter(&self, wrong: &[Key], why: &str) {
+        self.count_and_remove(&mut self.alterations.lock(), wrong, why);
+    }
+
+    fn count_and_remove(&self, alterations: &mut u64, wrong: &[Key], why: &str) {
         *alterations += 1;
+        let first = wrong.first().map(|key| self.files.path_of(key));
         tracing::error!(
             directory = %self.path().display(),
-            files = changed.len(),
-            first = %changed[0].digest,
-            "somebody changed files of the cache, which only this worker may write to; they are removed and fetched again, and actions that ran meanwhile fail"
+            files = wrong.len(),
+            first = %first.unwrap_or_default().display(),
+            "{why}; only this worker may write to files of the cache; what is wrong is removed and fetched again, all that is kept of input roots is forgotten, and actions that ran meanwhile fail"
         );
-        for key in &changed {
-            // Its pins stay: whoever links it finds it gone.
-            let copies = self
-                .state
-                .lock()
-                .kept
-                .peek(key)
-                .map_or(1, |file| file.copies);
-            if let Err(error) = self.files.remove(key, copies) {
-                tracing::error!(digest = %key.digest, %error, "could not remove a changed file from the cache");
+        self.remove_wrong(wrong);
+    }
+
+    /// Removes files that are not what they should be. Pins stay: whoever links such a file finds it
+    /// gone.
+    pub(super) fn remove_wrong(&self, wrong: &[Key]) {
+        let _one_at_a_time = self.duplicating.lock();
+        let mut claim = Claim::new(self);
+        let mut state = self.state.lock();
+        let mut all = Vec::with_capacity(wrong.len());
+        for key in wrong {
+            all.push((key, state.take_further(key)));
+            if state.kept.remove(key).is_some() {
+                claim.add(&mut state, *key);
             }
         }
-        *alterations
+        drop(state);
+        for (key, copies) in all {
+            if let Err(error) = self.files.remove(key, copies) {
+                tracing::error!(digest = %key.digest, %error, "could not remove a wrong file from the cache");
+            }
+        }
     }
 }

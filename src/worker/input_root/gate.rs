@@ -13,21 +13,38 @@ use rustix::{
 };
 
 use super::{
-    LOCK_TIMEOUT, Shared, listing,
-    model::{self, Kept, Place},
+    LOCK_TIMEOUT, Shared,
+    inodes::Inodes,
+    listing,
+    model::{self, Kept, KeptRoot, Place},
     pool::Root,
+    verify::Verified,
 };
 use crate::worker::{
+    cache::Method,
+    directories::Directory,
     removal,
     tree::{Node, Tree},
 };
 
-const PARTS: [&str; 3] = ["root", "tmp", "server_logs"];
+const PARTS: [&str; 4] = ["root", "tmp", "server_logs", "home"];
 
 pub struct Gate {
     pub name: String,
     pub directory: OwnedFd,
     pub root: OwnedFd,
+}
+
+/// What is known of a root that an action had.
+pub struct Used {
+    /// `None` when it is not used again.
+    pub kept: Option<KeptRoot>,
+    /// Of `Shared::generation`.
+    pub generation: u64,
+    /// When the action could begin, in seconds since the epoch.
+    pub ready: i64,
+    /// Inode numbers of what is the worker's though the action made it, in their order.
+    pub taken_over: Vec<u64>,
 }
 
 /// Whether nobody else holds the lock; does not keep it.
@@ -41,7 +58,7 @@ pub fn try_lock(gate: BorrowedFd<'_>) -> bool {
 
 impl Shared {
     /// The one that suits `wanted` best, or any empty one.
-    pub(super) fn take_root(&self, wanted: Option<&Tree>) -> io::Result<Root> {
+    pub(super) fn take_root(&self, wanted: Option<(Method, &Tree)>) -> io::Result<Root> {
         let mut pool = self.pool.lock();
         loop {
             if let Some(root) = pool.pick(wanted) {
@@ -66,8 +83,10 @@ impl Shared {
         let root = listing(&directory, PARTS[0])?;
         let place = Place::open(&directory, PARTS[0], &self.open)?;
         let (inode, baseline) = model::settle(place.as_fd())?;
-        let links = self.cache.pin(std::iter::empty());
-        let kept = Kept {
+        // An empty root suits every method.
+        let method = Method::HardLink;
+        let links = self.cache.pin(std::iter::empty(), method);
+        let top = Kept {
             node: Node::empty(),
             place: Arc::new(place),
             inode,
@@ -82,13 +101,18 @@ impl Shared {
                 directory,
                 root,
             },
-            kept,
+            kept: KeptRoot {
+                top,
+                inodes: Inodes::default(),
+                method,
+            },
             generation: self.generation(),
         })
     }
 
     /// Makes a used root as good as new, or throws it away.
-    pub(super) fn clean(&self, mut gate: Gate, kept: Option<Kept>, generation: u64, ready: i64) {
+    pub(super) fn clean(&self, mut gate: Gate, used: Used) {
+        let generation = used.generation;
         let name = self.next_name();
         if rustix::fs::renameat(&self.directory, &gate.name, &self.directory, &name).is_ok() {
             gate.name = name;
@@ -99,7 +123,7 @@ impl Shared {
             return;
         }
         let began = Instant::now();
-        let cleaned = self.make_good(&gate, kept, ready);
+        let cleaned = self.make_good(&gate, used);
         let _ = rustix::fs::flock(&gate.directory, FlockOperation::Unlock);
         tracing::debug!(
             kept = matches!(cleaned, Ok(Some(_))),
@@ -172,15 +196,17 @@ impl Shared {
     }
 
     /// `None` when it is not used again.
-    fn make_good(&self, gate: &Gate, kept: Option<Kept>, ready: i64) -> io::Result<Option<Kept>> {
-        let Some(mut kept) = kept else {
+    fn make_good(&self, gate: &Gate, used: Used) -> io::Result<Option<KeptRoot>> {
+        let Some(mut kept) = used.kept else {
             return Ok(None);
         };
         if !self.empty_gate(gate)? {
             return Ok(None);
         }
-        self.verify(&mut kept, ready)?;
-        Ok(Some(kept))
+        match self.verify_root(&mut kept, used.ready, &used.taken_over)? {
+            Verified::Good => Ok(Some(kept)),
+            Verified::BlownUp => Ok(None),
+        }
     }
 
     /// Removes all but the root. `false` when it cannot be told from a used one.
@@ -202,15 +228,14 @@ impl Shared {
                 Err(error) => return Err(error.into()),
             }
         }
-        let (tmp, logs) = (
-            listing(&gate.directory, PARTS[1])?,
-            listing(&gate.directory, PARTS[2])?,
-        );
-        removal::empty(tmp.as_fd())?;
-        removal::empty(logs.as_fd())?;
-        Ok(is_as_made(gate.directory.as_fd(), 0o700)?
-            && is_as_made(tmp.as_fd(), 0o777)?
-            && is_as_made(logs.as_fd(), 0o777)?)
+        for part in &PARTS[1..] {
+            let directory = listing(&gate.directory, *part)?;
+            removal::empty(directory.as_fd())?;
+            if !is_as_made(directory.as_fd(), 0o777)? {
+                return Ok(false);
+            }
+        }
+        is_as_made(gate.directory.as_fd(), 0o700)
     }
 
     /// Throws a whole gate away.
@@ -229,5 +254,6 @@ fn is_as_made(directory: BorrowedFd<'_>, mode: u32) -> io::Result<bool> {
             .all(|name| name.is_empty() || name.starts_with(b"security.")),
         Err(error) => error == Errno::OPNOTSUPP,
     };
-    Ok(plain && model::is_as_made(&stat, mode))
+    let empty = Directory::default();
+    Ok(plain && model::is_as_made(&stat, mode) && !model::is_blown_up(&stat, &empty))
 }

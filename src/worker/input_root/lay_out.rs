@@ -16,16 +16,15 @@ use rustix::fs::{AtFlags, Mode};
 
 use super::{
     Shared,
-    model::{self, Kept, Place},
+    inodes::Inodes,
+    model::{self, Kept, KeptRoot, Place},
     plan::{Child, Made, Origin, Plan, Rewrite, Source},
     pool::Parked,
 };
-use crate::{
-    config::worker::Inputs,
-    worker::{
-        cache::{Key, Link, LinkError, Links},
-        fault::Fault,
-    },
+use crate::worker::{
+    cache::{Cache, Key, Link, LinkError, LinkKind, Links, Method},
+    fault::Fault,
+    lru::Handle,
 };
 
 /// From so many links on a second thread helps.
@@ -73,7 +72,8 @@ struct LayOut<'a> {
     shared: &'a Shared,
     /// Whether the root is kept, and so what is made is remembered.
     hold: bool,
-    inputs: Inputs,
+    method: Method,
+    inodes: Mutex<Inodes>,
     made: &'a [Made],
     taken: Mutex<Vec<Option<Parked>>>,
     dropped: Mutex<Vec<Option<Parked>>>,
@@ -98,20 +98,22 @@ impl Shared {
     /// model comes back, and no more directories are open than must be.
     pub(super) fn perform(
         &self,
-        root: Kept,
+        root: KeptRoot,
         plan: Plan<Parked>,
         hold: bool,
-        inputs: Inputs,
-    ) -> Result<Option<Kept>, LayOutError> {
+        method: Method,
+    ) -> Result<Option<KeptRoot>, LayOutError> {
         let Some(rewrite) = plan.rewrite else {
             return Ok(Some(root));
         };
+        let KeptRoot { top, inodes, .. } = root;
         let mut dropped = Vec::new();
         dropped.resize_with(plan.dropped as usize, || None);
         let lay_out = LayOut {
             shared: self,
             hold,
-            inputs,
+            method,
+            inodes: Mutex::new(inodes),
             made: &plan.made,
             taken: Mutex::new(plan.taken.into_iter().map(Some).collect()),
             dropped: Mutex::new(dropped),
@@ -119,10 +121,24 @@ impl Shared {
             changed: Condvar::new(),
             results: Mutex::new((0..plan.made.len()).map(|_| None).collect()),
         };
-        let result = lay_out.run(root, rewrite, plan.links.len());
-        let dropped = lay_out.dropped.into_inner();
-        self.park(dropped.into_iter().flatten());
-        result
+        let result = lay_out.run(top, rewrite, &plan.moved, plan.links.len());
+        let LayOut {
+            inodes,
+            taken,
+            dropped,
+            ..
+        } = lay_out;
+        self.park(dropped.into_inner().into_iter().flatten());
+        // After an error: it may have been changed.
+        for parked in taken.into_inner().into_iter().flatten() {
+            self.throw_away(parked);
+        }
+        let kept = result?.map(|top| KeptRoot {
+            top,
+            inodes: inodes.into_inner(),
+            method,
+        });
+        Ok(kept)
     }
 
     /// Makes a directory that an action removed, with all that is in it.
@@ -131,12 +147,16 @@ impl Shared {
         parent: BorrowedFd<'_>,
         name: &str,
         node: &crate::worker::tree::Tree,
+        inodes: &mut Inodes,
+        method: Method,
     ) -> Result<Kept, LayOutError> {
         let made = super::plan::fresh(node);
         let lay_out = LayOut {
             shared: self,
             hold: true,
-            inputs: Inputs::Shared,
+            method,
+            // On an error the whole root is given up.
+            inodes: Mutex::new(std::mem::take(inodes)),
             made: &made,
             taken: Mutex::default(),
             dropped: Mutex::default(),
@@ -150,7 +170,29 @@ impl Shared {
         lay_out.fill(0, Arc::new(place), &mut buffer)?;
         lay_out.work(&mut buffer);
         lay_out.outcome()?;
+        *inodes = std::mem::take(&mut lay_out.inodes.lock());
         Ok(assemble_made(0, &mut lay_out.results.lock()))
+    }
+}
+
+/// Makes one file of a root; with another inode, which `other` tells instead of a full one, when that
+/// has all links that it can have.
+pub(super) fn link(
+    cache: &Cache,
+    key: &Key,
+    link: &mut Link,
+    directory: BorrowedFd<'_>,
+    name: &str,
+    buffer: &mut String,
+    mut other: impl FnMut(Handle, u32) -> u32,
+) -> Result<(), LinkError> {
+    loop {
+        match (cache.link(key, link, directory, name, buffer), link.kind()) {
+            (Err(LinkError::Full), LinkKind::HardLink(handle, number)) => {
+                cache.choose(key, link, other(handle, number))?;
+            }
+            (result, _) => return result,
+        }
     }
 }
 
@@ -159,9 +201,16 @@ fn make(parent: BorrowedFd<'_>, name: &str) -> Result<(), LayOutError> {
 }
 
 impl LayOut<'_> {
-    fn run(&self, root: Kept, rewrite: Rewrite, links: usize) -> Result<Option<Kept>, LayOutError> {
+    fn run(
+        &self,
+        root: Kept,
+        rewrite: Rewrite,
+        moved: &[u32],
+        links: usize,
+    ) -> Result<Option<Kept>, LayOutError> {
         let half = self.remove(root, rewrite)?;
         let mut buffer = String::new();
+        self.settle_inodes(moved, &mut buffer)?;
         let helpers = match links >= WORTH_A_THREAD {
             true => self
                 .shared
@@ -206,6 +255,9 @@ impl LayOut<'_> {
         let directory = kept.node.directory.clone();
         let place = kept.place.clone();
         for &i in &rewrite.dropped_files {
+            if let LinkKind::HardLink(file, number) = kept.links.of[i as usize].kind() {
+                self.inodes.lock().free(file, number);
+            }
             let name = directory.files[i as usize].name.as_str();
             rustix::fs::unlinkat(&*place, name, AtFlags::empty()).map_err(at(name))?;
         }
@@ -229,7 +281,7 @@ impl LayOut<'_> {
             }
             let parked = self
                 .shared
-                .shelve(place.as_fd(), name, child)
+                .shelve(place.as_fd(), name, child, self.method)
                 .map_err(at(name))?;
             self.dropped.lock()[dropped.number as usize] = Some(parked);
         }
@@ -257,6 +309,60 @@ impl LayOut<'_> {
             rewrite,
             children: halves,
         })
+    }
+
+    /// Between removals and additions: what leaves the root frees its inodes, and subtrees that come
+    /// into it take theirs. Where the root has such an inode already, the subtree's file gets another.
+    fn settle_inodes(&self, moved: &[u32], buffer: &mut String) -> Result<(), LayOutError> {
+        if self.method != Method::HardLink {
+            return Ok(());
+        }
+        let mut stays = vec![false; self.dropped.lock().len()];
+        for number in moved {
+            stays[*number as usize] = true;
+        }
+        for (parked, stays) in self.dropped.lock().iter().zip(stays) {
+            if let (Some(parked), false) = (parked, stays) {
+                self.inodes.lock().free_all(&parked.kept);
+            }
+        }
+        for parked in self.taken.lock().iter_mut().flatten() {
+            self.take_inodes(&mut parked.kept, buffer)?;
+        }
+        Ok(())
+    }
+
+    fn take_inodes(&self, kept: &mut Kept, buffer: &mut String) -> Result<(), LayOutError> {
+        let mut inodes = self.inodes.lock();
+        let mut taken = Vec::new();
+        for (i, link) in kept.links.of.iter().enumerate() {
+            if let LinkKind::HardLink(file, number) = link.kind()
+                && !inodes.take_this(file, number)
+            {
+                taken.push((i, file));
+            }
+        }
+        // Those that nobody has there are taken first, so that the others do not get them.
+        let others: Vec<(usize, u32)> = taken
+            .into_iter()
+            .map(|(i, file)| (i, inodes.take(file, 0)))
+            .collect();
+        drop(inodes);
+        let place = kept.place.clone();
+        for (i, number) in &others {
+            let file = &kept.node.directory.files[*i];
+            let (name, link) = (file.name.as_str(), &mut kept.links.of[*i]);
+            self.choose(&file.key, link, *number)?;
+            rustix::fs::unlinkat(&*place, name, AtFlags::empty()).map_err(at(name))?;
+            self.link(place.as_fd(), &file.key, name, link, buffer)?;
+        }
+        if !others.is_empty() {
+            kept.baseline = Some(model::settle(place.as_fd()).map_err(at("."))?.1);
+        }
+        for child in &mut kept.children {
+            self.take_inodes(child, buffer)?;
+        }
+        Ok(())
     }
 
     /// Adds what is wanted to directories that were there, and makes jobs of the others.
@@ -447,8 +553,52 @@ impl LayOut<'_> {
         Ok(())
     }
 
-    fn pin(&self, keys: impl Iterator<Item = Key>) -> Result<Links, LayOutError> {
-        self.shared.cache.pin(keys).map_err(LayOutError::Vanished)
+    /// Pins files of one directory, each as an inode that the root does not have yet.
+    fn pin(&self, keys: impl Iterator<Item = Key> + Clone) -> Result<Links, LayOutError> {
+        let pinned = self.shared.cache.pin(keys.clone(), self.method);
+        let mut links = pinned.map_err(LayOutError::Vanished)?;
+        if self.method != Method::HardLink {
+            return Ok(links);
+        }
+        let mut inodes = self.inodes.lock();
+        let mut further = Vec::new();
+        for (i, link) in links.of.iter().enumerate() {
+            if let LinkKind::HardLink(file, _) = link.kind() {
+                let number = inodes.take(file, 0);
+                further.extend((number > 0).then_some((i, number)));
+            }
+        }
+        drop(inodes);
+        if !further.is_empty() {
+            let keys: Vec<Key> = keys.collect();
+            for (i, number) in further {
+                self.choose(&keys[i], &mut links.of[i], number)?;
+            }
+        }
+        Ok(links)
+    }
+
+    fn choose(&self, key: &Key, link: &mut Link, number: u32) -> Result<(), LayOutError> {
+        let chosen = self.shared.cache.choose(key, link, number);
+        self.tell(key, &key.digest.to_string(), chosen)
+    }
+
+    /// All others are tried, so that one attempt finds all that are gone.
+    fn tell(
+        &self,
+        key: &Key,
+        name: &str,
+        result: Result<(), LinkError>,
+    ) -> Result<(), LayOutError> {
+        match result {
+            Ok(()) => Ok(()),
+            Err(LinkError::Vanished) => {
+                self.queue.lock().vanished.push(*key);
+                Ok(())
+            }
+            Err(LinkError::Full) => Err(at(name)(rustix::io::Errno::MLINK)),
+            Err(LinkError::Other(error)) => Err(LayOutError::Disk(name.to_owned(), error)),
+        }
     }
 
     fn link(
@@ -460,19 +610,13 @@ impl LayOut<'_> {
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
         let cache = &self.shared.cache;
-        let made = match self.inputs {
-            Inputs::Shared => cache.link(key, link, directory, name, buffer),
-            Inputs::Private => cache.copy(key, link, directory, name),
+        let made = match self.method {
+            Method::Copy => cache.copy(key, link, directory, name),
+            _ => self::link(cache, key, link, directory, name, buffer, |file, full| {
+                self.inodes.lock().instead(file, full)
+            }),
         };
-        match made {
-            Ok(()) => Ok(()),
-            Err(LinkError::Vanished) => {
-                // All others are tried, so that one attempt finds all that are gone.
-                self.queue.lock().vanished.push(*key);
-                Ok(())
-            }
-            Err(LinkError::Other(error)) => Err(LayOutError::Disk(name.to_owned(), error)),
-        }
+        self.tell(key, name, made)
     }
 }
 

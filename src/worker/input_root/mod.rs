@@ -7,16 +7,18 @@
 //! BUILD_DIRECTORY/N/root/          the input root; every directory in it is the worker's, 0777
 //! BUILD_DIRECTORY/N/tmp/           0777
 //! BUILD_DIRECTORY/N/server_logs/   0777
+//! BUILD_DIRECTORY/N/home/          0777; the action's $HOME
 //! BUILD_DIRECTORY/N/std{out,err}   made by the runner
 //! BUILD_DIRECTORY/parked/          subtrees that no root has, for roots that will want them
 //! BUILD_DIRECTORY/trash/           what is to be removed, and what an earlier worker left
 //! ```
 //!
-//! An action finds in its root what its Directory messages say and nothing else, and empty `tmp`
-//! and `server_logs`. That holds because of these:
+//! An action finds in its root what its Directory messages say and nothing else, and empty `tmp`,
+//! `home` and `server_logs`. That holds because of these:
 //!
-//! - I1 Files: an input file is a hard link to a file of the cache: the worker's, read-only, and
-//!   whole before it had a name.
+//! - I1 Files: an input file is the worker's and read-only: a reflink of a cached file or an empty one,
+//!   made while no action can see it; or a hard link to a file of the cache, which was whole before it
+//!   had a name.
 //! - I2 Credentials: actions run as users that are neither root nor the worker. When an action's
 //!   output tells otherwise, all is thrown away, and nothing is kept for a while (`keeping`).
 //! - I3 Directories: every directory of a root is the worker's, so that no action can change its
@@ -27,7 +29,17 @@
 //!   that arrives late at the runner finds nothing.
 //! - I6 Baseline: a directory's ctime is looked at after the worker's last change to it.
 //! - I7 Doubt means cold: after any error, a root and all that is known of it is thrown away.
+//! - I8 Distinct: no two files of a root are one inode, so that programs find separate files whatever
+//!   their content is. Reflinks and empty files are so by themselves. Of hard links, a root knows which
+//!   of the inodes of a cached file it has (`inodes`), takes for a further occurrence the first one that
+//!   it does not have, and the cache makes it when it does not have it either. A subtree that leaves the
+//!   root gives its inodes back; one that comes into it takes its own along, and where the root has one
+//!   of these already, that file is linked anew, to another inode, before the subtree is in its place.
+//!   So what stays in a root is not looked at; what comes or goes costs a few nanoseconds a file in
+//!   memory, and at most one link for each file whose content the root has elsewhere, which is less
+//!   than it would cost to make the subtree.
 //!
+//! Roots of reflinks and roots of hard links do not become one another, nor lend one another subtrees.
 //! Where actions are to have input files of their own, each root is made anew, of copies: then the
 //! runner makes the action's user their owner, and nothing of the root is kept.
 //!
@@ -56,7 +68,7 @@ use rustix::{
 
 use super::{
     beneath,
-    cache::{Cache, Key},
+    cache::{Cache, Key, Method},
     fault::Fault,
     tree::{Node, Tree},
 };
@@ -65,6 +77,7 @@ use crate::{config::worker::Inputs, path::RelativePath};
 mod clock;
 mod disk;
 mod gate;
+mod inodes;
 mod keeping;
 mod lay_out;
 mod model;
@@ -75,9 +88,9 @@ mod verify;
 
 use clock::Clock;
 use disk::{Disk, Watched};
-use gate::Gate;
+use gate::{Gate, Used};
 use keeping::Keeping;
-use model::Kept;
+use model::{Kept, KeptRoot};
 use plan::Plan;
 use pool::{Parked, Pool, Root};
 use trash::Trash;
@@ -139,7 +152,7 @@ pub struct Planned {
     /// `None` only while it is performed or dropped.
     work: Option<(Root, Plan<Parked>)>,
     hold: bool,
-    inputs: Inputs,
+    method: Method,
     alterations: u64,
     spent: Duration,
 }
@@ -150,7 +163,7 @@ pub struct InputRoot {
     /// `None` only while being dropped.
     gate: Option<Gate>,
     /// `None` when it is not used again.
-    kept: Option<Kept>,
+    kept: Option<KeptRoot>,
     generation: u64,
     /// Of the cache, before it was laid out.
     alterations: u64,
@@ -159,6 +172,8 @@ pub struct InputRoot {
     trusted: bool,
     /// From when the command may start.
     watched: Option<Watched>,
+    /// Inode numbers of what is the worker's though the action made it, in their order.
+    taken_over: Vec<u64>,
 }
 
 impl std::fmt::Display for Counts {
@@ -199,7 +214,12 @@ impl Drop for Planned {
 }
 
 impl Planned {
-    /// The files that will be linked.
+    /// How the files are made of cached ones.
+    pub fn method(&self) -> Method {
+        self.method
+    }
+
+    /// The cached files that will be linked, as often as they will be.
     pub fn links(&self) -> &[Key] {
         self.work.as_ref().map_or(&[], |(_, plan)| &plan.links)
     }
@@ -310,30 +330,24 @@ impl Roots {
     }
 
     /// Chooses a root for `tree` and says what must be done to it. `None` when that would block.
-    pub fn try_plan(&self, tree: &Tree) -> Option<Planned> {
+    pub fn try_plan(&self, tree: &Tree, inputs: Inputs) -> Option<Planned> {
         let shared = &self.shared;
         let alterations = shared.look();
-        let hold = shared.holds(tree);
-        let root = shared.pool.lock().pick(Some(tree).filter(|_| hold))?;
-        Some(shared.planned(root, tree, hold, alterations))
-    }
-
-    /// As `plan`, for a root of copies.
-    pub fn plan_private(&self, tree: &Tree) -> io::Result<Planned> {
-        let alterations = self.shared.look();
-        let root = self.shared.take_root(None)?;
-        let mut planned = self.shared.planned(root, tree, false, alterations);
-        planned.inputs = Inputs::Private;
-        Ok(planned)
+        let method = shared.cache.method(inputs);
+        let hold = shared.holds(tree, method);
+        let wanted = hold.then_some((method, tree));
+        let root = shared.pool.lock().pick(wanted)?;
+        Some(shared.planned(root, tree, hold, method, alterations))
     }
 
     /// As `try_plan`; blocks until there is a root.
-    pub fn plan(&self, tree: &Tree) -> io::Result<Planned> {
+    pub fn plan(&self, tree: &Tree, inputs: Inputs) -> io::Result<Planned> {
         let shared = &self.shared;
         let alterations = shared.look();
-        let hold = shared.holds(tree);
-        let root = shared.take_root(Some(tree).filter(|_| hold))?;
-        Ok(shared.planned(root, tree, hold, alterations))
+        let method = shared.cache.method(inputs);
+        let hold = shared.holds(tree, method);
+        let root = shared.take_root(hold.then_some((method, tree)))?;
+        Ok(shared.planned(root, tree, hold, method, alterations))
     }
 
     /// Lays out the root, and the directories `parents`. All files that it links must be pinned.
@@ -360,11 +374,12 @@ impl Roots {
             ready: 0,
             trusted: true,
             watched: None,
+            taken_over: Vec::new(),
         };
         shared.count(&planned.tree, &plan);
         let (linked, made, unparked) = (plan.links.len(), plan.made.len(), plan.taken.len());
         // An error drops the root without its model: it is thrown away (I7).
-        let mut kept = match shared.perform(kept, plan, planned.hold, planned.inputs) {
+        let mut kept = match shared.perform(kept, plan, planned.hold, planned.method) {
             Ok(kept) => kept,
             Err(error) => {
                 return Err(match error.fault(shared) {
@@ -375,7 +390,7 @@ impl Roots {
         };
         for parent in parents {
             let made = match &mut kept {
-                Some(kept) => make_parent(kept, parent),
+                Some(kept) => make_parent(&mut kept.top, parent),
                 None => beneath::make_directories(input_root.root(), parent)
                     .map_err(|(component, error)| (component.as_str().to_owned(), error)),
             };
@@ -477,6 +492,12 @@ impl InputRoot {
         self.trusted = false;
     }
 
+    /// The files with these inode numbers, which the action made, may be the worker's now.
+    pub fn taken_over(&mut self, mut inodes: Vec<u64>) {
+        inodes.sort_unstable();
+        self.taken_over = inodes;
+    }
+
     /// The action ran as root or as the worker, and may have changed anything in place (I2).
     pub fn distrust_user(&mut self) {
         self.trusted = false;
@@ -534,9 +555,15 @@ impl Drop for InputRoot {
         if let Some(gate) = self.gate.take() {
             self.shared.pool.lock().dirty += 1;
             let shared = self.shared.clone();
-            let kept = self.kept.take().filter(|_| self.trusted);
-            let (generation, ready) = (self.generation, self.ready);
-            let clean = move || shared.clean(gate, kept, generation, ready);
+            // A thread that panics may not have told what it took over.
+            let trusted = self.trusted && !std::thread::panicking();
+            let used = Used {
+                kept: self.kept.take().filter(|_| trusted),
+                generation: self.generation,
+                ready: self.ready,
+                taken_over: std::mem::take(&mut self.taken_over),
+            };
+            let clean = move || shared.clean(gate, used);
             match tokio::runtime::Handle::try_current() {
                 Ok(runtime) => drop(runtime.spawn_blocking(clean)),
                 Err(_) => clean(),
@@ -580,9 +607,11 @@ impl Shared {
         self.sequence.fetch_add(1, Ordering::Relaxed).to_string()
     }
 
-    /// Whether a root of this size is kept after its action.
-    fn holds(&self, tree: &Node) -> bool {
-        self.keeping.is_on(Instant::now()) && tree.directories <= self.budget / 2
+    /// Whether a root of this size, of files that are made so, is kept after its action.
+    fn holds(&self, tree: &Node, method: Method) -> bool {
+        method != Method::Copy
+            && self.keeping.is_on(Instant::now())
+            && tree.directories <= self.budget / 2
     }
 
     fn input_root(self: &Arc<Self>, root: Root) -> InputRoot {
@@ -595,6 +624,7 @@ impl Shared {
             ready: now(),
             trusted: true,
             watched: None,
+            taken_over: Vec::new(),
         }
     }
 
@@ -609,13 +639,20 @@ impl Shared {
         now
     }
 
-    fn planned(self: &Arc<Self>, root: Root, tree: &Tree, hold: bool, alterations: u64) -> Planned {
+    fn planned(
+        self: &Arc<Self>,
+        root: Root,
+        tree: &Tree,
+        hold: bool,
+        method: Method,
+        alterations: u64,
+    ) -> Planned {
         let began = Instant::now();
         let mut pool = self.pool.lock();
-        let old = root.kept.node.clone();
-        let rewrite = plan::compare(&old, tree, &|digest| hold && pool.has(digest));
+        let old = root.kept.top.node.clone();
+        let rewrite = plan::compare(&old, tree, &|digest| hold && pool.has(method, digest));
         let plan = plan::resolve(&old, rewrite, &mut |digest| match hold {
-            true => pool.take(digest),
+            true => pool.take(method, digest),
             false => None,
         });
         drop(pool);
@@ -625,7 +662,7 @@ impl Shared {
             tree: tree.clone(),
             work: Some((root, plan)),
             hold,
-            inputs: Inputs::Shared,
+            method,
             alterations,
             spent: began.elapsed(),
         }

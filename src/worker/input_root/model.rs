@@ -13,12 +13,20 @@ use rustix::{
     io::Errno,
 };
 
-use crate::worker::{cache::Links, tree::Tree};
+use super::inodes::Inodes;
+use crate::worker::{
+    cache::{LinkKind, Links, Method},
+    directories::Directory,
+    tree::Tree,
+};
 
 /// Of every directory in an input root, and of every input file: 2000-01-01T00:00:00Z.
 pub const MTIME: i64 = 946_684_800;
-/// Directories never shrink on ext4; one that grew beyond this is not used again.
-const LARGEST_DIRECTORY: i64 = 256 << 10;
+/// Bytes that a directory may take whatever is in it.
+const DIRECTORY_SIZE: u64 = 256 << 10;
+/// Bytes that an entry may take besides its name: those of ext4 take 8 and padding, in blocks of which
+/// half may be empty; of xfs 24 in all that is not its name; of btrfs and tmpfs fewer.
+const ENTRY_SIZE: u64 = 24;
 
 /// An open directory (O_PATH), counted as long as it is open.
 pub struct Place {
@@ -69,6 +77,15 @@ impl Baseline {
     }
 }
 
+/// A whole root as the worker left it.
+pub struct KeptRoot {
+    pub top: Kept,
+    /// Those that its files have.
+    pub inodes: Inodes,
+    /// How its files were made.
+    pub method: Method,
+}
+
 /// A directory as the worker left it.
 pub struct Kept {
     pub node: Tree,
@@ -83,11 +100,17 @@ pub struct Kept {
     pub children: Vec<Kept>,
 }
 
-/// Owner, mode and size of a directory that the worker made.
+/// Owner and mode of a directory that the worker made.
 pub fn is_as_made(stat: &Stat, mode: u32) -> bool {
-    stat.st_uid == rustix::process::geteuid().as_raw()
-        && stat.st_mode & 0o7777 == mode
-        && stat.st_size <= LARGEST_DIRECTORY
+    stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_mode & 0o7777 == mode
+}
+
+/// Whether somebody had far more entries in a directory than it is to have. Directories never shrink
+/// on ext4, so that whoever lists it would read all that room.
+pub fn is_blown_up(stat: &Stat, wanted: &Directory) -> bool {
+    let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
+    // Few are larger, so that the names of few are summed up.
+    size > DIRECTORY_SIZE && size > DIRECTORY_SIZE + wanted.size_on_disk(ENTRY_SIZE) * 2
 }
 
 /// What can be told of a directory without reading it; an error when it is not as the worker makes
@@ -125,6 +148,20 @@ pub fn set_mtime(directory: BorrowedFd<'_>) -> Result<(), Errno> {
 pub fn look(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
     let stat = rustix::fs::fstat(directory)?;
     Ok((stat.st_ino, baseline(&stat)?))
+}
+
+impl Inodes {
+    /// What is in a directory and beneath it is no part of the root any more.
+    pub fn free_all(&mut self, kept: &Kept) {
+        for link in &kept.links.of {
+            if let LinkKind::HardLink(file, number) = link.kind() {
+                self.free(file, number);
+            }
+        }
+        for child in &kept.children {
+            self.free_all(child);
+        }
+    }
 }
 
 impl Kept {

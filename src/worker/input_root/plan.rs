@@ -89,7 +89,9 @@ pub struct Plan<P> {
     pub taken: Vec<P>,
     /// How many subtrees are dropped.
     pub dropped: u32,
-    /// The files that are linked, with repetitions.
+    /// The numbers of those that come to other places.
+    pub moved: Vec<u32>,
+    /// The files that are linked, with repetitions; empty ones are made of nothing.
     pub links: Vec<Key>,
 }
 
@@ -265,6 +267,7 @@ impl<'a, P> Resolver<'a, P> {
                 made: Vec::new(),
                 taken: Vec::new(),
                 dropped: 0,
+                moved: Vec::new(),
                 links: Vec::new(),
             },
         }
@@ -292,7 +295,7 @@ impl<'a, P> Resolver<'a, P> {
     fn resolve(&mut self, rewrite: &mut Rewrite) {
         let files = rewrite.node.directory.files.iter().zip(&rewrite.files);
         let new = files.filter(|(_, source)| **source == Source::New);
-        self.plan.links.extend(new.map(|(file, _)| file.key));
+        self.link(new.map(|(file, _)| file.key));
         let node = rewrite.node.clone();
         for (child, node) in rewrite.children.iter_mut().zip(&node.children) {
             match child {
@@ -303,9 +306,15 @@ impl<'a, P> Resolver<'a, P> {
         }
     }
 
+    fn link(&mut self, files: impl Iterator<Item = Key>) {
+        let links = &mut self.plan.links;
+        links.extend(files.filter(|key| key.digest.size() > 0));
+    }
+
     fn origin(&mut self, node: &Tree) -> Origin {
         if node.entries > 0 {
             if let Some(number) = self.moved.get_mut(&node.digest).and_then(Vec::pop) {
+                self.plan.moved.push(number);
                 return Origin::Moved(number);
             }
             if let Some(parked) = (self.take)(&node.digest) {
@@ -318,8 +327,7 @@ impl<'a, P> Resolver<'a, P> {
             node: node.clone(),
             children: Vec::new(),
         });
-        let files = node.directory.files.iter().map(|file| file.key);
-        self.plan.links.extend(files);
+        self.link(node.directory.files.iter().map(|file| file.key));
         let children = node
             .children
             .iter()
@@ -496,6 +504,7 @@ mod tests {
                     assert_eq!(self.plan.taken[i as usize].digest, wanted.digest);
                 }
                 Origin::Moved(i) => {
+                    assert!(self.plan.moved.contains(&i));
                     let moved = self.dropped[i as usize].take().expect("moved once");
                     assert_eq!(moved.digest, wanted.digest);
                 }

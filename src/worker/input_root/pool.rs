@@ -13,10 +13,13 @@ use rustix::io::Errno;
 
 use super::{
     Gate, Shared,
-    model::{self, Kept},
+    model::{self, Kept, KeptRoot},
     plan,
 };
-use crate::{digest::Digest, worker::tree::Tree};
+use crate::{
+    digest::Digest,
+    worker::{cache::Method, tree::Tree},
+};
 
 /// Subtrees that are parked at a time.
 const PARKED: usize = 10_000;
@@ -26,7 +29,7 @@ const LOOKS: u32 = 200;
 /// A root that no action has.
 pub struct Root {
     pub gate: Gate,
-    pub kept: Kept,
+    pub kept: KeptRoot,
     /// Of `Shared::generation`.
     pub generation: u64,
 }
@@ -34,9 +37,17 @@ pub struct Root {
 /// A subtree, beside the roots.
 pub struct Parked {
     pub kept: Kept,
+    /// How its files were made.
+    pub method: Method,
     /// In the directory for parked ones.
     pub name: String,
     pub generation: u64,
+}
+
+impl Root {
+    pub fn is_empty(&self) -> bool {
+        self.kept.top.node.entries == 0
+    }
 }
 
 #[derive(Default)]
@@ -46,20 +57,20 @@ pub struct Pool {
     /// Roots being cleaned.
     pub dirty: usize,
     parked: BTreeMap<u64, Parked>,
-    by_digest: HashMap<Digest, Vec<u64>>,
+    by_digest: HashMap<(Method, Digest), Vec<u64>>,
     sequence: u64,
 }
 
 impl Pool {
-    pub fn has(&self, digest: &Digest) -> bool {
-        self.by_digest.contains_key(digest)
+    pub fn has(&self, method: Method, digest: &Digest) -> bool {
+        self.by_digest.contains_key(&(method, *digest))
     }
 
-    pub fn take(&mut self, digest: &Digest) -> Option<Parked> {
-        let numbers = self.by_digest.get_mut(digest)?;
+    pub fn take(&mut self, method: Method, digest: &Digest) -> Option<Parked> {
+        let numbers = self.by_digest.get_mut(&(method, *digest))?;
         let number = numbers.pop()?;
         if numbers.is_empty() {
-            self.by_digest.remove(digest);
+            self.by_digest.remove(&(method, *digest));
         }
         self.parked.remove(&number)
     }
@@ -67,7 +78,8 @@ impl Pool {
     /// Adds a subtree; returns one that had to go for it.
     pub fn put(&mut self, parked: Parked) -> Option<Parked> {
         self.sequence += 1;
-        let numbers = self.by_digest.entry(parked.kept.node.digest).or_default();
+        let key = (parked.method, parked.kept.node.digest);
+        let numbers = self.by_digest.entry(key).or_default();
         numbers.push(self.sequence);
         self.parked.insert(self.sequence, parked);
         match self.parked.len() > PARKED {
@@ -78,25 +90,28 @@ impl Pool {
 
     pub fn take_oldest(&mut self) -> Option<Parked> {
         let (number, parked) = self.parked.pop_first()?;
-        let digest = parked.kept.node.digest;
-        if let Some(numbers) = self.by_digest.get_mut(&digest) {
+        let key = (parked.method, parked.kept.node.digest);
+        if let Some(numbers) = self.by_digest.get_mut(&key) {
             numbers.retain(|other| *other != number);
             if numbers.is_empty() {
-                self.by_digest.remove(&digest);
+                self.by_digest.remove(&key);
             }
         }
         Some(parked)
     }
 
     /// The root that shares most with the wanted one; an empty one rather than one that shares
-    /// nothing; then the longest unused.
-    fn choose(&mut self, wanted: &Tree) -> Option<Root> {
+    /// nothing; then the longest unused. None whose files were made in another way.
+    fn choose(&mut self, method: Method, wanted: &Tree) -> Option<Root> {
         let score = |root: &Root| {
-            let shared = plan::shared(&root.kept.node, wanted, &mut LOOKS.clone());
-            (shared, root.kept.node.entries == 0)
+            let shared = plan::shared(&root.kept.top.node, wanted, &mut LOOKS.clone());
+            (shared, root.is_empty())
         };
         let mut best: Option<(usize, (u64, bool))> = None;
         for (at, root) in self.ready.iter().enumerate() {
+            if root.kept.method != method && !root.is_empty() {
+                continue;
+            }
             let score = score(root);
             if best.is_none_or(|(_, highest)| score > highest) {
                 best = Some((at, score));
@@ -107,18 +122,15 @@ impl Pool {
     }
 
     /// The root that suits a tree best; an empty one where none is given.
-    pub fn pick(&mut self, wanted: Option<&Tree>) -> Option<Root> {
+    pub fn pick(&mut self, wanted: Option<(Method, &Tree)>) -> Option<Root> {
         match wanted {
-            Some(tree) => self.choose(tree),
+            Some((method, tree)) => self.choose(method, tree),
             None => self.take_empty(),
         }
     }
 
     fn take_empty(&mut self) -> Option<Root> {
-        let at = self
-            .ready
-            .iter()
-            .position(|root| root.kept.node.entries == 0)?;
+        let at = self.ready.iter().position(Root::is_empty)?;
         Some(self.ready.remove(at))
     }
 }
@@ -130,11 +142,13 @@ impl Shared {
         parent: BorrowedFd<'_>,
         name: &str,
         kept: Kept,
+        method: Method,
     ) -> Result<Parked, Errno> {
         let parked = self.next_name();
         rustix::fs::renameat(parent, name, &self.parked, &parked)?;
         Ok(Parked {
             kept,
+            method,
             name: parked,
             generation: self.generation(),
         })
@@ -198,10 +212,7 @@ impl Shared {
             self.throw_away(parked);
             return true;
         }
-        let warm = pool
-            .ready
-            .iter()
-            .position(|root| root.kept.node.entries > 0);
+        let warm = pool.ready.iter().position(|root| !root.is_empty());
         let root = warm.map(|at| pool.ready.remove(at));
         drop(pool);
         match root {

@@ -5,9 +5,11 @@
 //! baseline has the entries that the worker left (I6): the same names lead to the same inodes. Files
 //! cannot have changed, since they are read-only and the worker's (I1); symbolic links cannot change
 //! at all; subdirectories are looked at in turn. Where ctime tells of a change, the directory is
-//! read: what is foreign goes (I4), what is missing comes again. Inode numbers suffice to know
-//! entries by: the cache holds every inode that is linked from a kept root, so that no other file
-//! can have its number.
+//! read: what is foreign goes (I4), what is missing comes again. Inode numbers suffice to know hard
+//! links by: the cache holds every inode that is linked from a kept root, so that no other file can have
+//! its number. Of what nothing else holds, reflinks, empty files and symbolic links, an action that
+//! removed it may have got the number; but what an action makes is its own, and not the worker's (I2),
+//! which makes nothing in a root while an action has it, and remembers which outputs it took over.
 
 use std::{
     io,
@@ -20,15 +22,36 @@ use rustix::{
 };
 
 use super::{
-    Shared, lay_out,
+    Shared,
+    inodes::Inodes,
+    lay_out,
     lay_out::LayOutError,
     listing,
-    model::{self, Kept},
+    model::{self, Kept, KeptRoot},
 };
-use crate::worker::{cache::LinkError, removal};
+use crate::worker::{
+    cache::{self, LinkError, Method},
+    removal,
+};
 
 /// A directory that is read so often and still has foreign entries is being written to.
 const ROUNDS: u32 = 16;
+
+/// What the files of a root are made with.
+struct Files<'a> {
+    inodes: &'a mut Inodes,
+    method: Method,
+    /// Inode numbers of what is the worker's though the action made it, in their order.
+    taken_over: &'a [u64],
+}
+
+/// What became of a directory that the worker keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verified {
+    Good,
+    /// Others had so many entries in it that it is not worth being read any more.
+    BlownUp,
+}
 
 /// Which entries of a directory were found as they should be.
 struct Seen {
@@ -40,34 +63,78 @@ struct Seen {
 impl Shared {
     /// Repairs a root. `started` is when the action could begin (seconds since the epoch): baselines
     /// from about then are not trusted on kernels whose clock is coarse. On error nothing is known of
-    /// the root (I7). Returns how many directories were read.
-    pub(super) fn verify(&self, kept: &mut Kept, started: i64) -> io::Result<u64> {
-        let mut read = 0;
+    /// the root (I7). `BlownUp` is about the root itself; what is so beneath it is made again.
+    pub(super) fn verify_root(
+        &self,
+        root: &mut KeptRoot,
+        started: i64,
+        taken_over: &[u64],
+    ) -> io::Result<Verified> {
+        let mut files = Files {
+            inodes: &mut root.inodes,
+            method: root.method,
+            taken_over,
+        };
+        self.verify(&mut root.top, &mut files, started)
+    }
+
+    fn verify(&self, kept: &mut Kept, files: &mut Files<'_>, started: i64) -> io::Result<Verified> {
         let trusted = self.fine_clock
             || kept
                 .baseline
                 .is_some_and(|baseline| baseline.is_before(started - 1));
-        if !trusted || !kept.is_untouched() {
-            self.repair(kept)?;
-            read += 1;
+        if (!trusted || !kept.is_untouched()) && self.repair(kept, files)? == Verified::BlownUp {
+            return Ok(Verified::BlownUp);
         }
-        for child in &mut kept.children {
-            read += self.verify(child, started)?;
+        for i in 0..kept.children.len() {
+            if self.verify(&mut kept.children[i], files, started)? == Verified::BlownUp {
+                self.replace(kept, i, files)?;
+            }
         }
-        Ok(read)
+        Ok(Verified::Good)
     }
 
-    fn repair(&self, kept: &mut Kept) -> io::Result<()> {
+    /// Makes a subdirectory again that is itself as it should be, but too large to be used.
+    fn replace(&self, kept: &mut Kept, child: usize, files: &mut Files<'_>) -> io::Result<()> {
+        let place = kept.place.clone();
+        let name = kept.node.directory.directories[child].0.clone();
+        self.trash.try_throw(&*place, name.as_str())?;
+        self.make_child_again(kept, child, files)?;
+        kept.baseline = Some(model::settle(place.as_fd())?.1);
+        Ok(())
+    }
+
+    /// It is not in its place any more.
+    fn make_child_again(
+        &self,
+        kept: &mut Kept,
+        child: usize,
+        files: &mut Files<'_>,
+    ) -> io::Result<()> {
+        let place = kept.place.clone();
+        let name = kept.node.directory.directories[child].0.as_str();
+        let gone = &mut kept.children[child];
+        files.inodes.free_all(gone);
+        let (inodes, method) = (&mut *files.inodes, files.method);
+        let made = self.make_again(place.as_fd(), name, &gone.node, inodes, method);
+        *gone = made.map_err(disk)?;
+        Ok(())
+    }
+
+    fn repair(&self, kept: &mut Kept, files: &mut Files<'_>) -> io::Result<Verified> {
         let place = kept.place.clone();
         let stat = rustix::fs::fstat(&*place)?;
         if stat.st_ino != kept.inode || stat.st_nlink == 0 {
             return Err(Errno::STALE.into());
         }
+        if model::is_blown_up(&stat, &kept.node.directory) {
+            return Ok(Verified::BlownUp);
+        }
         let directory = listing(&*place, ".")?;
         let mut entries = Dir::read_from(&directory)?;
         let mut rounds = 0;
         let seen = loop {
-            let (seen, foreign) = self.sweep(kept, &mut entries, directory.as_fd())?;
+            let (seen, foreign) = self.sweep(kept, files, &mut entries, directory.as_fd())?;
             if !foreign {
                 break seen;
             }
@@ -77,20 +144,21 @@ impl Shared {
             }
             entries.rewind();
         };
-        self.add_missing(kept, &seen)?;
+        self.add_missing(kept, &seen, files)?;
         remove_attributes(directory.as_fd())?;
         let (inode, baseline) = model::settle(place.as_fd())?;
         if inode != kept.inode {
             return Err(Errno::STALE.into());
         }
         kept.baseline = Some(baseline);
-        Ok(())
+        Ok(Verified::Good)
     }
 
     /// Reads a directory once and removes what is foreign; tells whether there was any.
     fn sweep(
         &self,
         kept: &Kept,
+        files: &Files<'_>,
         entries: &mut Dir,
         fd: BorrowedFd<'_>,
     ) -> io::Result<(Seen, bool)> {
@@ -113,52 +181,43 @@ impl Shared {
                 kind = FileType::from_raw_mode(stat.st_mode);
             }
             // A name that is not UTF-8 is none of ours.
-            let known = name.to_str().ok().is_some_and(|name| {
-                let mark = |at: Result<usize, usize>,
-                            inode: &dyn Fn(usize) -> u64,
-                            seen: &mut Vec<bool>| {
-                    at.is_ok_and(|at| {
-                        let same = inode(at) == entry.ino();
-                        seen[at] |= same;
-                        same
-                    })
+            let at = name.to_str().ok().and_then(|name| {
+                let found = match kind {
+                    FileType::RegularFile => directory
+                        .files
+                        .binary_search_by(|file| file.name.as_str().cmp(name)),
+                    FileType::Symlink => directory
+                        .symlinks
+                        .binary_search_by(|link| link.0.as_str().cmp(name)),
+                    FileType::Directory => directory
+                        .directories
+                        .binary_search_by(|entry| entry.0.as_str().cmp(name)),
+                    _ => return None,
                 };
-                match kind {
-                    FileType::RegularFile => mark(
-                        directory
-                            .files
-                            .binary_search_by(|file| file.name.as_str().cmp(name)),
-                        &|at| kept.links.of[at].inode,
-                        &mut seen.files,
-                    ),
-                    FileType::Symlink => mark(
-                        directory
-                            .symlinks
-                            .binary_search_by(|link| link.0.as_str().cmp(name)),
-                        &|at| kept.symlinks[at],
-                        &mut seen.symlinks,
-                    ),
-                    FileType::Directory => mark(
-                        directory
-                            .directories
-                            .binary_search_by(|entry| entry.0.as_str().cmp(name)),
-                        &|at| kept.children[at].inode,
-                        &mut seen.children,
-                    ),
-                    _ => false,
-                }
+                found.ok()
             });
-            if known {
-                // The numbers of symbolic links are held by nobody: an action's may have one.
-                let is_ours = kind != FileType::Symlink || is_the_workers(fd, name)?;
-                if is_ours {
+            if let Some(at) = at {
+                // Whether an action's file may have the number of the inode, which nothing else holds.
+                let (inode, seen, doubtful) = match kind {
+                    FileType::RegularFile => {
+                        let link = &kept.links.of[at];
+                        (link.inode, &mut seen.files, link.is_of_its_own())
+                    }
+                    FileType::Symlink => (kept.symlinks[at], &mut seen.symlinks, true),
+                    _ => (kept.children[at].inode, &mut seen.children, false),
+                };
+                let is_ours = |inode: u64| -> io::Result<bool> {
+                    let other = files.taken_over.binary_search(&inode).is_ok();
+                    Ok(!other && is_the_workers(fd, name)?)
+                };
+                if inode == entry.ino() && (!doubtful || is_ours(inode)?) {
+                    seen[at] = true;
                     continue;
                 }
             }
             foreign = true;
             self.remove_foreign(fd, name, kind)?;
         }
-        // An action's symbolic link was marked before it was removed; the next round marks right.
         Ok((seen, foreign))
     }
 
@@ -190,7 +249,7 @@ impl Shared {
         }
     }
 
-    fn add_missing(&self, kept: &mut Kept, seen: &Seen) -> io::Result<()> {
+    fn add_missing(&self, kept: &mut Kept, seen: &Seen, files: &mut Files<'_>) -> io::Result<()> {
         let directory = kept.node.directory.clone();
         let place = kept.place.clone();
         let mut buffer = String::new();
@@ -199,39 +258,54 @@ impl Shared {
                 continue;
             }
             let (name, link) = (file.name.as_str(), &mut kept.links.of[at]);
-            let linked = self
-                .cache
-                .link(&file.key, link, place.as_fd(), name, &mut buffer);
+            let instead = |file, full| files.inodes.instead(file, full);
+            let (cache, directory) = (&self.cache, place.as_fd());
+            let linked = lay_out::link(
+                cache,
+                &file.key,
+                link,
+                directory,
+                name,
+                &mut buffer,
+                instead,
+            );
             linked.map_err(|error| match error {
                 LinkError::Vanished => io::ErrorKind::NotFound.into(),
+                LinkError::Full => Errno::MLINK.into(),
                 LinkError::Other(error) => error,
             })?;
         }
-        let disk = |error: LayOutError| match error {
-            LayOutError::Vanished(_) => io::ErrorKind::NotFound.into(),
-            LayOutError::Disk(_, error) => error,
-        };
         for (at, (name, target)) in directory.symlinks.iter().enumerate() {
             if !seen.symlinks[at] {
                 let made = lay_out::make_symlink(place.as_fd(), name.as_str(), target);
                 kept.symlinks[at] = made.map_err(disk)?;
             }
         }
-        for (at, (name, _)) in directory.directories.iter().enumerate() {
+        for at in 0..directory.directories.len() {
             if !seen.children[at] {
                 // What it was lies elsewhere, where it is foreign, or is gone.
-                let node = kept.node.children[at].clone();
-                let made = self.make_again(place.as_fd(), name.as_str(), &node);
-                kept.children[at] = made.map_err(disk)?;
+                self.make_child_again(kept, at, files)?;
             }
         }
         Ok(())
     }
 }
 
+fn disk(error: LayOutError) -> io::Error {
+    match error {
+        LayOutError::Vanished(_) => io::ErrorKind::NotFound.into(),
+        LayOutError::Disk(_, error) => error,
+    }
+}
+
+/// Whether an entry is the worker's, whose names no action can give to what is its own.
 fn is_the_workers(fd: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<bool> {
     let stat = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
-    Ok(stat.st_uid == rustix::process::geteuid().as_raw())
+    let owner = rustix::process::geteuid().as_raw();
+    Ok(match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => cache::is_the_workers(&stat),
+        _ => stat.st_uid == owner,
+    })
 }
 
 /// Whoever may write to a directory may set attributes of it (xattr(7)).

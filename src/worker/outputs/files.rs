@@ -108,6 +108,9 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
         if (stat.st_uid == worker || stat.st_uid == 0) && !cache::is_the_workers(stat) {
             self.found.by_a_privileged_user = true;
         }
+        if stat.st_uid != worker {
+            self.found.taken_over.push(stat.st_ino);
+        }
         Opened {
             sealed: cache::seal(&file, executable),
             file: Arc::new(file),

@@ -64,6 +64,8 @@ pub struct Found {
     /// Something was made by root or by the worker's own user, so that the action could have changed
     /// anything.
     pub by_a_privileged_user: bool,
+    /// Inode numbers of files that were the action's, and may be the worker's now.
+    pub taken_over: Vec<u64>,
 }
 
 /// Reads outputs, and hands blobs to `send` in batches.

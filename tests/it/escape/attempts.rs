@@ -10,7 +10,7 @@ pub struct Attempt {
     pub code: &'static str,
 }
 
-const fn attempt(layer: &'static str, name: &'static str, code: &'static str) -> Attempt {
+pub const fn attempt(layer: &'static str, name: &'static str, code: &'static str) -> Attempt {
     Attempt { name, layer, code }
 }
 
@@ -69,6 +69,17 @@ def any_of(*attempts):
         except (OSError, AssertionError, ValueError):
             pass
     raise AssertionError('none')
+
+def own():
+    "Becomes root in a user namespace, with mounts and processes of its own."
+    me = os.getuid()
+    call(272, 0x10000000 | 0x20000 | 0x20000000)
+    for path, text in (('setgroups', 'deny'), ('uid_map', '0 %d 1' % me), ('gid_map', '0 %d 1' % me)):
+        with open('/proc/self/' + path, 'w') as file:
+            file.write(text)
+    if child := os.fork():
+        # What the child says is said; its end is this one's.
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
 
 def stays():
     "What matters is what is left, not what happens."

@@ -32,7 +32,10 @@ async fn the_environment_is_exactly_what_was_sent_and_tmpdir() {
     if !is_root() {
         return;
     }
-    let farm = Farm::start().await;
+    let farm = Farm::start_in("/tmp", |config| {
+        config.set_default_environment_variables = false;
+    })
+    .await;
     let slot = farm.slot();
     let mut request = slot.request(&["/usr/bin/env"]);
     request.environment_variables = BTreeMap::from([("FOO".to_owned(), "b ar".to_owned())]);
@@ -64,7 +67,7 @@ async fn commands_that_cannot_be_started_are_the_clients_fault() {
         (
             vec!["nonexistent_command"],
             None,
-            "Cannot find executable \"nonexistent_command\" in search paths \"\"",
+            "Cannot find executable \"nonexistent_command\" in search paths \"/usr/local/sbin:",
         ),
         (
             vec!["sh", "-c", "exit 123"],

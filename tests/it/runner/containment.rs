@@ -423,3 +423,31 @@ async fn rooms_that_were_killed_before_an_action_came_are_passed_over() {
     assert_eq!(farm.sh("exit 3").await.code, 3);
     farm.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_action_sees_its_own_control_group_and_no_other() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start().await;
+    if groups(farm.first).is_empty() {
+        eprintln!("skipped: there are no control groups of version 2 here");
+        return;
+    }
+    let ended = farm
+        .sh(
+            "cat /proc/self/cgroup; echo; find /sys/fs/cgroup -name cgroup.procs; \
+             grep -c . /sys/fs/cgroup/cgroup.procs; touch /sys/fs/cgroup/x 2>/dev/null; \
+             mkdir /sys/fs/cgroup/x 2>/dev/null; ls -d /sys/fs/cgroup/x",
+        )
+        .await;
+    let (paths, files) = ended.stdout.split_once("\n\n").unwrap();
+    for line in paths.lines() {
+        assert!(line.ends_with(":/"), "{line}");
+    }
+    let (file, processes) = files.trim().split_once('\n').unwrap();
+    assert_eq!(file, "/sys/fs/cgroup/cgroup.procs", "{ended:?}");
+    // The first process of its namespace, the shell, grep.
+    assert_eq!(processes, "3", "{ended:?}");
+    farm.stop().await;
+}

@@ -206,7 +206,11 @@ async fn required_control_groups_keep_the_limits_or_the_check_says_which_they_do
         .iter()
         .flatten()
         .any(|names| names.split_whitespace().any(|name| name == "memory"));
-    let failures = runner::probe(&config).await;
+    let loaded = bb_remote_execution::config::examine::<Config>(directory.path(), true);
+    let host = daemon::Host::of("bb_runner", directory.path(), &loaded);
+    let mut findings = daemon::Findings::default();
+    runner::probe(&config, &host, &mut findings).await;
+    let failures = findings.failures();
     let told = failures
         .iter()
         .any(|failure| failure.to_string().contains("limits.memory"));

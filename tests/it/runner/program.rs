@@ -294,3 +294,121 @@ async fn a_runner_that_was_killed_leaves_nothing_after_the_next_start() {
     daemon.terminate();
     assert_eq!(groups(first), Vec::<PathBuf>::new());
 }
+
+/// setpriv(1) with the capabilities that the unit leaves to the daemon, and no others.
+fn capabilities_of_the_unit() -> [String; 3] {
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/systemd/bb-runner.service");
+    let unit = fs::read_to_string(unit).unwrap();
+    let names = unit
+        .lines()
+        .filter_map(|line| line.strip_prefix("CapabilityBoundingSet="))
+        .flat_map(str::split_whitespace)
+        .map(|name| format!(",+{}", name.trim_start_matches("CAP_").to_lowercase()));
+    let set = names.fold("--bounding-set=-all".to_owned(), |set, name| set + &name);
+    assert!(set.contains("+sys_admin"), "{set}");
+    ["setpriv".to_owned(), set, "--no-new-privs".to_owned()]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_units_capabilities_every_action_starts_however_many_at_once() {
+    if !is_root() {
+        return;
+    }
+    const AT_ONCE: usize = 8;
+    const EACH: usize = 100;
+    let (directory, first) = program_directory();
+    let prefix = capabilities_of_the_unit();
+    let prefix = prefix.each_ref().map(String::as_str);
+    let daemon = Daemon::start(&prefix, directory.path());
+    let client = connect(directory.path()).await;
+    let build = directory.path().join("build");
+    let mut calls = tokio::task::JoinSet::new();
+    for slot in 0..AT_ONCE {
+        let (build, mut client) = (build.clone(), client.clone());
+        calls.spawn(async move {
+            let mut failed = Vec::new();
+            for number in 0..EACH {
+                let number = u32::try_from(slot * EACH + number).unwrap();
+                let slot = Slot::make(&build, number, first + WORKER);
+                // Others' load: the machine's processors are taken when the next one starts.
+                let script = [
+                    "/bin/sh",
+                    "-c",
+                    "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); done",
+                ];
+                if let Err(status) = client.run(slot.request(&script)).await {
+                    failed.push(status);
+                }
+            }
+            failed
+        });
+    }
+    let failed: Vec<Status> = calls.join_all().await.into_iter().flatten().collect();
+    assert!(
+        failed.is_empty(),
+        "{} of {}: {:?}",
+        failed.len(),
+        AT_ONCE * EACH,
+        failed[0]
+    );
+    daemon.terminate();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_runners_never_share_users_even_with_a_run_directory_each() {
+    if !is_root() {
+        return;
+    }
+    let (directory, _) = program_directory();
+    let daemon = Daemon::start(&[], directory.path());
+    connect(directory.path()).await;
+    let other = directory.path().join("other");
+    fs::create_dir(&other).unwrap();
+    let text = fs::read_to_string(directory.path().join("bb_runner.toml")).unwrap();
+    let text = text.replace("runner.sock", "other/runner.sock");
+    fs::write(other.join("bb_runner.toml"), text).unwrap();
+    let prefix = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        "mount -t tmpfs none /run && exec \"$@\"",
+        "sh",
+    ];
+    let output = program(&prefix, &other).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    if !Path::new("/sys/fs/cgroup/cgroup.procs").exists()
+        && !Path::new("/sys/fs/cgroup/unified/cgroup.procs").exists()
+    {
+        eprintln!("skipped: there are no control groups of version 2 here");
+        return;
+    }
+    assert_eq!(output.status.code(), Some(78), "{said}");
+    assert!(said.contains("users.first"), "{said}");
+    assert!(said.contains("another bb_runner"), "{said}");
+    daemon.terminate();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_small_soft_limit_of_descriptors_limits_no_actions_and_is_not_theirs() {
+    if !is_root() {
+        return;
+    }
+    let (directory, first) = program_directory();
+    let daemon = Daemon::start(&["prlimit", "--nofile=48:"], directory.path());
+    let client = connect(directory.path()).await;
+    let build = directory.path().join("build");
+    let mut calls = tokio::task::JoinSet::new();
+    for number in 0..8 {
+        let (mut client, slot) = (client.clone(), Slot::make(&build, number, first + WORKER));
+        calls.spawn(async move {
+            let script = "sleep 0.5; ulimit -Sn";
+            let response = client.run(slot.request(&["/bin/sh", "-c", script])).await;
+            Ended::new(&response.unwrap().into_inner(), &slot).stdout
+        });
+    }
+    for said in calls.join_all().await {
+        assert_eq!(said, "1024\n");
+    }
+    daemon.terminate();
+}

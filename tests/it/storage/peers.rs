@@ -45,26 +45,43 @@ use super::{ANYWHERE, Child, GIB, content, instance, sha256};
 
 /// How a peer misbehaves.
 #[derive(Default)]
-struct Manners {
-    max_batch: i64,
+pub struct Manners {
+    pub max_batch: i64,
+    /// What it takes in one call without having announced it; 0 is everything.
+    pub secret_limit: usize,
+    /// Calls that it refused for their size.
+    pub refused: AtomicUsize,
+    /// It never says what it can.
+    pub taciturn: bool,
+    /// How often it was asked what it can.
+    pub asked: AtomicUsize,
+    /// Streams that were opened, and so many of them say nothing.
+    pub streams: AtomicUsize,
+    pub silent_streams: AtomicUsize,
+    /// Between two pieces of a stream.
+    pub pause: Duration,
     /// So many answers have a wrong content.
-    corrupt: AtomicUsize,
+    pub corrupt: AtomicUsize,
     /// So many calls fail, or break off in the middle.
-    fail: AtomicUsize,
-    status: Option<tonic::Code>,
-    delay: Duration,
-    blobs: HashMap<Digest, Vec<u8>>,
-    reads: AtomicUsize,
-    largest_batch: AtomicUsize,
+    pub fail: AtomicUsize,
+    pub status: Option<tonic::Code>,
+    pub delay: Duration,
+    pub blobs: HashMap<Digest, Vec<u8>>,
+    pub reads: AtomicUsize,
+    pub largest_batch: AtomicUsize,
     /// A write is answered with this.
-    committed: i64,
+    pub committed: i64,
 }
 
 #[derive(Clone)]
-struct Peer(Arc<Manners>);
+pub struct Peer(pub Arc<Manners>);
 
 impl Peer {
-    async fn start(self) -> (Client, CancellationToken) {
+    pub async fn start(self) -> (Client, CancellationToken) {
+        self.start_with(Options::default()).await
+    }
+
+    pub async fn start_with(self, options: Options) -> (Client, CancellationToken) {
         let address = ListenAddress::Tcp(ANYWHERE);
         let listener = daemon::listen("", "listen", &address, None).unwrap();
         let endpoint = Endpoint::Tcp(listener.address());
@@ -80,8 +97,20 @@ impl Peer {
             stop.clone(),
             Duration::ZERO,
         ));
-        let client = Client::connect(&endpoint, &endpoint, Options::default());
+        let client = Client::connect(&endpoint, &endpoint, options);
         (client, stop)
+    }
+
+    /// As bb_storage does with its maximum_message_size_bytes.
+    fn take_size(&self, size: usize) -> Result<(), Status> {
+        let limit = self.0.secret_limit;
+        if limit == 0 || size <= limit {
+            return Ok(());
+        }
+        self.0.refused.fetch_add(1, Ordering::SeqCst);
+        Err(Status::invalid_argument(format!(
+            "Attempted to read a total of at least {size} bytes, while a maximum of {limit} bytes is permitted"
+        )))
     }
 
     fn take(counter: &AtomicUsize) -> bool {
@@ -115,6 +144,7 @@ impl ContentAddressableStorage for Peer {
         request: Request<FindMissingBlobsRequest>,
     ) -> Result<Response<FindMissingBlobsResponse>, Status> {
         self.fail()?;
+        self.take_size(prost::Message::encoded_len(request.get_ref()))?;
         Ok(Response::new(FindMissingBlobsResponse {
             missing_blob_digests: request.into_inner().blob_digests,
         }))
@@ -126,6 +156,7 @@ impl ContentAddressableStorage for Peer {
     ) -> Result<Response<BatchUpdateBlobsResponse>, Status> {
         self.fail()?;
         let size = prost::Message::encoded_len(request.get_ref());
+        self.take_size(size)?;
         self.0.largest_batch.fetch_max(size, Ordering::SeqCst);
         let responses = request.into_inner().requests.into_iter();
         Ok(Response::new(BatchUpdateBlobsResponse {
@@ -145,6 +176,8 @@ impl ContentAddressableStorage for Peer {
         self.0.reads.fetch_add(1, Ordering::SeqCst);
         tokio::time::sleep(self.0.delay).await;
         self.fail()?;
+        let total: i64 = request.get_ref().digests.iter().map(|d| d.size_bytes).sum();
+        self.take_size(total as usize)?;
         let digests = request.into_inner().digests.into_iter();
         let mut responses: Vec<_> = digests
             .map(|digest| {
@@ -203,6 +236,10 @@ impl ByteStream for Peer {
         request: Request<ReadRequest>,
     ) -> Result<Response<Self::ReadStream>, Status> {
         self.0.reads.fetch_add(1, Ordering::SeqCst);
+        self.0.streams.fetch_add(1, Ordering::SeqCst);
+        if Self::take(&self.0.silent_streams) {
+            return Ok(Response::new(stream::pending().boxed()));
+        }
         let request = request.into_inner();
         let digest = ReadName::parse(&request.resource_name).unwrap().digest;
         let data = self.blob(&digest).ok_or_else(|| Status::not_found(""))?;
@@ -222,13 +259,19 @@ impl ByteStream for Peer {
             })
             .chain(broken.err().map(Err))
             .collect();
-        Ok(Response::new(stream::iter(pieces).boxed()))
+        let pause = self.0.pause;
+        let slowly = stream::iter(pieces).then(move |piece| async move {
+            tokio::time::sleep(pause).await;
+            piece
+        });
+        Ok(Response::new(slowly.boxed()))
     }
 
     async fn write(
         &self,
         _: Request<Streaming<WriteRequest>>,
     ) -> Result<Response<WriteResponse>, Status> {
+        self.0.streams.fetch_add(1, Ordering::SeqCst);
         self.fail()?;
         Ok(Response::new(WriteResponse {
             committed_size: self.0.committed,
@@ -249,6 +292,10 @@ impl Capabilities for Peer {
         &self,
         _: Request<GetCapabilitiesRequest>,
     ) -> Result<Response<ServerCapabilities>, Status> {
+        self.0.asked.fetch_add(1, Ordering::SeqCst);
+        if self.0.taciturn {
+            std::future::pending::<()>().await;
+        }
         Ok(Response::new(ServerCapabilities {
             cache_capabilities: Some(reapi::CacheCapabilities {
                 max_batch_total_size_bytes: self.0.max_batch,
@@ -259,7 +306,7 @@ impl Capabilities for Peer {
     }
 }
 
-fn with_blobs(blobs: &[Vec<u8>], manners: Manners) -> Peer {
+pub fn with_blobs(blobs: &[Vec<u8>], manners: Manners) -> Peer {
     let blobs = blobs
         .iter()
         .map(|data| (sha256(data), data.clone()))

@@ -10,6 +10,7 @@ use std::{
 };
 
 use bb_remote_execution::{
+    config::worker::Inputs,
     path::Component,
     proto::rpc::Code,
     worker::{
@@ -121,11 +122,17 @@ fn a_full_disk_costs_one_action_and_no_other() {
         let small = root_of(10, "content");
         drop(
             roots
-                .prepare(roots.plan(&small).unwrap(), &BTreeSet::new())
+                .prepare(
+                    roots.plan(&small, Inputs::Shared).unwrap(),
+                    &BTreeSet::new(),
+                )
                 .unwrap(),
         );
         let large = root_of(20_000, "content");
-        let failed = roots.prepare(roots.plan(&large).unwrap(), &BTreeSet::new());
+        let failed = roots.prepare(
+            roots.plan(&large, Inputs::Shared).unwrap(),
+            &BTreeSet::new(),
+        );
         match failed {
             Err(PrepareError::Fault(fault)) => {
                 assert_eq!(fault.status().code, Code::Unavailable as i32, "{fault}");
@@ -135,7 +142,7 @@ fn a_full_disk_costs_one_action_and_no_other() {
         }
         // What was made is removed in the background.
         for attempt in 0.. {
-            let planned = roots.plan(&small);
+            let planned = roots.plan(&small, Inputs::Shared);
             match planned.map(|planned| roots.prepare(planned, &BTreeSet::new())) {
                 Ok(Ok(root)) => {
                     let path = at.join("build").join(root.name()).join("root/3/f");
@@ -159,7 +166,7 @@ fn a_root_in_which_something_stirs_is_given_to_nobody() {
     )
     .unwrap();
     let prepare = || {
-        let planned = roots.plan(&root_of(3, "x")).unwrap();
+        let planned = roots.plan(&root_of(3, "x"), Inputs::Shared).unwrap();
         roots.prepare(planned, &BTreeSet::new()).unwrap()
     };
     let first = prepare();
@@ -216,4 +223,61 @@ async fn a_cached_file_that_vanishes_ends_trust_in_what_is_kept() {
     assert_eq!(code(&response), Code::Ok);
     let out = farm.read(&response.result.unwrap().stdout_digest).await;
     assert_eq!(out, b"onetwo");
+}
+
+fn directory_of(names: usize) -> Tree {
+    let mut inner = Directory {
+        files: (0..names)
+            .map(|i| File {
+                name: Component::parse(&format!("{i:0>120}")).unwrap(),
+                key: key("x"),
+            })
+            .collect(),
+        ..Default::default()
+    };
+    inner.sort();
+    let digest = FUNCTION.digest_of(format!("{inner:?}").as_bytes());
+    let root = Directory {
+        directories: vec![(Component::parse("d").unwrap(), digest)],
+        ..Default::default()
+    };
+    let root_digest = FUNCTION.digest_of(format!("{root:?}").as_bytes());
+    let found = HashMap::from([(digest, Arc::new(inner)), (root_digest, Arc::new(root))]);
+    tree::build(root_digest, &found, &HashMap::new()).unwrap().0
+}
+
+#[test]
+fn a_directory_may_be_as_large_as_its_message_says_and_not_much_larger() {
+    let place = tempfile::tempdir().unwrap();
+    let cache = cache_with(place.path(), "x");
+    let roots = Roots::open(&place.path().join("build"), cache, 1).unwrap();
+    let prepare = |names: usize| {
+        let planned = roots.plan(&directory_of(names), Inputs::Shared).unwrap();
+        let root = roots.prepare(planned, &BTreeSet::new()).unwrap();
+        let path = place.path().join("build").join(root.name()).join("root/d");
+        (root, path)
+    };
+    let links = || roots.counts().links.load(Ordering::Relaxed);
+    let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+    let (root, path) = prepare(5_000);
+    assert_eq!(fs::read_dir(&path).unwrap().count(), 5_000);
+    let (large, linked) = (inode(&path), links());
+    // The action writes to it, so that it is read afterwards; it stays what it is.
+    fs::write(path.join("new"), "").unwrap();
+    drop(root);
+    let (root, path) = prepare(5_000);
+    assert_eq!((inode(&path), links()), (large, linked));
+    drop(root);
+    // As few as that in a directory as large as that, or in one that an action blew up, are made anew.
+    let (root, path) = prepare(3);
+    for i in 0..9_000 {
+        fs::write(path.join(format!("{i:0>200}")), "").unwrap();
+    }
+    for i in 0..9_000 {
+        fs::remove_file(path.join(format!("{i:0>200}"))).unwrap();
+    }
+    drop(root);
+    let (_root, path) = prepare(3);
+    assert_eq!(fs::read_dir(&path).unwrap().count(), 3);
+    assert!(fs::metadata(&path).unwrap().len() <= 256 << 10);
 }

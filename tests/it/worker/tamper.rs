@@ -1,9 +1,9 @@
 //! What an action did to its root is not seen by the next one, whatever it did.
 //!
 //! An adversary, with the credentials of another user, does random things to one root after the
-//! other; each root is compared entry by entry with its Merkle tree before it is handed out. On
-//! ext4, xfs and btrfs in files where root may mount them and their tools are there; else where
-//! temporary files are. BB_TAMPER_OPERATIONS sets how many things it does, BB_TAMPER_SEED which.
+//! other; each root is compared entry by entry with its Merkle tree before it is handed out, and no
+//! two of its files may be one inode. On ext4, xfs and btrfs in files where root may mount them and
+//! their tools are there, by reflinks and by hard links; else where temporary files are. BB_TAMPER_OPERATIONS sets how many things it does, BB_TAMPER_SEED which.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -19,6 +19,7 @@ use std::{
 };
 
 use bb_remote_execution::{
+    config::worker::Inputs,
     digest::Digest,
     path::{Component, RelativePath},
     worker::{
@@ -35,14 +36,14 @@ use crate::harness::parts::{FileSystem, Random, keep, open_cache};
 const USER: u32 = 57_991;
 const MTIME: i64 = 946_684_800;
 
-#[derive(Clone)]
-enum Entry {
+#[derive(Clone, Debug)]
+pub enum Entry {
     File(usize, bool),
     Link(String),
     Directory(Entries),
 }
 
-type Entries = BTreeMap<String, Entry>;
+pub type Entries = BTreeMap<String, Entry>;
 
 fn name(random: &mut Random) -> String {
     match random.index(40) {
@@ -51,7 +52,7 @@ fn name(random: &mut Random) -> String {
     }
 }
 
-fn grow(random: &mut Random, depth: usize) -> Entries {
+pub fn grow(random: &mut Random, depth: usize) -> Entries {
     let mut entries = Entries::new();
     for _ in 0..random.index(9) {
         let entry = match random.index(10) {
@@ -65,7 +66,7 @@ fn grow(random: &mut Random, depth: usize) -> Entries {
 }
 
 /// Another tree that has most in common with this one.
-fn change(random: &mut Random, entries: &mut Entries) {
+pub fn change(random: &mut Random, entries: &mut Entries) {
     for _ in 0..1 + random.index(3) {
         let names: Vec<String> = entries.keys().cloned().collect();
         let some = names.get(random.index(names.len())).cloned();
@@ -90,20 +91,24 @@ fn change(random: &mut Random, entries: &mut Entries) {
     }
 }
 
-const CONTENTS: usize = 40;
+pub const CONTENTS: usize = 40;
 
-fn content(number: usize) -> String {
+/// The first one is empty.
+pub fn content(number: usize) -> String {
+    if number == 0 {
+        return String::new();
+    }
     format!("content {number} {}", "x".repeat(number * 37))
 }
 
-fn key(number: usize, executable: bool) -> Key {
+pub fn key(number: usize, executable: bool) -> Key {
     Key {
         digest: FUNCTION.digest_of(content(number).as_bytes()),
         executable,
     }
 }
 
-fn tree_of(entries: &Entries) -> Tree {
+pub fn tree_of(entries: &Entries) -> Tree {
     fn add(entries: &Entries, found: &mut HashMap<Digest, Arc<Directory>>) -> Digest {
         let mut directory = Directory::default();
         for (name, entry) in entries {
@@ -131,8 +136,22 @@ fn tree_of(entries: &Entries) -> Tree {
     tree::build(root, &found, &HashMap::new()).unwrap().0
 }
 
-/// Differences, in words.
-fn compare(path: &Path, node: &Node, owner: u32, extra: Option<&str>, told: &mut Vec<String>) {
+/// Differences of a root from its tree, in words. A directory in it may be beside the tree.
+pub fn compare_root(path: &Path, tree: &Tree, extra: Option<&str>) -> Vec<String> {
+    let owner = nix::unistd::geteuid().as_raw();
+    let (mut told, mut inodes) = (Vec::new(), BTreeSet::new());
+    compare(path, tree, owner, extra, &mut inodes, &mut told);
+    told
+}
+
+fn compare(
+    path: &Path,
+    node: &Node,
+    owner: u32,
+    extra: Option<&str>,
+    inodes: &mut BTreeSet<u64>,
+    told: &mut Vec<String>,
+) {
     let mut tell = |text: String| told.push(format!("{}: {text}", path.display()));
     let metadata = fs::symlink_metadata(path).unwrap();
     if (metadata.uid(), metadata.mode() & 0o7777, metadata.mtime()) != (owner, 0o777, MTIME) {
@@ -159,6 +178,9 @@ fn compare(path: &Path, node: &Node, owner: u32, extra: Option<&str>, told: &mut
         {
             tell(format!("another file {}: {metadata:?}", file.name));
         }
+        if !inodes.insert(metadata.ino()) {
+            tell(format!("another name of a file: {}", file.name));
+        }
     }
     for (name, target) in &node.directory.symlinks {
         let there = fs::read_link(path.join(name.as_str()));
@@ -175,7 +197,7 @@ fn compare(path: &Path, node: &Node, owner: u32, extra: Option<&str>, told: &mut
             told.push(format!("{}: no directory {name}", path.display()));
             continue;
         }
-        compare(&path.join(name.as_str()), child, owner, None, told);
+        compare(&path.join(name.as_str()), child, owner, None, inodes, told);
     }
     if !names.is_empty() {
         told.push(format!("{}: foreign {names:?}", path.display()));
@@ -305,7 +327,7 @@ fn fill(root: &Path) {
     }
 }
 
-fn run(place: &Path, what: &str, operations: usize, seed: u64) {
+fn run(place: &Path, what: &str, inputs: Inputs, operations: usize, seed: u64) {
     fs::set_permissions(place, fs::Permissions::from_mode(0o755)).unwrap();
     let cache = Arc::new(open_cache(place));
     for number in 0..CONTENTS {
@@ -314,7 +336,6 @@ fn run(place: &Path, what: &str, operations: usize, seed: u64) {
         }
     }
     let roots = Roots::open(&place.join("build"), cache.clone(), 2).unwrap();
-    let owner = nix::unistd::geteuid().as_raw();
     let mut random = Random(seed);
     let mut variants: Vec<Entries> = (0..4).map(|_| grow(&mut random, 4)).collect();
     let mut done = 0;
@@ -331,7 +352,7 @@ fn run(place: &Path, what: &str, operations: usize, seed: u64) {
             variants[at] = grow(&mut random, 4);
         }
         let tree = tree_of(&variants[at]);
-        let planned = roots.plan(&tree).unwrap();
+        let planned = roots.plan(&tree, inputs).unwrap();
         let parents: BTreeSet<RelativePath> = match random.index(2) {
             0 => BTreeSet::new(),
             _ => [RelativePath::resolve(&RelativePath::root(), "out put/below", "root").unwrap()]
@@ -340,13 +361,12 @@ fn run(place: &Path, what: &str, operations: usize, seed: u64) {
         let root = roots.prepare(planned, &parents).unwrap();
         let gate = place.join("build").join(root.name());
         let extra = (!parents.is_empty()).then_some("out put");
-        let mut told = Vec::new();
-        compare(&gate.join("root"), &tree, owner, extra, &mut told);
+        let told = compare_root(&gate.join("root"), &tree, extra);
         assert!(
             told.is_empty(),
             "{what}, seed {seed}, round {round}: {told:#?}"
         );
-        for part in ["tmp", "server_logs"] {
+        for part in ["tmp", "server_logs", "home"] {
             assert_eq!(fs::read_dir(gate.join(part)).unwrap().count(), 0);
         }
         // As the runner opens the gate.
@@ -418,12 +438,20 @@ fn nothing_that_an_action_did_is_seen_by_the_next() {
         ] {
             if let Some(mount) = FileSystem::mount(kind, 600, place.path(), options) {
                 mounted += 1;
-                run(&mount.at, kind, operations, seed);
+                run(&mount.at, kind, Inputs::Shared, operations, seed);
+                if kind != "ext4" {
+                    for left in ["cache", "build"] {
+                        fs::remove_dir_all(mount.at.join(left)).unwrap();
+                    }
+                    let what = format!("{kind} with hard links");
+                    run(&mount.at, &what, Inputs::HardLinks, operations, seed);
+                }
             }
         }
     }
     if mounted < 3 {
         let plain = tempfile::tempdir().unwrap();
-        run(plain.path(), "temporary directory", operations, seed);
+        let what = "temporary directory";
+        run(plain.path(), what, Inputs::Shared, operations, seed);
     }
 }

@@ -1,0 +1,278 @@
+//! What `--check` does: it reads the configuration as a start does, tries what a start needs, and
+//! tells all of it. Nothing is started or changed.
+//!
+//! 1. What is refused here, a start refuses too, or it warns of it in the same words.
+//! 2. What is good here, a start does not complain of.
+
+use std::{
+    fmt::Display,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use super::{EX_CONFIG, Failure, Program, holder, journal::complain, unit::Units};
+use crate::config::{self, Check, Complaints, Given, ListenAddress, Loaded};
+
+/// Whose configuration is looked at, where it lies, and on what host.
+#[derive(Clone, Debug)]
+pub struct Host {
+    pub program: &'static str,
+    pub path: PathBuf,
+    /// The path is the one that the program's unit uses.
+    pub is_default: bool,
+    pub table: toml::Table,
+    pub units: Units,
+}
+
+impl Host {
+    /// Of a configuration that lies at `path`, not where the program's unit looks for it.
+    pub fn of<C: Check>(program: &'static str, path: &Path, loaded: &Loaded<C>) -> Self {
+        Host {
+            program,
+            path: path.to_owned(),
+            is_default: false,
+            table: loaded.table.clone(),
+            units: Units::of(Path::new("/")),
+        }
+    }
+
+    pub fn given(&self) -> Given<'_> {
+        Given(&self.table)
+    }
+
+    /// The configuration of another of the three programs, if it lies beside this one and is right.
+    pub fn sibling<C: Check>(&self, program: &str) -> Option<C> {
+        let path = self.path.with_file_name(format!("{program}.toml"));
+        config::load(&path, false).ok()
+    }
+
+    /// The unit's time to stop, if it is not for ever: that of this host's unit, else the shipped one's.
+    pub fn stop_timeout(&self) -> Option<std::time::Duration> {
+        use super::unit::StopTimeout;
+        let unit = format!("{}.service", self.program.replace('_', "-"));
+        match self.is_default.then(|| self.units.stop_timeout(&unit)) {
+            Some(Some(StopTimeout::Infinite)) => None,
+            Some(Some(StopTimeout::After(limit))) => Some(limit),
+            _ => Some(SHIPPED_STOP_TIMEOUT),
+        }
+    }
+
+    /// What `shutdown.drain_timeout` must be shorter than, by some seconds.
+    pub fn check_drain(
+        &self,
+        drain: config::Duration,
+        more: config::Duration,
+        complaints: &mut Complaints,
+    ) {
+        if let Some(limit) = self.stop_timeout()
+            && drain.get() + more.get() >= limit
+        {
+            let unit = self.program.replace('_', "-");
+            let (key, sum) = match more.get().is_zero() {
+                true => ("shutdown.drain_timeout", String::new()),
+                false => (
+                    "shutdown.drain_timeout",
+                    format!(" together with termination_grace, {more},"),
+                ),
+            };
+            complaints.add(
+                key,
+                format!(
+                    "{drain}{sum} is not shorter than the {} that systemd gives the daemon to stop, \
+                     so that it would be killed; lower it, or raise TimeoutStopSec= with \"systemctl \
+                     edit {unit}.service\"",
+                    config::Duration(limit)
+                ),
+            );
+        }
+    }
+}
+
+/// As in packaging/systemd; a test compares them.
+pub const SHIPPED_STOP_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(90);
+
+/// What was tried, and what is wrong.
+#[derive(Debug, Default)]
+pub struct Findings {
+    good: Vec<String>,
+    notes: Vec<String>,
+    failures: Vec<Failure>,
+}
+
+impl Findings {
+    pub fn good(&mut self, what: impl Display) {
+        self.good.push(what.to_string());
+    }
+
+    /// Worth knowing, but right.
+    pub fn note(&mut self, what: impl Display) {
+        self.notes.push(what.to_string());
+    }
+
+    pub fn fail(&mut self, failure: Failure) {
+        self.failures.push(failure);
+    }
+
+    pub fn failures(&self) -> &[Failure] {
+        &self.failures
+    }
+
+    /// That there is nothing else to say, if nothing failed.
+    pub fn record(&mut self, what: impl Display, failures: impl IntoIterator<Item = Failure>) {
+        let known = self.failures.len();
+        self.failures.extend(failures);
+        if self.failures.len() == known {
+            self.good(what);
+        }
+    }
+
+    /// Whether this program can listen at an address, or does already, or systemd does for it.
+    pub fn try_address(
+        &mut self,
+        host: &Host,
+        unit: &str,
+        key: &'static str,
+        address: &ListenAddress,
+    ) {
+        let service = format!("{}.service", host.program.replace('_', "-"));
+        if host.is_default
+            && host.units.are_in_use()
+            && host
+                .units
+                .setting(&service, "Service", "ExecStart")
+                .is_some()
+            && let Some(sockets) = host.units.listens(unit)
+        {
+            let written: Vec<String> = sockets.iter().map(ToString::to_string).collect();
+            let written = written.join(" and ");
+            if host.given().has(key) && !sockets.contains(address) {
+                let message = overridden(address, unit, &written);
+                return self.fail(Failure::Configuration { key, message });
+            }
+            return self.good(format!("{key}: {unit} listens on {written}"));
+        }
+        match super::listen::try_to_bind(address) {
+            Ok(()) => self.good(format!("{key}: {address} is free")),
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                let held = holder::listener(address, host.program);
+                if held.is_daemon(host.program, &host.path, host.is_default) {
+                    self.good(format!("{key}: {address}, which {held} listens on already"));
+                } else {
+                    self.fail(super::listen::not_listening(key, address, &error));
+                }
+            }
+            Err(error) => self.fail(super::listen::not_listening(key, address, &error)),
+        }
+    }
+
+    /// A lock that a running daemon has on one of its directories.
+    pub fn try_lock(&mut self, host: &Host, key: &'static str, locked: &Path) {
+        use rustix::fs::{FlockOperation, flock};
+        let Ok(file) = std::fs::File::open(locked) else {
+            return;
+        };
+        if flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
+            return;
+        }
+        drop(file);
+        let held = holder::lock(locked);
+        let shown = locked.display();
+        if held.is_daemon(host.program, &host.path, host.is_default) {
+            self.good(format!("{key}: {shown} is in use by {held}"));
+        } else {
+            self.fail(Failure::Configuration {
+                key,
+                message: format!(
+                    "{shown} is in use by {held}; stop that, or choose a directory of its own"
+                ),
+            });
+        }
+    }
+}
+
+/// Of an address that does nothing, since systemd listens elsewhere.
+pub fn overridden(address: &ListenAddress, unit: &str, sockets: &str) -> String {
+    format!(
+        "{address} is not used, because systemd listens on {sockets} instead, for {unit}; change that \
+         with \"systemctl edit {unit}\", and leave this key out"
+    )
+}
+
+/// The whole of `--check`.
+pub fn run<C: Check>(
+    program: &Program,
+    host: &Host,
+    loaded: &Loaded<C>,
+    warnings: fn(&C, &Host, &mut Complaints),
+    probe: impl AsyncFnOnce(&C, &Host, &mut Findings),
+) -> ExitCode {
+    let name = program.name;
+    println!("{name} {}", env!("CARGO_PKG_VERSION"));
+    for file in &loaded.files {
+        println!("  read   {}", file.display());
+    }
+    for file in &loaded.passed_over {
+        println!(
+            "  note   {} is passed over: the names of drop-ins end in .toml",
+            file.display()
+        );
+    }
+    if loaded.files.is_empty() {
+        println!(
+            "  note   there is no {}: every key has its default",
+            host.path.display()
+        );
+    }
+    let mut errors: Vec<String> = loaded.errors.iter().map(ToString::to_string).collect();
+    let mut failed = false;
+    // Of a file that is no TOML nothing is known.
+    if loaded.whole {
+        let mut complaints = Complaints::default();
+        warnings(&loaded.config, host, &mut complaints);
+        errors.extend(complaints.told(&host.path).iter().map(ToString::to_string));
+        let findings = match tokio::runtime::Runtime::new() {
+            Ok(runtime) => {
+                let mut findings = Findings::default();
+                runtime.block_on(probe(&loaded.config, host, &mut findings));
+                findings
+            }
+            Err(error) => {
+                complain(name, &format!("could not start threads: {error}"));
+                return ExitCode::FAILURE;
+            }
+        };
+        for good in &findings.good {
+            println!("  good   {good}");
+        }
+        for note in &findings.notes {
+            println!("  note   {note}");
+        }
+        for failure in &findings.failures {
+            let text = match failure {
+                Failure::Configuration { key, message } => {
+                    config::at_key(&host.path, key, message.clone()).to_string()
+                }
+                Failure::Environment { message } => message.clone(),
+            };
+            if !errors.contains(&text) {
+                errors.push(text);
+            }
+        }
+        failed = !findings.failures.is_empty();
+    }
+    for error in &errors {
+        complain(name, error);
+    }
+    match errors.len() {
+        0 => {
+            println!("{name}: {} is good", host.path.display());
+            return ExitCode::SUCCESS;
+        }
+        1 => complain(name, "1 error"),
+        count => complain(name, &format!("{count} errors")),
+    }
+    if !loaded.errors.is_empty() || !failed {
+        complain(name, &format!("All keys are described in {name}.toml(5)."));
+    }
+    ExitCode::from(EX_CONFIG)
+}

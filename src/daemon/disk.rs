@@ -1,0 +1,76 @@
+//! What a configuration may say about a disk: sizes that fit, and paths that are there.
+
+use std::path::{Path, PathBuf};
+
+use super::Host;
+use crate::config::{Complaints, Size};
+
+/// A file system, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Disk {
+    pub total: u64,
+    /// For users who are not root.
+    pub available: u64,
+}
+
+/// The closest directory above `path`, or `path` itself, that exists.
+pub fn existing(path: &Path) -> PathBuf {
+    path.ancestors()
+        .find(|ancestor| ancestor.is_dir())
+        .unwrap_or(Path::new("/"))
+        .to_owned()
+}
+
+/// The disk that a directory is on, or will be.
+pub fn disk(path: &Path) -> Option<Disk> {
+    let stat = rustix::fs::statvfs(&existing(path)).ok()?;
+    Some(Disk {
+        total: stat.f_blocks.saturating_mul(stat.f_frsize),
+        available: stat.f_bavail.saturating_mul(stat.f_frsize),
+    })
+}
+
+/// Whole mebibytes, for people.
+pub fn rounded(bytes: u64) -> Size {
+    Size(bytes >> 20 << 20)
+}
+
+impl Host {
+    /// A size that somebody wrote must fit on the whole disk; a default adapts.
+    pub fn check_size(&self, key: &str, size: Size, directory: &Path, complaints: &mut Complaints) {
+        if self.given().has(key)
+            && let Some(disk) = disk(directory)
+            && size.get() > disk.total
+        {
+            complaints.add(
+                key,
+                format!(
+                    "{size} is more than the whole disk of {} has, {}; lower it, or choose a larger disk",
+                    directory.display(),
+                    rounded(disk.total)
+                ),
+            );
+        }
+    }
+
+    /// Addresses of systemd's sockets win. Before the sockets are taken.
+    pub fn check_socket(
+        &self,
+        name: &str,
+        unit: &str,
+        key: &'static str,
+        address: &crate::config::ListenAddress,
+        complaints: &mut Complaints,
+    ) {
+        if let Some(sockets) = super::listen::passed(name)
+            && self.given().has(key)
+            && !sockets.contains(address)
+        {
+            let sockets: Vec<String> = sockets.iter().map(ToString::to_string).collect();
+            complaints.add(
+                key,
+                super::check::overridden(address, unit, &sockets.join(" and ")),
+            );
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! Tells the journal which workers come and go, and systemd what the scheduler is doing.
+//!
+//! The slots of one worker differ in their label `thread` only; a line is about all of them.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use super::{
+    queue::{Place, Queue, WorkerId},
+    shared::SharedQueue,
+};
+use crate::daemon::Life;
+
+/// The label by which slots differ, as with Buildbarn's worker.
+const SLOT: &str = "thread";
+const INTERVAL: Duration = Duration::from_secs(2);
+
+/// Slots of each worker, by where it takes its work from and its labels without `SLOT`.
+type Workers = BTreeMap<(Arc<Place>, WorkerId), usize>;
+
+/// What is in the queue at one time.
+#[derive(Clone, Debug, Default)]
+struct View {
+    workers: Workers,
+    executing: usize,
+    queued: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Change {
+    Appeared(usize),
+    Gone,
+}
+
+impl View {
+    fn of<C, W: Clone>(queue: &Queue<C, W>) -> Self {
+        let mut view = View::default();
+        for row in queue.queues() {
+            view.queued += row.queued;
+            for worker in queue.workers_of(&row.place) {
+                view.executing += usize::from(!worker.operations.is_empty());
+                let mut labels = worker.id.labels().clone();
+                labels.remove(SLOT);
+                let worker = (row.place.clone(), WorkerId::new(labels));
+                *view.workers.entry(worker).or_default() += 1;
+            }
+        }
+        view
+    }
+
+    fn line(&self, serving: &str, stopping: bool) -> String {
+        let slots: usize = self.workers.values().sum();
+        let start = match (stopping, slots) {
+            (true, _) => "stopping; workers go on with what they execute: ".to_owned(),
+            (false, 0) => "no workers; ".to_owned(),
+            (false, _) => String::new(),
+        };
+        format!(
+            "{start}{} executing, {} queued, {slots} slots of {} workers; {serving}",
+            self.executing,
+            self.queued,
+            self.workers.len()
+        )
+    }
+}
+
+/// What became of workers between two looks.
+fn changes(before: &Workers, now: &Workers) -> Vec<((Arc<Place>, WorkerId), Change)> {
+    let gone = before
+        .keys()
+        .filter(|worker| !now.contains_key(*worker))
+        .map(|worker| (worker.clone(), Change::Gone));
+    let appeared = now
+        .iter()
+        .filter(|(worker, _)| !before.contains_key(*worker))
+        .map(|(worker, slots)| (worker.clone(), Change::Appeared(*slots)));
+    gone.chain(appeared).collect()
+}
+
+fn tell(place: &Place, worker: &WorkerId, change: &Change) {
+    let (instance, size_class) = (place.prefix.as_str(), place.size_class);
+    let platform = place.platform.to_string();
+    match change {
+        Change::Appeared(slots) => {
+            tracing::info!(%worker, slots, instance, platform, size_class, "a worker appeared");
+        }
+        Change::Gone => {
+            tracing::warn!(
+                %worker, instance, platform, size_class,
+                "a worker is gone: it was silent for scheduling.worker_with_no_synchronizations_timeout"
+            );
+        }
+    }
+}
+
+/// Never returns. `serving` says where.
+pub async fn observe(queue: &SharedQueue, life: &Life, serving: &str) {
+    let mut before = View::default();
+    let mut last = String::new();
+    loop {
+        let now = queue.look(|queue| View::of(queue));
+        for ((place, worker), change) in changes(&before.workers, &now.workers) {
+            tell(&place, &worker, &change);
+        }
+        let line = now.line(serving, life.stopping().is_cancelled());
+        if line != last {
+            life.status(&line);
+            last = line;
+        }
+        before = now;
+        tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{instance::InstanceName, scheduler::queue::Platform};
+
+    #[test]
+    fn a_worker_appears_with_its_first_slot_and_is_gone_with_its_last() {
+        let place = Arc::new(Place {
+            platform: Platform::parse(None).unwrap(),
+            prefix: InstanceName::parse("").unwrap(),
+            size_class: 0,
+        });
+        let worker = |name: &str| {
+            let labels = [("hostname".to_owned(), name.to_owned())];
+            (place.clone(), WorkerId::new(labels.into()))
+        };
+        let none = Workers::new();
+        let one = Workers::from([(worker("a"), 2)]);
+        let two = Workers::from([(worker("a"), 1), (worker("b"), 8)]);
+        assert_eq!(changes(&none, &one), [(worker("a"), Change::Appeared(2))]);
+        assert_eq!(changes(&one, &two), [(worker("b"), Change::Appeared(8))]);
+        assert_eq!(changes(&two, &one), [(worker("b"), Change::Gone)]);
+        assert_eq!(changes(&one, &one), []);
+        let view = View {
+            workers: two,
+            executing: 3,
+            queued: 4,
+        };
+        assert_eq!(
+            view.line("on x", false),
+            "3 executing, 4 queued, 9 slots of 2 workers; on x"
+        );
+        assert!(
+            View::default()
+                .line("on x", false)
+                .starts_with("no workers; ")
+        );
+        assert!(view.line("on x", true).starts_with("stopping; "));
+    }
+}

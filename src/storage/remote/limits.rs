@@ -1,0 +1,167 @@
+//! How much a peer takes in one call: what it announces, and what its refusals taught.
+//!
+//! REAPI's max_batch_total_size_bytes of 0 is no limit; a server may have one nevertheless. bb_storage
+//! announces none, and refuses batches beyond its maximum_message_size_bytes, which is 2 MiB in its
+//! examples. What is refused is sent again in halves, at last one by one and by ByteStream; and what
+//! went through then is what is sent from there on.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::{Duration, Instant},
+};
+
+use tonic::{Code, Status};
+
+use super::retry;
+
+/// Most servers and clients take messages of 4 MiB.
+const DEFAULT_BATCH_SIZE: u64 = 4 << 20;
+
+/// Digests of one FindMissingBlobs.
+const DEFAULT_DIGESTS: u64 = 20_000;
+
+/// A peer that did not say what it takes is not asked again for so long.
+const SILENCE: Duration = Duration::from_secs(60);
+
+#[derive(Debug)]
+pub struct Limits {
+    asked: tokio::sync::Mutex<Asked>,
+    batch_size: AtomicU64,
+    blob_size: AtomicU64,
+    digests: AtomicU64,
+}
+
+#[derive(Debug)]
+enum Asked {
+    /// Not before this time.
+    NotYet(Option<Instant>),
+    Answered,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            asked: tokio::sync::Mutex::new(Asked::NotYet(None)),
+            batch_size: AtomicU64::new(DEFAULT_BATCH_SIZE),
+            blob_size: AtomicU64::new(u64::MAX),
+            digests: AtomicU64::new(DEFAULT_DIGESTS),
+        }
+    }
+}
+
+impl Limits {
+    /// Learns what the peer announces, unless that is known: bytes of one batch and of one blob, where
+    /// 0 is no limit. `ask` gets them; one call at a time does, and the others wait for its answer.
+    pub async fn announced(&self, ask: impl Future<Output = Result<(i64, i64), Status>>) {
+        let mut asked = self.asked.lock().await;
+        if let Asked::NotYet(not_before) = *asked
+            && not_before.is_none_or(|at| at <= Instant::now())
+        {
+            *asked = match ask.await {
+                Ok((batch, blob)) => {
+                    for (known, announced) in [(&self.batch_size, batch), (&self.blob_size, blob)] {
+                        if let Ok(announced @ 1..) = u64::try_from(announced) {
+                            known.fetch_min(announced, Ordering::Relaxed);
+                        }
+                    }
+                    Asked::Answered
+                }
+                Err(_) => Asked::NotYet(Some(Instant::now() + SILENCE)),
+            };
+        }
+    }
+
+    /// Bytes of the largest blob; the most there is while none is announced.
+    pub fn blob_size(&self) -> u64 {
+        self.blob_size.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of blobs that fit into one batch, each with its overhead.
+    pub fn batch_size(&self) -> u64 {
+        let limit = self.batch_size.load(Ordering::Relaxed);
+        // Room for the message's own fields, such as a long instance name.
+        limit - (limit / 64).min(8 << 10)
+    }
+
+    /// A larger batch was refused, and one of this size went through.
+    pub fn learn_batch_size(&self, size: u64) {
+        let before = self.batch_size.fetch_min(size, Ordering::Relaxed);
+        if size < before {
+            tracing::info!(
+                bytes = size,
+                "the storage refuses larger batches without announcing a limit"
+            );
+        }
+    }
+
+    /// Digests of one FindMissingBlobs.
+    pub fn digests(&self) -> usize {
+        usize::try_from(self.digests.load(Ordering::Relaxed)).unwrap_or(usize::MAX)
+    }
+
+    /// More digests were refused, and so many went through.
+    pub fn learn_digests(&self, count: usize) {
+        self.digests.fetch_min(count as u64, Ordering::Relaxed);
+    }
+}
+
+/// Whether a call of more than one item may have been too large, so that parts of it may pass.
+///
+/// gRPC libraries refuse large messages with RESOURCE_EXHAUSTED, as others refuse when a disk is
+/// full; they are told apart by their words.
+pub fn may_be_too_large(status: &Status) -> bool {
+    if retry::is_of_the_connection(status) {
+        return false;
+    }
+    match status.code() {
+        Code::InvalidArgument | Code::OutOfRange => true,
+        Code::ResourceExhausted => {
+            let text = status.message();
+            ["larger than max", "exceeds maximum", "too large"]
+                .iter()
+                .any(|words| text.contains(words))
+        }
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_peer_that_does_not_say_is_asked_once_and_the_default_holds() {
+        let limits = Limits::default();
+        let silent = async { Err(Status::deadline_exceeded("")) };
+        limits.announced(silent).await;
+        assert_eq!(limits.batch_size(), DEFAULT_BATCH_SIZE - (8 << 10));
+        limits.announced(async { panic!("asked again") }).await;
+        assert_eq!(limits.blob_size(), u64::MAX);
+    }
+
+    #[tokio::test]
+    async fn what_is_announced_and_what_was_learnt_both_hold() {
+        let limits = Limits::default();
+        limits.learn_batch_size(640 << 10);
+        limits.announced(async { Ok((0, 0)) }).await;
+        assert_eq!(limits.batch_size(), 630 << 10);
+        limits.learn_batch_size(1 << 20);
+        limits.announced(async { panic!() }).await;
+        assert_eq!(limits.batch_size(), 630 << 10);
+        assert_eq!(limits.blob_size(), u64::MAX);
+        let limits = Limits::default();
+        limits.announced(async { Ok((64 << 10, 1 << 30)) }).await;
+        assert_eq!(limits.batch_size(), 63 << 10);
+        assert_eq!(limits.blob_size(), 1 << 30);
+    }
+
+    #[test]
+    fn a_full_disk_is_no_large_message() {
+        let full = Status::resource_exhausted("No space left on device");
+        assert!(!may_be_too_large(&full));
+        let large = "grpc: received message larger than max (5242880 vs. 4194304)";
+        assert!(may_be_too_large(&Status::resource_exhausted(large)));
+        assert!(may_be_too_large(&Status::invalid_argument("anything")));
+        assert!(!may_be_too_large(&Status::unavailable("too large")));
+    }
+}

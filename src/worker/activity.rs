@@ -1,0 +1,187 @@
+//! What a worker is doing, in one line for `systemctl status`, and what changes in it, for the journal.
+//!
+//! Slots meet the same troubles at the same time: each trouble is logged when the first slot has it,
+//! and when none has it any more.
+
+use std::{fmt::Write, time::SystemTime};
+
+use parking_lot::Mutex;
+
+/// Of all slots together.
+#[derive(Debug)]
+pub struct Activity {
+    scheduler: String,
+    slots: usize,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    running: usize,
+    /// Since when nothing was heard from the scheduler, and why.
+    unreachable: Option<(SystemTime, String)>,
+    /// Why slots take no actions, and since when.
+    unready: Option<(SystemTime, String)>,
+    unready_slots: std::collections::BTreeSet<usize>,
+}
+
+/// An action that runs.
+pub struct Running<'a>(&'a Activity);
+
+impl Activity {
+    pub fn new(scheduler: &impl ToString, slots: usize) -> Self {
+        Activity {
+            scheduler: scheduler.to_string(),
+            slots,
+            state: Mutex::default(),
+        }
+    }
+
+    pub fn run(&self) -> Running<'_> {
+        self.state.lock().running += 1;
+        Running(self)
+    }
+
+    pub fn failed(&self, code: tonic::Code, error: &str, now: SystemTime) {
+        let mut state = self.state.lock();
+        let first = state.unreachable.is_none();
+        let since = state.unreachable.take().map_or(now, |(since, _)| since);
+        state.unreachable = Some((since, format!("{code:?}: {error}")));
+        drop(state);
+        if first {
+            tracing::warn!(
+                scheduler = self.scheduler,
+                ?code,
+                error,
+                "could not synchronize with the scheduler; trying again"
+            );
+        }
+    }
+
+    pub fn answered(&self) {
+        let ended = self.state.lock().unreachable.take();
+        if let Some((since, _)) = ended {
+            tracing::info!(
+                scheduler = self.scheduler,
+                since = %moment(since),
+                "the scheduler answers again"
+            );
+        }
+    }
+
+    pub fn unready(&self, slot: usize, reason: &str, now: SystemTime) {
+        let mut state = self.state.lock();
+        state.unready_slots.insert(slot);
+        let since = state.unready.as_ref().map_or(now, |(since, _)| *since);
+        let news = state
+            .unready
+            .as_ref()
+            .is_none_or(|(_, known)| known != reason);
+        state.unready = Some((since, reason.to_owned()));
+        drop(state);
+        if news {
+            tracing::warn!(
+                slot,
+                error = reason,
+                "could not get ready for actions; trying again"
+            );
+        }
+    }
+
+    pub fn ready(&self, slot: usize) {
+        let mut state = self.state.lock();
+        state.unready_slots.remove(&slot);
+        let ended = match state.unready_slots.is_empty() {
+            true => state.unready.take(),
+            false => None,
+        };
+        drop(state);
+        if let Some((since, _)) = ended {
+            tracing::info!(since = %moment(since), "ready for actions again");
+        }
+    }
+
+    /// One line, for people.
+    pub fn line(&self, stopping: bool) -> String {
+        let state = self.state.lock();
+        let (running, slots) = (state.running, self.slots);
+        let mut line = match (stopping, running) {
+            (true, _) => format!("draining: {running} of {slots} slots still run an action"),
+            (false, 0) => format!("idle: {slots} slots"),
+            (false, _) => format!("{running} of {slots} slots run an action"),
+        };
+        let unready = state.unready.as_ref().map(|(since, reason)| {
+            let slots = state.unready_slots.len();
+            format!(
+                "{slots} slots not ready since {}: {}",
+                moment(*since),
+                short(reason)
+            )
+        });
+        let reachability = match &state.unreachable {
+            None => format!("scheduler {}", self.scheduler),
+            Some((since, reason)) => format!(
+                "scheduler {} unreachable since {}: {}",
+                self.scheduler,
+                moment(*since),
+                short(reason)
+            ),
+        };
+        for part in unready.into_iter().chain([reachability]) {
+            let _ = write!(line, "; {part}");
+        }
+        line
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.state.lock().running -= 1;
+    }
+}
+
+fn moment(time: SystemTime) -> humantime::Rfc3339Timestamp {
+    humantime::format_rfc3339_seconds(time)
+}
+
+/// A status line has one line, of which `systemctl status` shows the beginning.
+fn short(reason: &str) -> String {
+    let plain = |c: char| if c.is_control() { ' ' } else { c };
+    reason.chars().map(plain).take(200).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_says_what_runs_and_since_when_what_does_not_work() {
+        let activity = Activity::new(&"grpc://s:1", 4);
+        assert_eq!(activity.line(false), "idle: 4 slots; scheduler grpc://s:1");
+        let running = activity.run();
+        let since = SystemTime::UNIX_EPOCH;
+        activity.failed(tonic::Code::Unavailable, "no\nroute", since);
+        activity.failed(tonic::Code::Unavailable, "no\nroute", SystemTime::now());
+        assert_eq!(
+            activity.line(false),
+            "1 of 4 slots run an action; scheduler grpc://s:1 unreachable since \
+             1970-01-01T00:00:00Z: Unavailable: no route"
+        );
+        assert!(
+            activity
+                .line(true)
+                .starts_with("draining: 1 of 4 slots still")
+        );
+        drop(running);
+        activity.answered();
+        activity.unready(0, "no runner", since);
+        activity.unready(1, "no runner", since);
+        activity.ready(0);
+        assert_eq!(
+            activity.line(false),
+            "idle: 4 slots; 1 slots not ready since 1970-01-01T00:00:00Z: no runner; scheduler grpc://s:1"
+        );
+        activity.ready(1);
+        assert_eq!(activity.line(false), "idle: 4 slots; scheduler grpc://s:1");
+    }
+}

@@ -1,0 +1,311 @@
+//! Whether cached files still have the content that their digests say: disks and memory fail, and who
+//! is root can write to anything.
+//!
+//! 1. What this worker fetched, or took from an action, it read then. What an earlier worker left is
+//!    read before it is used for the first time.
+//! 2. In the background all files are read, one after another and again and again, so many bytes a
+//!    second, through one buffer.
+//! 3. What is wrong is removed, counted and fetched again. When it was used already, all that is kept of
+//!    input roots is forgotten, and actions that ran meanwhile fail.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use super::{Cache, Key, files};
+use crate::digest::Hasher;
+
+/// Read at a time.
+const BUFFER: usize = 64 << 10;
+/// What looking at a file counts for, beside its bytes.
+const PER_FILE: u64 = 4 << 10;
+/// Between portions of what is read in the background.
+const PERIOD: Duration = Duration::from_secs(1);
+/// After all was read.
+const PAUSE: Duration = Duration::from_secs(600);
+const THREADS: usize = 8;
+
+/// What was read since the start.
+#[derive(Debug, Default)]
+pub struct Verified {
+    pub files: AtomicU64,
+    pub bytes: AtomicU64,
+    pub wrong: AtomicU64,
+}
+
+impl std::fmt::Display for Verified {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        write!(
+            f,
+            "{} cached files of {} bytes, of which {} were wrong",
+            of(&self.files),
+            of(&self.bytes),
+            of(&self.wrong),
+        )
+    }
+}
+
+/// What came of a portion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Portion {
+    Read,
+    /// All was read; the next one begins anew.
+    Last,
+    /// The cache is no more.
+    Gone,
+}
+
+/// A file that is being read.
+struct Reading {
+    key: Key,
+    file: File,
+    inode: u64,
+    hasher: Hasher,
+}
+
+/// Reads a cache in the background, in portions.
+pub struct Verifier {
+    cache: Weak<Cache>,
+    /// Of `Lru::next`.
+    place: usize,
+    /// Further inodes of the last file that are yet to be read.
+    further: Option<(Key, u32)>,
+    reading: Option<Reading>,
+    buffer: Vec<u8>,
+}
+
+impl Verifier {
+    pub fn new(cache: &Arc<Cache>) -> Self {
+        Verifier {
+            cache: Arc::downgrade(cache),
+            place: 0,
+            further: None,
+            reading: None,
+            buffer: vec![0; BUFFER],
+        }
+    }
+
+    /// Starts a thread of low priority that reads so many bytes a second for as long as the cache lives.
+    pub fn start(mut self, bytes: u64) -> io::Result<()> {
+        let verify = move || {
+            // It may be forbidden, which does no harm.
+            let _ = rustix::process::nice(19);
+            loop {
+                match self.portion(bytes) {
+                    Portion::Read => std::thread::sleep(PERIOD),
+                    Portion::Last => std::thread::sleep(PAUSE),
+                    Portion::Gone => return,
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("verify-cache".to_owned());
+        thread.spawn(verify).map(drop)
+    }
+
+    /// Reads so many bytes, and then goes on where it ended.
+    pub fn portion(&mut self, bytes: u64) -> Portion {
+        let Some(cache) = self.cache.upgrade() else {
+            return Portion::Gone;
+        };
+        let mut rest = bytes;
+        while rest > 0 {
+            let Some(mut reading) = self.reading.take() else {
+                let Some((key, number)) = self.next(&cache) else {
+                    self.place = 0;
+                    return Portion::Last;
+                };
+                self.reading = cache.open_for_reading(key, number);
+                rest = rest.saturating_sub(PER_FILE);
+                continue;
+            };
+            let most = self
+                .buffer
+                .len()
+                .min(usize::try_from(rest).unwrap_or(BUFFER));
+            let read = read_at(
+                &reading.file,
+                &mut self.buffer[..most],
+                reading.hasher.size(),
+            );
+            match read {
+                Ok(0) => cache.judge(reading, None),
+                Ok(length) => {
+                    reading.hasher.update(&self.buffer[..length]);
+                    rest -= length as u64;
+                    self.reading = Some(reading);
+                }
+                Err(error) => cache.judge(reading, Some(error)),
+            }
+        }
+        Portion::Read
+    }
+
+    /// Which file comes now, and which of its inodes; `None` after the last one.
+    fn next(&mut self, cache: &Cache) -> Option<(Key, u32)> {
+        let state = cache.state.lock();
+        if let Some((key, number)) = self.further.take()
+            && number < state.copies(&key)
+        {
+            self.further = Some((key, number + 1));
+            return Some((key, number));
+        }
+        let (key, _, place) = state.kept.next(self.place)?;
+        self.place = place;
+        self.further = Some((*key, 1));
+        Some((*key, 0))
+    }
+}
+
+impl Cache {
+    pub fn verified(&self) -> &Verified {
+        &self.verified
+    }
+
+    /// `None` when it is gone, or wrong already.
+    fn open_for_reading(&self, key: Key, number: u32) -> Option<Reading> {
+        let file = self.files.open_copy(&key, number).ok()?;
+        let stat = rustix::fs::fstat(&file).ok()?;
+        if !files::is_as_made(&stat, &key, rustix::process::geteuid().as_raw()) {
+            self.wrong(&key, number, "has another size, mode, owner or mtime");
+            return None;
+        }
+        Some(Reading {
+            hasher: key.digest.function().hasher(),
+            inode: stat.st_ino,
+            key,
+            file,
+        })
+    }
+
+    /// Of a file that was read to its end, or to an error.
+    fn judge(&self, reading: Reading, error: Option<io::Error>) {
+        let Reading {
+            key, file, hasher, ..
+        } = reading;
+        self.verified.files.fetch_add(1, Ordering::Relaxed);
+        let counted = &self.verified.bytes;
+        counted.fetch_add(hasher.size(), Ordering::Relaxed);
+        // What was evicted meanwhile is no concern any more.
+        let gone = rustix::fs::fstat(&file).is_ok_and(|stat| stat.st_nlink == 0);
+        let found = hasher.finish();
+        match error {
+            None if found == key.digest => {}
+            _ if gone || !self.knows(&key, reading.inode) => {}
+            None => self.wrong(&key, 0, &format!("has the content {found}")),
+            Some(error) => self.wrong(&key, 0, &format!("cannot be read: {error}")),
+        }
+    }
+
+    /// Whether an inode is one of a file's.
+    fn knows(&self, key: &Key, inode: u64) -> bool {
+        let state = self.state.lock();
+        let first = state.kept.peek(key).map(|stored| stored.inode);
+        first == Some(inode) || state.has_further(key, inode)
+    }
+
+    /// A file that may have been used is wrong.
+    fn wrong(&self, key: &Key, number: u32, what: &str) {
+        self.verified.wrong.fetch_add(1, Ordering::Relaxed);
+        let path = self.files.path_of(key);
+        let further = match number {
+            0 => String::new(),
+            number => format!(".{number}"),
+        };
+        self.alter(
+            &[*key],
+            &format!(
+                "a cached file is not what it was, by a fault of the disk or the memory, or because somebody wrote to it: {}{further} {what}",
+                path.display()
+            ),
+        );
+    }
+
+    /// Reads files that an earlier worker left, and removes those that are wrong, which are returned.
+    /// None of them has been used yet. Blocks.
+    pub(super) fn verify_first_use(&self, mut keys: Vec<Key>) -> Vec<Key> {
+        keys.sort_unstable();
+        keys.dedup();
+        let began = std::time::Instant::now();
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS));
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut buffer = vec![0; BUFFER];
+            let mut wrong = Vec::new();
+            while let Some(key) = keys.get(next.fetch_add(1, Ordering::Relaxed)) {
+                // One that is gone is found so when it is linked.
+                if self.is_right(key, &mut buffer) == Some(false) {
+                    wrong.push(*key);
+                }
+            }
+            wrong
+        };
+        let mut wrong = Vec::new();
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (1..threads.min(keys.len()))
+                .map(|_| scope.spawn(work))
+                .collect();
+            wrong = work();
+            for other in others {
+                wrong.extend(other.join().unwrap_or_default());
+            }
+        });
+        let mut state = self.state.lock();
+        for key in &keys {
+            if let Some(stored) = state.kept.peek_mut(key) {
+                stored.verified = true;
+            }
+        }
+        drop(state);
+        tracing::debug!(
+            files = keys.len(),
+            microseconds = began.elapsed().as_micros() as u64,
+            "read files that an earlier worker left"
+        );
+        if let Some(first) = wrong.first() {
+            let count = wrong.len() as u64;
+            self.verified.wrong.fetch_add(count, Ordering::Relaxed);
+            tracing::error!(
+                files = count,
+                first = %self.files.path_of(first).display(),
+                "cached files that were there at start are not what they were, by a fault of the disk or the memory, or because somebody wrote to them; they are removed and fetched again"
+            );
+            self.remove_wrong(&wrong);
+        }
+        wrong
+    }
+
+    /// `None` when it is not there.
+    fn is_right(&self, key: &Key, buffer: &mut [u8]) -> Option<bool> {
+        let file = self.files.open_copy(key, 0).ok()?;
+        let mut hasher = key.digest.function().hasher();
+        self.verified.files.fetch_add(1, Ordering::Relaxed);
+        loop {
+            match read_at(&file, buffer, hasher.size()) {
+                Ok(0) => break,
+                Ok(length) => hasher.update(&buffer[..length]),
+                Err(_) => return Some(false),
+            }
+        }
+        self.verified
+            .bytes
+            .fetch_add(hasher.size(), Ordering::Relaxed);
+        Some(hasher.finish() == key.digest)
+    }
+}
+
+fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    loop {
+        match file.read_at(buffer, offset) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}

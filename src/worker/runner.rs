@@ -1,0 +1,33 @@
+//! Whether there is a runner, ready or not.
+
+use std::time::Duration;
+
+use tonic::{Status, transport::Channel};
+
+use crate::proto::runner::{CheckReadinessRequest, runner_client::RunnerClient};
+
+/// How long a runner that was lost may take to be there again.
+const TIMEOUT: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Waits for an answer, whatever it is.
+pub async fn answers(runner: &RunnerClient<Channel>) -> bool {
+    let deadline = tokio::time::Instant::now() + TIMEOUT;
+    while tokio::time::Instant::now() < deadline {
+        let mut client = runner.clone();
+        let check = client.check_readiness(CheckReadinessRequest::default());
+        match tokio::time::timeout_at(deadline, check).await {
+            Ok(Ok(_)) => return true,
+            Ok(Err(status)) if is_answer(&status) => return true,
+            // Nobody is there.
+            Ok(Err(_)) => tokio::time::sleep(PAUSE).await,
+            Err(_) => return false,
+        }
+    }
+    false
+}
+
+/// Whether a status is the peer's own, rather than what became of the connection.
+pub fn is_answer(status: &Status) -> bool {
+    std::error::Error::source(status).is_none()
+}

@@ -1,0 +1,943 @@
+//! Right and wrong configurations: what `--check` says of each, and what a start makes of it.
+//!
+//! Each one is a drop-in for a configuration that is right, in a directory of its own.
+
+use std::{
+    fs,
+    os::unix::{fs::PermissionsExt, net::UnixDatagram},
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use crate::harness::{Daemon, Farm, is_root};
+
+/// What is to be said, and done. The words are those that tell an administrator what is wrong.
+#[derive(Clone, Copy, Debug)]
+enum Expect {
+    /// `--check` finds nothing, and a start complains of nothing.
+    Good,
+    /// Neither goes on.
+    Refused(&'static str),
+    /// `--check` refuses it; a start says the same, and goes on.
+    Warned(&'static str),
+    /// `--check` refuses it; a start waits for what is missing.
+    Waits(&'static str),
+}
+use Expect::{Good, Refused, Waits, Warned};
+
+type Row = (&'static str, Expect);
+
+const SCHEDULER: &[Row] = &[
+    ("", Good),
+    ("log.level = \"debug\"", Good),
+    ("[log]\nlevel = \"error\"", Good),
+    ("storage.embedded.maximum_size = \"64MiB\"", Good),
+    ("storage.embedded.maximum_size = \"1 GB\"", Good),
+    ("scheduling.default_execution_timeout = \"1h 30min\"", Good),
+    ("scheduling.worker_task_retry_count = 0", Good),
+    ("scheduling.default_platform = {}", Good),
+    ("scheduling.maximum_message_size = \"64MiB\"", Good),
+    (
+        "scheduling.idle_worker_synchronization_interval = \"1s\"",
+        Good,
+    ),
+    ("shutdown.drain_timeout = \"0s\"", Good),
+    ("shutdown.drain_timeout = \"80s\"", Good),
+    ("clients.listen = \"unix:{dir}/clients.sock\"", Good),
+    ("clients.listen = \"127.0.0.1:0\"", Good),
+    ("storage.embedded.directory = \"{dir}/not/yet\"", Good),
+    // Misspelt.
+    (
+        "clients.listn = \"127.0.0.1:1\"",
+        Refused("did you mean listen?"),
+    ),
+    (
+        "[client]\nlisten = \"127.0.0.1:1\"",
+        Refused("did you mean clients?"),
+    ),
+    (
+        "storage.embeded.directory = \"/x\"",
+        Refused("did you mean embedded?"),
+    ),
+    (
+        "maximum_size = \"1GiB\"",
+        Refused("did you mean storage.embedded.maximum_size?"),
+    ),
+    (
+        "storage.embedded.maximumSizeBytes = 1",
+        Refused("did you mean maximum_size?"),
+    ),
+    (
+        "[scheduling]\ndrain_timeout = \"1s\"",
+        Refused("did you mean shutdown.drain_timeout?"),
+    ),
+    (
+        "[scheduling]\nxyzzy = 1",
+        Refused("there is no key xyzzy in [scheduling]; there are"),
+    ),
+    (
+        "log.level = \"verbose\"",
+        Refused("write \"error\", \"warn\", \"info\", \"debug\" or \"trace\""),
+    ),
+    ("log.level = \"inof\"", Refused("did you mean \"info\"?")),
+    // Of another type.
+    (
+        "storage.embedded.maximum_size = 10",
+        Refused("is the number 10; write a size with its unit"),
+    ),
+    (
+        "storage.embedded.maximum_size = \"10\"",
+        Refused("\"10\" is no size"),
+    ),
+    (
+        "storage.embedded.maximum_size = \"10 parsecs\"",
+        Refused("is no size"),
+    ),
+    (
+        "storage.embedded.maximum_size = \"-1GiB\"",
+        Refused("is no size"),
+    ),
+    (
+        "storage.embedded.maximum_size = \"99999999TiB\"",
+        Refused("more than 16 EiB"),
+    ),
+    (
+        "scheduling.worker_task_retry_count = -1",
+        Refused("write a whole number from 0"),
+    ),
+    (
+        "scheduling.worker_task_retry_count = \"9\"",
+        Refused("without quotes"),
+    ),
+    (
+        "scheduling.worker_task_retry_count = 9.5",
+        Refused("write a whole number"),
+    ),
+    (
+        "scheduling.worker_task_retry_count = 99999999999",
+        Refused("to 4294967295"),
+    ),
+    (
+        "scheduling.default_platform = \"linux\"",
+        Refused("KEY = VALUE"),
+    ),
+    (
+        "scheduling.default_platform = { OSFamily = 1 }",
+        Refused("write a text in quotes"),
+    ),
+    ("storage = \"embedded\"", Refused("write [storage]")),
+    (
+        "[[shutdown]]\ndrain_timeout = \"1s\"",
+        Refused("single brackets"),
+    ),
+    ("log = \"debug\"", Refused("write [log]")),
+    ("log.level = true", Refused("log.level is true; write")),
+    (
+        "scheduling.default_execution_timeout = 60",
+        Refused("a duration with its unit"),
+    ),
+    (
+        "scheduling.default_execution_timeout = \"60\"",
+        Refused("a duration with its unit"),
+    ),
+    (
+        "scheduling.default_execution_timeout = \"soon\"",
+        Refused("a duration with its unit"),
+    ),
+    (
+        "scheduling.default_execution_timeout = \"-1s\"",
+        Refused("a duration with its unit"),
+    ),
+    (
+        "scheduling.maximum_execution_timeout = \"1000000 years\"",
+        Refused("more than ten years"),
+    ),
+    // No TOML.
+    ("clients.listen = 127.0.0.1:8980", Refused("not TOML")),
+    ("[clients\nlisten = 1", Refused("not TOML")),
+    ("= 5", Refused("not TOML")),
+    (
+        "log.level = \"info\"\nlog.level = \"warn\"",
+        Refused("not TOML: duplicate key"),
+    ),
+    ("log.level = \"info", Refused("not TOML")),
+    // Addresses.
+    ("clients.listen = \"8980\"", Refused("is no address; write")),
+    (
+        "clients.listen = \"localhost:8980\"",
+        Refused("is no address; write"),
+    ),
+    (
+        "clients.listen = \"unix:x.sock\"",
+        Refused("is not absolute"),
+    ),
+    (
+        "workers.listen = \"127.0.0.1:{clients}\"",
+        Refused("clients.listen has the same port"),
+    ),
+    (
+        "workers.listen = \"0.0.0.0:{clients}\"",
+        Refused("clients.listen has the same port"),
+    ),
+    (
+        "workers.listen = \"192.0.2.1:{clients}\"",
+        Refused("must be one of this host's"),
+    ),
+    (
+        "workers.listen = \"127.0.0.1:{busy}\"",
+        Refused("listens there; stop it, or choose another"),
+    ),
+    (
+        "workers.listen = \"unix:{dir}/none/x.sock\"",
+        Refused("create the directory"),
+    ),
+    (
+        "workers.listen = \"unix:{dir}/file\"",
+        Refused("workers.listen"),
+    ),
+    // Storage.
+    (
+        "storage.cas = \"grpc://127.0.0.1:1\"",
+        Refused("either both \"embedded\" or both endpoints"),
+    ),
+    (
+        "storage.cas = \"grpc://127.0.0.1:1\"\nstorage.action_cache = \"grpc://127.0.0.1:1\"",
+        Waits("storage.cas"),
+    ),
+    (
+        "storage.cas = \"grpc://127.0.0.1:{clients}\"\nstorage.action_cache = \"grpc://127.0.0.1:{clients}\"",
+        Refused("this scheduler's own port"),
+    ),
+    ("storage.cas = \"grpcs://a:1\"", Refused("storage.cas")),
+    ("storage.cas = \"http://a:1/\"", Refused("grpc://")),
+    ("storage.cas = \"embeded\"", Refused("or \"embedded\"")),
+    (
+        "storage.embedded.maximum_size = \"0B\"",
+        Refused("less than 16MiB"),
+    ),
+    (
+        "storage.embedded.maximum_size = \"100000TiB\"",
+        Warned("more than the whole disk"),
+    ),
+    (
+        "storage.embedded.directory = \"storage\"",
+        Refused("write an absolute path"),
+    ),
+    (
+        "storage.embedded.directory = \"/\"",
+        Refused("others have files there"),
+    ),
+    (
+        "storage.embedded.directory = \"/home\"",
+        Refused("others have files there"),
+    ),
+    (
+        "storage.embedded.directory = \"{dir}/../x\"",
+        Refused("without .."),
+    ),
+    (
+        "storage.embedded.directory = \"{dir}/file\"",
+        Refused("storage.embedded.directory"),
+    ),
+    // Intervals of nothing, and others that cannot be meant.
+    (
+        "scheduling.default_execution_timeout = \"0s\"",
+        Refused("would fail at once"),
+    ),
+    (
+        "scheduling.maximum_execution_timeout = \"0s\"",
+        Refused("every action would be refused"),
+    ),
+    (
+        "scheduling.execution_update_interval = \"0s\"",
+        Refused("without end"),
+    ),
+    (
+        "scheduling.operation_with_no_waiters_timeout = \"0s\"",
+        Refused("cancelled"),
+    ),
+    (
+        "scheduling.busy_worker_synchronization_interval = \"0s\"",
+        Refused("without end"),
+    ),
+    (
+        "scheduling.idle_worker_synchronization_interval = \"0s\"",
+        Refused("without end"),
+    ),
+    (
+        "scheduling.worker_with_no_synchronizations_timeout = \"0s\"",
+        Refused("taken for dead"),
+    ),
+    (
+        "scheduling.platform_queue_with_no_workers_timeout = \"0s\"",
+        Refused("last worker"),
+    ),
+    (
+        "scheduling.default_execution_timeout = \"5h\"",
+        Refused("it exceeds scheduling.maximum"),
+    ),
+    (
+        "scheduling.maximum_message_size = \"0B\"",
+        Refused("Actions would not fit"),
+    ),
+    (
+        "scheduling.maximum_message_size = \"65MiB\"",
+        Refused("mistake of its client"),
+    ),
+    (
+        "scheduling.default_platform = { \"\" = \"x\" }",
+        Refused("needs a name"),
+    ),
+    (
+        "shutdown.drain_timeout = \"90s\"",
+        Warned("TimeoutStopSec="),
+    ),
+    ("shutdown.drain_timeout = \"1h\"", Warned("TimeoutStopSec=")),
+];
+
+const WORKER: &[Row] = &[
+    ("", Good),
+    (
+        "cache.maximum_size = \"1GiB\"\ncache.maximum_files = 1000",
+        Good,
+    ),
+    ("storage.browser_url = \"https://browser.example/\"", Good),
+    ("storage.download_concurrency = 1", Good),
+    (
+        "runners = [{ endpoint = \"unix:{dir}/runner.sock\", concurrency = 16 }]",
+        Good,
+    ),
+    (
+        "runners = [{ endpoint = \"unix:{dir}/runner.sock\", concurrency = 1, platform = {} }, \
+         { endpoint = \"unix:{dir}/runner.sock\", concurrency = 1, inputs = \"private\" }]",
+        Good,
+    ),
+    (
+        "cache.maximum_sise = \"1GiB\"",
+        Refused("did you mean maximum_size?"),
+    ),
+    (
+        "[cache]\nbuild_directory = \"/x\"",
+        Refused("above the first line with brackets"),
+    ),
+    ("[runners]\nconcurrency = 1", Refused("write [[runners]]")),
+    (
+        "runners = [{ conccurency = 1 }]",
+        Refused("did you mean concurrency?"),
+    ),
+    ("runners = []", Refused("at least one [[runners]]")),
+    (
+        "runners = [1]",
+        Refused("an item of runners is the number 1"),
+    ),
+    (
+        "runners = [{ concurrency = -1 }]",
+        Refused("write a whole number"),
+    ),
+    ("runners = [{ concurrency = 501 }]", Refused("at most 500")),
+    (
+        "runners = [{ endpoint = \"unix:{dir}/runner.sock\", concurrency = 17 }]",
+        Warned("bb_runner.toml has 16; lower it"),
+    ),
+    (
+        "runners = [{ inputs = \"copied\" }]",
+        Refused("write \"shared\" or \"private\""),
+    ),
+    (
+        "runners = [{ platform = { \"\" = \"x\" } }]",
+        Refused("needs a name"),
+    ),
+    (
+        "runners = [{ worker_id = { \"\" = \"x\" } }]",
+        Refused("needs a name"),
+    ),
+    (
+        "runners = [{ environment_variables = { \"a=b\" = \"x\" } }]",
+        Refused("cannot be a variable"),
+    ),
+    (
+        "runners = [{ environment_variables = { A = 1 } }]",
+        Refused("write a text in quotes"),
+    ),
+    (
+        "runners = [{ instance_name_prefix = \"a//b\" }]",
+        Refused("runners.instance_name_prefix"),
+    ),
+    (
+        "runners = [{ size_class = -1 }]",
+        Refused("write a whole number"),
+    ),
+    (
+        "runners = [{}, {}]",
+        Refused("every action would run twice"),
+    ),
+    (
+        "runners = [{ worker_id = { a = \"1\" } }, { worker_id = { a = \"1\" } }]",
+        Refused("every action would run twice"),
+    ),
+    (
+        "runners = [{ endpoint = \"unix:{dir}/nobody.sock\" }]",
+        Waits("is bb_runner running"),
+    ),
+    (
+        "scheduler.endpoint = \"grpc://127.0.0.1:1\"",
+        Waits("does not serve workers"),
+    ),
+    (
+        "scheduler.endpoint = \"grpc://127.0.0.1:{clients}\"",
+        Waits("the workers' port"),
+    ),
+    (
+        "scheduler.endpoint = \"127.0.0.1\"",
+        Refused("is no endpoint; write"),
+    ),
+    (
+        "storage.cas = \"grpc://127.0.0.1:{workers}\"\nstorage.action_cache = \"grpc://127.0.0.1:{workers}\"",
+        Waits("storage.cas"),
+    ),
+    ("storage.download_concurrency = 0", Refused("at least 1")),
+    (
+        "storage.upload_concurrency = 1000000000",
+        Refused("no storage serves more"),
+    ),
+    (
+        "storage.maximum_message_size = \"0B\"",
+        Refused("from \"64KiB\" to \"1GiB\""),
+    ),
+    ("storage.browser_url = \"browser\"", Refused("http://")),
+    (
+        "storage.force_upload_trees_and_directories = \"yes\"",
+        Refused("write true or false"),
+    ),
+    (
+        "cache.maximum_size = \"0B\"",
+        Refused("the inputs of no action would fit"),
+    ),
+    (
+        "cache.maximum_files = 0",
+        Refused("the inputs of no action would fit"),
+    ),
+    (
+        "cache.maximum_directories_size = \"0B\"",
+        Refused("the input root of no action"),
+    ),
+    (
+        "cache.maximum_size = \"100000TiB\"",
+        Warned("more than the whole disk"),
+    ),
+    (
+        "cache.minimum_free = \"100000TiB\"",
+        Warned("more than the whole disk"),
+    ),
+    (
+        "cache.directory = \"cache\"",
+        Refused("write an absolute path"),
+    ),
+    (
+        "cache.directory = \"/\"",
+        Refused("choose a directory of its own"),
+    ),
+    (
+        "cache.directory = \"{dir}/file\"",
+        Refused("cache.directory"),
+    ),
+    (
+        "build_directory = \"/home\"",
+        Refused("choose a directory of its own"),
+    ),
+    (
+        "build_directory = \"/tmp\"",
+        Refused("choose a directory of its own"),
+    ),
+    (
+        "build_directory = \"{dir}/worker/cache/build\"",
+        Refused("neither inside nor around"),
+    ),
+    (
+        "build_directory = \"{dir}/worker\"",
+        Refused("neither inside nor around"),
+    ),
+    (
+        "build_directory = \"{dir}/worker/other\"",
+        Warned("give both the same build_directory"),
+    ),
+    (
+        "build_directory = \"/dev/shm/bb-no-such-build\"",
+        Refused("on different file systems"),
+    ),
+    (
+        "shutdown.drain_timeout = \"10min\"",
+        Warned("TimeoutStopSec="),
+    ),
+];
+
+const RUNNER: &[Row] = &[
+    ("", Good),
+    ("root = \"input\"", Good),
+    ("clean_temporary_directories = [\"{dir}/clean\"]", Good),
+    ("run_command_cleaner = [\"true\"]", Good),
+    ("emulator = [\"/usr/bin/env\"]", Good),
+    ("writable_directories = [\"{dir}/clean\"]", Good),
+    ("limits.memory = \"0B\"\nlimits.processors = 2", Good),
+    ("socket_mode = \"0600\"", Good),
+    ("additional_groups = [\"0\"]", Good),
+    ("lisen = \"unix:/x\"", Refused("did you mean listen?")),
+    (
+        "listen = \"127.0.0.1:1\"",
+        Refused("callers are known by their Unix user"),
+    ),
+    (
+        "listen = \"unix:{dir}/none/x.sock\"",
+        Refused("create the directory"),
+    ),
+    ("socket_mode = 660", Refused("socket_mode")),
+    ("socket_mode = \"0999\"", Refused("is no file mode")),
+    (
+        "socket_mode = \"0600\"\nallowed_users = [\"1\"]",
+        Warned("cannot connect"),
+    ),
+    (
+        "socket_group = \"no-such-group\"",
+        Refused("there is no group"),
+    ),
+    (
+        "additional_groups = [\"no-such-group\"]",
+        Refused("there is no group"),
+    ),
+    (
+        "allowed_users = [\"no-such-user\"]",
+        Waits("there is no user"),
+    ),
+    (
+        "allowed_users = \"bb-worker\"",
+        Refused("write a list in brackets"),
+    ),
+    (
+        "build_directory = \"build\"",
+        Refused("write an absolute path"),
+    ),
+    (
+        "build_directory = \"/home\"",
+        Refused("choose a directory of its own"),
+    ),
+    ("build_directory = \"{dir}/none\"", Waits("could not find")),
+    (
+        "build_directory = \"{dir}/closed/build\"",
+        Waits("chmod o+x"),
+    ),
+    ("users.first = 0", Refused("belong to the system")),
+    ("users.count = 0", Refused("at least one user")),
+    ("users.count = 501", Refused("at most 500")),
+    ("users = { first = 65530, count = 8 }", Refused("nobody")),
+    (
+        "users = { first = 61200, count = 8 }",
+        Refused("DynamicUser"),
+    ),
+    ("users.first = 5000000000", Refused("to 4294967295")),
+    (
+        "root = \"/no/such/root\"",
+        Warned("unpack a root file system"),
+    ),
+    (
+        "root = \"{dir}/clean\"",
+        Warned("must have a directory proc"),
+    ),
+    ("root = \"image\"", Refused("is no root")),
+    (
+        "root = \"input\"\ncontainment.mounts = \"off\"",
+        Refused("takes containment.mounts"),
+    ),
+    (
+        "emulator = [\"/no/such/emulator\"]",
+        Warned("could not be found"),
+    ),
+    ("emulator = [\"qemu\"]", Warned("whole path")),
+    ("emulator = [\"{dir}/file\"]", Warned("chmod +x")),
+    ("emulator = [\"\"]", Refused("write a program first")),
+    (
+        "run_command_cleaner = [\"/no/such/cleaner\"]",
+        Warned("could not be found"),
+    ),
+    (
+        "run_command_cleaner = [\"no-such-cleaner\"]",
+        Warned("there is no such program"),
+    ),
+    (
+        "writable_directories = [\"/no/such/directory\"]",
+        Warned("create it, or leave it out"),
+    ),
+    (
+        "writable_directories = [\"x\"]",
+        Refused("write an absolute path"),
+    ),
+    ("writable_directories = [\"/\"]", Refused("/ is everything")),
+    (
+        "clean_temporary_directories = [\"/home\"]",
+        Refused("cannot be without"),
+    ),
+    (
+        "clean_temporary_directories = [\"/\"]",
+        Refused("cannot be without"),
+    ),
+    (
+        "clean_temporary_directories = [\"/var/lib\"]",
+        Refused("cannot be without"),
+    ),
+    (
+        "clean_temporary_directories = [\"{dir}\"]",
+        Refused("cannot be without"),
+    ),
+    (
+        "clean_temporary_directories = [\"{dir}/link\"]",
+        Refused("leads to /etc"),
+    ),
+    (
+        "clean_temporary_directories = [\"{dir}/none\"]",
+        Warned("create it, or leave it out"),
+    ),
+    (
+        "readiness_checking_pathnames = [\"/no/such\"]",
+        Waits("could not find /no/such"),
+    ),
+    (
+        "containment.mounts = \"on\"",
+        Refused("write \"auto\", \"require\" or \"off\""),
+    ),
+    (
+        "containment.network = \"off\"",
+        Refused("write \"auto\", \"none\" or \"host\""),
+    ),
+    (
+        "containment.hidden_paths = [\"/usr\"]",
+        Refused("no command runs without /usr"),
+    ),
+    ("limits.processes = 3", Refused("at least 16")),
+    ("limits.processes = 5000000", Refused("at most 4194304")),
+    (
+        "limits.processors = -1.0",
+        Refused("write a number such as 2.0"),
+    ),
+    (
+        "limits.processors = nan",
+        Refused("write a number such as 2.0"),
+    ),
+    ("limits.memory = \"1MiB\"", Refused("less than 16MiB")),
+    (
+        "limits.log_size = \"100000TiB\"",
+        Warned("more than the whole disk"),
+    ),
+    (
+        "set_tmpdir_environment_variable = 1",
+        Refused("write true or false"),
+    ),
+    (
+        "termination_grace = \"60s\"\nshutdown.drain_timeout = \"60s\"",
+        Warned("TimeoutStopSec="),
+    ),
+];
+
+/// A program with its configuration, where drop-ins are put.
+struct Trial<'d> {
+    program: &'static str,
+    directory: &'d Path,
+    name: &'static str,
+}
+
+/// Killed when a row does not go as it should.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Trial<'_> {
+    fn command(&self) -> Command {
+        let mut command = Command::new(self.program);
+        command
+            .arg("--config")
+            .arg(self.directory.join(format!("{}.toml", self.name)))
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Whether `--check` is content, and what it said on standard error.
+    fn check(&self) -> (bool, String) {
+        let output = self.command().arg("--check").output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        match output.status.code() {
+            Some(0) => (true, said),
+            Some(78) => (false, said),
+            other => panic!("{other:?}: {said}"),
+        }
+    }
+
+    /// Whether a start came up, and what it logged until then.
+    fn start(&self) -> (bool, String) {
+        let place = self.directory.join("notify");
+        let _ = fs::remove_file(&place);
+        let notify = UnixDatagram::bind(&place).unwrap();
+        notify
+            .set_read_timeout(Some(Duration::from_millis(20)))
+            .unwrap();
+        let log = self.directory.join("trial.log");
+        let mut running = Running(
+            self.command()
+                .env("NOTIFY_SOCKET", &place)
+                .stdout(Stdio::null())
+                .stderr(fs::File::create(&log).unwrap())
+                .spawn()
+                .unwrap(),
+        );
+        let deadline = Instant::now() + Duration::from_secs(120);
+        let mut buffer = [0; 4096];
+        let came_up = loop {
+            if let Ok(length) = notify.recv(&mut buffer)
+                && String::from_utf8_lossy(&buffer[..length]).contains("READY=1")
+            {
+                break true;
+            }
+            if let Some(status) = running.0.try_wait().unwrap() {
+                assert_eq!(
+                    status.code(),
+                    Some(78),
+                    "{}",
+                    fs::read_to_string(&log).unwrap()
+                );
+                break false;
+            }
+            assert!(Instant::now() < deadline, "neither ready nor gone");
+        };
+        if came_up {
+            // SAFETY: the number is that of a child that was not waited for.
+            unsafe { libc::kill(running.0.id() as i32, libc::SIGTERM) };
+            running.0.wait().unwrap();
+        }
+        (came_up, fs::read_to_string(&log).unwrap())
+    }
+
+    /// What is not as it should be.
+    fn judge(&self, text: &str, expect: Expect) -> Vec<String> {
+        let drop_ins = self.directory.join(format!("{}.toml.d", self.name));
+        fs::create_dir_all(&drop_ins).unwrap();
+        let drop_in = drop_ins.join("50.toml");
+        fs::write(&drop_in, text).unwrap();
+        let mut wrong = Vec::new();
+        let mut must = |right: bool, what: &str, said: &str| {
+            if !right {
+                wrong.push(format!("{} with {text:?}: {what}: {said}", self.name));
+            }
+        };
+        let (good, said) = self.check();
+        let (came_up, log) = self.start();
+        let warns = |words: &str| {
+            log.lines()
+                .any(|line| line.contains("WARN") && line.contains(words))
+        };
+        match expect {
+            Good => {
+                must(good, "wrongly bad", &said);
+                must(came_up, "does not start", &log);
+                must(!warns(".toml"), "complains at the start", &log);
+            }
+            Refused(words) | Warned(words) | Waits(words) => {
+                must(!good, "wrongly good", &said);
+                must(said.contains(words), words, &said);
+                // Where it is wrong: the drop-in and a line of it, or a key at its default.
+                let place = format!("{}:", drop_in.display());
+                let has_place = said.contains(&place) || matches!(expect, Waits(_));
+                must(has_place, "no file and line", &said);
+                for foreign in [
+                    "u32",
+                    "u64",
+                    "usize",
+                    "f64",
+                    "struct ",
+                    "invalid type",
+                    "expected ",
+                ] {
+                    must(!said.contains(foreign), "not in words of people", &said);
+                }
+            }
+        }
+        match expect {
+            Good => {}
+            Refused(words) => {
+                must(!came_up, "starts", &log);
+                must(log.contains(words), "a start says something else", &log);
+            }
+            Warned(words) => must(came_up && warns(words), "a start does not warn", &log),
+            Waits(_) => must(came_up, "does not start", &log),
+        }
+        fs::remove_file(&drop_in).unwrap();
+        wrong
+    }
+
+    fn judge_all(&self, rows: &[Row], fill: impl Fn(&str) -> String) {
+        let wrong: Vec<String> = rows
+            .iter()
+            .flat_map(|(text, expect)| self.judge(&fill(text), *expect))
+            .collect();
+        assert!(
+            wrong.is_empty(),
+            "{} complaints:\n{}",
+            wrong.len(),
+            wrong.join("\n")
+        );
+    }
+}
+
+/// What rows name: a file, a directory to empty, a link to a vital one, one that is closed.
+fn furnish(directory: &Path) {
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(directory.join("file"), "").unwrap();
+    for name in ["clean", "build", "closed", "closed/build"] {
+        fs::create_dir(directory.join(name)).unwrap();
+    }
+    std::os::unix::fs::symlink("/etc", directory.join("link")).unwrap();
+    let closed = fs::Permissions::from_mode(0o700);
+    fs::set_permissions(directory.join("closed"), closed).unwrap();
+}
+
+#[test]
+fn there_are_117_configurations_and_more() {
+    assert!(SCHEDULER.len() + WORKER.len() + RUNNER.len() >= 117);
+}
+
+#[test]
+fn of_each_configuration_of_the_scheduler_check_says_what_a_start_makes_of_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    furnish(path);
+    let free = || {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        (socket.local_addr().unwrap().port().to_string(), socket)
+    };
+    let (busy, _held) = free();
+    let ((clients, first), (workers, second)) = (free(), free());
+    drop((first, second));
+    let dir = path.display().to_string();
+    let text = format!(
+        "clients.listen = \"127.0.0.1:{clients}\"\nworkers.listen = \"127.0.0.1:{workers}\"\n\
+         storage.embedded.directory = \"{dir}/storage\"\nstorage.embedded.maximum_size = \"32MiB\"\n"
+    );
+    fs::write(path.join("bb_scheduler.toml"), text).unwrap();
+    let trial = Trial {
+        program: env!("CARGO_BIN_EXE_bb_scheduler"),
+        directory: path,
+        name: "bb_scheduler",
+    };
+    trial.judge_all(SCHEDULER, |text| {
+        text.replace("{dir}", &dir)
+            .replace("{clients}", &clients)
+            .replace("{busy}", &busy)
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_each_configuration_of_the_worker_check_says_what_a_start_makes_of_it() {
+    if !is_root() {
+        return;
+    }
+    let mut farm = Farm::start(Path::new("/var/tmp"), 2, "").await;
+    let limit = Duration::from_secs(60);
+    farm.terminate(Daemon::Worker, limit).unwrap();
+    let path = farm.path().to_owned();
+    fs::write(path.join("file"), "").unwrap();
+    let (dir, clients) = (path.display().to_string(), farm.port());
+    let workers = clients + 1;
+    let trial = Trial {
+        program: env!("CARGO_BIN_EXE_bb_worker"),
+        directory: &path,
+        name: "bb_worker",
+    };
+    tokio::task::block_in_place(|| {
+        trial.judge_all(WORKER, |text| {
+            text.replace("{dir}", &dir)
+                .replace("{clients}", &clients.to_string())
+                .replace("{workers}", &workers.to_string())
+        });
+    });
+}
+
+#[test]
+fn of_each_configuration_of_the_runner_check_says_what_a_start_makes_of_it() {
+    if !is_root() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    furnish(path);
+    let dir = path.display().to_string();
+    let first = 2_100_000_000 + std::process::id() % 50_000 * 40;
+    let text = format!(
+        "listen = \"unix:{dir}/runner.sock\"\nbuild_directory = \"{dir}/build\"\n\
+         allowed_users = []\nusers = {{ first = {first}, count = 8 }}\n"
+    );
+    fs::write(path.join("bb_runner.toml"), text).unwrap();
+    let trial = Trial {
+        program: env!("CARGO_BIN_EXE_bb_runner"),
+        directory: path,
+        name: "bb_runner",
+    };
+    trial.judge_all(RUNNER, |text| text.replace("{dir}", &dir));
+}
+
+#[test]
+fn what_the_daemon_itself_holds_is_good_and_what_another_holds_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let free = || {
+        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        socket.local_addr().unwrap().port()
+    };
+    let text = format!(
+        "clients.listen = \"127.0.0.1:{}\"\nworkers.listen = \"unix:{}/workers.sock\"\n\
+         storage.embedded = {{ directory = \"{}/storage\", maximum_size = \"32MiB\" }}\n",
+        free(),
+        path.display(),
+        path.display()
+    );
+    for name in ["bb_scheduler.toml", "other.toml"] {
+        fs::write(path.join(name), &text).unwrap();
+    }
+    let scheduler = |config: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bb_scheduler"));
+        command.arg("--config").arg(path.join(config));
+        command
+    };
+    let place = path.join("notify");
+    let notify = UnixDatagram::bind(&place).unwrap();
+    let mut running = Running(
+        scheduler("bb_scheduler.toml")
+            .env("NOTIFY_SOCKET", &place)
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    let mut buffer = [0; 4096];
+    while let Ok(length) = notify.recv(&mut buffer) {
+        if String::from_utf8_lossy(&buffer[..length]).contains("READY=1") {
+            break;
+        }
+    }
+    let output = scheduler("bb_scheduler.toml").arg("--check").output();
+    let output = output.unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{output:?}");
+    let process = format!("bb_scheduler (process {}", running.0.id());
+    assert_eq!(said.matches(&process).count(), 3, "{said}");
+
+    let output = scheduler("other.toml").arg("--check").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(78), "{said}");
+    assert_eq!(said.matches(&process).count(), 3, "{said}");
+    assert!(
+        said.contains("bb_scheduler.toml) listens there; stop it"),
+        "{said}"
+    );
+    running.0.kill().unwrap();
+}
