@@ -23,7 +23,7 @@ use bb_remote_execution::{
     proto::reapi,
     storage::{Content, local::Store, remote, service},
     worker::{
-        cache::{Cache, Key},
+        cache::{Cache, Key, Method},
         directories::Directories,
         input_root::{InputRoot, Roots},
         tree::Tree,
@@ -370,7 +370,7 @@ fn print(
     );
 }
 
-/// A worker that starts with 200,000 cached files.
+/// A worker that starts with 200,000 cached files, and reads some of them before their first use.
 fn restart(kind: &str, place: &Path) {
     const FILES: usize = 200_000;
     let directory = tempfile::tempdir_in(place).unwrap();
@@ -378,10 +378,25 @@ fn restart(kind: &str, place: &Path) {
     for i in 0..FILES {
         insert(&cache, directory.path(), &format!("file {i}"));
     }
+    let large = |text: &str, size: usize| text.repeat(size / text.len());
+    let small: Vec<Key> = (0..10_000)
+        .map(|i| {
+            insert(
+                &cache,
+                directory.path(),
+                &large(&format!("{i:08}"), 8 << 10),
+            )
+        })
+        .collect();
+    let large = [insert(
+        &cache,
+        directory.path(),
+        &large("large   ", 512 << 20),
+    )];
     drop(cache);
     let before = memory();
     let start = Instant::now();
-    let cache = open_cache(directory.path());
+    let cache = Arc::new(open_cache(directory.path()));
     let opened = start.elapsed();
     let files = cache.usage().0;
     println!(
@@ -389,6 +404,21 @@ fn restart(kind: &str, place: &Path) {
         opened.as_secs_f64(),
         memory().saturating_sub(before) / files.max(1),
     );
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    for (what, keys) in [("10000 of 8 KiB", &small[..]), ("one of 512 MiB", &large)] {
+        for use_ in ["first", "second"] {
+            let start = Clock::start();
+            let instance = InstanceName::empty();
+            let obtained = cache.obtain(&instance, keys.to_vec(), Method::HardLink);
+            drop(runtime.block_on(obtained).unwrap());
+            let (wall, cpu) = start.elapsed();
+            println!(
+                "{kind}: {what}, {use_} use after a start: {:.1} ms, cpu {:.1} ms",
+                wall.as_secs_f64() * 1e3,
+                cpu.as_secs_f64() * 1e3,
+            );
+        }
+    }
 }
 
 /// Resident bytes of this process.

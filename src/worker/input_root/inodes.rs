@@ -6,39 +6,47 @@
 //! occurrences. Every verb takes constant time, but for what many occurrences of one content cost: a
 //! bit each.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::worker::lru::Handle;
 
 const BITS: u32 = u64::BITS;
 
-/// Numbers of inodes, by the cached file; an entry that is empty is not there.
+/// Numbers of inodes, by the cached file.
 #[derive(Default)]
 pub struct Inodes {
-    of: HashMap<Handle, Numbers>,
+    /// Files of which the first inode is taken: nearly all are in this set alone, which is small.
+    first: HashSet<Handle>,
+    /// Those from 1 on; a file of which none is taken is not there.
+    further: HashMap<Handle, Numbers>,
 }
 
 /// A set of small numbers.
-enum Numbers {
-    /// Below 64.
-    Few(u64),
-    /// Any; none of the words in front of the first that is told is full.
-    Many { words: Vec<u64>, free: usize },
+#[derive(Default)]
+struct Numbers {
+    words: Vec<u64>,
+    /// All words in front of this one are full.
+    free: usize,
 }
 
 impl Inodes {
     /// The lowest number that is not taken, from `least` on; takes it.
     pub fn take(&mut self, file: Handle, least: u32) -> u32 {
-        let numbers = self.of.entry(file).or_insert(Numbers::Few(0));
-        let number = numbers.first_free(least);
+        if least == 0 && self.first.insert(file) {
+            return 0;
+        }
+        let numbers = self.further.entry(file).or_default();
+        let number = numbers.first_free(least.saturating_sub(1));
         numbers.insert(number);
-        number
+        number + 1
     }
 
     /// Takes this one; `false` when it is taken already.
     pub fn take_this(&mut self, file: Handle, number: u32) -> bool {
-        let numbers = self.of.entry(file).or_insert(Numbers::Few(0));
-        numbers.insert(number)
+        match number {
+            0 => self.first.insert(file),
+            number => self.further.entry(file).or_default().insert(number - 1),
+        }
     }
 
     /// Another one instead of one that is full: the next that is not taken.
@@ -49,10 +57,12 @@ impl Inodes {
     }
 
     pub fn free(&mut self, file: Handle, number: u32) {
-        if let Some(numbers) = self.of.get_mut(&file)
-            && numbers.remove(number)
+        if number == 0 {
+            self.first.remove(&file);
+        } else if let Some(numbers) = self.further.get_mut(&file)
+            && numbers.remove(number - 1)
         {
-            self.of.remove(&file);
+            self.further.remove(&file);
         }
     }
 }
@@ -60,50 +70,27 @@ impl Inodes {
 impl Numbers {
     fn first_free(&self, least: u32) -> u32 {
         let (word, bit) = ((least / BITS) as usize, least % BITS);
-        // As if all below `least` were taken.
-        let from = |taken: u64| (taken | ((1 << bit) - 1)).trailing_ones();
-        let (words, free) = match self {
-            Numbers::Few(taken) => (std::slice::from_ref(taken), 0),
-            Numbers::Many { words, free } => (&words[..], *free),
-        };
-        let first = word.max(free);
-        for (i, taken) in words.iter().enumerate().skip(first) {
-            let ones = if i == word {
-                from(*taken)
-            } else {
-                taken.trailing_ones()
-            };
+        for (i, taken) in self.words.iter().enumerate().skip(word.max(self.free)) {
+            // As if all below `least` were taken.
+            let below: u64 = if i == word { (1 << bit) - 1 } else { 0 };
+            let ones = (taken | below).trailing_ones();
             if ones < BITS {
                 return i as u32 * BITS + ones;
             }
         }
-        least.max(words.len() as u32 * BITS)
+        least.max(self.words.len() as u32 * BITS)
     }
 
     /// `false` when it is in it already.
     fn insert(&mut self, number: u32) -> bool {
         let (word, bit) = ((number / BITS) as usize, 1 << (number % BITS));
-        if let Numbers::Few(taken) = self {
-            if word == 0 {
-                let new = *taken & bit == 0;
-                *taken |= bit;
-                return new;
-            }
-            *self = Numbers::Many {
-                words: vec![*taken],
-                free: 0,
-            };
+        if self.words.len() <= word {
+            self.words.resize(word + 1, 0);
         }
-        let Numbers::Many { words, free } = self else {
-            return false;
-        };
-        if words.len() <= word {
-            words.resize(word + 1, 0);
-        }
-        let new = words[word] & bit == 0;
-        words[word] |= bit;
-        while words.get(*free) == Some(&u64::MAX) {
-            *free += 1;
+        let new = self.words[word] & bit == 0;
+        self.words[word] |= bit;
+        while self.words.get(self.free) == Some(&u64::MAX) {
+            self.free += 1;
         }
         new
     }
@@ -111,24 +98,14 @@ impl Numbers {
     /// Whether it is empty then.
     fn remove(&mut self, number: u32) -> bool {
         let (word, bit) = ((number / BITS) as usize, 1 << (number % BITS));
-        match self {
-            Numbers::Few(taken) => {
-                if word == 0 {
-                    *taken &= !bit;
-                }
-                *taken == 0
-            }
-            Numbers::Many { words, free } => {
-                if let Some(taken) = words.get_mut(word) {
-                    *taken &= !bit;
-                    *free = word.min(*free);
-                }
-                while words.last() == Some(&0) {
-                    words.pop();
-                }
-                words.is_empty()
-            }
+        if let Some(taken) = self.words.get_mut(word) {
+            *taken &= !bit;
+            self.free = word.min(self.free);
         }
+        while self.words.last() == Some(&0) {
+            self.words.pop();
+        }
+        self.words.is_empty()
     }
 }
 
@@ -171,7 +148,8 @@ mod tests {
                         plain.insert(lowest);
                     }
                 }
-                prop_assert_eq!(inodes.of.is_empty(), plain.is_empty());
+                let none = inodes.first.is_empty() && inodes.further.is_empty();
+                prop_assert_eq!(none, plain.is_empty());
             }
         }
     }

@@ -35,9 +35,8 @@
 //!   it does not have, and the cache makes it when it does not have it either. A subtree that leaves the
 //!   root gives its inodes back; one that comes into it takes its own along, and where the root has one
 //!   of these already, that file is linked anew, to another inode, before the subtree is in its place.
-//!   So what stays in a root is not looked at; what comes or goes costs a few nanoseconds a file in
-//!   memory, and at most one link for each file whose content the root has elsewhere, which is less
-//!   than it would cost to make the subtree.
+//!   So what stays in a root is not looked at; what comes or goes costs some nanoseconds a file, and at
+//!   most one link for each whose content the root has elsewhere: less than making the subtree.
 //!
 //! Roots of reflinks and roots of hard links do not become one another, nor lend one another subtrees.
 //! Where actions are to have input files of their own, each root is made anew, of copies: then the
@@ -75,11 +74,13 @@ use super::{
 use crate::{config::worker::Inputs, path::RelativePath};
 
 mod clock;
+mod counts;
 mod disk;
 mod gate;
 mod inodes;
 mod keeping;
 mod lay_out;
+mod link;
 mod model;
 pub mod plan;
 mod pool;
@@ -87,6 +88,7 @@ mod trash;
 mod verify;
 
 use clock::Clock;
+pub use counts::Counts;
 use disk::{Disk, Watched};
 use gate::{Gate, Used};
 use keeping::Keeping;
@@ -99,20 +101,6 @@ const TRASH: &str = "trash";
 const PARKED: &str = "parked";
 /// How long the runner may take until the last process of an action is gone.
 pub const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// What was done since the start.
-#[derive(Debug, Default)]
-pub struct Counts {
-    pub roots: AtomicU64,
-    /// Entries of all roots, and those of them that had to be made.
-    pub entries: AtomicU64,
-    pub links: AtomicU64,
-    /// Directories that were made, and those that came out of the pool with all that is in them.
-    pub made: AtomicU64,
-    pub unparked: AtomicU64,
-    /// Spent on planning and laying out.
-    pub nanoseconds: AtomicU64,
-}
 
 pub struct Roots {
     shared: Arc<Shared>,
@@ -137,8 +125,7 @@ struct Shared {
     keeping: Keeping,
     /// What was made before the last time that something was found wrong is thrown away.
     generation: AtomicU64,
-    /// Of the cache, those after which all was thrown away; held meanwhile, so that nobody is given
-    /// what is about to be.
+    /// Of the cache, those after which all was thrown away; held meanwhile, so that none is given out.
     alterations: Mutex<u64>,
     pool: Mutex<Pool>,
     cleaned: Condvar,
@@ -174,22 +161,6 @@ pub struct InputRoot {
     watched: Option<Watched>,
     /// Inode numbers of what is the worker's though the action made it, in their order.
     taken_over: Vec<u64>,
-}
-
-impl std::fmt::Display for Counts {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        write!(
-            f,
-            "{} input roots with {} entries: linked {} files, made {} directories, used {} parked subtrees, in {} ms",
-            of(&self.roots),
-            of(&self.entries),
-            of(&self.links),
-            of(&self.made),
-            of(&self.unparked),
-            of(&self.nanoseconds) / 1_000_000,
-        )
-    }
 }
 
 /// Why there is no input root.
@@ -666,16 +637,5 @@ impl Shared {
             alterations,
             spent: began.elapsed(),
         }
-    }
-
-    fn count(&self, tree: &Node, plan: &Plan<Parked>) {
-        let add = |count: &AtomicU64, more: u64| {
-            count.fetch_add(more, Ordering::Relaxed);
-        };
-        add(&self.counts.roots, 1);
-        add(&self.counts.entries, tree.entries);
-        add(&self.counts.links, plan.links.len() as u64);
-        add(&self.counts.made, plan.made.len() as u64);
-        add(&self.counts.unparked, plan.taken.len() as u64);
     }
 }

@@ -26,7 +26,7 @@ use super::{
     inodes::Inodes,
     lay_out,
     lay_out::LayOutError,
-    listing,
+    link, listing,
     model::{self, Kept, KeptRoot},
 };
 use crate::worker::{
@@ -260,7 +260,7 @@ impl Shared {
             let (name, link) = (file.name.as_str(), &mut kept.links.of[at]);
             let instead = |file, full| files.inodes.instead(file, full);
             let (cache, directory) = (&self.cache, place.as_fd());
-            let linked = lay_out::link(
+            let linked = link::link(
                 cache,
                 &file.key,
                 link,

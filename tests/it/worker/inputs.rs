@@ -6,7 +6,6 @@ use std::{
 };
 
 use bb_remote_execution::{
-    config::worker::Inputs,
     proto::{
         reapi,
         rpc::{Code, PreconditionFailure},
@@ -45,7 +44,7 @@ fn name_of(digest: &reapi::Digest) -> String {
     format!("blobs/{}/{}", digest.hash, digest.size_bytes)
 }
 
-fn file(name: &str, digest: reapi::Digest) -> reapi::FileNode {
+pub fn file(name: &str, digest: reapi::Digest) -> reapi::FileNode {
     reapi::FileNode {
         name: name.to_owned(),
         digest: Some(digest),
@@ -53,7 +52,7 @@ fn file(name: &str, digest: reapi::Digest) -> reapi::FileNode {
     }
 }
 
-fn directory(name: &str, digest: reapi::Digest) -> reapi::DirectoryNode {
+pub fn directory(name: &str, digest: reapi::Digest) -> reapi::DirectoryNode {
     reapi::DirectoryNode {
         name: name.to_owned(),
         digest: Some(digest),
@@ -448,127 +447,6 @@ async fn after_a_crash_of_the_host_what_was_used_last_is_fetched_again() {
     );
     farm.restart(Settings::default()).await;
     assert_eq!(farm.cache.usage().0, 2);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn ten_thousand_files_of_equal_content_are_as_many_files() {
-    let farm = Farm::start().await;
-    for (content, cached) in [("popular", 1), ("", 1)] {
-        let blob = farm.upload(content).await;
-        let many = reapi::Directory {
-            files: (0..500)
-                .map(|i| file(&i.to_string(), blob.clone()))
-                .collect(),
-            ..Default::default()
-        };
-        let many = farm.upload_message(&many).await;
-        let root = reapi::Directory {
-            directories: (0..20)
-                .map(|i| directory(&i.to_string(), many.clone()))
-                .collect(),
-            ..Default::default()
-        };
-        let root = farm.upload_message(&root).await;
-        for round in 1..3 {
-            let script = format!(
-                "find . -type f -printf '%i\\n' | sort -u | wc -l; cat 19/499; stat -c ' %a' 0/0 19/499 # {round}"
-            );
-            let response = farm
-                .execute(farm.task(&shell(&script, &[]), root.clone()).await)
-                .await;
-            assert_eq!(response.status, None, "{}", text(&response));
-            let out = farm.read(&response.result.unwrap().stdout_digest).await;
-            let expected = format!("10000\n{content} 444\n 444\n");
-            assert_eq!(String::from_utf8(out).unwrap(), expected);
-            assert_eq!(farm.cache.usage().0, cached);
-        }
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn what_a_program_does_with_inputs_of_equal_content_it_does_with_separate_files() {
-    let farm = Farm::start().await;
-    let files = [
-        ("a", "same"),
-        ("b", "same"),
-        ("d/c", "same"),
-        ("x", ""),
-        ("y", ""),
-        ("!e", "same"),
-        ("!f", "same"),
-    ];
-    let script = "cp -f a b && mv -f a b && test ! -e a && mv -f x y && test ! -e x && mv -f e f \
-        && test ! -e e && cat b d/c f && stat -c ' %h' y";
-    for round in 1..4 {
-        let response = farm
-            .shell(&format!("{script} # {round}"), &files, &[])
-            .await;
-        assert_eq!(code(&response), Code::Ok);
-        let result = response.result.unwrap();
-        let out = farm.read(&result.stdout_digest).await;
-        assert_eq!(String::from_utf8(out).unwrap(), "samesamesame 1\n");
-        assert_eq!(result.exit_code, 0);
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_file_has_as_many_links_as_are_needed() {
-    let farm = Farm::start().await;
-    let files = [("a", "popular"), ("b", "popular")];
-    assert_eq!(farm.shell("true", &files, &[]).await.status, None);
-    // Each inode of it gets all the links that its file system allows, where that is not many more than
-    // ext4's 65,000.
-    let directory = farm.directory.path();
-    fs::create_dir(directory.join("links")).unwrap();
-    let cached = walkdir::WalkDir::new(directory.join("cache")).min_depth(2);
-    for (i, entry) in cached.into_iter().enumerate() {
-        let path = entry.unwrap().into_path();
-        for n in 0..70_000 {
-            let link = directory.join("links").join(format!("{i}-{n}"));
-            if fs::hard_link(&path, link).is_err() {
-                break;
-            }
-        }
-    }
-    let files = [("c/a", "popular"), ("c/b", "popular"), ("c/c", "popular")];
-    let script = "find c -type f -printf '%i\\n' | sort -u | wc -l; cat c/*";
-    let response = farm.shell(script, &files, &[]).await;
-    assert_eq!(response.status, None, "{}", text(&response));
-    let out = farm.read(&response.result.unwrap().stdout_digest).await;
-    assert_eq!(String::from_utf8(out).unwrap(), "3\npopularpopularpopular");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn equal_files_count_each_where_each_takes_room() {
-    let limits = Limits {
-        bytes: 20_000,
-        files: 200,
-        minimum_free: 0,
-    };
-    let settings = Settings {
-        limits,
-        inputs: Inputs::HardLinks,
-        ..Default::default()
-    };
-    let farm = Farm::start_with(settings).await;
-    let large = "x".repeat(1_000);
-    let root = |count: usize| -> Vec<(String, &str)> {
-        (0..count).map(|i| (format!("f{i}"), &*large)).collect()
-    };
-    for (count, expected) in [(19, Code::Ok), (30, Code::ResourceExhausted), (5, Code::Ok)] {
-        let files = root(count);
-        let files: Vec<(&str, &str)> = files.iter().map(|(path, text)| (&**path, *text)).collect();
-        let response = farm.shell("true", &files, &[]).await;
-        assert_eq!(code(&response), expected, "{}", text(&response));
-    }
-    // What no root has any more goes before other files do.
-    let others: Vec<String> = (0..12).map(|i| format!("{i}{large}")).collect();
-    for other in &others {
-        let response = farm.shell("true", &[("a", other)], &[]).await;
-        assert_eq!(code(&response), Code::Ok);
-    }
-    let (files, bytes) = farm.cache.usage();
-    assert!(files >= 12 && bytes <= limits.bytes, "{files} {bytes}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,0 +1,164 @@
+//! Files of a root: each one an inode that the root has once (I8).
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use rustix::fs::AtFlags;
+
+use super::{
+    lay_out::{LayOut, LayOutError, at},
+    model::{self, Kept},
+};
+use crate::worker::{
+    cache::{Cache, Key, Link, LinkError, LinkKind, Links, Method},
+    lru::Handle,
+};
+
+/// Makes one file of a root; with another inode, which `other` tells instead of a full one, when that
+/// has all links that it can have.
+pub(super) fn link(
+    cache: &Cache,
+    key: &Key,
+    link: &mut Link,
+    directory: BorrowedFd<'_>,
+    name: &str,
+    buffer: &mut String,
+    mut other: impl FnMut(Handle, u32) -> u32,
+) -> Result<(), LinkError> {
+    loop {
+        match (cache.link(key, link, directory, name, buffer), link.kind()) {
+            (Err(LinkError::Full), LinkKind::HardLink(handle, number)) => {
+                cache.choose(key, link, other(handle, number))?;
+            }
+            (result, _) => return result,
+        }
+    }
+}
+
+impl LayOut<'_> {
+    /// Between removals and additions: what leaves the root frees its inodes, and subtrees that come
+    /// into it take theirs. Where the root has such an inode already, the subtree's file gets another.
+    pub(super) fn settle_inodes(
+        &self,
+        moved: &[u32],
+        buffer: &mut String,
+    ) -> Result<(), LayOutError> {
+        if self.method != Method::HardLink {
+            return Ok(());
+        }
+        let mut stays = vec![false; self.dropped.lock().len()];
+        for number in moved {
+            stays[*number as usize] = true;
+        }
+        for (parked, stays) in self.dropped.lock().iter().zip(stays) {
+            if let (Some(parked), false) = (parked, stays) {
+                self.inodes.lock().free_all(&parked.kept);
+            }
+        }
+        for parked in self.taken.lock().iter_mut().flatten() {
+            self.take_inodes(&mut parked.kept, buffer)?;
+        }
+        Ok(())
+    }
+
+    fn take_inodes(&self, kept: &mut Kept, buffer: &mut String) -> Result<(), LayOutError> {
+        let mut inodes = self.inodes.lock();
+        let mut taken = Vec::new();
+        for (i, link) in kept.links.of.iter().enumerate() {
+            if let LinkKind::HardLink(file, number) = link.kind()
+                && !inodes.take_this(file, number)
+            {
+                taken.push((i, file));
+            }
+        }
+        // Those that nobody has there are taken first, so that the others do not get them.
+        let others: Vec<(usize, u32)> = taken
+            .into_iter()
+            .map(|(i, file)| (i, inodes.take(file, 0)))
+            .collect();
+        drop(inodes);
+        let place = kept.place.clone();
+        for (i, number) in &others {
+            let file = &kept.node.directory.files[*i];
+            let (name, link) = (file.name.as_str(), &mut kept.links.of[*i]);
+            self.choose(&file.key, link, *number)?;
+            rustix::fs::unlinkat(&*place, name, AtFlags::empty()).map_err(at(name))?;
+            self.link(place.as_fd(), &file.key, name, link, buffer)?;
+        }
+        if !others.is_empty() {
+            kept.baseline = Some(model::settle(place.as_fd()).map_err(at("."))?.1);
+        }
+        for child in &mut kept.children {
+            self.take_inodes(child, buffer)?;
+        }
+        Ok(())
+    }
+
+    /// Pins files of one directory, each as an inode that the root does not have yet.
+    pub(super) fn pin(
+        &self,
+        keys: impl Iterator<Item = Key> + Clone,
+    ) -> Result<Links, LayOutError> {
+        let pinned = self.shared.cache.pin(keys.clone(), self.method);
+        let mut links = pinned.map_err(LayOutError::Vanished)?;
+        if self.method != Method::HardLink {
+            return Ok(links);
+        }
+        let mut inodes = self.inodes.lock();
+        let mut further = Vec::new();
+        for (i, link) in links.of.iter().enumerate() {
+            if let LinkKind::HardLink(file, _) = link.kind() {
+                let number = inodes.take(file, 0);
+                further.extend((number > 0).then_some((i, number)));
+            }
+        }
+        drop(inodes);
+        if !further.is_empty() {
+            let keys: Vec<Key> = keys.collect();
+            for (i, number) in further {
+                self.choose(&keys[i], &mut links.of[i], number)?;
+            }
+        }
+        Ok(links)
+    }
+
+    fn choose(&self, key: &Key, link: &mut Link, number: u32) -> Result<(), LayOutError> {
+        let chosen = self.shared.cache.choose(key, link, number);
+        self.tell(key, &key.digest.to_string(), chosen)
+    }
+
+    /// All others are tried, so that one attempt finds all that are gone.
+    fn tell(
+        &self,
+        key: &Key,
+        name: &str,
+        result: Result<(), LinkError>,
+    ) -> Result<(), LayOutError> {
+        match result {
+            Ok(()) => Ok(()),
+            Err(LinkError::Vanished) => {
+                self.queue.lock().vanished.push(*key);
+                Ok(())
+            }
+            Err(LinkError::Full) => Err(at(name)(rustix::io::Errno::MLINK)),
+            Err(LinkError::Other(error)) => Err(LayOutError::Disk(name.to_owned(), error)),
+        }
+    }
+
+    pub(super) fn link(
+        &self,
+        directory: BorrowedFd<'_>,
+        key: &Key,
+        name: &str,
+        link: &mut Link,
+        buffer: &mut String,
+    ) -> Result<(), LayOutError> {
+        let cache = &self.shared.cache;
+        let made = match self.method {
+            Method::Copy => cache.copy(key, link, directory, name),
+            _ => self::link(cache, key, link, directory, name, buffer, |file, full| {
+                self.inodes.lock().instead(file, full)
+            }),
+        };
+        self.tell(key, name, made)
+    }
+}
