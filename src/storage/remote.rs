@@ -104,15 +104,6 @@ struct Shared {
     reads: Flights,
 }
 
-/// The limits that a server gives in its capabilities, in bytes; 0 where it gives none.
-#[derive(Clone, Copy, Default)]
-struct Announced {
-    /// Of all blobs of one batch.
-    batch_size: u64,
-    /// Of one blob.
-    blob_size: u64,
-}
-
 /// Blobs of at most this size travel in batches, if the server's batches are not smaller still.
 const SMALL: u64 = 1 << 20;
 

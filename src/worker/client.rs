@@ -83,6 +83,7 @@ type Pending<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
 
 /// Serves one slot until `stopping`; then finishes the running action within `drain`, reports it,
 /// and returns.
+#[allow(clippy::too_many_arguments, reason = "each is another part of the worker")]
 pub async fn run(
     channel: Channel,
     identity: Identity,
