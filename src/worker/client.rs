@@ -14,8 +14,8 @@ use tonic::{Status, transport::Channel};
 use uuid::Uuid;
 
 use super::{
-    activity::Activity,
     execute::{Executor, Stage},
+    overview::Overview,
     slot::{self, Answer, Desired, Report, Slot, Step},
     story,
     task::Task,
@@ -87,7 +87,7 @@ pub async fn run(
     stopping: CancellationToken,
     drain: Duration,
     heart: Heart,
-    activity: Arc<Activity>,
+    overview: Arc<Overview>,
 ) {
     let client = OperationQueueClient::new(channel).max_decoding_message_size(LARGEST_ANSWER);
     let mut state: Slot<Result<Task, Box<ExecuteResponse>>, Box<ExecuteResponse>> =
@@ -116,7 +116,7 @@ pub async fn run(
                 continue;
             }
             Step::Start(task) => {
-                execution = Some(start(executor.clone(), activity.clone(), slot, task));
+                execution = Some(start(executor.clone(), overview.clone(), slot, task));
                 continue;
             }
             Step::Cancel => {
@@ -152,12 +152,12 @@ pub async fn run(
                 call = None;
                 match *answer {
                     Ok(response) => {
-                        activity.answered();
+                        overview.answered();
                         state.answered(now, answer_of(&identity, response, now));
                     }
                     Err(status) => {
                         state.failed(now, random());
-                        activity.failed(status.code(), status.message(), SystemTime::now());
+                        overview.failed(status.code(), status.message(), SystemTime::now());
                     }
                 }
             }
@@ -173,8 +173,8 @@ pub async fn run(
                 readiness = None;
                 let pause = random_below(LONGEST_READINESS_PAUSE);
                 match &result {
-                    Ok(()) => activity.ready(slot),
-                    Err(error) => activity.unready(slot, error, SystemTime::now()),
+                    Ok(()) => overview.ready(slot),
+                    Err(error) => overview.unready(slot, error, SystemTime::now()),
                 }
                 state.readiness(now, result.is_ok(), pause);
             }
@@ -189,7 +189,7 @@ pub async fn run(
 
 fn start(
     executor: Arc<Executor>,
-    activity: Arc<Activity>,
+    overview: Arc<Overview>,
     slot: usize,
     task: Result<Task, Box<ExecuteResponse>>,
 ) -> Execution {
@@ -198,7 +198,7 @@ fn start(
     let cancelled = cancel.clone();
     // In a task of its own, so that a panic ends this action and not this slot.
     let result = tokio::spawn(async move {
-        let _running = activity.run();
+        let _running = overview.run();
         match task {
             Ok(task) => {
                 let (action, instance) = (task.digest.hash_hex(), task.instance.clone());

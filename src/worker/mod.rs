@@ -15,7 +15,6 @@ use crate::{
     storage::remote,
 };
 
-mod activity;
 pub mod beneath;
 pub mod cache;
 pub mod client;
@@ -27,6 +26,7 @@ mod hashing;
 pub mod input_root;
 pub mod lru;
 pub mod outputs;
+mod overview;
 mod probe;
 pub mod removal;
 mod runner;
@@ -72,7 +72,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         config.cache.maximum_directories_size.get(),
     ));
     let scheduler = daemon::connect(&config.scheduler.endpoint);
-    let activity = Arc::new(activity::Activity::new(&config.scheduler.endpoint, slots));
+    let overview = Arc::new(overview::Overview::new(&config.scheduler.endpoint, slots));
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
         let identities = identities(runner)?;
@@ -118,7 +118,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
                 life.stopping(),
                 config.shutdown.drain_timeout.get(),
                 life.heart(format!("slot {slot}"), A_START),
-                activity.clone(),
+                overview.clone(),
             ));
         }
     }
@@ -129,7 +129,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     let stopping = life.stopping();
     tokio::select! {
         () = async { while clients.join_next().await.is_some() {} } => {}
-        () = life.keep_status(|| activity.line(stopping.is_cancelled())) => {}
+        () = life.keep_status(|| overview.line(stopping.is_cancelled())) => {}
     }
     tracing::info!("laid out {}", roots.counts());
     tracing::info!("verified {}", cache.verified());
