@@ -2,8 +2,6 @@
 
 use std::{collections::BTreeMap, io, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
-use rustix::process::{Resource, Rlimit};
-
 use crate::{
     config::worker::{Config, Inputs, Runner},
     daemon::{self, Failure, Life, Program},
@@ -47,7 +45,7 @@ const A_START: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Runs until told to stop, then until the actions that are running have ended.
 pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
-    raise_file_limit();
+    daemon::raise_file_limit();
     let slots: usize = config.runners.iter().map(Runner::slots).sum();
     let storage = connect_storage(&config);
     let (cache, roots) = open_directories(&config, slots, &storage).await?;
@@ -255,16 +253,4 @@ fn identities(runner: &Runner) -> Result<Vec<client::Identity>, Failure> {
         }
     };
     Ok((0..slots).map(identity).collect())
-}
-
-/// Deep trees need many open directories; systemd leaves it to daemons to raise their limit.
-fn raise_file_limit() {
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
-        tracing::warn!(%error, "could not raise the limit of open files");
-    }
 }

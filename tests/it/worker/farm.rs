@@ -13,7 +13,7 @@ use std::{
 
 use bb_remote_execution::{
     config::{Endpoint, worker::Inputs},
-    daemon,
+    daemon::{self, Services},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::{
@@ -113,8 +113,8 @@ impl Farm {
         let store = Arc::new(store.await.unwrap());
         let calls = Calls::default();
         let stop = CancellationToken::new();
-        let routes =
-            service::add_to(Routes::default(), &store).add_service(service::capabilities(false, 0));
+        let services = Services::default().add(service::capabilities(false, 0));
+        let routes = service::add_to(services, &store).into_routes();
         let storage = serve(routes, Some(calls.clone()), stop.clone()).await;
         let client = remote::Client::connect(&storage, &storage, Default::default());
         let runner = Plain {
