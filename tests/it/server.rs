@@ -81,7 +81,7 @@ impl ByteStream for Mock {
         drop(request);
         self.parked.fetch_add(1, Ordering::Relaxed);
         self.go_on.cancelled().await;
-        Ok(Response::default())
+        Ok(Response::new(QueryWriteStatusResponse::default()))
     }
 }
 
