@@ -23,6 +23,9 @@ pub struct WriteName {
     pub digest: Digest,
 }
 
+/// Bytes of a name: twice an instance name and a path. A server remembers names of uploads.
+pub const LONGEST_NAME: usize = 6 << 10;
+
 /// The sender must act.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ResourceNameError {
@@ -34,6 +37,10 @@ pub enum ResourceNameError {
     Compressed(String),
     #[error("size {1:?} in resource name {0:?} is not a number")]
     Size(String, String),
+    #[error(
+        "resource name {0:?} has {1} bytes, more than {LONGEST_NAME}; use a UUID for each upload"
+    )]
+    TooLong(String, usize),
     #[error(transparent)]
     Instance(#[from] InstanceNameError),
     #[error(transparent)]
@@ -42,7 +49,7 @@ pub enum ResourceNameError {
 
 impl ReadName {
     pub fn parse(name: &str) -> Result<Self, ResourceNameError> {
-        let parts: Vec<&str> = name.split('/').collect();
+        let parts = split(name)?;
         let Some(at) = parts
             .iter()
             .position(|part| matches!(*part, "blobs" | "compressed-blobs"))
@@ -67,7 +74,7 @@ impl ReadName {
 
 impl WriteName {
     pub fn parse(name: &str) -> Result<Self, ResourceNameError> {
-        let parts: Vec<&str> = name.split('/').collect();
+        let parts = split(name)?;
         let Some(at) = parts.iter().position(|part| *part == "uploads") else {
             return Err(ResourceNameError::NotAWrite(shorten(name)));
         };
@@ -95,6 +102,13 @@ pub fn blob_name(digest: &Digest) -> String {
         Some(function) => format!("blobs/{function}/{digest}"),
         None => format!("blobs/{digest}"),
     }
+}
+
+fn split(name: &str) -> Result<Vec<&str>, ResourceNameError> {
+    if name.len() > LONGEST_NAME {
+        return Err(ResourceNameError::TooLong(shorten(name), name.len()));
+    }
+    Ok(name.split('/').collect())
 }
 
 fn join(instance: &InstanceName, rest: &str) -> String {
@@ -193,6 +207,25 @@ mod tests {
             &format!("blobs/{hash}/1"),
         ] {
             assert!(WriteName::parse(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_too_long_is_refused_whatever_makes_it_long() {
+        let blob = format!("blobs/{}/1", "a".repeat(64));
+        let fits = |name: &str| WriteName::parse(name).is_ok();
+        let with_tail = |length| format!("uploads/u/{blob}/") + &"t".repeat(length);
+        let room = LONGEST_NAME - with_tail(0).len();
+        assert!(fits(&with_tail(room)));
+        for long in [
+            with_tail(room + 1),
+            format!("uploads/{}/{blob}", "u".repeat(15_000_000)),
+            format!("{}/uploads/u/{blob}", "i".repeat(LONGEST_NAME)),
+        ] {
+            let error = WriteName::parse(&long).unwrap_err();
+            assert!(matches!(error, ResourceNameError::TooLong(..)), "{error}");
+            assert!(error.to_string().len() < 400);
+            assert!(ReadName::parse(&long).is_err());
         }
     }
 }

@@ -10,7 +10,12 @@ use std::{
     process::ExitCode,
 };
 
-use super::{EX_CONFIG, Failure, Program, holder, journal::complain, unit::Units};
+use super::{
+    EX_CONFIG, Failure, Program,
+    holder::{self, Held},
+    journal::complain,
+    unit::Units,
+};
 use crate::config::{self, Check, Complaints, Given, ListenAddress, Loaded};
 
 /// Whose configuration is looked at, where it lies, and on what host.
@@ -143,13 +148,7 @@ impl Findings {
                 .is_some()
             && let Some(sockets) = host.units.listens(unit)
         {
-            let written: Vec<String> = sockets.iter().map(ToString::to_string).collect();
-            let written = written.join(" and ");
-            if host.given().has(key) && !sockets.contains(address) {
-                let message = overridden(address, unit, &written);
-                return self.fail(Failure::Configuration { key, message });
-            }
-            return self.good(format!("{key}: {unit} listens on {written}"));
+            return self.try_sockets(host, unit, key, address, &sockets);
         }
         match super::listen::try_to_bind(address) {
             Ok(()) => self.good(format!("{key}: {address} is free")),
@@ -162,6 +161,44 @@ impl Findings {
                 }
             }
             Err(error) => self.fail(super::listen::not_listening(key, address, &error)),
+        }
+    }
+
+    /// What systemd is to listen on in place of `address`.
+    fn try_sockets(
+        &mut self,
+        host: &Host,
+        unit: &str,
+        key: &'static str,
+        address: &ListenAddress,
+        sockets: &[ListenAddress],
+    ) {
+        let written: Vec<String> = sockets.iter().map(ToString::to_string).collect();
+        let written = written.join(" and ");
+        if host.given().has(key) && !sockets.contains(address) {
+            let message = overridden(address, unit, &written);
+            return self.fail(Failure::Configuration { key, message });
+        }
+        for socket in sockets {
+            match super::listen::try_to_bind(socket) {
+                Ok(()) => self.note(format!(
+                    "{unit} does not listen on {socket}; systemctl start {unit}"
+                )),
+                Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                    let held = holder::listener(socket, host.program);
+                    let is_right = match &held {
+                        Held::BySystemd | Held::BySomebody(None | Some(0)) => true,
+                        Held::By(_) => held.is_daemon(host.program, &host.path, host.is_default),
+                        Held::BySomebody(Some(_)) => false,
+                    };
+                    match is_right {
+                        true => self.good(format!("{key}: {unit} listens on {socket}")),
+                        false => self.fail(super::listen::not_listening(key, socket, &error)),
+                    }
+                }
+                // Of another user, or not there yet; systemd may do more than this user.
+                Err(_) => self.good(format!("{key}: {unit} is to listen on {socket}")),
+            }
         }
     }
 

@@ -7,8 +7,16 @@ use tokio::net::{TcpStream, UnixStream};
 use tonic::transport::{Channel, Uri};
 use tower::service_fn;
 
-use super::listen::{CONNECTION_WINDOW, STREAM_WINDOW};
 use crate::config::Endpoint;
+
+// A 4 MiB chunk in flight needs no round trip on a loopback or a LAN.
+const STREAM_WINDOW: u32 = 8 << 20;
+const CONNECTION_WINDOW: u32 = 32 << 20;
+
+/// Statuses of Buildbarn's programs quote what actions and clients say, which can be as long as a
+/// command line may be (execve(2), MAX_ARG_STRLEN), and thrice that when percent-encoded. One that
+/// does not fit ends all calls on its connection.
+const LARGEST_HEADERS: u32 = 1 << 20;
 
 /// Streams that we left early are remembered, since more of their frames may be on the way. A frame of
 /// one that is forgotten counts as an error of the peer's, and h2 ends a connection, with every call
@@ -37,6 +45,7 @@ pub fn connect(endpoint: &Endpoint) -> Channel {
         .connect_timeout(Duration::from_secs(10))
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
+        .http2_max_header_list_size(LARGEST_HEADERS)
         .http2_keep_alive_interval(Duration::from_secs(60))
         .keep_alive_timeout(Duration::from_secs(20))
         .http2_max_concurrent_reset_streams(RESET_STREAMS)

@@ -23,7 +23,7 @@ pub fn existing(path: &Path) -> PathBuf {
 
 /// The disk that a directory is on, or will be.
 pub fn disk(path: &Path) -> Option<Disk> {
-    let stat = rustix::fs::statvfs(&existing(path)).ok()?;
+    let stat = rustix::fs::statvfs(existing(path)).ok()?;
     Some(Disk {
         total: stat.f_blocks.saturating_mul(stat.f_frsize),
         available: stat.f_bavail.saturating_mul(stat.f_frsize),

@@ -1,5 +1,4 @@
-//! Listening: sockets of our own or from systemd, who is at the other end, and serving until told
-//! to stop.
+//! Listening: sockets of our own or from systemd, their connections, and who is at the other end.
 
 use std::{
     collections::BTreeMap,
@@ -10,29 +9,20 @@ use std::{
     },
     path::Path,
     pin::Pin,
-    sync::{LazyLock, Mutex},
+    sync::{
+        Arc, LazyLock, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
-    time::Duration,
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
-    sync::mpsc,
-};
-use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
-use tonic::{
-    service::Routes,
-    transport::{Server, server::Connected},
 };
 
 use super::{Failure, holder};
 use crate::config::ListenAddress;
-
-// A 4 MiB chunk in flight needs no round trip on a loopback or a LAN.
-pub(super) const STREAM_WINDOW: u32 = 8 << 20;
-pub(super) const CONNECTION_WINDOW: u32 = 32 << 20;
 
 /// Who may reach a Unix socket.
 #[derive(Clone, Debug)]
@@ -47,7 +37,7 @@ pub struct Listener {
     sockets: Vec<Socket>,
 }
 
-enum Socket {
+pub(super) enum Socket {
     Tcp(TcpListener),
     Unix(UnixListener),
 }
@@ -255,6 +245,10 @@ impl Listener {
         let addresses: Vec<String> = self.sockets.iter().map(Socket::address).collect();
         addresses.join(" and ")
     }
+
+    pub(super) fn into_sockets(self) -> Vec<Socket> {
+        self.sockets
+    }
 }
 
 impl Socket {
@@ -275,97 +269,51 @@ impl Socket {
         }
     }
 
-    async fn accept(&self) -> io::Result<Connection> {
+    pub(super) async fn accept(&self) -> io::Result<Connection> {
         match self {
             Socket::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                Ok(Connection::Tcp(stream))
+                Ok(Connection::new(Stream::Tcp(stream)))
             }
             Socket::Unix(listener) => listener
                 .accept()
                 .await
-                .map(|(stream, _)| Connection::Unix(stream)),
-        }
-    }
-
-    /// Until `stopping`, or until nobody takes the connections.
-    async fn accept_all(
-        self,
-        stopping: CancellationToken,
-        sender: mpsc::Sender<io::Result<Connection>>,
-    ) {
-        loop {
-            let accepted = tokio::select! {
-                () = stopping.cancelled() => return,
-                accepted = self.accept() => accepted,
-            };
-            match accepted {
-                Ok(connection) => {
-                    if sender.send(Ok(connection)).await.is_err() {
-                        return;
-                    }
-                }
-                Err(error) => {
-                    // Out of descriptors, or a connection that died in the queue: neither ends the
-                    // server, and the first one must not make it spin.
-                    tracing::warn!(%error, "could not accept a connection");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
+                .map(|(stream, _)| Connection::new(Stream::Unix(stream))),
         }
     }
 }
 
-/// Serves until `stopping`, then gives calls that are under way `drain` to finish.
-pub async fn serve(
-    listener: Listener,
-    routes: Routes,
-    stopping: CancellationToken,
-    drain: Duration,
-) -> Result<(), Failure> {
-    let (sender, incoming) = mpsc::channel::<io::Result<Connection>>(16);
-    for socket in listener.sockets {
-        tokio::spawn(socket.accept_all(stopping.clone(), sender.clone()));
-    }
-    drop(sender);
-    let server = Server::builder()
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_concurrent_streams(100_000)
-        .max_frame_size(1 << 20)
-        .http2_keepalive_interval(Some(Duration::from_secs(60)))
-        .http2_keepalive_timeout(Some(Duration::from_secs(20)))
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(
-            ReceiverStream::new(incoming),
-            stopping.clone().cancelled_owned(),
-        );
-    let deadline = async {
-        stopping.cancelled().await;
-        tokio::time::sleep(drain).await;
-    };
-    tokio::select! {
-        result = server => result.map_err(|error| Failure::Environment {
-            message: format!("could not serve: {error}"),
-        }),
-        () = deadline => Ok(()),
-    }
+/// A connection that was accepted.
+#[derive(Debug)]
+pub struct Connection {
+    stream: Stream,
+    arrived: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
-pub enum Connection {
+enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
 }
 
-impl Connected for Connection {
-    type ConnectInfo = Peer;
+impl Connection {
+    fn new(stream: Stream) -> Self {
+        Connection {
+            stream,
+            arrived: Arc::default(),
+        }
+    }
 
-    fn connect_info(&self) -> Peer {
-        match self {
-            Connection::Tcp(stream) => Peer::Tcp(stream.peer_addr().ok()),
-            Connection::Unix(stream) => match stream.peer_cred() {
+    /// How many bytes have been read from it.
+    pub fn arrived(&self) -> Arc<AtomicU64> {
+        self.arrived.clone()
+    }
+
+    pub fn peer(&self) -> Peer {
+        match &self.stream {
+            Stream::Tcp(stream) => Peer::Tcp(stream.peer_addr().ok()),
+            Stream::Unix(stream) => match stream.peer_cred() {
                 Ok(credentials) => Peer::Unix {
                     uid: credentials.uid(),
                     gid: credentials.gid(),
@@ -388,10 +336,15 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Connection::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
-            Connection::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
-        }
+        let this = self.get_mut();
+        let before = buffer.filled().len();
+        let read = match &mut this.stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
+            Stream::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
+        };
+        let arrived = buffer.filled().len() - before;
+        this.arrived.fetch_add(arrived as u64, Ordering::Relaxed);
+        read
     }
 }
 
@@ -401,23 +354,23 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         data: &[u8],
     ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Connection::Tcp(stream) => Pin::new(stream).poll_write(context, data),
-            Connection::Unix(stream) => Pin::new(stream).poll_write(context, data),
+        match &mut self.get_mut().stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_write(context, data),
+            Stream::Unix(stream) => Pin::new(stream).poll_write(context, data),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Connection::Tcp(stream) => Pin::new(stream).poll_flush(context),
-            Connection::Unix(stream) => Pin::new(stream).poll_flush(context),
+        match &mut self.get_mut().stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_flush(context),
+            Stream::Unix(stream) => Pin::new(stream).poll_flush(context),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Connection::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
-            Connection::Unix(stream) => Pin::new(stream).poll_shutdown(context),
+        match &mut self.get_mut().stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
+            Stream::Unix(stream) => Pin::new(stream).poll_shutdown(context),
         }
     }
 
@@ -426,9 +379,9 @@ impl AsyncWrite for Connection {
         context: &mut Context<'_>,
         data: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Connection::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, data),
-            Connection::Unix(stream) => Pin::new(stream).poll_write_vectored(context, data),
+        match &mut self.get_mut().stream {
+            Stream::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, data),
+            Stream::Unix(stream) => Pin::new(stream).poll_write_vectored(context, data),
         }
     }
 

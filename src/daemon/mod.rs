@@ -26,14 +26,18 @@ mod life;
 mod listen;
 mod log;
 mod reload;
+mod server;
 mod unit;
 mod watchdog;
 
 pub use check::{Findings, Host, SHIPPED_STOP_TIMEOUT};
 pub use connect::connect;
 pub use life::{Heart, Life};
-pub use listen::{Listener, Peer, SocketPermissions, listen, serve};
+pub use listen::{Listener, Peer, SocketPermissions, listen};
 pub use log::LineLimit;
+pub use server::{
+    Answers, Limits, Received, Reservation, Services, serve, serve_within, with_room,
+};
 
 const EX_CONFIG: u8 = 78;
 
@@ -64,6 +68,19 @@ pub fn boot_id() -> std::io::Result<String> {
     match std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
         Ok(text) => Ok(text.trim().replace('-', "")),
         Err(error) => std::env::var("BB_BOOT_ID").map_err(|_| error),
+    }
+}
+
+/// Deep trees need many open directories; systemd leaves it to daemons to raise their limit.
+pub fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "could not raise the limit of open files");
     }
 }
 

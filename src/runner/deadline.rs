@@ -18,6 +18,7 @@ use futures::{FutureExt, Stream, stream};
 use tonic::{
     Request, Response, Status,
     body::Body,
+    codec::CompressionEncoding,
     codegen::{BoxFuture, Service, http},
     metadata::MetadataMap,
     server::{Grpc, NamedService, ServerStreamingService},
@@ -65,6 +66,7 @@ impl Server {
         let runner = Arc::new(runner);
         Server {
             calls: RunnerServer::from_arc(runner.clone())
+                .accept_compressed(CompressionEncoding::Gzip)
                 .max_decoding_message_size(LARGEST_REQUEST),
             runner,
         }
@@ -94,8 +96,9 @@ impl Service<http::Request<Body>> for Server {
         }
         let run = Run(self.runner.clone());
         Box::pin(async move {
-            let mut grpc =
-                Grpc::new(ProstCodec::default()).max_decoding_message_size(LARGEST_REQUEST);
+            let mut grpc = Grpc::new(ProstCodec::default())
+                .accept_compressed(CompressionEncoding::Gzip)
+                .max_decoding_message_size(LARGEST_REQUEST);
             Ok(grpc.server_streaming(run, request).await)
         })
     }

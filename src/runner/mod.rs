@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::runner::{Config, Demand, Root},
-    daemon::{self, Failure, Life, Program, SocketPermissions},
+    daemon::{self, Failure, Life, Program, Services, SocketPermissions},
 };
 
 mod account;
@@ -209,16 +209,9 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         killing: killing.clone(),
         house: house.clone(),
     };
-    let (health, health_server) = tonic_health::server::health_reporter();
-    health.set_serving::<deadline::Server>().await;
-    let mut routes =
-        tonic::service::Routes::new(deadline::Server::new(runner)).add_service(health_server);
-    if let Ok(reflection) = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(crate::proto::DESCRIPTORS)
-        .build_v1()
-    {
-        routes = routes.add_service(reflection);
-    }
+    let routes = Services::default()
+        .add(deadline::Server::new(runner))
+        .observable(&life.stopping())?;
 
     // Each command has a thread of the pool to itself.
     life.vital("the pool of threads", {

@@ -3,9 +3,7 @@
 //! `queue` decides, `shared` lets calls meet in it, `service` speaks the protocols, `observer` tells
 //! what goes on.
 
-use tokio_util::sync::CancellationToken;
-use tonic::{server::NamedService, service::Routes};
-use tonic_health::ServingStatus;
+use tonic::codec::CompressionEncoding;
 
 mod observer;
 pub mod queue;
@@ -17,9 +15,9 @@ use crate::{
         self, Complaints, ListenAddress,
         scheduler::{Config, StoragePlace},
     },
-    daemon::{self, Failure, Findings, Host, Life, Program},
+    daemon::{self, Failure, Findings, Host, Life, Limits, Program, Services},
     proto::{
-        self, reapi::execution_server::ExecutionServer,
+        reapi::execution_server::ExecutionServer,
         remoteworker::operation_queue_server::OperationQueueServer,
     },
     storage::{self, Storage},
@@ -104,6 +102,7 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
 
 /// Runs until told to stop.
 pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
+    daemon::raise_file_limit();
     let place = config.storage.clone();
     let storage = tokio::task::spawn_blocking(move || Storage::open(&place))
         .await
@@ -126,22 +125,29 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         scheduling: config.scheduling.clone(),
         stopping: stopping.clone(),
     })
+    .accept_compressed(CompressionEncoding::Gzip)
     .max_decoding_message_size(LARGEST_REQUEST);
     let operations = OperationQueueServer::new(service::Workers {
         queue: queue.clone(),
         idle_interval: config.scheduling.idle_worker_synchronization_interval.get(),
         stopping: stopping.clone(),
     })
+    .accept_compressed(CompressionEncoding::Gzip)
     .max_decoding_message_size(LARGEST_REPORT);
-    let mut client_routes = observable(&[name_of(&execution)], &stopping)?.add_service(execution);
+    let mut client_services = Services::default().add(execution);
     let mut largest_blob = 0;
     if let Storage::Local(store) = &storage {
-        client_routes = storage::service::add_to(client_routes, store);
+        client_services = storage::service::add_to(client_services, store);
         largest_blob = store.maximum_blob_size();
     }
-    let client_routes =
-        client_routes.add_service(storage::service::capabilities(true, largest_blob));
-    let worker_routes = observable(&[name_of(&operations)], &stopping)?.add_service(operations);
+    let client_routes = client_services
+        .add(storage::service::capabilities(true, largest_blob))
+        .observable(&stopping)?;
+    let worker_routes = Services::default().add(operations).observable(&stopping)?;
+    let worker_limits = Limits {
+        largest_message: LARGEST_REPORT as u64,
+        ..Limits::default()
+    };
     life.vital("the queue", {
         let queue = queue.clone();
         move || queue.touch()
@@ -153,41 +159,14 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         served = async {
             tokio::try_join!(
                 daemon::serve(clients, client_routes, stopping.clone(), drain),
-                daemon::serve(workers, worker_routes, stopping.clone(), drain),
+                daemon::serve_within(
+                    workers,
+                    worker_routes,
+                    worker_limits,
+                    stopping.clone(),
+                    drain
+                ),
             )
         } => served.map(|_| ()),
     }
-}
-
-fn name_of<S: NamedService>(_: &S) -> &'static str {
-    S::NAME
-}
-
-/// Health and reflection, which every server has. From `stopping` on, nothing is healthy.
-fn observable(services: &[&'static str], stopping: &CancellationToken) -> Result<Routes, Failure> {
-    let reflect = || {
-        tonic_reflection::server::Builder::configure()
-            .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
-    };
-    let broken = |error: tonic_reflection::server::Error| Failure::Environment {
-        message: format!("could not describe the services: {error}"),
-    };
-    let (reporter, health) = tonic_health::server::health_reporter();
-    let mut names = vec![""];
-    names.extend(services);
-    let stopping = stopping.clone();
-    tokio::spawn(async move {
-        for name in &names {
-            let serving = ServingStatus::Serving;
-            reporter.set_service_status(name, serving).await;
-        }
-        stopping.cancelled().await;
-        for name in &names {
-            let leaving = ServingStatus::NotServing;
-            reporter.set_service_status(name, leaving).await;
-        }
-    });
-    Ok(Routes::new(health)
-        .add_service(reflect().build_v1().map_err(broken)?)
-        .add_service(reflect().build_v1alpha().map_err(broken)?))
 }

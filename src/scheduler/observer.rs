@@ -97,7 +97,7 @@ pub async fn observe(queue: &SharedQueue, life: &Life, serving: &str) {
     let mut before = View::default();
     let mut last = String::new();
     loop {
-        let now = queue.look(|queue| View::of(queue));
+        let now = queue.look(View::of);
         for ((place, worker), change) in changes(&before.workers, &now.workers) {
             tell(&place, &worker, &change);
         }

@@ -279,6 +279,7 @@ impl Asked {
 /// is nobody's business here.
 fn tell_end(operation: Uuid, work: &Work, outcome: &Outcome) {
     let (action, instance) = (work.digest.hash_hex(), work.instance.as_str());
+    let target = work.target_id.as_str();
     let code = rpc::Code::try_from(outcome.code).unwrap_or(rpc::Code::Unknown);
     match code {
         rpc::Code::Unavailable
@@ -296,6 +297,7 @@ fn tell_end(operation: Uuid, work: &Work, outcome: &Outcome) {
                 %operation,
                 action,
                 instance,
+                target,
                 worker,
                 code = code.as_str_name(),
                 error = response.status.unwrap_or_default().message,
@@ -303,7 +305,7 @@ fn tell_end(operation: Uuid, work: &Work, outcome: &Outcome) {
             );
         }
         _ => tracing::info!(
-            %operation, action, instance, code = code.as_str_name(), "operation completed"
+            %operation, action, instance, target, code = code.as_str_name(), "operation completed"
         ),
     }
 }

@@ -1,16 +1,21 @@
 //! The embedded store over gRPC: ContentAddressableStorage, ByteStream, ActionCache; and the
 //! Capabilities of the whole farm.
 //!
-//! 1. A client that asks for much, and reads slowly, holds a piece of it in memory, not all.
+//! 1. A client that asks for much, and reads slowly, holds a piece of it in memory, not all: answers
+//!    that are made as a whole are made when there is room for them (`daemon::serve`).
 //! 2. A call's blobs, and a message, have limits; the error names them.
 
 use std::sync::Arc;
 
-use tonic::{Code, Request, Response, Status, async_trait, service::Routes};
+use prost::Message;
+use tonic::{Code, Request, Response, Status, async_trait, codec::CompressionEncoding};
 
-use super::{Error, blocking, local::Store};
+use super::{
+    Error, blocking,
+    local::{Store, TurnError},
+};
 use crate::{
-    daemon::LineLimit,
+    daemon::{Answers, LineLimit, Received, Reservation, Services, with_room},
     digest::{Digest, DigestError, DigestFunction},
     instance::{InstanceName, InstanceNameError},
     proto::{
@@ -35,23 +40,27 @@ mod cas;
 /// which many clients take as the largest message.
 pub const MAX_BATCH_TOTAL_SIZE: u64 = (4 << 20) - (256 << 10);
 
+/// gRPC's default for the largest message that a client takes. Of many small blobs it is their digests
+/// that weigh.
+const LARGEST_ANSWER: u64 = 4 << 20;
+
 /// Large enough for 200,000 digests in one FindMissingBlobs.
 const MAX_MESSAGE_SIZE: usize = 16 << 20;
 
 /// Adds CAS, ByteStream and Action Cache.
-pub fn add_to(routes: Routes, store: &Arc<Store>) -> Routes {
+pub fn add_to(services: Services, store: &Arc<Store>) -> Services {
     let cas = ContentAddressableStorageServer::new(cas::Cas::new(store.clone()))
+        .accept_compressed(CompressionEncoding::Gzip)
         .max_decoding_message_size(MAX_MESSAGE_SIZE);
     let bytes = ByteStreamServer::new(bytestream::Bytes::new(store.clone()))
+        .accept_compressed(CompressionEncoding::Gzip)
         .max_decoding_message_size(MAX_MESSAGE_SIZE);
     let actions = ActionCacheServer::new(Actions {
         store: store.clone(),
     })
+    .accept_compressed(CompressionEncoding::Gzip)
     .max_decoding_message_size(MAX_MESSAGE_SIZE);
-    routes
-        .add_service(cas)
-        .add_service(bytes)
-        .add_service(actions)
+    services.add(cas).add(bytes).add(actions)
 }
 
 /// What a server announces. `max_blob_size` is 0 when this server does not know.
@@ -60,6 +69,7 @@ pub fn capabilities(exec_enabled: bool, max_blob_size: u64) -> CapabilitiesServe
         exec_enabled,
         max_blob_size,
     })
+    .accept_compressed(CompressionEncoding::Gzip)
 }
 
 pub struct Announced {
@@ -128,13 +138,17 @@ impl ActionCache for Actions {
         &self,
         request: Request<GetActionResultRequest>,
     ) -> Result<Response<ActionResult>, Status> {
+        let answers = Answers::of(&request);
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
         let action = digest(request.digest_function, request.action_digest.as_ref())?;
         let store = self.store.clone();
         let result = blocking(move || store.action_result(&instance, &action)).await?;
         match result? {
-            Some(result) => Ok(Response::new(result)),
+            Some(result) => {
+                let room = room(answers, weight(&result)).await?;
+                Ok(with_room(Response::new(result), room))
+            }
             None => Err(Status::not_found(format!(
                 "action {action} has no result whose outputs are all here"
             ))),
@@ -145,6 +159,7 @@ impl ActionCache for Actions {
         &self,
         request: Request<UpdateActionResultRequest>,
     ) -> Result<Response<ActionResult>, Status> {
+        let (answers, _received) = (Answers::of(&request), Received::of(&request));
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
         let action = digest(request.digest_function, request.action_digest.as_ref())?;
@@ -158,7 +173,9 @@ impl ActionCache for Actions {
                 .update_action_result(&instance, &action, &result)
                 .map(|()| result)
         });
-        Ok(Response::new(stored.await??))
+        let stored = stored.await??;
+        let room = room(answers, weight(&stored)).await?;
+        Ok(with_room(Response::new(stored), room))
     }
 }
 
@@ -199,6 +216,19 @@ fn check_result(function: DigestFunction, result: &ActionResult) -> Result<(), S
     Ok(())
 }
 
+/// Room for an answer; `None` outside of a server of ours.
+async fn room(answers: Option<Answers>, bytes: u64) -> Result<Option<Reservation>, Status> {
+    match answers {
+        Some(answers) => answers.reserve(bytes).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Bytes of an answer that is there.
+fn weight(message: &impl Message) -> u64 {
+    message.encoded_len() as u64
+}
+
 fn instance(name: &str) -> Result<InstanceName, Status> {
     Ok(InstanceName::parse(name)?)
 }
@@ -230,6 +260,17 @@ impl From<Error> for Status {
         {
             tracing::warn!(%error, lines_withheld, "the store refused a blob");
         }
+        Status::new(code, error.to_string())
+    }
+}
+
+impl From<TurnError> for Status {
+    fn from(error: TurnError) -> Self {
+        let code = match error {
+            TurnError::Store(error) => return error.into(),
+            TurnError::TakenOver | TurnError::GivenUp => Code::Aborted,
+            TurnError::Offset { .. } | TurnError::Unfinished { .. } => Code::InvalidArgument,
+        };
         Status::new(code, error.to_string())
     }
 }

@@ -14,9 +14,9 @@ use tonic::{Code, Status, transport::Channel};
 use uuid::Uuid;
 
 use super::{
-    activity::Activity,
     availability::NotReady,
     execute::{Executor, Stage},
+    overview::Overview,
     report,
     slot::{self, Answer, Desired, Report, Slot, Step},
     story,
@@ -83,7 +83,10 @@ type Pending<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
 
 /// Serves one slot until `stopping`; then finishes the running action within `drain`, reports it,
 /// and returns.
-#[allow(clippy::too_many_arguments, reason = "each is another part of the worker")]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "each is another part of the worker"
+)]
 pub async fn run(
     channel: Channel,
     identity: Identity,
@@ -92,7 +95,7 @@ pub async fn run(
     stopping: CancellationToken,
     drain: Duration,
     heart: Heart,
-    activity: Arc<Activity>,
+    overview: Arc<Overview>,
 ) {
     let client = OperationQueueClient::new(channel).max_decoding_message_size(LARGEST_ANSWER);
     let mut state: Slot<Result<Task, Box<ExecuteResponse>>, Box<ExecuteResponse>> =
@@ -123,7 +126,7 @@ pub async fn run(
                 continue;
             }
             Step::Start(task) => {
-                execution = Some(start(executor.clone(), activity.clone(), slot, task));
+                execution = Some(start(executor.clone(), overview.clone(), slot, task));
                 continue;
             }
             Step::Cancel => {
@@ -160,7 +163,7 @@ pub async fn run(
                 call = None;
                 match *answer {
                     Ok(response) => {
-                        activity.answered();
+                        overview.answered();
                         state.answered(now, answer_of(&identity, response, now));
                     }
                     Err(status) if refuses(&status) => {
@@ -178,7 +181,7 @@ pub async fn run(
                     }
                     Err(status) => {
                         state.failed(now, random());
-                        activity.failed(status.code(), status.message(), SystemTime::now());
+                        overview.failed(status.code(), status.message(), SystemTime::now());
                     }
                 }
             }
@@ -194,9 +197,9 @@ pub async fn run(
                 readiness = None;
                 let pause = random_below(LONGEST_READINESS_PAUSE);
                 match &result {
-                    Ok(()) => activity.ready(slot),
+                    Ok(()) => overview.ready(slot),
                     Err(NotReady::Because(error)) => {
-                        activity.unready(slot, error, SystemTime::now());
+                        overview.unready(slot, error, SystemTime::now());
                     }
                     // What is the matter was said when the pause began.
                     Err(NotReady::Paused { .. }) => {}
@@ -221,7 +224,7 @@ pub async fn run(
 
 fn start(
     executor: Arc<Executor>,
-    activity: Arc<Activity>,
+    overview: Arc<Overview>,
     slot: usize,
     task: Result<Task, Box<ExecuteResponse>>,
 ) -> Execution {
@@ -230,7 +233,7 @@ fn start(
     let cancelled = cancel.clone();
     // In a task of its own, so that a panic ends this action and not this slot.
     let result = tokio::spawn(async move {
-        let _running = activity.run();
+        let _running = overview.run();
         match task {
             Ok(task) => {
                 let (action, instance) = (task.digest.hash_hex(), task.instance.clone());

@@ -2,8 +2,6 @@
 
 use std::{collections::BTreeMap, io, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
-use rustix::process::{Resource, Rlimit};
-
 use self::availability::Availability;
 use crate::{
     config::worker::{Config, Inputs, Runner},
@@ -16,7 +14,6 @@ use crate::{
     storage::remote,
 };
 
-mod activity;
 pub mod availability;
 pub mod beneath;
 pub mod cache;
@@ -29,6 +26,7 @@ pub mod health;
 pub mod input_root;
 pub mod lru;
 pub mod outputs;
+mod overview;
 mod probe;
 pub mod removal;
 pub mod report;
@@ -50,7 +48,7 @@ const A_START: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Runs until told to stop, then until the actions that are running have ended.
 pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
-    raise_file_limit();
+    daemon::raise_file_limit();
     let slots: usize = config.runners.iter().map(Runner::slots).sum();
     let storage = connect_storage(&config);
     let (cache, roots) = open_directories(&config, slots, &storage).await?;
@@ -76,7 +74,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     ));
     let scheduler = daemon::connect(&config.scheduler.endpoint);
     let mut executors = Vec::new();
-    let activity = Arc::new(activity::Activity::new(&config.scheduler.endpoint, slots));
+    let overview = Arc::new(overview::Overview::new(&config.scheduler.endpoint, slots));
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
         let identities = identities(runner)?;
@@ -126,7 +124,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
                 life.stopping(),
                 config.shutdown.drain_timeout.get(),
                 life.heart(format!("slot {slot}"), A_START),
-                activity.clone(),
+                overview.clone(),
             ));
         }
     }
@@ -136,7 +134,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     ));
     let stopping = life.stopping();
     let line = || {
-        let line = activity.line(stopping.is_cancelled());
+        let line = overview.line(stopping.is_cancelled());
         let troubles = executors
             .iter()
             .filter_map(|executor| executor.availability.trouble())
@@ -293,16 +291,4 @@ fn identities(runner: &Runner) -> Result<Vec<client::Identity>, Failure> {
         }
     };
     Ok((0..slots).map(identity).collect())
-}
-
-/// Deep trees need many open directories; systemd leaves it to daemons to raise their limit.
-fn raise_file_limit() {
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
-        tracing::warn!(%error, "could not raise the limit of open files");
-    }
 }

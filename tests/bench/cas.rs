@@ -38,7 +38,7 @@ use bb_remote_execution::{
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 use tokio_util::sync::CancellationToken;
-use tonic::{service::Routes, transport::Channel};
+use tonic::transport::Channel;
 
 const SMALL: usize = 1 << 10;
 const SMALL_COUNT: usize = 10_000;
@@ -155,7 +155,8 @@ fn serve(directory: &Path) {
         let listener = daemon::listen("", "listen", &anywhere, None).unwrap();
         println!("{}", listener.address());
         let capabilities = service::capabilities(false, store.maximum_blob_size());
-        let routes = service::add_to(Routes::default().add_service(capabilities), &store);
+        let services = daemon::Services::default().add(capabilities);
+        let routes = service::add_to(services, &store).into_routes();
         let forever = CancellationToken::new();
         daemon::serve(listener, routes, forever, Duration::ZERO)
             .await

@@ -18,6 +18,7 @@ use std::{
 
 use bb_remote_execution::{
     config::{Endpoint, worker::Inputs},
+    daemon::Services,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::reapi,
@@ -30,7 +31,7 @@ use bb_remote_execution::{
     },
 };
 use prost::Message;
-use tonic::{service::Routes, transport::server::TcpIncoming};
+use tonic::transport::server::TcpIncoming;
 
 use crate::harness::parts::{FileSystem, keep, open_cache, open_cache_of};
 
@@ -203,8 +204,8 @@ fn start_storage(place: &Path) -> Endpoint {
     let store = place.join("store");
     fs::create_dir(&store).unwrap();
     let store = Arc::new(Store::open(&store, 4 << 30).unwrap());
-    let routes =
-        service::add_to(Routes::default(), &store).add_service(service::capabilities(false, 0));
+    let services = Services::default().add(service::capabilities(false, 0));
+    let routes = service::add_to(services, &store).into_routes();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let endpoint = Endpoint::Tcp(listener.local_addr().unwrap().to_string());

@@ -170,23 +170,75 @@ fn a_status_is_made_only_at_the_edge() {
         let at_edge = name == "service.rs"
             || path.components().any(|part| part.as_os_str() == "service")
             || path.ends_with("storage/remote.rs")
-            || path.components().any(|part| part.as_os_str() == "remote");
+            || path.components().any(|part| part.as_os_str() == "remote")
+            || path.ends_with("daemon/server/call.rs");
         let makes = text.lines().any(|line| {
             [
-                "Status::new(",
-                "Status::invalid_argument(",
-                "Status::internal(",
-                "Status::with_details(",
+                "new",
+                "with_details",
+                "with_metadata",
+                "with_details_and_metadata",
+                "from_error",
+                "cancelled",
+                "unknown",
+                "invalid_argument",
+                "deadline_exceeded",
+                "not_found",
+                "already_exists",
+                "permission_denied",
+                "resource_exhausted",
+                "failed_precondition",
+                "aborted",
+                "out_of_range",
+                "unimplemented",
+                "internal",
+                "unavailable",
+                "data_loss",
+                "unauthenticated",
             ]
             .iter()
-            .any(|call| line.contains(call))
+            .map(|constructor| format!("Status::{constructor}("))
+            .any(|call| line.contains(&call))
         });
         assert!(
             at_edge || !makes,
-            "{} makes a tonic::Status; only service.rs files and storage/remote.rs do",
+            "{} makes a tonic::Status; only service.rs files, storage/remote.rs and the server do",
             path.display()
         );
     }
+}
+
+/// Statuses are shortened, and callers bounded, in one place; so everything is served through it. And
+/// clients take the long ones of others.
+#[test]
+fn all_is_served_by_one_server_and_called_by_one_client() {
+    for (path, text) in files(&source()) {
+        let code: Vec<&str> = text
+            .lines()
+            .take_while(|line| !line.contains("#[cfg(test)]"))
+            .collect();
+        for (call, place) in [
+            ("Server::builder", "nowhere"),
+            ("serve_with_incoming", "nowhere"),
+            ("http2::Builder", "daemon/server"),
+            ("serve_connection", "daemon/server"),
+            ("Channel::builder", "daemon/connect.rs"),
+            ("Endpoint::from_shared", "nowhere"),
+            ("Endpoint::new", "nowhere"),
+        ] {
+            let calls = code.iter().any(|line| line.contains(call));
+            let allowed = path.to_str().unwrap().contains(place);
+            assert!(!calls || allowed, "{} calls {call}", path.display());
+        }
+    }
+    let call = fs::read_to_string(source().join("daemon/server/call.rs")).unwrap();
+    assert_eq!(
+        call.matches("status::shorten(").count(),
+        3,
+        "headers, trailers, refusals"
+    );
+    let connect = fs::read_to_string(source().join("daemon/connect.rs")).unwrap();
+    assert!(connect.contains(".http2_max_header_list_size("));
 }
 
 #[test]

@@ -352,3 +352,38 @@ fn the_numbers_of_actions_users_are_documented_and_are_no_accounts() {
         assert!(read(&format!("man/{page}")).contains(&range), "{page}");
     }
 }
+
+#[test]
+fn the_manual_names_fields_of_the_journal_that_daemons_write() {
+    let mut source = String::new();
+    for entry in walkdir::WalkDir::new(repository().join("src")) {
+        let entry = entry.unwrap();
+        if entry.path().extension().is_some_and(|end| end == "rs") {
+            source.push_str(&fs::read_to_string(entry.path()).unwrap());
+        }
+    }
+    let described: Vec<String> = read("man/bb-remote-execution.7")
+        .lines()
+        .filter_map(|line| line.strip_prefix(".It Va BB_"))
+        .flat_map(|line| line.split(" , BB_"))
+        .map(str::to_lowercase)
+        .collect();
+    assert!(described.len() > 10, "{described:?}");
+    for field in described {
+        let written = [
+            format!("{field} ="),
+            format!("%{field},"),
+            format!("\n                {field},\n"),
+        ];
+        assert!(written.iter().any(|text| source.contains(text)), "{field}");
+    }
+}
+
+#[test]
+fn the_time_to_stop_that_check_knows_is_that_of_the_units() {
+    let known = bb_remote_execution::daemon::SHIPPED_STOP_TIMEOUT.as_secs();
+    for (name, _) in PROGRAMS {
+        let unit = unit(&format!("bb-{name}.service"));
+        assert_eq!(one(&unit, "Service.TimeoutStopSec"), format!("{known}s"));
+    }
+}

@@ -13,6 +13,7 @@ mod farm;
 mod packages;
 mod runner;
 mod scheduler;
+mod server;
 mod simulation;
 mod storage;
 mod wire;

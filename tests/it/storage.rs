@@ -14,7 +14,7 @@ use bb_remote_execution::{
     },
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{service::Routes, transport::Channel};
+use tonic::transport::Channel;
 
 mod actions;
 mod bytestream;
@@ -42,9 +42,9 @@ impl Server {
         let listener =
             daemon::listen("", "clients.listen", &ListenAddress::Tcp(address), None).unwrap();
         let address = listener.address().parse().unwrap();
-        let routes =
-            Routes::default().add_service(service::capabilities(false, store.maximum_blob_size()));
-        let routes = service::add_to(routes, &store);
+        let capabilities = service::capabilities(false, store.maximum_blob_size());
+        let services = daemon::Services::default().add(capabilities);
+        let routes = service::add_to(services, &store).into_routes();
         let stopping = CancellationToken::new();
         let serving = daemon::serve(listener, routes, stopping.clone(), Duration::ZERO);
         let serving = tokio::spawn(async move { serving.await.unwrap() });

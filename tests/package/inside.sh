@@ -87,6 +87,34 @@ demo() {
   all_remote /var/tmp/demo.log
 }
 
+# demo_again: what `demo` has built is found in the cache, all of it; prints Bazel's summary.
+demo_again() {
+  local flags summary
+  mapfile -t flags < <(bazel_flags)
+  (cd /var/tmp/demo && bazel_ clean >/dev/null 2>&1 &&
+    bazel_ test "${flags[@]}" --remote_accept_cached --jobs=8 //...) >/var/tmp/again.log 2>&1 ||
+    { tail -n 25 /var/tmp/again.log >&2; fail "Bazel failed"; }
+  summary=$(grep -E '^INFO: [0-9]+ process(es)?[:.]' /var/tmp/again.log | tail -n 1)
+  grep -qE '[0-9]+ remote cache hit' <<<"$summary" && ! grep -qE '[0-9]+ remote[,.]' <<<"$summary" ||
+    fail "not everything was in the cache: $summary"
+  printf '%s' "$summary"
+}
+
+# who PROPERTY...: what an action with these platform properties says of its user and its network
+# devices.
+who() {
+  local flags property
+  mapfile -t flags < <(bazel_flags)
+  for property in "$@"; do flags+=("--remote_default_exec_properties=$property"); done
+  mkdir -p /var/tmp/who
+  touch /var/tmp/who/WORKSPACE
+  printf 'genrule(name = "who", outs = ["o"], cmd = "{ id -u; cat /proc/net/dev | wc -l; } >$@; : %s")\n' \
+    "$RANDOM$RANDOM" >/var/tmp/who/BUILD
+  (cd /var/tmp/who && bazel_ build "${flags[@]}" :who) >/var/tmp/who.log 2>&1 ||
+    { cat /var/tmp/who.log >&2; fail "Bazel failed"; }
+  xargs </var/tmp/who/bazel-bin/o
+}
+
 # abseil: builds part of it, as many actions at a time as a user would have; prints how many ran.
 abseil() {
   [ -d /var/tmp/abseil ] || cp -r /srv/abseil/abseil /var/tmp/abseil

@@ -53,9 +53,11 @@ mod recency;
 mod segment;
 mod space;
 mod upload;
+mod uploads;
 
 pub use open::probe;
 pub use upload::Upload;
+pub use uploads::{Turn, TurnError, Uploads};
 
 /// Blobs of at most this size share segments; larger ones are files of their own.
 pub const SMALL: u64 = 64 << 10;
@@ -224,6 +226,16 @@ impl Store {
         results
     }
 
+    /// Those that arrive in several messages.
+    pub fn uploads(&self) -> &Arc<Uploads> {
+        &self.space.uploads
+    }
+
+    /// Bytes that all of `uploads` together may take.
+    fn largest_uploads(&self) -> u64 {
+        self.maximum_blob_size() / 3
+    }
+
     /// Starts to store a blob piece by piece.
     pub fn upload(&self, digest: Digest) -> Result<Upload, Error> {
         Upload::start(self.space.clone(), digest)
@@ -235,6 +247,8 @@ impl Drop for Store {
         if let Some(janitor) = self.janitor.take() {
             janitor.stop();
         }
+        // They hold on to the space that holds them.
+        self.space.uploads.clear();
     }
 }
 

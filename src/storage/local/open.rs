@@ -176,6 +176,7 @@ fn read(directory: &Path, maximum_size: u64, lock: File) -> io::Result<Space> {
         written: AtomicU64::new(recency.as_ref().map_or(0, |recency| recency.written)),
         next_segment: AtomicU32::new(0),
         next_upload: AtomicU64::new(0),
+        uploads: Default::default(),
         making_room: Mutex::new(()),
         growing: Mutex::new(()),
         naming: std::array::from_fn(|_| Mutex::new(())),

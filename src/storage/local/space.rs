@@ -4,7 +4,8 @@
 //!    before they are taken.
 //! 2. Whoever needs space beyond the limit makes room first; one at a time does.
 //! 3. Whoever needs a segment takes its space first, and then waits for his turn to create it.
-//! 4. Room is made by removing least recently used entries, then by moving what is left of the
+//! 4. Room is made by giving up uploads that nobody continues, then by removing least recently used
+//!    entries, then by moving what is left of the
 //!    segments that have most dead space into new ones. A moved content is written before the index
 //!    points to it, and its old segment is removed after that. A segment that somebody still writes
 //!    to is left alone.
@@ -20,7 +21,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -33,6 +34,7 @@ use super::{
     index::{Found, Index, Key, Place},
     recency,
     segment::{self, End, Segment},
+    uploads::Uploads,
 };
 use crate::config::Size;
 
@@ -48,6 +50,7 @@ pub struct Space {
     pub written: AtomicU64,
     pub next_segment: AtomicU32,
     pub next_upload: AtomicU64,
+    pub uploads: Arc<Uploads>,
     pub making_room: Mutex<()>,
     pub growing: Mutex<()>,
     pub naming: [Mutex<()>; 64],
@@ -456,10 +459,12 @@ impl Space {
         self.naming[key.short() as usize % self.naming.len()].lock()
     }
 
-    /// Evicts and compacts until a sixteenth of the space is free.
+    /// Gives up uploads that nobody continues, then evicts and compacts until a sixteenth of the space
+    /// is free.
     pub fn make_room(&self) {
         let _alone = self.making_room.lock();
         let limit = self.limit();
+        while self.used() > limit / 32 * 31 && self.uploads.give_up_one(Instant::now()) {}
         if self.used() <= limit / 32 * 31 {
             return;
         }
@@ -622,6 +627,7 @@ impl Space {
             if stopping {
                 return;
             }
+            self.uploads.expire(Instant::now());
             self.make_room();
         }
     }

@@ -9,8 +9,11 @@ use futures::stream::{self, BoxStream, StreamExt};
 use prost::Message;
 use tonic::{Request, Response, Status, async_trait};
 
-use super::{MAX_BATCH_TOTAL_SIZE, digest, function, instance, status_of};
+use super::{
+    LARGEST_ANSWER, MAX_BATCH_TOTAL_SIZE, digest, function, instance, room, status_of, weight,
+};
 use crate::{
+    daemon::{Answers, Received, Reservation, with_room},
     digest::{Digest, DigestFunction},
     proto::reapi::{
         self, BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest,
@@ -38,6 +41,7 @@ impl ContentAddressableStorage for Cas {
         &self,
         request: Request<FindMissingBlobsRequest>,
     ) -> Result<Response<FindMissingBlobsResponse>, Status> {
+        let (answers, _received) = (Answers::of(&request), Received::of(&request));
         let request = request.into_inner();
         instance(&request.instance_name)?;
         let function = function(request.digest_function)?;
@@ -48,29 +52,41 @@ impl ContentAddressableStorage for Cas {
                 missing_blob_digests.push(blob);
             }
         }
-        Ok(Response::new(FindMissingBlobsResponse {
+        let missing = FindMissingBlobsResponse {
             missing_blob_digests,
-        }))
+        };
+        let room = room(answers, weight(&missing)).await?;
+        Ok(with_room(Response::new(missing), room))
     }
 
     async fn batch_update_blobs(
         &self,
         request: Request<BatchUpdateBlobsRequest>,
     ) -> Result<Response<BatchUpdateBlobsResponse>, Status> {
+        let (answers, _received) = (Answers::of(&request), Received::of(&request));
         let request = request.into_inner();
         instance(&request.instance_name)?;
         let function = function(request.digest_function)?;
         let total = request.requests.iter().map(|blob| blob.data.len() as u64);
         check_batch(total.sum())?;
+        let answered = request.requests.iter().map(|blob| {
+            let hash = blob.digest.as_ref().map_or(0, |digest| digest.hash.len());
+            answer_weight(hash, 0)
+        });
+        let room = room(answers, check_answer(answered.sum())?).await?;
         let store = self.store.clone();
         let responses = blocking(move || update(&store, function, request.requests)).await?;
-        Ok(Response::new(BatchUpdateBlobsResponse { responses }))
+        Ok(with_room(
+            Response::new(BatchUpdateBlobsResponse { responses }),
+            room,
+        ))
     }
 
     async fn batch_read_blobs(
         &self,
         request: Request<BatchReadBlobsRequest>,
     ) -> Result<Response<BatchReadBlobsResponse>, Status> {
+        let (answers, _received) = (Answers::of(&request), Received::of(&request));
         let request = request.into_inner();
         instance(&request.instance_name)?;
         let function = function(request.digest_function)?;
@@ -81,6 +97,9 @@ impl ContentAddressableStorage for Cas {
             .collect::<Result<Vec<_>, _>>()?;
         let total = digests.iter().map(Digest::size);
         check_batch(total.fold(0, u64::saturating_add))?;
+        let answered = request.digests.iter().zip(&digests);
+        let answered = answered.map(|(sent, digest)| answer_weight(sent.hash.len(), digest.size()));
+        let room = room(answers, check_answer(answered.sum())?).await?;
         let store = self.store.clone();
         let responses = blocking(move || {
             let read = |(digest, sent): (&Digest, reapi::Digest)| {
@@ -97,9 +116,11 @@ impl ContentAddressableStorage for Cas {
             };
             digests.iter().zip(request.digests).map(read).collect()
         });
-        Ok(Response::new(BatchReadBlobsResponse {
-            responses: responses.await?,
-        }))
+        let responses = responses.await?;
+        Ok(with_room(
+            Response::new(BatchReadBlobsResponse { responses }),
+            room,
+        ))
     }
 
     type GetTreeStream = BoxStream<'static, Result<GetTreeResponse, Status>>;
@@ -108,6 +129,7 @@ impl ContentAddressableStorage for Cas {
         &self,
         request: Request<GetTreeRequest>,
     ) -> Result<Response<Self::GetTreeStream>, Status> {
+        let answers = Answers::of(&request);
         let request = request.into_inner();
         instance(&request.instance_name)?;
         let root = digest(request.digest_function, request.root_digest.as_ref())?;
@@ -128,6 +150,7 @@ impl ContentAddressableStorage for Cas {
             })?,
         };
         let mut walk = Walk::start(self.store.clone(), root, page_size);
+        let first_room = room(answers.clone(), LARGEST_PAGE).await?;
         // The first page is made before anything is answered, so that its errors are the call's.
         let (first, walk) = blocking(move || {
             walk.skip(skipped)?;
@@ -135,15 +158,20 @@ impl ContentAddressableStorage for Cas {
             Ok::<_, Status>((page, walk))
         })
         .await??;
-        let rest = stream::try_unfold(walk, |mut walk| async move {
+        // A page's room is held until the next one is asked for.
+        let state = (walk, answers, None::<Reservation>);
+        let rest = stream::try_unfold(state, |(mut walk, answers, before)| async move {
+            drop(before);
             if walk.is_done() {
                 return Ok(None);
             }
+            let held = room(answers.clone(), LARGEST_PAGE).await?;
             let page = blocking(move || walk.page().map(|page| (page, walk)));
-            page.await?.map(Some)
+            let (page, walk) = page.await??;
+            Ok(Some((page, (walk, answers, held))))
         });
         let pages = stream::once(async { Ok(first) }).chain(rest);
-        Ok(Response::new(pages.boxed()))
+        Ok(with_room(Response::new(pages.boxed()), first_room))
     }
 
     async fn split_blob(
@@ -172,6 +200,21 @@ fn check_batch(total: u64) -> Result<(), Status> {
         )));
     }
     Ok(())
+}
+
+/// Bytes of one blob's part of an answer: its digest, a status, and its content.
+fn answer_weight(hash: usize, size: u64) -> u64 {
+    const TAGS_AND_NUMBERS: u64 = 36;
+    TAGS_AND_NUMBERS + hash as u64 + size
+}
+
+fn check_answer(weight: u64) -> Result<u64, Status> {
+    if weight > LARGEST_ANSWER {
+        return Err(Status::invalid_argument(format!(
+            "the answer for a batch of so many blobs would have {weight} bytes with their digests, and gRPC clients take {LARGEST_ANSWER}; make smaller batches"
+        )));
+    }
+    Ok(weight)
 }
 
 fn update(
@@ -214,11 +257,12 @@ fn update(
 
 const MOST_PER_PAGE: usize = 10_000;
 
-/// A page is ended early when its directories are this large together.
-const PAGE_SIZE: usize = 2 << 20;
+/// A page is ended before its directories are this large together, unless it has only one.
+const PAGE_SIZE: u64 = 2 << 20;
 
 /// Larger messages are no Directories that a client could read.
 const LARGEST_DIRECTORY: u64 = 4 << 20;
+const LARGEST_PAGE: u64 = LARGEST_DIRECTORY;
 
 /// Distinct directories of one tree; a walk keeps 80 bytes for each.
 const MOST_DIRECTORIES: usize = 1 << 20;
@@ -263,9 +307,13 @@ impl Walk {
     fn page(&mut self) -> Result<GetTreeResponse, Status> {
         let mut directories = Vec::new();
         let mut size = 0;
-        while directories.len() < self.page_size && size < PAGE_SIZE && !self.is_done() {
+        while let Some(next) = self.queue.front() {
+            let full = size + next.size() > PAGE_SIZE && !directories.is_empty();
+            if full || directories.len() >= self.page_size {
+                break;
+            }
             if let Some((directory, length)) = self.step()? {
-                size += length;
+                size += length as u64;
                 directories.push(directory);
             }
         }

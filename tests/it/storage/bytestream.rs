@@ -340,3 +340,89 @@ async fn a_reader_that_does_not_read_holds_little_of_the_server_s_memory() {
     let grown = child.anonymous_memory().saturating_sub(before);
     assert!(grown < 400 << 20, "{grown}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resource_name_that_is_too_long_is_refused_before_it_is_remembered() {
+    let (directory, _server, mut client) = start().await;
+    let blob = ReadName::format(&instance(""), &sha256(&content(8, 100_000)));
+    let name = format!("uploads/{}/{blob}", "u".repeat(15_000_000));
+    let parts = vec![part(&name, 0, b"x", false)];
+    let answer = write(&mut client, parts).await;
+    refused(answer, Code::InvalidArgument, "use a UUID");
+    let asked = QueryWriteStatusRequest {
+        resource_name: name.clone(),
+    };
+    let answer = client.query_write_status(asked).await;
+    refused(answer, Code::InvalidArgument, "use a UUID");
+    let answer = read(&mut client, &name, 0, 0).await;
+    refused(answer, Code::InvalidArgument, "bytes, more than");
+    let uploads = std::fs::read_dir(directory.path().join("uploads")).unwrap();
+    assert_eq!(uploads.count(), 0);
+}
+
+/// Leaves an upload after so many bytes.
+async fn leave(client: &mut Bytes, data: &[u8], after: usize) -> Result<i64, Status> {
+    let name = fresh_name(&sha256(data));
+    let parts = data[..after].chunks(1 << 20).enumerate();
+    let parts = parts.map(|(i, chunk)| part(&name, i << 20, chunk, false));
+    write(client, parts.collect()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_that_were_left_evict_nothing_and_are_given_up_for_others() {
+    const MIB: usize = 1 << 20;
+    let directory = tempfile::tempdir().unwrap();
+    let server = Server::start(directory.path(), 256 << 20).await;
+    let mut client = Bytes::new(server.channel());
+    // Most of the store is in use.
+    let mut kept = Vec::new();
+    for i in 0..20 {
+        let data = content(100 + i, 6 * MIB);
+        let digest = sha256(&data);
+        server.store.put(&[(digest, data.into())])[0]
+            .clone()
+            .unwrap();
+        kept.push(digest);
+    }
+    for i in 0..10 {
+        let data = content(200 + i, 30 * MIB);
+        let answer = leave(&mut client, &data, 28 * MIB).await;
+        refused(answer, Code::InvalidArgument, "finish_write");
+    }
+    assert_eq!(server.store.find_missing(&kept), []);
+    // All of this has room only if those were given up.
+    for i in 0..2 {
+        let data = content(300 + i, 50 * MIB);
+        let digest = sha256(&data);
+        let name = fresh_name(&digest);
+        let parts = data.chunks(MIB).enumerate();
+        let parts = parts.map(|(i, chunk)| part(&name, i * MIB, chunk, i == 49));
+        write(&mut client, parts.collect()).await.unwrap();
+        kept.push(digest);
+    }
+    assert_eq!(server.store.find_missing(&kept), []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_was_given_up_says_so_and_can_be_started_again() {
+    const MIB: usize = 1 << 20;
+    let directory = tempfile::tempdir().unwrap();
+    let server = Server::start(directory.path(), 64 << 20).await;
+    let mut client = Bytes::new(server.channel());
+    let data = content(400, 13 * MIB);
+    let digest = sha256(&data);
+    let name = fresh_name(&digest);
+    let answer = write(&mut client, vec![part(&name, 0, &data[..12 * MIB], false)]).await;
+    refused(answer, Code::InvalidArgument, "finish_write");
+    assert_eq!(status(&mut client, &name).await, (12 << 20, false));
+    let _ = leave(&mut client, &content(401, 13 * MIB), 12 * MIB).await;
+    assert_eq!(status(&mut client, &name).await, (0, false));
+    let rest = vec![part(&name, 12 * MIB, &data[12 * MIB..], true)];
+    refused(
+        write(&mut client, rest).await,
+        Code::InvalidArgument,
+        "start again at 0",
+    );
+    let whole = vec![part(&name, 0, &data, true)];
+    assert_eq!(write(&mut client, whole).await.unwrap(), 13 << 20);
+}

@@ -358,3 +358,49 @@ async fn capabilities_announce_what_is_served() {
     assert!(read.encoded_len() < 4 << 20);
     assert_eq!(read.responses[0].data, data);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_s_answer_fits_into_what_grpc_clients_take_however_small_its_blobs_are() {
+    let (_directory, server, client) = start().await;
+    // With gRPC's own limit, 4 MiB.
+    let mut client = client.max_decoding_message_size(4 << 20);
+    let blobs: Vec<_> = (0..40_000u64)
+        .map(|i| (sha256(&i.to_le_bytes()), i.to_le_bytes().to_vec().into()))
+        .collect();
+    assert!(server.store.put(&blobs).iter().all(Result::is_ok));
+    let read = |count| BatchReadBlobsRequest {
+        digests: blobs[..count].iter().map(|(d, _)| d.to_proto()).collect(),
+        ..Default::default()
+    };
+    let answer = client.batch_read_blobs(read(38_000)).await.unwrap();
+    let answer = answer.into_inner();
+    assert_eq!(answer.responses.len(), 38_000);
+    assert!(answer.encoded_len() <= 4 << 20);
+    let answer = client.batch_read_blobs(read(40_000)).await;
+    refused(answer, Code::InvalidArgument, "make smaller batches");
+    let update = batch(blobs.iter().map(|(_, data)| put(data)).collect());
+    let answer = client.batch_update_blobs(update).await;
+    refused(answer, Code::InvalidArgument, "make smaller batches");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_of_a_tree_ends_before_a_directory_that_would_make_it_large() {
+    let (_directory, _server, client) = start().await;
+    let mut client = client.max_decoding_message_size(4 << 20);
+    let mut children = Vec::new();
+    for i in 0..4u8 {
+        let child = Directory {
+            symlinks: vec![reapi::SymlinkNode {
+                name: i.to_string(),
+                target: "t".repeat(1_900_000),
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        children.push(upload(&mut client, &child.encode_to_vec()).await);
+    }
+    let root = upload(&mut client, &directory(&children)).await;
+    let pages = tree(&mut client, of(&root)).await.unwrap();
+    let sizes: Vec<usize> = pages.iter().map(Vec::len).collect();
+    assert_eq!(sizes, [2, 1, 1, 1]);
+}

@@ -16,7 +16,7 @@ use bb_remote_execution::{
         Duration as ConfiguredDuration, Endpoint, Size,
         worker::{Inputs, Outputs},
     },
-    daemon,
+    daemon::{self, Services},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::{
@@ -143,8 +143,9 @@ impl Farm {
         let store = Arc::new(store.await.unwrap());
         let calls = Calls::default();
         let stop = CancellationToken::new();
-        let routes = service::add_to(Routes::default(), &store)
-            .add_service(service::capabilities(false, settings.blob_size));
+        let capabilities = service::capabilities(false, settings.blob_size);
+        let services = Services::default().add(capabilities);
+        let routes = service::add_to(services, &store).into_routes();
         let storage = serve(routes, Some(calls.clone()), stop.clone()).await;
         let client = remote::Client::connect(&storage, &storage, Default::default());
         let failing = Arc::new(Mutex::new(settings.failing));

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 /// Of all slots together.
 #[derive(Debug)]
-pub struct Activity {
+pub struct Overview {
     scheduler: String,
     slots: usize,
     state: Mutex<State>,
@@ -26,11 +26,11 @@ struct State {
 }
 
 /// An action that runs.
-pub struct Running<'a>(&'a Activity);
+pub struct Running<'a>(&'a Overview);
 
-impl Activity {
+impl Overview {
     pub fn new(scheduler: &impl ToString, slots: usize) -> Self {
-        Activity {
+        Overview {
             scheduler: scheduler.to_string(),
             slots,
             state: Mutex::default(),
@@ -156,32 +156,32 @@ mod tests {
 
     #[test]
     fn the_line_says_what_runs_and_since_when_what_does_not_work() {
-        let activity = Activity::new(&"grpc://s:1", 4);
-        assert_eq!(activity.line(false), "idle: 4 slots; scheduler grpc://s:1");
-        let running = activity.run();
+        let overview = Overview::new(&"grpc://s:1", 4);
+        assert_eq!(overview.line(false), "idle: 4 slots; scheduler grpc://s:1");
+        let running = overview.run();
         let since = SystemTime::UNIX_EPOCH;
-        activity.failed(tonic::Code::Unavailable, "no\nroute", since);
-        activity.failed(tonic::Code::Unavailable, "no\nroute", SystemTime::now());
+        overview.failed(tonic::Code::Unavailable, "no\nroute", since);
+        overview.failed(tonic::Code::Unavailable, "no\nroute", SystemTime::now());
         assert_eq!(
-            activity.line(false),
+            overview.line(false),
             "1 of 4 slots run an action; scheduler grpc://s:1 unreachable since \
              1970-01-01T00:00:00Z: Unavailable: no route"
         );
         assert!(
-            activity
+            overview
                 .line(true)
                 .starts_with("draining: 1 of 4 slots still")
         );
         drop(running);
-        activity.answered();
-        activity.unready(0, "no runner", since);
-        activity.unready(1, "no runner", since);
-        activity.ready(0);
+        overview.answered();
+        overview.unready(0, "no runner", since);
+        overview.unready(1, "no runner", since);
+        overview.ready(0);
         assert_eq!(
-            activity.line(false),
+            overview.line(false),
             "idle: 4 slots; 1 slots not ready since 1970-01-01T00:00:00Z: no runner; scheduler grpc://s:1"
         );
-        activity.ready(1);
-        assert_eq!(activity.line(false), "idle: 4 slots; scheduler grpc://s:1");
+        overview.ready(1);
+        assert_eq!(overview.line(false), "idle: 4 slots; scheduler grpc://s:1");
     }
 }

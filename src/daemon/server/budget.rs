@@ -1,0 +1,327 @@
+//! Memory that peers can make a server keep, counted in bytes.
+//!
+//! A `Budget` is shared by all connections of a listener; each has an `Account` in it, and whatever
+//! keeps bytes for a peer holds a `Reservation`.
+//!
+//! 1. A connection is given no more than its own limit, and no more than what would remain free after
+//!    it. So one connection that takes all it can leaves half of the budget to others, two leave a
+//!    third, and a new one always gets something. A connection that holds nothing may have all that is
+//!    free, since one message can be larger than the limit.
+//! 2. Calls of one connection wait in line, and only the first of them waits for the budget: many
+//!    calls of one peer are not woken by what others give back.
+//! 3. `charge` counts what is there already, also beyond a limit; whoever charges has asked for room
+//!    before.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+/// Whoever waits for room longer than this is refused.
+const ROOM_TIMEOUT: Duration = Duration::from_secs(30);
+
+#[derive(Debug)]
+pub struct Budget {
+    total: u64,
+    per_connection: u64,
+    state: Mutex<Shared>,
+    released: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    used: u64,
+    /// Connections that wait for room that others have, and since when there was no moment without.
+    short: u32,
+    short_since: Option<Instant>,
+}
+
+/// One connection's part of a budget.
+#[derive(Debug)]
+pub struct Account {
+    budget: Arc<Budget>,
+    /// Locked after `Budget::state`.
+    state: Mutex<Own>,
+    line: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug)]
+struct Own {
+    held: u64,
+    /// When bytes were last written or given back, or first held.
+    progress: Instant,
+}
+
+/// Bytes that are counted; given back when dropped.
+#[derive(Debug)]
+pub struct Reservation {
+    account: Arc<Account>,
+    bytes: u64,
+}
+
+/// There was no room for too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this server keeps as much for its callers as it may, and had no room for {bytes} bytes more for {} seconds; read the answers of calls that are under way, and try again", ROOM_TIMEOUT.as_secs())]
+pub struct NoRoom {
+    bytes: u64,
+}
+
+impl Budget {
+    pub fn new(total: u64, per_connection: u64) -> Arc<Self> {
+        Arc::new(Budget {
+            total,
+            per_connection,
+            state: Mutex::default(),
+            released: Notify::new(),
+        })
+    }
+
+    pub fn account(self: &Arc<Self>) -> Arc<Account> {
+        Arc::new(Account {
+            budget: self.clone(),
+            state: Mutex::new(Own {
+                held: 0,
+                progress: Instant::now(),
+            }),
+            line: tokio::sync::Mutex::default(),
+        })
+    }
+
+    /// For how long somebody has been waiting for bytes that others hold.
+    pub fn short_for(&self, now: Instant) -> Option<Duration> {
+        let since = self.state.lock().short_since?;
+        Some(now.saturating_duration_since(since))
+    }
+
+    #[cfg(test)]
+    pub fn used(&self) -> u64 {
+        self.state.lock().used
+    }
+}
+
+impl Account {
+    /// Counts bytes, as soon as there is room for them.
+    pub async fn reserve(self: &Arc<Self>, bytes: u64) -> Result<Reservation, NoRoom> {
+        self.reserve_within(ROOM_TIMEOUT, bytes).await
+    }
+
+    async fn reserve_within(
+        self: &Arc<Self>,
+        limit: Duration,
+        bytes: u64,
+    ) -> Result<Reservation, NoRoom> {
+        if let Ok(_first) = self.line.try_lock()
+            && let Some(reservation) = self.try_reserve(bytes)
+        {
+            return Ok(reservation);
+        }
+        tokio::time::timeout(limit, self.wait(|| self.try_reserve(bytes)))
+            .await
+            .map_err(|_| NoRoom { bytes })
+    }
+
+    /// Whether `charge` may be called now.
+    pub fn has_room(&self) -> bool {
+        let shared = self.budget.state.lock();
+        self.fits(&shared, self.state.lock().held, 1)
+    }
+
+    /// Returns when `charge` may be called.
+    pub async fn room(self: Arc<Self>) {
+        self.wait(|| self.has_room().then_some(())).await;
+    }
+
+    /// Counts bytes that are there already.
+    pub fn charge(self: &Arc<Self>, bytes: u64) -> Reservation {
+        let mut shared = self.budget.state.lock();
+        self.take(&mut shared, bytes)
+    }
+
+    /// For how long this connection has held bytes without any progress.
+    pub fn stalled_for(&self, now: Instant) -> Option<Duration> {
+        let own = self.state.lock();
+        (own.held > 0).then(|| now.saturating_duration_since(own.progress))
+    }
+
+    /// Counts bytes, if there is room for them now.
+    pub fn try_reserve(self: &Arc<Self>, bytes: u64) -> Option<Reservation> {
+        let mut shared = self.budget.state.lock();
+        let held = self.state.lock().held;
+        self.fits(&shared, held, bytes)
+            .then(|| self.take(&mut shared, bytes))
+    }
+
+    fn take(self: &Arc<Self>, shared: &mut Shared, bytes: u64) -> Reservation {
+        let mut own = self.state.lock();
+        if own.held == 0 {
+            own.progress = Instant::now();
+        }
+        own.held += bytes;
+        shared.used += bytes;
+        Reservation {
+            account: self.clone(),
+            bytes,
+        }
+    }
+
+    fn fits(&self, shared: &Shared, held: u64, bytes: u64) -> bool {
+        let free = self.budget.total.saturating_sub(shared.used);
+        match held {
+            0 => bytes <= free,
+            _ => {
+                let (held, left) = (held + bytes, free.saturating_sub(bytes));
+                held <= self.budget.per_connection.min(left)
+            }
+        }
+    }
+
+    async fn wait<T>(&self, ready: impl Fn() -> Option<T>) -> T {
+        let _first = self.line.lock().await;
+        let mut short = None;
+        loop {
+            let released = self.budget.released.notified();
+            if let Some(ready) = ready() {
+                return ready;
+            }
+            if short.is_none() && self.is_below_its_limit() {
+                short = Some(Short::new(&self.budget));
+            }
+            released.await;
+        }
+    }
+
+    /// It is others who keep this connection waiting.
+    fn is_below_its_limit(&self) -> bool {
+        self.state.lock().held < self.budget.per_connection / 2
+    }
+}
+
+/// A connection that waits for what others hold.
+struct Short<'a>(&'a Budget);
+
+impl<'a> Short<'a> {
+    fn new(budget: &'a Budget) -> Self {
+        let mut shared = budget.state.lock();
+        shared.short += 1;
+        shared.short_since.get_or_insert_with(Instant::now);
+        Short(budget)
+    }
+}
+
+impl Drop for Short<'_> {
+    fn drop(&mut self) {
+        let mut shared = self.0.state.lock();
+        shared.short -= 1;
+        if shared.short == 0 {
+            shared.short_since = None;
+        }
+    }
+}
+
+impl Reservation {
+    /// A part of what it counts was written, although its memory is not given back before the rest.
+    pub fn progressed(&self) {
+        self.account.state.lock().progress = Instant::now();
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if self.bytes == 0 {
+            return;
+        }
+        let mut shared = self.account.budget.state.lock();
+        shared.used -= self.bytes;
+        let mut own = self.account.state.lock();
+        own.held -= self.bytes;
+        own.progress = Instant::now();
+        drop((own, shared));
+        self.account.budget.released.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_takes_all_he_can_leaves_half_to_others_and_they_leave_a_third() {
+        let budget = Budget::new(1200, 1000);
+        let take_all = |account: &Arc<Account>| {
+            let mut held = Vec::new();
+            while let Some(reservation) = account.try_reserve(1) {
+                held.push(reservation);
+            }
+            held
+        };
+        let (first, second, third) = (budget.account(), budget.account(), budget.account());
+        let one = take_all(&first);
+        assert_eq!(one.len(), 600);
+        let two = take_all(&second);
+        assert_eq!(two.len(), 300);
+        assert_eq!(take_all(&third).len(), 150);
+        drop(one);
+        assert!(first.try_reserve(901).is_none());
+        assert!(
+            first.try_reserve(900).is_some(),
+            "one that holds nothing may have all"
+        );
+        drop(two);
+        assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn no_connection_has_more_than_its_limit() {
+        let budget = Budget::new(1000, 100);
+        let account = budget.account();
+        let held = account.try_reserve(60).unwrap();
+        assert!(account.try_reserve(41).is_none());
+        assert!(account.try_reserve(40).is_some());
+        drop(held);
+        assert_eq!(budget.used(), 0);
+        let _held = account.try_reserve(30).unwrap();
+        let charged = account.charge(500);
+        assert!(!account.has_room());
+        assert!(budget.account().has_room());
+        drop(charged);
+        assert!(account.has_room());
+    }
+
+    #[tokio::test]
+    async fn calls_of_one_connection_wait_in_line_until_there_is_room() {
+        let budget = Budget::new(1000, 100);
+        let account = budget.account();
+        let held = account.reserve(100).await.unwrap();
+        let waiting: Vec<_> = (0..10)
+            .map(|_| {
+                let account = account.clone();
+                tokio::spawn(async move { account.reserve(10).await.map(drop) })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        let now = Instant::now();
+        assert_eq!(budget.short_for(now), None, "it is its own fault");
+        assert!(account.stalled_for(now + ROOM_TIMEOUT) >= Some(ROOM_TIMEOUT));
+        drop(held);
+        for call in waiting {
+            call.await.unwrap().unwrap();
+        }
+        assert_eq!(account.stalled_for(Instant::now()), None);
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_too_long_for_what_others_hold_is_refused() {
+        let budget = Budget::new(1000, 1000);
+        let _held = budget.account().reserve(1000).await.unwrap();
+        let waiting = budget.account();
+        let soon = Duration::from_millis(20);
+        let call = tokio::spawn(async move { waiting.reserve_within(soon, 10).await.map(drop) });
+        tokio::task::yield_now().await;
+        assert!(budget.short_for(Instant::now()).is_some());
+        assert_eq!(call.await.unwrap(), Err(NoRoom { bytes: 10 }));
+        assert_eq!(budget.short_for(Instant::now()), None);
+    }
+}

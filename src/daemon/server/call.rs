@@ -1,0 +1,498 @@
+//! One call: what arrives and what leaves are counted, and neither waits for a peer for ever.
+//!
+//! 1. A request's message is counted in the connection's account from the moment that its length is
+//!    known until its handler has taken it (`Received` is among the request's extensions), and is not
+//!    read from the connection before there is room for it.
+//! 2. An answer is made only when there is room for it, and counted until its bytes were written to
+//!    the connection: each piece of it carries its reservation.
+//! 3. What a handler holds before its answer is made, it reserves by `Answers`.
+//! 4. A call that only waits, such as a Synchronize or an Execute, holds nothing of either.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response};
+use http_body::{Body as HttpBody, Frame};
+use hyper::body::Incoming;
+use parking_lot::Mutex;
+use tokio::time::{Instant, Sleep};
+use tonic::{Status, body::Body, service::Routes};
+use tower::Service;
+
+use super::{
+    budget::{Account, NoRoom, Reservation},
+    connection::{CallUnderWay, Caller},
+    status,
+};
+
+/// Between two messages of a stream passes no more time.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(300);
+/// A message that has begun is there within this, and a second for each `SLOWEST` bytes.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
+const SLOWEST: u64 = 64 << 10;
+/// An answer is handed to the connection in pieces of this size, whose writing is progress.
+const PIECE: usize = 64 << 10;
+/// Bytes that one byte of gzip can stand for.
+const MOST_DEFLATED: u64 = 1032;
+/// What a call costs besides its headers and messages.
+const CALL: u64 = 2 << 10;
+
+/// The bytes of a request, for as long as somebody has them.
+#[derive(Clone, Debug)]
+pub struct Received(Arc<Mutex<Parts>>);
+
+#[derive(Debug)]
+struct Parts {
+    _headers: Reservation,
+    message: Option<Reservation>,
+}
+
+/// Where a handler asks for room before it makes an answer.
+#[derive(Clone, Debug)]
+pub struct Answers(Arc<Account>);
+
+/// Room for an answer that a handler has made; among the response's extensions.
+#[derive(Clone, Debug)]
+struct Reserved(#[expect(dead_code, reason = "it is held, not read")] Arc<Reservation>);
+
+impl Received {
+    /// For handlers that keep what they were sent while they answer.
+    pub fn of<T>(request: &tonic::Request<T>) -> Option<Self> {
+        request.extensions().get().cloned()
+    }
+}
+
+impl Answers {
+    /// `None` when it is no server of ours that calls.
+    pub fn of<T>(request: &tonic::Request<T>) -> Option<Self> {
+        request.extensions().get().cloned()
+    }
+
+    pub async fn reserve(&self, bytes: u64) -> Result<Reservation, Status> {
+        self.0.reserve(bytes).await.map_err(no_room)
+    }
+}
+
+/// Counts an answer until it is written.
+pub fn with_room<T>(
+    mut response: tonic::Response<T>,
+    room: Option<Reservation>,
+) -> tonic::Response<T> {
+    if let Some(room) = room {
+        response.extensions_mut().insert(Reserved(Arc::new(room)));
+    }
+    response
+}
+
+fn too_large(length: u64, largest: u64) -> Status {
+    Status::resource_exhausted(format!(
+        "a message of {length} bytes is larger than the {largest} that this server takes; ask for \
+         fewer digests in one call, make batches of at most max_batch_total_size_bytes, and send \
+         large blobs by ByteStream"
+    ))
+}
+
+fn no_room(error: NoRoom) -> Status {
+    Status::resource_exhausted(error.to_string())
+}
+
+/// The answer to one request of a connection.
+pub async fn answer(
+    caller: &Arc<Caller>,
+    mut routes: Routes,
+    mut request: Request<Incoming>,
+) -> Response<AnswerBody> {
+    let under_way = match caller.begin_call() {
+        Ok(under_way) => under_way,
+        Err(calls) => {
+            let text = format!(
+                "{calls} calls are under way on this connection, which leaves no room for more; wait \
+                 for some of them"
+            );
+            return refuse(caller, Status::resource_exhausted(text));
+        }
+    };
+    let weight = CALL + weight(request.headers());
+    let headers = match caller.received.reserve(weight).await {
+        Ok(headers) => headers,
+        Err(error) => return refuse(caller, no_room(error)),
+    };
+    let deadline = deadline(request.headers());
+    let received = Received(Arc::new(Mutex::new(Parts {
+        _headers: headers,
+        message: None,
+    })));
+    request.extensions_mut().insert(caller.peer);
+    request.extensions_mut().insert(received.clone());
+    request
+        .extensions_mut()
+        .insert(Answers(caller.answers.clone()));
+    let request = request.map(|body| {
+        Body::new(RequestBody {
+            inner: body,
+            largest: caller.largest_message,
+            account: caller.received.clone(),
+            received,
+            framing: Framing::Header(Vec::new()),
+            room: None,
+            waiting: None,
+            timer: Box::pin(tokio::time::sleep(PAUSE_TIMEOUT)),
+        })
+    });
+    let response = routes.call(request);
+    let response = match deadline {
+        None => response.await,
+        Some(deadline) => match tokio::time::timeout(deadline, response).await {
+            Ok(response) => response,
+            // Its caller does not wait any longer, either.
+            Err(_) => {
+                let status = Status::deadline_exceeded("the deadline of the call has passed");
+                return refuse(caller, status);
+            }
+        },
+    };
+    let (mut head, body) = match response {
+        Ok(response) => response.into_parts(),
+        Err(never) => match never {},
+    };
+    status::shorten(&mut head.headers);
+    let room = head.extensions.remove::<Reserved>();
+    let body = AnswerBody::new(caller, body, room, Some(under_way));
+    Response::from_parts(head, body)
+}
+
+fn refuse(caller: &Caller, status: Status) -> Response<AnswerBody> {
+    let mut response = status.into_http::<Body>();
+    status::shorten(response.headers_mut());
+    response.map(|body| AnswerBody::new(caller, body, None, None))
+}
+
+/// As HTTP/2 counts them (RFC 9113, section 6.5.2).
+fn weight(headers: &HeaderMap) -> u64 {
+    let length = |(name, value): (&http::HeaderName, &http::HeaderValue)| {
+        (name.as_str().len() + value.len() + 32) as u64
+    };
+    headers.iter().map(length).sum()
+}
+
+/// The header grpc-timeout: at most eight digits and a unit. One that is none is as good as absent.
+fn deadline(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.len() > 8 {
+        return None;
+    }
+    let number: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(number * 60 * 60),
+        "M" => Duration::from_secs(number * 60),
+        "S" => Duration::from_secs(number),
+        "m" => Duration::from_millis(number),
+        "u" => Duration::from_micros(number),
+        "n" => Duration::from_nanos(number),
+        _ => return None,
+    })
+}
+
+/// Where in the stream of messages a request is. Each has five bytes in front: a flag, and its length
+/// (gRPC over HTTP/2, Length-Prefixed-Message).
+#[derive(Debug)]
+enum Framing {
+    Header(Vec<u8>),
+    Message { left: u64 },
+}
+
+impl Framing {
+    /// Follows the messages in a frame. What those that begin in it will take, or the length of one
+    /// that is larger than `largest`.
+    fn follow(&mut self, mut data: &[u8], largest: u64) -> Result<u64, u64> {
+        let mut begun = 0;
+        while !data.is_empty() {
+            match self {
+                Framing::Header(header) => {
+                    let (now, rest) = data.split_at((5 - header.len()).min(data.len()));
+                    header.extend_from_slice(now);
+                    data = rest;
+                    let Some([flag, length @ ..]) = header.first_chunk::<5>() else {
+                        continue;
+                    };
+                    let is_compressed = *flag == 1;
+                    let length = u64::from(u32::from_be_bytes(*length));
+                    if length > largest {
+                        return Err(length);
+                    }
+                    begun += match is_compressed {
+                        true => (length * MOST_DEFLATED).min(largest),
+                        false => length,
+                    };
+                    *self = Framing::Message { left: length };
+                }
+                Framing::Message { left } => {
+                    let now =
+                        usize::try_from(*left).map_or(data.len(), |left| left.min(data.len()));
+                    *left -= now as u64;
+                    data = data.get(now..).unwrap_or_default();
+                }
+            }
+            if let Framing::Message { left: 0 } = self {
+                *self = Framing::Header(Vec::new());
+            }
+        }
+        Ok(begun)
+    }
+}
+
+type Waiting<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
+
+struct RequestBody {
+    inner: Incoming,
+    largest: u64,
+    account: Arc<Account>,
+    received: Received,
+    framing: Framing,
+    /// Waits for room for the message that begins in `waiting`.
+    room: Waiting<Result<Reservation, NoRoom>>,
+    waiting: Option<Bytes>,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl RequestBody {
+    /// From now on the client has so long for what comes next.
+    fn restart_timer(&mut self, begun: u64) {
+        let limit = match self.framing {
+            Framing::Message { .. } if begun > 0 => {
+                MESSAGE_TIMEOUT + Duration::from_secs(begun / SLOWEST)
+            }
+            // It has begun before.
+            Framing::Message { .. } => return,
+            Framing::Header(_) => PAUSE_TIMEOUT,
+        };
+        self.timer.as_mut().reset(Instant::now() + limit);
+    }
+
+    fn late(&self) -> Status {
+        Status::deadline_exceeded(match self.framing {
+            Framing::Header(_) => "the client sent nothing for too long",
+            Framing::Message { .. } => "the client took too long to send a message",
+        })
+    }
+}
+
+impl HttpBody for RequestBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = self.get_mut();
+        loop {
+            if let Some(room) = &mut this.room {
+                let room = ready!(room.as_mut().poll(context));
+                this.room = None;
+                match room {
+                    Ok(room) => this.received.0.lock().message = Some(room),
+                    Err(error) => return Poll::Ready(Some(Err(no_room(error)))),
+                }
+            }
+            if let Some(data) = this.waiting.take() {
+                return Poll::Ready(Some(Ok(Frame::data(data))));
+            }
+            let frame = match Pin::new(&mut this.inner).poll_frame(context) {
+                Poll::Ready(Some(Ok(frame))) => frame,
+                Poll::Ready(Some(Err(error))) => {
+                    return Poll::Ready(Some(Err(Status::from_error(error.into()))));
+                }
+                Poll::Ready(None) => return Poll::Ready(None),
+                Poll::Pending => {
+                    ready!(this.timer.as_mut().poll(context));
+                    return Poll::Ready(Some(Err(this.late())));
+                }
+            };
+            let data = match frame.into_data() {
+                Ok(data) => data,
+                Err(frame) => return Poll::Ready(Some(Ok(frame))),
+            };
+            let begun = match this.framing.follow(&data, this.largest) {
+                Ok(begun) => begun,
+                Err(length) => return Poll::Ready(Some(Err(too_large(length, this.largest)))),
+            };
+            this.restart_timer(begun);
+            if begun > 0 {
+                // What came before it has been taken.
+                this.received.0.lock().message = None;
+                let account = this.account.clone();
+                this.room = Some(Box::pin(async move { account.reserve(begun).await }));
+            }
+            this.waiting = Some(data);
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.waiting.is_none() && self.inner.is_end_stream()
+    }
+}
+
+/// What a call answers, in pieces that are counted until they are written.
+pub struct AnswerBody {
+    inner: Body,
+    account: Arc<Account>,
+    room: Option<Reserved>,
+    waiting: Waiting<()>,
+    rest: Option<(Bytes, Arc<Reservation>)>,
+    _under_way: Option<CallUnderWay>,
+}
+
+/// A piece of an answer. All pieces share their memory, which is free when the last one is written.
+struct Piece {
+    data: Bytes,
+    room: Arc<Reservation>,
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        self.room.progressed();
+    }
+}
+
+impl AsRef<[u8]> for Piece {
+    fn as_ref(&self) -> &[u8] {
+        &self.data
+    }
+}
+
+impl AnswerBody {
+    fn new(
+        caller: &Caller,
+        inner: Body,
+        room: Option<Reserved>,
+        under_way: Option<CallUnderWay>,
+    ) -> Self {
+        AnswerBody {
+            inner,
+            account: caller.answers.clone(),
+            room,
+            waiting: None,
+            rest: None,
+            _under_way: under_way,
+        }
+    }
+
+    fn next_piece(&mut self) -> Option<Bytes> {
+        let (data, room) = self.rest.as_mut()?;
+        let (data, room) = match data.len() > PIECE {
+            true => (data.split_to(PIECE), room.clone()),
+            false => self.rest.take()?,
+        };
+        Some(Bytes::from_owner(Piece { data, room }))
+    }
+}
+
+impl HttpBody for AnswerBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = self.get_mut();
+        if let Some(piece) = this.next_piece() {
+            return Poll::Ready(Some(Ok(Frame::data(piece))));
+        }
+        if this.room.is_none() {
+            if this.waiting.is_none() && !this.account.has_room() {
+                this.waiting = Some(Box::pin(this.account.clone().room()));
+            }
+            if let Some(waiting) = &mut this.waiting {
+                ready!(waiting.as_mut().poll(context));
+                this.waiting = None;
+            }
+        }
+        let frame = match ready!(Pin::new(&mut this.inner).poll_frame(context)) {
+            Some(Ok(frame)) => frame,
+            end => return Poll::Ready(end),
+        };
+        let frame = match frame.into_data() {
+            Ok(data) if data.is_empty() => Frame::data(data),
+            Ok(data) => {
+                let room = Arc::new(this.account.charge(data.len() as u64));
+                this.room = None;
+                this.rest = Some((data, room));
+                Frame::data(this.next_piece().unwrap_or_default())
+            }
+            Err(frame) => match frame.into_trailers() {
+                Ok(mut trailers) => {
+                    status::shorten(&mut trailers);
+                    Frame::trailers(trailers)
+                }
+                Err(frame) => frame,
+            },
+        };
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.rest.is_none() && self.inner.is_end_stream()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_are_followed_however_they_are_cut_into_frames() {
+        let mut sent = Vec::new();
+        for length in [3u32, 0, 70_000, 1] {
+            sent.push(0);
+            sent.extend(length.to_be_bytes());
+            sent.extend(vec![9; length as usize]);
+        }
+        for size in [1, 2, 4, 5, 6, 7, 1000, sent.len()] {
+            let mut framing = Framing::Header(Vec::new());
+            let begun: u64 = sent
+                .chunks(size)
+                .map(|frame| framing.follow(frame, 100_000).unwrap())
+                .sum();
+            assert_eq!(begun, 70_004);
+            assert!(matches!(framing, Framing::Header(begun) if begun.is_empty()));
+        }
+    }
+
+    #[test]
+    fn a_compressed_message_counts_as_what_it_can_become() {
+        let follow = |flag: u8, length: u32, largest| {
+            let header = [[flag].as_slice(), &length.to_be_bytes()].concat();
+            Framing::Header(Vec::new()).follow(&header, largest)
+        };
+        assert_eq!(follow(0, 1000, 1 << 20), Ok(1000));
+        assert_eq!(follow(1, 1000, 1 << 30), Ok(1_032_000));
+        assert_eq!(follow(1, 1000, 2000), Ok(2000));
+        assert_eq!(follow(0, u32::MAX, 2000), Err(u64::from(u32::MAX)));
+    }
+
+    #[test]
+    fn a_deadline_is_digits_and_a_unit_and_anything_else_is_none() {
+        let deadline = |text: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("grpc-timeout", text.parse().unwrap());
+            super::deadline(&headers)
+        };
+        assert_eq!(deadline("20m"), Some(Duration::from_millis(20)));
+        assert_eq!(deadline("2H"), Some(Duration::from_secs(7200)));
+        assert_eq!(
+            deadline("99999999n"),
+            Some(Duration::from_nanos(99_999_999))
+        );
+        for bad in ["", "m", "20", "20x", "-1S", "123456789S", "ä"] {
+            assert_eq!(deadline(bad), None, "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,243 @@
+//! One connection: who calls, for how long nobody did, and when it is closed.
+//!
+//! 1. A connection that has not said what HTTP/2 begins with (RFC 9113, section 3.4), or has called
+//!    nothing, or calls nothing any more, is closed after a while. Clients hear of it before (GOAWAY),
+//!    and connect again at their next call.
+//! 2. A connection whose peer does not read what it asked for is closed: nothing else gives back what
+//!    is kept for it. That is sooner when others wait for the room.
+//! 3. Whether a peer is still there is asked by PING; one that is not is hyper's to close.
+
+use std::{
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use hyper::{server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use super::{
+    Limits,
+    budget::{Account, Budget, Reservation},
+    call,
+};
+use crate::daemon::{Peer, listen::Connection};
+
+/// How often a connection is looked at.
+const ROUND: Duration = Duration::from_secs(5);
+/// What a client has to read GOAWAY and to close the connection by itself.
+const GOODBYE: Duration = Duration::from_secs(2);
+/// The preface of HTTP/2, and the head of the frame that follows it.
+const PREFACE: u64 = 24 + 9;
+
+/// Whose connection it is, and what is counted for it.
+pub struct Caller {
+    pub peer: Peer,
+    pub largest_message: u64,
+    pub received: Arc<Account>,
+    pub answers: Arc<Account>,
+    calls: Arc<Account>,
+    activity: Mutex<Activity>,
+    /// Bytes that have arrived.
+    arrived: Arc<AtomicU64>,
+    /// Somebody else needs its descriptor.
+    give_way: CancellationToken,
+}
+
+#[derive(Debug)]
+struct Activity {
+    under_way: u64,
+    called: bool,
+    /// When the last call ended, or the connection was made.
+    since: Instant,
+}
+
+/// A call, until its answer was handed to the connection.
+pub struct CallUnderWay {
+    caller: Arc<Caller>,
+    _counted: Reservation,
+}
+
+/// What shall become of a connection.
+#[derive(Debug, PartialEq, Eq)]
+enum Verdict {
+    Keep,
+    /// Its client hears of it first.
+    Dismiss,
+    /// At once, for this reason.
+    Cut(&'static str),
+}
+
+impl Caller {
+    pub fn new(
+        connection: &Connection,
+        largest_message: u64,
+        [received, answers, calls]: [&Arc<Budget>; 3],
+    ) -> Arc<Self> {
+        Arc::new(Caller {
+            peer: connection.peer(),
+            largest_message,
+            received: received.account(),
+            answers: answers.account(),
+            calls: calls.account(),
+            activity: Mutex::new(Activity {
+                under_way: 0,
+                called: false,
+                since: Instant::now(),
+            }),
+            arrived: connection.arrived(),
+            give_way: CancellationToken::new(),
+        })
+    }
+
+    /// An error tells how many calls are under way.
+    pub fn begin_call(self: &Arc<Self>) -> Result<CallUnderWay, u64> {
+        let mut activity = self.activity.lock();
+        activity.called = true;
+        let counted = self.calls.try_reserve(1).ok_or(activity.under_way)?;
+        activity.under_way += 1;
+        Ok(CallUnderWay {
+            caller: self.clone(),
+            _counted: counted,
+        })
+    }
+
+    /// Whether it ever called, and since when it does not. `None` while a call is under way.
+    pub fn idle(&self) -> Option<(bool, Instant)> {
+        let activity = self.activity.lock();
+        (activity.under_way == 0).then_some((activity.called, activity.since))
+    }
+
+    pub fn is_giving_way(&self) -> bool {
+        self.give_way.is_cancelled()
+    }
+
+    pub fn give_way(&self) {
+        self.give_way.cancel();
+    }
+
+    fn judge(&self, now: Instant, limits: &Limits, answers: &Budget) -> Verdict {
+        let short = answers.short_for(now).is_some_and(|short| short >= ROUND);
+        let limit = if short {
+            limits.stalled_when_short
+        } else {
+            limits.stalled
+        };
+        if self
+            .answers
+            .stalled_for(now)
+            .is_some_and(|stalled| stalled >= limit)
+        {
+            return Verdict::Cut("its peer does not read what it asked for");
+        }
+        let Some((called, since)) = self.idle() else {
+            return Verdict::Keep;
+        };
+        let idle = now.saturating_duration_since(since);
+        if self.arrived.load(Ordering::Relaxed) < PREFACE && idle >= limits.handshake {
+            return Verdict::Cut("its peer does not speak HTTP/2, or not at all");
+        }
+        let limit = if called {
+            limits.idle
+        } else {
+            limits.first_call
+        };
+        if idle >= limit {
+            return Verdict::Dismiss;
+        }
+        Verdict::Keep
+    }
+}
+
+impl Drop for CallUnderWay {
+    fn drop(&mut self) {
+        let mut activity = self.caller.activity.lock();
+        activity.under_way -= 1;
+        activity.since = Instant::now();
+    }
+}
+
+enum Event {
+    Ended(Result<(), hyper::Error>),
+    Stopping,
+    GiveWay,
+    Killed,
+    Look,
+}
+
+/// Until the connection is closed. When `stopping`, no new call is taken; when `killed`, it ends.
+pub async fn serve(
+    connection: Connection,
+    caller: Arc<Caller>,
+    routes: Routes,
+    limits: Arc<Limits>,
+    answers: Arc<Budget>,
+    stopping: CancellationToken,
+    killed: CancellationToken,
+) {
+    let service = {
+        let caller = caller.clone();
+        service_fn(move |request| {
+            let (caller, routes) = (caller.clone(), routes.clone());
+            async move {
+                Ok::<_, std::convert::Infallible>(call::answer(&caller, routes, request).await)
+            }
+        })
+    };
+    let mut protocol = http2::Builder::new(TokioExecutor::new());
+    limits.apply(&mut protocol);
+    let mut serving = pin!(protocol.serve_connection(TokioIo::new(connection), service));
+    let round = ROUND
+        .min(limits.handshake)
+        .min(limits.first_call)
+        .min(limits.idle)
+        .min(limits.stalled_when_short);
+    // From when on it is cut, unless calls are under way.
+    let mut leaving: Option<Instant> = None;
+    let mut told_to_stop = false;
+    loop {
+        let event = tokio::select! {
+            ended = &mut serving => Event::Ended(ended),
+            () = killed.cancelled() => Event::Killed,
+            () = stopping.cancelled(), if !told_to_stop => Event::Stopping,
+            () = caller.give_way.cancelled(), if leaving.is_none() => Event::GiveWay,
+            () = tokio::time::sleep(round) => Event::Look,
+        };
+        let now = Instant::now();
+        match event {
+            Event::Ended(Ok(())) | Event::Killed => return,
+            Event::Ended(Err(error)) => {
+                tracing::debug!(peer = ?caller.peer, %error, "a connection ended");
+                return;
+            }
+            Event::GiveWay if caller.idle().is_some_and(|(called, _)| !called) => return,
+            Event::Stopping | Event::GiveWay => {
+                told_to_stop |= stopping.is_cancelled();
+                serving.as_mut().graceful_shutdown();
+                leaving.get_or_insert(now + GOODBYE);
+            }
+            Event::Look => match caller.judge(now, &limits, &answers) {
+                Verdict::Cut(reason) => {
+                    tracing::info!(peer = ?caller.peer, reason, "closed a connection");
+                    return;
+                }
+                _ if leaving.is_some_and(|end| now >= end) => {
+                    if caller.idle().is_some() {
+                        return;
+                    }
+                }
+                Verdict::Dismiss if leaving.is_none() => {
+                    serving.as_mut().graceful_shutdown();
+                    leaving = Some(now + GOODBYE);
+                }
+                Verdict::Dismiss | Verdict::Keep => {}
+            },
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! Serving gRPC on a listener: bounded in memory, in descriptors and in time, whatever callers do.
+//!
+//! 1. Memory that callers can make a server keep is counted in three budgets: what they send, what
+//!    they ask for, and their calls. `budget` says how it is shared among connections.
+//! 2. Connections are fewer than the descriptors that the process may have, so that files and other
+//!    listeners have theirs. The one that has been idle for longest gives way to a new one.
+//! 3. Whatever a status says fits into everybody's headers (`status`).
+//!
+//! No tower layer of tonic's own server could keep (1) and (2): it does not let go of connections.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use hyper::server::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
+
+use self::{budget::Budget, connection::Caller};
+use super::{
+    Failure,
+    listen::{Connection, Listener, Socket},
+};
+
+mod budget;
+mod call;
+mod connection;
+mod services;
+mod status;
+
+pub use budget::Reservation;
+pub use call::{Answers, Received, with_room};
+pub use services::Services;
+
+/// What one listener grants its callers.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Bytes of messages that are on their way in, on one connection and on all.
+    pub received: u64,
+    pub received_per_connection: u64,
+    /// Bytes of answers that are not written to their connections, on one and on all.
+    pub answers: u64,
+    pub answers_per_connection: u64,
+    pub calls: u64,
+    pub calls_per_connection: u32,
+    pub connections: usize,
+    /// Bytes of a message.
+    pub largest_message: u64,
+    /// Until HTTP/2 has begun.
+    pub handshake: Duration,
+    pub first_call: Duration,
+    /// Without a call.
+    pub idle: Duration,
+    /// Without reading any of what was asked for; and that when others wait for the room.
+    pub stalled: Duration,
+    pub stalled_when_short: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            received: 256 << 20,
+            received_per_connection: 64 << 20,
+            answers: 256 << 20,
+            answers_per_connection: 64 << 20,
+            // A Bazel with --jobs=2000 has as many streams on one connection, and proxies gather
+            // several of them.
+            calls: 50_000,
+            calls_per_connection: 10_000,
+            connections: connection_limit(),
+            largest_message: 16 << 20,
+            handshake: Duration::from_secs(10),
+            first_call: Duration::from_secs(60),
+            idle: Duration::from_secs(30 * 60),
+            stalled: Duration::from_secs(60),
+            stalled_when_short: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Two listeners together leave a fifth of all descriptors to files.
+fn connection_limit() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let limit = limit.map_or(MOST_CONNECTIONS, |limit| {
+        usize::try_from(limit).unwrap_or(MOST_CONNECTIONS)
+    });
+    (limit / 5 * 2).clamp(8, MOST_CONNECTIONS)
+}
+
+const MOST_CONNECTIONS: usize = 10_000;
+
+/// A piece of 4 MiB in flight needs no round trip on a LAN. This is what a connection can hold besides
+/// what its calls have been given.
+const STREAM_WINDOW: u32 = 4 << 20;
+const CONNECTION_WINDOW: u32 = 8 << 20;
+
+impl Limits {
+    fn apply(&self, protocol: &mut http2::Builder<TokioExecutor>) {
+        protocol
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_concurrent_streams(self.calls_per_connection)
+            .max_frame_size(1 << 20)
+            .keep_alive_interval(Duration::from_secs(60))
+            .keep_alive_timeout(Duration::from_secs(20));
+    }
+}
+
+struct Server {
+    limits: Arc<Limits>,
+    routes: Routes,
+    received: Arc<Budget>,
+    answers: Arc<Budget>,
+    calls: Arc<Budget>,
+    open: Mutex<BTreeMap<u64, Arc<Caller>>>,
+    next: AtomicU64,
+    ended: Notify,
+    tasks: TaskTracker,
+    stopping: CancellationToken,
+    killed: CancellationToken,
+}
+
+/// Serves until `stopping`, then gives calls that are under way `drain` to finish.
+pub async fn serve(
+    listener: Listener,
+    routes: Routes,
+    stopping: CancellationToken,
+    drain: Duration,
+) -> Result<(), Failure> {
+    serve_within(listener, routes, Limits::default(), stopping, drain).await
+}
+
+/// As `serve`, with limits of the caller's choice.
+pub async fn serve_within(
+    listener: Listener,
+    routes: Routes,
+    limits: Limits,
+    stopping: CancellationToken,
+    drain: Duration,
+) -> Result<(), Failure> {
+    let server = Arc::new(Server {
+        routes: routes.prepare(),
+        received: Budget::new(limits.received, limits.received_per_connection),
+        answers: Budget::new(limits.answers, limits.answers_per_connection),
+        calls: Budget::new(limits.calls, u64::from(limits.calls_per_connection)),
+        limits: Arc::new(limits),
+        open: Mutex::default(),
+        next: AtomicU64::new(0),
+        ended: Notify::new(),
+        tasks: TaskTracker::new(),
+        stopping,
+        // Also when this future is dropped.
+        killed: CancellationToken::new(),
+    });
+    let _kill = server.killed.clone().drop_guard();
+    for socket in listener.into_sockets() {
+        server.tasks.spawn(server.clone().accept_all(socket));
+    }
+    server.stopping.cancelled().await;
+    server.tasks.close();
+    // Whatever is left then is killed.
+    let _ = tokio::time::timeout(drain, server.tasks.wait()).await;
+    Ok(())
+}
+
+impl Server {
+    async fn accept_all(self: Arc<Self>, socket: Socket) {
+        loop {
+            let accepted = tokio::select! {
+                () = self.stopping.cancelled() => return,
+                accepted = socket.accept() => accepted,
+            };
+            match accepted {
+                Ok(connection) => {
+                    tokio::select! {
+                        () = self.stopping.cancelled() => return,
+                        () = self.make_place() => self.start(connection),
+                    }
+                }
+                Err(error) => {
+                    // Out of descriptors, or a connection that died in the queue: neither ends the
+                    // server, and the first one must not make it spin.
+                    tracing::warn!(%error, "could not accept a connection");
+                    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
+                        self.dismiss_one();
+                    }
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    /// Returns when there may be one connection more.
+    async fn make_place(&self) {
+        loop {
+            let ended = self.ended.notified();
+            if self.open.lock().len() < self.limits.connections || self.dismiss_one() {
+                return;
+            }
+            tracing::warn!(
+                connections = self.limits.connections,
+                "all connections that this process has descriptors for have calls under way; a new one \
+                 waits (raise LimitNOFILE= of the unit)"
+            );
+            ended.await;
+        }
+    }
+
+    /// Has the connection that called nothing for longest give way; those that never called first.
+    fn dismiss_one(&self) -> bool {
+        let open = self.open.lock();
+        let longest = open
+            .values()
+            .filter(|caller| !caller.is_giving_way())
+            .filter_map(|caller| Some((caller.idle()?, caller)))
+            .min_by_key(|(idle, _)| *idle);
+        match longest {
+            Some((_, caller)) => {
+                caller.give_way();
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn start(self: &Arc<Self>, connection: Connection) {
+        let budgets = [&self.received, &self.answers, &self.calls];
+        let caller = Caller::new(&connection, self.limits.largest_message, budgets);
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        self.open.lock().insert(number, caller.clone());
+        let server = self.clone();
+        self.tasks.spawn(async move {
+            let open = Open { server, number };
+            let server = &open.server;
+            connection::serve(
+                connection,
+                caller,
+                server.routes.clone(),
+                server.limits.clone(),
+                server.answers.clone(),
+                server.stopping.clone(),
+                server.killed.clone(),
+            )
+            .await;
+        });
+    }
+}
+
+/// A connection's place.
+struct Open {
+    server: Arc<Server>,
+    number: u64,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.server.open.lock().remove(&self.number);
+        self.server.ended.notify_waiters();
+    }
+}

@@ -1,0 +1,356 @@
+//! Uploads that arrive in several messages, by the names that their clients chose.
+//!
+//! 1. At most one call writes to an upload: a newer one takes over from an older one, whose client may
+//!    be gone without our knowing.
+//! 2. An upload that no call writes to waits for its client to come back, for a while.
+//! 3. All of them together have a quarter of the store, or one of them alone what a blob may have; so
+//!    they never evict more than that, however many are begun and never finished.
+//! 4. When space is short, an upload that nobody writes to is given up before any blob is evicted; and
+//!    so is one that makes no progress.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use parking_lot::{Mutex, MutexGuard};
+
+use super::{super::Error, Store, Upload};
+use crate::digest::Digest;
+
+/// How long an upload waits for its client to come back.
+const WAITING_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Uploads, at most: each has a file open, or up to 64 KiB in memory.
+const MOST: usize = 2048;
+
+/// Without a byte for so long, or slower than this on average, an upload makes no progress.
+const SILENCE: Duration = Duration::from_secs(10);
+const SLOWEST: u64 = 64 << 10;
+
+#[derive(Default)]
+pub struct Uploads {
+    next_turn: AtomicU64,
+    slots: Mutex<HashMap<String, Slot>>,
+    /// Bytes of all of them.
+    received: AtomicU64,
+}
+
+type Slot = Arc<Mutex<State>>;
+
+/// Locked while its upload writes to the disk, so only by threads that may block.
+struct State {
+    /// Which call may write; older ones find theirs passed.
+    turn: u64,
+    upload: Option<Counted>,
+    since: Since,
+}
+
+/// Since when, and when a byte came last.
+enum Since {
+    UnderWay {
+        begun: Instant,
+        last: Instant,
+    },
+    /// The last call that wrote has ended.
+    Waiting(Instant),
+}
+
+/// An upload that counts among all.
+struct Counted {
+    upload: Upload,
+    count: Count,
+}
+
+struct Count {
+    uploads: Arc<Uploads>,
+    bytes: u64,
+}
+
+impl Drop for Count {
+    fn drop(&mut self) {
+        self.uploads
+            .received
+            .fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// A call's turn to write to an upload.
+pub struct Turn {
+    uploads: Arc<Uploads>,
+    name: String,
+    slot: Slot,
+    number: u64,
+}
+
+/// Why a call cannot go on; the client must act.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum TurnError {
+    #[error("another call writes to this upload now; use a UUID for each upload")]
+    TakenOver,
+    #[error("this upload has failed, or was given up when space was short; start it again")]
+    GivenUp,
+    #[error(
+        "write_offset is {offset}, but {received} bytes of this upload have been received; go on \
+         there, or start again at 0"
+    )]
+    Offset { offset: i64, received: u64 },
+    #[error(
+        "the stream ended after {received} of {size} bytes, without finish_write; go on at the \
+         committed_size that QueryWriteStatus tells"
+    )]
+    Unfinished { received: u64, size: u64 },
+    #[error(transparent)]
+    Store(#[from] Error),
+}
+
+impl Uploads {
+    /// Gives a new call the turn to write.
+    pub fn take_over(self: &Arc<Self>, name: &str, now: Instant) -> Result<Turn, Error> {
+        let number = self.next_turn.fetch_add(1, Ordering::Relaxed) + 1;
+        if self.slots.lock().len() >= MOST && !self.give_up_one(now) {
+            return Err(Error::Full(format!(
+                "{MOST} uploads are under way in this store, which is the most; try again later"
+            )));
+        }
+        let mut slots = self.slots.lock();
+        let fresh = || {
+            Arc::new(Mutex::new(State {
+                turn: 0,
+                upload: None,
+                since: Since::UnderWay {
+                    begun: now,
+                    last: now,
+                },
+            }))
+        };
+        let slot = slots.entry(name.to_owned()).or_insert_with(fresh).clone();
+        Ok(Turn {
+            uploads: self.clone(),
+            name: name.to_owned(),
+            slot,
+            number,
+        })
+    }
+
+    /// How much of an upload is there.
+    pub fn received(&self, name: &str) -> u64 {
+        let slot = self.slots.lock().get(name).cloned();
+        slot.and_then(|slot| Some(slot.lock().upload.as_ref()?.upload.received()))
+            .unwrap_or(0)
+    }
+
+    /// Drops uploads whose clients have not come back.
+    pub fn expire(&self, now: Instant) {
+        let over = |state: &State| match state.since {
+            Since::Waiting(since) => now.saturating_duration_since(since) >= WAITING_TIMEOUT,
+            Since::UnderWay { .. } => false,
+        };
+        // One that is locked is being written to.
+        let is_over = |slot: &Slot| slot.try_lock().is_some_and(|state| over(&state));
+        let mut slots = self.slots.lock();
+        let names: Vec<String> = slots
+            .iter()
+            .filter(|(_, slot)| is_over(slot))
+            .map(|(name, _)| name.clone())
+            .collect();
+        let dropped: Vec<Slot> = names.iter().filter_map(|name| slots.remove(name)).collect();
+        drop(slots);
+        // Their files are removed here, while nobody waits for the lock.
+        drop(dropped);
+    }
+
+    /// Drops the upload that nobody writes to for longest, or else one that makes no progress. False
+    /// when there is none.
+    pub fn give_up_one(&self, now: Instant) -> bool {
+        let slots = self.slots.lock();
+        let victim = slots
+            .iter()
+            .filter_map(|(name, slot)| {
+                let state = slot.try_lock()?;
+                let received = state.upload.as_ref()?.upload.received();
+                let rank = hopelessness(&state.since, received, now)?;
+                Some((rank, name.clone(), slot.clone()))
+            })
+            .max_by_key(|(rank, ..)| *rank);
+        drop(slots);
+        let Some((_, name, slot)) = victim else {
+            return false;
+        };
+        // Somebody may have taken it up in between.
+        let Some(mut state) = slot.try_lock() else {
+            return true;
+        };
+        let upload = state.upload.take();
+        let waited = matches!(state.since, Since::Waiting(_));
+        drop(state);
+        if waited {
+            self.remove(&name, &slot);
+        }
+        tracing::debug!(name, given_up = upload.is_some(), "space is short");
+        true
+    }
+
+    fn remove(&self, name: &str, slot: &Slot) {
+        let mut slots = self.slots.lock();
+        if slots
+            .get(name)
+            .is_some_and(|other| Arc::ptr_eq(other, slot))
+        {
+            slots.remove(name);
+        }
+    }
+
+    /// Forgets all of them, when their store is closed.
+    pub fn clear(&self) {
+        let slots = std::mem::take(&mut *self.slots.lock());
+        for slot in slots.into_values() {
+            slot.lock().upload = None;
+        }
+    }
+}
+
+/// Which upload is given up first: the greatest. `None` for one that makes progress.
+fn hopelessness(since: &Since, received: u64, now: Instant) -> Option<(bool, Duration)> {
+    match since {
+        Since::Waiting(since) => Some((true, now.saturating_duration_since(*since))),
+        Since::UnderWay { begun, last } => {
+            let age = now.saturating_duration_since(*begun);
+            let silence = now.saturating_duration_since(*last);
+            let slow = age >= SILENCE && received < age.as_secs().saturating_mul(SLOWEST);
+            (silence >= SILENCE || slow).then_some((false, silence.max(age / 2)))
+        }
+    }
+}
+
+impl Turn {
+    fn lock(&self) -> Result<MutexGuard<'_, State>, TurnError> {
+        let state = self.slot.lock();
+        if state.turn != self.number {
+            return Err(TurnError::TakenOver);
+        }
+        Ok(state)
+    }
+
+    /// Takes up the upload where it was left, or starts it.
+    pub fn begin(
+        &self,
+        store: &Store,
+        digest: Digest,
+        offset: i64,
+        now: Instant,
+    ) -> Result<(), TurnError> {
+        let mut state = self.slot.lock();
+        if state.turn > self.number {
+            return Err(TurnError::TakenOver);
+        }
+        state.turn = self.number;
+        state.since = Since::UnderWay {
+            begun: now,
+            last: now,
+        };
+        if offset == 0 || state.upload.is_none() {
+            state.upload = None;
+            state.upload = Some(Counted {
+                upload: store.upload(digest)?,
+                count: Count {
+                    uploads: self.uploads.clone(),
+                    bytes: 0,
+                },
+            });
+        }
+        Ok(())
+    }
+
+    /// Appends what begins at `offset`.
+    pub fn write(
+        &self,
+        store: &Store,
+        offset: i64,
+        data: &Bytes,
+        now: Instant,
+    ) -> Result<(), TurnError> {
+        let mut state = self.lock()?;
+        if let Since::UnderWay { last, .. } = &mut state.since {
+            *last = now;
+        }
+        let counted = state.upload.as_mut().ok_or(TurnError::GivenUp)?;
+        let received = counted.upload.received();
+        if u64::try_from(offset) != Ok(received) {
+            return Err(TurnError::Offset { offset, received });
+        }
+        counted
+            .count
+            .grow(data.len() as u64, store.largest_uploads(), now)?;
+        counted.upload.write(data)?;
+        Ok(())
+    }
+
+    /// Makes the blob visible. Without being asked to, only one that is complete.
+    pub fn finish(&self, digest: &Digest, asked: bool) -> Result<(), TurnError> {
+        let mut state = self.lock()?;
+        let upload = state.upload.as_ref().ok_or(TurnError::GivenUp)?;
+        let received = upload.upload.received();
+        if received < digest.size() && !asked {
+            return Err(TurnError::Unfinished {
+                received,
+                size: digest.size(),
+            });
+        }
+        // What it counts is given back when it is stored.
+        if let Some(Counted {
+            upload,
+            count: _count,
+        }) = state.upload.take()
+        {
+            upload.finish()?;
+        }
+        Ok(())
+    }
+}
+
+impl Count {
+    /// Counts bytes that are about to be written.
+    fn grow(&mut self, bytes: u64, most: u64, now: Instant) -> Result<(), Error> {
+        let all = &self.uploads.received;
+        loop {
+            let others = all.load(Ordering::Relaxed).saturating_sub(self.bytes);
+            if others == 0 || others + self.bytes + bytes <= most {
+                break;
+            }
+            if !self.uploads.give_up_one(now) {
+                return Err(Error::Full(format!(
+                    "uploads under way take {} bytes of this store, and may take {most}; try again \
+                     later, or raise storage.embedded.maximum_size",
+                    others + self.bytes
+                )));
+            }
+        }
+        all.fetch_add(bytes, Ordering::Relaxed);
+        self.bytes += bytes;
+        Ok(())
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // A state that is locked has been taken over.
+        let Some(mut state) = self.slot.try_lock() else {
+            return;
+        };
+        if state.turn != self.number && state.turn != 0 {
+            return;
+        }
+        if state.upload.is_some() {
+            state.since = Since::Waiting(Instant::now());
+        } else {
+            drop(state);
+            self.uploads.remove(&self.name, &self.slot);
+        }
+    }
+}
