@@ -17,6 +17,7 @@ pub struct Config {
     pub cache: Cache,
     /// Emptied at start-up. On the same file system as `cache.directory`, because of hardlinks.
     pub build_directory: PathBuf,
+    pub outputs: Outputs,
     pub runners: Vec<Runner>,
     pub shutdown: Shutdown,
     pub log: Log,
@@ -58,6 +59,16 @@ pub struct Cache {
     pub maximum_directories_size: Size,
 }
 
+/// What the outputs of one action may come to.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Outputs {
+    /// Of all files together.
+    pub maximum_size: Size,
+    /// For reading and uploading them.
+    pub timeout: Duration,
+}
+
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Runner {
@@ -72,6 +83,9 @@ pub struct Runner {
     /// The action's own values win.
     pub environment_variables: BTreeMap<String, String>,
     pub inputs: Inputs,
+    /// That a runner of another kind belongs to, and its actions; empty for this project's, which lets
+    /// actions in by itself.
+    pub group: String,
 }
 
 /// Whose an action's input files are.
@@ -102,6 +116,7 @@ impl Default for Config {
             storage: Storage::default(),
             cache: Cache::default(),
             build_directory: PathBuf::from("/var/lib/bb-worker/build"),
+            outputs: Outputs::default(),
             runners: vec![Runner::default()],
             shutdown: Shutdown::default(),
             log: Log::default(),
@@ -145,6 +160,15 @@ impl Default for Cache {
     }
 }
 
+impl Default for Outputs {
+    fn default() -> Self {
+        Outputs {
+            maximum_size: Size::gib(32),
+            timeout: Duration::seconds(30 * 60),
+        }
+    }
+}
+
 impl Default for Runner {
     fn default() -> Self {
         Runner {
@@ -156,6 +180,7 @@ impl Default for Runner {
             worker_id: BTreeMap::new(),
             environment_variables: BTreeMap::new(),
             inputs: Inputs::Shared,
+            group: String::new(),
         }
     }
 }
@@ -195,6 +220,16 @@ impl Check for Config {
         );
         self.cache.check(complaints);
         self.storage.check(complaints);
+        complaints.unless(
+            self.outputs.maximum_size.get() > 0,
+            "outputs.maximum_size",
+            "no action could have any output; write a size, and \"32GiB\" is a good start",
+        );
+        complaints.unless(
+            !self.outputs.timeout.get().is_zero(),
+            "outputs.timeout",
+            "no output could be read; write a duration, and \"30m\" is a good start",
+        );
         complaints.unless(
             !self.runners.is_empty(),
             "runners",

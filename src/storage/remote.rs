@@ -327,6 +327,17 @@ impl Client {
 
     /// Bytes of blobs that fit into one batch, each with its overhead.
     async fn batch_size(&self, instance: &InstanceName) -> u64 {
+        self.ask_for_limits(instance).await;
+        self.shared.limits.batch_size()
+    }
+
+    /// Bytes of the largest blob that the CAS takes; the most there is when it does not say.
+    pub async fn maximum_blob_size(&self, instance: &InstanceName) -> u64 {
+        self.ask_for_limits(instance).await;
+        self.shared.limits.blob_size()
+    }
+
+    async fn ask_for_limits(&self, instance: &InstanceName) {
         let ask = async {
             let request = GetCapabilitiesRequest {
                 instance_name: instance.to_string(),
@@ -334,10 +345,13 @@ impl Client {
             let mut client = CapabilitiesClient::new(self.channel());
             let answer = client.get_capabilities(request);
             let answer = retry::timely(self.shared.timeouts.capabilities, answer).await?;
-            let capabilities = answer.into_inner().cache_capabilities;
-            Ok(capabilities.map_or(0, |cache| cache.max_batch_total_size_bytes))
+            let cache = answer.into_inner().cache_capabilities.unwrap_or_default();
+            Ok((
+                cache.max_batch_total_size_bytes,
+                cache.max_cas_blob_size_bytes,
+            ))
         };
-        self.shared.limits.batch_size(ask).await
+        self.shared.limits.announced(ask).await;
     }
 }
 

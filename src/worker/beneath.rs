@@ -1,7 +1,7 @@
 //! Opening what lies beneath a directory that an action could write to.
 //!
-//! No symbolic link is followed and no `..` leaves the directory (openat2(2)); opening a FIFO or a
-//! device blocks nobody and sets nothing off.
+//! No symbolic link is followed, but for telling where it leads, and nothing leaves the directory
+//! (openat2(2)); opening a FIFO or a device blocks nobody and sets nothing off.
 
 use std::{
     fs::File,
@@ -75,6 +75,14 @@ pub fn make_directories<'p>(
 /// A directory for reading its entries.
 pub fn open_listing(parent: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {
     resolve(parent, path, OFlags::RDONLY)
+}
+
+/// Whether a symbolic link leads to a directory, for whoever takes `root` for the root directory.
+pub fn leads_to_directory(root: BorrowedFd<'_>, link: &RelativePath) -> bool {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let within = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+    let path = link.to_string();
+    rustix::fs::openat2(root, path.as_str(), flags, Mode::empty(), within).is_ok()
 }
 
 /// A regular file for reading. EINVAL when it is something else.

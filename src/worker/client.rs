@@ -10,18 +10,21 @@ use std::{
 
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::{Status, transport::Channel};
+use tonic::{Code, Status, transport::Channel};
 use uuid::Uuid;
 
 use super::{
+    availability::NotReady,
     execute::{Executor, Stage},
     overview::Overview,
+    report,
     slot::{self, Answer, Desired, Report, Slot, Step},
     story,
     task::Task,
 };
 use crate::{
     daemon::Heart,
+    digest::shorten,
     instance::InstanceName,
     proto::{
         self,
@@ -44,7 +47,7 @@ const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
 const LONGEST_READINESS_PAUSE: Duration = Duration::from_secs(5);
 
 /// How a slot presents itself.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Identity {
     /// Labels that no other slot of the farm has.
     pub worker_id: BTreeMap<String, String>,
@@ -57,7 +60,8 @@ pub struct Identity {
 enum Event {
     Answered(Box<Result<SynchronizeResponse, Status>>),
     Finished(Box<ExecuteResponse>),
-    Readiness(Result<(), String>),
+    Readiness(Result<(), NotReady>),
+    Paused(Instant),
     Stopping,
     Time,
 }
@@ -94,7 +98,9 @@ pub async fn run(
         Slot::new(Instant::now());
     let mut told_to_stop = false;
     let mut call: Pending<Result<SynchronizeResponse, Status>> = None;
-    let mut readiness: Pending<Result<(), String>> = None;
+    let mut readiness: Pending<Result<(), NotReady>> = None;
+    let mut paused = executor.availability.paused();
+
     let mut execution: Option<Execution> = None;
     loop {
         heart.beat(A_DECISION);
@@ -144,6 +150,7 @@ pub async fn run(
             result = returned(&mut execution) => Event::Finished(result),
             result = pending(&mut readiness) => Event::Readiness(result),
             () = stopping.cancelled(), if !told_to_stop => Event::Stopping,
+            Ok(()) = paused.changed() => Event::Paused(*paused.borrow_and_update()),
             () = sleep_until(until) => Event::Time,
         };
         let now = Instant::now();
@@ -154,6 +161,19 @@ pub async fn run(
                     Ok(response) => {
                         overview.answered();
                         state.answered(now, answer_of(&identity, response, now));
+                    }
+                    Err(status) if refuses(&status) => {
+                        tracing::warn!(
+                            slot,
+                            code = ?status.code(),
+                            error = status.message(),
+                            "the scheduler does not take what this slot says"
+                        );
+                        let reason = shorten(status.message());
+                        let smaller = |response: Box<ExecuteResponse>| {
+                            Box::new(report::after_refusal(&response, &reason))
+                        };
+                        state.refused(now, random(), smaller);
                     }
                     Err(status) => {
                         state.failed(now, random());
@@ -174,10 +194,21 @@ pub async fn run(
                 let pause = random_below(LONGEST_READINESS_PAUSE);
                 match &result {
                     Ok(()) => overview.ready(slot),
-                    Err(error) => overview.unready(slot, error, SystemTime::now()),
+                    Err(NotReady::Because(error)) => {
+                        overview.unready(slot, error, SystemTime::now());
+                    }
+                    // What is the matter was said when the pause began.
+                    Err(NotReady::Paused { .. }) => {}
                 }
+                let pause = match &result {
+                    Err(NotReady::Paused { until }) => {
+                        until.saturating_duration_since(now) + pause / 10
+                    }
+                    _ => pause,
+                };
                 state.readiness(now, result.is_ok(), pause);
             }
+            Event::Paused(until) => state.pause(until),
             Event::Stopping => {
                 told_to_stop = true;
                 state.stop(now + drain);
@@ -333,10 +364,51 @@ fn answer_of(
     }
 }
 
+/// Whether a call failed because of what it said, so that it would fail again: its content is not
+/// understood, or it is larger than the scheduler receives.
+fn refuses(status: &Status) -> bool {
+    match status.code() {
+        Code::InvalidArgument | Code::OutOfRange => true,
+        // gRPC for Go, C++ and Java, in this order; other limits pass.
+        Code::ResourceExhausted => {
+            let text = status.message().to_lowercase();
+            text.contains("message larger than max") || text.contains("exceeds maximum size")
+        }
+        _ => false,
+    }
+}
+
 fn random() -> u64 {
     Uuid::new_v4().as_u128() as u64
 }
 
 fn random_below(limit: Duration) -> Duration {
     limit.mul_f64((random() >> 11) as f64 / (1u64 << 53) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_would_fail_again_is_taken_for_a_refusal() {
+        for refusal in [
+            Status::out_of_range("Error, decoded message length too large"),
+            Status::resource_exhausted("grpc: received message larger than max (5 vs. 4)"),
+            Status::resource_exhausted("gRPC message exceeds maximum size 4: 5"),
+        ] {
+            assert!(refuses(&refusal), "{refusal}");
+        }
+        for passing in [
+            Status::unavailable("The scheduler is stopping"),
+            Status::resource_exhausted(
+                "A worker with the same worker ID is already synchronizing with the scheduler",
+            ),
+            Status::deadline_exceeded(""),
+            Status::permission_denied(""),
+            Status::unknown("transport error"),
+        ] {
+            assert!(!refuses(&passing), "{passing}");
+        }
+    }
 }

@@ -18,8 +18,6 @@ pub struct Command {
     pub outputs: Vec<Output>,
     /// Of output directories, store each Directory as a blob too.
     pub store_directories: bool,
-    /// Outputs were declared in the lists of REAPI 2.0, so that results are reported in those too.
-    pub reports_in_old_lists: bool,
 }
 
 /// Where an output may be after the command ran.
@@ -92,14 +90,12 @@ impl Command {
         )
         .map_err(CommandError::WorkingDirectory)?;
         // REAPI: output_files and output_directories are ignored when output_paths is set.
-        let new_style = !command.output_paths.is_empty();
-        let declared = if new_style {
-            vec![(command.output_paths, OutputKind::Any)]
-        } else {
-            vec![
+        let declared = match command.output_paths.is_empty() {
+            false => vec![(command.output_paths, OutputKind::Any)],
+            true => vec![
                 (command.output_files, OutputKind::File),
                 (command.output_directories, OutputKind::Directory),
-            ]
+            ],
         };
         let mut outputs = Vec::new();
         for (texts, kind) in declared {
@@ -120,8 +116,16 @@ impl Command {
             working_directory,
             outputs,
             store_directories,
-            reports_in_old_lists: !new_style,
         })
+    }
+
+    /// Whether an output is declared twice, or lies in another one. Both are legal.
+    pub fn outputs_overlap(&self) -> bool {
+        let paths = self.outputs.iter().map(|output| output.path.components());
+        let mut paths: Vec<_> = paths.collect();
+        // What lies in a directory comes right after it.
+        paths.sort_unstable();
+        paths.windows(2).any(|pair| pair[1].starts_with(pair[0]))
     }
 
     /// The directories that must exist before the command starts (REAPI: Command.output_paths).
@@ -183,7 +187,6 @@ mod tests {
             ..command()
         };
         let parsed = Command::parse(old.clone()).unwrap();
-        assert!(parsed.reports_in_old_lists);
         let kinds: Vec<_> = parsed.outputs.iter().map(|output| output.kind).collect();
         assert_eq!(kinds, [OutputKind::File, OutputKind::Directory]);
         let parsed = Command::parse(reapi::Command {
@@ -191,9 +194,26 @@ mod tests {
             ..old
         })
         .unwrap();
-        assert!(!parsed.reports_in_old_lists);
         assert_eq!(parsed.outputs.len(), 1);
+        assert_eq!(parsed.outputs[0].kind, OutputKind::Any);
         assert_eq!(parsed.output_parents().len(), 1);
+    }
+
+    #[test]
+    fn outputs_overlap_when_one_is_or_lies_in_another() {
+        let overlap = |paths: &[&str]| {
+            let command = reapi::Command {
+                output_paths: paths.iter().map(|path| path.to_string()).collect(),
+                ..command()
+            };
+            Command::parse(command).unwrap().outputs_overlap()
+        };
+        assert!(!overlap(&[]));
+        assert!(!overlap(&["d", "d.x", "dx/y", "e/d", "d-"]));
+        assert!(overlap(&["o", "p", "./o"]));
+        assert!(overlap(&["d/x", "d.x", "d"]));
+        assert!(overlap(&["d/e/f", "d!", "d/e0", "d"]));
+        assert!(overlap(&["z", "."]));
     }
 
     #[test]

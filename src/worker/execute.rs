@@ -20,18 +20,19 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Code, transport::Channel};
 
 use super::{
+    availability::{Availability, NotReady},
     cache::Cache,
     command::Command,
     directories::Directories,
     fault::Fault,
     input_root::{InputRoot, LOCK_TIMEOUT, Planned, PrepareError, Roots},
-    outputs::{Collector, Found},
-    runner,
+    outputs::{self, Collector, Found},
+    report, runner,
     task::Task,
     tree::Tree,
 };
 use crate::{
-    config::worker::Inputs,
+    config::worker::{Inputs, Outputs},
     digest::{Digest, DigestFunction},
     proto::{
         self, cas, reapi,
@@ -43,6 +44,8 @@ use crate::{
 /// Files that vanish from the cache again and again are a broken disk.
 const ATTEMPTS: u32 = 3;
 const READINESS_TIMEOUT: Duration = Duration::from_secs(30);
+/// What was read within the time for outputs may still be uploaded for so long.
+const LAST_UPLOADS: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
@@ -58,6 +61,7 @@ pub struct Executor {
     pub directories: Arc<Directories>,
     pub roots: Arc<Roots>,
     pub runner: RunnerClient<Channel>,
+    pub availability: Availability,
     /// For each slot its labels as JSON.
     pub workers: Vec<String>,
     /// The action's own win.
@@ -65,6 +69,9 @@ pub struct Executor {
     /// As if every Command asked for TREE_AND_DIRECTORY.
     pub force_upload_trees_and_directories: bool,
     pub inputs: Inputs,
+    /// `runners.group`, to which an action's directory is opened.
+    pub group: Option<u32>,
+    pub outputs: Outputs,
     /// For links in messages; without one there are none.
     pub browser_url: Option<String>,
 }
@@ -97,15 +104,18 @@ impl Executor {
             result: Some(reapi::ActionResult::default()),
             ..Default::default()
         };
+        let began = self.availability.begin(slot);
         let fault = self
             .run_and_collect(&task, stage, cancel, &mut metadata, &mut response)
             .await
             .err();
+        self.availability.ended(began, fault.as_ref());
         metadata.worker_completed_timestamp = now();
         if let Some(result) = &mut response.result {
             result.execution_metadata = Some(metadata);
         }
         response.status = fault.as_ref().map(Fault::status);
+        report::make_fit(&mut response);
         if fault != Some(Fault::Cancelled) {
             self.record(&task, &mut response).await;
         }
@@ -134,6 +144,9 @@ impl Executor {
 
         stage.send_replace(Stage::Running);
         let mut client = self.runner.clone();
+        if let Some(group) = self.group {
+            root.open_to(group)?;
+        }
         let mut request = proto::for_action(self.run_request(&command, &root), &task.digest);
         if self.inputs == Inputs::Private {
             proto::set_private_inputs(&mut request);
@@ -172,6 +185,11 @@ impl Executor {
                 ))
             }));
         }
+        if ran.is_ok()
+            && let Some(full) = root.disk_was_full()
+        {
+            ran = Err(full);
+        }
         if ran.is_ok() && !root.is_unaltered() {
             ran = Err(Fault::Unavailable(format!(
                 "while the command ran, somebody changed input files in the cache in {} on the worker's host; they will be fetched again",
@@ -181,8 +199,10 @@ impl Executor {
 
         stage.send_replace(Stage::UploadingOutputs);
         metadata.output_upload_start_timestamp = now();
+        let timeout = self.outputs.timeout.get();
         let uploaded = tokio::select! {
             uploaded = self.upload(task, command, root, cancel, response) => uploaded,
+            () = tokio::time::sleep(timeout + LAST_UPLOADS) => Err(outputs::late(timeout)),
             () = cancel.cancelled() => Err(Fault::Cancelled),
         };
         metadata.output_upload_completed_timestamp = now();
@@ -279,7 +299,7 @@ impl Executor {
                     self.cache.restore(&task.instance, keys).await?;
                 }
                 Err(PrepareError::Vanished(keys)) => {
-                    return Err(Fault::Internal(format!(
+                    return Err(Fault::Unavailable(format!(
                         "could not keep {} files in the cache in {}: something removes them",
                         keys.len(),
                         self.cache.path().display()
@@ -343,15 +363,20 @@ impl Executor {
                 Ok(())
             }
             Ended::Answered(Err(status)) => {
-                // A runner that goes away is the farm's fault, not the client's.
-                let code = match status.code() {
-                    _ if !runner::is_answer(&status) => Code::Unavailable,
-                    Code::Unknown | Code::Cancelled => Code::Unavailable,
-                    code => code,
-                };
-                Err(Fault::Runner {
-                    code: code as i32,
-                    text: format!("Failed to run command: {}", status.message()),
+                let text = format!("Failed to run command: {}", status.message());
+                Err(match status.code() {
+                    _ if !runner::is_answer(&status) => Fault::Unavailable(format!(
+                        "{text}; bb_runner on the worker's host went away"
+                    )),
+                    Code::InvalidArgument
+                    | Code::FailedPrecondition
+                    | Code::OutOfRange
+                    | Code::DeadlineExceeded => Fault::Runner {
+                        code: status.code() as i32,
+                        text,
+                    },
+                    // Whatever else it is that a runner cannot do: not the client's fault.
+                    _ => Fault::Unavailable(text),
                 })
             }
             Ended::Late => Err(Fault::Late(format!(
@@ -372,21 +397,33 @@ impl Executor {
         response: &mut reapi::ExecuteResponse,
     ) -> Result<(), Fault> {
         let (sender, mut batches) = mpsc::channel(2);
-        let (cache, cancel, function) = (self.cache.clone(), cancel.clone(), task.function);
+        let timeout = self.outputs.timeout.get();
+        let limits = outputs::Limits {
+            size: self.outputs.maximum_size.get(),
+            blob_size: self.storage.maximum_blob_size(&task.instance).await,
+            timeout,
+            deadline: Instant::now() + timeout,
+        };
+        // Whoever stops waiting for this also ends the reading.
+        let cancel = cancel.child_token();
+        let _stop = cancel.clone().drop_guard();
+        let (cache, function) = (self.cache.clone(), task.function);
         let shared = self.inputs != Inputs::Private;
         let store_directories =
             command.store_directories || self.force_upload_trees_and_directories;
-        let collecting = tokio::task::spawn_blocking(move || {
-            // Nobody receives any more after a failed upload; the rest is collected all the same.
-            let send = |batch| drop(sender.blocking_send(batch));
-            let mut found = Collector::new(function, &cache, store_directories, &cancel, send)
-                .collect(root.gate(), root.root(), &command);
-            root.taken_over(std::mem::take(&mut found.taken_over));
-            if found.by_a_privileged_user && shared {
-                root.distrust_user();
-            }
-            found
-        });
+        let collecting =
+            tokio::task::spawn_blocking(move || {
+                // Nobody receives any more after a failed upload; the rest is collected all the same.
+                let send = |batch| drop(sender.blocking_send(batch));
+                let mut found =
+                    Collector::new(function, &cache, store_directories, limits, &cancel, send)
+                        .collect(root.gate(), root.root(), &command);
+                root.taken_over(std::mem::take(&mut found.taken_over));
+                if found.by_a_privileged_user && shared {
+                    root.distrust_user();
+                }
+                found
+            });
         let mut uploaded = Ok(());
         while let Some(batch) = batches.recv().await {
             let upload = self.storage.upload(&task.instance, batch).await;
@@ -399,7 +436,7 @@ impl Executor {
         let found = collecting
             .await
             .map_err(|error| Fault::Internal(format!("could not collect outputs: {error}")))?;
-        report(found, uploaded, response)
+        tell(found, uploaded, response)
     }
 
     /// Keeps a good result for everybody, or a bad one for whoever follows the link.
@@ -465,15 +502,25 @@ impl Executor {
     }
 
     /// Whether this slot can run actions; the text says why not.
-    pub async fn check_readiness(&self, _slot: usize) -> Result<(), String> {
+    pub async fn check_readiness(&self, slot: usize) -> Result<(), NotReady> {
+        let checked = self.check_runner().await;
+        self.availability.admit(slot, checked)
+    }
+
+    async fn check_runner(&self) -> Result<(), String> {
         let roots = self.roots.clone();
+        let room = self.roots.clone();
+        tokio::task::spawn_blocking(move || room.await_room())
+            .await
+            .map_err(|error| error.to_string())?
+            .map_err(|fault| fault.to_string())?;
         let made = tokio::task::spawn_blocking(move || {
             let root = roots.take()?;
             let mode = rustix::fs::Mode::from_raw_mode(0o777);
             rustix::fs::mkdirat(root.gate(), "check_readiness", mode)?;
             Ok::<_, std::io::Error>(root)
         });
-        let root = made
+        let mut root = made
             .await
             .map_err(|error| error.to_string())?
             .map_err(|error| {
@@ -482,11 +529,19 @@ impl Executor {
                     self.roots.path().display()
                 )
             })?;
+        if let Some(group) = self.group {
+            root.open_to(group).map_err(|fault| fault.to_string())?;
+        }
         let path = format!("{}/check_readiness", root.name());
         let mut runner = self.runner.clone();
         let check = runner.check_readiness(CheckReadinessRequest { path });
         match tokio::time::timeout(READINESS_TIMEOUT, check).await {
             Ok(Ok(_)) => Ok(()),
+            // As Buildbarn's runner says it.
+            Ok(Err(status)) if status.message().contains("ermission denied") => Err(format!(
+                "the runner is not ready: {}; if it is no bb_runner of this project and not this worker's user, name a group of its user as runners.group in bb_worker.toml",
+                status.message()
+            )),
             Ok(Err(status)) => Err(format!("the runner is not ready: {}", status.message())),
             Err(_) => Err("the runner does not answer".to_owned()),
         }
@@ -496,7 +551,7 @@ impl Executor {
 /// Puts what was found into the response. When not all of it could be uploaded, what refers to
 /// blobs is left out.
 #[allow(deprecated, reason = "clients of REAPI 2.0 read the older lists")]
-fn report(
+fn tell(
     found: Found,
     uploaded: Result<(), Fault>,
     response: &mut reapi::ExecuteResponse,

@@ -32,10 +32,13 @@ pub enum Fault {
     /// The administrator: a limit or a disk is too small.
     #[error("{0}")]
     Exhausted(String),
-    /// The farm; later it may work.
+    /// The farm: this host, or what it needs, is at fault; elsewhere or later it may work.
     #[error("{0}")]
     Unavailable(String),
-    /// The farm: a defect, or a broken disk.
+    /// Likewise, but an action may have brought it about: it says nothing of this host.
+    #[error("{0}")]
+    Contended(String),
+    /// The farm: a defect.
     #[error("{0}")]
     Internal(String),
     /// As the runner says.
@@ -56,7 +59,7 @@ impl Fault {
             Fault::Late(_) => Code::DeadlineExceeded,
             Fault::Cancelled => Code::Cancelled,
             Fault::Exhausted(_) => Code::ResourceExhausted,
-            Fault::Unavailable(_) => Code::Unavailable,
+            Fault::Unavailable(_) | Fault::Contended(_) => Code::Unavailable,
             Fault::Internal(_) => Code::Internal,
             Fault::Runner { code, text } => {
                 return rpc::Status {
@@ -94,10 +97,8 @@ impl Fault {
         match error.kind() {
             _ if broken => Fault::Unavailable(format!("{text}; look after the disk of this host")),
             // Another worker may have room, and this one later.
-            io::ErrorKind::StorageFull
-            | io::ErrorKind::QuotaExceeded
-            | io::ErrorKind::ReadOnlyFilesystem => Fault::Unavailable(text),
-            _ => Fault::Internal(text),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Fault::Contended(text),
+            _ => Fault::Unavailable(text),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, io, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
+use self::availability::Availability;
 use crate::{
     config::worker::{Config, Inputs, Runner},
     daemon::{self, Failure, Life, Program},
@@ -13,6 +14,7 @@ use crate::{
     storage::remote,
 };
 
+pub mod availability;
 pub mod beneath;
 pub mod cache;
 pub mod client;
@@ -20,13 +22,14 @@ pub mod command;
 pub mod directories;
 pub mod execute;
 pub mod fault;
-mod hashing;
+pub mod health;
 pub mod input_root;
 pub mod lru;
 pub mod outputs;
 mod overview;
 mod probe;
 pub mod removal;
+pub mod report;
 mod runner;
 pub mod slot;
 mod story;
@@ -70,6 +73,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         config.cache.maximum_directories_size.get(),
     ));
     let scheduler = daemon::connect(&config.scheduler.endpoint);
+    let mut executors = Vec::new();
     let overview = Arc::new(overview::Overview::new(&config.scheduler.endpoint, slots));
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
@@ -98,6 +102,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
             directories: directories.clone(),
             roots: roots.clone(),
             runner: RunnerClient::new(daemon::connect(&runner.endpoint)),
+            availability: Availability::new(&runner.endpoint),
             workers: identities
                 .iter()
                 .map(|identity| serde_json::to_string(&identity.worker_id).unwrap_or_default())
@@ -105,8 +110,11 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
             environment_variables: runner.environment_variables.clone(),
             force_upload_trees_and_directories: config.storage.force_upload_trees_and_directories,
             inputs: runner.inputs,
+            group: group_of(runner)?,
+            outputs: config.outputs.clone(),
             browser_url: Some(config.storage.browser_url.clone()).filter(|url| !url.is_empty()),
         });
+        executors.push(executor.clone());
         for (slot, identity) in identities.into_iter().enumerate() {
             clients.spawn(client::run(
                 scheduler.clone(),
@@ -125,9 +133,17 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         config.scheduler.endpoint
     ));
     let stopping = life.stopping();
+    let line = || {
+        let line = overview.line(stopping.is_cancelled());
+        let troubles = executors
+            .iter()
+            .filter_map(|executor| executor.availability.trouble())
+            .chain(roots.why_not_kept(std::time::Instant::now()));
+        troubles.fold(line, |line, trouble| format!("{line}; {trouble}"))
+    };
     tokio::select! {
         () = async { while clients.join_next().await.is_some() {} } => {}
-        () = life.keep_status(|| overview.line(stopping.is_cancelled())) => {}
+        () = life.keep_status(line) => {}
     }
     tracing::info!("laid out {}", roots.counts());
     tracing::info!("verified {}", cache.verified());
@@ -211,6 +227,28 @@ fn one_file_system(cache: &Path, build: &Path) -> Result<(), Failure> {
             ),
         }),
         _ => Ok(()),
+    }
+}
+
+/// The number of `runners.group`.
+fn group_of(runner: &Runner) -> Result<Option<u32>, Failure> {
+    let name = runner.group.as_str();
+    if name.is_empty() {
+        return Ok(None);
+    }
+    if let Ok(number) = name.parse() {
+        return Ok(Some(number));
+    }
+    let unknown = |why: String| Failure::Configuration {
+        key: "runners.group",
+        message: format!(
+            "group {name:?} is not known on this host{why}; name one of the runner's user"
+        ),
+    };
+    match nix::unistd::Group::from_name(name) {
+        Ok(Some(group)) => Ok(Some(group.gid.as_raw())),
+        Ok(None) => Err(unknown(String::new())),
+        Err(error) => Err(unknown(format!(" ({error})"))),
     }
 }
 

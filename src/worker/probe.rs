@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use super::{connect_storage, one_file_system};
+use super::{connect_storage, group_of, one_file_system};
 use crate::{
     config::{
         self, Complaints,
@@ -144,6 +144,9 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
         ));
     }
     for runner in &config.runners {
+        if let Err(failure) = group_of(runner) {
+            findings.fail(failure);
+        }
         let wrong = check_runner_answers(config, runner, usable).await.err();
         findings.record(
             format!("runners.endpoint: {} answers", runner.endpoint),

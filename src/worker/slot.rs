@@ -5,7 +5,10 @@
 //! 2. A result is kept until a scheduler has answered the call that carried it.
 //! 3. Nothing is started before the execution before it has returned.
 //! 4. An idle slot asks for work only after a readiness check that passed.
-//! 5. A slot that leaves has handed in its result, or said that it runs nothing; unless the
+//! 5. A paused slot asks for nothing, drops the call that asked already, and takes nothing new with
+//!    the answer to a result.
+//! 6. A result that schedulers refuse `REFUSALS` times is given up.
+//! 7. A slot that leaves has handed in its result, or said that it runs nothing; unless the
 //!    scheduler cannot be reached until the drain limit.
 //!
 //! `T` is a task, `R` a result. The shell calls `next` until it says `Wait`, then tells the next
@@ -22,6 +25,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Between two calls of an idle slot whose scheduler does not hold its calls.
 const IDLE_PAUSE: Duration = Duration::from_secs(1);
+/// Of one result, after which it is given up.
+const REFUSALS: u32 = 3;
 /// How long a call may take that is in flight, or still due, at the drain limit.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long an idle slot that stops waits for a scheduler to take note. One that is stopped at the
@@ -35,6 +40,8 @@ pub struct Slot<T, R> {
     failures: u32,
     /// No call before this, except for news.
     not_before: Instant,
+    /// No work is asked for before this.
+    paused: Instant,
     /// When the scheduler wants to hear of an execution again.
     due: Instant,
     life: Life,
@@ -55,6 +62,7 @@ enum Doing<T, R> {
         action: Digest,
         result: R,
         healthy: bool,
+        refusals: u32,
     },
     /// The execution is unwanted, and has not returned yet.
     Cancelling {
@@ -149,6 +157,7 @@ impl<T, R: Clone> Slot<T, R> {
             call: None,
             failures: 0,
             not_before: now,
+            paused: now,
             due: now,
             life: Life::Serving,
         }
@@ -163,6 +172,20 @@ impl<T, R: Clone> Slot<T, R> {
         };
         let draining = deadline.is_some();
         let overdue = deadline.is_some_and(|deadline| deadline <= now);
+        let paused = now < self.paused;
+        if paused
+            && !draining
+            && let Doing::Idle(readiness) = &mut self.doing
+        {
+            *readiness = Readiness::Unknown {
+                not_before: self.paused,
+            };
+            // It may have been answered with work already, which the scheduler hands out again when
+            // it hears that nothing runs here.
+            if self.call.take_if(|call| call.said == Said::Idle).is_some() {
+                return Step::HangUp;
+            }
+        }
         match &mut self.doing {
             Doing::Cancelling { told, .. } if !*told => {
                 *told = true;
@@ -245,7 +268,8 @@ impl<T, R: Clone> Slot<T, R> {
             }));
         }
         let unwell = matches!(self.doing, Doing::Finished { healthy: false, .. });
-        let prefer_being_idle = draining || unwell;
+        let has_paused = paused && said == Said::Completed;
+        let prefer_being_idle = draining || unwell || has_paused;
         self.call = Some(Call {
             began: now,
             said,
@@ -336,6 +360,33 @@ impl<T, R: Clone> Slot<T, R> {
         self.not_before = now + longest / 2 + Duration::from_nanos(random % spread.max(1));
     }
 
+    /// The call failed, since the scheduler does not take what it said. When that was a result, there
+    /// is one that it may take instead; when even that has been refused, the result is given up, and
+    /// the scheduler learns that nothing runs here.
+    pub fn refused(&mut self, now: Instant, random: u64, smaller: impl FnOnce(R) -> R) {
+        let completed = self.call.as_ref().map(|call| call.said) == Some(Said::Completed);
+        self.failed(now, random);
+        if completed
+            && let Doing::Finished {
+                result, refusals, ..
+            } = &mut self.doing
+        {
+            *refusals += 1;
+            if *refusals >= REFUSALS {
+                self.doing = Doing::Idle(Readiness::Unknown {
+                    not_before: self.not_before,
+                });
+            } else {
+                *result = smaller(result.clone());
+            }
+        }
+    }
+
+    /// Ask for no work before `until`, such as when actions cannot be run here.
+    pub fn pause(&mut self, until: Instant) {
+        self.paused = self.paused.max(until);
+    }
+
     /// Calls that failed since the scheduler last answered.
     pub fn failures(&self) -> u32 {
         self.failures
@@ -353,6 +404,7 @@ impl<T, R: Clone> Slot<T, R> {
                     action,
                     result,
                     healthy,
+                    refusals: 0,
                 }
             }
             Doing::Cancelling { then: None, .. } => idle,
@@ -576,6 +628,55 @@ mod tests {
         assert_eq!(stage.steps(), [unwilling(Activity::Idle)]);
         // Nobody answers.
         assert_eq!(stage.pass(SECOND).steps(), [Step::HangUp, Step::Leave]);
+    }
+
+    #[test]
+    fn a_paused_slot_drops_the_call_that_asks_for_work_and_checks_before_it_asks_again() {
+        let mut stage = Stage::asking();
+        stage.slot.pause(stage.now + 30 * SECOND);
+        assert_eq!(stage.steps(), [Step::HangUp]);
+        assert_eq!(stage.pass(29 * SECOND).steps(), []);
+        assert_eq!(stage.pass(SECOND).steps(), [Step::CheckReadiness]);
+        stage.slot.readiness(stage.now, true, SECOND);
+        assert_eq!(stage.steps(), [call(Activity::Idle)]);
+    }
+
+    #[test]
+    fn a_paused_slot_finishes_what_it_runs_and_takes_nothing_with_the_answer() {
+        let mut stage = Stage::executing();
+        stage.slot.pause(stage.now + 30 * SECOND);
+        let executing = call(Activity::Executing(action("x")));
+        assert_eq!(stage.pass(10 * SECOND).steps(), [executing]);
+        stage.answer(Desired::Unchanged, 10);
+        stage.slot.finished(stage.now, "result", true);
+        let completed = unwilling(Activity::Completed(action("x"), "result"));
+        assert_eq!(stage.steps(), [completed]);
+        stage.answer(Desired::Idle, 0);
+        assert_eq!(stage.steps(), []);
+        // It stops at once all the same.
+        stage.slot.stop(stage.now + SECOND);
+        assert_eq!(stage.steps(), [unwilling(Activity::Idle)]);
+    }
+
+    #[test]
+    fn a_result_that_is_refused_becomes_smaller_and_is_given_up_in_the_end() {
+        let mut stage = Stage::executing();
+        stage.slot.finished(stage.now, "whole", true);
+        let completed = |result| call(Activity::Completed(action("x"), result));
+        assert_eq!(stage.steps(), [completed("whole")]);
+        stage.slot.refused(stage.now, 0, |_| "smaller");
+        assert_eq!(stage.pass(5 * SECOND).steps(), [completed("smaller")]);
+        // A scheduler that is away refuses nothing.
+        for _ in 0..10 {
+            stage.slot.failed(stage.now, 0);
+            assert_eq!(stage.pass(5 * SECOND).steps(), [completed("smaller")]);
+        }
+        stage.slot.refused(stage.now, 0, |_| "smallest");
+        assert_eq!(stage.pass(5 * SECOND).steps(), [completed("smallest")]);
+        stage.slot.refused(stage.now, 0, |_| unreachable!());
+        assert_eq!(stage.pass(5 * SECOND).steps(), [Step::CheckReadiness]);
+        stage.slot.readiness(stage.now, true, SECOND);
+        assert_eq!(stage.steps(), [call(Activity::Idle)]);
     }
 
     #[test]

@@ -13,6 +13,7 @@ const DAEMONS: &[&str] = &["scheduler", "worker", "runner"];
 const PURE: &[&str] = &[
     "scheduler/queue",
     "worker/slot.rs",
+    "worker/health.rs",
     "worker/input_root/plan.rs",
     "runner/command.rs",
 ];

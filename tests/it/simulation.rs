@@ -10,7 +10,8 @@
 //!    scheduler gives in words that we know; none says CANCELLED to someone who waits;
 //! 2. a worker that asks for work gets the most urgent, then oldest task that waits there;
 //! 3. a slot never runs two actions at once;
-//! 4. a worker that prefers being idle is answered at once, and gets nothing new;
+//! 4. a worker that prefers being idle is answered at once, and gets nothing new; a paused one does
+//!    not ask;
 //! 5. a slot keeps its result until a scheduler has answered for it;
 //! 6. after the healing every client gets an end, and when all have left nothing remains.
 //!
@@ -44,7 +45,7 @@ use crate::harness::parts::Random;
 const MILLISECOND: Duration = Duration::from_millis(1);
 const MINUTE: Duration = Duration::from_secs(60);
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 struct RunResult {
     run: u64,
     code: rpc::Code,
@@ -94,6 +95,7 @@ enum Event {
     },
     Crash(usize),
     Stop(usize),
+    Pause(usize),
     Start(usize),
     // At a client.
     Update {
@@ -128,6 +130,8 @@ struct Worker {
     /// A result that no scheduler has answered for.
     kept: Option<u64>,
     wake: Option<Instant>,
+    /// It must not ask for work before.
+    paused: Instant,
 }
 
 struct Running {
@@ -249,6 +253,7 @@ impl World {
                 running: None,
                 kept: None,
                 wake: None,
+                paused: start,
             })
             .collect();
         let actions: Vec<(Digest, bool)> = (0..random.below(many) + 1)
@@ -314,9 +319,10 @@ impl World {
             self.after(at, Event::Start(worker));
             for _ in 0..self.random.below(wrong) {
                 let at = self.random.up_to(trouble);
-                let event = match self.random.chance(50) {
-                    true => Event::Crash(worker),
-                    false => Event::Stop(worker),
+                let event = match self.random.below(3) {
+                    0 => Event::Crash(worker),
+                    1 => Event::Pause(worker),
+                    _ => Event::Stop(worker),
                 };
                 self.after(at, event);
             }
@@ -717,6 +723,10 @@ impl World {
             };
             match slot.next(now) {
                 Step::Call(report) => {
+                    let asks = report.activity == Activity::Idle && !report.prefer_being_idle;
+                    if asks && now < self.workers[worker].paused {
+                        self.fail("a paused slot asks for work");
+                    }
                     let kept = self.workers[worker].kept;
                     let told = match &report.activity {
                         Activity::Completed(_, result) => Some(result.run),
@@ -854,6 +864,7 @@ impl World {
         worker.running = None;
         worker.kept = None;
         worker.wake = None;
+        worker.paused = self.start;
         worker.life += 1;
     }
 
@@ -1166,6 +1177,17 @@ impl World {
                     self.drive(worker);
                 }
             }
+            Event::Pause(worker) => {
+                self.mix(130 + worker as u64);
+                let until = self.now + self.random.up_to(60_000);
+                if let Some(slot) = &mut self.workers[worker].slot {
+                    slot.pause(until);
+                    let paused = &mut self.workers[worker].paused;
+                    *paused = until.max(*paused);
+                    self.see("paused");
+                    self.drive(worker);
+                }
+            }
             Event::Start(worker) => {
                 self.mix(120 + worker as u64);
                 if self.workers[worker].slot.is_none() && !self.closing {
@@ -1329,6 +1351,7 @@ fn a_farm_keeps_its_promises_whatever_the_network_does() {
             "scheduler restarted",
             "told to stop",
             "woken",
+            "paused",
             "worker disappeared",
         ] {
             assert!(seen.contains_key(what), "this never happened: {what}");

@@ -27,6 +27,7 @@ const SILENCE: Duration = Duration::from_secs(60);
 pub struct Limits {
     asked: tokio::sync::Mutex<Asked>,
     batch_size: AtomicU64,
+    blob_size: AtomicU64,
     digests: AtomicU64,
 }
 
@@ -42,30 +43,41 @@ impl Default for Limits {
         Limits {
             asked: tokio::sync::Mutex::new(Asked::NotYet(None)),
             batch_size: AtomicU64::new(DEFAULT_BATCH_SIZE),
+            blob_size: AtomicU64::new(u64::MAX),
             digests: AtomicU64::new(DEFAULT_DIGESTS),
         }
     }
 }
 
 impl Limits {
-    /// Bytes of blobs that fit into one batch, each with its overhead. `ask` gets what the peer
-    /// announces; one call at a time does, and the others wait for its answer.
-    pub async fn batch_size(&self, ask: impl Future<Output = Result<i64, Status>>) -> u64 {
+    /// Learns what the peer announces, unless that is known: bytes of one batch and of one blob, where
+    /// 0 is no limit. `ask` gets them; one call at a time does, and the others wait for its answer.
+    pub async fn announced(&self, ask: impl Future<Output = Result<(i64, i64), Status>>) {
         let mut asked = self.asked.lock().await;
         if let Asked::NotYet(not_before) = *asked
             && not_before.is_none_or(|at| at <= Instant::now())
         {
             *asked = match ask.await {
-                Ok(announced) => {
-                    if let Ok(announced @ 1..) = u64::try_from(announced) {
-                        self.batch_size.fetch_min(announced, Ordering::Relaxed);
+                Ok((batch, blob)) => {
+                    for (known, announced) in [(&self.batch_size, batch), (&self.blob_size, blob)] {
+                        if let Ok(announced @ 1..) = u64::try_from(announced) {
+                            known.fetch_min(announced, Ordering::Relaxed);
+                        }
                     }
                     Asked::Answered
                 }
                 Err(_) => Asked::NotYet(Some(Instant::now() + SILENCE)),
             };
         }
-        drop(asked);
+    }
+
+    /// Bytes of the largest blob; the most there is while none is announced.
+    pub fn blob_size(&self) -> u64 {
+        self.blob_size.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of blobs that fit into one batch, each with its overhead.
+    pub fn batch_size(&self) -> u64 {
         let limit = self.batch_size.load(Ordering::Relaxed);
         // Room for the message's own fields, such as a long instance name.
         limit - (limit / 64).min(8 << 10)
@@ -121,21 +133,26 @@ mod tests {
     async fn a_peer_that_does_not_say_is_asked_once_and_the_default_holds() {
         let limits = Limits::default();
         let silent = async { Err(Status::deadline_exceeded("")) };
-        let size = limits.batch_size(silent).await;
-        assert_eq!(size, DEFAULT_BATCH_SIZE - (8 << 10));
-        let never = async { panic!("asked again") };
-        assert_eq!(limits.batch_size(never).await, size);
+        limits.announced(silent).await;
+        assert_eq!(limits.batch_size(), DEFAULT_BATCH_SIZE - (8 << 10));
+        limits.announced(async { panic!("asked again") }).await;
+        assert_eq!(limits.blob_size(), u64::MAX);
     }
 
     #[tokio::test]
     async fn what_is_announced_and_what_was_learnt_both_hold() {
         let limits = Limits::default();
         limits.learn_batch_size(640 << 10);
-        assert_eq!(limits.batch_size(async { Ok(0) }).await, 630 << 10);
+        limits.announced(async { Ok((0, 0)) }).await;
+        assert_eq!(limits.batch_size(), 630 << 10);
         limits.learn_batch_size(1 << 20);
-        assert_eq!(limits.batch_size(async { panic!() }).await, 630 << 10);
+        limits.announced(async { panic!() }).await;
+        assert_eq!(limits.batch_size(), 630 << 10);
+        assert_eq!(limits.blob_size(), u64::MAX);
         let limits = Limits::default();
-        assert_eq!(limits.batch_size(async { Ok(64 << 10) }).await, 63 << 10);
+        limits.announced(async { Ok((64 << 10, 1 << 30)) }).await;
+        assert_eq!(limits.batch_size(), 63 << 10);
+        assert_eq!(limits.blob_size(), 1 << 30);
     }
 
     #[test]

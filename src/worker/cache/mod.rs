@@ -158,6 +158,11 @@ impl Cache {
         self.files.path()
     }
 
+    /// Bytes that are to stay free on the file system.
+    pub fn minimum_free(&self) -> u64 {
+        self.limits.minimum_free
+    }
+
     /// Files and bytes.
     pub fn usage(&self) -> (u64, u64) {
         let state = self.state.lock();
@@ -496,8 +501,9 @@ impl Cache {
         match kept {
             Ok(inode) => {
                 let handle = self.admit(key, inode);
-                self.make_fit();
                 self.state.lock().kept.unpin(handle);
+                // Not pinned any more: what has no room beside what must stay free goes itself.
+                self.make_fit();
             }
             Err(error) => {
                 tracing::debug!(digest = %key.digest, %error, "could not keep an output in the cache");

@@ -20,7 +20,7 @@
 //!   made while no action can see it; or a hard link to a file of the cache, which was whole before it
 //!   had a name.
 //! - I2 Credentials: actions run as users that are neither root nor the worker. When an action's
-//!   output tells otherwise, nothing is kept from then on.
+//!   output tells otherwise, all is thrown away, and nothing is kept for a while (`keeping`).
 //! - I3 Directories: every directory of a root is the worker's, so that no action can change its
 //!   owner, mode or times; it may write to it because of its mode, behind the gate.
 //! - I4 Nothing foreign stays: what an action made is removed before the next one gets the root.
@@ -53,7 +53,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -75,8 +75,10 @@ use crate::{config::worker::Inputs, path::RelativePath};
 
 mod clock;
 mod counts;
+mod disk;
 mod gate;
 mod inodes;
+mod keeping;
 mod lay_out;
 mod link;
 mod model;
@@ -87,7 +89,9 @@ mod verify;
 
 use clock::Clock;
 pub use counts::Counts;
+use disk::{Disk, Watched};
 use gate::{Gate, Used};
+use keeping::Keeping;
 use model::{Kept, KeptRoot};
 use plan::Plan;
 use pool::{Parked, Pool, Root};
@@ -108,6 +112,7 @@ struct Shared {
     directory: OwnedFd,
     parked: OwnedFd,
     trash: Trash,
+    disk: Arc<Disk>,
     cache: Arc<Cache>,
     sequence: AtomicU64,
     threads: AtomicUsize,
@@ -117,8 +122,7 @@ struct Shared {
     open: Arc<AtomicU64>,
     budget: u64,
     fine_clock: bool,
-    /// Whether roots are kept at all.
-    keeps: AtomicBool,
+    keeping: Keeping,
     /// What was made before the last time that something was found wrong is thrown away.
     generation: AtomicU64,
     /// Of the cache, those after which all was thrown away; held meanwhile, so that none is given out.
@@ -153,6 +157,8 @@ pub struct InputRoot {
     /// Seconds since the epoch.
     ready: i64,
     trusted: bool,
+    /// From when the command may start.
+    watched: Option<Watched>,
     /// Inode numbers of what is the worker's though the action made it, in their order.
     taken_over: Vec<u64>,
 }
@@ -224,7 +230,10 @@ impl Roots {
         let limit = rustix::process::getrlimit(Resource::Nofile).current;
         let limit = limit.unwrap_or(1 << 20);
         let budget = limit / 4 * 3;
+        let watched = directory.try_clone()?;
+        let disk = Disk::new(path.to_owned(), watched, cache.minimum_free())?;
         let shared = Arc::new(Shared {
+            disk,
             path: path.to_owned(),
             directory,
             parked,
@@ -238,7 +247,7 @@ impl Roots {
             open: Arc::default(),
             budget,
             fine_clock: clock == Clock::Fine,
-            keeps: AtomicBool::new(clock != Clock::Unknown),
+            keeping: Keeping::new(clock != Clock::Unknown),
             generation: AtomicU64::new(0),
             alterations: Mutex::default(),
             pool: Mutex::default(),
@@ -278,6 +287,11 @@ impl Roots {
 
     pub fn counts(&self) -> &Counts {
         &self.shared.counts
+    }
+
+    /// Whether an action finds room; waits for what is being removed. Blocks.
+    pub fn await_room(&self) -> Result<(), Fault> {
+        self.shared.await_room()
     }
 
     /// An empty root. Blocks.
@@ -330,6 +344,7 @@ impl Roots {
             alterations: planned.alterations,
             ready: 0,
             trusted: true,
+            watched: None,
             taken_over: Vec::new(),
         };
         shared.count(&planned.tree, &plan);
@@ -361,6 +376,8 @@ impl Roots {
             }
         }
         input_root.kept = kept;
+        shared.await_room().map_err(PrepareError::Fault)?;
+        input_root.watched = Some(shared.disk.watch());
         input_root.ready = now();
         let spent = planned.spent + began.elapsed();
         tracing::debug!(
@@ -377,6 +394,11 @@ impl Roots {
             .nanoseconds
             .fetch_add(spent.as_nanos() as u64, Ordering::Relaxed);
         Ok(input_root)
+    }
+
+    /// Why roots are not kept now, though they could be; for the status line.
+    pub fn why_not_kept(&self, now: Instant) -> Option<String> {
+        self.shared.keeping.why_not(now)
     }
 
     /// Something was not as it should be: all that is kept is thrown away, and what is in use will be.
@@ -450,17 +472,35 @@ impl InputRoot {
     /// The action ran as root or as the worker, and may have changed anything in place (I2).
     pub fn distrust_user(&mut self) {
         self.trusted = false;
-        if self.shared.keeps.swap(false, Ordering::SeqCst) {
-            tracing::error!(
-                "an action ran as root or as the worker's own user: from now on each input root is made anew; let the runner use other users"
-            );
-        }
+        self.shared.keeping.distrust(Instant::now());
         self.shared.forget_all();
+    }
+
+    /// Why what the command wrote may be cut: the disk was full.
+    pub fn disk_was_full(&self) -> Option<Fault> {
+        self.watched.as_ref()?.fault()
     }
 
     /// Whether nobody but the worker changed files of the cache since the root was chosen.
     pub fn is_unaltered(&self) -> bool {
         self.shared.cache.alterations() == self.alterations
+    }
+
+    /// Opens the directory to a group, for a runner that cannot do so for an action's user. Such a
+    /// runner holds no lock either (I5), so that the root is not used again.
+    pub fn open_to(&mut self, group: u32) -> Result<(), Fault> {
+        self.trusted = false;
+        let gate = self.gate();
+        let group = rustix::fs::Gid::from_raw(group);
+        rustix::fs::fchown(gate, None, Some(group))
+            .and_then(|()| rustix::fs::fchmod(gate, Mode::from_raw_mode(0o770)))
+            .map_err(|error| {
+                let what = format!(
+                    "open a directory to runners.group {}; the worker needs CAP_CHOWN, or to be in that group",
+                    group.as_raw()
+                );
+                self.shared.disk_fault(&what, error.into())
+            })
     }
 
     /// Waits until the runner says, by letting go of its lock, that no process of the action is
@@ -541,7 +581,7 @@ impl Shared {
     /// Whether a root of this size, of files that are made so, is kept after its action.
     fn holds(&self, tree: &Node, method: Method) -> bool {
         method != Method::Copy
-            && self.keeps.load(Ordering::SeqCst)
+            && self.keeping.is_on(Instant::now())
             && tree.directories <= self.budget / 2
     }
 
@@ -554,6 +594,7 @@ impl Shared {
             alterations: *self.alterations.lock(),
             ready: now(),
             trusted: true,
+            watched: None,
             taken_over: Vec::new(),
         }
     }

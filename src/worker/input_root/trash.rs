@@ -92,6 +92,11 @@ impl Trash {
         Ok(to)
     }
 
+    /// Whether something waits to be removed, or is being removed.
+    pub fn is_emptying(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
     pub fn remove_later(&self, name: String) {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let _ = self.names.lock().send(name);

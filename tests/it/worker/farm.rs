@@ -12,7 +12,10 @@ use std::{
 };
 
 use bb_remote_execution::{
-    config::{Endpoint, worker::Inputs},
+    config::{
+        Duration as ConfiguredDuration, Endpoint, Size,
+        worker::{Inputs, Outputs},
+    },
     daemon::{self, Services},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
@@ -26,6 +29,7 @@ use bb_remote_execution::{
     },
     storage::{Content, local::Store, remote, service},
     worker::{
+        availability::Availability,
         cache::{Cache, Limits},
         directories::Directories,
         execute::{Executor, Stage},
@@ -64,6 +68,7 @@ pub struct Farm {
     pub executor: Arc<Executor>,
     pub cache: Arc<Cache>,
     pub calls: Calls,
+    failing: Arc<Mutex<Option<tonic::Code>>>,
     runner: Endpoint,
     stop: CancellationToken,
 }
@@ -79,6 +84,14 @@ pub struct Settings {
     pub limits: Limits,
     pub entries: u64,
     pub inputs: Inputs,
+    /// Of all outputs of an action.
+    pub outputs_size: u64,
+    /// Of one blob, as the storage announces it; 0 when it does not.
+    pub blob_size: u64,
+    /// What the runner answers to every Run.
+    pub failing: Option<tonic::Code>,
+    /// Of a runner of another kind.
+    pub group: Option<u32>,
 }
 
 impl Default for Settings {
@@ -91,6 +104,10 @@ impl Default for Settings {
             },
             entries: 64 << 20,
             inputs: Inputs::Shared,
+            outputs_size: 1 << 30,
+            blob_size: 0,
+            failing: None,
+            group: None,
         }
     }
 }
@@ -104,6 +121,19 @@ impl Farm {
         Self::start_in(&std::env::temp_dir(), settings).await
     }
 
+    /// Its runner says that it is ready, and fails every action.
+    pub async fn start_failing(code: tonic::Code) -> Self {
+        Self::start_with(Settings {
+            failing: Some(code),
+            ..Settings::default()
+        })
+        .await
+    }
+
+    pub fn mend_runner(&self) {
+        *self.failing.lock().unwrap() = None;
+    }
+
     /// What the worker has is in `place`; the store is elsewhere.
     pub async fn start_in(place: &Path, settings: Settings) -> Self {
         let directory = tempfile::tempdir_in(place).unwrap();
@@ -113,12 +143,14 @@ impl Farm {
         let store = Arc::new(store.await.unwrap());
         let calls = Calls::default();
         let stop = CancellationToken::new();
-        let services = Services::default().add(service::capabilities(false, 0));
+        let services = Services::default().add(service::capabilities(false, settings.blob_size));
         let routes = service::add_to(services, &store).into_routes();
         let storage = serve(routes, Some(calls.clone()), stop.clone()).await;
         let client = remote::Client::connect(&storage, &storage, Default::default());
+        let failing = Arc::new(Mutex::new(settings.failing));
         let runner = Plain {
             build_directory: directory.path().join("build"),
+            failing: failing.clone(),
         };
         let runner = Routes::new(RunnerServer::new(runner));
         let runner = serve(runner, None, stop.clone()).await;
@@ -130,6 +162,7 @@ impl Farm {
             executor,
             cache,
             calls,
+            failing,
             runner,
             stop,
         }
@@ -303,10 +336,16 @@ fn executor(
         directories: Arc::new(Directories::new(client.clone(), 16 << 20, settings.entries)),
         roots: Arc::new(roots),
         runner: RunnerClient::new(daemon::connect(runner)),
+        availability: Availability::new(runner),
         workers: vec![r#"{"hostname":"here"}"#.to_owned()],
         environment_variables: BTreeMap::from([("FROM_WORKER".to_owned(), "yes".to_owned())]),
         force_upload_trees_and_directories: false,
         inputs: settings.inputs,
+        group: settings.group,
+        outputs: Outputs {
+            maximum_size: Size(settings.outputs_size),
+            timeout: ConfiguredDuration::seconds(60),
+        },
         browser_url: Some("http://browser/".to_owned()),
     };
     Ok((Arc::new(executor), cache))
@@ -333,6 +372,7 @@ async fn serve(routes: Routes, calls: Option<Calls>, stop: CancellationToken) ->
 /// A runner that runs commands as this user, and kills their process group when told to stop.
 struct Plain {
     build_directory: PathBuf,
+    failing: Arc<Mutex<Option<tonic::Code>>>,
 }
 
 #[tonic::async_trait]
@@ -348,6 +388,9 @@ impl Runner for Plain {
     }
 
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<RunResponse>, Status> {
+        if let Some(code) = *self.failing.lock().unwrap() {
+            return Err(Status::new(code, "no"));
+        }
         let request = request.into_inner();
         let create = |path: &str| -> Result<Stdio, Status> {
             let file = fs::File::create_new(self.build_directory.join(path));

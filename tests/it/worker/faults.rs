@@ -143,6 +143,89 @@ async fn an_action_that_fills_the_disk_costs_one_action_and_no_other() {
     recovers(&farm, &[("big", &large)]).await;
 }
 
+/// A worker that leaves something free.
+fn leaving(minimum_free: u64) -> Settings {
+    let mut settings = Settings::default();
+    settings.limits.minimum_free = minimum_free;
+    settings
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_to_a_full_disk_is_no_result_whoever_filled_it() {
+    let Some(disk) = Disk::new(96, &[]) else {
+        return;
+    };
+    let farm = Farm::start_in(disk.at(), leaving(24 << 20)).await;
+    let root = farm.root(&[]).await;
+    for script in [
+        // At the end.
+        "dd if=/dev/zero of=o bs=1M count=200 2> /dev/null || :",
+        // Meanwhile.
+        "dd if=/dev/zero of=x bs=1M count=200 2> /dev/null || :; sleep 1; rm x; echo x > o",
+        // A failure may be due to it, too.
+        "dd if=/dev/zero of=o bs=1M count=200 2> /dev/null || exit 3",
+    ] {
+        let task = farm.task(&shell(script, &["o"]), root.clone()).await;
+        let response = farm.execute(task.clone()).await;
+        tell(&response);
+        assert_eq!(code(&response), Code::Unavailable, "{}", text(&response));
+        let place = farm.directory.path().display().to_string();
+        for part in ["cache.minimum_free", "24MiB", &place] {
+            assert!(text(&response).contains(part), "{}", text(&response));
+        }
+        assert!(farm.action_result(&task).await.is_none());
+        // The next one waits for what is being removed, and has all that it wrote.
+        let script = format!("head -c 16M /dev/zero > o # {}", script.len());
+        let response = farm.shell(&script, &[], &["o"]).await;
+        assert!(is_ok(&response), "{}", text(&response));
+        let output = &response.result.unwrap().output_files[0];
+        assert_eq!(output.digest.as_ref().unwrap().size_bytes, 16 << 20);
+    }
+    assert_eq!(farm.executor.availability.trouble(), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_command_starts_on_a_disk_with_less_free_than_must_be() {
+    let Some(disk) = Disk::new(96, &[]) else {
+        return;
+    };
+    let farm = Farm::start_in(disk.at(), leaving(24 << 20)).await;
+    recovers(&farm, &[("a", "b")]).await;
+    let ballast = disk.at().join("ballast");
+    let _ = fs::write(&ballast, vec![1; 70 << 20]);
+    let response = farm.shell("touch ran", &[], &["ran"]).await;
+    tell(&response);
+    assert_eq!(code(&response), Code::Unavailable, "{}", text(&response));
+    assert!(text(&response).contains("24MiB"), "{}", text(&response));
+    assert!(response.result.unwrap().output_files.is_empty());
+    let ready = farm.executor.check_readiness(0).await;
+    assert!(
+        format!("{ready:?}").contains("cache.minimum_free"),
+        "{ready:?}"
+    );
+    fs::remove_file(&ballast).unwrap();
+    farm.executor.check_readiness(0).await.unwrap();
+    recovers(&farm, &[("c", "d")]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn outputs_that_are_kept_leave_free_what_must_be() {
+    let Some(disk) = Disk::new(160, &[]) else {
+        return;
+    };
+    let minimum_free = 64 << 20;
+    let farm = Farm::start_in(disk.at(), leaving(minimum_free)).await;
+    for round in 0..6 {
+        let script = format!("yes {round} | head -c 24M > o");
+        let response = farm.shell(&script, &[], &["o"]).await;
+        assert!(is_ok(&response), "round {round}: {}", text(&response));
+    }
+    // Room is found for each action, so that what was kept goes in time.
+    farm.executor.check_readiness(0).await.unwrap();
+    let free = rustix::fs::statvfs(disk.at()).unwrap();
+    assert!(free.f_bavail * free.f_frsize >= minimum_free);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_without_inodes_costs_one_action_and_no_other() {
     let Some(disk) = Disk::new(64, &["-N", "1024"]) else {

@@ -10,11 +10,12 @@ use bb_remote_execution::{
 use prost::Message;
 
 use super::{
-    farm::{FUNCTION, Farm, shell},
+    farm::{FUNCTION, Farm, Settings, shell},
     results::{code, text},
 };
 
 #[tokio::test(flavor = "multi_thread")]
+#[allow(deprecated)]
 async fn each_kind_of_output_is_reported_as_what_it_is() {
     let farm = Farm::start().await;
     let script = "echo f > a/file; echo x > a/program; chmod 100 a/program; mkdir -p a/dir/empty; \
@@ -56,6 +57,12 @@ async fn each_kind_of_output_is_reported_as_what_it_is() {
         .map(|link| (link.path.as_str(), link.target.as_str()))
         .collect();
     assert_eq!(links, [("a/link", "nowhere"), ("a/to_dir", "dir")]);
+    // For clients that know only these: each link in one of them.
+    assert_eq!(result.output_file_symlinks, result.output_symlinks[..1]);
+    assert_eq!(
+        result.output_directory_symlinks,
+        result.output_symlinks[1..]
+    );
     let [directory] = &result.output_directories[..] else {
         panic!("{:?}", result.output_directories);
     };
@@ -288,4 +295,136 @@ async fn large_outputs_are_what_the_command_made() {
             file.name
         );
     }
+}
+
+/// Makes outputs belong to a user of an action, as they do behind a runner; that takes root.
+fn given_away(script: &str, outputs: &[&str]) -> Option<String> {
+    nix::unistd::geteuid()
+        .is_root()
+        .then(|| format!("{script}; chown -R 12345:12345 {}", outputs.join(" ")))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn outputs_that_overlap_or_are_named_twice_are_told_each_and_accuse_nobody() {
+    let farm = Farm::start().await;
+    for (round, outputs) in [["d", "d/x"], ["d/x", "d"], ["o", "./o"], ["o", "o"]]
+        .iter()
+        .enumerate()
+    {
+        let script =
+            format!("mkdir -p d; echo {round} | tee d/x > o; head -c 5000000 /dev/zero > d/y");
+        let Some(script) = given_away(&script, &["d", "o"]) else {
+            eprintln!("skipped: only root can give files away");
+            return;
+        };
+        // The second time, the cache has them.
+        for run in 0..2 {
+            let script = format!("{script} # {run}");
+            let response = farm.shell(&script, &[], outputs).await;
+            assert_eq!(response.status, None, "{}", text(&response));
+            let result = response.result.unwrap();
+            let expected = outputs.iter().filter(|output| **output != "d").count();
+            assert_eq!(result.output_files.len(), expected, "{outputs:?}");
+            for file in &result.output_files {
+                assert_eq!(
+                    farm.read(&file.digest).await,
+                    format!("{round}\n").as_bytes()
+                );
+            }
+            for directory in &result.output_directories {
+                let tree: reapi::Tree = farm.read_message(&directory.tree_digest).await;
+                let files = tree.root.unwrap().files;
+                assert_eq!(files[0].digest, result.output_files[0].digest);
+            }
+        }
+        let now = std::time::Instant::now();
+        assert_eq!(farm.executor.roots.why_not_kept(now), None, "{outputs:?}");
+    }
+    // An action that does run as the worker is found out.
+    farm.shell("echo x > o", &[], &["o"]).await;
+    let now = std::time::Instant::now();
+    let why = farm.executor.roots.why_not_kept(now).unwrap();
+    assert!(why.contains("1 actions"), "{why}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_output_that_nobody_would_store_is_refused_before_it_is_read() {
+    let settings = Settings {
+        blob_size: 1 << 30,
+        outputs_size: 3 << 30,
+        ..Settings::default()
+    };
+    let farm = Farm::start_with(settings).await;
+    // Reading one of them would take longer than a test may.
+    let script = "echo out; truncate -s 8T large; truncate -s 8T other; echo small > small";
+    let response = farm.shell(script, &[], &["large", "other", "small"]).await;
+    assert_eq!(code(&response), Code::InvalidArgument);
+    let storage = format!("no blob of more than {} bytes", 1 << 30);
+    assert!(text(&response).contains("\"large\""), "{}", text(&response));
+    assert!(text(&response).contains(&storage), "{}", text(&response));
+    let result = response.result.unwrap();
+    assert_eq!(farm.read(&result.stdout_digest).await, b"out\n");
+    assert_eq!(result.output_files[0].path, "small");
+    // Each alone is small enough.
+    let script = "mkdir d; for i in 0 1 2 3 4 5 6 7 8 9; do truncate -s 512M d/$i; done; rm d/[4-9]; \
+                  truncate -s 1023M d/[0-3] d/x; echo $0 > d/y";
+    let task = farm
+        .task(&shell(script, &["d"]), farm.root(&[]).await)
+        .await;
+    let response = farm.execute(task.clone()).await;
+    assert_eq!(code(&response), Code::InvalidArgument);
+    let limit = "outputs.maximum_size";
+    assert!(text(&response).contains(limit), "{}", text(&response));
+    assert_eq!(farm.action_result(&task).await, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_inode_is_read_once_however_many_names_it_has() {
+    let settings = Settings {
+        outputs_size: 10 << 20,
+        ..Settings::default()
+    };
+    let farm = Farm::start_with(settings).await;
+    let script = "mkdir -p d; head -c 8000000 /dev/urandom > d/0; i=0; \
+                  while [ $i -lt 500 ]; do i=$((i+1)); ln d/0 d/$i; done; ln d/0 o; ln d/0 $LOGS/l";
+    let response = farm.shell(script, &[], &["d", "o", "d/7"]).await;
+    assert_eq!(response.status, None, "{}", text(&response));
+    let result = response.result.unwrap();
+    let digest = &result.output_files[0].digest;
+    assert_eq!(&result.output_files[1].digest, digest);
+    assert_eq!(&response.server_logs["l"].digest, digest);
+    let tree: reapi::Tree = farm
+        .read_message(&result.output_directories[0].tree_digest)
+        .await;
+    let files = tree.root.unwrap().files;
+    assert_eq!(files.len(), 501);
+    assert!(files.iter().all(|file| &file.digest == digest));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_that_no_client_could_receive_becomes_one_that_says_so() {
+    let farm = Farm::start().await;
+    let links: Vec<String> = (0..700).map(|n| format!("l{n}")).collect();
+    let links: Vec<&str> = links.iter().map(String::as_str).collect();
+    let script = "echo out; t=$(head -c 4000 /dev/zero | tr '\\0' t); i=0; \
+                  while [ $i -lt 700 ]; do ln -s $t l$i; i=$((i+1)); done";
+    let task = farm
+        .task(&shell(script, &links), farm.root(&[]).await)
+        .await;
+    let response = farm.execute(task.clone()).await;
+    assert!(response.encoded_len() < 4 << 20);
+    assert_eq!(code(&response), Code::InvalidArgument);
+    assert!(
+        text(&response).contains("declare fewer"),
+        "{}",
+        text(&response)
+    );
+    let result = response.result.unwrap();
+    assert_eq!(result.exit_code, 0);
+    assert_eq!(farm.read(&result.stdout_digest).await, b"out\n");
+    assert_eq!(farm.action_result(&task).await, None);
+    // In one directory there may be as many.
+    let script = format!("mkdir d; cd d; {script}");
+    let response = farm.shell(&script, &[], &["d"]).await;
+    assert_eq!(response.status, None, "{}", text(&response));
 }

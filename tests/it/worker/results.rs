@@ -223,9 +223,102 @@ async fn what_a_client_got_wrong_is_an_invalid_argument() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_is_ready_when_its_runner_sees_its_directories() {
     let farm = Farm::start().await;
-    assert_eq!(farm.executor.check_readiness(0).await, Ok(()));
+    farm.executor.check_readiness(0).await.unwrap();
     let response = farm.shell("true", &[], &[]).await;
     assert_eq!(response.status, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_runner_cannot_do_is_unavailable_and_its_host_goes_out_of_service() {
+    use bb_remote_execution::worker::availability::NotReady;
+    for answer in [
+        tonic::Code::Internal,
+        tonic::Code::Cancelled,
+        tonic::Code::Unknown,
+        tonic::Code::ResourceExhausted,
+        tonic::Code::PermissionDenied,
+    ] {
+        let farm = Farm::start_failing(answer).await;
+        let availability = &farm.executor.availability;
+        let paused = availability.paused();
+        // The pauses take long.
+        let faults = if answer == tonic::Code::Internal {
+            3
+        } else {
+            1
+        };
+        for fault in 1..=faults {
+            let before = *paused.borrow();
+            let script = format!("echo out > f # {fault}");
+            let response = farm.shell(&script, &[], &["f"]).await;
+            assert_eq!(code(&response), Code::Unavailable, "{}", text(&response));
+            assert!(text(&response).contains("Failed to run command: no"));
+            // Whoever takes the action next is somebody else.
+            assert!(*paused.borrow() > before);
+            let ready = farm.executor.check_readiness(0).await;
+            assert!(matches!(ready, Err(NotReady::Paused { .. })), "{ready:?}");
+            assert_eq!(availability.trouble().is_some(), fault == 3);
+            while Instant::now() <= *paused.borrow() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        if answer != tonic::Code::Internal {
+            continue;
+        }
+        let trouble = availability.trouble().unwrap();
+        assert!(trouble.contains("3 failures in a row"), "{trouble}");
+        // One slot tries; the others wait for it.
+        farm.executor.check_readiness(0).await.unwrap();
+        let other = farm.executor.check_readiness(1).await;
+        assert!(matches!(other, Err(NotReady::Paused { .. })), "{other:?}");
+        farm.mend_runner();
+        let response = farm.shell("true", &[], &[]).await;
+        assert_eq!(response.status, None);
+        farm.executor.check_readiness(1).await.unwrap();
+        assert_eq!(availability.trouble(), None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_runner_says_of_the_action_is_told_to_the_client_and_no_fault_of_the_host() {
+    for (answer, expected) in [
+        (tonic::Code::InvalidArgument, Code::InvalidArgument),
+        (tonic::Code::DeadlineExceeded, Code::DeadlineExceeded),
+    ] {
+        let farm = Farm::start_failing(answer).await;
+        for fault in 1..=4 {
+            let response = farm.shell(&format!("true # {fault}"), &[], &[]).await;
+            assert_eq!(code(&response), expected, "{}", text(&response));
+        }
+        farm.executor.check_readiness(0).await.unwrap();
+        assert_eq!(farm.executor.availability.trouble(), None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_where_a_group_is_configured_may_its_runner_enter_by_itself() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root can give directories to any group");
+        return;
+    }
+    for (group, expected) in [(None, "700 0\n"), (Some(12345), "770 12345\n")] {
+        let settings = super::farm::Settings {
+            group,
+            ..Default::default()
+        };
+        let farm = Farm::start_with(settings).await;
+        farm.executor.check_readiness(0).await.unwrap();
+        // What an action leaves is in no root of a later one, be it kept or not.
+        for run in 0..4 {
+            let script = format!("stat -c '%a %g' ..; ls in; test ! -e left; touch left # {run}");
+            let response = farm.shell(&script, &[("in", "x")], &[]).await;
+            assert_eq!(response.status, None, "{}", text(&response));
+            let result = response.result.unwrap();
+            assert_eq!(result.exit_code, 0);
+            let out = farm.read(&result.stdout_digest).await;
+            assert_eq!(String::from_utf8(out).unwrap(), format!("{expected}in\n"));
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

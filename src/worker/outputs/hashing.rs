@@ -7,30 +7,33 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use tokio_util::sync::CancellationToken;
-
-use super::fault::Fault;
-use crate::digest::{Digest, DigestFunction};
+use super::Time;
+use crate::{
+    digest::{Digest, DigestFunction},
+    worker::fault::Fault,
+};
 
 /// Read at a time; a file of up to this size is in the buffer afterwards.
 pub const BUFFER: usize = 64 << 10;
 const THREADS: usize = 8;
 
-/// Reads a whole file. Tells its length too when all of it is in `buffer`.
+/// Reads a file, and no more of it than its `size`. Tells its length too when all of it is in
+/// `buffer`.
 pub fn hash(
     file: &File,
+    size: u64,
     function: DigestFunction,
-    cancel: &CancellationToken,
+    time: Time<'_>,
     buffer: &mut Vec<u8>,
 ) -> Result<(Digest, Option<usize>), Fault> {
     buffer.resize(BUFFER, 0);
     let mut hasher = function.hasher();
     let mut first = 0;
     loop {
-        if cancel.is_cancelled() {
-            return Err(Fault::Cancelled);
-        }
-        let length = match file.read_at(&mut buffer[first..], hasher.size() + first as u64) {
+        time.check()?;
+        let at = hasher.size() + first as u64;
+        let most = (size.saturating_sub(at)).min((BUFFER - first) as u64) as usize;
+        let length = match file.read_at(&mut buffer[first..first + most], at) {
             Ok(length) => length,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => return Err(Fault::of_disk("read an output", error)),
@@ -50,11 +53,11 @@ pub fn hash(
     Ok((hasher.finish(), whole))
 }
 
-/// In the order of the files; `None` for those that could not be read.
+/// Of files with their sizes, in their order; `None` for those that could not be read.
 pub fn hash_all(
-    files: &[&File],
+    files: &[(&File, u64)],
     function: DigestFunction,
-    cancel: &CancellationToken,
+    time: Time<'_>,
 ) -> Vec<Option<Digest>> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS));
     let next = AtomicUsize::new(0);
@@ -63,10 +66,10 @@ pub fn hash_all(
         let mut digests = Vec::new();
         loop {
             let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some(file) = files.get(at) else {
+            let Some((file, size)) = files.get(at) else {
                 return digests;
             };
-            let hashed = hash(file, function, cancel, &mut buffer);
+            let hashed = hash(file, *size, function, time, &mut buffer);
             digests.extend(hashed.ok().map(|(digest, _)| (at, digest)));
         }
     };
