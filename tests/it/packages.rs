@@ -65,8 +65,8 @@ fn bare(text: &str) -> String {
 }
 
 /// The macros of mdoc(7) that the pages use within lines; any other word is text.
-const MACROS: [&str; 13] = [
-    "Ar", "Cm", "Dq", "Em", "Fl", "Li", "Ns", "Op", "Pa", "Pq", "Ql", "Sy", "Va",
+const MACROS: [&str; 15] = [
+    "Ar", "Cm", "Dq", "Dv", "Em", "Ev", "Fl", "Li", "Ns", "Op", "Pa", "Pq", "Ql", "Sy", "Va",
 ];
 
 /// What a line of mdoc says.
@@ -152,7 +152,11 @@ fn messages_that_the_manual_explains_are_the_programs_own() {
             continue;
         }
         // Up to what differs from case to case.
-        let text = title.split(['"', '{']).next().unwrap();
+        let text = title
+            .trim_start_matches("... ")
+            .split(['"', '{'])
+            .next()
+            .unwrap();
         let text = text.split("grpc://").next().unwrap().trim_end();
         assert!(joined.contains(text), "nothing says {text:?}");
         if let Some(shown) = shown("bb-remote-execution.7") {
