@@ -39,11 +39,17 @@ pub struct Disk {
     path: PathBuf,
     directory: OwnedFd,
     minimum_free: u64,
-    /// Commands that run.
-    running: Mutex<u64>,
-    started: Condvar,
+    commands: Arc<Commands>,
     /// Samples that found hardly anything free.
     full: AtomicU64,
+}
+
+/// What the thread that looks waits for, without holding the disk.
+#[derive(Default)]
+struct Commands {
+    running: Mutex<u64>,
+    /// One starts, or the disk is not looked at any more.
+    changed: Condvar,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +66,13 @@ pub struct Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        *self.disk.running.lock() -= 1;
+        *self.disk.commands.running.lock() -= 1;
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        self.commands.changed.notify_all();
     }
 }
 
@@ -70,15 +82,14 @@ impl Disk {
             path,
             directory,
             minimum_free,
-            running: Mutex::default(),
-            started: Condvar::new(),
+            commands: Arc::default(),
             full: AtomicU64::new(0),
         });
         if minimum_free > 0 {
-            let weak = Arc::downgrade(&disk);
+            let (weak, commands) = (Arc::downgrade(&disk), disk.commands.clone());
             std::thread::Builder::new()
                 .name("watch-disk".to_owned())
-                .spawn(move || sample(&weak))?;
+                .spawn(move || sample(&weak, &commands))?;
         }
         Ok(disk)
     }
@@ -114,8 +125,8 @@ impl Disk {
 
     /// Watches until what is returned is dropped.
     pub fn watch(self: &Arc<Self>) -> Watched {
-        *self.running.lock() += 1;
-        self.started.notify_one();
+        *self.commands.running.lock() += 1;
+        self.commands.changed.notify_all();
         Watched {
             full_before: self.full.load(Ordering::SeqCst),
             disk: self.clone(),
@@ -139,19 +150,19 @@ impl Watched {
     }
 }
 
-fn sample(disk: &Weak<Disk>) {
-    while let Some(disk) = disk.upgrade() {
-        let mut running = disk.running.lock();
-        if *running == 0 {
-            disk.started.wait_for(&mut running, Duration::from_secs(1));
+fn sample(disk: &Weak<Disk>, commands: &Commands) {
+    loop {
+        let mut running = commands.running.lock();
+        while *running == 0 && disk.strong_count() > 0 {
+            // Whoever drops the disk may do so between the two looks.
+            commands.changed.wait_for(&mut running, INTERVAL * 20);
         }
-        let busy = *running > 0;
         drop(running);
-        if busy {
-            disk.look();
-            drop(disk);
-            std::thread::sleep(INTERVAL);
+        match disk.upgrade() {
+            Some(disk) => disk.look(),
+            None => return,
         }
+        std::thread::sleep(INTERVAL);
     }
 }
 
