@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::{
     queue::{
         self, Activity, Desired, Invocation, NoWorkers, Outcome, Place, Platform, Progress,
-        ReportedDigest, Stage, Work, WorkerId,
+        ReportedAction, ReportedDigest, Stage, Work, WorkerId,
     },
     shared::{SharedQueue, Waiter},
 };
@@ -371,7 +371,8 @@ impl OperationQueue for Workers {
         if self.stopping.is_cancelled() {
             return Err(stopping());
         }
-        let (place, id, report) = parse_worker(request.into_inner())?;
+        let instance = proto::instance_of(&request);
+        let (place, id, report) = parse_worker(request.into_inner(), instance)?;
         let idle_wait = random_below(self.idle_interval);
         let instruction = self
             .queue
@@ -397,7 +398,10 @@ impl OperationQueue for Workers {
     }
 }
 
-fn parse_worker(request: SynchronizeRequest) -> Result<(Place, WorkerId, queue::Report), Status> {
+fn parse_worker(
+    request: SynchronizeRequest,
+    instance: Option<InstanceName>,
+) -> Result<(Place, WorkerId, queue::Report), Status> {
     let prefix = InstanceName::parse(&request.instance_name_prefix).map_err(invalid)?;
     let platform = Platform::parse(request.platform.as_ref()).map_err(invalid)?;
     let state = request
@@ -410,12 +414,15 @@ fn parse_worker(request: SynchronizeRequest) -> Result<(Place, WorkerId, queue::
             let digest = Digest::parse_required(None, executing.action_digest.as_ref()).map_err(
                 |error| invalid(format!("Invalid digest of the worker's action: {error}")),
             )?;
-            let digest = ReportedDigest::from(&digest);
+            let action = ReportedAction {
+                digest: ReportedDigest::from(&digest),
+                instance,
+            };
             match executing.execution_state {
                 Some(ExecutionState::Completed(response)) => {
-                    Activity::Completed(digest, Arc::new(Outcome::new(&response)))
+                    Activity::Completed(action, Arc::new(Outcome::new(&response)))
                 }
-                Some(_) => Activity::Executing(digest),
+                Some(_) => Activity::Executing(action),
                 None => {
                     return Err(invalid("The worker does not say how far its action is"));
                 }

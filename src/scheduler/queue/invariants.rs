@@ -46,7 +46,7 @@ impl<C, W: Clone> Queue<C, W> {
                 "a worker is not in its queue",
             )?;
             ensure(
-                self.timers.get(Timer::Worker(*number)).is_some(),
+                self.timers.get(&Timer::Worker(*number)).is_some(),
                 "a worker has no deadline",
             )?;
             deadlines += 1;
@@ -62,7 +62,8 @@ impl<C, W: Clone> Queue<C, W> {
                     "a worker executes what is not its task",
                 )?,
                 WorkerState::Stranger { action, .. } => ensure(
-                    self.strangers.contains(&(worker.queue, *action, *number)),
+                    action.queue == worker.queue
+                        && self.strangers.contains(&(action.clone(), *number)),
                     "a stranger is not in the index",
                 )?,
                 WorkerState::Idle => {}
@@ -100,7 +101,7 @@ impl<C, W: Clone> Queue<C, W> {
                 queue.parked.is_empty() || queue.waiting.is_empty(),
                 "a task waits although a worker does",
             )?;
-            let deadline = self.timers.get(Timer::Queue(*number)).is_some();
+            let deadline = self.timers.get(&Timer::Queue(*number)).is_some();
             deadlines += usize::from(deadline);
             ensure(
                 deadline == queue.workers.is_empty(),
@@ -164,7 +165,7 @@ impl<C, W: Clone> Queue<C, W> {
                 task.is_some_and(|t| t.operations.get(&operation.invocation) == Some(name)),
                 "an operation is not its task's",
             )?;
-            let deadline = self.timers.get(Timer::Operation(*name)).is_some();
+            let deadline = self.timers.get(&Timer::Operation(*name)).is_some();
             deadlines += usize::from(deadline);
             ensure(
                 deadline == (operation.waiters == 0),
@@ -174,7 +175,7 @@ impl<C, W: Clone> Queue<C, W> {
         ensure(
             self.unclaimed
                 .keys()
-                .all(|(q, a)| self.timers.get(Timer::Unclaimed(*q, *a)).is_some()),
+                .all(|action| self.timers.get(&Timer::Unclaimed(action.clone())).is_some()),
             "an unclaimed result has no deadline",
         )?;
         ensure(

@@ -15,6 +15,9 @@
 //! 5. Each worker has a deadline: the end of its held call, or of the patience with its silence.
 //! 6. A size-class queue has a deadline exactly while it has no workers.
 //!
+//! The time that the verbs take is that of a `Clock`, which leaves out what the scheduler slept
+//! through.
+//!
 //! `C` is a worker's held call, `W` that by which waiters are told: both are the shell's, given
 //! back in effects.
 
@@ -29,6 +32,7 @@ use std::{
 use uuid::Uuid;
 
 mod clients;
+mod clock;
 mod invariants;
 mod listing;
 mod order;
@@ -39,6 +43,7 @@ mod words;
 mod workers;
 
 pub use clients::Attached;
+pub use clock::{Clock, TICK};
 pub use invariants::Counts;
 pub use listing::{OperationRow, QueueRow, WorkerRow};
 pub use words::*;
@@ -68,8 +73,8 @@ pub struct Queue<C, W> {
     /// Cacheable tasks that are not completed.
     in_flight: BTreeMap<(InstanceName, Digest), TaskNumber>,
     /// Results of workers that we did not know, for clients that will ask again.
-    unclaimed: BTreeMap<(QueueNumber, ReportedDigest), Arc<Outcome>>,
-    strangers: BTreeSet<(QueueNumber, ReportedDigest, WorkerNumber)>,
+    unclaimed: BTreeMap<ForeignAction, Arc<Outcome>>,
+    strangers: BTreeSet<(ForeignAction, WorkerNumber)>,
     timers: Timers,
     effects: Vec<Effect<C, W>>,
     last_number: u64,
@@ -111,9 +116,18 @@ enum WorkerState<C> {
     /// It was executing this when it first called. Lost connections and scheduler restarts do that;
     /// its client will ask again.
     Stranger {
-        action: ReportedDigest,
+        action: ForeignAction,
         until: Instant,
     },
+}
+
+/// What a worker does that we did not hand it. Its blobs lie in this instance: a client of another
+/// one could not read them.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct ForeignAction {
+    queue: QueueNumber,
+    instance: InstanceName,
+    digest: ReportedDigest,
 }
 
 struct Task<W> {
@@ -181,8 +195,8 @@ impl<C, W: Clone> Queue<C, W> {
                 Timer::Worker(worker) => self.expire_worker(now, worker),
                 Timer::Operation(operation) => self.drop_operation(now, operation),
                 Timer::Queue(queue) => self.drop_queue(now, queue),
-                Timer::Unclaimed(queue, action) => {
-                    self.unclaimed.remove(&(queue, action));
+                Timer::Unclaimed(action) => {
+                    self.unclaimed.remove(&action);
                 }
             }
         }
@@ -280,7 +294,7 @@ impl<C, W: Clone> Queue<C, W> {
         }
         // Those who lost their connection shall find the result, even if they lost it long ago.
         for operation in task.operations.values() {
-            if self.timers.get(Timer::Operation(*operation)).is_some() {
+            if self.timers.get(&Timer::Operation(*operation)).is_some() {
                 self.timers.set(
                     Timer::Operation(*operation),
                     now + self.settings.operation_with_no_waiters_timeout,

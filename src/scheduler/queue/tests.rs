@@ -46,10 +46,21 @@ fn digest(action: &str) -> Digest {
     DigestFunction::Sha256.digest_of(action.as_bytes())
 }
 
+fn reported(instance: &str, action: &str) -> ReportedAction {
+    ReportedAction {
+        digest: (&digest(action)).into(),
+        instance: Some(InstanceName::parse(instance).unwrap()),
+    }
+}
+
 fn request(action: &str) -> Request {
+    request_of("", action)
+}
+
+fn request_of(instance: &str, action: &str) -> Request {
     Request {
         work: Arc::new(Work {
-            instance: InstanceName::empty(),
+            instance: InstanceName::parse(instance).unwrap(),
             digest: digest(action),
             action: reapi::Action::default(),
             auxiliary_metadata: Vec::new(),
@@ -71,7 +82,7 @@ fn idle() -> Report {
 
 fn executing(action: &str) -> Report {
     Report {
-        activity: Activity::Executing((&digest(action)).into()),
+        activity: Activity::Executing(reported("", action)),
         prefer_being_idle: false,
     }
 }
@@ -82,7 +93,7 @@ fn outcome(code: rpc::Code) -> Arc<Outcome> {
 
 fn completed(action: &str, code: rpc::Code) -> Report {
     Report {
-        activity: Activity::Completed((&digest(action)).into(), outcome(code)),
+        activity: Activity::Completed(reported("", action), outcome(code)),
         prefer_being_idle: false,
     }
 }
@@ -511,4 +522,91 @@ fn properties_out_of_order_are_no_platform() {
     assert!(parse(vec![property("a", "1"), property("a", "2")]).is_ok());
     assert!(parse(vec![property("b", "1"), property("a", "2")]).is_err());
     assert!(parse(vec![property("a", "1"), property("a", "1")]).is_err());
+}
+
+#[test]
+fn what_a_worker_did_before_a_restart_is_for_clients_of_its_instance_alone() {
+    let report = |activity| Report {
+        activity,
+        prefer_being_idle: false,
+    };
+    // A result that was kept, and one that is still being made.
+    let kept = |instance| {
+        report(Activity::Completed(
+            reported(instance, "x"),
+            outcome(rpc::Code::Ok),
+        ))
+    };
+    let mut farm = Farm::new();
+    farm.held("a", kept("one"), 1);
+    let running = report(Activity::Executing(reported("one", "y")));
+    assert_eq!(farm.now("b", running).desired, Desired::Unchanged);
+    for action in ["x", "y"] {
+        let other = farm.execute(request_of("two", action), 0).unwrap();
+        assert!(!matches!(other.progress.stage, Stage::Completed(_)));
+    }
+    // The first of them went to the worker that waited, the second one waits.
+    assert_eq!(work(&farm.answered[&1]), Some(digest("x")));
+    let own = farm.execute(request_of("one", "x"), 0).unwrap();
+    assert_eq!(own.progress.stage, Stage::Completed(outcome(rpc::Code::Ok)));
+    let own = farm.execute(request_of("one", "y"), 0).unwrap();
+    assert_eq!(own.progress.stage, Stage::Executing);
+
+    // A task that waits already, of another instance.
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.execute(request("busy"), 0).unwrap();
+    farm.execute(request_of("two", "x"), 2).unwrap();
+    let answer = farm.now("b", kept("one"));
+    assert_eq!(work(&answer), Some(digest("x")));
+    assert_eq!(farm.told[&2], Stage::Executing);
+}
+
+#[test]
+fn what_a_worker_does_not_say_whose_it_is_is_given_to_nobody() {
+    let unknown = || ReportedAction {
+        instance: None,
+        ..reported("", "x")
+    };
+    let mut farm = Farm::new();
+    let running = Report {
+        activity: Activity::Executing(unknown()),
+        prefer_being_idle: false,
+    };
+    assert_eq!(farm.now("a", running).desired, Desired::Idle);
+    let kept = Report {
+        activity: Activity::Completed(unknown(), outcome(rpc::Code::Ok)),
+        prefer_being_idle: false,
+    };
+    farm.held("b", kept, 1);
+    let attached = farm.execute(request("x"), 0).unwrap();
+    assert_eq!(attached.progress.stage, Stage::Executing);
+    assert_eq!(work(&farm.answered[&1]), Some(digest("x")));
+    // Of what it was handed, it need not say so.
+    let mine = Report {
+        activity: Activity::Completed(unknown(), outcome(rpc::Code::Ok)),
+        prefer_being_idle: false,
+    };
+    farm.held("b", mine, 2);
+    assert_eq!(farm.told[&0], Stage::Completed(outcome(rpc::Code::Ok)));
+}
+
+#[test]
+fn an_action_of_blake3_is_found_by_the_report_of_its_worker() {
+    let blake3 = DigestFunction::Blake3.digest_of(b"x");
+    let mut wanted = request("");
+    Arc::make_mut(&mut wanted.work).digest = blake3;
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.execute(request("busy"), 0).unwrap();
+    farm.execute(wanted, 2).unwrap();
+    let report = Report {
+        activity: Activity::Executing(ReportedAction {
+            digest: (&blake3).into(),
+            instance: Some(InstanceName::empty()),
+        }),
+        prefer_being_idle: false,
+    };
+    assert_eq!(farm.now("b", report).desired, Desired::Unchanged);
+    assert_eq!(farm.told[&2], Stage::Executing);
 }

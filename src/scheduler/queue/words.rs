@@ -212,8 +212,17 @@ pub struct Progress {
 #[derive(Clone, Debug)]
 pub enum Activity {
     Idle,
-    Executing(ReportedDigest),
-    Completed(ReportedDigest, Arc<Outcome>),
+    Executing(ReportedAction),
+    Completed(ReportedAction, Arc<Outcome>),
+}
+
+/// The action of a worker's report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReportedAction {
+    pub digest: ReportedDigest,
+    /// `None` when the worker does not say whose blobs it works with: Buildbarn's protocol has no
+    /// field for it, and its scheduler forgets such actions when it restarts.
+    pub instance: Option<InstanceName>,
 }
 
 #[derive(Clone, Debug)]
@@ -227,6 +236,15 @@ pub struct Report {
 /// length are one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ReportedDigest(Digest);
+
+impl ReportedDigest {
+    /// All that it may stand for.
+    pub fn candidates(&self) -> impl Iterator<Item = Digest> {
+        let blake3 = (self.0.function() == DigestFunction::Sha256)
+            .then(|| Digest::new(DigestFunction::Blake3, self.0.hash_bytes(), self.0.size()));
+        std::iter::once(self.0).chain(blake3)
+    }
+}
 
 impl From<&Digest> for ReportedDigest {
     fn from(digest: &Digest) -> Self {

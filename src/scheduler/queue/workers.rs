@@ -6,9 +6,9 @@ use std::{
 };
 
 use super::{
-    Activity, CallNumber, Desired, Effect, Instruction, Outcome, Parked, Place, Queue, QueueNumber,
-    Refusal, Report, ReportedDigest, SizeClassQueue, TaskNumber, TaskState, Timer, Waiting, Worker,
-    WorkerId, WorkerNumber, WorkerState,
+    Activity, CallNumber, Desired, Effect, ForeignAction, Instruction, Outcome, Parked, Place,
+    Queue, QueueNumber, Refusal, Report, ReportedAction, ReportedDigest, SizeClassQueue,
+    TaskNumber, TaskState, Timer, Waiting, Worker, WorkerId, WorkerNumber, WorkerState,
 };
 use crate::proto::rpc;
 
@@ -52,13 +52,13 @@ impl<C, W: Clone> Queue<C, W> {
                 return Err(Refusal::AlreadySynchronizing(id.clone()));
             }
             (WorkerState::Executing { task, .. }, Activity::Executing(action))
-                if self.is_of(*task, action) =>
+                if self.is_of(*task, &action) =>
             {
                 let (task, given_to) = (*task, None);
                 return Ok(self.carry_on(now, number, WorkerState::Executing { task, given_to }));
             }
             (WorkerState::Executing { task, .. }, Activity::Completed(action, outcome))
-                if self.is_of(*task, action) =>
+                if self.is_of(*task, &action) =>
             {
                 let task = *task;
                 self.complete(now, task, outcome);
@@ -80,13 +80,14 @@ impl<C, W: Clone> Queue<C, W> {
             // Nobody wants it any more; the worker knows best when it has stopped.
             (WorkerState::Idle, Activity::Executing(_)) => Some(GO_IDLE),
             (WorkerState::Idle, _) => None,
-            (&WorkerState::Stranger { action, until }, Activity::Executing(reported))
-                if action == reported && now < until =>
+            (WorkerState::Stranger { action, until }, Activity::Executing(reported))
+                if action.is(&reported) && now < *until =>
             {
+                let (action, until) = (action.clone(), *until);
                 return Ok(self.carry_on(now, number, WorkerState::Stranger { action, until }));
             }
-            (&WorkerState::Stranger { action, .. }, activity) => {
-                self.strangers.remove(&(queue, action, number));
+            (WorkerState::Stranger { action, .. }, activity) => {
+                self.strangers.remove(&(action.clone(), number));
                 self.rest(number);
                 match activity {
                     Activity::Completed(reported, outcome) => {
@@ -184,7 +185,7 @@ impl<C, W: Clone> Queue<C, W> {
         match known {
             Some(known) if known != fresh => (known, false),
             _ => {
-                self.timers.clear(Timer::Queue(queue));
+                self.timers.clear(&Timer::Queue(queue));
                 self.workers.insert(
                     fresh,
                     Worker {
@@ -198,10 +199,13 @@ impl<C, W: Clone> Queue<C, W> {
         }
     }
 
-    fn is_of(&self, task: TaskNumber, action: ReportedDigest) -> bool {
-        self.tasks
-            .get(&task)
-            .is_some_and(|task| ReportedDigest::from(&task.work.digest) == action)
+    /// Whether it is this task's action that a worker speaks of, as far as it says.
+    fn is_of(&self, task: TaskNumber, action: &ReportedAction) -> bool {
+        self.tasks.get(&task).is_some_and(|task| {
+            let instance = action.instance.as_ref();
+            ReportedDigest::from(&task.work.digest) == action.digest
+                && instance.is_none_or(|instance| *instance == task.work.instance)
+        })
     }
 
     fn carry_on(&mut self, now: Instant, worker: WorkerNumber, state: WorkerState<C>) -> Answer {
@@ -256,9 +260,14 @@ impl<C, W: Clone> Queue<C, W> {
         now: Instant,
         queue: QueueNumber,
         worker: WorkerNumber,
-        action: ReportedDigest,
+        action: ReportedAction,
     ) -> Answer {
-        match self.under_way(queue, action) {
+        // Of no use to anybody: a client could not be told from those of another instance.
+        let Some(action) = ForeignAction::new(queue, action) else {
+            self.expect_call(now, worker);
+            return Answer::Now(GO_IDLE);
+        };
+        match self.under_way(&action) {
             Some((task, true)) => {
                 self.withdraw(task);
                 self.assign(now, task, worker, None);
@@ -274,7 +283,7 @@ impl<C, W: Clone> Queue<C, W> {
                 Answer::Now(GO_IDLE)
             }
             None => {
-                self.strangers.insert((queue, action, worker));
+                self.strangers.insert((action.clone(), worker));
                 let until = now + self.settings.operation_with_no_waiters_timeout;
                 self.carry_on(now, worker, WorkerState::Stranger { action, until })
             }
@@ -287,34 +296,34 @@ impl<C, W: Clone> Queue<C, W> {
         &mut self,
         now: Instant,
         queue: QueueNumber,
-        action: ReportedDigest,
+        action: ReportedAction,
         outcome: Arc<Outcome>,
     ) {
         if outcome.code != rpc::Code::Ok as i32 {
             return;
         }
-        match self.under_way(queue, action) {
+        let Some(action) = ForeignAction::new(queue, action) else {
+            return;
+        };
+        match self.under_way(&action) {
             Some((task, _)) => self.complete(now, task, outcome),
             None => {
-                self.unclaimed.insert((queue, action), outcome);
+                self.unclaimed.insert(action.clone(), outcome);
                 self.timers.set(
-                    Timer::Unclaimed(queue, action),
+                    Timer::Unclaimed(action),
                     now + self.settings.operation_with_no_waiters_timeout,
                 );
             }
         }
     }
 
-    /// A cacheable task for this action, and whether it is queued. Strangers are rare, so that a
-    /// search does.
-    fn under_way(&self, wanted: QueueNumber, action: ReportedDigest) -> Option<(TaskNumber, bool)> {
-        self.in_flight.iter().find_map(|((_, digest), number)| {
-            if ReportedDigest::from(digest) != action {
-                return None;
-            }
+    /// A cacheable task for this action, and whether it is queued.
+    fn under_way(&self, action: &ForeignAction) -> Option<(TaskNumber, bool)> {
+        action.digest.candidates().find_map(|digest| {
+            let number = self.in_flight.get(&(action.instance.clone(), digest))?;
             match &self.tasks.get(number)?.state {
-                TaskState::Queued { queue, .. } if *queue == wanted => Some((*number, true)),
-                TaskState::Executing(worker) if self.workers.get(worker)?.queue == wanted => {
+                TaskState::Queued { queue, .. } if *queue == action.queue => Some((*number, true)),
+                TaskState::Executing(worker) if self.workers.get(worker)?.queue == action.queue => {
                     Some((*number, false))
                 }
                 _ => None,
@@ -378,15 +387,15 @@ impl<C, W: Clone> Queue<C, W> {
             return;
         };
         let (queue, id) = (worker.queue, worker.id.clone());
-        match worker.state {
+        match &worker.state {
             WorkerState::Executing { task, .. } => self.fail(
                 now,
-                task,
+                *task,
                 rpc::Code::Unavailable,
                 format!("Worker {id} disappeared while task was executing"),
             ),
             WorkerState::Stranger { action, .. } => {
-                self.strangers.remove(&(queue, action, number));
+                self.strangers.remove(&(action.clone(), number));
             }
             WorkerState::Idle | WorkerState::Parked { .. } => {}
         }
@@ -400,5 +409,20 @@ impl<C, W: Clone> Queue<C, W> {
                 );
             }
         }
+    }
+}
+
+impl ForeignAction {
+    /// `None` when the worker does not say whose blobs it works with.
+    fn new(queue: QueueNumber, action: ReportedAction) -> Option<Self> {
+        Some(ForeignAction {
+            queue,
+            instance: action.instance?,
+            digest: action.digest,
+        })
+    }
+
+    fn is(&self, action: &ReportedAction) -> bool {
+        action.digest == self.digest && action.instance.as_ref() == Some(&self.instance)
     }
 }
