@@ -10,8 +10,8 @@ use tokio::sync::{Notify, oneshot, watch};
 use uuid::Uuid;
 
 use super::queue::{
-    Answer, Attached, Clock, Effect, HeldCall, Instruction, NoWorkers, Place, Progress, Queue,
-    Refusal, Report, Request, Settings, Stage, TICK, WorkerId,
+    Answer, Attached, Caller, Clock, Effect, HeldCall, Instruction, NoWorkers, Place, Progress, Queue,
+    Refusal, Report, Request, Settings, Stage, TICK,
 };
 type Held = oneshot::Sender<Instruction>;
 type Watch = watch::Sender<Progress>;
@@ -156,14 +156,14 @@ impl SharedQueue {
     pub async fn synchronize(
         &self,
         place: &Place,
-        id: &WorkerId,
+        caller: &Caller,
         report: Report,
         idle_wait: Duration,
         stopping: impl Future<Output = ()>,
     ) -> Result<Option<Instruction>, Refusal> {
         let (call, answer) = oneshot::channel();
         let decided =
-            self.decide(|queue, now| queue.synchronize(now, place, id, report, call, idle_wait))?;
+            self.decide(|queue, now| queue.synchronize(now, place, caller, report, call, idle_wait))?;
         let mut holding = match decided {
             Answer::Now(instruction) => return Ok(Some(instruction)),
             Answer::Held(held) => Holding {

@@ -31,7 +31,7 @@ use bb_remote_execution::{
     instance::InstanceName,
     proto::{self, reapi, rpc},
     scheduler::queue::{
-        Activity as Reported, Answer as Decided, Clock, Counts, Desired as Wanted, Effect,
+        Activity as Reported, Answer as Decided, Caller, Clock, Counts, Desired as Wanted, Effect,
         HeldCall, Instruction, Invocation, Outcome, Place, Platform, Progress, Queue,
         Report as SaidReport, ReportedAction, ReportedDigest, Request as QueueRequest, Settings,
         Stage, TICK, Work, WorkerId,
@@ -226,6 +226,28 @@ impl World {
     fn new(seed: u64, start: Instant) -> Self {
         let mut world = World::empty(seed, start);
         world.plan();
+        world
+    }
+
+    /// Each worker has a twin of the same name.
+    fn twins(seed: u64, start: Instant) -> Self {
+        let mut world = World::calm(seed, start);
+        for worker in 0..world.workers.len() {
+            let twin = Worker {
+                place: world.workers[worker].place.clone(),
+                id: world.workers[worker].id.clone(),
+                life: 0,
+                slot: None,
+                call: None,
+                running: None,
+                instance: None,
+                kept: None,
+                wake: None,
+            };
+            world.workers.push(twin);
+            let at = world.random.up_to(20_000);
+            world.after(at, Event::Start(world.workers.len() - 1));
+        }
         world
     }
 
@@ -558,7 +580,13 @@ impl World {
         };
         let waited = self.waiting(&place);
         let (wait, now) = (self.random.up_to(120_000), self.look());
-        let decided = self.queue.synchronize(now, &place, &id, said, call, wait);
+        let caller = Caller {
+            id,
+            peer: format!("{worker}, life {life}").into(),
+        };
+        let decided = self
+            .queue
+            .synchronize(now, &place, &caller, said, call, wait);
         match decided {
             Ok(Decided::Now(instruction)) => {
                 match &instruction.desired {
@@ -1480,6 +1508,19 @@ fn a_scheduler_that_stood_still_declares_nobody_gone_whose_calls_it_has_not_read
         }
     }
     assert!(paused > 0);
+}
+
+#[test]
+fn two_hosts_of_one_name_never_run_what_the_other_one_runs() {
+    let mut refused = 0;
+    for seed in 0..number("BB_SIMULATION_SEEDS").unwrap_or(1_000) {
+        let told = World::twins(seed, Instant::now()).run();
+        refused += told.seen.get("already synchronizing").copied().unwrap_or(0);
+        for harm in ["worker disappeared", "blamed", "handed out again"] {
+            assert!(!told.seen.contains_key(harm), "seed {seed}: {harm}");
+        }
+    }
+    assert!(refused > 0);
 }
 
 #[test]

@@ -13,7 +13,9 @@
 //! 4. An operation without waiters, and nothing else of a client, has a deadline; a task goes with
 //!    its last operation.
 //! 5. Each worker has a deadline: the end of its held call, or of the patience with its silence.
-//! 6. A size-class queue has a deadline exactly while it has no workers.
+//! 6. What a worker executes is given to another caller of its name only when that worker is overdue,
+//!    or has given it back. Two hosts of one name so never run an action both.
+//! 7. A size-class queue has a deadline exactly while it has no workers.
 //!
 //! The time that the verbs take is that of a `Clock`, which leaves out what the scheduler slept
 //! through.
@@ -52,6 +54,10 @@ pub use workers::{Answer, HeldCall};
 use crate::{digest::Digest, instance::InstanceName, proto::rpc};
 use order::{Parked, Position, Waiting};
 use timers::{Timer, Timers};
+
+/// So much later than it was asked to a busy worker may call, on a busy host or network, before
+/// another caller of its name is believed to be its successor.
+const LATENESS: Duration = Duration::from_secs(5);
 
 macro_rules! numbers {
     ($($name:ident),*) => {$(
@@ -99,6 +105,12 @@ struct SizeClassQueue {
 struct Worker<C> {
     queue: QueueNumber,
     id: WorkerId,
+    /// Whom its last call that was not refused came from.
+    peer: Arc<str>,
+    /// While it is busy: by then it has called again, if it is still there.
+    overdue: Instant,
+    /// Who was refused last, since it was not that one.
+    refused: Option<Arc<str>>,
     state: WorkerState<C>,
 }
 
@@ -387,6 +399,9 @@ impl<C, W: Clone> Queue<C, W> {
     /// When a busy worker is to call again; it has patience beyond that.
     fn expect_busy(&mut self, now: Instant, worker: WorkerNumber) -> Duration {
         let next = self.settings.busy_worker_interval;
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.overdue = now + next + LATENESS;
+        }
         self.timers.set(
             Timer::Worker(worker),
             now + next + self.settings.worker_silence_timeout,

@@ -42,6 +42,17 @@ fn worker(name: &str) -> WorkerId {
     WorkerId::new(BTreeMap::from([("name".to_owned(), name.to_owned())]))
 }
 
+fn caller(name: &str) -> Caller {
+    caller_at(name, "its address")
+}
+
+fn caller_at(name: &str, peer: &str) -> Caller {
+    Caller {
+        id: worker(name),
+        peer: peer.into(),
+    }
+}
+
 fn digest(action: &str) -> Digest {
     DigestFunction::Sha256.digest_of(action.as_bytes())
 }
@@ -164,7 +175,7 @@ impl Farm {
         let wait = 120 * SECOND;
         let answer = self
             .queue
-            .synchronize(self.now, place, &worker(name), report, call, wait)
+            .synchronize(self.now, place, &caller(name), report, call, wait)
             .unwrap();
         self.perform();
         answer
@@ -372,8 +383,11 @@ fn two_calls_of_one_worker_at_once_are_one_too_many() {
     let held = farm.held("a", idle(), 1);
     let again = farm
         .queue
-        .synchronize(farm.now, &place(""), &worker("a"), idle(), 2, SECOND);
-    assert!(matches!(again, Err(Refusal::AlreadySynchronizing(_))));
+        .synchronize(farm.now, &place(""), &caller("a"), idle(), 2, SECOND);
+    assert!(matches!(
+        again,
+        Err(Refusal::AlreadySynchronizing { news: false, .. })
+    ));
     farm.queue.hang_up(farm.now, held);
     farm.held("a", idle(), 3);
 }
@@ -609,4 +623,71 @@ fn an_action_of_blake3_is_found_by_the_report_of_its_worker() {
     };
     assert_eq!(farm.now("b", report).desired, Desired::Unchanged);
     assert_eq!(farm.told[&2], Stage::Executing);
+}
+
+#[test]
+fn a_second_caller_of_one_name_gets_nothing_that_the_first_one_has_and_hears_whose_it_is() {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    let asks = |farm: &mut Farm, report: Report| {
+        let second = caller_at("a", "elsewhere");
+        let answer =
+            farm.queue
+                .synchronize(farm.now, &place(""), &second, report, 9, 120 * SECOND);
+        farm.perform();
+        answer
+    };
+    let refused = asks(&mut farm, idle()).unwrap_err();
+    assert!(matches!(
+        refused,
+        Refusal::AlreadySynchronizing { news: true, .. }
+    ));
+    farm.execute(request("x"), 0).unwrap();
+    // It neither has the action, nor gets it, for as long as the first one calls.
+    for round in 0..20 {
+        for report in [idle(), executing("y"), completed("y", rpc::Code::Ok)] {
+            let refused = asks(&mut farm, report).unwrap_err();
+            let Refusal::Executing { news, .. } = refused else {
+                panic!("{refused}");
+            };
+            assert!(!news, "it was told before");
+            let text = refused.to_string();
+            assert!(text.contains("elsewhere") && text.contains("its address"));
+        }
+        if round % 2 == 0 {
+            let answer = farm.now("a", executing("x"));
+            assert_eq!(answer.desired, Desired::Unchanged);
+        }
+        farm.pass(6 * SECOND);
+    }
+    farm.held("a", completed("x", rpc::Code::Ok), 2);
+    assert_eq!(farm.told[&0], Stage::Completed(outcome(rpc::Code::Ok)));
+}
+
+#[test]
+fn a_worker_that_connects_again_goes_on_and_one_that_starts_again_is_let_in_when_it_is_overdue() {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.execute(request("x"), 0).unwrap();
+    let calls = |farm: &mut Farm, peer: &str, report: Report| {
+        let caller = caller_at("a", peer);
+        let answer =
+            farm.queue
+                .synchronize(farm.now, &place(""), &caller, report, 9, 120 * SECOND);
+        farm.perform();
+        answer
+    };
+    let answer = calls(&mut farm, "second", executing("x")).unwrap();
+    assert!(
+        matches!(answer, Answer::Now(instruction) if instruction.desired == Desired::Unchanged)
+    );
+    assert!(calls(&mut farm, "third", idle()).is_err());
+    farm.pass(16 * SECOND);
+    let Ok(Answer::Now(instruction)) = calls(&mut farm, "third", idle()) else {
+        panic!("the successor is not let in");
+    };
+    assert_eq!(work(&instruction), Some(digest("x")));
+    let answer = calls(&mut farm, "third", completed("x", rpc::Code::Ok)).unwrap();
+    assert!(matches!(answer, Answer::Held(_)));
+    assert_eq!(farm.told[&0], Stage::Completed(outcome(rpc::Code::Ok)));
 }

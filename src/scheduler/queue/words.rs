@@ -135,6 +135,15 @@ impl fmt::Display for WorkerId {
     }
 }
 
+/// Who calls as a worker: its labels, and the end of the connection that the call came by. A worker
+/// that connects again has another one, and so has a second host of the same labels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    pub id: WorkerId,
+    /// An address, for people and for telling callers apart.
+    pub peer: Arc<str>,
+}
+
 /// Where a worker takes its work from: a size-class queue.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
@@ -291,8 +300,26 @@ pub struct NoWorkers {
 /// Why a worker's call is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    #[error("A worker with the same worker ID is already synchronizing with the scheduler: {0}")]
-    AlreadySynchronizing(WorkerId),
+    #[error(
+        "A worker with the same worker ID is already synchronizing with the scheduler: {id}; it calls from {holder}, and this call comes from {caller}"
+    )]
+    AlreadySynchronizing {
+        id: WorkerId,
+        holder: Arc<str>,
+        caller: Arc<str>,
+        /// Not told before.
+        news: bool,
+    },
+    #[error(
+        "A worker with the same worker ID executes an action: {id}; it calls from {holder}, and this call comes from {caller}. Two hosts, or two workers of one host, must not have equal labels: change worker_id of one of them. If it is the same worker that was started again, it is let in as soon as its former calls are overdue"
+    )]
+    Executing {
+        id: WorkerId,
+        holder: Arc<str>,
+        caller: Arc<str>,
+        /// Not told before.
+        news: bool,
+    },
     #[error(
         "Workers of size class {known} exist for this instance name prefix and platform; a worker of size class {offered} cannot join them"
     )]

@@ -6,9 +6,9 @@ use std::{
 };
 
 use super::{
-    Activity, CallNumber, Desired, Effect, ForeignAction, Instruction, Outcome, Parked, Place,
+    Activity, CallNumber, Caller, Desired, Effect, ForeignAction, Instruction, Outcome, Parked, Place,
     Queue, QueueNumber, Refusal, Report, ReportedAction, ReportedDigest, SizeClassQueue,
-    TaskNumber, TaskState, Timer, Waiting, Worker, WorkerId, WorkerNumber, WorkerState,
+    TaskNumber, TaskState, Timer, Waiting, Worker, WorkerNumber, WorkerState,
 };
 use crate::proto::rpc;
 
@@ -37,20 +37,20 @@ impl<C, W: Clone> Queue<C, W> {
         &mut self,
         now: Instant,
         place: &Place,
-        id: &WorkerId,
+        caller: &Caller,
         report: Report,
         call: C,
         idle_wait: Duration,
     ) -> Result<Answer, Refusal> {
         let queue = self.size_class_queue(place)?;
-        let (number, newcomer) = self.worker(queue, id);
+        let (number, newcomer) = self.worker(now, queue, caller);
+        self.admit(now, number, caller, &report.activity)?;
         let Some(worker) = self.workers.get(&number) else {
             return Ok(Answer::Now(GO_IDLE));
         };
         let held = match (&worker.state, report.activity) {
-            (WorkerState::Parked { .. }, _) => {
-                return Err(Refusal::AlreadySynchronizing(id.clone()));
-            }
+            // `admit` refuses.
+            (WorkerState::Parked { .. }, _) => Some(GO_IDLE),
             (WorkerState::Executing { task, .. }, Activity::Executing(action))
                 if self.is_of(*task, &action) =>
             {
@@ -143,6 +143,62 @@ impl<C, W: Clone> Queue<C, W> {
         }
     }
 
+    /// Refuses a call that is not of the worker whose name it bears, as far as that can be told: one
+    /// that waits does not call, and one that executes something says so.
+    fn admit(
+        &mut self,
+        now: Instant,
+        number: WorkerNumber,
+        caller: &Caller,
+        activity: &Activity,
+    ) -> Result<(), Refusal> {
+        let Some(worker) = self.workers.get(&number) else {
+            return Ok(());
+        };
+        let reported = match activity {
+            Activity::Idle => None,
+            Activity::Executing(action) | Activity::Completed(action, _) => Some(action),
+        };
+        let its_own = match &worker.state {
+            WorkerState::Parked { .. } | WorkerState::Idle => false,
+            WorkerState::Executing { task, .. } => {
+                reported.is_some_and(|action| self.is_of(*task, action))
+            }
+            WorkerState::Stranger { action, .. } => {
+                reported.is_some_and(|reported| action.is(reported))
+            }
+        };
+        let waits = matches!(worker.state, WorkerState::Parked { .. });
+        let rests = matches!(worker.state, WorkerState::Idle);
+        let same = worker.peer == caller.peer;
+        let admitted = !waits && (rests || same || its_own || worker.overdue <= now);
+        let (id, holder) = (worker.id.clone(), worker.peer.clone());
+        let news = !same && worker.refused.as_ref() != Some(&caller.peer);
+        let Some(worker) = self.workers.get_mut(&number) else {
+            return Ok(());
+        };
+        if admitted {
+            worker.peer = caller.peer.clone();
+            return Ok(());
+        }
+        let caller = caller.peer.clone();
+        worker.refused = Some(caller.clone());
+        Err(match waits {
+            true => Refusal::AlreadySynchronizing {
+                id,
+                holder,
+                caller,
+                news,
+            },
+            false => Refusal::Executing {
+                id,
+                holder,
+                caller,
+                news,
+            },
+        })
+    }
+
     fn size_class_queue(&mut self, place: &Place) -> Result<QueueNumber, Refusal> {
         let fresh = QueueNumber(self.number());
         let sizes = self
@@ -176,7 +232,13 @@ impl<C, W: Clone> Queue<C, W> {
     }
 
     /// The worker of this name, and whether it is new to us.
-    fn worker(&mut self, queue: QueueNumber, id: &WorkerId) -> (WorkerNumber, bool) {
+    fn worker(
+        &mut self,
+        now: Instant,
+        queue: QueueNumber,
+        caller: &Caller,
+    ) -> (WorkerNumber, bool) {
+        let id = &caller.id;
         let fresh = WorkerNumber(self.number());
         let known = self
             .queues
@@ -191,6 +253,9 @@ impl<C, W: Clone> Queue<C, W> {
                     Worker {
                         queue,
                         id: id.clone(),
+                        peer: caller.peer.clone(),
+                        overdue: now,
+                        refused: None,
                         state: WorkerState::Idle,
                     },
                 );
