@@ -10,8 +10,8 @@ use tokio::sync::{Notify, oneshot, watch};
 use uuid::Uuid;
 
 use super::queue::{
-    Answer, Attached, Caller, Clock, Effect, HeldCall, Instruction, NoWorkers, Place, Progress, Queue,
-    Refusal, Report, Request, Settings, Stage, TICK,
+    Answer, Attached, Caller, Clock, Effect, HeldCall, Instruction, NoWorkers, Place, Progress,
+    Queue, Refusal, Report, Request, Settings, Stage, TICK,
 };
 type Held = oneshot::Sender<Instruction>;
 type Watch = watch::Sender<Progress>;
@@ -104,6 +104,18 @@ impl SharedQueue {
         look(&self.state.lock().queue)
     }
 
+    /// What became of all that came, for the log.
+    pub fn tell_totals(&self) {
+        let (totals, counts) = self.look(|queue| (queue.totals(), queue.counts()));
+        tracing::info!(
+            operations = totals.operations,
+            actions = totals.tasks,
+            completed = totals.completed,
+            queued = counts.queued,
+            "what was executed since the start"
+        );
+    }
+
     /// Returns as soon as nobody decides.
     pub fn touch(&self) {
         drop(self.state.lock());
@@ -162,8 +174,8 @@ impl SharedQueue {
         stopping: impl Future<Output = ()>,
     ) -> Result<Option<Instruction>, Refusal> {
         let (call, answer) = oneshot::channel();
-        let decided =
-            self.decide(|queue, now| queue.synchronize(now, place, caller, report, call, idle_wait))?;
+        let decided = self
+            .decide(|queue, now| queue.synchronize(now, place, caller, report, call, idle_wait))?;
         let mut holding = match decided {
             Answer::Now(instruction) => return Ok(Some(instruction)),
             Answer::Held(held) => Holding {

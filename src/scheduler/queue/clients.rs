@@ -58,6 +58,7 @@ impl<C, W: Clone> Queue<C, W> {
         };
         let arrival = self.number();
         let number = TaskNumber(arrival);
+        self.totals.tasks += 1;
         let suffix = work.instance.strip_prefix(&place.prefix);
         self.tasks.insert(
             number,
@@ -133,11 +134,15 @@ impl<C, W: Clone> Queue<C, W> {
             .operations
             .entry(request.invocation.clone())
             .or_insert(fresh);
-        let operation = self.operations.entry(name).or_insert_with(|| Operation {
-            task: number,
-            invocation: request.invocation.clone(),
-            priority: request.priority,
-            waiters: 0,
+        let totals = &mut self.totals;
+        let operation = self.operations.entry(name).or_insert_with(|| {
+            totals.operations += 1;
+            Operation {
+                task: number,
+                invocation: request.invocation.clone(),
+                priority: request.priority,
+                waiters: 0,
+            }
         });
         operation.priority = operation.priority.min(request.priority);
         operation.waiters += 1;
@@ -160,6 +165,7 @@ impl<C, W: Clone> Queue<C, W> {
         let Some(operation) = self.operations.remove(&name) else {
             return;
         };
+        self.totals.operations_forgotten += 1;
         let number = operation.task;
         let Some(task) = self.tasks.get_mut(&number) else {
             return;
@@ -177,7 +183,9 @@ impl<C, W: Clone> Queue<C, W> {
                 "Task no longer has any waiting clients".to_owned(),
             );
         }
-        self.tasks.remove(&number);
+        if self.tasks.remove(&number).is_some() {
+            self.totals.forgotten += 1;
+        }
     }
 
     fn claim(&mut self, action: &ForeignAction) -> Option<Arc<super::Outcome>> {

@@ -15,7 +15,24 @@ pub struct Counts {
     pub unclaimed: usize,
 }
 
+/// What has come and gone in the queue's life. Together with `Counts` it explains every action that
+/// a client has sent: none is lost without a trace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    pub tasks: u64,
+    /// With a result or an error.
+    pub completed: u64,
+    /// Completed, and nobody can ask for it any more.
+    pub forgotten: u64,
+    pub operations: u64,
+    pub operations_forgotten: u64,
+}
+
 impl<C, W: Clone> Queue<C, W> {
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
     pub fn counts(&self) -> Counts {
         Counts {
             queues: self.queues.len(),
@@ -151,6 +168,24 @@ impl<C, W: Clone> Queue<C, W> {
                 "a task is in flight if and only if it is cacheable and not completed",
             )?;
         }
+        let completed = self.tasks.values();
+        let completed = completed.filter(|task| matches!(task.state, TaskState::Completed(_)));
+        let Totals {
+            tasks,
+            forgotten,
+            operations,
+            operations_forgotten,
+            ..
+        } = self.totals;
+        ensure(
+            tasks == forgotten + self.tasks.len() as u64
+                && self.totals.completed == forgotten + completed.count() as u64,
+            "a task was neither completed nor is it held",
+        )?;
+        ensure(
+            operations == operations_forgotten + self.operations.len() as u64,
+            "an operation was neither forgotten nor is it held",
+        )?;
         ensure(
             queued == self.counts().queued,
             "a queue holds a task that is not queued",

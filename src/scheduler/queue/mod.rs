@@ -46,7 +46,7 @@ mod workers;
 
 pub use clients::Attached;
 pub use clock::{Clock, TICK};
-pub use invariants::Counts;
+pub use invariants::{Counts, Totals};
 pub use listing::{OperationRow, QueueRow, WorkerRow};
 pub use words::*;
 pub use workers::{Answer, HeldCall};
@@ -84,6 +84,7 @@ pub struct Queue<C, W> {
     timers: Timers,
     effects: Vec<Effect<C, W>>,
     last_number: u64,
+    totals: Totals,
 }
 
 /// What the shell is to do, after it has unlocked.
@@ -187,6 +188,7 @@ impl<C, W: Clone> Queue<C, W> {
             timers: Timers::default(),
             effects: Vec::new(),
             last_number: 0,
+            totals: Totals::default(),
         }
     }
 
@@ -313,6 +315,7 @@ impl<C, W: Clone> Queue<C, W> {
                 );
             }
         }
+        self.totals.completed += 1;
         self.advance(number, TaskState::Completed(outcome));
     }
 

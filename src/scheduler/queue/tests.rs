@@ -631,9 +631,9 @@ fn a_second_caller_of_one_name_gets_nothing_that_the_first_one_has_and_hears_who
     farm.held("a", idle(), 1);
     let asks = |farm: &mut Farm, report: Report| {
         let second = caller_at("a", "elsewhere");
-        let answer =
-            farm.queue
-                .synchronize(farm.now, &place(""), &second, report, 9, 120 * SECOND);
+        let answer = farm
+            .queue
+            .synchronize(farm.now, &place(""), &second, report, 9, 120 * SECOND);
         farm.perform();
         answer
     };
@@ -671,9 +671,9 @@ fn a_worker_that_connects_again_goes_on_and_one_that_starts_again_is_let_in_when
     farm.execute(request("x"), 0).unwrap();
     let calls = |farm: &mut Farm, peer: &str, report: Report| {
         let caller = caller_at("a", peer);
-        let answer =
-            farm.queue
-                .synchronize(farm.now, &place(""), &caller, report, 9, 120 * SECOND);
+        let answer = farm
+            .queue
+            .synchronize(farm.now, &place(""), &caller, report, 9, 120 * SECOND);
         farm.perform();
         answer
     };

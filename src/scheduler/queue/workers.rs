@@ -6,8 +6,8 @@ use std::{
 };
 
 use super::{
-    Activity, CallNumber, Caller, Desired, Effect, ForeignAction, Instruction, Outcome, Parked, Place,
-    Queue, QueueNumber, Refusal, Report, ReportedAction, ReportedDigest, SizeClassQueue,
+    Activity, CallNumber, Caller, Desired, Effect, ForeignAction, Instruction, Outcome, Parked,
+    Place, Queue, QueueNumber, Refusal, Report, ReportedAction, ReportedDigest, SizeClassQueue,
     TaskNumber, TaskState, Timer, Waiting, Worker, WorkerNumber, WorkerState,
 };
 use crate::proto::rpc;
