@@ -80,7 +80,7 @@ enum Event {
     Left(u64),
     Restart,
     /// It stands still for so long.
-    Pause(Duration),
+    StandStill(Duration),
     // At a worker; nothing reaches its next life.
     Answered {
         worker: usize,
@@ -243,6 +243,7 @@ impl World {
                 instance: None,
                 kept: None,
                 wake: None,
+                paused: start,
             };
             world.workers.push(twin);
             let at = world.random.up_to(20_000);
@@ -363,7 +364,7 @@ impl World {
         if self.healed || self.random.chance(20) {
             let at = self.random.up_to(trouble);
             let pause = MINUTE + self.random.up_to(600_000);
-            self.after(at, Event::Pause(pause));
+            self.after(at, Event::StandStill(pause));
         }
         for worker in 0..self.workers.len() {
             let at = self.random.up_to(20_000);
@@ -1147,7 +1148,7 @@ impl World {
                     | Event::Execute { .. }
                     | Event::Wait { .. }
                     | Event::Left(_)
-                    | Event::Pause(_)
+                    | Event::StandStill(_)
             )
         {
             let read = end.saturating_duration_since(self.now) + self.random.up_to(200);
@@ -1155,7 +1156,7 @@ impl World {
             return;
         }
         match event {
-            Event::Pause(pause) => {
+            Event::StandStill(pause) => {
                 self.mix(170);
                 self.paused = Some(self.now + pause);
             }
