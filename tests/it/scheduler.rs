@@ -8,6 +8,7 @@ use bb_remote_execution::{
     config::{self, Endpoint, ListenAddress, Size, scheduler::Config},
     daemon::{self, Failure, Life},
     digest::DigestFunction,
+    instance::InstanceName,
     proto::{
         self, REQUEST_METADATA_HEADER,
         longrunning::{Operation, operation},
@@ -176,10 +177,15 @@ impl Scheduler {
         request.current_state = Some(CurrentState {
             worker_state: Some(state),
         });
+        let mut request = Request::new(request);
+        proto::set_instance(&mut request, &InstanceName::empty());
         self.call(request).await
     }
 
-    async fn call(&self, request: SynchronizeRequest) -> Result<SynchronizeResponse, Status> {
+    async fn call(
+        &self,
+        request: impl tonic::IntoRequest<SynchronizeRequest>,
+    ) -> Result<SynchronizeResponse, Status> {
         OperationQueueClient::new(self.workers.clone())
             .synchronize(request)
             .await
