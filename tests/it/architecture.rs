@@ -171,7 +171,8 @@ fn a_status_is_made_only_at_the_edge() {
             || path.components().any(|part| part.as_os_str() == "service")
             || path.ends_with("storage/remote.rs")
             || path.components().any(|part| part.as_os_str() == "remote")
-            || path.ends_with("daemon/server/call.rs");
+            || path.ends_with("daemon/server/call.rs")
+            || path.ends_with("daemon/server/status.rs");
         let makes = text.lines().any(|line| {
             [
                 "new",
