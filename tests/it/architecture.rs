@@ -173,7 +173,9 @@ fn a_status_is_made_only_at_the_edge() {
             || path.components().any(|part| part.as_os_str() == "remote")
             || path.ends_with("daemon/server/call.rs")
             || path.ends_with("daemon/server/status.rs");
-        let makes = text.lines().any(|line| {
+        // Unit tests make what others would send.
+        let product = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+        let makes = product.lines().any(|line| {
             [
                 "new",
                 "with_details",
