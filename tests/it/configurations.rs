@@ -707,7 +707,11 @@ impl Trial<'_> {
                 let log = fs::read_to_string(&log).unwrap();
                 // Else systemd would start it again and again.
                 let is_told = status.code() == Some(78);
-                let log = if is_told { log } else { format!("{NOT_TOLD} {log}") };
+                let log = if is_told {
+                    log
+                } else {
+                    format!("{NOT_TOLD} {log}")
+                };
                 return (false, log);
             }
             assert!(Instant::now() < deadline, "neither ready nor gone");

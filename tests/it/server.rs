@@ -239,7 +239,7 @@ async fn a_long_message_fails_its_own_call_and_no_other_on_its_connection() {
         let status = client.write(stream::iter([request])).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{status}");
         let (kept, _) = status.message().split_once("... (shortened)").unwrap();
-        assert!(text.repeat(2000).starts_with(kept) && kept.len() > 500);
+        assert!(text.repeat(3000).starts_with(kept) && kept.len() > 500);
     }
     parked.succeed().await;
 }
@@ -348,7 +348,8 @@ async fn silent_connections_give_way_to_those_that_call() {
     }
     assert_eq!(read(&mut server.client(), 1).await, MIB);
     for stream in silent.iter_mut().take(10) {
-        assert_eq!(until_closed(stream).await, 0, "closed by the server");
+        // Closed by the server, which has said nothing but its settings.
+        assert!(until_closed(stream).await <= 64);
     }
     parked.succeed().await;
 }

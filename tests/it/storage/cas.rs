@@ -364,7 +364,7 @@ async fn a_batch_s_answer_fits_into_what_grpc_clients_take_however_small_its_blo
     let (_directory, server, client) = start().await;
     // With gRPC's own limit, 4 MiB.
     let mut client = client.max_decoding_message_size(4 << 20);
-    let blobs: Vec<_> = (0..40_000u64)
+    let blobs: Vec<_> = (0..44_000u64)
         .map(|i| (sha256(&i.to_le_bytes()), i.to_le_bytes().to_vec().into()))
         .collect();
     assert!(server.store.put(&blobs).iter().all(Result::is_ok));
