@@ -342,7 +342,7 @@ const WORKER: &[Row] = &[
     ),
     (
         "runners = [{ inputs = \"copied\" }]",
-        Refused("write \"shared\" or \"private\""),
+        Refused("write \"shared\", \"hardlinks\" or \"private\""),
     ),
     (
         "runners = [{ platform = { \"\" = \"x\" } }]",
