@@ -412,7 +412,7 @@ async fn a_message_that_is_too_large_is_refused_with_what_to_do() {
         .find_missing_blobs(digests(260_000))
         .await
         .unwrap_err();
-    assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+    assert_eq!(status.code(), Code::OutOfRange, "{status}");
     for words in ["larger than the 16777216", "fewer digests in one call"] {
         assert!(status.message().contains(words), "{status}");
     }
