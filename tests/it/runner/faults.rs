@@ -33,9 +33,9 @@ async fn control_groups_that_somebody_removed_are_made_again() {
     let farm = Farm::start().await;
     farm.sh("true").await;
     let Some(group) = group(&farm) else { return };
-    // Everything in it dies, rooms that wait for actions too.
-    fs::write(group.join("cgroup.kill"), "1").unwrap();
     until("the place for control groups is removed", || {
+        // Everything in it dies, sandboxes that wait for actions too, and those made meanwhile.
+        let _ = fs::write(group.join("cgroup.kill"), "1");
         for entry in fs::read_dir(&group).into_iter().flatten().flatten() {
             let _ = fs::remove_dir(entry.path());
         }
