@@ -578,9 +578,13 @@ async fn a_client_that_never_reads_hinders_nobody() {
     .await;
     let held = scheduler.parked("w").await;
     let action = scheduler.action("x", |_| {}).await;
+    // On a connection of its own: it leaves no room on it for answers to anything else.
+    let socket = scheduler.directory.path().join("clients");
+    let channel = daemon::connect(&Endpoint::Unix(socket));
     let mut lazy = Vec::new();
     for _ in 0..500 {
-        lazy.push(scheduler.execute(&action).await.unwrap());
+        let mut client = ExecutionClient::new(channel.clone());
+        lazy.push(client.execute(execute(&action)).await.unwrap().into_inner());
     }
     desired(held.await.unwrap().unwrap());
     tokio::time::sleep(Duration::from_millis(200)).await;
