@@ -80,7 +80,7 @@ impl Default for Limits {
             handshake: Duration::from_secs(10),
             first_call: Duration::from_secs(60),
             idle: Duration::from_secs(30 * 60),
-            stalled: Duration::from_secs(60),
+            stalled: Duration::from_secs(300),
             stalled_when_short: Duration::from_secs(10),
         }
     }
