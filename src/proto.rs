@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use prost::{Message, Name};
 use prost_types::{Any, Timestamp};
 
-use crate::{digest::Digest, resource::blob_name};
+use crate::{digest::Digest, instance::InstanceName, resource::blob_name};
 
 #[allow(clippy::all, rustdoc::all)]
 mod generated {
@@ -28,6 +28,23 @@ pub const REQUEST_METADATA_HEADER: &str = "build.bazel.remote.execution.v2.reque
 /// Between this project's worker and runner: whose the input files are.
 const INPUTS_HEADER: &str = "bb-inputs";
 const PRIVATE: &str = "private";
+
+/// Between this project's worker and scheduler: whose blobs the reported action works with.
+/// Buildbarn's worker does not say, and its scheduler does not ask.
+const INSTANCE_HEADER: &str = "bb-instance-name-bin";
+
+/// Says of which instance the action is that a worker reports.
+pub fn set_instance<T>(request: &mut tonic::Request<T>, instance: &InstanceName) {
+    let value = tonic::metadata::MetadataValue::from_bytes(instance.as_str().as_bytes());
+    request.metadata_mut().insert_bin(INSTANCE_HEADER, value);
+}
+
+/// What a worker said so; `None` when it said nothing that is an instance name.
+pub fn instance_of<T>(request: &tonic::Request<T>) -> Option<InstanceName> {
+    let value = request.metadata().get_bin(INSTANCE_HEADER)?;
+    let data = value.to_bytes().ok()?;
+    InstanceName::parse(std::str::from_utf8(&data).ok()?).ok()
+}
 
 /// A request on behalf of an action, which its receiver may log (REAPI: RequestMetadata.action_id).
 pub fn for_action<T>(message: T, action: &Digest) -> tonic::Request<T> {

@@ -195,8 +195,12 @@ impl Storage {
         let embedded = |place: &StoragePlace| *place == StoragePlace::Embedded;
         complaints.unless(
             embedded(&self.cas) == embedded(&self.action_cache),
-            "storage.action_cache",
-            "the CAS and the Action Cache are either both \"embedded\" or both endpoints; set storage.cas alike",
+            // The one that somebody wrote.
+            match embedded(&self.cas) {
+                true => "storage.action_cache",
+                false => "storage.cas",
+            },
+            "the CAS and the Action Cache are either both \"embedded\" or both endpoints; set the other one alike",
         );
         for (key, place) in [
             ("storage.cas", &self.cas),

@@ -59,10 +59,7 @@ impl FromStr for Duration {
         match humantime::parse_duration(text) {
             Ok(duration) if duration <= Self::LONGEST => Ok(Duration(duration)),
             Ok(_) => Err(format!("{text:?} is more than ten years")),
-            Err(error) => Err(format!(
-                "{text:?} is no duration: {error}; write {}",
-                Self::EXPECTED
-            )),
+            Err(_) => Err(format!("{text:?} is no duration; write {}", Self::EXPECTED)),
         }
     }
 }

@@ -25,6 +25,7 @@ mod journal;
 mod life;
 mod listen;
 mod log;
+mod memory;
 mod reload;
 mod server;
 mod unit;
@@ -164,6 +165,7 @@ pub fn main<C: Check + 'static>(
     }
     let life = Life::new();
     watchdog::start(&life, runtime.handle());
+    memory::start();
     let running = Running {
         path: path.clone(),
         optional,

@@ -132,7 +132,9 @@ mod tests {
         write("cache.maximum_size = \"20480MiB\"\n[[runners]]\nconcurrency = 2\nsize_class = 0\n");
         assert_eq!(running.reload(&levels), "");
 
-        write("log.level = \"debug\"\nstorage.browser_url = \"x\"\n[[runners]]\nconcurrency = 3\n");
+        write(
+            "log.level = \"debug\"\nstorage.browser_url = \"http://x\"\n[[runners]]\nconcurrency = 3\n",
+        );
         let wait = "restart to apply: runners, storage.browser_url";
         assert_eq!(running.reload(&levels), wait);
         assert_eq!(running.reload(&levels), wait);

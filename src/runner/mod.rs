@@ -235,9 +235,17 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         (false, 0) => format!("idle, {place}"),
         (false, running) => format!("{running} commands run, {place}"),
     };
+    let kill_what_is_late = async {
+        life.stopping().cancelled().await;
+        tokio::time::sleep(drain).await;
+        killing.cancel();
+        std::future::pending().await
+    };
     let result = tokio::select! {
-        result = daemon::serve(listener, routes, life.stopping(), drain) => result,
+        // Callers are told what became of commands that had to be killed.
+        result = daemon::serve(listener, routes, life.stopping(), drain + DYING) => result,
         () = life.keep_status(line) => Ok(()),
+        () = kill_what_is_late => Ok(()),
     };
     killing.cancel();
     if !users.all_back(DYING).await {

@@ -153,7 +153,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         move || queue.touch()
     });
     life.ready(&status);
-    tokio::select! {
+    let ended = tokio::select! {
         () = queue.keep_time() => Ok(()),
         () = observer::observe(&queue, &life, &status) => Ok(()),
         served = async {
@@ -168,5 +168,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
                 ),
             )
         } => served.map(|_| ()),
-    }
+    };
+    queue.tell_totals();
+    ended
 }

@@ -16,8 +16,8 @@ use uuid::Uuid;
 
 use super::{
     queue::{
-        self, Activity, Desired, Invocation, NoWorkers, Outcome, Place, Platform, Progress,
-        ReportedDigest, Stage, Work, WorkerId,
+        self, Activity, Caller, Desired, Invocation, NoWorkers, Outcome, Place, Platform, Progress,
+        ReportedAction, ReportedDigest, Stage, Work, WorkerId,
     },
     shared::{SharedQueue, Waiter},
 };
@@ -371,24 +371,28 @@ impl OperationQueue for Workers {
         if self.stopping.is_cancelled() {
             return Err(stopping());
         }
-        let (place, id, report) = parse_worker(request.into_inner())?;
+        let instance = proto::instance_of(&request);
+        let peer = peer_of(&request);
+        let (place, id, report) = parse_worker(request.into_inner(), instance)?;
+        let caller = Caller { id, peer };
         let idle_wait = random_below(self.idle_interval);
         let instruction = self
             .queue
-            .synchronize(&place, &id, report, idle_wait, self.stopping.cancelled())
+            .synchronize(
+                &place,
+                &caller,
+                report,
+                idle_wait,
+                self.stopping.cancelled(),
+            )
             .await
-            .map_err(|refusal| match refusal {
-                queue::Refusal::AlreadySynchronizing(_) => {
-                    Status::resource_exhausted(refusal.to_string())
-                }
-                queue::Refusal::SizeClass { .. } => invalid(refusal),
-            })?
+            .map_err(refused)?
             .ok_or_else(stopping)?;
         if let Desired::Execute { work, .. } = &instruction.desired {
             tracing::debug!(
                 action = work.digest.hash_hex(),
                 instance = work.instance.as_str(),
-                worker = serde_json::to_string(id.labels()).unwrap_or_default(),
+                worker = serde_json::to_string(caller.id.labels()).unwrap_or_default(),
                 target = work.target_id,
                 "handed to a worker"
             );
@@ -397,7 +401,37 @@ impl OperationQueue for Workers {
     }
 }
 
-fn parse_worker(request: SynchronizeRequest) -> Result<(Place, WorkerId, queue::Report), Status> {
+fn refused(refusal: queue::Refusal) -> Status {
+    match &refusal {
+        queue::Refusal::AlreadySynchronizing { news, .. }
+        | queue::Refusal::Executing { news, .. } => {
+            if *news {
+                tracing::warn!("refused a worker: {refusal}");
+            }
+            Status::resource_exhausted(refusal.to_string())
+        }
+        queue::Refusal::SizeClass { .. } => invalid(refusal),
+    }
+}
+
+/// The other end of the connection.
+fn peer_of<T>(request: &Request<T>) -> Arc<str> {
+    match request.extensions().get::<Peer>() {
+        Some(Peer::Tcp(Some(address))) => address.to_string().into(),
+        Some(Peer::Unix {
+            pid: Some(pid),
+            uid,
+            ..
+        }) => format!("process {pid} of user {uid}").into(),
+        Some(Peer::Unix { uid, .. }) => format!("user {uid}").into(),
+        Some(Peer::Tcp(None)) | None => "an unknown address".into(),
+    }
+}
+
+fn parse_worker(
+    request: SynchronizeRequest,
+    instance: Option<InstanceName>,
+) -> Result<(Place, WorkerId, queue::Report), Status> {
     let prefix = InstanceName::parse(&request.instance_name_prefix).map_err(invalid)?;
     let platform = Platform::parse(request.platform.as_ref()).map_err(invalid)?;
     let state = request
@@ -410,12 +444,15 @@ fn parse_worker(request: SynchronizeRequest) -> Result<(Place, WorkerId, queue::
             let digest = Digest::parse_required(None, executing.action_digest.as_ref()).map_err(
                 |error| invalid(format!("Invalid digest of the worker's action: {error}")),
             )?;
-            let digest = ReportedDigest::from(&digest);
+            let action = ReportedAction {
+                digest: ReportedDigest::from(&digest),
+                instance,
+            };
             match executing.execution_state {
                 Some(ExecutionState::Completed(response)) => {
-                    Activity::Completed(digest, Arc::new(Outcome::new(&response)))
+                    Activity::Completed(action, Arc::new(Outcome::new(&response)))
                 }
-                Some(_) => Activity::Executing(digest),
+                Some(_) => Activity::Executing(action),
                 None => {
                     return Err(invalid("The worker does not say how far its action is"));
                 }

@@ -10,8 +10,8 @@ use tokio::sync::{Notify, oneshot, watch};
 use uuid::Uuid;
 
 use super::queue::{
-    Answer, Attached, Effect, HeldCall, Instruction, NoWorkers, Place, Progress, Queue, Refusal,
-    Report, Request, Settings, Stage, WorkerId,
+    Answer, Attached, Caller, Clock, Effect, HeldCall, Instruction, NoWorkers, Place, Progress,
+    Queue, Refusal, Report, Request, Settings, Stage, TICK,
 };
 type Held = oneshot::Sender<Instruction>;
 type Watch = watch::Sender<Progress>;
@@ -24,6 +24,7 @@ pub struct SharedQueue {
 
 struct State {
     queue: Queue<Held, Watch>,
+    clock: Clock,
     /// What `keep_time` sleeps for.
     alarm: Option<Instant>,
 }
@@ -43,9 +44,11 @@ struct Holding<'a> {
 
 impl SharedQueue {
     pub fn new(settings: Settings) -> Arc<Self> {
+        let now = Instant::now();
         Arc::new(SharedQueue {
             state: Mutex::new(State {
-                queue: Queue::new(settings, Instant::now()),
+                queue: Queue::new(settings, now),
+                clock: Clock::new(now),
                 alarm: None,
             }),
             sooner: Notify::new(),
@@ -53,10 +56,12 @@ impl SharedQueue {
     }
 
     fn decide<T>(&self, verb: impl FnOnce(&mut Queue<Held, Watch>, Instant) -> T) -> T {
-        let (result, effects, sooner) = {
+        let (result, effects, sooner, pause) = {
             let mut state = self.state.lock();
-            let result = verb(&mut state.queue, Instant::now());
-            let next = state.queue.poll_timeout();
+            // Read under the lock: what is decided later is not earlier.
+            let (now, pause) = state.clock.look(Instant::now());
+            let result = verb(&mut state.queue, now);
+            let next = state.next_deadline();
             let sooner = match (next, state.alarm) {
                 (Some(next), Some(alarm)) => next < alarm,
                 (Some(_), None) => true,
@@ -65,8 +70,14 @@ impl SharedQueue {
             if sooner {
                 state.alarm = next;
             }
-            (result, state.queue.effects(), sooner)
+            (result, state.queue.effects(), sooner, pause)
         };
+        if let Some(pause) = pause {
+            tracing::warn!(
+                seconds = pause.as_secs(),
+                "this process stood still; deadlines of workers and clients are put off by as much"
+            );
+        }
         for effect in effects {
             match effect {
                 // A call that is gone hangs up by itself.
@@ -93,6 +104,18 @@ impl SharedQueue {
         look(&self.state.lock().queue)
     }
 
+    /// What became of all that came, for the log.
+    pub fn tell_totals(&self) {
+        let (totals, counts) = self.look(|queue| (queue.totals(), queue.counts()));
+        tracing::info!(
+            operations = totals.operations,
+            actions = totals.tasks,
+            completed = totals.completed,
+            queued = counts.queued,
+            "what was executed since the start"
+        );
+    }
+
     /// Returns as soon as nobody decides.
     pub fn touch(&self) {
         drop(self.state.lock());
@@ -103,17 +126,13 @@ impl SharedQueue {
         loop {
             let alarm = {
                 let mut state = self.state.lock();
-                state.alarm = state.queue.poll_timeout();
-                state.alarm
-            };
-            let due = async {
-                match alarm {
-                    Some(alarm) => tokio::time::sleep_until(alarm.into()).await,
-                    None => std::future::pending().await,
-                }
+                let tick = Instant::now() + TICK;
+                let alarm = state.next_deadline().map_or(tick, |next| next.min(tick));
+                state.alarm = Some(alarm);
+                alarm
             };
             tokio::select! {
-                () = due => {}
+                () = tokio::time::sleep_until(alarm.into()) => {}
                 () = self.sooner.notified() => {}
             }
             self.decide(Queue::expire);
@@ -149,14 +168,14 @@ impl SharedQueue {
     pub async fn synchronize(
         &self,
         place: &Place,
-        id: &WorkerId,
+        caller: &Caller,
         report: Report,
         idle_wait: Duration,
         stopping: impl Future<Output = ()>,
     ) -> Result<Option<Instruction>, Refusal> {
         let (call, answer) = oneshot::channel();
-        let decided =
-            self.decide(|queue, now| queue.synchronize(now, place, id, report, call, idle_wait))?;
+        let decided = self
+            .decide(|queue, now| queue.synchronize(now, place, caller, report, call, idle_wait))?;
         let mut holding = match decided {
             Answer::Now(instruction) => return Ok(Some(instruction)),
             Answer::Held(held) => Holding {
@@ -172,6 +191,13 @@ impl SharedQueue {
             }
             () = stopping => Ok(None),
         }
+    }
+}
+
+impl State {
+    fn next_deadline(&self) -> Option<Instant> {
+        let next = self.queue.poll_timeout()?;
+        Some(self.clock.real(next))
     }
 }
 

@@ -188,15 +188,13 @@ impl Client {
         digests: Vec<Digest>,
     ) -> Result<Vec<Digest>, Error> {
         let mut missing = Vec::new();
-        let mut refused = false;
+        let (mut refused, mut accepted) = (false, 0);
         let mut open = vec![digests];
         while let Some(mut digests) = open.pop() {
             let count = digests.len();
             match self.find_missing_once(instance, &digests).await? {
                 Ok(found) => {
-                    if refused {
-                        self.shared.limits.learn_digests(count);
-                    }
+                    accepted = accepted.max(count);
                     missing.extend(found);
                 }
                 Err(status) if count <= 1 => return Err(retry::error(&status, None)),
@@ -206,6 +204,9 @@ impl Client {
                     open.extend([later, digests]);
                 }
             }
+        }
+        if refused && accepted > 0 {
+            self.shared.limits.learn_digests(accepted);
         }
         Ok(missing)
     }
@@ -358,6 +359,12 @@ impl Client {
 /// Which need not be asked for.
 fn is_the_empty_blob(digest: &Digest) -> bool {
     digest.is_empty_blob() && *digest == digest.function().empty()
+}
+
+/// A batch that went through, as what `group` may make so large. Servers count only the blobs, or the
+/// whole message, whose other parts are about half of what `OVERHEAD` allows.
+fn weight(blobs: usize, total: u64) -> u64 {
+    total.max((total + OVERHEAD * blobs as u64) / 2)
 }
 
 /// In two, of about the same size.

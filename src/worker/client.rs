@@ -104,14 +104,16 @@ pub async fn run(
     let mut call: Pending<Result<SynchronizeResponse, Status>> = None;
     let mut readiness: Pending<Result<(), NotReady>> = None;
     let mut paused = executor.availability.paused();
-
     let mut execution: Option<Execution> = None;
+    // Of what was started last, until its result has been taken.
+    let mut instance: Option<InstanceName> = None;
     loop {
         heart.beat(A_DECISION);
         let until = match state.next(Instant::now()) {
             Step::Call(report) => {
                 let stage = execution.as_ref().map(|e| *e.stage.borrow());
-                let request = request(&identity, report, stage);
+                let instance = instance.as_ref();
+                let request = request(&identity, report, stage, instance);
                 let mut client = client.clone();
                 call = Some(Box::pin(async move {
                     client
@@ -126,6 +128,7 @@ pub async fn run(
                 continue;
             }
             Step::Start(task) => {
+                instance = task.as_ref().ok().map(|task| task.instance.clone());
                 execution = Some(start(executor.clone(), overview.clone(), slot, task));
                 continue;
             }
@@ -289,7 +292,8 @@ fn request(
     identity: &Identity,
     report: Report<Box<ExecuteResponse>>,
     stage: Option<Stage>,
-) -> SynchronizeRequest {
+    instance: Option<&InstanceName>,
+) -> tonic::Request<SynchronizeRequest> {
     use current_state::WorkerState;
     let executing = |digest, state| {
         WorkerState::Executing(current_state::Executing {
@@ -297,6 +301,10 @@ fn request(
             execution_state: Some(state),
         })
     };
+    let started = matches!(
+        report.activity,
+        slot::Activity::Executing(_) | slot::Activity::Completed(..)
+    );
     let state = match report.activity {
         slot::Activity::Idle => WorkerState::Idle(()),
         slot::Activity::Started(digest) => executing(digest, ExecutionState::Started(())),
@@ -313,7 +321,7 @@ fn request(
             executing(digest, ExecutionState::Completed(*response))
         }
     };
-    SynchronizeRequest {
+    let mut request = tonic::Request::new(SynchronizeRequest {
         worker_id: identity.worker_id.clone(),
         instance_name_prefix: identity.instance_name_prefix.as_str().to_owned(),
         platform: Some(identity.platform.clone()),
@@ -322,7 +330,11 @@ fn request(
             worker_state: Some(state),
         }),
         prefer_being_idle: report.prefer_being_idle,
+    });
+    if let Some(instance) = instance.filter(|_| started) {
+        proto::set_instance(&mut request, instance);
     }
+    request
 }
 
 fn answer_of(

@@ -80,6 +80,8 @@ pub struct Executor {
 enum Ended {
     Answered(Result<RunResponse, tonic::Status>),
     Late,
+    /// Late, and the runner answers nothing else either.
+    Silent,
     Cancelled,
 }
 
@@ -163,12 +165,10 @@ impl Executor {
         metadata.execution_completed_timestamp = now();
         // A runner that is stopped says nothing of a command, which may have ended long ago.
         if matches!(ended, Ended::Late) && !runner::answers(&self.runner).await {
-            ended = Ended::Answered(Err(tonic::Status::unavailable(
-                "the runner does not answer",
-            )));
+            ended = Ended::Silent;
         }
         let was_run = matches!(ended, Ended::Answered(Ok(_)));
-        if matches!(ended, Ended::Answered(Err(_))) {
+        if matches!(ended, Ended::Answered(Err(_)) | Ended::Silent) {
             root.distrust();
         }
         let mut ran = self.take_answer(ended, task, metadata, response);
@@ -383,6 +383,9 @@ impl Executor {
                 "Failed to run command: it did not end within its timeout of {}",
                 humantime::format_duration(task.timeout)
             ))),
+            Ended::Silent => Err(Fault::Unavailable(
+                "Failed to run command: bb_runner on the worker's host does not answer".to_owned(),
+            )),
             Ended::Cancelled => Err(Fault::Cancelled),
         }
     }

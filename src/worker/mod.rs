@@ -204,6 +204,9 @@ fn directory_failure(key: &'static str, path: &Path, error: &io::Error) -> Failu
         io::ErrorKind::PermissionDenied => {
             format!("{path} cannot be made or written to ({error}); let the worker's user own it")
         }
+        io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => {
+            format!("{path} is no directory, or a file is in its way; choose another path")
+        }
         _ => {
             return Failure::Environment {
                 message: format!("could not open {path} ({key}): {error}"),

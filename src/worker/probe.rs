@@ -290,6 +290,15 @@ async fn answer<T>(
 }
 
 fn check_writable(path: &Path) -> Result<(), String> {
+    let in_its_way = path
+        .ancestors()
+        .find(|ancestor| std::fs::symlink_metadata(ancestor).is_ok());
+    if let Some(file) = in_its_way.filter(|found| !found.is_dir()) {
+        return Err(format!(
+            "{} is no directory; choose another path",
+            file.display()
+        ));
+    }
     let existing = existing(path);
     let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
     rustix::fs::access(&existing, access).map_err(|error| {

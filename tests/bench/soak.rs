@@ -16,8 +16,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
-    process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
@@ -40,6 +38,10 @@ use prost::Message;
 use tonic::transport::Channel;
 
 use crate::harness::{Client, digest_of, finished, parts::Random};
+
+mod scheduler;
+
+use scheduler::{Scheduler, resident};
 
 /// The longest time between an Execute and its result.
 const STUCK: Duration = Duration::from_secs(120);
@@ -105,98 +107,6 @@ impl Tally {
             println!("UNEXPLAINED {what}: {detail}");
         }
         self.add(format!("UNEXPLAINED {what}"));
-    }
-}
-
-/// A bb_scheduler of its own; stopped when dropped.
-struct Scheduler {
-    child: Child,
-    directory: tempfile::TempDir,
-    clients: String,
-    workers: String,
-}
-
-impl Scheduler {
-    fn start(storage: Option<&str>) -> Scheduler {
-        let directory = tempfile::Builder::new()
-            .prefix("bb-soak.")
-            .tempdir_in("/var/tmp")
-            .unwrap();
-        let place = directory.path().display();
-        let storage = match storage {
-            Some(endpoint) => {
-                format!("storage.cas = \"{endpoint}\"\nstorage.action_cache = \"{endpoint}\"\n")
-            }
-            None => format!(
-                "storage.embedded.directory = \"{place}/storage\"\n\
-                 storage.embedded.maximum_size = \"1GiB\"\n"
-            ),
-        };
-        fs::create_dir(directory.path().join("storage")).unwrap();
-        let config = directory.path().join("bb_scheduler.toml");
-        let text = format!(
-            "clients.listen = \"127.0.0.1:0\"\nworkers.listen = \"127.0.0.1:0\"\n\
-             log.level = \"warn\"\n\
-             scheduling.operation_with_no_waiters_timeout = \"5s\"\n\
-             scheduling.busy_worker_synchronization_interval = \"2s\"\n\
-             scheduling.worker_with_no_synchronizations_timeout = \"20s\"\n{storage}"
-        );
-        // The addresses are told at level `info`; after that a line per action is too much.
-        fs::write(&config, text.replace("\"warn\"", "\"info\"")).unwrap();
-        let log = fs::File::create(directory.path().join("log")).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_bb_scheduler"))
-            .arg("--config")
-            .arg(&config)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        let mut scheduler = Scheduler {
-            child,
-            directory,
-            clients: String::new(),
-            workers: String::new(),
-        };
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while scheduler.workers.is_empty() {
-            assert!(Instant::now() < deadline, "{}", scheduler.log());
-            std::thread::sleep(Duration::from_millis(50));
-            let log = scheduler.log();
-            if let Some((_, rest)) = log.split_once("serving clients on ")
-                && let Some((clients, rest)) = rest.split_once(", workers on ")
-                && let Some((workers, _)) = rest.split_once('\n')
-            {
-                scheduler.clients = clients.to_owned();
-                scheduler.workers = workers.trim().to_owned();
-            }
-        }
-        fs::write(&config, text).unwrap();
-        scheduler.signal(nix::sys::signal::Signal::SIGHUP);
-        scheduler
-    }
-
-    fn signal(&self, signal: nix::sys::signal::Signal) {
-        let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
-        nix::sys::signal::kill(pid, signal).unwrap();
-    }
-
-    fn log(&self) -> String {
-        fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
-    }
-
-    /// Tells it to stop; what it wrote.
-    fn stop(mut self) -> String {
-        self.signal(nix::sys::signal::Signal::SIGTERM);
-        let _ = self.child.wait();
-        self.log()
-    }
-}
-
-impl Drop for Scheduler {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -305,6 +215,14 @@ async fn soak(plan: Plan) -> bool {
     for (what, count) in &*tally.counts.lock().unwrap() {
         println!("{count:>9} {what}");
     }
+    let of = |key: &str| -> Option<u64> {
+        let (_, rest) = log.rsplit_once(key)?;
+        rest.split_whitespace().next()?.parse().ok()
+    };
+    let counts = [of(" actions="), of(" completed=")];
+    if counts[0].is_none() || counts[0] != counts[1] || of(" queued=") != Some(0) {
+        tally.find("counts of the scheduler", format!("{counts:?}"));
+    }
     println!("what the scheduler wrote:");
     let lines: Vec<&str> = log
         .lines()
@@ -314,14 +232,6 @@ async fn soak(plan: Plan) -> bool {
         println!("  {line}");
     }
     tally.unexplained.load(Ordering::Relaxed) == 0
-}
-
-/// In MiB (proc(5), status).
-fn resident(pid: u32, key: &str) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find(|line| line.starts_with(key));
-    let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
-    kib.unwrap_or(0) / 1024
 }
 
 /// Uploads the actions that the clients then execute.

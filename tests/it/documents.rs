@@ -365,7 +365,7 @@ fn the_manual_names_fields_of_the_journal_that_daemons_write() {
     let described: Vec<String> = read("man/bb-remote-execution.7")
         .lines()
         .filter_map(|line| line.strip_prefix(".It Va BB_"))
-        .flat_map(|line| line.split(" , BB_"))
+        .flat_map(|line| line.split(" and BB_"))
         .map(str::to_lowercase)
         .collect();
     assert!(described.len() > 10, "{described:?}");

@@ -8,6 +8,7 @@ use bb_remote_execution::{
     config::{self, Endpoint, ListenAddress, Size, scheduler::Config},
     daemon::{self, Failure, Life},
     digest::DigestFunction,
+    instance::InstanceName,
     proto::{
         self, REQUEST_METADATA_HEADER,
         longrunning::{Operation, operation},
@@ -176,10 +177,15 @@ impl Scheduler {
         request.current_state = Some(CurrentState {
             worker_state: Some(state),
         });
+        let mut request = Request::new(request);
+        proto::set_instance(&mut request, &InstanceName::empty());
         self.call(request).await
     }
 
-    async fn call(&self, request: SynchronizeRequest) -> Result<SynchronizeResponse, Status> {
+    async fn call(
+        &self,
+        request: impl tonic::IntoRequest<SynchronizeRequest>,
+    ) -> Result<SynchronizeResponse, Status> {
         OperationQueueClient::new(self.workers.clone())
             .synchronize(request)
             .await
@@ -572,9 +578,13 @@ async fn a_client_that_never_reads_hinders_nobody() {
     .await;
     let held = scheduler.parked("w").await;
     let action = scheduler.action("x", |_| {}).await;
+    // On a connection of its own: it leaves no room on it for answers to anything else.
+    let socket = scheduler.directory.path().join("clients");
+    let channel = daemon::connect(&Endpoint::Unix(socket));
     let mut lazy = Vec::new();
-    for _ in 0..500 {
-        lazy.push(scheduler.execute(&action).await.unwrap());
+    for _ in 0..100 {
+        let mut client = ExecutionClient::new(channel.clone());
+        lazy.push(client.execute(execute(&action)).await.unwrap().into_inner());
     }
     desired(held.await.unwrap().unwrap());
     tokio::time::sleep(Duration::from_millis(200)).await;

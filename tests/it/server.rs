@@ -217,11 +217,9 @@ async fn read(client: &mut ByteStreamClient<Channel>, mebibytes: i64) -> usize {
 }
 
 /// Reads until the server closes the connection.
-async fn until_closed(stream: &mut TcpStream) -> usize {
-    let mut read = Vec::new();
+async fn until_closed(stream: &mut TcpStream) {
     // A reset is as good.
-    let _ = stream.read_to_end(&mut read).await;
-    read.len()
+    let _ = stream.read_to_end(&mut Vec::new()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -239,7 +237,7 @@ async fn a_long_message_fails_its_own_call_and_no_other_on_its_connection() {
         let status = client.write(stream::iter([request])).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{status}");
         let (kept, _) = status.message().split_once("... (shortened)").unwrap();
-        assert!(text.repeat(2000).starts_with(kept) && kept.len() > 500);
+        assert!(text.repeat(4000).starts_with(kept) && kept.len() > 500);
     }
     parked.succeed().await;
 }
@@ -348,7 +346,7 @@ async fn silent_connections_give_way_to_those_that_call() {
     }
     assert_eq!(read(&mut server.client(), 1).await, MIB);
     for stream in silent.iter_mut().take(10) {
-        assert_eq!(until_closed(stream).await, 0, "closed by the server");
+        until_closed(stream).await;
     }
     parked.succeed().await;
 }
@@ -411,7 +409,7 @@ async fn a_message_that_is_too_large_is_refused_with_what_to_do() {
         .find_missing_blobs(digests(260_000))
         .await
         .unwrap_err();
-    assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+    assert_eq!(status.code(), Code::OutOfRange, "{status}");
     for words in ["larger than the 16777216", "fewer digests in one call"] {
         assert!(status.message().contains(words), "{status}");
     }

@@ -31,9 +31,10 @@ use bb_remote_execution::{
     instance::InstanceName,
     proto::{self, reapi, rpc},
     scheduler::queue::{
-        Activity as Reported, Answer as Decided, Counts, Desired as Wanted, Effect, HeldCall,
-        Instruction, Invocation, Outcome, Place, Platform, Progress, Queue, Report as SaidReport,
-        ReportedDigest, Request as QueueRequest, Settings, Stage, Work, WorkerId,
+        Activity as Reported, Answer as Decided, Caller, Clock, Counts, Desired as Wanted, Effect,
+        HeldCall, Instruction, Invocation, Outcome, Place, Platform, Progress, Queue,
+        Report as SaidReport, ReportedAction, ReportedDigest, Request as QueueRequest, Settings,
+        Stage, TICK, Work, WorkerId,
     },
     worker::slot::{Activity, Answer, Desired, Report, Slot, Step},
 };
@@ -58,6 +59,8 @@ enum Event {
         worker: usize,
         call: u64,
         report: Report<RunResult>,
+        /// Whose the reported action is.
+        instance: Option<InstanceName>,
         /// A duplicate: nobody hears the answer.
         ghost: bool,
     },
@@ -76,6 +79,8 @@ enum Event {
     },
     Left(u64),
     Restart,
+    /// It stands still for so long.
+    StandStill(Duration),
     // At a worker; nothing reaches its next life.
     Answered {
         worker: usize,
@@ -127,6 +132,8 @@ struct Worker {
     slot: Option<Slot<Arc<Work>, RunResult>>,
     call: Option<u64>,
     running: Option<Running>,
+    /// Of what was started last.
+    instance: Option<InstanceName>,
     /// A result that no scheduler has answered for.
     kept: Option<u64>,
     wake: Option<Instant>,
@@ -136,7 +143,6 @@ struct Worker {
 
 struct Running {
     run: u64,
-    action: Digest,
     cancelled: bool,
 }
 
@@ -191,6 +197,9 @@ struct World {
     settings: Settings,
     generation: u32,
     queue: Queue<u64, u64>,
+    clock: Clock,
+    /// The scheduler stands still, until then.
+    paused: Option<Instant>,
     /// By call; with the worker and its life, unless it is a ghost.
     held: BTreeMap<u64, (HeldCall, usize, u32)>,
     streams: BTreeMap<u64, Stream>,
@@ -200,8 +209,8 @@ struct World {
     workers: Vec<Worker>,
     requests: Vec<Request>,
     actions: Vec<(Digest, bool)>,
-    /// What each run was of, and how it ended.
-    runs: BTreeMap<u64, (Digest, Option<rpc::Code>)>,
+    /// What each run was of, whose blobs it worked with, and how it ended.
+    runs: BTreeMap<u64, (Digest, InstanceName, Option<rpc::Code>)>,
 }
 
 fn platform(properties: &[(&str, &str)]) -> Platform {
@@ -215,6 +224,43 @@ fn platform(properties: &[(&str, &str)]) -> Platform {
 
 impl World {
     fn new(seed: u64, start: Instant) -> Self {
+        let mut world = World::empty(seed, start);
+        world.plan();
+        world
+    }
+
+    /// Each worker has a twin of the same name.
+    fn twins(seed: u64, start: Instant) -> Self {
+        let mut world = World::calm(seed, start);
+        for worker in 0..world.workers.len() {
+            let twin = Worker {
+                place: world.workers[worker].place.clone(),
+                id: world.workers[worker].id.clone(),
+                life: 0,
+                slot: None,
+                call: None,
+                running: None,
+                instance: None,
+                kept: None,
+                wake: None,
+                paused: start,
+            };
+            world.workers.push(twin);
+            let at = world.random.up_to(20_000);
+            world.after(at, Event::Start(world.workers.len() - 1));
+        }
+        world
+    }
+
+    /// Where nothing goes wrong, but for a scheduler that stands still.
+    fn calm(seed: u64, start: Instant) -> Self {
+        let mut world = World::empty(seed, start);
+        world.healed = true;
+        world.plan();
+        world
+    }
+
+    fn empty(seed: u64, start: Instant) -> Self {
         let mut random = Random(seed);
         let settings = Settings {
             operation_with_no_waiters_timeout: MINUTE,
@@ -251,6 +297,7 @@ impl World {
                 slot: None,
                 call: None,
                 running: None,
+                instance: None,
                 kept: None,
                 wake: None,
                 paused: start,
@@ -279,7 +326,7 @@ impl World {
                 name: None,
             })
             .collect();
-        let mut world = World {
+        World {
             seed,
             trouble: MINUTE * (3 + random.below(if large { 20 } else { 3 }) as u32),
             random,
@@ -293,6 +340,8 @@ impl World {
             steps: 0,
             seen: BTreeMap::new(),
             queue: Queue::new(settings.clone(), start),
+            clock: Clock::new(start),
+            paused: None,
             settings,
             generation: 0,
             held: BTreeMap::new(),
@@ -302,17 +351,20 @@ impl World {
             requests,
             actions,
             runs: BTreeMap::new(),
-        };
-        world.plan();
-        world
+        }
     }
 
     /// When who comes, and what goes wrong.
     fn plan(&mut self) {
         let trouble = self.trouble.as_millis() as u64;
         let mut wrong: u64 = 2 + trouble / 120_000;
-        if self.random.chance(20) {
+        if self.healed || self.random.chance(20) {
             wrong = 0;
+        }
+        if self.healed || self.random.chance(20) {
+            let at = self.random.up_to(trouble);
+            let pause = MINUTE + self.random.up_to(600_000);
+            self.after(at, Event::StandStill(pause));
         }
         for worker in 0..self.workers.len() {
             let at = self.random.up_to(20_000);
@@ -454,7 +506,8 @@ impl World {
         }
         if completed {
             self.streams.remove(&number);
-            self.queue.detach(self.now, name);
+            let now = self.look();
+            self.queue.detach(now, name);
         }
     }
 
@@ -493,14 +546,18 @@ impl World {
         life: u32,
         call: u64,
         report: Report<RunResult>,
+        instance: Option<InstanceName>,
         ghost: bool,
     ) {
         let (place, id) = (
             self.workers[worker].place.clone(),
             self.workers[worker].id.clone(),
         );
-        let reported = |digest: &reapi::Digest| {
-            ReportedDigest::from(&Digest::parse(None, digest).expect("the echo of a digest"))
+        let reported = |digest: &reapi::Digest| ReportedAction {
+            digest: ReportedDigest::from(
+                &Digest::parse(None, digest).expect("the echo of a digest"),
+            ),
+            instance: instance.clone(),
         };
         let unwilling = report.prefer_being_idle;
         let executes = matches!(report.activity, Activity::Executing(_));
@@ -523,10 +580,14 @@ impl World {
             prefer_being_idle: report.prefer_being_idle,
         };
         let waited = self.waiting(&place);
-        let wait = self.random.up_to(120_000);
+        let (wait, now) = (self.random.up_to(120_000), self.look());
+        let caller = Caller {
+            id,
+            peer: format!("{worker}, life {life}").into(),
+        };
         let decided = self
             .queue
-            .synchronize(self.now, &place, &id, said, call, wait);
+            .synchronize(now, &place, &caller, said, call, wait);
         match decided {
             Ok(Decided::Now(instruction)) => {
                 match &instruction.desired {
@@ -616,7 +677,8 @@ impl World {
         };
         let name = Uuid::from_u64_pair(self.random.next(), self.random.next());
         let (watch, parked) = (self.number(), self.queue.counts().parked);
-        let attached = self.queue.execute(self.now, name, queued, watch);
+        let now = self.look();
+        let attached = self.queue.execute(now, name, queued, watch);
         match attached {
             Ok(attached) => {
                 let joined = attached.watch != watch;
@@ -691,6 +753,7 @@ impl World {
     fn restart(&mut self) {
         self.generation += 1;
         self.queue = Queue::new(self.settings.clone(), self.now);
+        self.clock = Clock::new(self.now);
         for (call, (_, worker, life)) in std::mem::take(&mut self.held) {
             if !self.broken.contains(&call) {
                 let notice = self.notice();
@@ -737,7 +800,13 @@ impl World {
                     }
                     let call = self.number();
                     self.workers[worker].call = Some(call);
-                    self.send_call(worker, life, call, report);
+                    let instance = match &report.activity {
+                        Activity::Executing(_) | Activity::Completed(..) => {
+                            self.workers[worker].instance.clone()
+                        }
+                        Activity::Idle | Activity::Started(_) => None,
+                    };
+                    self.send_call(worker, life, call, report, instance);
                 }
                 Step::HangUp => self.hang_up(worker),
                 Step::Start(work) => self.start(worker, work),
@@ -777,7 +846,14 @@ impl World {
         }
     }
 
-    fn send_call(&mut self, worker: usize, life: u32, call: u64, report: Report<RunResult>) {
+    fn send_call(
+        &mut self,
+        worker: usize,
+        life: u32,
+        call: u64,
+        report: Report<RunResult>,
+        instance: Option<InstanceName>,
+    ) {
         let generation = self.generation;
         if self.lost() {
             let delay = self.notice();
@@ -812,6 +888,7 @@ impl World {
                     worker,
                     call: ghost,
                     report,
+                    instance: instance.clone(),
                     ghost: true,
                 },
             );
@@ -824,6 +901,7 @@ impl World {
                 worker,
                 call,
                 report,
+                instance,
                 ghost: false,
             },
         );
@@ -842,10 +920,11 @@ impl World {
             self.fail("a slot runs two actions at once");
         }
         let (run, life) = (self.number(), self.workers[worker].life);
-        self.runs.insert(run, (work.digest, None));
+        self.runs
+            .insert(run, (work.digest, work.instance.clone(), None));
+        self.workers[worker].instance = Some(work.instance.clone());
         self.workers[worker].running = Some(Running {
             run,
-            action: work.digest,
             cancelled: false,
         });
         let longest = if self.random.chance(70) {
@@ -940,8 +1019,12 @@ impl World {
         let text = status.message;
         let (digest, _) = self.actions[self.requests[request].action];
         if let Ok(run) = response.message.parse::<u64>() {
+            let instance = &self.requests[request].instance;
             match self.runs.get(&run) {
-                Some((action, Some(ended))) if *action == digest && *ended == code => {}
+                Some((_, whose, _)) if whose != instance => {
+                    self.fail("a client gets the result of another instance")
+                }
+                Some((action, _, Some(ended))) if *action == digest && *ended == code => {}
                 Some(_) => self.fail("a client gets the result of something else"),
                 None => self.fail("a client gets a result that nobody produced"),
             }
@@ -992,15 +1075,20 @@ impl World {
     /// One event; `false` when there is none before `end`.
     fn step(&mut self, end: Instant) -> bool {
         let event = self.events.first_key_value().map(|((at, _), _)| *at);
-        let expiry = self.queue.poll_timeout();
+        // After a pause it is the first to see what is due.
+        let resume = self.paused;
+        let expiry = self.queue.poll_timeout().map(|at| self.clock.real(at));
+        let expiry = resume.or(expiry);
         let wake = self.workers.iter().filter_map(|w| w.wake).min();
         let Some(next) = [event, expiry, wake].into_iter().flatten().min() else {
             return false;
         };
         if next > end {
+            self.tick(end);
             self.now = end;
             return false;
         }
+        self.tick(next);
         self.now = self.now.max(next);
         self.steps += 1;
         self.mix((self.now - self.start).as_nanos() as u64);
@@ -1009,8 +1097,10 @@ impl World {
                 self.handle(event);
             }
         } else if expiry == Some(next) {
+            self.paused = None;
             self.mix(1);
-            self.queue.expire(self.now);
+            let now = self.look();
+            self.queue.expire(now);
             self.perform();
         } else {
             self.mix(2);
@@ -1027,13 +1117,55 @@ impl World {
         true
     }
 
+    /// What the shell does every `TICK`, unless it stands still; nothing is due before `next`.
+    fn tick(&mut self, next: Instant) {
+        if self.paused.is_some() {
+            return;
+        }
+        let mut at = self.now;
+        while at + TICK < next {
+            at += TICK;
+            self.clock.look(at);
+        }
+    }
+
+    /// The scheduler's time.
+    fn look(&mut self) -> Instant {
+        let (now, pause) = self.clock.look(self.now);
+        if pause.is_some() {
+            self.see("stood still");
+        }
+        now
+    }
+
     fn handle(&mut self, event: Event) {
+        // What is said to a scheduler that stands still is read when it goes on.
+        if let Some(end) = self.paused
+            && matches!(
+                event,
+                Event::Call { .. }
+                    | Event::HungUp(_)
+                    | Event::Execute { .. }
+                    | Event::Wait { .. }
+                    | Event::Left(_)
+                    | Event::StandStill(_)
+            )
+        {
+            let read = end.saturating_duration_since(self.now) + self.random.up_to(200);
+            self.after(read, event);
+            return;
+        }
         match event {
+            Event::StandStill(pause) => {
+                self.mix(170);
+                self.paused = Some(self.now + pause);
+            }
             Event::Call {
                 generation,
                 worker,
                 call,
                 report,
+                instance,
                 ghost,
             } => {
                 self.mix(10 + call);
@@ -1041,7 +1173,7 @@ impl World {
                 let life = self.workers[worker].life;
                 let ghost = ghost || self.broken.contains(&call);
                 if generation == self.generation {
-                    self.call(worker, life, call, report, ghost);
+                    self.call(worker, life, call, report, instance, ghost);
                 } else if !ghost {
                     self.answer(worker, life, call, None);
                 }
@@ -1050,7 +1182,8 @@ impl World {
                 self.mix(20 + call);
                 if let Some((held, ..)) = self.held.remove(&call) {
                     let before = self.queue.counts();
-                    self.queue.hang_up(self.now, held);
+                    let now = self.look();
+                    self.queue.hang_up(now, held);
                     let after = self.queue.counts();
                     if (before.parked, before.queued) != (after.parked, after.queued) {
                         let again = after.parked >= before.parked;
@@ -1097,13 +1230,15 @@ impl World {
             Event::Left(stream) => {
                 self.mix(50 + stream);
                 if let Some(stream) = self.streams.remove(&stream) {
-                    self.queue.detach(self.now, stream.operation);
+                    let now = self.look();
+                    self.queue.detach(now, stream.operation);
                     self.perform();
                 }
             }
             Event::Restart => {
                 if !self.healed {
                     self.mix(60);
+                    self.paused = None;
                     self.see("scheduler restarted");
                     self.restart();
                 }
@@ -1247,7 +1382,9 @@ impl World {
             false if self.random.chance(90) => rpc::Code::Ok,
             false => rpc::Code::DeadlineExceeded,
         };
-        self.runs.insert(run, (running.action, Some(code)));
+        if let Some((.., ended)) = self.runs.get_mut(&run) {
+            *ended = Some(code);
+        }
         if !running.cancelled {
             self.workers[worker].kept = Some(run);
         }
@@ -1262,6 +1399,7 @@ impl World {
     fn run(mut self) -> Told {
         let trouble = self.start + self.trouble;
         while self.step(trouble) {}
+        self.tick(trouble);
         self.now = trouble;
         self.healed = true;
         for worker in 0..self.workers.len() {
@@ -1349,6 +1487,7 @@ fn a_farm_keeps_its_promises_whatever_the_network_does() {
             "operation not found",
             "result",
             "scheduler restarted",
+            "stood still",
             "told to stop",
             "woken",
             "paused",
@@ -1357,6 +1496,32 @@ fn a_farm_keeps_its_promises_whatever_the_network_does() {
             assert!(seen.contains_key(what), "this never happened: {what}");
         }
     }
+}
+
+#[test]
+fn a_scheduler_that_stood_still_declares_nobody_gone_whose_calls_it_has_not_read() {
+    let mut paused = 0;
+    for seed in 0..number("BB_SIMULATION_SEEDS").unwrap_or(1_000) {
+        let told = World::calm(seed, Instant::now()).run();
+        paused += told.seen.get("stood still").copied().unwrap_or(0);
+        for harm in ["worker disappeared", "blamed", "handed out again"] {
+            assert!(!told.seen.contains_key(harm), "seed {seed}: {harm}");
+        }
+    }
+    assert!(paused > 0);
+}
+
+#[test]
+fn two_hosts_of_one_name_never_run_what_the_other_one_runs() {
+    let mut refused = 0;
+    for seed in 0..number("BB_SIMULATION_SEEDS").unwrap_or(1_000) {
+        let told = World::twins(seed, Instant::now()).run();
+        refused += told.seen.get("already synchronizing").copied().unwrap_or(0);
+        for harm in ["worker disappeared", "blamed", "handed out again"] {
+            assert!(!told.seen.contains_key(harm), "seed {seed}: {harm}");
+        }
+    }
+    assert!(refused > 0);
 }
 
 #[test]

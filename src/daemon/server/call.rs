@@ -89,8 +89,9 @@ pub fn with_room<T>(
     response
 }
 
+/// OUT_OF_RANGE, as tonic says it: clients try RESOURCE_EXHAUSTED again.
 fn too_large(length: u64, largest: u64) -> Status {
-    Status::resource_exhausted(format!(
+    Status::out_of_range(format!(
         "a message of {length} bytes is larger than the {largest} that this server takes; ask for \
          fewer digests in one call, make batches of at most max_batch_total_size_bytes, and send \
          large blobs by ByteStream"

@@ -80,7 +80,7 @@ impl Default for Limits {
             handshake: Duration::from_secs(10),
             first_call: Duration::from_secs(60),
             idle: Duration::from_secs(30 * 60),
-            stalled: Duration::from_secs(60),
+            stalled: Duration::from_secs(300),
             stalled_when_short: Duration::from_secs(10),
         }
     }
@@ -102,6 +102,16 @@ const MOST_CONNECTIONS: usize = 10_000;
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
 
+/// Calls that are read together with their cancellation. A client that is interrupted cancels all that
+/// it has just asked for; at 20, the default of h2, that ends the calls of all who share the
+/// connection.
+const PENDING_RESETS: usize = 1000;
+
+/// In the life of a connection: frames of calls that were answered before their client had sent
+/// everything, and forgotten before it stopped. Beyond that h2 ends the connection, whose default is
+/// 1024; each may leave an unread answer of a few bytes behind.
+const ERROR_RESETS: usize = 16_384;
+
 impl Limits {
     fn apply(&self, protocol: &mut http2::Builder<TokioExecutor>) {
         protocol
@@ -110,6 +120,8 @@ impl Limits {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_concurrent_streams(self.calls_per_connection)
             .max_frame_size(1 << 20)
+            .max_pending_accept_reset_streams(PENDING_RESETS)
+            .max_local_error_reset_streams(ERROR_RESETS)
             .keep_alive_interval(Duration::from_secs(60))
             .keep_alive_timeout(Duration::from_secs(20));
     }

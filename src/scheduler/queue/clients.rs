@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, sync::Arc, time::Instant};
 use uuid::Uuid;
 
 use super::{
-    NoWorkers, Operation, Progress, Queue, QueueNumber, ReportedDigest, Request, Task, TaskNumber,
-    TaskState, Timer, Work, WorkerNumber, WorkerState,
+    ForeignAction, NoWorkers, Operation, Progress, Queue, ReportedDigest, Request, Task,
+    TaskNumber, TaskState, Timer, Work, WorkerNumber, WorkerState,
 };
 use crate::{digest::shorten, proto::rpc};
 
@@ -58,6 +58,7 @@ impl<C, W: Clone> Queue<C, W> {
         };
         let arrival = self.number();
         let number = TaskNumber(arrival);
+        self.totals.tasks += 1;
         let suffix = work.instance.strip_prefix(&place.prefix);
         self.tasks.insert(
             number,
@@ -80,17 +81,21 @@ impl<C, W: Clone> Queue<C, W> {
             },
         );
         let name = self.join(number, operation, &request);
-        let reported = ReportedDigest::from(&work.digest);
+        let foreign = ForeignAction {
+            queue,
+            instance: work.instance.clone(),
+            digest: ReportedDigest::from(&work.digest),
+        };
         if cacheable {
             self.in_flight.insert(key, number);
         }
         if !cacheable {
             self.enqueue(now, number, queue);
-        } else if let Some(outcome) = self.claim(queue, reported) {
+        } else if let Some(outcome) = self.claim(&foreign) {
             self.complete(now, number, outcome);
-        } else if let Some(stranger) = self.stranger(queue, reported) {
+        } else if let Some(stranger) = self.stranger(&foreign) {
             // It runs the action already.
-            self.strangers.remove(&(queue, reported, stranger));
+            self.strangers.remove(&(foreign, stranger));
             self.assign(now, number, stranger, None);
         } else {
             self.enqueue(now, number, queue);
@@ -102,7 +107,7 @@ impl<C, W: Clone> Queue<C, W> {
     /// One more stream for an operation that exists.
     pub fn wait(&mut self, operation: Uuid) -> Option<Attached<W>> {
         self.operations.get_mut(&operation)?.waiters += 1;
-        self.timers.clear(Timer::Operation(operation));
+        self.timers.clear(&Timer::Operation(operation));
         self.attach(operation)
     }
 
@@ -129,15 +134,19 @@ impl<C, W: Clone> Queue<C, W> {
             .operations
             .entry(request.invocation.clone())
             .or_insert(fresh);
-        let operation = self.operations.entry(name).or_insert_with(|| Operation {
-            task: number,
-            invocation: request.invocation.clone(),
-            priority: request.priority,
-            waiters: 0,
+        let totals = &mut self.totals;
+        let operation = self.operations.entry(name).or_insert_with(|| {
+            totals.operations += 1;
+            Operation {
+                task: number,
+                invocation: request.invocation.clone(),
+                priority: request.priority,
+                waiters: 0,
+            }
         });
         operation.priority = operation.priority.min(request.priority);
         operation.waiters += 1;
-        self.timers.clear(Timer::Operation(name));
+        self.timers.clear(&Timer::Operation(name));
         name
     }
 
@@ -156,6 +165,7 @@ impl<C, W: Clone> Queue<C, W> {
         let Some(operation) = self.operations.remove(&name) else {
             return;
         };
+        self.totals.operations_forgotten += 1;
         let number = operation.task;
         let Some(task) = self.tasks.get_mut(&number) else {
             return;
@@ -173,21 +183,22 @@ impl<C, W: Clone> Queue<C, W> {
                 "Task no longer has any waiting clients".to_owned(),
             );
         }
-        self.tasks.remove(&number);
+        if self.tasks.remove(&number).is_some() {
+            self.totals.forgotten += 1;
+        }
     }
 
-    fn claim(&mut self, queue: QueueNumber, action: ReportedDigest) -> Option<Arc<super::Outcome>> {
-        let outcome = self.unclaimed.remove(&(queue, action))?;
-        self.timers.clear(Timer::Unclaimed(queue, action));
+    fn claim(&mut self, action: &ForeignAction) -> Option<Arc<super::Outcome>> {
+        let outcome = self.unclaimed.remove(action)?;
+        self.timers.clear(&Timer::Unclaimed(action.clone()));
         Some(outcome)
     }
 
-    fn stranger(&self, queue: QueueNumber, action: ReportedDigest) -> Option<WorkerNumber> {
-        let from = (queue, action, WorkerNumber(0));
-        let (q, a, worker) = *self.strangers.range(from..).next()?;
-        let found = self.workers.get(&worker)?;
-        ((q, a) == (queue, action) && matches!(found.state, WorkerState::Stranger { .. }))
-            .then_some(worker)
+    fn stranger(&self, action: &ForeignAction) -> Option<WorkerNumber> {
+        let from = (action.clone(), WorkerNumber(0));
+        let (found, worker) = self.strangers.range(from..).next()?;
+        let state = &self.workers.get(worker)?.state;
+        (found == action && matches!(state, WorkerState::Stranger { .. })).then_some(*worker)
     }
 
     fn no_workers(&self, now: Instant, request: &Request) -> NoWorkers {

@@ -15,7 +15,24 @@ pub struct Counts {
     pub unclaimed: usize,
 }
 
+/// What has come and gone in the queue's life. Together with `Counts` it explains every action that
+/// a client has sent: none is lost without a trace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    pub tasks: u64,
+    /// With a result or an error.
+    pub completed: u64,
+    /// Completed, and nobody can ask for it any more.
+    pub forgotten: u64,
+    pub operations: u64,
+    pub operations_forgotten: u64,
+}
+
 impl<C, W: Clone> Queue<C, W> {
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
     pub fn counts(&self) -> Counts {
         Counts {
             queues: self.queues.len(),
@@ -46,7 +63,7 @@ impl<C, W: Clone> Queue<C, W> {
                 "a worker is not in its queue",
             )?;
             ensure(
-                self.timers.get(Timer::Worker(*number)).is_some(),
+                self.timers.get(&Timer::Worker(*number)).is_some(),
                 "a worker has no deadline",
             )?;
             deadlines += 1;
@@ -62,7 +79,8 @@ impl<C, W: Clone> Queue<C, W> {
                     "a worker executes what is not its task",
                 )?,
                 WorkerState::Stranger { action, .. } => ensure(
-                    self.strangers.contains(&(worker.queue, *action, *number)),
+                    action.queue == worker.queue
+                        && self.strangers.contains(&(action.clone(), *number)),
                     "a stranger is not in the index",
                 )?,
                 WorkerState::Idle => {}
@@ -100,7 +118,7 @@ impl<C, W: Clone> Queue<C, W> {
                 queue.parked.is_empty() || queue.waiting.is_empty(),
                 "a task waits although a worker does",
             )?;
-            let deadline = self.timers.get(Timer::Queue(*number)).is_some();
+            let deadline = self.timers.get(&Timer::Queue(*number)).is_some();
             deadlines += usize::from(deadline);
             ensure(
                 deadline == queue.workers.is_empty(),
@@ -150,6 +168,24 @@ impl<C, W: Clone> Queue<C, W> {
                 "a task is in flight if and only if it is cacheable and not completed",
             )?;
         }
+        let completed = self.tasks.values();
+        let completed = completed.filter(|task| matches!(task.state, TaskState::Completed(_)));
+        let Totals {
+            tasks,
+            forgotten,
+            operations,
+            operations_forgotten,
+            ..
+        } = self.totals;
+        ensure(
+            tasks == forgotten + self.tasks.len() as u64
+                && self.totals.completed == forgotten + completed.count() as u64,
+            "a task was neither completed nor is it held",
+        )?;
+        ensure(
+            operations == operations_forgotten + self.operations.len() as u64,
+            "an operation was neither forgotten nor is it held",
+        )?;
         ensure(
             queued == self.counts().queued,
             "a queue holds a task that is not queued",
@@ -164,7 +200,7 @@ impl<C, W: Clone> Queue<C, W> {
                 task.is_some_and(|t| t.operations.get(&operation.invocation) == Some(name)),
                 "an operation is not its task's",
             )?;
-            let deadline = self.timers.get(Timer::Operation(*name)).is_some();
+            let deadline = self.timers.get(&Timer::Operation(*name)).is_some();
             deadlines += usize::from(deadline);
             ensure(
                 deadline == (operation.waiters == 0),
@@ -174,7 +210,7 @@ impl<C, W: Clone> Queue<C, W> {
         ensure(
             self.unclaimed
                 .keys()
-                .all(|(q, a)| self.timers.get(Timer::Unclaimed(*q, *a)).is_some()),
+                .all(|action| self.timers.get(&Timer::Unclaimed(action.clone())).is_some()),
             "an unclaimed result has no deadline",
         )?;
         ensure(

@@ -56,7 +56,7 @@ impl<C, W: Clone> Queue<C, W> {
                 workers: queue.workers.len(),
                 idle_synchronizing_workers: queue.parked.len(),
                 queued: queue.waiting.len(),
-                removal: self.timers.get(Timer::Queue(number)),
+                removal: self.timers.get(&Timer::Queue(number)),
             })
         })
     }
@@ -67,7 +67,7 @@ impl<C, W: Clone> Queue<C, W> {
         queue.into_iter().flat_map(move |queue| {
             queue.workers.values().filter_map(move |number| {
                 let worker: &Worker<C> = self.workers.get(number)?;
-                let deadline = self.timers.get(Timer::Worker(*number));
+                let deadline = self.timers.get(&Timer::Worker(*number));
                 let (removal, task) = match &worker.state {
                     WorkerState::Parked { .. } => (None, None),
                     WorkerState::Executing { task, .. } => (deadline, self.tasks.get(task)),
@@ -103,7 +103,7 @@ impl<C, W: Clone> Queue<C, W> {
                     place: task.place.clone(),
                     invocation: operation.invocation.clone(),
                     priority: operation.priority,
-                    removal: self.timers.get(Timer::Operation(*name)),
+                    removal: self.timers.get(&Timer::Operation(*name)),
                     stage: task.progress().stage,
                     worker: worker.map(|worker| worker.id.clone()),
                 })

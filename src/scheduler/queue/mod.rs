@@ -13,7 +13,12 @@
 //! 4. An operation without waiters, and nothing else of a client, has a deadline; a task goes with
 //!    its last operation.
 //! 5. Each worker has a deadline: the end of its held call, or of the patience with its silence.
-//! 6. A size-class queue has a deadline exactly while it has no workers.
+//! 6. What a worker executes is given to another caller of its name only when that worker is overdue,
+//!    or has given it back. Two hosts of one name so never run an action both.
+//! 7. A size-class queue has a deadline exactly while it has no workers.
+//!
+//! The time that the verbs take is that of a `Clock`, which leaves out what the scheduler slept
+//! through.
 //!
 //! `C` is a worker's held call, `W` that by which waiters are told: both are the shell's, given
 //! back in effects.
@@ -29,6 +34,7 @@ use std::{
 use uuid::Uuid;
 
 mod clients;
+mod clock;
 mod invariants;
 mod listing;
 mod order;
@@ -39,7 +45,8 @@ mod words;
 mod workers;
 
 pub use clients::Attached;
-pub use invariants::Counts;
+pub use clock::{Clock, TICK};
+pub use invariants::{Counts, Totals};
 pub use listing::{OperationRow, QueueRow, WorkerRow};
 pub use words::*;
 pub use workers::{Answer, HeldCall};
@@ -47,6 +54,10 @@ pub use workers::{Answer, HeldCall};
 use crate::{digest::Digest, instance::InstanceName, proto::rpc};
 use order::{Parked, Position, Waiting};
 use timers::{Timer, Timers};
+
+/// So much later than it was asked to a busy worker may call, on a busy host or network, before
+/// another caller of its name is believed to be its successor.
+const LATENESS: Duration = Duration::from_secs(5);
 
 macro_rules! numbers {
     ($($name:ident),*) => {$(
@@ -68,11 +79,12 @@ pub struct Queue<C, W> {
     /// Cacheable tasks that are not completed.
     in_flight: BTreeMap<(InstanceName, Digest), TaskNumber>,
     /// Results of workers that we did not know, for clients that will ask again.
-    unclaimed: BTreeMap<(QueueNumber, ReportedDigest), Arc<Outcome>>,
-    strangers: BTreeSet<(QueueNumber, ReportedDigest, WorkerNumber)>,
+    unclaimed: BTreeMap<ForeignAction, Arc<Outcome>>,
+    strangers: BTreeSet<(ForeignAction, WorkerNumber)>,
     timers: Timers,
     effects: Vec<Effect<C, W>>,
     last_number: u64,
+    totals: Totals,
 }
 
 /// What the shell is to do, after it has unlocked.
@@ -94,6 +106,12 @@ struct SizeClassQueue {
 struct Worker<C> {
     queue: QueueNumber,
     id: WorkerId,
+    /// Whom its last call that was not refused came from.
+    peer: Arc<str>,
+    /// While it is busy: by then it has called again, if it is still there.
+    overdue: Instant,
+    /// Who was refused last, since it was not that one.
+    refused: Option<Arc<str>>,
     state: WorkerState<C>,
 }
 
@@ -111,9 +129,18 @@ enum WorkerState<C> {
     /// It was executing this when it first called. Lost connections and scheduler restarts do that;
     /// its client will ask again.
     Stranger {
-        action: ReportedDigest,
+        action: ForeignAction,
         until: Instant,
     },
+}
+
+/// What a worker does that we did not hand it. Its blobs lie in this instance: a client of another
+/// one could not read them.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct ForeignAction {
+    queue: QueueNumber,
+    instance: InstanceName,
+    digest: ReportedDigest,
 }
 
 struct Task<W> {
@@ -161,6 +188,7 @@ impl<C, W: Clone> Queue<C, W> {
             timers: Timers::default(),
             effects: Vec::new(),
             last_number: 0,
+            totals: Totals::default(),
         }
     }
 
@@ -181,8 +209,8 @@ impl<C, W: Clone> Queue<C, W> {
                 Timer::Worker(worker) => self.expire_worker(now, worker),
                 Timer::Operation(operation) => self.drop_operation(now, operation),
                 Timer::Queue(queue) => self.drop_queue(now, queue),
-                Timer::Unclaimed(queue, action) => {
-                    self.unclaimed.remove(&(queue, action));
+                Timer::Unclaimed(action) => {
+                    self.unclaimed.remove(&action);
                 }
             }
         }
@@ -280,13 +308,14 @@ impl<C, W: Clone> Queue<C, W> {
         }
         // Those who lost their connection shall find the result, even if they lost it long ago.
         for operation in task.operations.values() {
-            if self.timers.get(Timer::Operation(*operation)).is_some() {
+            if self.timers.get(&Timer::Operation(*operation)).is_some() {
                 self.timers.set(
                     Timer::Operation(*operation),
                     now + self.settings.operation_with_no_waiters_timeout,
                 );
             }
         }
+        self.totals.completed += 1;
         self.advance(number, TaskState::Completed(outcome));
     }
 
@@ -373,6 +402,9 @@ impl<C, W: Clone> Queue<C, W> {
     /// When a busy worker is to call again; it has patience beyond that.
     fn expect_busy(&mut self, now: Instant, worker: WorkerNumber) -> Duration {
         let next = self.settings.busy_worker_interval;
+        if let Some(worker) = self.workers.get_mut(&worker) {
+            worker.overdue = now + next + LATENESS;
+        }
         self.timers.set(
             Timer::Worker(worker),
             now + next + self.settings.worker_silence_timeout,

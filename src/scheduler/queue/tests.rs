@@ -42,14 +42,36 @@ fn worker(name: &str) -> WorkerId {
     WorkerId::new(BTreeMap::from([("name".to_owned(), name.to_owned())]))
 }
 
+fn caller(name: &str) -> Caller {
+    caller_at(name, "its address")
+}
+
+fn caller_at(name: &str, peer: &str) -> Caller {
+    Caller {
+        id: worker(name),
+        peer: peer.into(),
+    }
+}
+
 fn digest(action: &str) -> Digest {
     DigestFunction::Sha256.digest_of(action.as_bytes())
 }
 
+fn reported(instance: &str, action: &str) -> ReportedAction {
+    ReportedAction {
+        digest: (&digest(action)).into(),
+        instance: Some(InstanceName::parse(instance).unwrap()),
+    }
+}
+
 fn request(action: &str) -> Request {
+    request_of("", action)
+}
+
+fn request_of(instance: &str, action: &str) -> Request {
     Request {
         work: Arc::new(Work {
-            instance: InstanceName::empty(),
+            instance: InstanceName::parse(instance).unwrap(),
             digest: digest(action),
             action: reapi::Action::default(),
             auxiliary_metadata: Vec::new(),
@@ -71,7 +93,7 @@ fn idle() -> Report {
 
 fn executing(action: &str) -> Report {
     Report {
-        activity: Activity::Executing((&digest(action)).into()),
+        activity: Activity::Executing(reported("", action)),
         prefer_being_idle: false,
     }
 }
@@ -82,7 +104,7 @@ fn outcome(code: rpc::Code) -> Arc<Outcome> {
 
 fn completed(action: &str, code: rpc::Code) -> Report {
     Report {
-        activity: Activity::Completed((&digest(action)).into(), outcome(code)),
+        activity: Activity::Completed(reported("", action), outcome(code)),
         prefer_being_idle: false,
     }
 }
@@ -153,7 +175,7 @@ impl Farm {
         let wait = 120 * SECOND;
         let answer = self
             .queue
-            .synchronize(self.now, place, &worker(name), report, call, wait)
+            .synchronize(self.now, place, &caller(name), report, call, wait)
             .unwrap();
         self.perform();
         answer
@@ -361,8 +383,11 @@ fn two_calls_of_one_worker_at_once_are_one_too_many() {
     let held = farm.held("a", idle(), 1);
     let again = farm
         .queue
-        .synchronize(farm.now, &place(""), &worker("a"), idle(), 2, SECOND);
-    assert!(matches!(again, Err(Refusal::AlreadySynchronizing(_))));
+        .synchronize(farm.now, &place(""), &caller("a"), idle(), 2, SECOND);
+    assert!(matches!(
+        again,
+        Err(Refusal::AlreadySynchronizing { news: false, .. })
+    ));
     farm.queue.hang_up(farm.now, held);
     farm.held("a", idle(), 3);
 }
@@ -511,4 +536,158 @@ fn properties_out_of_order_are_no_platform() {
     assert!(parse(vec![property("a", "1"), property("a", "2")]).is_ok());
     assert!(parse(vec![property("b", "1"), property("a", "2")]).is_err());
     assert!(parse(vec![property("a", "1"), property("a", "1")]).is_err());
+}
+
+#[test]
+fn what_a_worker_did_before_a_restart_is_for_clients_of_its_instance_alone() {
+    let report = |activity| Report {
+        activity,
+        prefer_being_idle: false,
+    };
+    // A result that was kept, and one that is still being made.
+    let kept = |instance| {
+        report(Activity::Completed(
+            reported(instance, "x"),
+            outcome(rpc::Code::Ok),
+        ))
+    };
+    let mut farm = Farm::new();
+    farm.held("a", kept("one"), 1);
+    let running = report(Activity::Executing(reported("one", "y")));
+    assert_eq!(farm.now("b", running).desired, Desired::Unchanged);
+    for action in ["x", "y"] {
+        let other = farm.execute(request_of("two", action), 0).unwrap();
+        assert!(!matches!(other.progress.stage, Stage::Completed(_)));
+    }
+    // The first of them went to the worker that waited, the second one waits.
+    assert_eq!(work(&farm.answered[&1]), Some(digest("x")));
+    let own = farm.execute(request_of("one", "x"), 0).unwrap();
+    assert_eq!(own.progress.stage, Stage::Completed(outcome(rpc::Code::Ok)));
+    let own = farm.execute(request_of("one", "y"), 0).unwrap();
+    assert_eq!(own.progress.stage, Stage::Executing);
+
+    // A task that waits already, of another instance.
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.execute(request("busy"), 0).unwrap();
+    farm.execute(request_of("two", "x"), 2).unwrap();
+    let answer = farm.now("b", kept("one"));
+    assert_eq!(work(&answer), Some(digest("x")));
+    assert_eq!(farm.told[&2], Stage::Executing);
+}
+
+#[test]
+fn what_a_worker_does_not_say_whose_it_is_is_given_to_nobody() {
+    let unknown = || ReportedAction {
+        instance: None,
+        ..reported("", "x")
+    };
+    let mut farm = Farm::new();
+    let running = Report {
+        activity: Activity::Executing(unknown()),
+        prefer_being_idle: false,
+    };
+    assert_eq!(farm.now("a", running).desired, Desired::Idle);
+    let kept = Report {
+        activity: Activity::Completed(unknown(), outcome(rpc::Code::Ok)),
+        prefer_being_idle: false,
+    };
+    farm.held("b", kept, 1);
+    let attached = farm.execute(request("x"), 0).unwrap();
+    assert_eq!(attached.progress.stage, Stage::Executing);
+    assert_eq!(work(&farm.answered[&1]), Some(digest("x")));
+    // Of what it was handed, it need not say so.
+    let mine = Report {
+        activity: Activity::Completed(unknown(), outcome(rpc::Code::Ok)),
+        prefer_being_idle: false,
+    };
+    farm.held("b", mine, 2);
+    assert_eq!(farm.told[&0], Stage::Completed(outcome(rpc::Code::Ok)));
+}
+
+#[test]
+fn an_action_of_blake3_is_found_by_the_report_of_its_worker() {
+    let blake3 = DigestFunction::Blake3.digest_of(b"x");
+    let mut wanted = request("");
+    Arc::make_mut(&mut wanted.work).digest = blake3;
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.execute(request("busy"), 0).unwrap();
+    farm.execute(wanted, 2).unwrap();
+    let report = Report {
+        activity: Activity::Executing(ReportedAction {
+            digest: (&blake3).into(),
+            instance: Some(InstanceName::empty()),
+        }),
+        prefer_being_idle: false,
+    };
+    assert_eq!(farm.now("b", report).desired, Desired::Unchanged);
+    assert_eq!(farm.told[&2], Stage::Executing);
+}
+
+#[test]
+fn a_second_caller_of_one_name_gets_nothing_that_the_first_one_has_and_hears_whose_it_is() {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    let asks = |farm: &mut Farm, report: Report| {
+        let second = caller_at("a", "elsewhere");
+        let answer = farm
+            .queue
+            .synchronize(farm.now, &place(""), &second, report, 9, 120 * SECOND);
+        farm.perform();
+        answer
+    };
+    let refused = asks(&mut farm, idle()).unwrap_err();
+    assert!(matches!(
+        refused,
+        Refusal::AlreadySynchronizing { news: true, .. }
+    ));
+    farm.execute(request("x"), 0).unwrap();
+    // It neither has the action, nor gets it, for as long as the first one calls.
+    for round in 0..20 {
+        for report in [idle(), executing("y"), completed("y", rpc::Code::Ok)] {
+            let refused = asks(&mut farm, report).unwrap_err();
+            let Refusal::Executing { news, .. } = refused else {
+                panic!("{refused}");
+            };
+            assert!(!news, "it was told before");
+            let text = refused.to_string();
+            assert!(text.contains("elsewhere") && text.contains("its address"));
+        }
+        if round % 2 == 0 {
+            let answer = farm.now("a", executing("x"));
+            assert_eq!(answer.desired, Desired::Unchanged);
+        }
+        farm.pass(6 * SECOND);
+    }
+    farm.held("a", completed("x", rpc::Code::Ok), 2);
+    assert_eq!(farm.told[&0], Stage::Completed(outcome(rpc::Code::Ok)));
+}
+
+#[test]
+fn a_worker_that_connects_again_goes_on_and_one_that_starts_again_is_let_in_when_it_is_overdue() {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.execute(request("x"), 0).unwrap();
+    let calls = |farm: &mut Farm, peer: &str, report: Report| {
+        let caller = caller_at("a", peer);
+        let answer = farm
+            .queue
+            .synchronize(farm.now, &place(""), &caller, report, 9, 120 * SECOND);
+        farm.perform();
+        answer
+    };
+    let answer = calls(&mut farm, "second", executing("x")).unwrap();
+    assert!(
+        matches!(answer, Answer::Now(instruction) if instruction.desired == Desired::Unchanged)
+    );
+    assert!(calls(&mut farm, "third", idle()).is_err());
+    farm.pass(16 * SECOND);
+    let Ok(Answer::Now(instruction)) = calls(&mut farm, "third", idle()) else {
+        panic!("the successor is not let in");
+    };
+    assert_eq!(work(&instruction), Some(digest("x")));
+    let answer = calls(&mut farm, "third", completed("x", rpc::Code::Ok)).unwrap();
+    assert!(matches!(answer, Answer::Held(_)));
+    assert_eq!(farm.told[&0], Stage::Completed(outcome(rpc::Code::Ok)));
 }

@@ -7,10 +7,10 @@ use std::{
 
 use uuid::Uuid;
 
-use super::{QueueNumber, ReportedDigest, WorkerNumber};
+use super::{ForeignAction, QueueNumber, WorkerNumber};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Timer {
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Timer {
     /// Its call has been held long enough, or it has been silent for too long.
     Worker(WorkerNumber),
     /// Nobody waits for it.
@@ -18,31 +18,30 @@ pub enum Timer {
     /// It has no workers.
     Queue(QueueNumber),
     /// Nobody asks for the result that a stranger brought.
-    Unclaimed(QueueNumber, ReportedDigest),
+    Unclaimed(ForeignAction),
 }
 
 #[derive(Debug, Default)]
-pub struct Timers {
+pub(super) struct Timers {
     order: BTreeSet<(Instant, Timer)>,
     deadlines: BTreeMap<Timer, Instant>,
 }
 
 impl Timers {
     pub fn set(&mut self, timer: Timer, at: Instant) {
-        if let Some(old) = self.deadlines.insert(timer, at) {
-            self.order.remove(&(old, timer));
-        }
+        self.clear(&timer);
+        self.deadlines.insert(timer.clone(), at);
         self.order.insert((at, timer));
     }
 
-    pub fn clear(&mut self, timer: Timer) {
-        if let Some(old) = self.deadlines.remove(&timer) {
+    pub fn clear(&mut self, timer: &Timer) {
+        if let Some((timer, old)) = self.deadlines.remove_entry(timer) {
             self.order.remove(&(old, timer));
         }
     }
 
-    pub fn get(&self, timer: Timer) -> Option<Instant> {
-        self.deadlines.get(&timer).copied()
+    pub fn get(&self, timer: &Timer) -> Option<Instant> {
+        self.deadlines.get(timer).copied()
     }
 
     pub fn next(&self) -> Option<Instant> {
@@ -51,11 +50,11 @@ impl Timers {
 
     /// Takes one that is due.
     pub fn pop(&mut self, now: Instant) -> Option<Timer> {
-        let (at, timer) = *self.order.first()?;
-        if at > now {
+        if self.order.first()?.0 > now {
             return None;
         }
-        self.clear(timer);
+        let (_, timer) = self.order.pop_first()?;
+        self.deadlines.remove(&timer);
         Some(timer)
     }
 

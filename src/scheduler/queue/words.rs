@@ -135,6 +135,15 @@ impl fmt::Display for WorkerId {
     }
 }
 
+/// Who calls as a worker: its labels, and the end of the connection that the call came by. A worker
+/// that connects again has another one, and so has a second host of the same labels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Caller {
+    pub id: WorkerId,
+    /// An address, for people and for telling callers apart.
+    pub peer: Arc<str>,
+}
+
 /// Where a worker takes its work from: a size-class queue.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
@@ -212,8 +221,17 @@ pub struct Progress {
 #[derive(Clone, Debug)]
 pub enum Activity {
     Idle,
-    Executing(ReportedDigest),
-    Completed(ReportedDigest, Arc<Outcome>),
+    Executing(ReportedAction),
+    Completed(ReportedAction, Arc<Outcome>),
+}
+
+/// The action of a worker's report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReportedAction {
+    pub digest: ReportedDigest,
+    /// `None` when the worker does not say whose blobs it works with: Buildbarn's protocol has no
+    /// field for it, and its scheduler forgets such actions when it restarts.
+    pub instance: Option<InstanceName>,
 }
 
 #[derive(Clone, Debug)]
@@ -227,6 +245,15 @@ pub struct Report {
 /// length are one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ReportedDigest(Digest);
+
+impl ReportedDigest {
+    /// All that it may stand for.
+    pub fn candidates(&self) -> impl Iterator<Item = Digest> {
+        let blake3 = (self.0.function() == DigestFunction::Sha256)
+            .then(|| Digest::new(DigestFunction::Blake3, self.0.hash_bytes(), self.0.size()));
+        std::iter::once(self.0).chain(blake3)
+    }
+}
 
 impl From<&Digest> for ReportedDigest {
     fn from(digest: &Digest) -> Self {
@@ -273,8 +300,26 @@ pub struct NoWorkers {
 /// Why a worker's call is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    #[error("A worker with the same worker ID is already synchronizing with the scheduler: {0}")]
-    AlreadySynchronizing(WorkerId),
+    #[error(
+        "A worker with the same worker ID is already synchronizing with the scheduler: {id}; it calls from {holder}, and this call comes from {caller}"
+    )]
+    AlreadySynchronizing {
+        id: WorkerId,
+        holder: Arc<str>,
+        caller: Arc<str>,
+        /// Not told before.
+        news: bool,
+    },
+    #[error(
+        "A worker with the same worker ID executes an action: {id}; it calls from {holder}, and this call comes from {caller}. Two hosts, or two workers of one host, must not have equal labels: change worker_id of one of them. If it is the same worker that was started again, it is let in as soon as its former calls are overdue"
+    )]
+    Executing {
+        id: WorkerId,
+        holder: Arc<str>,
+        caller: Arc<str>,
+        /// Not told before.
+        news: bool,
+    },
     #[error(
         "Workers of size class {known} exist for this instance name prefix and platform; a worker of size class {offered} cannot join them"
     )]

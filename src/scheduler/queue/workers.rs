@@ -6,9 +6,9 @@ use std::{
 };
 
 use super::{
-    Activity, CallNumber, Desired, Effect, Instruction, Outcome, Parked, Place, Queue, QueueNumber,
-    Refusal, Report, ReportedDigest, SizeClassQueue, TaskNumber, TaskState, Timer, Waiting, Worker,
-    WorkerId, WorkerNumber, WorkerState,
+    Activity, CallNumber, Caller, Desired, Effect, ForeignAction, Instruction, Outcome, Parked,
+    Place, Queue, QueueNumber, Refusal, Report, ReportedAction, ReportedDigest, SizeClassQueue,
+    TaskNumber, TaskState, Timer, Waiting, Worker, WorkerNumber, WorkerState,
 };
 use crate::proto::rpc;
 
@@ -37,28 +37,28 @@ impl<C, W: Clone> Queue<C, W> {
         &mut self,
         now: Instant,
         place: &Place,
-        id: &WorkerId,
+        caller: &Caller,
         report: Report,
         call: C,
         idle_wait: Duration,
     ) -> Result<Answer, Refusal> {
         let queue = self.size_class_queue(place)?;
-        let (number, newcomer) = self.worker(queue, id);
+        let (number, newcomer) = self.worker(now, queue, caller);
+        self.admit(now, number, caller, &report.activity)?;
         let Some(worker) = self.workers.get(&number) else {
             return Ok(Answer::Now(GO_IDLE));
         };
         let held = match (&worker.state, report.activity) {
-            (WorkerState::Parked { .. }, _) => {
-                return Err(Refusal::AlreadySynchronizing(id.clone()));
-            }
+            // `admit` refuses.
+            (WorkerState::Parked { .. }, _) => Some(GO_IDLE),
             (WorkerState::Executing { task, .. }, Activity::Executing(action))
-                if self.is_of(*task, action) =>
+                if self.is_of(*task, &action) =>
             {
                 let (task, given_to) = (*task, None);
                 return Ok(self.carry_on(now, number, WorkerState::Executing { task, given_to }));
             }
             (WorkerState::Executing { task, .. }, Activity::Completed(action, outcome))
-                if self.is_of(*task, action) =>
+                if self.is_of(*task, &action) =>
             {
                 let task = *task;
                 self.complete(now, task, outcome);
@@ -80,13 +80,14 @@ impl<C, W: Clone> Queue<C, W> {
             // Nobody wants it any more; the worker knows best when it has stopped.
             (WorkerState::Idle, Activity::Executing(_)) => Some(GO_IDLE),
             (WorkerState::Idle, _) => None,
-            (&WorkerState::Stranger { action, until }, Activity::Executing(reported))
-                if action == reported && now < until =>
+            (WorkerState::Stranger { action, until }, Activity::Executing(reported))
+                if action.is(&reported) && now < *until =>
             {
+                let (action, until) = (action.clone(), *until);
                 return Ok(self.carry_on(now, number, WorkerState::Stranger { action, until }));
             }
-            (&WorkerState::Stranger { action, .. }, activity) => {
-                self.strangers.remove(&(queue, action, number));
+            (WorkerState::Stranger { action, .. }, activity) => {
+                self.strangers.remove(&(action.clone(), number));
                 self.rest(number);
                 match activity {
                     Activity::Completed(reported, outcome) => {
@@ -142,6 +143,62 @@ impl<C, W: Clone> Queue<C, W> {
         }
     }
 
+    /// Refuses a call that is not of the worker whose name it bears, as far as that can be told: one
+    /// that waits does not call, and one that executes something says so.
+    fn admit(
+        &mut self,
+        now: Instant,
+        number: WorkerNumber,
+        caller: &Caller,
+        activity: &Activity,
+    ) -> Result<(), Refusal> {
+        let Some(worker) = self.workers.get(&number) else {
+            return Ok(());
+        };
+        let reported = match activity {
+            Activity::Idle => None,
+            Activity::Executing(action) | Activity::Completed(action, _) => Some(action),
+        };
+        let its_own = match &worker.state {
+            WorkerState::Parked { .. } | WorkerState::Idle => false,
+            WorkerState::Executing { task, .. } => {
+                reported.is_some_and(|action| self.is_of(*task, action))
+            }
+            WorkerState::Stranger { action, .. } => {
+                reported.is_some_and(|reported| action.is(reported))
+            }
+        };
+        let waits = matches!(worker.state, WorkerState::Parked { .. });
+        let rests = matches!(worker.state, WorkerState::Idle);
+        let same = worker.peer == caller.peer;
+        let admitted = !waits && (rests || same || its_own || worker.overdue <= now);
+        let (id, holder) = (worker.id.clone(), worker.peer.clone());
+        let news = !same && worker.refused.as_ref() != Some(&caller.peer);
+        let Some(worker) = self.workers.get_mut(&number) else {
+            return Ok(());
+        };
+        if admitted {
+            worker.peer = caller.peer.clone();
+            return Ok(());
+        }
+        let caller = caller.peer.clone();
+        worker.refused = Some(caller.clone());
+        Err(match waits {
+            true => Refusal::AlreadySynchronizing {
+                id,
+                holder,
+                caller,
+                news,
+            },
+            false => Refusal::Executing {
+                id,
+                holder,
+                caller,
+                news,
+            },
+        })
+    }
+
     fn size_class_queue(&mut self, place: &Place) -> Result<QueueNumber, Refusal> {
         let fresh = QueueNumber(self.number());
         let sizes = self
@@ -175,7 +232,13 @@ impl<C, W: Clone> Queue<C, W> {
     }
 
     /// The worker of this name, and whether it is new to us.
-    fn worker(&mut self, queue: QueueNumber, id: &WorkerId) -> (WorkerNumber, bool) {
+    fn worker(
+        &mut self,
+        now: Instant,
+        queue: QueueNumber,
+        caller: &Caller,
+    ) -> (WorkerNumber, bool) {
+        let id = &caller.id;
         let fresh = WorkerNumber(self.number());
         let known = self
             .queues
@@ -184,12 +247,15 @@ impl<C, W: Clone> Queue<C, W> {
         match known {
             Some(known) if known != fresh => (known, false),
             _ => {
-                self.timers.clear(Timer::Queue(queue));
+                self.timers.clear(&Timer::Queue(queue));
                 self.workers.insert(
                     fresh,
                     Worker {
                         queue,
                         id: id.clone(),
+                        peer: caller.peer.clone(),
+                        overdue: now,
+                        refused: None,
                         state: WorkerState::Idle,
                     },
                 );
@@ -198,10 +264,13 @@ impl<C, W: Clone> Queue<C, W> {
         }
     }
 
-    fn is_of(&self, task: TaskNumber, action: ReportedDigest) -> bool {
-        self.tasks
-            .get(&task)
-            .is_some_and(|task| ReportedDigest::from(&task.work.digest) == action)
+    /// Whether it is this task's action that a worker speaks of, as far as it says.
+    fn is_of(&self, task: TaskNumber, action: &ReportedAction) -> bool {
+        self.tasks.get(&task).is_some_and(|task| {
+            let instance = action.instance.as_ref();
+            ReportedDigest::from(&task.work.digest) == action.digest
+                && instance.is_none_or(|instance| *instance == task.work.instance)
+        })
     }
 
     fn carry_on(&mut self, now: Instant, worker: WorkerNumber, state: WorkerState<C>) -> Answer {
@@ -256,9 +325,14 @@ impl<C, W: Clone> Queue<C, W> {
         now: Instant,
         queue: QueueNumber,
         worker: WorkerNumber,
-        action: ReportedDigest,
+        action: ReportedAction,
     ) -> Answer {
-        match self.under_way(queue, action) {
+        // Of no use to anybody: a client could not be told from those of another instance.
+        let Some(action) = ForeignAction::new(queue, action) else {
+            self.expect_call(now, worker);
+            return Answer::Now(GO_IDLE);
+        };
+        match self.under_way(&action) {
             Some((task, true)) => {
                 self.withdraw(task);
                 self.assign(now, task, worker, None);
@@ -274,7 +348,7 @@ impl<C, W: Clone> Queue<C, W> {
                 Answer::Now(GO_IDLE)
             }
             None => {
-                self.strangers.insert((queue, action, worker));
+                self.strangers.insert((action.clone(), worker));
                 let until = now + self.settings.operation_with_no_waiters_timeout;
                 self.carry_on(now, worker, WorkerState::Stranger { action, until })
             }
@@ -287,34 +361,34 @@ impl<C, W: Clone> Queue<C, W> {
         &mut self,
         now: Instant,
         queue: QueueNumber,
-        action: ReportedDigest,
+        action: ReportedAction,
         outcome: Arc<Outcome>,
     ) {
         if outcome.code != rpc::Code::Ok as i32 {
             return;
         }
-        match self.under_way(queue, action) {
+        let Some(action) = ForeignAction::new(queue, action) else {
+            return;
+        };
+        match self.under_way(&action) {
             Some((task, _)) => self.complete(now, task, outcome),
             None => {
-                self.unclaimed.insert((queue, action), outcome);
+                self.unclaimed.insert(action.clone(), outcome);
                 self.timers.set(
-                    Timer::Unclaimed(queue, action),
+                    Timer::Unclaimed(action),
                     now + self.settings.operation_with_no_waiters_timeout,
                 );
             }
         }
     }
 
-    /// A cacheable task for this action, and whether it is queued. Strangers are rare, so that a
-    /// search does.
-    fn under_way(&self, wanted: QueueNumber, action: ReportedDigest) -> Option<(TaskNumber, bool)> {
-        self.in_flight.iter().find_map(|((_, digest), number)| {
-            if ReportedDigest::from(digest) != action {
-                return None;
-            }
+    /// A cacheable task for this action, and whether it is queued.
+    fn under_way(&self, action: &ForeignAction) -> Option<(TaskNumber, bool)> {
+        action.digest.candidates().find_map(|digest| {
+            let number = self.in_flight.get(&(action.instance.clone(), digest))?;
             match &self.tasks.get(number)?.state {
-                TaskState::Queued { queue, .. } if *queue == wanted => Some((*number, true)),
-                TaskState::Executing(worker) if self.workers.get(worker)?.queue == wanted => {
+                TaskState::Queued { queue, .. } if *queue == action.queue => Some((*number, true)),
+                TaskState::Executing(worker) if self.workers.get(worker)?.queue == action.queue => {
                     Some((*number, false))
                 }
                 _ => None,
@@ -378,15 +452,15 @@ impl<C, W: Clone> Queue<C, W> {
             return;
         };
         let (queue, id) = (worker.queue, worker.id.clone());
-        match worker.state {
+        match &worker.state {
             WorkerState::Executing { task, .. } => self.fail(
                 now,
-                task,
+                *task,
                 rpc::Code::Unavailable,
                 format!("Worker {id} disappeared while task was executing"),
             ),
             WorkerState::Stranger { action, .. } => {
-                self.strangers.remove(&(queue, action, number));
+                self.strangers.remove(&(action.clone(), number));
             }
             WorkerState::Idle | WorkerState::Parked { .. } => {}
         }
@@ -400,5 +474,20 @@ impl<C, W: Clone> Queue<C, W> {
                 );
             }
         }
+    }
+}
+
+impl ForeignAction {
+    /// `None` when the worker does not say whose blobs it works with.
+    fn new(queue: QueueNumber, action: ReportedAction) -> Option<Self> {
+        Some(ForeignAction {
+            queue,
+            instance: action.instance?,
+            digest: action.digest,
+        })
+    }
+
+    fn is(&self, action: &ReportedAction) -> bool {
+        action.digest == self.digest && action.instance.as_ref() == Some(&self.instance)
     }
 }

@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 use super::{
     Client, OVERHEAD, SMALL, Seat,
     flight::{Passenger, Pilot},
-    group, halve, is_the_empty_blob, retry,
+    group, halve, is_the_empty_blob, retry, weight,
 };
 use crate::{
     digest::{Digest, Hasher},
@@ -107,14 +107,14 @@ impl Client {
     async fn read_batch(&self, instance: &InstanceName, pilots: Vec<Pilot>) {
         let size = |pilot: &Pilot| pilot.digest().size();
         let mut refused = false;
+        // The most that went through at once.
+        let mut accepted = 0;
         let mut open = vec![pilots];
         while let Some(pilots) = open.pop() {
-            let total: u64 = pilots.iter().map(|pilot| size(pilot) + OVERHEAD).sum();
+            let (count, total) = (pilots.len(), pilots.iter().map(size).sum());
             let refusal = self.read_batch_once(instance, pilots).await;
             let Some((mut pilots, status)) = refusal else {
-                if refused {
-                    self.shared.limits.learn_batch_size(total);
-                }
+                accepted = accepted.max(weight(count, total));
                 continue;
             };
             refused = true;
@@ -135,7 +135,11 @@ impl Client {
                 for pilot in open.drain(..).flatten() {
                     pilot.land(Err(error.clone()));
                 }
+                return;
             }
+        }
+        if refused && accepted > 0 {
+            self.shared.limits.learn_batch_size(accepted);
         }
     }
 

@@ -83,7 +83,7 @@ impl Limits {
         limit - (limit / 64).min(8 << 10)
     }
 
-    /// A larger batch was refused, and one of this size went through.
+    /// A larger batch was refused, and so many bytes of blobs were the most that went through.
     pub fn learn_batch_size(&self, size: u64) {
         let before = self.batch_size.fetch_min(size, Ordering::Relaxed);
         if size < before {
@@ -99,7 +99,7 @@ impl Limits {
         usize::try_from(self.digests.load(Ordering::Relaxed)).unwrap_or(usize::MAX)
     }
 
-    /// More digests were refused, and so many went through.
+    /// More digests were refused, and so many were the most that went through.
     pub fn learn_digests(&self, count: usize) {
         self.digests.fetch_min(count as u64, Ordering::Relaxed);
     }
@@ -144,10 +144,10 @@ mod tests {
         let limits = Limits::default();
         limits.learn_batch_size(640 << 10);
         limits.announced(async { Ok((0, 0)) }).await;
-        assert_eq!(limits.batch_size(), 630 << 10);
+        assert_eq!(limits.batch_size(), 632 << 10);
         limits.learn_batch_size(1 << 20);
         limits.announced(async { panic!() }).await;
-        assert_eq!(limits.batch_size(), 630 << 10);
+        assert_eq!(limits.batch_size(), 632 << 10);
         assert_eq!(limits.blob_size(), u64::MAX);
         let limits = Limits::default();
         limits.announced(async { Ok((64 << 10, 1 << 30)) }).await;

@@ -7,7 +7,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use tonic::{Code, Status};
 use uuid::Uuid;
 
-use super::{Client, OVERHEAD, SMALL, group, halve, retry};
+use super::{Client, OVERHEAD, SMALL, group, halve, retry, weight};
 use crate::{
     digest::Digest,
     instance::InstanceName,
@@ -65,13 +65,14 @@ impl Client {
     ) -> Result<(), Error> {
         let size = |(digest, _): &(Digest, Content)| digest.size();
         let mut refused = false;
+        // The most that went through at once.
+        let mut accepted = 0;
         let mut open = vec![blobs];
         while let Some(blobs) = open.pop() {
-            let total: u64 = blobs.iter().map(|blob| size(blob) + OVERHEAD).sum();
+            let (count, total) = (blobs.len(), blobs.iter().map(size).sum());
             let mut left = self.write_batch_once(instance, blobs).await?;
             match left.len() {
-                0 if refused => self.shared.limits.learn_batch_size(total),
-                0 => {}
+                0 => accepted = accepted.max(weight(count, total)),
                 1 => {
                     refused = true;
                     for (digest, content) in left.drain(..) {
@@ -84,6 +85,9 @@ impl Client {
                     open.extend([later, first]);
                 }
             }
+        }
+        if refused && accepted > 0 {
+            self.shared.limits.learn_batch_size(accepted);
         }
         Ok(())
     }

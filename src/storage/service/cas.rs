@@ -15,12 +15,16 @@ use super::{
 use crate::{
     daemon::{Answers, Received, Reservation, with_room},
     digest::{Digest, DigestFunction},
-    proto::reapi::{
-        self, BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest,
-        BatchUpdateBlobsResponse, Directory, FindMissingBlobsRequest, FindMissingBlobsResponse,
-        GetTreeRequest, GetTreeResponse, SpliceBlobRequest, SpliceBlobResponse, SplitBlobRequest,
-        SplitBlobResponse, batch_read_blobs_response, batch_update_blobs_response,
-        content_addressable_storage_server::ContentAddressableStorage,
+    proto::{
+        self,
+        reapi::{
+            self, BatchReadBlobsRequest, BatchReadBlobsResponse, BatchUpdateBlobsRequest,
+            BatchUpdateBlobsResponse, Directory, FindMissingBlobsRequest, FindMissingBlobsResponse,
+            GetTreeRequest, GetTreeResponse, SpliceBlobRequest, SpliceBlobResponse,
+            SplitBlobRequest, SplitBlobResponse, batch_read_blobs_response,
+            batch_update_blobs_response,
+            content_addressable_storage_server::ContentAddressableStorage,
+        },
     },
     storage::{Error, blocking, local::Store},
 };
@@ -69,17 +73,19 @@ impl ContentAddressableStorage for Cas {
         let function = function(request.digest_function)?;
         let total = request.requests.iter().map(|blob| blob.data.len() as u64);
         check_batch(total.sum())?;
-        let answered = request.requests.iter().map(|blob| {
-            let hash = blob.digest.as_ref().map_or(0, |digest| digest.hash.len());
-            answer_weight(hash, 0)
-        });
+        let answered = request
+            .requests
+            .iter()
+            .map(|blob| answer_weight(blob.digest.as_ref(), 0));
         let room = room(answers, check_answer(answered.sum())?).await?;
         let store = self.store.clone();
         let responses = blocking(move || update(&store, function, request.requests)).await?;
-        Ok(with_room(
-            Response::new(BatchUpdateBlobsResponse { responses }),
-            room,
-        ))
+        let mut answer = BatchUpdateBlobsResponse { responses };
+        if weight(&answer) > LARGEST_ANSWER {
+            let statuses = answer.responses.iter_mut().map(|blob| &mut blob.status);
+            statuses.flatten().for_each(leave_out_the_reason);
+        }
+        Ok(with_room(Response::new(answer), room))
     }
 
     async fn batch_read_blobs(
@@ -98,7 +104,7 @@ impl ContentAddressableStorage for Cas {
         let total = digests.iter().map(Digest::size);
         check_batch(total.fold(0, u64::saturating_add))?;
         let answered = request.digests.iter().zip(&digests);
-        let answered = answered.map(|(sent, digest)| answer_weight(sent.hash.len(), digest.size()));
+        let answered = answered.map(|(sent, digest)| answer_weight(Some(sent), digest.size()));
         let room = room(answers, check_answer(answered.sum())?).await?;
         let store = self.store.clone();
         let responses = blocking(move || {
@@ -117,10 +123,12 @@ impl ContentAddressableStorage for Cas {
             digests.iter().zip(request.digests).map(read).collect()
         });
         let responses = responses.await?;
-        Ok(with_room(
-            Response::new(BatchReadBlobsResponse { responses }),
-            room,
-        ))
+        let mut answer = BatchReadBlobsResponse { responses };
+        if weight(&answer) > LARGEST_ANSWER {
+            let statuses = answer.responses.iter_mut().map(|blob| &mut blob.status);
+            statuses.flatten().for_each(leave_out_the_reason);
+        }
+        Ok(with_room(Response::new(answer), room))
     }
 
     type GetTreeStream = BoxStream<'static, Result<GetTreeResponse, Status>>;
@@ -202,10 +210,18 @@ fn check_batch(total: u64) -> Result<(), Status> {
     Ok(())
 }
 
-/// Bytes of one blob's part of an answer: its digest, a status, and its content.
-fn answer_weight(hash: usize, size: u64) -> u64 {
-    const TAGS_AND_NUMBERS: u64 = 36;
-    TAGS_AND_NUMBERS + hash as u64 + size
+/// Bytes of one blob's part of an answer: its digest, its content, and a status that has a code.
+fn answer_weight(sent: Option<&reapi::Digest>, size: u64) -> u64 {
+    const STATUS: u64 = 4;
+    let field = |length: u64| 1 + prost::length_delimiter_len(length as usize) as u64 + length;
+    let digest = sent.map_or(0, |digest| field(digest.encoded_len() as u64));
+    let content = if size > 0 { field(size) } else { 0 };
+    field(digest + content + STATUS)
+}
+
+/// The code says enough when there are so many.
+fn leave_out_the_reason(status: &mut proto::rpc::Status) {
+    status.message.clear();
 }
 
 fn check_answer(weight: u64) -> Result<u64, Status> {

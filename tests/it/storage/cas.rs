@@ -364,7 +364,7 @@ async fn a_batch_s_answer_fits_into_what_grpc_clients_take_however_small_its_blo
     let (_directory, server, client) = start().await;
     // With gRPC's own limit, 4 MiB.
     let mut client = client.max_decoding_message_size(4 << 20);
-    let blobs: Vec<_> = (0..40_000u64)
+    let blobs: Vec<_> = (0..60_000u64)
         .map(|i| (sha256(&i.to_le_bytes()), i.to_le_bytes().to_vec().into()))
         .collect();
     assert!(server.store.put(&blobs).iter().all(Result::is_ok));
@@ -372,12 +372,24 @@ async fn a_batch_s_answer_fits_into_what_grpc_clients_take_however_small_its_blo
         digests: blobs[..count].iter().map(|(d, _)| d.to_proto()).collect(),
         ..Default::default()
     };
-    let answer = client.batch_read_blobs(read(38_000)).await.unwrap();
+    let answer = client.batch_read_blobs(read(48_000)).await.unwrap();
     let answer = answer.into_inner();
-    assert_eq!(answer.responses.len(), 38_000);
-    assert!(answer.encoded_len() <= 4 << 20);
-    let answer = client.batch_read_blobs(read(40_000)).await;
+    assert_eq!(answer.responses.len(), 48_000);
+    // What is counted is what it weighs.
+    assert!((4_000_000..=4 << 20).contains(&answer.encoded_len()));
+    let answer = client.batch_read_blobs(read(51_000)).await;
     refused(answer, Code::InvalidArgument, "make smaller batches");
+    // Reasons of failures are left out before they would make the answer too large.
+    let absent = (0..48_000u64).map(|i| sha256(&(i << 32 | 1).to_le_bytes()).to_proto());
+    let request = BatchReadBlobsRequest {
+        digests: absent.collect(),
+        ..Default::default()
+    };
+    let answer = client.batch_read_blobs(request).await.unwrap().into_inner();
+    let not_found = |status: Option<bb_remote_execution::proto::rpc::Status>| {
+        status.is_some_and(|status| status.code == Code::NotFound as i32)
+    };
+    assert!(answer.responses.into_iter().all(|r| not_found(r.status)));
     let update = batch(blobs.iter().map(|(_, data)| put(data)).collect());
     let answer = client.batch_update_blobs(update).await;
     refused(answer, Code::InvalidArgument, "make smaller batches");

@@ -24,7 +24,7 @@ async fn a_limit_that_was_not_announced_is_found_and_remembered() {
     let blobs: Vec<_> = (0..300).map(|i| content(i, i as usize * 400)).collect();
     let digests: Vec<_> = blobs.iter().map(|data| sha256(data)).collect();
     let name = instance("some/name");
-    for secret_limit in [2 << 20, 200_000] {
+    for secret_limit in [2 << 20, 300_000] {
         let manners = Manners {
             secret_limit,
             committed: -1,
