@@ -284,7 +284,13 @@ impl<C: Check> Loaded<C> {
 pub fn at_key(path: &Path, key: &str, message: String) -> Error {
     let message_of = |shown: &str| format!("{shown}: {message}");
     let shown = words::dotted(&steps(key));
-    match locate(path, key) {
+    // Of a section among several that lacks the key, the last one is known.
+    let list = key.split('.').next().unwrap_or(key);
+    let place = locate(path, key).or_else(|| {
+        let (file, line) = locate(path, list)?;
+        is_list(&fs::read_to_string(&file).ok()?, list).then_some((file, line))
+    });
+    match place {
         Some((file, line)) => {
             let text = fs::read_to_string(&file).unwrap_or_default();
             at_line(&file, &text, line, message_of(&shown))
@@ -297,19 +303,31 @@ pub fn at_key(path: &Path, key: &str, message: String) -> Error {
     }
 }
 
-/// Where a dotted key was last given.
+/// Where a dotted key was last given. Lists replace those before them as a whole.
 pub fn locate(path: &Path, key: &str) -> Option<(PathBuf, usize)> {
     let (drop_ins, _) = drop_ins(path).ok()?;
     let steps = steps(key);
-    drop_ins
+    let list = key.split('.').next().unwrap_or(key);
+    for file in drop_ins
         .into_iter()
         .rev()
         .chain(std::iter::once(path.to_owned()))
-        .find_map(|file| {
-            let text = fs::read_to_string(&file).ok()?;
-            let line = line_of(&text, &steps)?;
-            Some((file, line))
-        })
+    {
+        let Ok(text) = fs::read_to_string(&file) else {
+            continue;
+        };
+        match line_of(&text, &steps) {
+            Some(line) => return Some((file, line)),
+            None if is_list(&text, list) => return None,
+            None => {}
+        }
+    }
+    None
+}
+
+fn is_list(text: &str, key: &str) -> bool {
+    let table: toml::Table = toml::from_str(text).unwrap_or_default();
+    table.get(key).is_some_and(toml::Value::is_array)
 }
 
 fn steps(key: &str) -> Vec<Step> {

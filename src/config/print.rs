@@ -79,7 +79,11 @@ mod tests {
         let path = directory.path().join("w.toml");
         let drop_in = directory.path().join("w.toml.d/10.toml");
         std::fs::create_dir(drop_in.parent().unwrap()).unwrap();
-        std::fs::write(&path, "cache.maximum_files = 7\nbuild_directory = \"/b\"\n").unwrap();
+        std::fs::write(
+            &path,
+            "cache.maximum_files = 7\nbuild_directory = \"/b\"\n[[runners]]\nsize_class = 3\n",
+        )
+        .unwrap();
         let text = "cache.maximum_files = 8\n\n[[runners]]\nconcurrency = 2\n\
                     environment_variables = { \"a b\" = \"\\\"\\n\" }\n\n[[runners]]\nplatform = {}\n";
         std::fs::write(&drop_in, text).unwrap();
@@ -90,6 +94,7 @@ mod tests {
             format!("cache.maximum_files = 8  # {}:1", drop_in.display()),
             format!("build_directory = \"/b\"  # {}:2", path.display()),
             "cache.maximum_size = \"20GiB\"  # default".to_owned(),
+            "size_class = 0  # default".to_owned(),
             format!("[[runners]]  # {}:7", drop_in.display()),
             format!("concurrency = 2  # {}:4", drop_in.display()),
         ] {

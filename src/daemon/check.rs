@@ -45,6 +45,15 @@ impl Host {
         Given(&self.table)
     }
 
+    fn listener(&self, address: &ListenAddress) -> Held {
+        holder::listener(address, |held| self.is_daemon(held))
+    }
+
+    /// Whether that is the daemon which runs with this configuration.
+    fn is_daemon(&self, held: &Held) -> bool {
+        held.is_daemon(self.program, &self.path, self.is_default)
+    }
+
     /// The configuration of another of the three programs, if it lies beside this one and is right.
     pub fn sibling<C: Check>(&self, program: &str) -> Option<C> {
         let path = self.path.with_file_name(format!("{program}.toml"));
@@ -153,8 +162,8 @@ impl Findings {
         match super::listen::try_to_bind(address) {
             Ok(()) => self.good(format!("{key}: {address} is free")),
             Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-                let held = holder::listener(address, host.program);
-                if held.is_daemon(host.program, &host.path, host.is_default) {
+                let held = host.listener(address);
+                if host.is_daemon(&held) {
                     self.good(format!("{key}: {address}, which {held} listens on already"));
                 } else {
                     self.fail(super::listen::not_listening(key, address, &error));
@@ -185,10 +194,10 @@ impl Findings {
                     "{unit} does not listen on {socket}; systemctl start {unit}"
                 )),
                 Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-                    let held = holder::listener(socket, host.program);
+                    let held = host.listener(socket);
                     let is_right = match &held {
                         Held::BySystemd | Held::BySomebody(None | Some(0)) => true,
-                        Held::By(_) => held.is_daemon(host.program, &host.path, host.is_default),
+                        Held::By(_) => host.is_daemon(&held),
                         Held::BySomebody(Some(_)) => false,
                     };
                     match is_right {
@@ -214,7 +223,7 @@ impl Findings {
         drop(file);
         let held = holder::lock(locked);
         let shown = locked.display();
-        if held.is_daemon(host.program, &host.path, host.is_default) {
+        if host.is_daemon(&held) {
             self.good(format!("{key}: {shown} is in use by {held}"));
         } else {
             self.fail(Failure::Configuration {

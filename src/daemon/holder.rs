@@ -70,8 +70,9 @@ fn same_file(a: &Path, b: &Path) -> bool {
     }
 }
 
-/// Who listens at an address that is in use. `program` is what it most likely is.
-pub fn listener(address: &ListenAddress, program: &str) -> Held {
+/// Who listens at an address that is in use. Of the processes that this user may not look into, it is
+/// most likely one that `is_expected`.
+pub fn listener(address: &ListenAddress, is_expected: impl Fn(&Held) -> bool) -> Held {
     match address {
         ListenAddress::Unix(path) => {
             use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -109,12 +110,13 @@ pub fn listener(address: &ListenAddress, program: &str) -> Held {
                 return by_pid(*pid, Some(user));
             }
             // Of another user. Sockets that systemd passes on are root's.
-            let is_it = |pid: &&u32| {
-                name(**pid).is_some_and(|name| name == program)
-                    && (user == 0 || user_of(**pid) == Some(user))
-            };
-            match pids.iter().find(is_it) {
-                Some(pid) => by_pid(*pid, Some(user)),
+            let expected = pids
+                .iter()
+                .filter(|pid| user == 0 || user_of(**pid) == Some(user))
+                .map(|pid| by_pid(*pid, Some(user)))
+                .find(is_expected);
+            match expected {
+                Some(held) => held,
                 None if user == 0 && name(1).is_some_and(|name| name == "systemd") => {
                     Held::BySystemd
                 }
@@ -234,12 +236,12 @@ mod tests {
             };
             let port = socket.local_addr().unwrap().port();
             let address = format!("{}{port}", address.strip_suffix('0').unwrap());
-            assert!(is_us(listener(&address.parse().unwrap(), "x")), "{address}");
+            assert!(is_us(listener(&address.parse().unwrap(), |_| false)), "{address}");
         }
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        assert!(is_us(listener(&ListenAddress::Unix(path), "x")));
+        assert!(is_us(listener(&ListenAddress::Unix(path), |_| false)));
         let file = fs::File::create(directory.path().join("lock")).unwrap();
         rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
         assert!(is_us(lock(&directory.path().join("lock"))));

@@ -109,7 +109,7 @@ pub(super) fn not_listening(
 ) -> Failure {
     let remedy = match error.kind() {
         io::ErrorKind::AddrInUse => {
-            let held = holder::listener(address, "");
+            let held = holder::listener(address, |_| false);
             format!("{held} listens there; stop it, or choose another address")
         }
         io::ErrorKind::PermissionDenied => {

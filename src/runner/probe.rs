@@ -63,6 +63,10 @@ pub fn warnings(config: &Config, host: &Host, complaints: &mut Complaints) {
 fn check_cleaning(config: &Config, complaints: &mut Complaints) {
     let key = "clean_temporary_directories";
     for path in &config.clean_temporary_directories {
+        // Refused without a look at the host.
+        if place(path) == Place::Vital {
+            continue;
+        }
         let Ok(real) = fs::canonicalize(path).and_then(|real| fs::read_dir(&real).map(|_| real))
         else {
             complaints.add(
@@ -105,6 +109,7 @@ pub(super) fn vital_directory(config: &Config) -> Option<Failure> {
     config
         .clean_temporary_directories
         .iter()
+        .filter(|path| place(path) != Place::Vital)
         .filter_map(|path| Some((path, fs::canonicalize(path).ok()?)))
         .find(|(_, real)| place(real) == Place::Vital)
         .map(|(path, real)| Failure::Configuration {

@@ -8,7 +8,7 @@ use std::{
 use super::{connect_storage, group_of, one_file_system};
 use crate::{
     config::{
-        self, Complaints,
+        self, Complaints, Place, place,
         worker::{Config, Runner},
     },
     daemon::{
@@ -120,7 +120,9 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
         "build_directory: the users of actions can pass to it",
         check_passable(build).err(),
     );
-    if let Some(stranger) = stranger(build) {
+    if place(build) == Place::Free
+        && let Some(stranger) = stranger(build)
+    {
         findings.fail(Failure::Configuration {
             key: "build_directory",
             message: format!(
