@@ -236,7 +236,10 @@ mod tests {
             };
             let port = socket.local_addr().unwrap().port();
             let address = format!("{}{port}", address.strip_suffix('0').unwrap());
-            assert!(is_us(listener(&address.parse().unwrap(), |_| false)), "{address}");
+            assert!(
+                is_us(listener(&address.parse().unwrap(), |_| false)),
+                "{address}"
+            );
         }
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
