@@ -380,7 +380,7 @@ async fn a_batch_s_answer_fits_into_what_grpc_clients_take_however_small_its_blo
     let answer = client.batch_read_blobs(read(51_000)).await;
     refused(answer, Code::InvalidArgument, "make smaller batches");
     // Reasons of failures are left out before they would make the answer too large.
-    let absent = (0..48_000u64).map(|i| sha256(&(i << 32 | 1).to_le_bytes()).to_proto());
+    let absent = (0..48_000u64).map(|i| sha256(&(i + (1 << 40)).to_le_bytes()).to_proto());
     let request = BatchReadBlobsRequest {
         digests: absent.collect(),
         ..Default::default()
