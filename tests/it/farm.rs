@@ -494,3 +494,45 @@ async fn every_action_of_a_farm_under_load_ends_well_at_its_first_attempt() {
     println!("{} of {actions} operations failed", failed.len());
     assert!(failed.is_empty(), "{:?}", &failed[..failed.len().min(5)]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_action_that_ends_well_is_two_lines_in_all_logs_and_one_that_is_refused_is_named() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start(Path::new("/var/tmp"), 1, "").await;
+    let client = farm.client();
+    let lines = |hash: &str| -> Vec<String> {
+        ["bb_scheduler", "bb_worker", "bb_runner"]
+            .iter()
+            .flat_map(|name| {
+                farm.log(name)
+                    .lines()
+                    .map(str::to_owned)
+                    .collect::<Vec<_>>()
+            })
+            .filter(|line| line.contains(hash))
+            .collect()
+    };
+    let action = client
+        .prepare(&Task::shell("exit 0; : well"))
+        .await
+        .unwrap();
+    assert!(is_ok(&client.execute(action.clone()).await.unwrap()));
+    let said = lines(&action.hash);
+    assert_eq!(said.len(), 2, "{said:#?}");
+    assert!(
+        said.iter().map(String::len).sum::<usize>() < 1500,
+        "{said:#?}"
+    );
+
+    let mut elsewhere = Task::shell("exit 0; : elsewhere");
+    elsewhere.action.platform.as_mut().unwrap().properties[0].value = "evil\n\u{1b}[2J".to_owned();
+    let action = client.prepare(&elsewhere).await.unwrap();
+    client.execute(action.clone()).await.unwrap_err();
+    let said = lines(&action.hash);
+    assert_eq!(said.len(), 1, "{said:#?}");
+    assert!(said[0].contains("refused an action"), "{said:#?}");
+    assert!(said[0].contains("evil"), "{said:#?}");
+    assert!(!said[0].contains('\u{1b}'), "{said:#?}");
+}
