@@ -27,6 +27,8 @@ struct Signs {
     hearts: Mutex<Vec<Arc<Pulse>>>,
     /// None until the daemon is ready.
     status: Mutex<Option<String>>,
+    /// What the last reload said, which goes on being true; empty if nothing.
+    news: Mutex<String>,
 }
 
 /// Something that returns soon as long as the daemon works.
@@ -80,7 +82,20 @@ impl Life {
         if let Some(last) = &mut *lock(&self.signs.status) {
             status.clone_into(last);
         }
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(status)]);
+        let status = self.with_news(status);
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Status(&status)]);
+    }
+
+    /// From now on every line ends with it.
+    pub(super) fn set_news(&self, news: String) {
+        *lock(&self.signs.news) = news;
+    }
+
+    fn with_news(&self, status: &str) -> String {
+        match lock(&self.signs.news).as_str() {
+            "" => status.to_owned(),
+            news => format!("{status}; {news}"),
+        }
     }
 
     /// Says what `line` says, whenever that changes, once the daemon is ready; never returns.
@@ -98,7 +113,8 @@ impl Life {
 
     /// The line that `systemctl status` shows, once the daemon is ready.
     pub(super) fn last_status(&self) -> Option<String> {
-        lock(&self.signs.status).clone()
+        let status = lock(&self.signs.status).clone();
+        status.map(|status| self.with_news(&status))
     }
 
     /// From now on the watchdog calls `check`, on a thread of its own, several times per period.

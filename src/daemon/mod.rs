@@ -316,11 +316,9 @@ where
     }
     let news = running.reload(levels);
     // A daemon that is still starting says when it is ready by itself.
-    let Some(mut status) = life.last_status() else {
+    life.set_news(news);
+    let Some(status) = life.last_status() else {
         return;
     };
-    if !news.is_empty() {
-        status = format!("{status}; {news}");
-    }
     let _ = sd_notify::notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
 }
