@@ -149,24 +149,22 @@ impl Executor {
         if let Some(group) = self.group {
             root.open_to(group)?;
         }
-        let [request, again] = [(); 2].map(|()| {
+        let request = || {
             let request = self.run_request(&command, &root);
             let mut request = proto::for_action(request, &task.digest);
             if self.inputs == Inputs::Private {
                 proto::set_private_inputs(&mut request);
             }
             request
-        });
+        };
         metadata.execution_start_timestamp = now();
         let start = Instant::now();
         // Whatever does not answer first is dropped, and the runner sees its call cancelled.
         let mut ended = tokio::select! {
             answer = async {
-                match client.run(request).await {
-                    // hyper: it was never sent, since the runner was leaving; its successor takes it.
-                    Err(status) if status.message() == "operation was canceled" => {
-                        client.run(again).await
-                    }
+                match client.run(request()).await {
+                    // The runner was leaving; its successor takes it.
+                    Err(status) if runner::was_never_sent(&status) => client.run(request()).await,
                     answer => answer,
                 }
             } => Ended::Answered(answer.map(tonic::Response::into_inner)),

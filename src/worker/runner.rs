@@ -31,3 +31,29 @@ pub async fn answers(runner: &RunnerClient<Channel>) -> bool {
 pub fn is_answer(status: &Status) -> bool {
     std::error::Error::source(status).is_none()
 }
+
+/// Whether a call failed before anything of it had left this process, so that it is safe to make it
+/// again. hyper says so of a request that it gives up with its connection (`Error::is_canceled`); of
+/// one that was on its way it says something else, and a peer's own status has no source.
+pub fn was_never_sent(status: &Status) -> bool {
+    let mut error = std::error::Error::source(status);
+    while let Some(cause) = error {
+        if let Some(error) = cause.downcast_ref::<hyper::Error>() {
+            return error.is_canceled();
+        }
+        error = cause.source();
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_peer_says_was_sent_whatever_it_says() {
+        let status = Status::cancelled("operation was canceled");
+        assert!(is_answer(&status));
+        assert!(!was_never_sent(&status));
+    }
+}
