@@ -387,11 +387,6 @@ impl<T, R: Clone> Slot<T, R> {
         self.paused = self.paused.max(until);
     }
 
-    /// Calls that failed since the scheduler last answered.
-    pub fn failures(&self) -> u32 {
-        self.failures
-    }
-
     /// The execution returned. `healthy` unless its status was a failure.
     pub fn finished(&mut self, now: Instant, result: R, healthy: bool) {
         let idle = Doing::Idle(Readiness::Unknown { not_before: now });
