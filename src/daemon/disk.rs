@@ -21,6 +21,14 @@ pub fn existing(path: &Path) -> PathBuf {
         .to_owned()
 }
 
+/// What keeps a directory from being made at `path`, or is there in its place: `path` or the closest
+/// above it that exists, when that is no directory.
+pub fn in_the_way_of(path: &Path) -> Option<&Path> {
+    path.ancestors()
+        .find(|ancestor| std::fs::symlink_metadata(ancestor).is_ok())
+        .filter(|found| !found.is_dir())
+}
+
 /// The disk that a directory is on, or will be.
 pub fn disk(path: &Path) -> Option<Disk> {
     let stat = rustix::fs::statvfs(existing(path)).ok()?;

@@ -13,7 +13,7 @@ use crate::{
     },
     daemon::{
         self, Failure, Findings, Host,
-        disk::{disk, existing},
+        disk::{disk, existing, in_the_way_of},
     },
     proto::{
         remoteworker::{SynchronizeRequest, operation_queue_client::OperationQueueClient},
@@ -121,13 +121,13 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
         check_passable(build).err(),
     );
     if place(build) == Place::Free
-        && let Some(stranger) = stranger(build)
+        && let Some(entry) = foreign_entry(build)
     {
         findings.fail(Failure::Configuration {
             key: "build_directory",
             message: format!(
                 "it is emptied at start-up, and no worker made {}; move that, or choose a directory of its own",
-                stranger.display()
+                entry.display()
             ),
         });
     }
@@ -260,7 +260,7 @@ fn check_passable(build: &Path) -> Result<(), Failure> {
 }
 
 /// Something in the build directory that no worker left there.
-fn stranger(build: &Path) -> Option<PathBuf> {
+fn foreign_entry(build: &Path) -> Option<PathBuf> {
     let entries = std::fs::read_dir(build).ok()?;
     let names: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     let is = |path: &PathBuf, name: &str| path.file_name().is_some_and(|known| known == name);
@@ -292,10 +292,7 @@ async fn answer<T>(
 }
 
 fn check_writable(path: &Path) -> Result<(), String> {
-    let in_its_way = path
-        .ancestors()
-        .find(|ancestor| std::fs::symlink_metadata(ancestor).is_ok());
-    if let Some(file) = in_its_way.filter(|found| !found.is_dir()) {
+    if let Some(file) = in_the_way_of(path) {
         return Err(format!(
             "{} is no directory; choose another path",
             file.display()

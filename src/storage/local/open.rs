@@ -21,7 +21,13 @@ use super::{
     segment::{self, Segment},
     space::{Head, Space, segment_capacity},
 };
-use crate::{config::Size, daemon::Failure};
+use crate::{
+    config::Size,
+    daemon::{
+        Failure,
+        disk::{existing, in_the_way_of},
+    },
+};
 
 const DIRECTORY_KEY: &str = "storage.embedded.directory";
 const SIZE_KEY: &str = "storage.embedded.maximum_size";
@@ -29,19 +35,16 @@ const FORMAT: &str = "bb_scheduler storage 1\n";
 
 /// What would keep the store from being opened, or from holding as much as it may. Changes nothing.
 pub fn probe(directory: &Path, maximum_size: u64) -> Vec<Failure> {
-    // The directory, or where it would be created.
-    let existing = directory
-        .ancestors()
-        .find(|ancestor| ancestor.exists())
-        .unwrap_or(Path::new("/"));
-    let mut failures = Vec::new();
-    if !existing.is_dir() {
+    if let Some(file) = in_the_way_of(directory) {
         return vec![failure(format!(
             "{} is no directory; choose another path",
-            existing.display()
+            file.display()
         ))];
     }
-    if rustix::fs::access(existing, rustix::fs::Access::WRITE_OK).is_err() {
+    // The directory, or where it would be created.
+    let existing = existing(directory);
+    let mut failures = Vec::new();
+    if rustix::fs::access(&existing, rustix::fs::Access::WRITE_OK).is_err() {
         failures.push(failure(format!(
             "this user may not write in {}; change its owner, or choose another path",
             existing.display()
@@ -58,7 +61,7 @@ pub fn probe(directory: &Path, maximum_size: u64) -> Vec<Failure> {
             failures.push(in_use(directory));
         }
     }
-    match (rustix::fs::statvfs(existing), taken(directory)) {
+    match (rustix::fs::statvfs(&existing), taken(directory)) {
         (Ok(stat), taken) if stat.f_bavail * stat.f_frsize + taken < maximum_size => {
             failures.push(Failure::Configuration {
                 key: SIZE_KEY,
