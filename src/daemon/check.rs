@@ -6,6 +6,7 @@
 
 use std::{
     fmt::Display,
+    fs,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -25,6 +26,8 @@ pub struct Host {
     pub path: PathBuf,
     /// The path is the one that the program's unit uses.
     pub is_default: bool,
+    /// The path is the one that this instance of the program's template unit uses.
+    pub instance: Option<String>,
     pub table: toml::Table,
     pub units: Units,
 }
@@ -36,9 +39,40 @@ impl Host {
             program,
             path: path.to_owned(),
             is_default: false,
+            instance: None,
             table: loaded.table.clone(),
             units: Units::of(Path::new("/")),
         }
+    }
+
+    /// Of a configuration that lies where one of this host's units looks for it, if it does.
+    pub fn with_units_in(mut self, directory: &Path) -> Self {
+        let default = directory.join(format!("{}.toml", self.program));
+        self.is_default = holder::is_same_file(&self.path, &default);
+        let path = fs::canonicalize(&self.path).unwrap_or_else(|_| self.path.clone());
+        let is_there = path
+            .parent()
+            .is_some_and(|parent| holder::is_same_file(parent, directory));
+        self.instance = path
+            .file_stem()
+            .and_then(|stem| stem.to_str()?.strip_prefix(self.program)?.strip_prefix('@'))
+            .filter(|instance| is_there && !instance.is_empty())
+            .map(str::to_owned);
+        self
+    }
+
+    /// The unit that reads this configuration, where `unit` is the one that reads the default's.
+    fn unit(&self, unit: &str) -> Option<String> {
+        match &self.instance {
+            Some(instance) => unit
+                .rsplit_once('.')
+                .map(|(name, kind)| format!("{name}@{instance}.{kind}")),
+            None => self.is_default.then(|| unit.to_owned()),
+        }
+    }
+
+    fn service(&self) -> String {
+        format!("{}.service", self.program.replace('_', "-"))
     }
 
     pub fn given(&self) -> Given<'_> {
@@ -63,11 +97,11 @@ impl Host {
     /// The unit's time to stop, if it is not for ever: that of this host's unit, else the shipped one's.
     pub fn stop_timeout(&self) -> Option<std::time::Duration> {
         use super::unit::StopTimeout;
-        let unit = format!("{}.service", self.program.replace('_', "-"));
-        match self.is_default.then(|| self.units.stop_timeout(&unit)) {
-            Some(Some(StopTimeout::Infinite)) => None,
-            Some(Some(StopTimeout::After(limit))) => Some(limit),
-            _ => Some(SHIPPED_STOP_TIMEOUT),
+        let unit = self.unit(&self.service());
+        match unit.and_then(|unit| self.units.stop_timeout(&unit)) {
+            Some(StopTimeout::Infinite) => None,
+            Some(StopTimeout::After(limit)) => Some(limit),
+            None => Some(SHIPPED_STOP_TIMEOUT),
         }
     }
 
@@ -148,16 +182,16 @@ impl Findings {
         key: &'static str,
         address: &ListenAddress,
     ) {
-        let service = format!("{}.service", host.program.replace('_', "-"));
-        if host.is_default
-            && host.units.are_in_use()
+        if host.units.are_in_use()
+            && let Some(service) = host.unit(&host.service())
             && host
                 .units
                 .setting(&service, "Service", "ExecStart")
                 .is_some()
-            && let Some(sockets) = host.units.listens(unit)
+            && let Some(unit) = host.unit(unit)
+            && let Some(sockets) = host.units.listens(&unit)
         {
-            return self.try_sockets(host, unit, key, address, &sockets);
+            return self.try_sockets(host, &unit, key, address, &sockets);
         }
         match super::listen::try_to_bind(address) {
             Ok(()) => self.good(format!("{key}: {address} is free")),
@@ -321,4 +355,40 @@ pub fn run<C: Check>(
         complain(name, &format!("All keys are described in {name}.toml(5)."));
     }
     ExitCode::from(EX_CONFIG)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_configuration_belongs_to_the_unit_that_reads_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let other = tempfile::tempdir().unwrap();
+        let unit = |directory: &Path, path: &Path| {
+            let host = Host {
+                program: "bb_runner",
+                path: path.to_owned(),
+                is_default: false,
+                instance: None,
+                table: toml::Table::new(),
+                units: Units::of(directory),
+            };
+            host.with_units_in(directory).unit("bb-runner.socket")
+        };
+        let [default, instance, stranger] = ["bb_runner", "bb_runner@network", "my_runner"]
+            .map(|name| directory.path().join(format!("{name}.toml")));
+        for path in [&default, &instance, &stranger] {
+            fs::write(path, "").unwrap();
+        }
+        let named = |name: &str| Some(name.to_owned());
+        assert_eq!(unit(directory.path(), &default), named("bb-runner.socket"));
+        assert_eq!(
+            unit(directory.path(), &instance),
+            named("bb-runner@network.socket")
+        );
+        assert_eq!(unit(directory.path(), &stranger), None);
+        assert_eq!(unit(other.path(), &default), None);
+        assert_eq!(unit(other.path(), &instance), None);
+    }
 }

@@ -55,7 +55,7 @@ impl Held {
     pub fn is_daemon(&self, program: &str, config: &Path, is_default: bool) -> bool {
         match self {
             Held::By(holder) if holder.program == program => match &holder.config {
-                Some(other) => same_file(other, config),
+                Some(other) => is_same_file(other, config),
                 None => is_default,
             },
             _ => false,
@@ -63,7 +63,7 @@ impl Held {
     }
 }
 
-fn same_file(a: &Path, b: &Path) -> bool {
+pub fn is_same_file(a: &Path, b: &Path) -> bool {
     match (fs::canonicalize(a), fs::canonicalize(b)) {
         (Ok(a), Ok(b)) => a == b,
         _ => a == b,

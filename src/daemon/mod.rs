@@ -116,15 +116,15 @@ pub fn main<C: Check + 'static>(
     probe: impl AsyncFnOnce(&C, &Host, &mut Findings),
     run: impl AsyncFnOnce(C, Life) -> Result<(), Failure>,
 ) -> ExitCode {
-    let default = PathBuf::from(format!("/etc/bb-remote-execution/{}.toml", program.name));
+    let directory = Path::new("/etc/bb-remote-execution");
+    let default = directory.join(format!("{}.toml", program.name));
     let flags = flags(&program, &default);
     let (path, optional) = match flags.config {
         Some(path) => (path, false),
         None => (default, true),
     };
     let loaded = config::examine::<C>(&path, optional);
-    let mut host = Host::of(program.name, &path, &loaded);
-    host.is_default = optional;
+    let host = Host::of(program.name, &path, &loaded).with_units_in(directory);
     if flags.check {
         return check::run(&program, &host, &loaded, warnings, probe);
     }

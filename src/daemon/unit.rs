@@ -40,9 +40,14 @@ impl Units {
     /// such unit, or it is masked.
     pub fn setting(&self, unit: &str, section: &str, key: &str) -> Option<Vec<String>> {
         let directories = DIRECTORIES.map(|directory| self.root.join(directory));
-        let file = directories
+        let (instance, names) = names(unit);
+        let file = names
             .iter()
-            .map(|directory| directory.join(unit))
+            .flat_map(|name| {
+                directories
+                    .iter()
+                    .map(move |directory| directory.join(name))
+            })
             .find(|file| file.symlink_metadata().is_ok())?;
         let text = fs::read_to_string(&file)
             .ok()
@@ -50,8 +55,13 @@ impl Units {
         // Drop-ins are in the order of their names, wherever they are; of two of one name, the one
         // in the first directory counts.
         let mut drop_ins: Vec<PathBuf> = Vec::new();
-        for directory in &directories {
-            let entries = fs::read_dir(directory.join(format!("{unit}.d")));
+        for directory in names.iter().flat_map(|name| {
+            let drop_ins = format!("{name}.d");
+            directories
+                .iter()
+                .map(move |directory| directory.join(&drop_ins))
+        }) {
+            let entries = fs::read_dir(directory);
             for entry in entries.into_iter().flatten().flatten() {
                 let path = entry.path();
                 let known = |other: &PathBuf| other.file_name() == path.file_name();
@@ -68,6 +78,11 @@ impl Units {
         let mut values = Vec::new();
         for text in std::iter::once(text).chain(texts) {
             assignments(&text, section, key, &mut values);
+        }
+        if let Some(instance) = instance {
+            for value in &mut values {
+                *value = value.replace("%i", instance);
+            }
         }
         Some(values)
     }
@@ -94,6 +109,18 @@ impl Units {
 pub enum StopTimeout {
     After(Duration),
     Infinite,
+}
+
+/// The instance of a unit, if it is one of a template, and the names of its files, the first one winning.
+fn names(unit: &str) -> (Option<&str>, Vec<String>) {
+    let parts = unit.split_once('@').and_then(|(name, rest)| {
+        let (instance, kind) = rest.rsplit_once('.')?;
+        (!instance.is_empty()).then(|| (instance, format!("{name}@.{kind}")))
+    });
+    match parts {
+        Some((instance, template)) => (Some(instance), vec![unit.to_owned(), template]),
+        None => (None, vec![unit.to_owned()]),
+    }
 }
 
 fn assignments(text: &str, section: &str, key: &str, values: &mut Vec<String>) {
@@ -179,5 +206,35 @@ mod tests {
         std::os::unix::fs::symlink("/dev/null", root.path().join("etc/systemd/system/x.socket"))
             .unwrap();
         assert_eq!(units.listens("x.socket"), None);
+    }
+
+    #[test]
+    fn an_instance_is_read_from_its_template() {
+        let root = tempfile::tempdir().unwrap();
+        let write = |path: &str, text: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let units = Units::of(root.path());
+        assert_eq!(units.listens("x@a.socket"), None);
+        write(
+            "lib/systemd/system/x@.socket",
+            "[Socket]\nListenStream=/run/x-%i/socket\n",
+        );
+        let listens = |unit| units.listens(unit).unwrap();
+        assert_eq!(
+            listens("x@a.socket"),
+            ["unix:/run/x-a/socket".parse().unwrap()]
+        );
+        write(
+            "etc/systemd/system/x@a.socket.d/override.conf",
+            "[Socket]\nListenStream=\nListenStream=/run/y\n",
+        );
+        assert_eq!(listens("x@a.socket"), ["unix:/run/y".parse().unwrap()]);
+        assert_eq!(
+            listens("x@b.socket"),
+            ["unix:/run/x-b/socket".parse().unwrap()]
+        );
     }
 }
