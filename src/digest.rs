@@ -10,7 +10,10 @@ use md5::Md5;
 use sha1::Sha1;
 use sha2::{Digest as _, Sha256, Sha384, Sha512};
 
-use crate::proto::reapi;
+use crate::{
+    proto::reapi,
+    text::{parse_hex, push_hex, shorten},
+};
 
 /// The longest hash of any function that we know, in bytes.
 const LONGEST: usize = 64;
@@ -118,12 +121,22 @@ impl DigestFunction {
         }
     }
 
-    /// The path element of a resource name: present only for functions that a hash's length does
-    /// not tell (REAPI: `Read`'s resource names).
-    pub const fn resource_name_element(self) -> Option<&'static str> {
+    /// Whether the hash's length names this function, so that resource names leave it out (REAPI:
+    /// `Read`'s resource names).
+    pub const fn is_told_by_length(self) -> bool {
+        !matches!(self, DigestFunction::Blake3)
+    }
+
+    /// The name in lower case, as in resource names, links to a browser, and files of the worker's
+    /// cache.
+    pub const fn name(self) -> &'static str {
         match self {
-            DigestFunction::Blake3 => Some("blake3"),
-            _ => None,
+            DigestFunction::Sha256 => "sha256",
+            DigestFunction::Sha1 => "sha1",
+            DigestFunction::Md5 => "md5",
+            DigestFunction::Sha384 => "sha384",
+            DigestFunction::Sha512 => "sha512",
+            DigestFunction::Blake3 => "blake3",
         }
     }
 
@@ -151,14 +164,7 @@ impl DigestFunction {
 
 impl fmt::Display for DigestFunction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            DigestFunction::Sha256 => "SHA256",
-            DigestFunction::Sha1 => "SHA1",
-            DigestFunction::Md5 => "MD5",
-            DigestFunction::Sha384 => "SHA384",
-            DigestFunction::Sha512 => "SHA512",
-            DigestFunction::Blake3 => "BLAKE3",
-        })
+        f.write_str(&self.name().to_ascii_uppercase())
     }
 }
 
@@ -268,13 +274,7 @@ impl Digest {
             });
         }
         let mut bytes = [0; LONGEST];
-        let mut all = 0;
-        for (byte, pair) in bytes.iter_mut().zip(hash.as_bytes().chunks_exact(2)) {
-            let (high, low) = (NIBBLES[usize::from(pair[0])], NIBBLES[usize::from(pair[1])]);
-            *byte = high << 4 | low & 0xf;
-            all |= high | low;
-        }
-        if all > 0xf {
+        if !parse_hex(hash, &mut bytes[..function.length()]) {
             return Err(DigestError::NotLowerCaseHexadecimal(shorten(hash)));
         }
         let size =
@@ -296,12 +296,8 @@ impl Digest {
 
     /// Lower-case hexadecimal.
     pub fn hash_hex(&self) -> String {
-        const DIGITS: &[u8; 16] = b"0123456789abcdef";
         let mut hex = String::with_capacity(2 * self.function.length());
-        for byte in self.hash_bytes() {
-            hex.push(DIGITS[usize::from(byte >> 4)] as char);
-            hex.push(DIGITS[usize::from(byte & 15)] as char);
-        }
+        push_hex(&mut hex, self.hash_bytes());
         hex
     }
 
@@ -310,8 +306,10 @@ impl Digest {
         self.size
     }
 
+    /// Whether this is the empty blob, which every storage has without being given it. Its own hash
+    /// names it, not just any hash with the size 0.
     pub fn is_empty_blob(&self) -> bool {
-        self.size == 0
+        self.size == 0 && *self == self.function.empty()
     }
 
     pub fn to_proto(&self) -> reapi::Digest {
@@ -334,28 +332,6 @@ impl fmt::Debug for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{self}", self.function)
     }
-}
-
-/// What each lower-case hexadecimal digit stands for; 0xff for what is none.
-const NIBBLES: [u8; 256] = {
-    let mut table = [0xff; 256];
-    let mut value = 0;
-    while value < 16 {
-        table[b"0123456789abcdef"[value] as usize] = value as u8;
-        value += 1;
-    }
-    table
-};
-
-/// What a message shows of a text that a stranger sent.
-pub fn shorten(text: &str) -> String {
-    const SHOWN: usize = 140;
-    if text.chars().count() <= SHOWN {
-        return text.to_owned();
-    }
-    let mut shown: String = text.chars().take(SHOWN).collect();
-    shown.push('…');
-    shown
 }
 
 #[cfg(test)]
@@ -394,7 +370,7 @@ mod tests {
                 Digest::parse(Some(function), &digest.to_proto()),
                 Ok(digest)
             );
-            if function.resource_name_element().is_none() {
+            if function.is_told_by_length() {
                 assert_eq!(Digest::parse(None, &digest.to_proto()), Ok(digest));
             }
         }

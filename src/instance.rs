@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use crate::digest::shorten;
+use crate::text::shorten;
 
 /// REAPI: words that would make resource names ambiguous.
 const RESERVED: [&str; 7] = [

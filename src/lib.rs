@@ -3,9 +3,11 @@
 // Words.
 pub mod digest;
 pub mod instance;
+pub mod metadata;
 pub mod path;
 pub mod proto;
 pub mod resource;
+pub mod text;
 
 // Services.
 pub mod config;

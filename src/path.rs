@@ -1,11 +1,11 @@
-//! Paths that strangers send, turned into ones that cannot lead elsewhere.
+//! Paths that peers send, turned into ones that cannot lead elsewhere.
 //!
 //! Lexical only: that no symbolic link on the disk leads elsewhere either is for those who open
 //! them (`openat2(2)`, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS).
 
 use std::{fmt, sync::Arc};
 
-use crate::digest::shorten;
+use crate::text::shorten;
 
 /// The name of one directory entry: not empty, not `.` or `..`, no slash, no NUL, at most 255 bytes.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]

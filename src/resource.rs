@@ -3,8 +3,10 @@
 use uuid::Uuid;
 
 use crate::{
-    digest::{Digest, DigestError, DigestFunction, shorten},
+    digest::{Digest, DigestError, DigestFunction},
     instance::{InstanceName, InstanceNameError},
+    proto::{self, rpc},
+    text::shorten,
 };
 
 /// `[INSTANCE/]blobs/[FUNCTION/]HASH/SIZE`
@@ -98,9 +100,29 @@ impl WriteName {
 
 /// `blobs/[FUNCTION/]HASH/SIZE`: also the subject of a MISSING violation (REAPI: Execute).
 pub fn blob_name(digest: &Digest) -> String {
-    match digest.function().resource_name_element() {
-        Some(function) => format!("blobs/{function}/{digest}"),
-        None => format!("blobs/{digest}"),
+    match digest.function() {
+        function if function.is_told_by_length() => format!("blobs/{digest}"),
+        function => format!("blobs/{}/{digest}", function.name()),
+    }
+}
+
+/// FAILED_PRECONDITION with one MISSING violation per digest, and no other detail: clients upload
+/// the blobs and try again only if every violation says so (REAPI: Execute).
+pub fn missing_blobs(message: impl Into<String>, digests: &[Digest]) -> rpc::Status {
+    let failure = rpc::PreconditionFailure {
+        violations: digests
+            .iter()
+            .map(|digest| rpc::precondition_failure::Violation {
+                r#type: "MISSING".to_owned(),
+                subject: blob_name(digest),
+                description: String::new(),
+            })
+            .collect(),
+    };
+    rpc::Status {
+        code: rpc::Code::FailedPrecondition as i32,
+        message: message.into(),
+        details: vec![proto::pack(&failure)],
     }
 }
 
@@ -133,7 +155,7 @@ fn parse_blob<'a>(
     let function = rest.first().and_then(|part| {
         DigestFunction::ALL
             .into_iter()
-            .find(|function| function.to_string().eq_ignore_ascii_case(part))
+            .find(|function| function.name().eq_ignore_ascii_case(part))
     });
     if function.is_some() {
         rest = &rest[1..];

@@ -33,9 +33,10 @@ use super::{
 };
 use crate::{
     daemon::Peer,
+    metadata,
     path::RelativePath,
     proto::{
-        self, pack,
+        pack,
         resourceusage::PosixResourceUsage,
         runner::{CheckReadinessRequest, RunRequest, RunResponse, runner_server},
     },
@@ -148,10 +149,10 @@ impl runner_server::Runner for Runner {
 
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<RunResponse>, Status> {
         self.admit(&request)?;
-        let action = proto::action_of(&request);
+        let action = metadata::action_of(&request);
         let deadline =
             deadline::of(request.metadata()).map(|limit| (Instant::now() + limit, limit));
-        let owns_inputs = proto::has_private_inputs(&request);
+        let owns_inputs = metadata::has_private_inputs(&request);
         let mut command = Command::parse(request.into_inner(), &self.additions).map_err(refused)?;
         command.owns_inputs = owns_inputs;
         let user = self

@@ -26,8 +26,9 @@ use crate::{
     daemon::{LineLimit, Peer},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
+    metadata::{self, REQUEST_METADATA_HEADER},
     proto::{
-        self, REQUEST_METADATA_HEADER,
+        self,
         longrunning::{self, Operation},
         reapi::{self, execution_stage::Value as StageValue},
         remoteworker::{
@@ -37,6 +38,7 @@ use crate::{
         },
         rpc,
     },
+    resource::missing_blobs,
     storage::{self, Storage},
 };
 
@@ -87,7 +89,7 @@ impl reapi::execution_server::Execution for Clients {
             .ok()
             .and_then(|operation| self.queue.wait(operation))
             .ok_or_else(|| {
-                let name = crate::digest::shorten(&name);
+                let name = crate::text::shorten(&name);
                 Status::not_found(format!("Operation with name {name:?} not found"))
             })?;
         Ok(Response::new(self.watch(waiter)))
@@ -371,7 +373,7 @@ impl OperationQueue for Workers {
         if self.stopping.is_cancelled() {
             return Err(stopping());
         }
-        let instance = proto::instance_of(&request);
+        let instance = metadata::instance_of(&request);
         let peer = peer_of(&request);
         let (place, id, report) = parse_worker(request.into_inner(), instance)?;
         let caller = Caller { id, peer };
@@ -521,7 +523,7 @@ fn storage_status(prefix: &str, error: storage::Error) -> Status {
     let message = format!("{prefix}: {error}");
     let code = match &error {
         Error::Missing(digests) => {
-            let status = proto::missing_blobs(message, digests);
+            let status = missing_blobs(message, digests);
             let details = status.encode_to_vec().into();
             return Status::with_details(Code::FailedPrecondition, status.message, details);
         }

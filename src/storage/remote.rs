@@ -164,7 +164,7 @@ impl Client {
         let mut seen = std::collections::HashSet::new();
         let distinct: Vec<Digest> = digests
             .iter()
-            .filter(|digest| !is_the_empty_blob(digest) && seen.insert(**digest))
+            .filter(|digest| !digest.is_empty_blob() && seen.insert(**digest))
             .copied()
             .collect();
         // One call has digests of one function.
@@ -354,11 +354,6 @@ impl Client {
         };
         self.shared.limits.announced(ask).await;
     }
-}
-
-/// Which need not be asked for.
-fn is_the_empty_blob(digest: &Digest) -> bool {
-    digest.is_empty_blob() && *digest == digest.function().empty()
 }
 
 /// A batch that went through, as what `group` may make so large. Servers count only the blobs, or the

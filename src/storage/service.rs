@@ -188,14 +188,14 @@ fn check_result(function: DigestFunction, result: &ActionResult) -> Result<(), S
     };
     for file in &result.output_files {
         check(
-            &format!("output file {:?}", crate::digest::shorten(&file.path)),
+            &format!("output file {:?}", crate::text::shorten(&file.path)),
             file.digest.as_ref(),
         )?;
     }
     for directory in &result.output_directories {
         let what = format!(
             "output directory {:?}",
-            crate::digest::shorten(&directory.path)
+            crate::text::shorten(&directory.path)
         );
         let (tree, root) = (&directory.tree_digest, &directory.root_directory_digest);
         if tree.is_none() && root.is_none() {

@@ -9,7 +9,7 @@ use super::{
     fault::Fault,
     health::{Change, Health, Verdict},
 };
-use crate::digest::shorten;
+use crate::text::shorten;
 
 pub struct Availability {
     /// For messages.

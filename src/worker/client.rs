@@ -24,8 +24,8 @@ use super::{
 };
 use crate::{
     daemon::Heart,
-    digest::shorten,
     instance::InstanceName,
+    metadata,
     proto::{
         self,
         reapi::{ExecuteResponse, Platform},
@@ -36,6 +36,7 @@ use crate::{
         },
         rpc,
     },
+    text::shorten,
 };
 
 /// A scheduler that sends more than this is none.
@@ -332,7 +333,7 @@ fn request(
         prefer_being_idle: report.prefer_being_idle,
     });
     if let Some(instance) = instance.filter(|_| started) {
-        proto::set_instance(&mut request, instance);
+        metadata::set_instance(&mut request, instance);
     }
     request
 }

@@ -33,7 +33,8 @@ use super::{
 };
 use crate::{
     config::worker::{Inputs, Outputs},
-    digest::{Digest, DigestFunction},
+    digest::Digest,
+    metadata,
     proto::{
         self, cas, reapi,
         runner::{CheckReadinessRequest, RunRequest, RunResponse, runner_client::RunnerClient},
@@ -151,9 +152,9 @@ impl Executor {
         }
         let request = || {
             let request = self.run_request(&command, &root);
-            let mut request = proto::for_action(request, &task.digest);
+            let mut request = metadata::for_action(request, &task.digest);
             if self.inputs == Inputs::Private {
-                proto::set_private_inputs(&mut request);
+                metadata::set_private_inputs(&mut request);
             }
             request
         };
@@ -508,7 +509,7 @@ impl Executor {
         }
         response.message = format!(
             "Action details ({what}): {url}/blobs/{}/{kind}/{}-{}/",
-            element(task.function),
+            task.function.name(),
             digest.hash_hex(),
             digest.size()
         );
@@ -601,11 +602,6 @@ fn with_path(fault: Fault, tree: &Tree) -> Fault {
         }
         other => other,
     }
-}
-
-/// As in Buildbarn's links.
-fn element(function: DigestFunction) -> String {
-    function.to_string().to_lowercase()
 }
 
 fn now() -> Option<prost_types::Timestamp> {

@@ -5,6 +5,7 @@ use std::{fmt, io};
 use crate::{
     digest::Digest,
     proto::{self, rpc},
+    resource::missing_blobs,
     storage,
 };
 
@@ -52,7 +53,7 @@ impl Fault {
         let code = match self {
             Fault::Missing { text, digests } => {
                 let named = &digests[..digests.len().min(NAMED_MISSING)];
-                return proto::missing_blobs(text, named);
+                return missing_blobs(text, named);
             }
             Fault::Invalid(_) => Code::InvalidArgument,
             Fault::Precondition(_) => Code::FailedPrecondition,

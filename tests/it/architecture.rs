@@ -5,7 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-const WORDS: &[&str] = &["digest", "instance", "path", "proto", "resource"];
+/// Each imports only those before it.
+const WORDS: &[&str] = &[
+    "proto", "text", "digest", "instance", "path", "resource", "metadata",
+];
 const SERVICES: &[&str] = &["auth", "config", "daemon", "storage"];
 const DAEMONS: &[&str] = &["scheduler", "worker", "runner"];
 
@@ -89,13 +92,19 @@ fn imports(text: &str) -> Vec<String> {
         .collect()
 }
 
+/// Whether `first` comes before `second` in a list.
+fn precedes(list: &[&str], first: &str, second: &str) -> bool {
+    let place = |name: &str| list.iter().position(|entry| *entry == name);
+    place(first).is_some() && place(first) < place(second)
+}
+
 fn may_import(from: &str, to: &str) -> bool {
     let is = |set: &[&str], name: &str| set.contains(&name);
     if from == to {
         return true;
     }
     if is(WORDS, from) {
-        return is(WORDS, to);
+        return precedes(WORDS, to, from);
     }
     if is(SERVICES, from) {
         return is(WORDS, to) || is(SERVICES, to);

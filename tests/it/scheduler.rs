@@ -9,8 +9,9 @@ use bb_remote_execution::{
     daemon::{self, Failure, Life},
     digest::DigestFunction,
     instance::InstanceName,
+    metadata::{self, REQUEST_METADATA_HEADER},
     proto::{
-        self, REQUEST_METADATA_HEADER,
+        self,
         longrunning::{Operation, operation},
         reapi::{
             self, Action, BatchUpdateBlobsRequest, Command, Digest, ExecuteOperationMetadata,
@@ -178,7 +179,7 @@ impl Scheduler {
             worker_state: Some(state),
         });
         let mut request = Request::new(request);
-        proto::set_instance(&mut request, &InstanceName::empty());
+        metadata::set_instance(&mut request, &InstanceName::empty());
         self.call(request).await
     }
 

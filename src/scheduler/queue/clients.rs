@@ -8,7 +8,7 @@ use super::{
     ForeignAction, NoWorkers, Operation, Progress, Queue, ReportedDigest, Request, Task,
     TaskNumber, TaskState, Timer, Work, WorkerNumber, WorkerState,
 };
-use crate::{digest::shorten, proto::rpc};
+use crate::{proto::rpc, text::shorten};
 
 /// How many platform queues a refusal lists.
 const LISTED: usize = 5;

@@ -61,7 +61,7 @@ impl Platform {
         for (earlier, later) in properties.iter().zip(properties.iter().skip(1)) {
             if earlier >= later {
                 let show = |(name, value): &(String, String)| {
-                    crate::digest::shorten(&format!("{name}={value}"))
+                    crate::text::shorten(&format!("{name}={value}"))
                 };
                 return Err(UnsortedPlatform(show(earlier), show(later)));
             }

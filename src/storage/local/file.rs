@@ -9,6 +9,7 @@
 //!    length but not its content.
 
 use std::{
+    fmt::Write,
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::FileExt,
@@ -20,6 +21,7 @@ use bytes::Bytes;
 use memmap2::Mmap;
 
 use super::index::Key;
+use crate::text::{parse_hex, push_hex};
 
 /// Bytes per checksum; whoever reads in multiples of it has each byte checked once.
 pub const PIECE: u64 = 256 << 10;
@@ -32,26 +34,22 @@ pub fn footprint(size: u64) -> u64 {
     (size + 4 * size.div_ceil(PIECE) + 12).next_multiple_of(BLOCK)
 }
 
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// `files/AB/KEY-SIZE`, AB being the first byte of the hash.
 pub fn path(directory: &Path, key: &Key, size: u64) -> PathBuf {
     let bytes = key.to_bytes();
-    directory
-        .join(format!("{:02x}", bytes[1]))
-        .join(format!("{}-{size}", hexadecimal(&bytes)))
+    let mut name = String::with_capacity(90);
+    push_hex(&mut name, &bytes[1..2]);
+    name.push('/');
+    push_hex(&mut name, &bytes);
+    let _ = write!(name, "-{size}");
+    directory.join(name)
 }
 
 fn parse_name(name: &str) -> Option<(Key, u64)> {
     let (key, size) = name.split_once('-')?;
-    if key.len() != 66 || !key.is_ascii() {
-        return None;
-    }
     let mut bytes = [0; 33];
-    for (i, byte) in bytes.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(key.get(2 * i..2 * i + 2)?, 16).ok()?;
+    if !parse_hex(key, &mut bytes) {
+        return None;
     }
     Some((Key::from_bytes(&bytes), size.parse().ok()?))
 }

@@ -125,7 +125,7 @@ impl Store {
     }
 
     pub fn contains(&self, digest: &Digest) -> bool {
-        is_empty_blob(digest) || self.find(digest).is_some()
+        digest.is_empty_blob() || self.find(digest).is_some()
     }
 
     /// Those that are not there, in the order given, repetitions included. What is there becomes
@@ -146,7 +146,7 @@ impl Store {
     /// Opens a blob for reading.
     pub fn blob(&self, digest: &Digest) -> Result<Blob, Error> {
         let missing = || Error::Missing(vec![*digest]);
-        if is_empty_blob(digest) {
+        if digest.is_empty_blob() {
             return Ok(Blob::Small(Bytes::new()));
         }
         let found = self.find(digest).ok_or_else(missing)?;
@@ -250,9 +250,4 @@ impl Drop for Store {
         // They hold on to the space that holds them.
         self.space.uploads.clear();
     }
-}
-
-/// Its own hash names it, not just any hash with the size 0.
-fn is_empty_blob(digest: &Digest) -> bool {
-    digest.is_empty_blob() && *digest == digest.function().empty()
 }

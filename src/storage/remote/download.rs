@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 use super::{
     Client, OVERHEAD, SMALL, Seat,
     flight::{Passenger, Pilot},
-    group, halve, is_the_empty_blob, retry, weight,
+    group, halve, retry, weight,
 };
 use crate::{
     digest::{Digest, Hasher},
@@ -42,7 +42,7 @@ impl Client {
                     digest: *digest,
                     limit,
                 }));
-            } else if is_the_empty_blob(digest) {
+            } else if digest.is_empty_blob() {
                 *result = Some(Ok(Bytes::new()));
             } else {
                 open.push(i);

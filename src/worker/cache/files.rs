@@ -33,7 +33,10 @@ use rustix::{
 };
 
 use super::watch::Watch;
-use crate::digest::{Digest, DigestFunction};
+use crate::{
+    digest::{Digest, DigestFunction},
+    text::push_hex,
+};
 
 const SHARDS: usize = 256;
 
@@ -59,14 +62,10 @@ impl Key {
     /// The name of its n-th copy, into a buffer that is used again and again.
     fn write_name(&self, copy: u32, name: &mut String) {
         use std::fmt::Write;
-        const DIGITS: &[u8; 16] = b"0123456789abcdef";
         name.clear();
-        name.push_str(function_name(self.digest.function()));
+        name.push_str(self.digest.function().name());
         name.push('-');
-        for byte in self.digest.hash_bytes() {
-            name.push(DIGITS[usize::from(byte >> 4)] as char);
-            name.push(DIGITS[usize::from(byte & 15)] as char);
-        }
+        push_hex(name, self.digest.hash_bytes());
         let sign = if self.executable { '+' } else { '-' };
         let _ = write!(name, "-{}{sign}x", self.digest.size());
         if copy > 0 {
@@ -87,7 +86,7 @@ impl Key {
         let (function, hash, size) = (parts.next()?, parts.next()?, parts.next()?);
         let function = DigestFunction::ALL
             .into_iter()
-            .find(|known| function_name(*known) == function)?;
+            .find(|known| known.name() == function)?;
         let size = i64::from_str(size).ok()?;
         let digest = Digest::parse_parts(Some(function), hash, size).ok()?;
         parts
@@ -99,17 +98,6 @@ impl Key {
 
 fn mode(executable: bool) -> Mode {
     Mode::from_raw_mode(if executable { 0o555 } else { 0o444 })
-}
-
-fn function_name(function: DigestFunction) -> &'static str {
-    match function {
-        DigestFunction::Sha256 => "sha256",
-        DigestFunction::Sha1 => "sha1",
-        DigestFunction::Md5 => "md5",
-        DigestFunction::Sha384 => "sha384",
-        DigestFunction::Sha512 => "sha512",
-        DigestFunction::Blake3 => "blake3",
-    }
 }
 
 /// Key, copy, inode number, last use as in `Found`.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{config::Size, digest::shorten, worker::fault::Fault};
+use crate::{config::Size, text::shorten, worker::fault::Fault};
 
 /// Files, directories and symbolic links of one action's outputs.
 pub const MAXIMUM_ENTRIES: u64 = 2_000_000;

@@ -14,9 +14,10 @@ use rustix::{
 
 use super::{Blobs, Collector, Output, read_link, unreadable};
 use crate::{
-    digest::{Digest, shorten},
+    digest::Digest,
     proto::reapi,
     storage::Content,
+    text::shorten,
     worker::{beneath, directories::MAXIMUM_DEPTH, fault::Fault},
 };
 

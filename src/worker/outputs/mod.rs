@@ -33,9 +33,10 @@ use super::{
     fault::Fault,
 };
 use crate::{
-    digest::{Digest, DigestFunction, shorten},
+    digest::{Digest, DigestFunction},
     proto::reapi,
     storage::Content,
+    text::shorten,
 };
 
 mod bounds;

@@ -1,0 +1,71 @@
+//! Texts: what a message shows of one that a peer sent, and bytes as lower-case hexadecimal digits.
+
+const DIGITS: &[u8; 16] = b"0123456789abcdef";
+
+/// The value of each hexadecimal digit; 0xff for any other byte.
+const VALUES: [u8; 256] = {
+    let mut table = [0xff; 256];
+    let mut value = 0;
+    while value < 16 {
+        table[DIGITS[value] as usize] = value as u8;
+        value += 1;
+    }
+    table
+};
+
+/// What a message shows of a text that a peer sent, which may be of any length.
+pub fn shorten(text: &str) -> String {
+    const SHOWN: usize = 140;
+    if text.chars().count() <= SHOWN {
+        return text.to_owned();
+    }
+    let mut shown: String = text.chars().take(SHOWN).collect();
+    shown.push('…');
+    shown
+}
+
+/// Appends two digits for each byte.
+pub fn push_hex(text: &mut String, bytes: &[u8]) {
+    for byte in bytes {
+        text.push(DIGITS[usize::from(byte >> 4)] as char);
+        text.push(DIGITS[usize::from(byte & 15)] as char);
+    }
+}
+
+/// Reads two digits for each byte. False when the text has not exactly these, or has other characters.
+pub fn parse_hex(text: &str, bytes: &mut [u8]) -> bool {
+    if text.len() != 2 * bytes.len() {
+        return false;
+    }
+    let mut all = 0;
+    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+        let (high, low) = (VALUES[usize::from(pair[0])], VALUES[usize::from(pair[1])]);
+        *byte = high << 4 | low & 0xf;
+        all |= high | low;
+    }
+    all <= 0xf
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hexadecimal_digits_survive_being_written_and_read_and_nothing_else_is_read() {
+        let bytes: Vec<u8> = (0..=255).collect();
+        let mut text = String::new();
+        push_hex(&mut text, &bytes);
+        let mut read = vec![0; 256];
+        assert!(parse_hex(&text, &mut read));
+        assert_eq!(read, bytes);
+        for bad in ["", "0", "000", "0G", "0A", "+f", "ü"] {
+            assert!(!parse_hex(bad, &mut [0]), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_long_text_is_cut_between_characters() {
+        assert_eq!(shorten("short"), "short");
+        assert_eq!(shorten(&"ü".repeat(1000)).chars().count(), 141);
+    }
+}
