@@ -13,31 +13,31 @@ use std::{
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+mod directory_kind;
+mod error_message;
 mod parse;
-mod place;
 mod print;
 pub mod runner;
 pub mod scheduler;
 mod value;
-mod words;
 pub mod worker;
 
-use parse::Step;
-pub use place::{Place, place, unfit};
+pub use directory_kind::{DirectoryKind, directory_kind, path_error};
+use parse::PathStep;
 pub use print::effective;
 pub use value::{Duration, Endpoint, ListenAddress, Size};
 
-/// A whole configuration.
-pub trait Check: DeserializeOwned + Serialize + Default + PartialEq {
+/// A configuration of one of the programs, whose values are checked against each other.
+pub trait Validate: DeserializeOwned + Serialize + Default + PartialEq {
     /// What no single value tells.
-    fn check(&self, complaints: &mut Complaints);
+    fn validate(&self, diagnostics: &mut Diagnostics);
 }
 
 /// Keys that the administrator must change, and why.
 #[derive(Debug, Default)]
-pub struct Complaints(Vec<(String, String)>);
+pub struct Diagnostics(Vec<(String, String)>);
 
-impl Complaints {
+impl Diagnostics {
     /// The sentence begins after the key, and says what to write instead. A number in the key is that
     /// of a section among several, from 0 on: `runners.1.platform`.
     pub fn add(&mut self, key: impl Into<String>, message: impl Into<String>) {
@@ -45,14 +45,14 @@ impl Complaints {
     }
 
     /// Each at the place where its key was given.
-    pub fn told(self, path: &Path) -> Vec<Error> {
+    pub fn into_errors(self, path: &Path) -> Vec<Error> {
         self.0
             .into_iter()
             .map(|(key, message)| at_key(path, &key, message))
             .collect()
     }
 
-    pub fn unless(&mut self, right: bool, key: &str, message: impl Into<String>) {
+    pub fn require(&mut self, right: bool, key: &str, message: impl Into<String>) {
         if !right {
             self.add(key, message);
         }
@@ -139,20 +139,20 @@ pub struct Loaded<C> {
     /// What was read, the last one having the last word.
     pub files: Vec<PathBuf>,
     /// What lies among the drop-ins, but is none by its name.
-    pub passed_over: Vec<PathBuf>,
+    pub ignored_files: Vec<PathBuf>,
     pub errors: Vec<Error>,
     /// Every file is TOML, so that nothing but single keys is missing.
-    pub whole: bool,
+    pub is_toml: bool,
     /// Lists of sections in some of which a key is missing.
-    mutilated: Vec<String>,
+    incomplete_lists: Vec<String>,
 }
 
 /// The keys that are not at their defaults because nobody thought of them.
 #[derive(Clone, Copy, Debug)]
-pub struct Given<'t>(pub &'t toml::Table);
+pub struct ExplicitKeys<'t>(pub &'t toml::Table);
 
-impl Given<'_> {
-    pub fn has(&self, key: &str) -> bool {
+impl ExplicitKeys<'_> {
+    pub fn contains(&self, key: &str) -> bool {
         let mut table = self.0;
         let mut steps = key.split('.').peekable();
         while let Some(step) = steps.next() {
@@ -168,12 +168,12 @@ impl Given<'_> {
 }
 
 /// Reads a configuration and its drop-ins. A missing file is an error unless `optional`.
-pub fn load<C: Check>(path: &Path, optional: bool) -> Result<C, Errors> {
+pub fn load<C: Validate>(path: &Path, optional: bool) -> Result<C, Errors> {
     read(path, optional).map(|loaded| loaded.config)
 }
 
 /// Likewise, together with where it comes from.
-pub fn read<C: Check>(path: &Path, optional: bool) -> Result<Loaded<C>, Errors> {
+pub fn read<C: Validate>(path: &Path, optional: bool) -> Result<Loaded<C>, Errors> {
     let mut loaded = examine(path, optional);
     match loaded.errors.is_empty() {
         true => Ok(loaded),
@@ -182,22 +182,22 @@ pub fn read<C: Check>(path: &Path, optional: bool) -> Result<Loaded<C>, Errors> 
 }
 
 /// Reads what can be read, and tells everything that is wrong.
-pub fn examine<C: Check>(path: &Path, optional: bool) -> Loaded<C> {
+pub fn examine<C: Validate>(path: &Path, optional: bool) -> Loaded<C> {
     let mut loaded = Loaded {
         config: C::default(),
         table: toml::Table::new(),
         files: Vec::new(),
-        passed_over: Vec::new(),
+        ignored_files: Vec::new(),
         errors: Vec::new(),
-        whole: true,
-        mutilated: Vec::new(),
+        is_toml: true,
+        incomplete_lists: Vec::new(),
     };
     let defaults = toml::Table::try_from(C::default()).unwrap_or_default();
-    let (drop_ins, passed_over) = drop_ins(path).unwrap_or_else(|error| {
+    let (drop_ins, ignored_files) = drop_ins(path).unwrap_or_else(|error| {
         loaded.errors.push(error);
         Default::default()
     });
-    loaded.passed_over = passed_over;
+    loaded.ignored_files = ignored_files;
     let main = (path.to_owned(), !optional);
     for (file, required) in
         std::iter::once(main).chain(drop_ins.into_iter().map(|file| (file, true)))
@@ -210,7 +210,7 @@ pub fn examine<C: Check>(path: &Path, optional: bool) -> Loaded<C> {
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound && !required => {}
             Err(error) => {
-                loaded.whole = false;
+                loaded.is_toml = false;
                 let path = file;
                 loaded.errors.push(Error::Unreadable { path, error });
             }
@@ -220,26 +220,29 @@ pub fn examine<C: Check>(path: &Path, optional: bool) -> Loaded<C> {
         Ok(config) => loaded.config = config,
         Err(fault) => loaded.errors.push(Error::Key {
             path: path.to_owned(),
-            key: words::dotted(&fault.path),
-            message: format!("all files together: {}", words::sentence(&fault, &defaults)),
+            key: error_message::dotted(&fault.path),
+            message: format!(
+                "all files together: {}",
+                error_message::message_of(&fault, &defaults)
+            ),
         }),
     }
-    let mut complaints = Complaints::default();
-    loaded.config.check(&mut complaints);
+    let mut diagnostics = Diagnostics::default();
+    loaded.config.validate(&mut diagnostics);
     // Of sections that lost what is wrong in them, nothing can be said.
-    complaints.0.retain(|(key, _)| {
+    diagnostics.0.retain(|(key, _)| {
         let list = key.split('.').next().unwrap_or(key);
-        !loaded.mutilated.iter().any(|known| known == list)
+        !loaded.incomplete_lists.iter().any(|known| known == list)
     });
-    loaded.errors.extend(complaints.told(path));
+    loaded.errors.extend(diagnostics.into_errors(path));
     loaded
 }
 
-impl<C: Check> Loaded<C> {
+impl<C: Validate> Loaded<C> {
     fn examine_file(&mut self, path: &Path, text: &str, defaults: &toml::Table) -> toml::Table {
         let (_, faults) = toml::de::DeTable::parse_recoverable(text);
         if !faults.is_empty() {
-            self.whole = false;
+            self.is_toml = false;
             let mut told = Vec::new();
             for fault in faults {
                 let error = no_toml(path, text, &fault);
@@ -254,23 +257,23 @@ impl<C: Check> Loaded<C> {
         }
         let mut table: toml::Table = toml::from_str(text).unwrap_or_default();
         while let Err(fault) = parse::parse::<C>(&table) {
-            let message = words::sentence(&fault, defaults);
+            let message = error_message::message_of(&fault, defaults);
             self.errors.push(match line_of(text, &fault.path) {
                 Some(line) => at_line(path, text, line, message),
                 None => Error::Key {
                     path: path.to_owned(),
-                    key: words::dotted(&fault.path),
+                    key: error_message::dotted(&fault.path),
                     message,
                 },
             });
-            if let [Step::Key(list), Step::Index(_), ..] = &fault.path[..] {
-                self.mutilated.push(list.clone());
+            if let [PathStep::Key(list), PathStep::Index(_), ..] = &fault.path[..] {
+                self.incomplete_lists.push(list.clone());
             }
             // Items of a list have no names, so that it goes as a whole.
             let named = fault
                 .path
                 .iter()
-                .rposition(|step| matches!(step, Step::Key(_)));
+                .rposition(|step| matches!(step, PathStep::Key(_)));
             let Some(named) = named else { break };
             if !remove(&mut table, &fault.path[..=named]) {
                 break;
@@ -283,7 +286,7 @@ impl<C: Check> Loaded<C> {
 /// An error at the place where a dotted key was last given.
 pub fn at_key(path: &Path, key: &str, message: String) -> Error {
     let message_of = |shown: &str| format!("{shown}: {message}");
-    let shown = words::dotted(&steps(key));
+    let shown = error_message::dotted(&steps(key));
     // Of a section among several that lacks the key, the last one is known.
     let list = key.split('.').next().unwrap_or(key);
     let place = locate(path, key).or_else(|| {
@@ -330,17 +333,17 @@ fn is_list(text: &str, key: &str) -> bool {
     table.get(key).is_some_and(toml::Value::is_array)
 }
 
-fn steps(key: &str) -> Vec<Step> {
+fn steps(key: &str) -> Vec<PathStep> {
     key.split('.')
         .map(|step| match step.parse() {
-            Ok(index) => Step::Index(index),
-            Err(_) => Step::Key(step.to_owned()),
+            Ok(index) => PathStep::Index(index),
+            Err(_) => PathStep::Key(step.to_owned()),
         })
         .collect()
 }
 
 /// Of several sections without a number, the last one.
-fn line_of(text: &str, path: &[Step]) -> Option<usize> {
+fn line_of(text: &str, path: &[PathStep]) -> Option<usize> {
     use toml::de::{DeTable, DeValue};
     enum At<'t, 'v> {
         Table(&'t DeTable<'v>),
@@ -351,21 +354,23 @@ fn line_of(text: &str, path: &[Step]) -> Option<usize> {
     let mut offset = None;
     for step in path {
         let table = match (&at, step) {
-            (At::Value(DeValue::Array(items)), Step::Index(index)) => {
+            (At::Value(DeValue::Array(items)), PathStep::Index(index)) => {
                 let item = items.get(*index)?;
                 offset = Some(item.span().start);
                 at = At::Value(item.get_ref());
                 continue;
             }
-            (At::Table(table), Step::Key(_)) => *table,
-            (At::Value(DeValue::Table(table)), Step::Key(_)) => table,
-            (At::Value(DeValue::Array(items)), Step::Key(_)) => match items.last()?.get_ref() {
+            (At::Table(table), PathStep::Key(_)) => *table,
+            (At::Value(DeValue::Table(table)), PathStep::Key(_)) => table,
+            (At::Value(DeValue::Array(items)), PathStep::Key(_)) => match items.last()?.get_ref() {
                 DeValue::Table(table) => table,
                 _ => return None,
             },
             _ => return None,
         };
-        let Step::Key(key) = step else { return None };
+        let PathStep::Key(key) = step else {
+            return None;
+        };
         let (name, value) = table.get_key_value(key.as_str())?;
         offset = Some(name.span().start);
         at = At::Value(value.get_ref());
@@ -373,19 +378,21 @@ fn line_of(text: &str, path: &[Step]) -> Option<usize> {
     offset.map(|offset| text[..offset].matches('\n').count() + 1)
 }
 
-fn remove(table: &mut toml::Table, path: &[Step]) -> bool {
-    fn inside(value: &mut toml::Value, path: &[Step]) -> bool {
+fn remove(table: &mut toml::Table, path: &[PathStep]) -> bool {
+    fn inside(value: &mut toml::Value, path: &[PathStep]) -> bool {
         match (value, path.split_first()) {
             (toml::Value::Table(table), Some(_)) => remove(table, path),
-            (toml::Value::Array(items), Some((Step::Index(index), rest))) => {
+            (toml::Value::Array(items), Some((PathStep::Index(index), rest))) => {
                 items.get_mut(*index).is_some_and(|item| inside(item, rest))
             }
             _ => false,
         }
     }
     match path.split_first() {
-        Some((Step::Key(key), [])) => table.remove(key).is_some(),
-        Some((Step::Key(key), rest)) => table.get_mut(key).is_some_and(|value| inside(value, rest)),
+        Some((PathStep::Key(key), [])) => table.remove(key).is_some(),
+        Some((PathStep::Key(key), rest)) => {
+            table.get_mut(key).is_some_and(|value| inside(value, rest))
+        }
         _ => false,
     }
 }

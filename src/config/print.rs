@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use super::{Check, Loaded, locate};
+use super::{Loaded, Validate, locate};
 
 /// TOML that means the same, as `sshd -T` prints it. `path` is what `loaded` was read from.
-pub fn effective<C: Check>(path: &Path, loaded: &Loaded<C>) -> String {
+pub fn effective<C: Validate>(path: &Path, loaded: &Loaded<C>) -> String {
     let mut lines = Vec::new();
     let mut sections = Vec::new();
     let table = toml::Table::try_from(&loaded.config).unwrap_or_default();

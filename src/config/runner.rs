@@ -4,10 +4,13 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Check, Complaints, Duration, ListenAddress, Log, Place, Size, place, unfit};
+use super::{
+    Diagnostics, DirectoryKind, Duration, ListenAddress, Log, Size, Validate, directory_kind,
+    path_error,
+};
 
 /// One action each, at a time.
-pub const MOST_USERS: u32 = 500;
+pub const MAX_USERS: u32 = 500;
 /// kernel.pid_max is never greater.
 const MOST_PROCESSES: u64 = 4_194_304;
 
@@ -294,10 +297,10 @@ impl Default for Shutdown {
     }
 }
 
-impl Check for Config {
-    fn check(&self, complaints: &mut Complaints) {
+impl Validate for Config {
+    fn validate(&self, diagnostics: &mut Diagnostics) {
         let mut is_wrong = |key: &str, wrong: bool, message: &str| {
-            complaints.unless(!wrong, key, message);
+            diagnostics.require(!wrong, key, message);
         };
         is_wrong(
             "listen",
@@ -317,16 +320,17 @@ impl Check for Config {
             ),
         ] {
             for path in paths {
-                if let Some(reason) = unfit(path) {
+                if let Some(reason) = path_error(path) {
                     is_wrong(key, true, &format!("{}: {reason}", path.display()));
                 }
             }
         }
         for path in &self.clean_temporary_directories {
-            let vital = place(path) == Place::Vital || self.build_directory.starts_with(path);
+            let vital = directory_kind(path) == DirectoryKind::System
+                || self.build_directory.starts_with(path);
             is_wrong(
                 "clean_temporary_directories",
-                unfit(path).is_none() && vital,
+                path_error(path).is_none() && vital,
                 &format!(
                     "{} would be emptied, which the host cannot be without; name a directory that \
                      holds nothing but what actions leave, such as /tmp",
@@ -392,7 +396,7 @@ impl Check for Config {
             self.root != Root::Host && self.containment.mounts == Demand::Off,
             "another root than the host's takes containment.mounts, which is \"off\"; switch that on",
         );
-        if let Some(reason) = unfit(&self.build_directory) {
+        if let Some(reason) = path_error(&self.build_directory) {
             is_wrong(
                 "build_directory",
                 true,
@@ -401,37 +405,37 @@ impl Check for Config {
         } else {
             is_wrong(
                 "build_directory",
-                place(&self.build_directory) != Place::Free,
+                directory_kind(&self.build_directory) != DirectoryKind::Ordinary,
                 "the worker empties it, and others have files there; choose a directory of its own, such as /var/lib/bb-worker/build",
             );
         }
-        self.users.check(complaints);
+        self.users.validate(diagnostics);
     }
 }
 
 impl Users {
-    fn check(&self, complaints: &mut Complaints) {
-        complaints.unless(
+    fn validate(&self, diagnostics: &mut Diagnostics) {
+        diagnostics.require(
             self.first >= 1000,
             "users.first",
             "numbers below 1000 belong to the system; choose a free range, such as first = 58000",
         );
         // Each running action has a thread of the runner's for itself.
-        complaints.unless(
-            self.count <= MOST_USERS,
+        diagnostics.require(
+            self.count <= MAX_USERS,
             "users.count",
             "there can be at most 500 actions at once on one host",
         );
         let end = self.first.checked_add(self.count);
         let overlaps_nobody = end.is_none_or(|end| end > 65_534 && self.first <= 65_535);
-        complaints.unless(
+        diagnostics.require(
             self.count > 0 && !overlaps_nobody,
             "users.count",
             "the range must hold at least one user, and not reach 65534 (nobody)",
         );
         // systemd.exec(5), DynamicUser=: 61184 to 65519.
         let range = self.range();
-        complaints.unless(
+        diagnostics.require(
             range.start > 65_519 || range.end <= 61_184 || overlaps_nobody,
             "users.first",
             "systemd gives the numbers from 61184 to 65519 to services with DynamicUser=; choose a range below or above, such as first = 58000",
@@ -453,9 +457,9 @@ mod tests {
         ] {
             let mut config = Config::default();
             config.limits.processes = processes;
-            let mut complaints = Complaints::default();
-            config.check(&mut complaints);
-            assert_eq!(complaints.0.is_empty(), is_good, "{processes}");
+            let mut diagnostics = Diagnostics::default();
+            config.validate(&mut diagnostics);
+            assert_eq!(diagnostics.0.is_empty(), is_good, "{processes}");
         }
     }
 }

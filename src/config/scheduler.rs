@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Check, Complaints, Duration, Endpoint, ListenAddress, Log, Place, Size, place, unfit};
+use super::{
+    Diagnostics, DirectoryKind, Duration, Endpoint, ListenAddress, Log, Size, Validate,
+    directory_kind, path_error,
+};
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -34,14 +37,14 @@ pub struct Workers {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Storage {
-    /// Both are embedded or both are not; see `Check`.
-    pub cas: StoragePlace,
-    pub action_cache: StoragePlace,
+    /// Both are embedded or both are not; see `Validate`.
+    pub cas: StorageLocation,
+    pub action_cache: StorageLocation,
     pub embedded: Embedded,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StoragePlace {
+pub enum StorageLocation {
     Embedded,
     Endpoint(Endpoint),
 }
@@ -110,8 +113,8 @@ impl Default for Workers {
 impl Default for Storage {
     fn default() -> Self {
         Storage {
-            cas: StoragePlace::Embedded,
-            action_cache: StoragePlace::Embedded,
+            cas: StorageLocation::Embedded,
+            action_cache: StorageLocation::Embedded,
             embedded: Embedded::default(),
         }
     }
@@ -152,32 +155,34 @@ impl Default for Shutdown {
     }
 }
 
-impl<'de> Deserialize<'de> for StoragePlace {
+impl<'de> Deserialize<'de> for StorageLocation {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         if text == "embedded" {
-            return Ok(StoragePlace::Embedded);
+            return Ok(StorageLocation::Embedded);
         }
-        text.parse().map(StoragePlace::Endpoint).map_err(|error| {
-            serde::de::Error::custom(format!(
-                "{error}, or \"embedded\" for a store in bb_scheduler"
-            ))
-        })
+        text.parse()
+            .map(StorageLocation::Endpoint)
+            .map_err(|error| {
+                serde::de::Error::custom(format!(
+                    "{error}, or \"embedded\" for a store in bb_scheduler"
+                ))
+            })
     }
 }
 
-impl Serialize for StoragePlace {
+impl Serialize for StorageLocation {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
-            StoragePlace::Embedded => serializer.serialize_str("embedded"),
-            StoragePlace::Endpoint(endpoint) => endpoint.serialize(serializer),
+            StorageLocation::Embedded => serializer.serialize_str("embedded"),
+            StorageLocation::Endpoint(endpoint) => endpoint.serialize(serializer),
         }
     }
 }
 
-impl Check for Config {
-    fn check(&self, complaints: &mut Complaints) {
-        complaints.unless(
+impl Validate for Config {
+    fn validate(&self, diagnostics: &mut Diagnostics) {
+        diagnostics.require(
             !self.clients.listen.meets(&self.workers.listen),
             "workers.listen",
             format!(
@@ -185,15 +190,15 @@ impl Check for Config {
                 self.clients.listen
             ),
         );
-        self.storage.check(&self.clients.listen, complaints);
-        self.scheduling.check(complaints);
+        self.storage.check(&self.clients.listen, diagnostics);
+        self.scheduling.validate(diagnostics);
     }
 }
 
 impl Storage {
-    fn check(&self, clients: &ListenAddress, complaints: &mut Complaints) {
-        let embedded = |place: &StoragePlace| *place == StoragePlace::Embedded;
-        complaints.unless(
+    fn check(&self, clients: &ListenAddress, diagnostics: &mut Diagnostics) {
+        let embedded = |place: &StorageLocation| *place == StorageLocation::Embedded;
+        diagnostics.require(
             embedded(&self.cas) == embedded(&self.action_cache),
             // The one that somebody wrote.
             match embedded(&self.cas) {
@@ -206,8 +211,8 @@ impl Storage {
             ("storage.cas", &self.cas),
             ("storage.action_cache", &self.action_cache),
         ] {
-            if let StoragePlace::Endpoint(endpoint) = place {
-                complaints.unless(
+            if let StorageLocation::Endpoint(endpoint) = place {
+                diagnostics.require(
                     !endpoint.is_at(clients),
                     key,
                     "that is this scheduler's own port, so that it would ask itself; write \"embedded\", or where the storage is",
@@ -215,16 +220,16 @@ impl Storage {
             }
         }
         let directory = &self.embedded.directory;
-        if let Some(reason) = unfit(directory) {
-            complaints.add("storage.embedded.directory", reason);
+        if let Some(reason) = path_error(directory) {
+            diagnostics.add("storage.embedded.directory", reason);
         } else {
-            complaints.unless(
-                place(directory) == Place::Free,
+            diagnostics.require(
+                directory_kind(directory) == DirectoryKind::Ordinary,
                 "storage.embedded.directory",
                 "others have files there; choose a directory of its own, such as /var/lib/bb-scheduler/storage",
             );
         }
-        complaints.unless(
+        diagnostics.require(
             self.embedded.maximum_size >= Size::mib(16),
             "storage.embedded.maximum_size",
             "less than 16MiB cannot hold the outputs of a build; 20GiB is a good start",
@@ -233,7 +238,7 @@ impl Storage {
 }
 
 impl Scheduling {
-    fn check(&self, complaints: &mut Complaints) {
+    fn validate(&self, diagnostics: &mut Diagnostics) {
         for (key, duration, otherwise) in [
             (
                 "default_execution_timeout",
@@ -276,13 +281,13 @@ impl Scheduling {
                 "actions would fail as soon as the last worker of their platform restarts",
             ),
         ] {
-            complaints.unless(
+            diagnostics.require(
                 duration >= Duration(std::time::Duration::from_millis(1)),
                 &format!("scheduling.{key}"),
                 format!("with {duration}, {otherwise}; write a length of time, such as \"1m\""),
             );
         }
-        complaints.unless(
+        diagnostics.require(
             self.default_execution_timeout <= self.maximum_execution_timeout,
             "scheduling.default_execution_timeout",
             format!(
@@ -290,17 +295,17 @@ impl Scheduling {
                 self.maximum_execution_timeout
             ),
         );
-        complaints.unless(
+        diagnostics.require(
             self.maximum_message_size <= Size::mib(64),
             "scheduling.maximum_message_size",
             "an Action of more than 64MiB is a mistake of its client",
         );
-        complaints.unless(
+        diagnostics.require(
             self.maximum_message_size >= Size(4096),
             "scheduling.maximum_message_size",
             "Actions would not fit; write at least \"4KiB\", and \"2MiB\" is a good start",
         );
-        complaints.unless(
+        diagnostics.require(
             !self.default_platform.contains_key(""),
             "scheduling.default_platform",
             "a property needs a name, as in { OSFamily = \"linux\" }",

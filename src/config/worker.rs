@@ -4,10 +4,12 @@ use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Check, Complaints, Duration, Endpoint, Log, Place, Size, place, unfit};
+use super::{
+    Diagnostics, DirectoryKind, Duration, Endpoint, Log, Size, Validate, directory_kind, path_error,
+};
 
 /// As many as a runner has users for.
-const MOST_SLOTS: usize = super::runner::MOST_USERS as usize;
+const MOST_SLOTS: usize = super::runner::MAX_USERS as usize;
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -193,17 +195,17 @@ impl Default for Shutdown {
     }
 }
 
-impl Check for Config {
-    fn check(&self, complaints: &mut Complaints) {
+impl Validate for Config {
+    fn validate(&self, diagnostics: &mut Diagnostics) {
         for (key, path) in [
             ("build_directory", &self.build_directory),
             ("cache.directory", &self.cache.directory),
         ] {
-            if let Some(reason) = unfit(path) {
-                complaints.add(key, reason);
+            if let Some(reason) = path_error(path) {
+                diagnostics.add(key, reason);
             } else {
-                complaints.unless(
-                    place(path) == Place::Free,
+                diagnostics.require(
+                    directory_kind(path) == DirectoryKind::Ordinary,
                     key,
                     format!(
                         "the worker removes what it does not know there, and others have files in {}; choose a directory of its own",
@@ -212,31 +214,31 @@ impl Check for Config {
                 );
             }
         }
-        complaints.unless(
+        diagnostics.require(
             !self.build_directory.starts_with(&self.cache.directory)
                 && !self.cache.directory.starts_with(&self.build_directory),
             "build_directory",
             "it must be neither inside nor around cache.directory, since it is emptied at start-up",
         );
-        self.cache.check(complaints);
-        self.storage.check(complaints);
-        complaints.unless(
+        self.cache.validate(diagnostics);
+        self.storage.validate(diagnostics);
+        diagnostics.require(
             self.outputs.maximum_size.get() > 0,
             "outputs.maximum_size",
             "no action could have any output; write a size, and \"32GiB\" is a good start",
         );
-        complaints.unless(
+        diagnostics.require(
             !self.outputs.timeout.get().is_zero(),
             "outputs.timeout",
             "no output could be read; write a duration, and \"30m\" is a good start",
         );
-        complaints.unless(
+        diagnostics.require(
             !self.runners.is_empty(),
             "runners",
             "there must be at least one [[runners]] section",
         );
         for (number, runner) in self.runners.iter().enumerate() {
-            runner.check(number, complaints);
+            runner.validate(number, diagnostics);
             let twin = self.runners[..number].iter().position(|other| {
                 let labels = |runner: &Runner| {
                     (
@@ -249,7 +251,7 @@ impl Check for Config {
                 labels(other) == labels(runner)
             });
             if let Some(twin) = twin {
-                complaints.add(
+                diagnostics.add(
                     format!("runners.{number}"),
                     format!(
                         "this section and [[runners]] number {} are the same worker to the scheduler, so that every action would run twice; give them different platforms, or worker_id = {{ ... }}",
@@ -262,18 +264,18 @@ impl Check for Config {
 }
 
 impl Cache {
-    fn check(&self, complaints: &mut Complaints) {
-        complaints.unless(
+    fn validate(&self, diagnostics: &mut Diagnostics) {
+        diagnostics.require(
             self.maximum_size >= Size::mib(1),
             "cache.maximum_size",
             "the inputs of no action would fit; write at least \"1MiB\", and \"20GiB\" is a good start",
         );
-        complaints.unless(
+        diagnostics.require(
             self.maximum_files >= 1,
             "cache.maximum_files",
             "the inputs of no action would fit; write a number such as 1000000",
         );
-        complaints.unless(
+        diagnostics.require(
             self.maximum_directories_size >= Size(64 << 10),
             "cache.maximum_directories_size",
             "the input root of no action would fit; write at least \"64KiB\", and \"256MiB\" is a good start",
@@ -282,18 +284,18 @@ impl Cache {
 }
 
 impl Storage {
-    fn check(&self, complaints: &mut Complaints) {
+    fn validate(&self, diagnostics: &mut Diagnostics) {
         for (key, concurrency) in [
             ("storage.download_concurrency", self.download_concurrency),
             ("storage.upload_concurrency", self.upload_concurrency),
         ] {
-            complaints.unless(
+            diagnostics.require(
                 concurrency.get() <= 10_000,
                 key,
                 "no storage serves more than 10000 transfers at a time; 32 is a good start",
             );
         }
-        complaints.unless(
+        diagnostics.require(
             (Size(64 << 10)..=Size::gib(1)).contains(&self.maximum_message_size),
             "storage.maximum_message_size",
             "it is for Commands, Directories and Trees; write a size from \"64KiB\" to \"1GiB\", and \"16MiB\" is a good start",
@@ -301,7 +303,7 @@ impl Storage {
         let is_url = ["http://", "https://"].iter().any(|scheme| {
             self.browser_url.len() > scheme.len() && self.browser_url.starts_with(scheme)
         });
-        complaints.unless(
+        diagnostics.require(
             self.browser_url.is_empty()
                 || is_url
                     && !self
@@ -322,28 +324,28 @@ impl Runner {
         }
     }
 
-    fn check(&self, number: usize, complaints: &mut Complaints) {
+    fn validate(&self, number: usize, diagnostics: &mut Diagnostics) {
         let key = |name: &str| format!("runners.{number}.{name}");
         if let Err(error) = crate::instance::InstanceName::parse(&self.instance_name_prefix) {
-            complaints.add(key("instance_name_prefix"), error.to_string());
+            diagnostics.add(key("instance_name_prefix"), error.to_string());
         }
-        complaints.unless(
+        diagnostics.require(
             self.concurrency <= MOST_SLOTS,
             &key("concurrency"),
             "a runner has at most 500 actions at a time; 0 is one for each processor",
         );
-        complaints.unless(
+        diagnostics.require(
             !self.platform.contains_key(""),
             &key("platform"),
             "a property needs a name, as in { OSFamily = \"linux\" }",
         );
-        complaints.unless(
+        diagnostics.require(
             !self.worker_id.contains_key(""),
             &key("worker_id"),
             "a label needs a name, as in { hostname = \"build7\" }",
         );
         for (name, value) in &self.environment_variables {
-            complaints.unless(
+            diagnostics.require(
                 !name.is_empty() && !name.contains(['=', '\0']) && !value.contains('\0'),
                 &key("environment_variables"),
                 format!(

@@ -17,7 +17,7 @@ use super::{
     journal::complain,
     unit::Units,
 };
-use crate::config::{self, Check, Complaints, Given, ListenAddress, Loaded};
+use crate::config::{self, Diagnostics, ExplicitKeys, ListenAddress, Loaded, Validate};
 
 /// Whose configuration is looked at, where it lies, and on what host.
 #[derive(Clone, Debug)]
@@ -34,7 +34,7 @@ pub struct Host {
 
 impl Host {
     /// Of a configuration that lies at `path`, not where the program's unit looks for it.
-    pub fn of<C: Check>(program: &'static str, path: &Path, loaded: &Loaded<C>) -> Self {
+    pub fn of<C: Validate>(program: &'static str, path: &Path, loaded: &Loaded<C>) -> Self {
         Host {
             program,
             path: path.to_owned(),
@@ -75,8 +75,8 @@ impl Host {
         format!("{}.service", self.program.replace('_', "-"))
     }
 
-    pub fn given(&self) -> Given<'_> {
-        Given(&self.table)
+    pub fn explicit_keys(&self) -> ExplicitKeys<'_> {
+        ExplicitKeys(&self.table)
     }
 
     fn listener(&self, address: &ListenAddress) -> Held {
@@ -89,7 +89,7 @@ impl Host {
     }
 
     /// The configuration of another of the three programs, if it lies beside this one and is right.
-    pub fn sibling<C: Check>(&self, program: &str) -> Option<C> {
+    pub fn sibling<C: Validate>(&self, program: &str) -> Option<C> {
         let path = self.path.with_file_name(format!("{program}.toml"));
         config::load(&path, false).ok()
     }
@@ -110,7 +110,7 @@ impl Host {
         &self,
         drain: config::Duration,
         more: config::Duration,
-        complaints: &mut Complaints,
+        diagnostics: &mut Diagnostics,
     ) {
         if let Some(limit) = self.stop_timeout()
             && drain.get() + more.get() >= limit
@@ -123,7 +123,7 @@ impl Host {
                     format!(" together with termination_grace, {more},"),
                 ),
             };
-            complaints.add(
+            diagnostics.add(
                 key,
                 format!(
                     "{drain}{sum} is not shorter than the {} that systemd gives the daemon to stop, \
@@ -218,7 +218,7 @@ impl Findings {
     ) {
         let written: Vec<String> = sockets.iter().map(ToString::to_string).collect();
         let written = written.join(" and ");
-        if host.given().has(key) && !sockets.contains(address) {
+        if host.explicit_keys().contains(key) && !sockets.contains(address) {
             let message = overridden(address, unit, &written);
             return self.fail(Failure::Configuration { key, message });
         }
@@ -279,11 +279,11 @@ pub fn overridden(address: &ListenAddress, unit: &str, sockets: &str) -> String 
 }
 
 /// The whole of `--check`.
-pub fn run<C: Check>(
+pub fn run<C: Validate>(
     program: &Program,
     host: &Host,
     loaded: &Loaded<C>,
-    warnings: fn(&C, &Host, &mut Complaints),
+    warnings: fn(&C, &Host, &mut Diagnostics),
     probe: impl AsyncFnOnce(&C, &Host, &mut Findings),
 ) -> ExitCode {
     let name = program.name;
@@ -291,7 +291,7 @@ pub fn run<C: Check>(
     for file in &loaded.files {
         println!("  read   {}", file.display());
     }
-    for file in &loaded.passed_over {
+    for file in &loaded.ignored_files {
         println!(
             "  note   {} is passed over: the names of drop-ins end in .toml",
             file.display()
@@ -306,10 +306,15 @@ pub fn run<C: Check>(
     let mut errors: Vec<String> = loaded.errors.iter().map(ToString::to_string).collect();
     let mut failed = false;
     // Of a file that is no TOML nothing is known.
-    if loaded.whole {
-        let mut complaints = Complaints::default();
-        warnings(&loaded.config, host, &mut complaints);
-        errors.extend(complaints.told(&host.path).iter().map(ToString::to_string));
+    if loaded.is_toml {
+        let mut diagnostics = Diagnostics::default();
+        warnings(&loaded.config, host, &mut diagnostics);
+        errors.extend(
+            diagnostics
+                .into_errors(&host.path)
+                .iter()
+                .map(ToString::to_string),
+        );
         let findings = match tokio::runtime::Runtime::new() {
             Ok(runtime) => {
                 let mut findings = Findings::default();

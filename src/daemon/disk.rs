@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::Host;
-use crate::config::{Complaints, Size};
+use crate::config::{Diagnostics, Size};
 
 /// A file system, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,12 +45,18 @@ pub fn rounded(bytes: u64) -> Size {
 
 impl Host {
     /// A size that somebody wrote must fit on the whole disk; a default adapts.
-    pub fn check_size(&self, key: &str, size: Size, directory: &Path, complaints: &mut Complaints) {
-        if self.given().has(key)
+    pub fn check_size(
+        &self,
+        key: &str,
+        size: Size,
+        directory: &Path,
+        diagnostics: &mut Diagnostics,
+    ) {
+        if self.explicit_keys().contains(key)
             && let Some(disk) = disk(directory)
             && size.get() > disk.total
         {
-            complaints.add(
+            diagnostics.add(
                 key,
                 format!(
                     "{size} is more than the whole disk of {} has, {}; lower it, or choose a larger disk",
@@ -68,14 +74,14 @@ impl Host {
         unit: &str,
         key: &'static str,
         address: &crate::config::ListenAddress,
-        complaints: &mut Complaints,
+        diagnostics: &mut Diagnostics,
     ) {
         if let Some(sockets) = super::listen::passed(name)
-            && self.given().has(key)
+            && self.explicit_keys().contains(key)
             && !sockets.contains(address)
         {
             let sockets: Vec<String> = sockets.iter().map(ToString::to_string).collect();
-            complaints.add(
+            diagnostics.add(
                 key,
                 super::check::overridden(address, unit, &sockets.join(" and ")),
             );

@@ -15,7 +15,7 @@ use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 
 use self::{journal::complain, log::Levels, reload::Running};
-use crate::config::{self, Check, Complaints, Log};
+use crate::config::{self, Diagnostics, Log, Validate};
 
 mod check;
 mod connect;
@@ -109,10 +109,10 @@ struct Flags {
 ///
 /// `warnings` says what is wrong although the daemon starts with it. `probe` tries what would keep
 /// `run` from working, without changing anything.
-pub fn main<C: Check + 'static>(
+pub fn main<C: Validate + 'static>(
     program: Program,
     log_of: fn(&C) -> &Log,
-    warnings: fn(&C, &Host, &mut Complaints),
+    warnings: fn(&C, &Host, &mut Diagnostics),
     probe: impl AsyncFnOnce(&C, &Host, &mut Findings),
     run: impl AsyncFnOnce(C, Life) -> Result<(), Failure>,
 ) -> ExitCode {
@@ -158,10 +158,10 @@ pub fn main<C: Check + 'static>(
         configuration = %in_words(&loaded.files),
         "starting"
     );
-    let mut complaints = Complaints::default();
-    warnings(&config, &host, &mut complaints);
-    for complaint in complaints.told(&path) {
-        tracing::warn!("{}", complaint.brief());
+    let mut diagnostics = Diagnostics::default();
+    warnings(&config, &host, &mut diagnostics);
+    for diagnostic in diagnostics.into_errors(&path) {
+        tracing::warn!("{}", diagnostic.brief());
     }
     let life = Life::new();
     watchdog::start(&life, runtime.handle());
@@ -271,7 +271,7 @@ fn ask_to_reload(program: &Program, pid: i32) -> ExitCode {
 /// reads the configuration again.
 async fn obey_signals<C>(life: Life, mut running: Running<C>, levels: Levels)
 where
-    C: Check,
+    C: Validate,
 {
     let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hang_up)) = (
         signal(SignalKind::terminate()),
@@ -309,7 +309,7 @@ where
 /// Says RELOADING=1 and READY=1 around it (sd_notify(3)).
 fn reload<C>(life: &Life, running: &mut Running<C>, levels: &Levels)
 where
-    C: Check,
+    C: Validate,
 {
     if let Ok(now) = NotifyState::monotonic_usec_now() {
         let _ = sd_notify::notify(&[NotifyState::Reloading, now]);

@@ -7,7 +7,7 @@
 use std::{collections::BTreeSet, path::PathBuf};
 
 use super::log::Levels;
-use crate::config::{self, Check, Log};
+use crate::config::{self, Log, Validate};
 
 /// What changes without a restart.
 const LIVE: [&str; 1] = ["log.level"];
@@ -20,7 +20,7 @@ pub struct Running<C> {
     pub log_of: fn(&C) -> &Log,
 }
 
-impl<C: Check> Running<C> {
+impl<C: Validate> Running<C> {
     /// Returns one line for `systemctl status`; empty when nothing waits for a restart.
     pub fn reload(&mut self, levels: &Levels) -> String {
         let (config, table) = match config::read::<C>(&self.path, self.optional) {

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     config::{
-        self, Complaints, Place, place,
+        self, Diagnostics, DirectoryKind, directory_kind,
         runner::{Config, Demand, Root},
     },
     daemon::{Failure, Findings, Host, disk},
@@ -22,17 +22,22 @@ const UNIT: &str = "bb-runner.socket";
 const LISTEN: &str = "listen";
 
 /// What is wrong, although `run` goes on with it.
-pub fn warnings(config: &Config, host: &Host, complaints: &mut Complaints) {
+pub fn warnings(config: &Config, host: &Host, diagnostics: &mut Diagnostics) {
     let drain = config.shutdown.drain_timeout;
-    host.check_drain(drain, config.termination_grace, complaints);
-    host.check_socket("runner", UNIT, LISTEN, &config.listen, complaints);
+    host.check_drain(drain, config.termination_grace, diagnostics);
+    host.check_socket("runner", UNIT, LISTEN, &config.listen, diagnostics);
     let build = &config.build_directory;
-    host.check_size("limits.log_size", config.limits.log_size, build, complaints);
+    host.check_size(
+        "limits.log_size",
+        config.limits.log_size,
+        build,
+        diagnostics,
+    );
     if let Some(reason) = unreachable(config) {
-        complaints.add("socket_mode", reason);
+        diagnostics.add("socket_mode", reason);
     }
     for path in &config.writable_directories {
-        complaints.unless(
+        diagnostics.require(
             path.is_dir(),
             "writable_directories",
             format!(
@@ -41,9 +46,9 @@ pub fn warnings(config: &Config, host: &Host, complaints: &mut Complaints) {
             ),
         );
     }
-    check_cleaning(config, complaints);
+    check_cleaning(config, diagnostics);
     if let Root::Image(image) = &config.root {
-        check_image(image, build, complaints);
+        check_image(image, build, diagnostics);
     }
     if let Some(program) = config.emulator.first() {
         let reason = match program.starts_with('/') {
@@ -51,25 +56,25 @@ pub fn warnings(config: &Config, host: &Host, complaints: &mut Complaints) {
             false => Some("write its whole path, which begins with /".to_owned()),
         };
         if let Some(reason) = reason {
-            complaints.add("emulator", format!("{program}: {reason}"));
+            diagnostics.add("emulator", format!("{program}: {reason}"));
         }
     }
     if let Some(worker) = host.sibling::<config::worker::Config>("bb_worker") {
-        check_worker(config, &worker, complaints);
+        check_worker(config, &worker, diagnostics);
     }
 }
 
 /// The directories that are emptied, and the command that is run.
-fn check_cleaning(config: &Config, complaints: &mut Complaints) {
+fn check_cleaning(config: &Config, diagnostics: &mut Diagnostics) {
     let key = "clean_temporary_directories";
     for path in &config.clean_temporary_directories {
         // Refused without a look at the host.
-        if place(path) == Place::Vital {
+        if directory_kind(path) == DirectoryKind::System {
             continue;
         }
         let Ok(real) = fs::canonicalize(path).and_then(|real| fs::read_dir(&real).map(|_| real))
         else {
-            complaints.add(
+            diagnostics.add(
                 key,
                 format!(
                     "there is no directory {}; create it, or leave it out",
@@ -79,7 +84,7 @@ fn check_cleaning(config: &Config, complaints: &mut Complaints) {
             continue;
         };
         if let Some(home) = homes().into_iter().find(|home| home.starts_with(&real)) {
-            complaints.add(
+            diagnostics.add(
                 key,
                 format!(
                     "{} would be emptied, and the home of a user is there, {}; choose another directory",
@@ -99,7 +104,7 @@ fn check_cleaning(config: &Config, complaints: &mut Complaints) {
                 .then(|| format!("there is no such program in {path}; write its whole path")),
         };
         if let Some(reason) = found {
-            complaints.add("run_command_cleaner", format!("{program}: {reason}"));
+            diagnostics.add("run_command_cleaner", format!("{program}: {reason}"));
         }
     }
 }
@@ -109,9 +114,9 @@ pub(super) fn vital_directory(config: &Config) -> Option<Failure> {
     config
         .clean_temporary_directories
         .iter()
-        .filter(|path| place(path) != Place::Vital)
+        .filter(|path| directory_kind(path) != DirectoryKind::System)
         .filter_map(|path| Some((path, fs::canonicalize(path).ok()?)))
-        .find(|(_, real)| place(real) == Place::Vital)
+        .find(|(_, real)| directory_kind(real) == DirectoryKind::System)
         .map(|(path, real)| Failure::Configuration {
             key: "clean_temporary_directories",
             message: format!(
@@ -148,9 +153,9 @@ fn not_executable(path: &Path) -> Option<String> {
     }
 }
 
-fn check_image(image: &Path, build: &Path, complaints: &mut Complaints) {
+fn check_image(image: &Path, build: &Path, diagnostics: &mut Diagnostics) {
     if !image.is_dir() {
-        complaints.add(
+        diagnostics.add(
             "root",
             format!(
                 "there is no directory {}; unpack a root file system there, or write \"host\"",
@@ -165,7 +170,7 @@ fn check_image(image: &Path, build: &Path, complaints: &mut Complaints) {
         .into_iter()
         .chain([below])
     {
-        complaints.unless(
+        diagnostics.require(
             image.join(needed).is_dir(),
             "root",
             format!(
@@ -197,7 +202,7 @@ fn unreachable(config: &Config) -> Option<String> {
 
 /// Of the worker that is configured in the same directory: what each of them says is right, but not
 /// both.
-fn check_worker(config: &Config, worker: &config::worker::Config, complaints: &mut Complaints) {
+fn check_worker(config: &Config, worker: &config::worker::Config, diagnostics: &mut Diagnostics) {
     let ours: Vec<_> = worker
         .runners
         .iter()
@@ -206,7 +211,7 @@ fn check_worker(config: &Config, worker: &config::worker::Config, complaints: &m
     if ours.is_empty() {
         return;
     }
-    complaints.unless(
+    diagnostics.require(
         worker.build_directory == config.build_directory,
         "build_directory",
         format!(
@@ -215,7 +220,7 @@ fn check_worker(config: &Config, worker: &config::worker::Config, complaints: &m
         ),
     );
     let slots: usize = ours.iter().map(|runner| runner.slots()).sum();
-    complaints.unless(
+    diagnostics.require(
         slots <= config.users.count as usize,
         "users.count",
         format!(

@@ -12,8 +12,8 @@ mod shared;
 
 use crate::{
     config::{
-        self, Complaints, ListenAddress,
-        scheduler::{Config, StoragePlace},
+        self, Diagnostics, ListenAddress,
+        scheduler::{Config, StorageLocation},
     },
     daemon::{self, Failure, Findings, Host, Life, Limits, Program, Services},
     proto::{
@@ -36,16 +36,16 @@ const LARGEST_REPORT: usize = 64 << 20;
 const LARGEST_REQUEST: usize = 1 << 20;
 
 /// What is wrong, although `run` goes on with it.
-pub fn warnings(config: &Config, host: &Host, complaints: &mut Complaints) {
+pub fn warnings(config: &Config, host: &Host, diagnostics: &mut Diagnostics) {
     let none = config::Duration::seconds(0);
-    host.check_drain(config.shutdown.drain_timeout, none, complaints);
+    host.check_drain(config.shutdown.drain_timeout, none, diagnostics);
     for (name, unit, key, address) in sockets(config) {
-        host.check_socket(name, unit, key, address, complaints);
+        host.check_socket(name, unit, key, address, diagnostics);
     }
-    if config.storage.cas == StoragePlace::Embedded {
+    if config.storage.cas == StorageLocation::Embedded {
         let embedded = &config.storage.embedded;
         let key = "storage.embedded.maximum_size";
-        host.check_size(key, embedded.maximum_size, &embedded.directory, complaints);
+        host.check_size(key, embedded.maximum_size, &embedded.directory, diagnostics);
     }
 }
 
@@ -74,13 +74,13 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
     }
     let mut failures = Storage::probe(&config.storage).await;
     let what = match &config.storage.cas {
-        StoragePlace::Embedded => {
+        StorageLocation::Embedded => {
             let embedded = &config.storage.embedded;
             let lock = embedded.directory.join("lock");
             findings.try_lock(host, "storage.embedded.directory", &lock);
             failures.retain(|failure| match failure {
                 Failure::Configuration { key, message } if key.ends_with("maximum_size") => {
-                    let given = host.given().has(key);
+                    let given = host.explicit_keys().contains(key);
                     if !given {
                         findings.note(format!("{key}: {message}"));
                     }
@@ -95,7 +95,7 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
             });
             format!("storage: {} can be used", embedded.directory.display())
         }
-        StoragePlace::Endpoint(endpoint) => format!("storage: {endpoint} answers"),
+        StorageLocation::Endpoint(endpoint) => format!("storage: {endpoint} answers"),
     };
     findings.record(what, failures);
 }

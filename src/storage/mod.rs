@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::{
-    config::scheduler::{self as config, StoragePlace},
+    config::scheduler::{self as config, StorageLocation},
     daemon::{self, Failure},
     digest::Digest,
     instance::InstanceName,
@@ -89,7 +89,7 @@ impl Storage {
             Ok(Storage::Local(Arc::new(store)))
         };
         match (&config.cas, &config.action_cache) {
-            (StoragePlace::Endpoint(cas), StoragePlace::Endpoint(action_cache)) => {
+            (StorageLocation::Endpoint(cas), StorageLocation::Endpoint(action_cache)) => {
                 Ok(Storage::Remote(remote::Client::connect(
                     cas,
                     action_cache,
@@ -104,7 +104,7 @@ impl Storage {
     /// What would keep this storage from working.
     pub async fn probe(config: &config::Storage) -> Vec<Failure> {
         match (&config.cas, &config.action_cache) {
-            (StoragePlace::Endpoint(cas), StoragePlace::Endpoint(action_cache)) => {
+            (StorageLocation::Endpoint(cas), StorageLocation::Endpoint(action_cache)) => {
                 let client = remote::Client::connect(cas, action_cache, Default::default());
                 match client.probe().await {
                     Ok(()) => Vec::new(),

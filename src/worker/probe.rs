@@ -8,7 +8,7 @@ use std::{
 use super::{connect_storage, group_of, one_file_system};
 use crate::{
     config::{
-        self, Complaints, Place, place,
+        self, Diagnostics, DirectoryKind, directory_kind,
         worker::{Config, Runner},
     },
     daemon::{
@@ -27,25 +27,25 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 const DESCRIPTORS: u64 = 100;
 
 /// What is wrong, although `run` goes on with it.
-pub fn warnings(config: &Config, host: &Host, complaints: &mut Complaints) {
+pub fn warnings(config: &Config, host: &Host, diagnostics: &mut Diagnostics) {
     host.check_drain(
         config.shutdown.drain_timeout,
         config::Duration::seconds(0),
-        complaints,
+        diagnostics,
     );
     let cache = &config.cache;
     for (key, size) in [
         ("cache.maximum_size", cache.maximum_size),
         ("cache.minimum_free", cache.minimum_free),
     ] {
-        host.check_size(key, size, &cache.directory, complaints);
+        host.check_size(key, size, &cache.directory, diagnostics);
     }
     let slots: usize = config.runners.iter().map(Runner::slots).sum();
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
     if let Some(limit) = limit
         && slots as u64 * DESCRIPTORS > limit
     {
-        complaints.add(
+        diagnostics.add(
             "runners.concurrency",
             format!(
                 "{slots} actions at a time need {} open files, and the limit is {limit}; lower it, or \
@@ -55,13 +55,13 @@ pub fn warnings(config: &Config, host: &Host, complaints: &mut Complaints) {
         );
     }
     if let Some(runner) = host.sibling::<config::runner::Config>("bb_runner") {
-        check_runner(config, &runner, complaints);
+        check_runner(config, &runner, diagnostics);
     }
 }
 
 /// Of the runner that is configured in the same directory: what each of them says is right, but not
 /// both.
-fn check_runner(config: &Config, runner: &config::runner::Config, complaints: &mut Complaints) {
+fn check_runner(config: &Config, runner: &config::runner::Config, diagnostics: &mut Diagnostics) {
     let ours = config
         .runners
         .iter()
@@ -74,7 +74,7 @@ fn check_runner(config: &Config, runner: &config::runner::Config, complaints: &m
         last = Some(number);
     }
     let Some(number) = last else { return };
-    complaints.unless(
+    diagnostics.require(
         config.build_directory == runner.build_directory,
         "build_directory",
         format!(
@@ -83,7 +83,7 @@ fn check_runner(config: &Config, runner: &config::runner::Config, complaints: &m
             runner.build_directory.display()
         ),
     );
-    complaints.unless(
+    diagnostics.require(
         slots_there <= runner.users.count as usize,
         &format!("runners.{number}.concurrency"),
         format!(
@@ -120,7 +120,7 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
         "build_directory: the users of actions can pass to it",
         check_passable(build).err(),
     );
-    if place(build) == Place::Free
+    if directory_kind(build) == DirectoryKind::Ordinary
         && let Some(entry) = foreign_entry(build)
     {
         findings.fail(Failure::Configuration {

@@ -788,7 +788,7 @@ impl Trial<'_> {
             .collect();
         assert!(
             wrong.is_empty(),
-            "{} complaints:\n{}",
+            "{} diagnostics:\n{}",
             wrong.len(),
             wrong.join("\n")
         );

@@ -8,7 +8,7 @@ use std::{
     process::Command,
 };
 
-use bb_remote_execution::config::{self, Check, ListenAddress};
+use bb_remote_execution::config::{self, ListenAddress, Validate};
 use serde::de::DeserializeOwned;
 
 fn repository() -> PathBuf {
@@ -47,7 +47,7 @@ fn keys(prefix: &str, table: &toml::Table, into: &mut BTreeSet<String>) {
 
 fn shipped_file_states_the_defaults<C>(name: &str)
 where
-    C: DeserializeOwned + Default + Check + PartialEq + std::fmt::Debug,
+    C: DeserializeOwned + Default + Validate + PartialEq + std::fmt::Debug,
 {
     let as_shipped: C = config::load(&repository().join("etc").join(name), false).unwrap();
     assert_eq!(as_shipped, C::default(), "{name} as shipped");
@@ -118,7 +118,7 @@ fn described(page: &str) -> Vec<(String, String)> {
 
 fn page_states_the_defaults<C>(name: &str)
 where
-    C: DeserializeOwned + Default + Check + PartialEq + std::fmt::Debug,
+    C: DeserializeOwned + Default + Validate + PartialEq + std::fmt::Debug,
 {
     let page = format!("{name}.5");
     let described = described(&page);

@@ -1,14 +1,14 @@
-//! What is wrong with a value, in words of people: which key, what it is, what to write instead.
+//! Messages about a wrong value: which key has it, what it is, and what to write instead.
 
-use super::parse::{Fault, Kind, Step, Wanted};
+use super::parse::{ExpectedType, PathStep, ValueError, ValueErrorKind};
 
 /// As written in a file; which one of several is told by the line.
-pub fn dotted(path: &[Step]) -> String {
+pub fn dotted(path: &[PathStep]) -> String {
     let steps: Vec<&str> = path
         .iter()
         .filter_map(|step| match step {
-            Step::Key(key) => Some(key.as_str()),
-            Step::Index(_) => None,
+            PathStep::Key(key) => Some(key.as_str()),
+            PathStep::Index(_) => None,
         })
         .collect();
     steps.join(".")
@@ -25,11 +25,11 @@ pub fn one_of(words: &[&str]) -> String {
 }
 
 /// `defaults` has every key that there is.
-pub fn sentence(fault: &Fault, defaults: &toml::Table) -> String {
+pub fn message_of(fault: &ValueError, defaults: &toml::Table) -> String {
     let key = dotted(&fault.path);
     match &fault.kind {
-        Kind::UnknownKey(known) => unknown_key(&fault.path, known, defaults),
-        Kind::UnknownWord { word, known } => {
+        ValueErrorKind::UnknownKey(known) => unknown_key(&fault.path, known, defaults),
+        ValueErrorKind::UnknownVariant { word, known } => {
             let hint = match closest(word, known.iter().copied()) {
                 Some(meant) => format!("did you mean {meant:?}? "),
                 None => String::new(),
@@ -38,49 +38,49 @@ pub fn sentence(fault: &Fault, defaults: &toml::Table) -> String {
             format!("{key} is the text {word:?}, which is not known here; {hint}Write {words}")
                 .replace("; Write", "; write")
         }
-        Kind::Value(message) => format!("{key}: {message}"),
-        Kind::Type { found, wanted } => {
+        ValueErrorKind::Value(message) => format!("{key}: {message}"),
+        ValueErrorKind::Type { found, wanted } => {
             let last = key.rsplit('.').next().unwrap_or(&key);
             let subject = match fault.path.last() {
-                Some(Step::Index(_)) => format!("an item of {key}"),
+                Some(PathStep::Index(_)) => format!("an item of {key}"),
                 _ => key.clone(),
             };
             let remedy = match wanted {
-                Wanted::Boolean => "write true or false, without quotes".to_owned(),
-                Wanted::Integer(least, i64::MAX) => {
+                ExpectedType::Boolean => "write true or false, without quotes".to_owned(),
+                ExpectedType::Integer(least, i64::MAX) => {
                     format!("write a whole number, at least {least}, without quotes")
                 }
-                Wanted::Integer(least, greatest) => {
+                ExpectedType::Integer(least, greatest) => {
                     format!("write a whole number from {least} to {greatest}, without quotes")
                 }
-                Wanted::Number => "write a number, such as 2.5, without quotes".to_owned(),
-                Wanted::Text if subject != key => "write a text in quotes".to_owned(),
-                Wanted::Text => format!("write a text in quotes, such as {last} = \"...\""),
-                Wanted::List if found == "a section" => {
+                ExpectedType::Number => "write a number, such as 2.5, without quotes".to_owned(),
+                ExpectedType::Text if subject != key => "write a text in quotes".to_owned(),
+                ExpectedType::Text => format!("write a text in quotes, such as {last} = \"...\""),
+                ExpectedType::List if found == "a section" => {
                     format!("there can be several; write [[{key}]], with two brackets")
                 }
-                Wanted::List => {
+                ExpectedType::List => {
                     format!("write a list in brackets, such as {last} = [\"...\", \"...\"]")
                 }
-                Wanted::Section if found == "a list of sections" => {
+                ExpectedType::Section if found == "a list of sections" => {
                     format!("there is only one; write [{key}], with single brackets")
                 }
-                Wanted::Section => {
+                ExpectedType::Section => {
                     format!(
                         "write [{key}], with its keys below, or {last} = {{ KEY = VALUE, ... }}"
                     )
                 }
-                Wanted::Other(wanted) => format!("write {wanted}"),
+                ExpectedType::Other(wanted) => format!("write {wanted}"),
             };
             format!("{subject} is {found}; {remedy}")
         }
     }
 }
 
-fn unknown_key(path: &[Step], known: &[&str], defaults: &toml::Table) -> String {
+fn unknown_key(path: &[PathStep], known: &[&str], defaults: &toml::Table) -> String {
     let key = dotted(path);
     let (name, section) = match path.split_last() {
-        Some((Step::Key(name), section)) => (name.as_str(), dotted(section)),
+        Some((PathStep::Key(name), section)) => (name.as_str(), dotted(section)),
         _ => return format!("there is no key {key}"),
     };
     let start = match section.as_str() {
@@ -186,7 +186,7 @@ mod tests {
 
     fn said<C: serde::de::DeserializeOwned + Default + serde::Serialize>(text: &str) -> String {
         let fault = parse::<C>(&text.parse().unwrap()).err().unwrap();
-        sentence(&fault, &toml::Table::try_from(C::default()).unwrap())
+        message_of(&fault, &toml::Table::try_from(C::default()).unwrap())
     }
 
     #[test]

@@ -1,14 +1,14 @@
-//! Which directories may be emptied, or filled, without harm to the host.
+//! Which directories a configuration may name to be emptied or filled, without harm to the host.
 
 use std::path::{Component, Path};
 
-/// Holding nothing but what belongs to all of the host.
+/// Directories all of whose contents belong to the operating system.
 const SYSTEM: [&str; 12] = [
     "/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/proc", "/sbin",
     "/sys", "/usr",
 ];
-/// What is below them may be somebody's own.
-const CONTAINERS: [&str; 21] = [
+/// Directories that the operating system needs, though what is below them may be anybody's.
+const PARENTS: [&str; 21] = [
     "/",
     "/home",
     "/media",
@@ -31,37 +31,38 @@ const CONTAINERS: [&str; 21] = [
     "/var/opt",
     "/var/spool",
 ];
-/// Anybody's, for a while.
+/// Directories for everybody's temporary files.
 const SHARED: [&str; 4] = ["/dev/shm", "/run/shm", "/tmp", "/var/tmp"];
 
-/// What an absolute path without `..` is.
+/// Whose files lie at an absolute path without `..`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// The host cannot be without what is there.
-    Vital,
+pub enum DirectoryKind {
+    /// The operating system's, or a user's home; the host cannot be without them.
+    System,
     /// Other programs and users have files there.
     Shared,
-    Free,
+    /// Neither.
+    Ordinary,
 }
 
-pub fn place(path: &Path) -> Place {
+pub fn directory_kind(path: &Path) -> DirectoryKind {
     let is = |known: &[&str]| known.iter().any(|known| Path::new(known) == path);
     if is(&SHARED) {
-        return Place::Shared;
+        return DirectoryKind::Shared;
     }
     let below_shared = SHARED.iter().any(|shared| path.starts_with(shared));
     let below_system = SYSTEM.iter().any(|system| path.starts_with(system))
         && !path.starts_with("/usr/local")
         && !below_shared;
     let is_home = path.parent() == Some(Path::new("/home"));
-    match is(&CONTAINERS) || is_home || below_system {
-        true => Place::Vital,
-        false => Place::Free,
+    match is(&PARENTS) || is_home || below_system {
+        true => DirectoryKind::System,
+        false => DirectoryKind::Ordinary,
     }
 }
 
-/// Why a path cannot be that of a directory of the farm's.
-pub fn unfit(path: &Path) -> Option<&'static str> {
+/// Why a path cannot name a directory of the farm.
+pub fn path_error(path: &Path) -> Option<&'static str> {
     let text = path.as_os_str().as_encoded_bytes();
     if !path.is_absolute() {
         Some("write an absolute path, which begins with /")
@@ -98,10 +99,18 @@ mod tests {
             "/boot/efi",
             "/home/",
         ] {
-            assert_eq!(place(Path::new(path)), Place::Vital, "{path}");
+            assert_eq!(
+                directory_kind(Path::new(path)),
+                DirectoryKind::System,
+                "{path}"
+            );
         }
         for path in ["/tmp", "/var/tmp/", "/dev/shm"] {
-            assert_eq!(place(Path::new(path)), Place::Shared, "{path}");
+            assert_eq!(
+                directory_kind(Path::new(path)),
+                DirectoryKind::Shared,
+                "{path}"
+            );
         }
         for path in [
             "/tmp/x",
@@ -112,7 +121,11 @@ mod tests {
             "/usr/local/cache",
             "/var/cache/ccache",
         ] {
-            assert_eq!(place(Path::new(path)), Place::Free, "{path}");
+            assert_eq!(
+                directory_kind(Path::new(path)),
+                DirectoryKind::Ordinary,
+                "{path}"
+            );
         }
     }
 }
