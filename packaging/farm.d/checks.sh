@@ -61,7 +61,14 @@ users_taken() {
     fi
   done < <(farms)
   { stat -c '%u %n' /proc/[0-9]* 2>/dev/null || true; } | awk -v first="$first" -v last="$last" \
-    '$1 >= first && $1 <= last && !told++ { sub(".*/", "", $2); print "process " $2 " runs as " $1 }'
+    '$1 >= first && $1 <= last { sub(".*/", "", $2); print $2, $1 }' |
+    while read -r pid user; do
+      # A zombie, which is not in the way, has no program.
+      if [ -z "${told-}" ] && readlink "/proc/$pid/exe" >/dev/null; then
+        told="process $pid runs as $user"
+        printf '%s\n' "$told"
+      fi
+    done
 }
 
 # farms [PID]: the directories of farms that run, or of the one that a process belongs to.
