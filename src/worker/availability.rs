@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::{
     fault::Fault,
-    health::{Change, Health, Verdict},
+    health::{ActionVerdict, Health, HealthChange},
 };
 use crate::text::shorten;
 
@@ -50,15 +50,15 @@ impl Availability {
     /// An execution that began at `began` has ended, with this fault or none.
     pub fn ended(&self, began: Instant, fault: Option<&Fault>) {
         let verdict = match fault {
-            None => Verdict::Ran,
-            Some(Fault::Unavailable(reason)) => Verdict::Fault(reason.clone()),
-            Some(_) => Verdict::Neither,
+            None => ActionVerdict::Ran,
+            Some(Fault::Unavailable(reason)) => ActionVerdict::Fault(reason.clone()),
+            Some(_) => ActionVerdict::Neither,
         };
         let now = Instant::now();
         let change = self.health.lock().ended(now, began, verdict);
         match change {
-            Change::None => {}
-            Change::Pause {
+            HealthChange::None => {}
+            HealthChange::Pause {
                 until,
                 faults,
                 out_of_service,
@@ -76,7 +76,7 @@ impl Availability {
                     );
                 }
             }
-            Change::Recovered => {
+            HealthChange::Recovered => {
                 tracing::info!(runner = self.runner, "in service again");
             }
         }

@@ -77,6 +77,12 @@ pub fn open_listing(parent: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno
     resolve(parent, path, OFlags::RDONLY)
 }
 
+/// A directory in another one, for reading its entries.
+pub fn open_child<P: rustix::path::Arg>(parent: impl AsFd, name: P) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(parent, name, flags, Mode::empty())
+}
+
 /// Whether a symbolic link leads to a directory, for whoever takes `root` for the root directory.
 pub fn leads_to_directory(root: BorrowedFd<'_>, link: &RelativePath) -> bool {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;

@@ -21,15 +21,15 @@ use tonic::{Code, transport::Channel};
 
 use super::{
     availability::{Availability, NotReady},
-    cache::Cache,
     command::Command,
-    directories::Directories,
     fault::Fault,
-    input_root::{InputRoot, LOCK_TIMEOUT, Planned, PrepareError, Roots},
-    outputs::{self, Collector, Found},
-    report, runner,
+    inputs::{
+        InputRoot, InputRootBuilder, LOCK_TIMEOUT, PlannedRoot, PrepareError,
+        directories::DirectoryCache, file_cache::FileCache, tree::Tree,
+    },
+    outputs::{self, CollectedOutputs, Collector},
+    response_size, runner_client,
     task::Task,
-    tree::Tree,
 };
 use crate::{
     config::worker::{Inputs, Outputs},
@@ -46,10 +46,10 @@ use crate::{
 const ATTEMPTS: u32 = 3;
 const READINESS_TIMEOUT: Duration = Duration::from_secs(30);
 /// What was read within the time for outputs may still be uploaded for so long.
-const LAST_UPLOADS: Duration = Duration::from_secs(60);
+const UPLOAD_GRACE: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
+pub enum Phase {
     FetchingInputs,
     Running,
     UploadingOutputs,
@@ -58,9 +58,9 @@ pub enum Stage {
 /// Runs actions of one runner's slots.
 pub struct Executor {
     pub storage: Client,
-    pub cache: Arc<Cache>,
-    pub directories: Arc<Directories>,
-    pub roots: Arc<Roots>,
+    pub cache: Arc<FileCache>,
+    pub directories: Arc<DirectoryCache>,
+    pub roots: Arc<InputRootBuilder>,
     pub runner: RunnerClient<Channel>,
     pub availability: Availability,
     /// For each slot its labels as JSON.
@@ -78,7 +78,7 @@ pub struct Executor {
 }
 
 /// What became of a call to the runner.
-enum Ended {
+enum RunOutcome {
     Answered(Result<RunResponse, tonic::Status>),
     Late,
     /// Late, and the runner answers nothing else either.
@@ -92,10 +92,10 @@ impl Executor {
         &self,
         slot: usize,
         task: Task,
-        stage: &watch::Sender<Stage>,
+        stage: &watch::Sender<Phase>,
         cancel: &CancellationToken,
     ) -> reapi::ExecuteResponse {
-        stage.send_replace(Stage::FetchingInputs);
+        stage.send_replace(Phase::FetchingInputs);
         let mut metadata = reapi::ExecutedActionMetadata {
             worker: self.workers.get(slot).cloned().unwrap_or_default(),
             queued_timestamp: task.queued_timestamp,
@@ -118,7 +118,7 @@ impl Executor {
             result.execution_metadata = Some(metadata);
         }
         response.status = fault.as_ref().map(Fault::status);
-        report::make_fit(&mut response);
+        response_size::truncate(&mut response);
         if fault != Some(Fault::Cancelled) {
             self.record(&task, &mut response).await;
         }
@@ -129,7 +129,7 @@ impl Executor {
     async fn run_and_collect(
         &self,
         task: &Task,
-        stage: &watch::Sender<Stage>,
+        stage: &watch::Sender<Phase>,
         cancel: &CancellationToken,
         metadata: &mut reapi::ExecutedActionMetadata,
         response: &mut reapi::ExecuteResponse,
@@ -145,7 +145,7 @@ impl Executor {
         };
         metadata.input_fetch_completed_timestamp = now();
 
-        stage.send_replace(Stage::Running);
+        stage.send_replace(Phase::Running);
         let mut client = self.runner.clone();
         if let Some(group) = self.group {
             root.open_to(group)?;
@@ -165,26 +165,26 @@ impl Executor {
             answer = async {
                 match client.run(request()).await {
                     // The runner was leaving; its successor takes it.
-                    Err(status) if runner::was_never_sent(&status) => client.run(request()).await,
+                    Err(status) if runner_client::was_never_sent(&status) => client.run(request()).await,
                     answer => answer,
                 }
-            } => Ended::Answered(answer.map(tonic::Response::into_inner)),
-            () = tokio::time::sleep(task.timeout) => Ended::Late,
-            () = cancel.cancelled() => Ended::Cancelled,
+            } => RunOutcome::Answered(answer.map(tonic::Response::into_inner)),
+            () = tokio::time::sleep(task.timeout) => RunOutcome::Late,
+            () = cancel.cancelled() => RunOutcome::Cancelled,
         };
         metadata.virtual_execution_duration = Some(proto::proto_duration(start.elapsed()));
         metadata.execution_completed_timestamp = now();
         // A runner that is stopped says nothing of a command, which may have ended long ago.
-        if matches!(ended, Ended::Late) && !runner::answers(&self.runner).await {
-            ended = Ended::Silent;
+        if matches!(ended, RunOutcome::Late) && !runner_client::answers(&self.runner).await {
+            ended = RunOutcome::Silent;
         }
-        let was_run = matches!(ended, Ended::Answered(Ok(_)));
-        if matches!(ended, Ended::Answered(Err(_)) | Ended::Silent) {
+        let was_run = matches!(ended, RunOutcome::Answered(Ok(_)));
+        if matches!(ended, RunOutcome::Answered(Err(_)) | RunOutcome::Silent) {
             root.distrust();
         }
         let mut ran = self.take_answer(ended, task, metadata, response);
         if ran == Err(Fault::Cancelled) {
-            root.vacated().await;
+            root.await_unlocked().await;
             return ran;
         }
         if !was_run && !self.is_quiet(&root).await {
@@ -201,19 +201,19 @@ impl Executor {
         {
             ran = Err(full);
         }
-        if ran.is_ok() && !root.is_unaltered() {
+        if ran.is_ok() && !root.cache_is_unmodified() {
             ran = Err(Fault::Unavailable(format!(
                 "while the command ran, somebody changed input files in the cache in {} on the worker's host; they will be fetched again",
                 self.cache.path().display()
             )));
         }
 
-        stage.send_replace(Stage::UploadingOutputs);
+        stage.send_replace(Phase::UploadingOutputs);
         metadata.output_upload_start_timestamp = now();
         let timeout = self.outputs.timeout.get();
         let uploaded = tokio::select! {
             uploaded = self.upload(task, command, root, cancel, response) => uploaded,
-            () = tokio::time::sleep(timeout + LAST_UPLOADS) => Err(outputs::late(timeout)),
+            () = tokio::time::sleep(timeout + UPLOAD_GRACE) => Err(outputs::late(timeout)),
             () = cancel.cancelled() => Err(Fault::Cancelled),
         };
         metadata.output_upload_completed_timestamp = now();
@@ -222,11 +222,11 @@ impl Executor {
 
     /// Whether nothing of an action lives whose runner did not say so.
     ///
-    /// The runner holds the lock of the gate for as long as anything lives, but a runner that was
+    /// The runner holds the lock of the action's directory for as long as anything lives, but a runner that was
     /// killed lets go of it at once. One that answers afterwards either is the same, and let go
     /// by itself, or is its successor, which answers nobody before it has killed what was left.
     async fn is_quiet(&self, root: &InputRoot) -> bool {
-        root.vacated().await && runner::answers(&self.runner).await
+        root.await_unlocked().await && runner_client::answers(&self.runner).await
     }
 
     /// The command and all directories. When some are missing, all that is missing is told at once.
@@ -288,8 +288,8 @@ impl Executor {
         let mut attempts = 0;
         loop {
             let planned = self.plan(&tree).await?;
-            let (wanted, method) = (planned.links().to_vec(), planned.method());
-            let obtained = self.cache.obtain(&task.instance, wanted, method).await;
+            let (wanted, link_mode) = (planned.links().to_vec(), planned.link_mode());
+            let obtained = self.cache.obtain(&task.instance, wanted, link_mode).await;
             let pins = obtained.map_err(|fault| with_path(fault, &tree))?;
             let (roots, parents) = (self.roots.clone(), parents.clone());
             let prepared = tokio::task::spawn_blocking(move || roots.prepare(planned, &parents));
@@ -306,7 +306,7 @@ impl Executor {
                         "files vanished from the cache; fetching them again"
                     );
                     // Whoever removed them may have changed others.
-                    self.roots.distrust_all();
+                    self.roots.invalidate_all();
                     self.cache.restore(&task.instance, keys).await?;
                 }
                 Err(PrepareError::Vanished(keys)) => {
@@ -321,7 +321,7 @@ impl Executor {
         }
     }
 
-    async fn plan(&self, tree: &Tree) -> Result<Planned, Fault> {
+    async fn plan(&self, tree: &Tree) -> Result<PlannedRoot, Fault> {
         if let Some(planned) = self.roots.try_plan(tree, self.inputs) {
             return Ok(planned);
         }
@@ -360,23 +360,23 @@ impl Executor {
 
     fn take_answer(
         &self,
-        ended: Ended,
+        ended: RunOutcome,
         task: &Task,
         metadata: &mut reapi::ExecutedActionMetadata,
         response: &mut reapi::ExecuteResponse,
     ) -> Result<(), Fault> {
         match ended {
-            Ended::Answered(Ok(answer)) => {
+            RunOutcome::Answered(Ok(answer)) => {
                 if let Some(result) = &mut response.result {
                     result.exit_code = i32::try_from(answer.exit_code).unwrap_or(-1);
                 }
                 metadata.auxiliary_metadata.extend(answer.resource_usage);
                 Ok(())
             }
-            Ended::Answered(Err(status)) => {
+            RunOutcome::Answered(Err(status)) => {
                 let text = format!("Failed to run command: {}", status.message());
                 Err(match status.code() {
-                    _ if !runner::is_answer(&status) => Fault::Unavailable(format!(
+                    _ if !runner_client::is_answer(&status) => Fault::Unavailable(format!(
                         "{text}; bb_runner on the worker's host went away"
                     )),
                     Code::InvalidArgument
@@ -390,14 +390,14 @@ impl Executor {
                     _ => Fault::Unavailable(text),
                 })
             }
-            Ended::Late => Err(Fault::Late(format!(
+            RunOutcome::Late => Err(Fault::Late(format!(
                 "Failed to run command: it did not end within its timeout of {}",
                 humantime::format_duration(task.timeout)
             ))),
-            Ended::Silent => Err(Fault::Unavailable(
+            RunOutcome::Silent => Err(Fault::Unavailable(
                 "Failed to run command: bb_runner on the worker's host does not answer".to_owned(),
             )),
-            Ended::Cancelled => Err(Fault::Cancelled),
+            RunOutcome::Cancelled => Err(Fault::Cancelled),
         }
     }
 
@@ -412,7 +412,7 @@ impl Executor {
     ) -> Result<(), Fault> {
         let (sender, mut batches) = mpsc::channel(2);
         let timeout = self.outputs.timeout.get();
-        let limits = outputs::Limits {
+        let limits = outputs::OutputLimits {
             size: self.outputs.maximum_size.get(),
             blob_size: self.storage.maximum_blob_size(&task.instance).await,
             timeout,
@@ -431,10 +431,10 @@ impl Executor {
                 let send = |batch| drop(sender.blocking_send(batch));
                 let mut found =
                     Collector::new(function, &cache, store_directories, limits, &cancel, send)
-                        .collect(root.gate(), root.root(), &command);
+                        .collect(root.action_directory(), root.root(), &command);
                 root.taken_over(std::mem::take(&mut found.taken_over));
                 if found.by_a_privileged_user && shared {
-                    root.distrust_user();
+                    root.suspect_privileged_user();
                 }
                 found
             });
@@ -450,7 +450,7 @@ impl Executor {
         let found = collecting
             .await
             .map_err(|error| Fault::Internal(format!("could not collect outputs: {error}")))?;
-        tell(found, uploaded, response)
+        fill_response(found, uploaded, response)
     }
 
     /// Keeps a good result for everybody, or a bad one for whoever follows the link.
@@ -524,14 +524,14 @@ impl Executor {
     async fn check_runner(&self) -> Result<(), String> {
         let roots = self.roots.clone();
         let room = self.roots.clone();
-        tokio::task::spawn_blocking(move || room.await_room())
+        tokio::task::spawn_blocking(move || room.await_free_space())
             .await
             .map_err(|error| error.to_string())?
             .map_err(|fault| fault.to_string())?;
         let made = tokio::task::spawn_blocking(move || {
             let root = roots.take()?;
             let mode = rustix::fs::Mode::from_raw_mode(0o777);
-            rustix::fs::mkdirat(root.gate(), "check_readiness", mode)?;
+            rustix::fs::mkdirat(root.action_directory(), "check_readiness", mode)?;
             Ok::<_, std::io::Error>(root)
         });
         let mut root = made
@@ -565,8 +565,8 @@ impl Executor {
 /// Puts what was found into the response. When not all of it could be uploaded, what refers to
 /// blobs is left out.
 #[allow(deprecated, reason = "clients of REAPI 2.0 read the older lists")]
-fn tell(
-    found: Found,
+fn fill_response(
+    found: CollectedOutputs,
     uploaded: Result<(), Fault>,
     response: &mut reapi::ExecuteResponse,
 ) -> Result<(), Fault> {

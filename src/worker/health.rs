@@ -22,7 +22,7 @@ const WAIT: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 pub struct Health {
-    state: State,
+    state: ServiceState,
     /// In a row.
     faults: u32,
     /// Why, when there are faults.
@@ -32,7 +32,7 @@ pub struct Health {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum ServiceState {
     Serving,
     Paused { until: Instant },
     Trying { slot: usize, until: Option<Instant> },
@@ -40,7 +40,7 @@ enum State {
 
 /// How an execution ended, as far as this host is concerned.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum ActionVerdict {
     /// The command was run.
     Ran,
     /// What the action, its client or its neighbours are to answer for.
@@ -51,7 +51,7 @@ pub enum Verdict {
 
 /// What a verdict changed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum HealthChange {
     None,
     /// No slot may ask for work before; `out_of_service` when this is no single fault any more.
     Pause {
@@ -66,7 +66,7 @@ pub enum Change {
 impl Default for Health {
     fn default() -> Self {
         Health {
-            state: State::Serving,
+            state: ServiceState::Serving,
             faults: 0,
             reason: String::new(),
             counted: None,
@@ -77,7 +77,7 @@ impl Default for Health {
 impl Health {
     /// A slot has begun an execution.
     pub fn began(&mut self, now: Instant, slot: usize) {
-        if let State::Trying {
+        if let ServiceState::Trying {
             slot: trying,
             until: until @ None,
         } = &mut self.state
@@ -88,34 +88,34 @@ impl Health {
     }
 
     /// An execution that began at `began` has ended.
-    pub fn ended(&mut self, now: Instant, began: Instant, verdict: Verdict) -> Change {
+    pub fn ended(&mut self, now: Instant, began: Instant, verdict: ActionVerdict) -> HealthChange {
         if self.counted.is_some_and(|counted| began < counted) {
-            return Change::None;
+            return HealthChange::None;
         }
         match verdict {
-            Verdict::Neither => {
+            ActionVerdict::Neither => {
                 // The next action of the slot that tries may tell.
-                if let State::Trying { until, .. } = &mut self.state {
+                if let ServiceState::Trying { until, .. } = &mut self.state {
                     *until = None;
                 }
-                Change::None
+                HealthChange::None
             }
-            Verdict::Ran => {
+            ActionVerdict::Ran => {
                 let was_out = self.faults >= OUT_OF_SERVICE;
                 *self = Health::default();
                 match was_out {
-                    true => Change::Recovered,
-                    false => Change::None,
+                    true => HealthChange::Recovered,
+                    false => HealthChange::None,
                 }
             }
-            Verdict::Fault(reason) => {
+            ActionVerdict::Fault(reason) => {
                 self.faults += 1;
                 self.reason = reason;
                 self.counted = Some(now);
                 let pause = FIRST_PAUSE.saturating_mul(1 << (self.faults - 1).min(16));
                 let until = now + pause.min(LONGEST_PAUSE);
-                self.state = State::Paused { until };
-                Change::Pause {
+                self.state = ServiceState::Paused { until };
+                HealthChange::Pause {
                     until,
                     faults: self.faults,
                     out_of_service: self.faults >= OUT_OF_SERVICE,
@@ -127,19 +127,19 @@ impl Health {
     /// Whether a slot may ask for work; else when it may ask here again.
     pub fn admit(&mut self, now: Instant, slot: usize) -> Result<(), Instant> {
         match self.state {
-            State::Serving => Ok(()),
-            State::Paused { until } if now < until => Err(until),
-            State::Paused { .. } if self.faults >= OUT_OF_SERVICE => {
-                self.state = State::Trying { slot, until: None };
+            ServiceState::Serving => Ok(()),
+            ServiceState::Paused { until } if now < until => Err(until),
+            ServiceState::Paused { .. } if self.faults >= OUT_OF_SERVICE => {
+                self.state = ServiceState::Trying { slot, until: None };
                 Ok(())
             }
-            State::Trying { slot: other, .. } if other == slot => Ok(()),
-            State::Trying { until: None, .. } => Err(now + WAIT),
-            State::Trying {
+            ServiceState::Trying { slot: other, .. } if other == slot => Ok(()),
+            ServiceState::Trying { until: None, .. } => Err(now + WAIT),
+            ServiceState::Trying {
                 until: Some(until), ..
             } if now < until => Err(until.min(now + WAIT)),
-            State::Paused { .. } | State::Trying { .. } => {
-                self.state = State::Serving;
+            ServiceState::Paused { .. } | ServiceState::Trying { .. } => {
+                self.state = ServiceState::Serving;
                 Ok(())
             }
         }
@@ -147,7 +147,7 @@ impl Health {
 
     /// For the status line: how many faults in a row, and the last one; `None` while in service.
     pub fn out_of_service(&self) -> Option<(u32, &str)> {
-        (self.faults >= OUT_OF_SERVICE && self.state != State::Serving)
+        (self.faults >= OUT_OF_SERVICE && self.state != ServiceState::Serving)
             .then_some((self.faults, self.reason.as_str()))
     }
 }
@@ -158,8 +158,8 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn fault() -> Verdict {
-        Verdict::Fault("no sandbox".to_owned())
+    fn fault() -> ActionVerdict {
+        ActionVerdict::Fault("no sandbox".to_owned())
     }
 
     #[allow(clippy::disallowed_methods)]
@@ -189,14 +189,14 @@ mod tests {
         let (mut health, now) = start();
         let first = health.ended(now + SECOND, now, fault());
         let until = now + 2 * SECOND;
-        let pause = Change::Pause {
+        let pause = HealthChange::Pause {
             until,
             faults: 1,
             out_of_service: false,
         };
         assert_eq!(first, pause);
         for _ in 0..63 {
-            assert_eq!(health.ended(now + SECOND, now, fault()), Change::None);
+            assert_eq!(health.ended(now + SECOND, now, fault()), HealthChange::None);
         }
         assert_eq!(health.admit(now + SECOND, 5), Err(until));
         // One fault is no reason to doubt the host for longer.
@@ -219,10 +219,19 @@ mod tests {
         assert_eq!(health.admit(now, 7), Ok(()));
         // What began long ago is no news, what a client is to answer for neither.
         let before = now - 600 * SECOND;
-        assert_eq!(health.ended(now, before, Verdict::Ran), Change::None);
-        assert_eq!(health.ended(now, now, Verdict::Neither), Change::None);
+        assert_eq!(
+            health.ended(now, before, ActionVerdict::Ran),
+            HealthChange::None
+        );
+        assert_eq!(
+            health.ended(now, now, ActionVerdict::Neither),
+            HealthChange::None
+        );
         assert_eq!(health.admit(now, 8), Err(now + WAIT));
-        assert_eq!(health.ended(now, now, Verdict::Ran), Change::Recovered);
+        assert_eq!(
+            health.ended(now, now, ActionVerdict::Ran),
+            HealthChange::Recovered
+        );
         assert_eq!(health.admit(now, 8), Ok(()));
         assert_eq!(health.out_of_service(), None);
     }
@@ -247,7 +256,7 @@ mod tests {
         let change = health.ended(now + TRIAL, now + TRIAL, fault());
         assert!(matches!(
             change,
-            Change::Pause {
+            HealthChange::Pause {
                 out_of_service: true,
                 ..
             }

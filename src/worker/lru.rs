@@ -11,21 +11,21 @@ const NONE: u32 = u32::MAX;
 
 pub struct Lru<K, V> {
     index: HashMap<K, u32>,
-    slots: Vec<Slot<K, V>>,
+    slots: Vec<LruSlot<K, V>>,
     vacant: Vec<u32>,
     oldest: u32,
     newest: u32,
     weight: u64,
 }
 
-struct Slot<K, V> {
+struct LruSlot<K, V> {
     older: u32,
     newer: u32,
     pins: u32,
-    entry: Option<Entry<K, V>>,
+    entry: Option<LruEntry<K, V>>,
 }
 
-struct Entry<K, V> {
+struct LruEntry<K, V> {
     key: K,
     value: V,
     weight: u64,
@@ -152,11 +152,11 @@ impl<K: Copy + Eq + Hash, V> Lru<K, V> {
         if let Some(at) = self.index.get(&key) {
             return self.touch(*at);
         }
-        let slot = Slot {
+        let slot = LruSlot {
             older: NONE,
             newer: NONE,
             pins: 0,
-            entry: Some(Entry { key, value, weight }),
+            entry: Some(LruEntry { key, value, weight }),
         };
         let at = match self.vacant.pop() {
             Some(at) => {
@@ -246,7 +246,7 @@ impl<K: Copy + Eq + Hash, V> Lru<K, V> {
     }
 
     fn unlink(&mut self, at: u32) {
-        let Slot { older, newer, .. } = self.slots[at as usize];
+        let LruSlot { older, newer, .. } = self.slots[at as usize];
         match older {
             NONE => self.oldest = newer,
             older => self.slots[older as usize].newer = newer,

@@ -2,7 +2,14 @@
 
 use std::{collections::BTreeMap, io, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
-use self::availability::Availability;
+use self::{
+    availability::Availability,
+    inputs::{
+        InputRootBuilder,
+        directories::DirectoryCache,
+        file_cache::{self, CacheLimits, FileCache, LinkMode},
+    },
+};
 use crate::{
     config::worker::{Config, Inputs, Runner},
     daemon::{self, Failure, Life, Program},
@@ -16,25 +23,22 @@ use crate::{
 
 pub mod availability;
 pub mod beneath;
-pub mod cache;
-pub mod client;
 pub mod command;
-pub mod directories;
+mod completion_log;
 pub mod execute;
 pub mod fault;
 pub mod health;
-pub mod input_root;
+pub mod inputs;
 pub mod lru;
 pub mod outputs;
-mod overview;
 mod probe;
 pub mod removal;
-pub mod report;
-mod runner;
+pub mod response_size;
+mod runner_client;
 pub mod slot;
-mod story;
+pub mod slot_loop;
+mod status_line;
 pub mod task;
-pub mod tree;
 
 pub use probe::{probe, warnings};
 
@@ -44,7 +48,7 @@ pub const PROGRAM: Program = Program {
 };
 
 /// How long a slot may take until its loop runs.
-const A_START: std::time::Duration = std::time::Duration::from_secs(60);
+const START_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Runs until told to stop, then until the actions that are running have ended.
 pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
@@ -56,7 +60,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     tracing::info!(files, bytes, directory = %cache.path().display(), "opened the cache");
     let rate = config.cache.verification_rate.get();
     if rate > 0 {
-        let started = cache::Verifier::new(&cache).start(rate);
+        let started = file_cache::Verifier::new(&cache).start(rate);
         started.map_err(|error| Failure::Environment {
             message: format!("could not start a thread that verifies the cache: {error}"),
         })?;
@@ -67,19 +71,22 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
             cache.usage();
         }
     });
-    let directories = Arc::new(directories::Directories::new(
+    let directories = Arc::new(DirectoryCache::new(
         storage.clone(),
         config.storage.maximum_message_size.get(),
         config.cache.maximum_directories_size.get(),
     ));
     let scheduler = daemon::connect(&config.scheduler.endpoint);
     let mut executors = Vec::new();
-    let overview = Arc::new(overview::Overview::new(&config.scheduler.endpoint, slots));
+    let status_line = Arc::new(status_line::StatusLine::new(
+        &config.scheduler.endpoint,
+        slots,
+    ));
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
         let identities = identities(runner)?;
-        let how = match (runner.inputs, cache.method(runner.inputs)) {
-            (_, cache::Method::Reflink) => "input files are reflinks of cached ones",
+        let how = match (runner.inputs, cache.link_mode(runner.inputs)) {
+            (_, LinkMode::Reflink) => "input files are reflinks of cached ones",
             (Inputs::Shared, _) => {
                 "input files are hard links to cached ones, since the file system has no reflinks; flock(2) on one waits for other actions that have the same file"
             }
@@ -116,15 +123,15 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         });
         executors.push(executor.clone());
         for (slot, identity) in identities.into_iter().enumerate() {
-            clients.spawn(client::run(
+            clients.spawn(slot_loop::run(
                 scheduler.clone(),
                 identity,
                 executor.clone(),
                 slot,
                 life.stopping(),
                 config.shutdown.drain_timeout.get(),
-                life.heart(format!("slot {slot}"), A_START),
-                overview.clone(),
+                life.heart(format!("slot {slot}"), START_TIMEOUT),
+                status_line.clone(),
             ));
         }
     }
@@ -134,11 +141,11 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     ));
     let stopping = life.stopping();
     let line = || {
-        let line = overview.line(stopping.is_cancelled());
+        let line = status_line.line(stopping.is_cancelled());
         let troubles = executors
             .iter()
             .filter_map(|executor| executor.availability.trouble())
-            .chain(roots.why_not_kept(std::time::Instant::now()));
+            .chain(roots.retention_suspension(std::time::Instant::now()));
         troubles.fold(line, |line, trouble| format!("{line}; {trouble}"))
     };
     tokio::select! {
@@ -162,14 +169,14 @@ fn connect_storage(config: &Config) -> remote::Client {
     )
 }
 
-type Opened = (Arc<cache::Cache>, Arc<input_root::Roots>);
+type Opened = (Arc<FileCache>, Arc<InputRootBuilder>);
 
 async fn open_directories(
     config: &Config,
     slots: usize,
     storage: &remote::Client,
 ) -> Result<Opened, Failure> {
-    let limits = cache::Limits {
+    let limits = CacheLimits {
         bytes: config.cache.maximum_size.get(),
         files: config.cache.maximum_files,
         minimum_free: config.cache.minimum_free.get(),
@@ -180,10 +187,10 @@ async fn open_directories(
     );
     let storage = storage.clone();
     let open = move || -> Result<Opened, Failure> {
-        let cache = cache::Cache::open(&cache_path, limits, storage)
+        let cache = FileCache::open(&cache_path, limits, storage)
             .map_err(|error| directory_failure("cache.directory", &cache_path, &error))?;
         let cache = Arc::new(cache);
-        let roots = input_root::Roots::open(&build_path, cache.clone(), slots)
+        let roots = InputRootBuilder::open(&build_path, cache.clone(), slots)
             .map_err(|error| directory_failure("build_directory", &build_path, &error))?;
         one_file_system(&cache_path, &build_path)?;
         Ok((cache, Arc::new(roots)))
@@ -256,7 +263,7 @@ fn group_of(runner: &Runner) -> Result<Option<u32>, Failure> {
 }
 
 /// One for each slot. Their labels differ in `thread`, as with Buildbarn's worker.
-fn identities(runner: &Runner) -> Result<Vec<client::Identity>, Failure> {
+fn identities(runner: &Runner) -> Result<Vec<slot_loop::Identity>, Failure> {
     let instance_name_prefix =
         InstanceName::parse(&runner.instance_name_prefix).map_err(|error| {
             Failure::Configuration {
@@ -277,7 +284,7 @@ fn identities(runner: &Runner) -> Result<Vec<client::Identity>, Failure> {
         if slots > 1 {
             worker_id.insert("thread".to_owned(), format!("{slot:0width$}"));
         }
-        client::Identity {
+        slot_loop::Identity {
             worker_id,
             instance_name_prefix: instance_name_prefix.clone(),
             platform: Platform {

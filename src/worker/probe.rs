@@ -264,8 +264,11 @@ fn foreign_entry(build: &Path) -> Option<PathBuf> {
     let entries = std::fs::read_dir(build).ok()?;
     let names: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     let is = |path: &PathBuf, name: &str| path.file_name().is_some_and(|known| known == name);
-    // Every worker makes it first.
-    if names.iter().any(|path| is(path, "trash")) {
+    // Every worker makes it first; older ones called it trash.
+    if names
+        .iter()
+        .any(|path| is(path, "deleted") || is(path, "trash"))
+    {
         return None;
     }
     let is_ours = |path: &PathBuf| {

@@ -21,7 +21,7 @@ const DEPTH: usize = 32;
 /// A directory that is read this often and still not empty is being written to.
 const ROUNDS: u32 = 16;
 
-struct Level {
+struct OpenLevel {
     entries: Dir,
     /// In the level above.
     name: CString,
@@ -60,7 +60,7 @@ pub fn remove(parent: BorrowedFd<'_>, name: &str) -> io::Result<()> {
 
 fn sweep(root: BorrowedFd<'_>, moved: &mut bool) -> io::Result<()> {
     let mut first_error: Option<io::Error> = None;
-    let mut stack = vec![Level {
+    let mut stack = vec![OpenLevel {
         entries: Dir::new(open(root, c".")?)?,
         name: CString::default(),
         rounds: 0,
@@ -78,7 +78,7 @@ fn sweep(root: BorrowedFd<'_>, moved: &mut bool) -> io::Result<()> {
                 match remove_entry(root, level.entries.fd()?, &name, entry.file_type(), depth) {
                     Ok(Removed::Gone) => {}
                     Ok(Removed::MovedUp) => *moved = true,
-                    Ok(Removed::Opened(directory)) => stack.push(Level {
+                    Ok(Removed::Opened(directory)) => stack.push(OpenLevel {
                         entries: Dir::new(directory)?,
                         name,
                         rounds: 0,

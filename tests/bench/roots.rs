@@ -23,10 +23,10 @@ use bb_remote_execution::{
     instance::InstanceName,
     proto::reapi,
     storage::{Content, local::Store, remote, service},
-    worker::{
-        cache::{Cache, Key, Method},
-        directories::Directories,
-        input_root::{InputRoot, Roots},
+    worker::inputs::{
+        InputRoot, InputRootBuilder,
+        directories::DirectoryCache,
+        file_cache::{FileCache, FileKey, LinkMode},
         tree::Tree,
     },
 };
@@ -100,9 +100,9 @@ pub fn run(arguments: &[String]) {
 struct Bench {
     runtime: tokio::runtime::Runtime,
     client: remote::Client,
-    cache: Arc<Cache>,
-    directories: Directories,
-    roots: Roots,
+    cache: Arc<FileCache>,
+    directories: DirectoryCache,
+    roots: InputRootBuilder,
     inputs: Inputs,
 }
 
@@ -118,15 +118,15 @@ impl Bench {
     fn new(
         runtime: tokio::runtime::Runtime,
         client: &remote::Client,
-        roots: Roots,
-        cache: &Arc<Cache>,
+        roots: InputRootBuilder,
+        cache: &Arc<FileCache>,
         inputs: Inputs,
     ) -> Self {
         Bench {
             runtime,
             client: client.clone(),
             cache: cache.clone(),
-            directories: Directories::new(client.clone(), 16 << 20, 1 << 30),
+            directories: DirectoryCache::new(client.clone(), 16 << 20, 1 << 30),
             roots,
             inputs,
         }
@@ -143,9 +143,9 @@ impl Bench {
     fn lay_out(&self, tree: &Tree) -> (Clock2, InputRoot) {
         let start = Clock::start();
         let planned = self.roots.plan(tree, self.inputs).unwrap();
-        let (wanted, method) = (planned.links().to_vec(), planned.method());
+        let (wanted, link_mode) = (planned.links().to_vec(), planned.link_mode());
         let instance = InstanceName::empty();
-        let obtained = self.cache.obtain(&instance, wanted, method);
+        let obtained = self.cache.obtain(&instance, wanted, link_mode);
         let pins = self.runtime.block_on(obtained).unwrap();
         let root = self.roots.prepare(planned, &BTreeSet::new()).unwrap();
         drop(pins);
@@ -242,10 +242,10 @@ fn measure(kind: &str, place: &Path, size: usize, inputs: Inputs) {
     };
     let cache = Arc::new(open_cache_of(directory.path(), client.clone()));
     let many = 100;
-    let keys: Vec<Key> = (0..size + ROUNDS * many)
+    let keys: Vec<FileKey> = (0..size + ROUNDS * many)
         .map(|i| insert(&cache, directory.path(), &format!("file {i}")))
         .collect();
-    let tree = |others: &[Key]| {
+    let tree = |others: &[FileKey]| {
         let (root, blobs) = tree(&keys[..size], others);
         let instance = InstanceName::empty();
         let upload = client.upload(&instance, blobs);
@@ -267,9 +267,9 @@ fn measure(kind: &str, place: &Path, size: usize, inputs: Inputs) {
         let mut grown = 0;
         let mut known = None;
         for _ in 0..ROUNDS.min(5) {
-            let roots = Roots::open(&build, cache.clone(), 1).unwrap();
+            let roots = InputRootBuilder::open(&build, cache.clone(), 1).unwrap();
             // The last round's root, whose removal would be measured too.
-            wait_for_trash(&build);
+            wait_for_deletion(&build);
             roots.set_threads(threads);
             let bench = Bench::new(runtime(), &client, roots, &cache, inputs);
             let (walk, tree) = bench.walk(first);
@@ -289,7 +289,7 @@ fn measure(kind: &str, place: &Path, size: usize, inputs: Inputs) {
             });
             known = Some(tree);
             drop(bench);
-            wait_for_trash(&build);
+            wait_for_deletion(&build);
         }
         let known = known.unwrap();
         fresh[threads - 1] = median(&rounds, |m| m.ready.0);
@@ -310,8 +310,8 @@ fn measure(kind: &str, place: &Path, size: usize, inputs: Inputs) {
             );
         }
     }
-    let roots = Roots::open(&build, cache.clone(), 1).unwrap();
-    wait_for_trash(&build);
+    let roots = InputRootBuilder::open(&build, cache.clone(), 1).unwrap();
+    wait_for_deletion(&build);
     let bench = Bench::new(runtime(), &client, roots, &cache, inputs);
     let (_, known) = bench.round(None, first);
     let same = vec![first; ROUNDS];
@@ -331,12 +331,12 @@ fn measure(kind: &str, place: &Path, size: usize, inputs: Inputs) {
         print(kind, size, &known, what, &rounds, Some(fresh[0]));
     }
     drop(bench);
-    wait_for_trash(&build);
+    wait_for_deletion(&build);
 }
 
-fn wait_for_trash(build: &Path) {
-    let trash = build.join("trash");
-    let count = || fs::read_dir(&trash).map_or(0, |entries| entries.count());
+fn wait_for_deletion(build: &Path) {
+    let deleted = build.join("deleted");
+    let count = || fs::read_dir(&deleted).map_or(0, |entries| entries.count());
     while count() > 0 {
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -380,7 +380,7 @@ fn restart(kind: &str, place: &Path) {
         insert(&cache, directory.path(), &format!("file {i}"));
     }
     let large = |text: &str, size: usize| text.repeat(size / text.len());
-    let small: Vec<Key> = (0..10_000)
+    let small: Vec<FileKey> = (0..10_000)
         .map(|i| {
             insert(
                 &cache,
@@ -410,7 +410,7 @@ fn restart(kind: &str, place: &Path) {
         for use_ in ["first", "second"] {
             let start = Clock::start();
             let instance = InstanceName::empty();
-            let obtained = cache.obtain(&instance, keys.to_vec(), Method::HardLink);
+            let obtained = cache.obtain(&instance, keys.to_vec(), LinkMode::HardLink);
             drop(runtime.block_on(obtained).unwrap());
             let (wall, cpu) = start.elapsed();
             println!(
@@ -432,8 +432,8 @@ fn memory() -> u64 {
     pages.unwrap_or(0) * 4096
 }
 
-fn insert(cache: &Cache, directory: &Path, content: &str) -> Key {
-    let key = Key {
+fn insert(cache: &FileCache, directory: &Path, content: &str) -> FileKey {
+    let key = FileKey {
         digest: FUNCTION.digest_of(content.as_bytes()),
         executable: false,
     };
@@ -443,7 +443,7 @@ fn insert(cache: &Cache, directory: &Path, content: &str) -> Key {
 
 /// Directories of 50 files, ten of them in a directory, and so on. So many files, spread evenly, are
 /// others.
-fn tree(keys: &[Key], others: &[Key]) -> (Digest, Vec<(Digest, Content)>) {
+fn tree(keys: &[FileKey], others: &[FileKey]) -> (Digest, Vec<(Digest, Content)>) {
     let mut keys = keys.to_vec();
     for (i, key) in others.iter().enumerate() {
         let at = i * keys.len() / others.len();

@@ -19,10 +19,8 @@ use bb_remote_execution::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     storage::remote,
-    worker::{
-        cache::Cache,
-        directories::Directories,
-        input_root::{InputRoot, Roots},
+    worker::inputs::{
+        InputRoot, InputRootBuilder, directories::DirectoryCache, file_cache::FileCache,
     },
 };
 
@@ -83,11 +81,11 @@ fn measure(
     // The first round fetches what the cache lacks, and is not counted.
     for round in 0..=ROUNDS {
         for (keep, totals) in [true, false].into_iter().zip(&mut totals) {
-            let roots = Roots::open(&place.join("build"), cache.clone(), SLOTS).unwrap();
+            let roots = InputRootBuilder::open(&place.join("build"), cache.clone(), SLOTS).unwrap();
             if !keep {
-                roots.take().unwrap().distrust_user();
+                roots.take().unwrap().suspect_privileged_user();
             }
-            while std::fs::read_dir(place.join("build/trash")).is_ok_and(|trash| trash.count() > 0)
+            while std::fs::read_dir(place.join("build/deleted")).is_ok_and(|left| left.count() > 0)
             {
                 std::thread::sleep(Duration::from_millis(5));
             }
@@ -123,12 +121,12 @@ fn measure(
 
 fn lay_out(
     stream: &[Digest],
-    roots: &Roots,
-    cache: &Arc<Cache>,
+    roots: &InputRootBuilder,
+    cache: &Arc<FileCache>,
     client: &remote::Client,
     runtime: &tokio::runtime::Runtime,
 ) -> Total {
-    let directories = Directories::new(client.clone(), 16 << 20, 1 << 30);
+    let directories = DirectoryCache::new(client.clone(), 16 << 20, 1 << 30);
     let instance = InstanceName::empty();
     let mut active: VecDeque<InputRoot> = VecDeque::new();
     let mut total = Total {
@@ -144,7 +142,7 @@ fn lay_out(
         total.walk += start.elapsed();
         let start = Instant::now();
         let planned = roots.plan(&tree, Inputs::Shared).unwrap();
-        let obtained = cache.obtain(&instance, planned.links().to_vec(), planned.method());
+        let obtained = cache.obtain(&instance, planned.links().to_vec(), planned.link_mode());
         let pins = runtime.block_on(obtained).unwrap();
         active.push_back(roots.prepare(planned, &BTreeSet::new()).unwrap());
         drop(pins);
@@ -159,10 +157,10 @@ fn lay_out(
 }
 
 /// How much of what was wanted was there.
-fn reuse(roots: &Roots) -> String {
+fn reuse(roots: &InputRootBuilder) -> String {
     let counts = roots.counts();
     let of = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
-    let (made, unparked) = (of(&counts.made), of(&counts.unparked));
+    let (made, unparked) = (of(&counts.made), of(&counts.unstashed));
     format!(
         "{} entries, of which {} files linked; subtrees that were not there: {unparked} of {} came out of the pool",
         of(&counts.entries),

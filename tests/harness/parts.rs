@@ -12,7 +12,7 @@ use std::{
 use bb_remote_execution::{
     config::Endpoint,
     storage::remote,
-    worker::cache::{Cache, Key, Limits},
+    worker::inputs::file_cache::{CacheLimits, FileCache, FileKey},
 };
 
 /// splitmix64.
@@ -45,7 +45,7 @@ impl Random {
 }
 
 /// In `place`, with limits that nothing here reaches. Its storage is nowhere, and is never asked.
-pub fn open_cache(place: &Path) -> Cache {
+pub fn open_cache(place: &Path) -> FileCache {
     // Only to connect; nobody calls.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
@@ -58,17 +58,17 @@ pub fn open_cache(place: &Path) -> Cache {
     open_cache_of(place, client)
 }
 
-pub fn open_cache_of(place: &Path, storage: remote::Client) -> Cache {
-    let limits = Limits {
+pub fn open_cache_of(place: &Path, storage: remote::Client) -> FileCache {
+    let limits = CacheLimits {
         bytes: 1 << 40,
         files: 1 << 24,
         minimum_free: 0,
     };
-    Cache::open(&place.join("cache"), limits, storage).unwrap()
+    FileCache::open(&place.join("cache"), limits, storage).unwrap()
 }
 
 /// Brings a file with this content, whose digest `key` has, into the cache; by way of `place`.
-pub fn keep(cache: &Cache, place: &Path, key: Key, content: &str) {
+pub fn keep(cache: &FileCache, place: &Path, key: FileKey, content: &str) {
     let path = place.join("content");
     fs::write(&path, content).unwrap();
     let parent = fs::File::open(place).unwrap();

@@ -17,7 +17,7 @@ const PURE: &[&str] = &[
     "scheduler/queue",
     "worker/slot.rs",
     "worker/health.rs",
-    "worker/input_root/plan.rs",
+    "worker/inputs/plan.rs",
     "runner/command.rs",
 ];
 

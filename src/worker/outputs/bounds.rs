@@ -21,7 +21,7 @@ pub const MAXIMUM_LISTS_SIZE: u64 = (4 << 20) - (256 << 10);
 
 /// What one action's outputs may come to.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct OutputLimits {
     /// Of all files together; `outputs.maximum_size`.
     pub size: u64,
     /// Of one file, as the storage says.
@@ -33,7 +33,7 @@ pub struct Limits {
 
 /// What is left of the limits.
 pub struct Bounds<'a> {
-    limits: Limits,
+    limits: OutputLimits,
     cancel: &'a CancellationToken,
     size: u64,
     entries: u64,
@@ -43,7 +43,7 @@ pub struct Bounds<'a> {
 }
 
 impl<'a> Bounds<'a> {
-    pub fn new(limits: Limits, cancel: &'a CancellationToken) -> Self {
+    pub fn new(limits: OutputLimits, cancel: &'a CancellationToken) -> Self {
         Bounds {
             limits,
             cancel,
@@ -74,8 +74,8 @@ impl<'a> Bounds<'a> {
     }
 
     /// For whoever reads a file piece by piece.
-    pub fn time(&self) -> Time<'a> {
-        Time {
+    pub fn time(&self) -> ReadDeadline<'a> {
+        ReadDeadline {
             cancel: self.cancel,
             timeout: self.limits.timeout,
             deadline: self.limits.deadline,
@@ -148,13 +148,13 @@ impl<'a> Bounds<'a> {
 
 /// Until when files are read.
 #[derive(Clone, Copy)]
-pub struct Time<'a> {
+pub struct ReadDeadline<'a> {
     cancel: &'a CancellationToken,
     timeout: Duration,
     deadline: Instant,
 }
 
-impl Time<'_> {
+impl ReadDeadline<'_> {
     pub fn check(&self) -> Result<(), Fault> {
         if self.cancel.is_cancelled() {
             return Err(Fault::Cancelled);
@@ -179,8 +179,8 @@ pub fn late(timeout: Duration) -> Fault {
 mod tests {
     use super::*;
 
-    fn limits() -> Limits {
-        Limits {
+    fn limits() -> OutputLimits {
+        OutputLimits {
             size: 100,
             blob_size: 60,
             timeout: Duration::from_secs(60),
@@ -218,7 +218,7 @@ mod tests {
         }
         assert!(bounds.add_entry().is_err());
         assert!(bounds.are_exceeded());
-        let over = Limits {
+        let over = OutputLimits {
             deadline: Instant::now() - Duration::from_secs(1),
             ..limits()
         };

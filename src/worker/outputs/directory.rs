@@ -18,11 +18,11 @@ use crate::{
     proto::reapi,
     storage::Content,
     text::shorten,
-    worker::{beneath, directories::MAXIMUM_DEPTH, fault::Fault},
+    worker::{beneath, fault::Fault, inputs::directory::MAXIMUM_DEPTH},
 };
 
 /// One level of an output directory.
-struct Level {
+struct DirectoryLevel {
     directory: OwnedFd,
     /// In the level above.
     name: String,
@@ -56,7 +56,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
         // In the order in which they were finished: children before their parents.
         let mut finished = Vec::new();
         let mut level = self.enter(directory, String::new(), output)?;
-        let mut above: Vec<Level> = Vec::new();
+        let mut above: Vec<DirectoryLevel> = Vec::new();
         loop {
             if let Some(name) = level.rest.pop() {
                 let opened = match above.len() as u32 >= MAXIMUM_DEPTH {
@@ -100,7 +100,12 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
     }
 
     /// Everything of one directory but the directories in it.
-    fn enter(&mut self, directory: OwnedFd, name: String, output: &str) -> Result<Level, Fault> {
+    fn enter(
+        &mut self,
+        directory: OwnedFd,
+        name: String,
+        output: &str,
+    ) -> Result<DirectoryLevel, Fault> {
         let mut files = Vec::new();
         let mut symlinks = Vec::new();
         let mut rest = Vec::new();
@@ -149,7 +154,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
                 Err(fault) => self.fail(fault),
             }
         }
-        Ok(Level {
+        Ok(DirectoryLevel {
             directory,
             name,
             rest,

@@ -19,8 +19,8 @@ use crate::{
     storage::Content,
     worker::{
         beneath,
-        cache::{self, Key},
         fault::Fault,
+        inputs::file_cache::{self, FileKey},
     },
 };
 
@@ -31,12 +31,12 @@ const BATCH_BYTES: usize = 8 << 20;
 const BATCH_FILES: usize = 64;
 
 /// Device and inode number.
-pub type Inode = (u64, u64);
+pub type InodeId = (u64, u64);
 
 /// A regular file, before it is read.
-pub struct Opened {
+pub struct OpenedOutput {
     file: Arc<File>,
-    inode: Inode,
+    inode: InodeId,
     size: u64,
     executable: bool,
     /// It may be met again, under another name or as part of another output.
@@ -76,7 +76,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
         if opened.may_return {
             self.read.insert(opened.inode, (digest, opened.executable));
         }
-        let key = Key {
+        let key = FileKey {
             digest,
             executable: opened.executable,
         };
@@ -101,18 +101,18 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
     }
 
     /// Takes a file from the action, before it is read.
-    fn take_over(&mut self, file: File, stat: &Stat) -> Opened {
+    fn take_over(&mut self, file: File, stat: &Stat) -> OpenedOutput {
         let executable = is_executable(stat);
         let worker = rustix::process::geteuid().as_raw();
         // What the worker made, or took over before, shows it.
-        if (stat.st_uid == worker || stat.st_uid == 0) && !cache::is_the_workers(stat) {
+        if (stat.st_uid == worker || stat.st_uid == 0) && !file_cache::is_the_workers(stat) {
             self.found.by_a_privileged_user = true;
         }
         if stat.st_uid != worker {
             self.found.taken_over.push(stat.st_ino);
         }
-        Opened {
-            sealed: cache::seal(&file, executable),
+        OpenedOutput {
+            sealed: file_cache::seal(&file, executable),
             file: Arc::new(file),
             inode: inode_of(stat),
             size: size_of(stat),
@@ -121,7 +121,11 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
         }
     }
 
-    fn take_ahead(&mut self, directory: BorrowedFd<'_>, name: &str) -> Option<(Opened, Digest)> {
+    fn take_ahead(
+        &mut self,
+        directory: BorrowedFd<'_>,
+        name: &str,
+    ) -> Option<(OpenedOutput, Digest)> {
         if self.ahead.is_empty() {
             return None;
         }
@@ -169,7 +173,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
         if large.len() < 2 {
             return;
         }
-        let mut opened: Vec<Opened> = Vec::new();
+        let mut opened: Vec<OpenedOutput> = Vec::new();
         for (directory, name, inode) in large {
             if !opened.iter().any(|other| other.inode == inode)
                 && let Ok((file, stat)) = beneath::open_file(directory, name)
@@ -223,7 +227,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
     }
 }
 
-fn inode_of(stat: &Stat) -> Inode {
+fn inode_of(stat: &Stat) -> InodeId {
     (stat.st_dev, stat.st_ino)
 }
 

@@ -7,7 +7,7 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use super::Time;
+use super::ReadDeadline;
 use crate::{
     digest::{Digest, DigestFunction},
     worker::fault::Fault,
@@ -23,7 +23,7 @@ pub fn hash(
     file: &File,
     size: u64,
     function: DigestFunction,
-    time: Time<'_>,
+    time: ReadDeadline<'_>,
     buffer: &mut Vec<u8>,
 ) -> Result<(Digest, Option<usize>), Fault> {
     buffer.resize(BUFFER, 0);
@@ -57,7 +57,7 @@ pub fn hash(
 pub fn hash_all(
     files: &[(&File, u64)],
     function: DigestFunction,
-    time: Time<'_>,
+    time: ReadDeadline<'_>,
 ) -> Vec<Option<Digest>> {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS));
     let next = AtomicUsize::new(0);

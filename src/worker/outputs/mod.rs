@@ -24,13 +24,13 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     bounds::Bounds,
-    files::{Inode, Opened},
+    files::{InodeId, OpenedOutput},
 };
 use super::{
     beneath,
-    cache::Cache,
     command::{Command, Output, OutputKind},
     fault::Fault,
+    inputs::file_cache::FileCache,
 };
 use crate::{
     digest::{Digest, DigestFunction},
@@ -44,13 +44,13 @@ mod directory;
 mod files;
 mod hashing;
 
-pub use bounds::{Limits, Time, late};
+pub use bounds::{OutputLimits, ReadDeadline, late};
 
 pub type Blobs = Vec<(Digest, Content)>;
 
 /// What goes into the ActionResult.
 #[derive(Default)]
-pub struct Found {
+pub struct CollectedOutputs {
     pub files: Vec<reapi::OutputFile>,
     pub directories: Vec<reapi::OutputDirectory>,
     pub symlinks: Vec<reapi::OutputSymlink>,
@@ -72,12 +72,12 @@ pub struct Found {
 /// Reads outputs, and hands blobs to `send` in batches.
 pub struct Collector<'a, S> {
     function: DigestFunction,
-    cache: &'a Cache,
+    cache: &'a FileCache,
     /// Of output directories, store each Directory as a blob too.
     store_directories: bool,
     bounds: Bounds<'a>,
     send: S,
-    found: Found,
+    found: CollectedOutputs,
     batch: Blobs,
     batch_bytes: usize,
     batch_files: usize,
@@ -86,17 +86,17 @@ pub struct Collector<'a, S> {
     /// Whether one output is, or lies in, another.
     overlapping: bool,
     /// Digests of files that may be met again, and whether they are executable.
-    read: HashMap<Inode, (Digest, bool)>,
+    read: HashMap<InodeId, (Digest, bool)>,
     /// Large files that are open and hashed already.
-    ahead: HashMap<Inode, (Opened, Digest)>,
+    ahead: HashMap<InodeId, (OpenedOutput, Digest)>,
 }
 
 impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
     pub fn new(
         function: DigestFunction,
-        cache: &'a Cache,
+        cache: &'a FileCache,
         store_directories: bool,
-        limits: Limits,
+        limits: OutputLimits,
         cancel: &'a CancellationToken,
         send: S,
     ) -> Self {
@@ -106,7 +106,7 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
             store_directories,
             bounds: Bounds::new(limits, cancel),
             send,
-            found: Found::default(),
+            found: CollectedOutputs::default(),
             batch: Vec::new(),
             batch_bytes: 0,
             batch_files: 0,
@@ -118,15 +118,15 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
         }
     }
 
-    /// `gate` has `stdout`, `stderr` and `server_logs`; `root` is the input root.
+    /// The action's directory has `stdout`, `stderr` and `server_logs`; `root` is the input root.
     pub fn collect(
         mut self,
-        gate: BorrowedFd<'_>,
+        action_directory: BorrowedFd<'_>,
         root: BorrowedFd<'_>,
         command: &Command,
-    ) -> Found {
-        self.found.stdout = self.log(gate, "stdout");
-        self.found.stderr = self.log(gate, "stderr");
+    ) -> CollectedOutputs {
+        self.found.stdout = self.log(action_directory, "stdout");
+        self.found.stderr = self.log(action_directory, "stderr");
         self.overlapping = command.outputs_overlap();
         self.hash_outputs_ahead(root, &command.outputs);
         for output in &command.outputs {
@@ -137,7 +137,7 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
                 self.fail(fault);
             }
         }
-        self.server_logs(gate);
+        self.server_logs(action_directory);
         if !self.batch.is_empty() {
             (self.send)(std::mem::take(&mut self.batch));
         }
@@ -148,8 +148,8 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
         self.found.fault.get_or_insert(fault);
     }
 
-    fn log(&mut self, gate: BorrowedFd<'_>, name: &str) -> Option<Digest> {
-        let (file, stat) = match beneath::open_file(gate, name) {
+    fn log(&mut self, action_directory: BorrowedFd<'_>, name: &str) -> Option<Digest> {
+        let (file, stat) = match beneath::open_file(action_directory, name) {
             Ok(opened) => opened,
             // The command was not started.
             Err(Errno::NOENT) => return None,
@@ -251,9 +251,9 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
     }
 
     /// Every regular file beneath `server_logs`, by its path there.
-    fn server_logs(&mut self, gate: BorrowedFd<'_>) {
+    fn server_logs(&mut self, action_directory: BorrowedFd<'_>) {
         const DIRECTORY: &str = "server_logs";
-        let Ok(logs) = beneath::open_listing(gate, DIRECTORY) else {
+        let Ok(logs) = beneath::open_listing(action_directory, DIRECTORY) else {
             return;
         };
         let mut rest = vec![(".".to_owned(), 0)];

@@ -6,10 +6,7 @@ use std::{fs, path::Path, sync::Arc};
 use bb_remote_execution::{
     config::worker::Inputs,
     proto::{reapi, rpc::Code},
-    worker::{
-        cache::Limits,
-        input_root::{InputRoot, Roots},
-    },
+    worker::inputs::{InputRoot, InputRootBuilder, file_cache::CacheLimits},
 };
 
 use super::{
@@ -43,7 +40,7 @@ fn run(place: &Path, inputs: Inputs, rounds: usize, seed: u64) {
             keep(&cache, place, key(number, executable), &content(number));
         }
     }
-    let roots = Roots::open(&place.join("build"), cache.clone(), 2).unwrap();
+    let roots = InputRootBuilder::open(&place.join("build"), cache.clone(), 2).unwrap();
     let mut random = Random(seed);
     let mut variants: Vec<Entries> = (0..3).map(|_| grow(&mut random, 3)).collect();
     let mut active: Vec<InputRoot> = Vec::new();
@@ -195,7 +192,7 @@ async fn a_file_has_as_many_links_as_are_needed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn equal_files_count_each_where_each_takes_room() {
-    let limits = Limits {
+    let limits = CacheLimits {
         bytes: 20_000,
         files: 200,
         minimum_free: 0,

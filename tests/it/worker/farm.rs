@@ -30,10 +30,12 @@ use bb_remote_execution::{
     storage::{Content, local::Store, remote, service},
     worker::{
         availability::Availability,
-        cache::{Cache, Limits},
-        directories::Directories,
-        execute::{Executor, Stage},
-        input_root::Roots,
+        execute::{Executor, Phase},
+        inputs::{
+            InputRootBuilder,
+            directories::DirectoryCache,
+            file_cache::{CacheLimits, FileCache},
+        },
         task::Task,
     },
 };
@@ -66,7 +68,7 @@ pub struct Farm {
     _store: tempfile::TempDir,
     pub client: remote::Client,
     pub executor: Arc<Executor>,
-    pub cache: Arc<Cache>,
+    pub cache: Arc<FileCache>,
     pub calls: Calls,
     failing: Arc<Mutex<Option<tonic::Code>>>,
     runner: Endpoint,
@@ -81,7 +83,7 @@ impl Drop for Farm {
 
 #[derive(Clone, Copy)]
 pub struct Settings {
-    pub limits: Limits,
+    pub limits: CacheLimits,
     pub entries: u64,
     pub inputs: Inputs,
     /// Of all outputs of an action.
@@ -97,7 +99,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Settings {
-            limits: Limits {
+            limits: CacheLimits {
                 bytes: 1 << 30,
                 files: 1 << 20,
                 minimum_free: 0,
@@ -285,7 +287,7 @@ impl Farm {
     }
 
     pub async fn execute(&self, task: Task) -> ExecuteResponse {
-        let (stage, _) = watch::channel(Stage::FetchingInputs);
+        let (stage, _) = watch::channel(Phase::FetchingInputs);
         let cancel = CancellationToken::new();
         self.executor.execute(0, task, &stage, &cancel).await
     }
@@ -327,14 +329,18 @@ fn executor(
     client: &remote::Client,
     runner: &Endpoint,
     settings: Settings,
-) -> io::Result<(Arc<Executor>, Arc<Cache>)> {
-    let cache = Cache::open(&directory.join("cache"), settings.limits, client.clone())?;
+) -> io::Result<(Arc<Executor>, Arc<FileCache>)> {
+    let cache = FileCache::open(&directory.join("cache"), settings.limits, client.clone())?;
     let cache = Arc::new(cache);
-    let roots = Roots::open(&directory.join("build"), cache.clone(), 2)?;
+    let roots = InputRootBuilder::open(&directory.join("build"), cache.clone(), 2)?;
     let executor = Executor {
         storage: client.clone(),
         cache: cache.clone(),
-        directories: Arc::new(Directories::new(client.clone(), 16 << 20, settings.entries)),
+        directories: Arc::new(DirectoryCache::new(
+            client.clone(),
+            16 << 20,
+            settings.entries,
+        )),
         roots: Arc::new(roots),
         runner: RunnerClient::new(daemon::connect(runner)),
         availability: Availability::new(runner),
@@ -398,9 +404,9 @@ impl Runner for Plain {
             file.map(Stdio::from)
                 .map_err(|error| Status::internal(error.to_string()))
         };
-        let gate = Path::new(&request.input_root_directory).parent().unwrap();
-        let gate = fs::File::open(self.build_directory.join(gate)).unwrap();
-        gate.lock().unwrap();
+        let action_directory = Path::new(&request.input_root_directory).parent().unwrap();
+        let action_directory = fs::File::open(self.build_directory.join(action_directory)).unwrap();
+        action_directory.lock().unwrap();
         let root = self.build_directory.join(&request.input_root_directory);
         let mut command = std::process::Command::new(&request.arguments[0]);
         command
@@ -429,7 +435,7 @@ impl Runner for Plain {
             .await
             .map_err(|error| Status::internal(error.to_string()))?;
         drop(group);
-        drop(gate);
+        drop(action_directory);
         Ok(Response::new(RunResponse {
             exit_code: i64::from(status.code().unwrap_or(-status.signal().unwrap_or(1))),
             resource_usage: Vec::new(),

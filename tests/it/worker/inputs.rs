@@ -11,7 +11,7 @@ use bb_remote_execution::{
         rpc::{Code, PreconditionFailure},
         unpack,
     },
-    worker::cache::Limits,
+    worker::inputs::file_cache::CacheLimits,
 };
 use prost::Message;
 
@@ -366,7 +366,7 @@ async fn files_that_vanish_from_the_disk_are_fetched_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_cache_stays_within_its_limits_and_says_when_a_root_does_not_fit() {
-    let limits = Limits {
+    let limits = CacheLimits {
         bytes: 1000,
         files: 10,
         minimum_free: 0,
@@ -458,7 +458,7 @@ async fn an_action_of_another_user_cannot_change_a_cached_file() {
     let farm = Farm::start().await;
     let directory = farm.directory.path();
     fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).unwrap();
-    // The gate is opened by the real runner; here by the script, as root.
+    // The directory is opened by the real runner; here by the script, as root.
     let script = "chmod 755 ..; \
         setpriv --reuid 57990 --regid 57990 --clear-groups sh -c ' \
           echo evil > in; chmod 777 in; touch in; ln in mine; \

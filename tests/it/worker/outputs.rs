@@ -224,7 +224,7 @@ async fn hostile_leftovers_end_in_a_clear_error_and_are_gone_afterwards() {
             }
         }
     }
-    // Whatever gate an action gets, it is empty.
+    // Whatever directory an action gets, it is empty.
     for _ in 0..6 {
         let response = farm
             .shell(
@@ -338,12 +338,16 @@ async fn outputs_that_overlap_or_are_named_twice_are_told_each_and_accuse_nobody
             }
         }
         let now = std::time::Instant::now();
-        assert_eq!(farm.executor.roots.why_not_kept(now), None, "{outputs:?}");
+        assert_eq!(
+            farm.executor.roots.retention_suspension(now),
+            None,
+            "{outputs:?}"
+        );
     }
     // An action that does run as the worker is found out.
     farm.shell("echo x > o", &[], &["o"]).await;
     let now = std::time::Instant::now();
-    let why = farm.executor.roots.why_not_kept(now).unwrap();
+    let why = farm.executor.roots.retention_suspension(now).unwrap();
     assert!(why.contains("1 actions"), "{why}");
 }
 

@@ -13,10 +13,10 @@ use bb_remote_execution::{
     config::worker::Inputs,
     path::Component,
     proto::rpc::Code,
-    worker::{
-        cache::{Cache, Key},
-        directories::{Directory, File},
-        input_root::{InputRoot, PrepareError, Roots},
+    worker::inputs::{
+        InputRoot, InputRootBuilder, PrepareError,
+        directory::{Directory, FileEntry},
+        file_cache::{FileCache, FileKey},
         tree::{self, Tree},
     },
 };
@@ -64,8 +64,8 @@ async fn nothing_is_kept_once_actions_run_as_the_worker() {
     }
 }
 
-fn key(content: &str) -> Key {
-    Key {
+fn key(content: &str) -> FileKey {
+    FileKey {
         digest: FUNCTION.digest_of(content.as_bytes()),
         executable: false,
     }
@@ -74,7 +74,7 @@ fn key(content: &str) -> Key {
 fn root_of(directories: usize, content: &str) -> Tree {
     let mut found = HashMap::new();
     let inner = Directory {
-        files: vec![File {
+        files: vec![FileEntry {
             name: Component::parse("f").unwrap(),
             key: key(content),
         }],
@@ -93,7 +93,7 @@ fn root_of(directories: usize, content: &str) -> Tree {
     tree::build(digest, &found, &HashMap::new()).unwrap().0
 }
 
-fn cache_with(place: &Path, content: &str) -> Arc<Cache> {
+fn cache_with(place: &Path, content: &str) -> Arc<FileCache> {
     let cache = open_cache(place);
     keep(&cache, place, key(content), content);
     Arc::new(cache)
@@ -118,7 +118,7 @@ fn a_full_disk_costs_one_action_and_no_other() {
         };
         let at = &mounted.at;
         let cache = cache_with(at, "content");
-        let roots = Roots::open(&at.join("build"), cache, 2).unwrap();
+        let roots = InputRootBuilder::open(&at.join("build"), cache, 2).unwrap();
         let small = root_of(10, "content");
         drop(
             roots
@@ -159,7 +159,7 @@ fn a_full_disk_costs_one_action_and_no_other() {
 #[test]
 fn a_root_in_which_something_stirs_is_given_to_nobody() {
     let place = tempfile::tempdir().unwrap();
-    let roots = Roots::open(
+    let roots = InputRootBuilder::open(
         &place.path().join("build"),
         cache_with(place.path(), "x"),
         1,
@@ -171,10 +171,10 @@ fn a_root_in_which_something_stirs_is_given_to_nobody() {
     };
     let first = prepare();
     let path = place.path().join("build").join(first.name());
-    let gate = fs::File::open(&path).unwrap();
-    let inode = gate.metadata().unwrap().ino();
+    let action_directory = fs::File::open(&path).unwrap();
+    let inode = action_directory.metadata().unwrap().ino();
     // As the runner does for as long as a process of the action lives.
-    gate.lock().unwrap();
+    action_directory.lock().unwrap();
     std::thread::scope(|scope| {
         // It waits for the lock.
         let cleaning = scope.spawn(move || drop(first));
@@ -196,7 +196,7 @@ fn a_root_in_which_something_stirs_is_given_to_nobody() {
                 (entry.metadata().unwrap().ino() == inode).then(|| entry.path())
             });
         fs::write(name.unwrap().join("root/0/evil"), "evil").unwrap();
-        gate.unlock().unwrap();
+        action_directory.unlock().unwrap();
         cleaning.join().unwrap();
         let third = prepare();
         assert_eq!(at(&third), inode);
@@ -228,7 +228,7 @@ async fn a_cached_file_that_vanishes_ends_trust_in_what_is_kept() {
 fn directory_of(names: usize) -> Tree {
     let mut inner = Directory {
         files: (0..names)
-            .map(|i| File {
+            .map(|i| FileEntry {
                 name: Component::parse(&format!("{i:0>120}")).unwrap(),
                 key: key("x"),
             })
@@ -250,7 +250,7 @@ fn directory_of(names: usize) -> Tree {
 fn a_directory_may_be_as_large_as_its_message_says_and_not_much_larger() {
     let place = tempfile::tempdir().unwrap();
     let cache = cache_with(place.path(), "x");
-    let roots = Roots::open(&place.path().join("build"), cache, 1).unwrap();
+    let roots = InputRootBuilder::open(&place.path().join("build"), cache, 1).unwrap();
     let prepare = |names: usize| {
         let planned = roots.plan(&directory_of(names), Inputs::Shared).unwrap();
         let root = roots.prepare(planned, &BTreeSet::new()).unwrap();

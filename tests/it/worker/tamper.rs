@@ -22,10 +22,10 @@ use bb_remote_execution::{
     config::worker::Inputs,
     digest::Digest,
     path::{Component, RelativePath},
-    worker::{
-        cache::Key,
-        directories::{Directory, File},
-        input_root::{InputRoot, Roots},
+    worker::inputs::{
+        InputRoot, InputRootBuilder,
+        directory::{Directory, FileEntry},
+        file_cache::FileKey,
         tree::{self, Node, Tree},
     },
 };
@@ -101,8 +101,8 @@ pub fn content(number: usize) -> String {
     format!("content {number} {}", "x".repeat(number * 37))
 }
 
-pub fn key(number: usize, executable: bool) -> Key {
-    Key {
+pub fn key(number: usize, executable: bool) -> FileKey {
+    FileKey {
         digest: FUNCTION.digest_of(content(number).as_bytes()),
         executable,
     }
@@ -114,7 +114,7 @@ pub fn tree_of(entries: &Entries) -> Tree {
         for (name, entry) in entries {
             let name = Component::parse(name).unwrap();
             match entry {
-                Entry::File(number, executable) => directory.files.push(File {
+                Entry::File(number, executable) => directory.files.push(FileEntry {
                     name,
                     key: key(*number, *executable),
                 }),
@@ -335,7 +335,7 @@ fn run(place: &Path, what: &str, inputs: Inputs, operations: usize, seed: u64) {
             keep(&cache, place, key(number, executable), &content(number));
         }
     }
-    let roots = Roots::open(&place.join("build"), cache.clone(), 2).unwrap();
+    let roots = InputRootBuilder::open(&place.join("build"), cache.clone(), 2).unwrap();
     let mut random = Random(seed);
     let mut variants: Vec<Entries> = (0..4).map(|_| grow(&mut random, 4)).collect();
     let mut done = 0;
@@ -359,20 +359,23 @@ fn run(place: &Path, what: &str, inputs: Inputs, operations: usize, seed: u64) {
                 .into(),
         };
         let root = roots.prepare(planned, &parents).unwrap();
-        let gate = place.join("build").join(root.name());
+        let action_directory = place.join("build").join(root.name());
         let extra = (!parents.is_empty()).then_some("out put");
-        let told = compare_root(&gate.join("root"), &tree, extra);
+        let told = compare_root(&action_directory.join("root"), &tree, extra);
         assert!(
             told.is_empty(),
             "{what}, seed {seed}, round {round}: {told:#?}"
         );
         for part in ["tmp", "server_logs", "home"] {
-            assert_eq!(fs::read_dir(gate.join(part)).unwrap().count(), 0);
+            assert_eq!(
+                fs::read_dir(action_directory.join(part)).unwrap().count(),
+                0
+            );
         }
-        // As the runner opens the gate.
-        fs::set_permissions(&gate, fs::Permissions::from_mode(0o711)).unwrap();
+        // As the runner opens it.
+        fs::set_permissions(&action_directory, fs::Permissions::from_mode(0o711)).unwrap();
         let count = 1 + random.index(12);
-        let (path, seed) = (gate.join("root"), random.next());
+        let (path, seed) = (action_directory.join("root"), random.next());
         let crowd = round == 20;
         let adversary = move || {
             if nix::unistd::geteuid().is_root() {
@@ -388,7 +391,7 @@ fn run(place: &Path, what: &str, inputs: Inputs, operations: usize, seed: u64) {
         };
         worked += std::thread::spawn(adversary).join().unwrap();
         done += count;
-        fs::set_permissions(&gate, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::set_permissions(&action_directory, fs::Permissions::from_mode(0o700)).unwrap();
         // Sometimes two actions have roots at a time.
         active.push(root);
         if active.len() > 1 || random.index(2) == 0 {
@@ -408,9 +411,9 @@ fn run(place: &Path, what: &str, inputs: Inputs, operations: usize, seed: u64) {
     let count = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
     let (entries, links) = (count(&counts.entries), count(&counts.links));
     println!(
-        "{what}: {done} operations, of which {worked} worked, {round} roots, {entries} entries, {links} files linked, {} directories made, {} parked subtrees used, 0 differences",
+        "{what}: {done} operations, of which {worked} worked, {round} roots, {entries} entries, {links} files linked, {} directories made, {} stashed subtrees used, 0 differences",
         count(&counts.made),
-        count(&counts.unparked),
+        count(&counts.unstashed),
     );
     assert!(links < entries / 2, "roots are used again");
     assert!(worked > done / 4, "the adversary can do something");

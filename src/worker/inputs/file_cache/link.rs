@@ -3,10 +3,10 @@
 //! 1. A file of a root is one inode of its own there, whatever else has its content: a reflink, where
 //!    the file system has them; else a hard link to one of several inodes of the cached file, of which
 //!    the root has each once (`input_root::inodes` chooses). Empty files are made.
-//! 2. Further inodes of a file are copies of its first one, numbered from 1 without gaps. Each knows
+//! 2. Extra inodes of a file are copies of its first one, numbered from 1 without gaps. Each knows
 //!    how many files of kept roots it is; those at the end that are none are removed before any file
 //!    is evicted. So their number follows what roots have, not what roots once had.
-//! 3. Further inodes come and go while `Cache::duplicating` is held, or with their file, when that is
+//! 3. Extra inodes come and go while `FileCache::duplicating` is held, or with their file, when that is
 //!    busy: so a name on the disk is always the inode that is known by it.
 //! 4. A file is looked at when it is linked: one whose size, mode, owner or mtime somebody changed, by
 //!    whatever name of it, is used no more (`Vanished`).
@@ -16,15 +16,15 @@ use std::{collections::HashMap, fs::File, io, os::fd::BorrowedFd, sync::Arc};
 use rustix::{fs::AtFlags, io::Errno};
 
 use super::{
-    Cache, Key, Link, LinkKind, Links, State,
-    files::{self, MayWrite},
-    room::is_full,
+    FileCache, FileKey, Index, InputFile, InputFileKind, InputFiles,
+    disk::{self, WriteAccess},
+    eviction::is_full,
 };
 use crate::{config::worker::Inputs, worker::lru::Handle};
 
 /// How a file of an input root is made from a cached one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Method {
+pub enum LinkMode {
     /// The worker's, read-only; shares the blocks of the cached file.
     Reflink,
     /// The worker's, read-only; shares the inode of the cached file with other roots.
@@ -44,21 +44,21 @@ pub enum LinkError {
 }
 
 /// An inode of a file beside its first one.
-struct Inode {
+struct ExtraInode {
     inode: u64,
     /// Files of kept input roots that it is.
     links: u32,
 }
 
 #[derive(Default)]
-pub(super) struct Further {
-    of: HashMap<Key, Vec<Inode>>,
+pub(super) struct ExtraInodes {
+    of: HashMap<FileKey, Vec<ExtraInode>>,
     /// Of all files together, and those of them that are no file of a kept input root.
     count: u64,
     idle: u64,
 }
 
-impl State {
+impl Index {
     /// Inodes on disk that are the cache's or in kept input roots.
     pub(super) fn inodes(&self) -> u64 {
         self.kept.len() as u64 + self.further.count + self.own
@@ -70,20 +70,20 @@ impl State {
     }
 
     /// How many inodes a file has.
-    pub(super) fn copies(&self, key: &Key) -> u32 {
+    pub(super) fn copies(&self, key: &FileKey) -> u32 {
         1 + self.further.of.get(key).map_or(0, |of| of.len() as u32)
     }
 
-    pub(super) fn add_further(&mut self, key: &Key, inode: u64) {
+    pub(super) fn add_further(&mut self, key: &FileKey, inode: u64) {
         let of = self.further.of.entry(*key).or_default();
-        of.push(Inode { inode, links: 0 });
+        of.push(ExtraInode { inode, links: 0 });
         self.further.count += 1;
         self.further.idle += 1;
         self.kept.add_weight(key, key.digest.size());
     }
 
     /// Forgets all but the first inode of a file; tells how many there were in all.
-    pub(super) fn take_further(&mut self, key: &Key) -> u32 {
+    pub(super) fn take_further(&mut self, key: &FileKey) -> u32 {
         let of = self.further.of.remove(key).unwrap_or_default();
         self.further.count -= of.len() as u64;
         self.further.idle -= of.iter().filter(|inode| inode.links == 0).count() as u64;
@@ -92,13 +92,13 @@ impl State {
         1 + of.len() as u32
     }
 
-    pub(super) fn has_further(&self, key: &Key, inode: u64) -> bool {
+    pub(super) fn has_further(&self, key: &FileKey, inode: u64) -> bool {
         let of = self.further.of.get(key);
         of.is_some_and(|of| of.iter().any(|known| known.inode == inode))
     }
 
     /// One more file of a kept root is the n-th inode of a file; tells its inode number.
-    fn link_further(&mut self, key: &Key, number: u32) -> Option<u64> {
+    fn link_further(&mut self, key: &FileKey, number: u32) -> Option<u64> {
         let of = self.further.of.get_mut(key)?;
         let inode = of.get_mut(number as usize - 1)?;
         self.further.idle -= u64::from(inode.links == 0);
@@ -125,7 +125,7 @@ impl State {
     }
 
     /// Forgets further inodes that are no file of a kept root.
-    fn take_idle(&mut self) -> Vec<(Key, u32)> {
+    fn take_idle(&mut self) -> Vec<(FileKey, u32)> {
         let mut idle = Vec::new();
         if self.further.idle == 0 {
             return idle;
@@ -145,13 +145,13 @@ impl State {
     }
 }
 
-impl Cache {
+impl FileCache {
     /// How files of input roots are made for those who want such `inputs`.
-    pub fn method(&self, inputs: Inputs) -> Method {
+    pub fn link_mode(&self, inputs: Inputs) -> LinkMode {
         match inputs {
-            Inputs::Shared if self.reflinks => Method::Reflink,
-            Inputs::Shared | Inputs::HardLinks => Method::HardLink,
-            Inputs::Private => Method::Copy,
+            Inputs::Shared if self.reflinks => LinkMode::Reflink,
+            Inputs::Shared | Inputs::HardLinks => LinkMode::HardLink,
+            Inputs::Private => LinkMode::Copy,
         }
     }
 
@@ -164,10 +164,10 @@ impl Cache {
     /// error.
     pub fn pin(
         self: &Arc<Self>,
-        keys: impl Iterator<Item = Key>,
-        method: Method,
-    ) -> Result<Links, Vec<Key>> {
-        let mut links = Links {
+        keys: impl Iterator<Item = FileKey>,
+        link_mode: LinkMode,
+    ) -> Result<InputFiles, Vec<FileKey>> {
+        let mut links = InputFiles {
             cache: self.clone(),
             of: Vec::with_capacity(keys.size_hint().0),
         };
@@ -176,24 +176,25 @@ impl Cache {
         for key in keys {
             if key.digest.size() == 0 {
                 state.own += 1;
-                links.of.push(Link::new(LinkKind::Empty, 0));
+                links.of.push(InputFile::new(InputFileKind::Empty, 0));
                 continue;
             }
             let Some(handle) = state.kept.pin(&key) else {
                 absent.push(key);
                 continue;
             };
-            let kind = match method {
-                Method::HardLink => LinkKind::HardLink(handle, 0),
-                Method::Reflink | Method::Copy => {
+            let kind = match link_mode {
+                LinkMode::HardLink => InputFileKind::HardLink(handle, 0),
+                LinkMode::Reflink | LinkMode::Copy => {
                     state.own += 1;
-                    LinkKind::Own(handle)
+                    InputFileKind::Own(handle)
                 }
             };
             let stored = state.kept.value_of(handle);
-            links
-                .of
-                .push(Link::new(kind, stored.map_or(0, |stored| stored.inode)));
+            links.of.push(InputFile::new(
+                kind,
+                stored.map_or(0, |stored| stored.inode),
+            ));
         }
         drop(state);
         match absent.is_empty() {
@@ -203,8 +204,13 @@ impl Cache {
     }
 
     /// Another inode of the same file instead, which is made if there is none with this number.
-    pub fn choose(&self, key: &Key, link: &mut Link, number: u32) -> Result<(), LinkError> {
-        let LinkKind::HardLink(handle, before) = link.kind() else {
+    pub fn choose(
+        &self,
+        key: &FileKey,
+        link: &mut InputFile,
+        number: u32,
+    ) -> Result<(), LinkError> {
+        let InputFileKind::HardLink(handle, before) = link.kind() else {
             return Ok(());
         };
         let mut made = false;
@@ -216,7 +222,7 @@ impl Cache {
             };
             if let Some(inode) = found {
                 state.unlink_further(handle, before, link.inode);
-                *link = Link::new(LinkKind::HardLink(handle, number), inode);
+                *link = InputFile::new(InputFileKind::HardLink(handle, number), inode);
                 break;
             }
             drop(state);
@@ -224,13 +230,13 @@ impl Cache {
             made = true;
         }
         if made && self.is_over() {
-            self.keep_limits();
+            self.enforce_limits();
         }
         Ok(())
     }
 
     /// Makes one more inode of a file, unless there are so many.
-    fn make_further(&self, key: &Key, handle: Handle, wanted: u32) -> Result<(), LinkError> {
+    fn make_further(&self, key: &FileKey, handle: Handle, wanted: u32) -> Result<(), LinkError> {
         let stored = self.state.lock().kept.value_of(handle).copied();
         let source = self.open_first(key, stored.map(|stored| stored.inode))?;
         let _one_at_a_time = self.duplicating.lock();
@@ -246,18 +252,18 @@ impl Cache {
     /// Makes a file of a root, of what is pinned for it. `buffer` is used again and again.
     pub fn link(
         &self,
-        key: &Key,
-        link: &mut Link,
+        key: &FileKey,
+        link: &mut InputFile,
         directory: BorrowedFd<'_>,
         name: &str,
         buffer: &mut String,
     ) -> Result<(), LinkError> {
         match link.kind() {
-            LinkKind::HardLink(_, number) => {
+            InputFileKind::HardLink(_, number) => {
                 self.hard_link(key, number, link.inode, directory, name, buffer)
             }
             _ => {
-                link.inode = self.make(key, link, directory, name, MayWrite::Nobody)?;
+                link.inode = self.make(key, link, directory, name, WriteAccess::Nobody)?;
                 Ok(())
             }
         }
@@ -266,32 +272,32 @@ impl Cache {
     /// Copies a pinned file into an input root, for an action that may change it.
     pub fn copy(
         &self,
-        key: &Key,
-        link: &Link,
+        key: &FileKey,
+        link: &InputFile,
         directory: BorrowedFd<'_>,
         name: &str,
     ) -> Result<(), LinkError> {
-        let made = self.make(key, link, directory, name, MayWrite::Everybody);
+        let made = self.make(key, link, directory, name, WriteAccess::Everybody);
         made.map(|_| ())
     }
 
     /// A file with an inode of its own, whose number is returned.
     fn make(
         &self,
-        key: &Key,
-        link: &Link,
+        key: &FileKey,
+        link: &InputFile,
         directory: BorrowedFd<'_>,
         name: &str,
-        may_write: MayWrite,
+        may_write: WriteAccess,
     ) -> Result<u64, LinkError> {
         let made = match link.kind() {
-            LinkKind::Empty => files::make_empty(directory, name, key.executable, may_write),
-            LinkKind::Own(handle) | LinkKind::HardLink(handle, _) => {
+            InputFileKind::Empty => disk::make_empty(directory, name, key.executable, may_write),
+            InputFileKind::Own(handle) | InputFileKind::HardLink(handle, _) => {
                 let state = self.state.lock();
                 let stored = state.kept.value_of(handle).copied();
                 drop(state);
                 let source = self.open_first(key, stored.map(|stored| stored.inode))?;
-                files::copy(&source, key, directory, name, may_write)
+                disk::copy(&source, key, directory, name, may_write)
             }
         };
         made.map_err(LinkError::of_disk)
@@ -299,7 +305,7 @@ impl Cache {
 
     fn hard_link(
         &self,
-        key: &Key,
+        key: &FileKey,
         number: u32,
         inode: u64,
         directory: BorrowedFd<'_>,
@@ -317,7 +323,7 @@ impl Cache {
     }
 
     /// The first inode of a file, which must have this number.
-    fn open_first(&self, key: &Key, inode: Option<u64>) -> Result<File, LinkError> {
+    fn open_first(&self, key: &FileKey, inode: Option<u64>) -> Result<File, LinkError> {
         let file = self.files.open_copy(key, 0).map_err(LinkError::of_disk)?;
         let stat = rustix::fs::fstat(&file).map_err(|error| LinkError::Other(error.into()))?;
         self.look_at(key, &stat, inode)?;
@@ -327,15 +333,15 @@ impl Cache {
     /// Whether a file is the one that the cache knows, and as the cache made it.
     fn look_at(
         &self,
-        key: &Key,
+        key: &FileKey,
         stat: &rustix::fs::Stat,
         inode: Option<u64>,
     ) -> Result<(), LinkError> {
         if Some(stat.st_ino) != inode {
             return Err(LinkError::Vanished);
         }
-        if !files::is_as_made(stat, key, rustix::process::geteuid().as_raw()) {
-            self.alter(
+        if !disk::is_as_made(stat, key, rustix::process::geteuid().as_raw()) {
+            self.report_modified(
                 &[*key],
                 "somebody changed a file of the cache, by whatever name of it",
             );
@@ -345,7 +351,7 @@ impl Cache {
     }
 
     /// Removes all but the first inode of a file, from the disk too.
-    pub(super) fn forget_further(&self, key: &Key) {
+    pub(super) fn forget_further(&self, key: &FileKey) {
         let _one_at_a_time = self.duplicating.lock();
         let copies = self.state.lock().take_further(key);
         self.remove_copies(key, 1..copies);
@@ -361,7 +367,7 @@ impl Cache {
         !idle.is_empty()
     }
 
-    fn remove_copies(&self, key: &Key, copies: std::ops::Range<u32>) {
+    fn remove_copies(&self, key: &FileKey, copies: std::ops::Range<u32>) {
         for copy in copies.rev() {
             if let Err(error) = self.files.remove_copy(key, copy) {
                 tracing::warn!(digest = %key.digest, copy, %error, "could not remove a file from the cache");
@@ -372,13 +378,13 @@ impl Cache {
     /// Tries again after having made space on a full disk.
     fn when_not_full<T>(
         &self,
-        key: &Key,
+        key: &FileKey,
         mut write: impl FnMut() -> io::Result<T>,
     ) -> Result<T, LinkError> {
         let mut attempts = 0;
         loop {
             match write() {
-                Err(error) if attempts < 4 && is_full(&error) && self.make_space(key) => {
+                Err(error) if attempts < 4 && is_full(&error) && self.evict_when_full(key) => {
                     attempts += 1;
                 }
                 result => return result.map_err(LinkError::of_disk),

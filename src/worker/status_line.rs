@@ -9,14 +9,14 @@ use parking_lot::Mutex;
 
 /// Of all slots together.
 #[derive(Debug)]
-pub struct Overview {
+pub struct StatusLine {
     scheduler: String,
     slots: usize,
-    state: Mutex<State>,
+    state: Mutex<Conditions>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct Conditions {
     running: usize,
     /// Since when nothing was heard from the scheduler, and why.
     unreachable: Option<(SystemTime, String)>,
@@ -26,20 +26,20 @@ struct State {
 }
 
 /// An action that runs.
-pub struct Running<'a>(&'a Overview);
+pub struct RunningAction<'a>(&'a StatusLine);
 
-impl Overview {
+impl StatusLine {
     pub fn new(scheduler: &impl ToString, slots: usize) -> Self {
-        Overview {
+        StatusLine {
             scheduler: scheduler.to_string(),
             slots,
             state: Mutex::default(),
         }
     }
 
-    pub fn run(&self) -> Running<'_> {
+    pub fn run(&self) -> RunningAction<'_> {
         self.state.lock().running += 1;
-        Running(self)
+        RunningAction(self)
     }
 
     pub fn failed(&self, code: tonic::Code, error: &str, now: SystemTime) {
@@ -134,7 +134,7 @@ impl Overview {
     }
 }
 
-impl Drop for Running<'_> {
+impl Drop for RunningAction<'_> {
     fn drop(&mut self) {
         self.0.state.lock().running -= 1;
     }
@@ -156,32 +156,38 @@ mod tests {
 
     #[test]
     fn the_line_says_what_runs_and_since_when_what_does_not_work() {
-        let overview = Overview::new(&"grpc://s:1", 4);
-        assert_eq!(overview.line(false), "idle: 4 slots; scheduler grpc://s:1");
-        let running = overview.run();
-        let since = SystemTime::UNIX_EPOCH;
-        overview.failed(tonic::Code::Unavailable, "no\nroute", since);
-        overview.failed(tonic::Code::Unavailable, "no\nroute", SystemTime::now());
+        let status_line = StatusLine::new(&"grpc://s:1", 4);
         assert_eq!(
-            overview.line(false),
+            status_line.line(false),
+            "idle: 4 slots; scheduler grpc://s:1"
+        );
+        let running = status_line.run();
+        let since = SystemTime::UNIX_EPOCH;
+        status_line.failed(tonic::Code::Unavailable, "no\nroute", since);
+        status_line.failed(tonic::Code::Unavailable, "no\nroute", SystemTime::now());
+        assert_eq!(
+            status_line.line(false),
             "1 of 4 slots run an action; scheduler grpc://s:1 unreachable since \
              1970-01-01T00:00:00Z: Unavailable: no route"
         );
         assert!(
-            overview
+            status_line
                 .line(true)
                 .starts_with("draining: 1 of 4 slots still")
         );
         drop(running);
-        overview.answered();
-        overview.unready(0, "no runner", since);
-        overview.unready(1, "no runner", since);
-        overview.ready(0);
+        status_line.answered();
+        status_line.unready(0, "no runner", since);
+        status_line.unready(1, "no runner", since);
+        status_line.ready(0);
         assert_eq!(
-            overview.line(false),
+            status_line.line(false),
             "idle: 4 slots; 1 slots not ready since 1970-01-01T00:00:00Z: no runner; scheduler grpc://s:1"
         );
-        overview.ready(1);
-        assert_eq!(overview.line(false), "idle: 4 slots; scheduler grpc://s:1");
+        status_line.ready(1);
+        assert_eq!(
+            status_line.line(false),
+            "idle: 4 slots; scheduler grpc://s:1"
+        );
     }
 }

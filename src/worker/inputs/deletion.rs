@@ -17,10 +17,9 @@ use rustix::{
     io::Errno,
 };
 
-use super::listing;
-use crate::worker::removal;
+use crate::worker::{beneath::open_child, removal};
 
-pub struct Trash {
+pub struct DeletionQueue {
     path: PathBuf,
     directory: Arc<OwnedFd>,
     sequence: AtomicU64,
@@ -32,7 +31,7 @@ pub struct Trash {
 /// More waiting than this, and whoever throws something away removes it himself.
 const WAITING: u64 = 1_000;
 
-impl Trash {
+impl DeletionQueue {
     /// What is in it already is emptied too.
     pub fn open(directory: OwnedFd, path: &Path) -> io::Result<Self> {
         let (names, thrown) = channel::<String>();
@@ -47,7 +46,7 @@ impl Trash {
             waiting.fetch_add(1, Ordering::Relaxed);
             let _ = names.send(name.to_string_lossy().into_owned());
         }
-        let trash = Trash {
+        let deletions = DeletionQueue {
             path: path.to_owned(),
             directory: directory.clone(),
             sequence: AtomicU64::new(sequence),
@@ -56,7 +55,7 @@ impl Trash {
         };
         let path = path.to_owned();
         std::thread::Builder::new()
-            .name("empty-trash".to_owned())
+            .name("delete-used".to_owned())
             .spawn(move || {
                 // It may be forbidden, which does no harm.
                 let _ = rustix::process::nice(19);
@@ -65,17 +64,21 @@ impl Trash {
                     waiting.fetch_sub(1, Ordering::Relaxed);
                 }
             })?;
-        Ok(trash)
+        Ok(deletions)
     }
 
     /// Moves an entry of a directory here. On failure it stays, and the log says so.
-    pub fn throw(&self, parent: impl AsFd, name: &str) {
-        if let Err(error) = self.try_throw(parent, name) {
-            tracing::error!(%name, %error, "could not move a used directory to the trash");
+    pub fn delete(&self, parent: impl AsFd, name: &str) {
+        if let Err(error) = self.try_delete(parent, name) {
+            tracing::error!(%name, %error, "could not move a used directory to those that are deleted");
         }
     }
 
-    pub fn try_throw<P: rustix::path::Arg>(&self, parent: impl AsFd, name: P) -> Result<(), Errno> {
+    pub fn try_delete<P: rustix::path::Arg>(
+        &self,
+        parent: impl AsFd,
+        name: P,
+    ) -> Result<(), Errno> {
         let to = self.take(parent, name)?;
         if self.waiting.load(Ordering::Relaxed) > WAITING {
             remove(&self.directory, &to, &self.path);
@@ -93,7 +96,7 @@ impl Trash {
     }
 
     /// Whether something waits to be removed, or is being removed.
-    pub fn is_emptying(&self) -> bool {
+    pub fn is_busy(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
     }
 
@@ -117,14 +120,14 @@ pub fn list(directory: &OwnedFd) -> io::Result<Vec<std::ffi::CString>> {
 }
 
 /// Waits until the runner says, by its lock, that no process is in it.
-fn remove(trash: &OwnedFd, name: &str, path: &Path) {
-    let removed = match listing(trash, name) {
+fn remove(deletions: &OwnedFd, name: &str, path: &Path) {
+    let removed = match open_child(deletions, name) {
         Ok(directory) => rustix::fs::flock(&directory, FlockOperation::LockExclusive)
             .map_err(io::Error::from)
             .and_then(|()| removal::empty(directory.as_fd()))
-            .and_then(|()| Ok(rustix::fs::unlinkat(trash, name, AtFlags::REMOVEDIR)?)),
-        Err(Errno::ACCESS) => removal::remove(trash.as_fd(), name),
-        Err(_) => rustix::fs::unlinkat(trash, name, AtFlags::empty()).map_err(io::Error::from),
+            .and_then(|()| Ok(rustix::fs::unlinkat(deletions, name, AtFlags::REMOVEDIR)?)),
+        Err(Errno::ACCESS) => removal::remove(deletions.as_fd(), name),
+        Err(_) => rustix::fs::unlinkat(deletions, name, AtFlags::empty()).map_err(io::Error::from),
     };
     if let Err(error) = removed {
         tracing::warn!(

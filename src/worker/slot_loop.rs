@@ -15,11 +15,11 @@ use uuid::Uuid;
 
 use super::{
     availability::NotReady,
-    execute::{Executor, Stage},
-    overview::Overview,
-    report,
+    completion_log,
+    execute::{Executor, Phase},
+    response_size,
     slot::{self, Answer, Desired, Report, Slot, Step},
-    story,
+    status_line::StatusLine,
     task::Task,
 };
 use crate::{
@@ -40,12 +40,12 @@ use crate::{
 };
 
 /// A scheduler that sends more than this is none.
-const LARGEST_ANSWER: usize = 80 << 20;
+const MAXIMUM_RESPONSE_SIZE: usize = 80 << 20;
 /// Whatever the clocks of the two hosts say, a busy slot calls at least, and at most, this often.
-const LONGEST_INTERVAL: Duration = Duration::from_secs(10);
-const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
+const MAXIMUM_INTERVAL: Duration = Duration::from_secs(10);
+const MINIMUM_INTERVAL: Duration = Duration::from_millis(100);
 /// A slot that cannot run anything looks again after a random time up to this.
-const LONGEST_READINESS_PAUSE: Duration = Duration::from_secs(5);
+const MAXIMUM_READINESS_PAUSE: Duration = Duration::from_secs(5);
 
 /// How a slot presents itself.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,7 +58,7 @@ pub struct Identity {
     pub size_class: u32,
 }
 
-enum Event {
+enum SlotEvent {
     Answered(Box<Result<SynchronizeResponse, Status>>),
     Finished(Box<ExecuteResponse>),
     Readiness(Result<(), NotReady>),
@@ -68,13 +68,13 @@ enum Event {
 }
 
 /// How long a slot may take to decide what is next, even on a host that is overloaded.
-const A_DECISION: Duration = Duration::from_secs(60);
+const DECISION_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long it may hear nothing from the scheduler, which chooses how long it holds a call.
-const A_HELD_CALL: Duration = Duration::from_secs(24 * 60 * 60);
+const SYNCHRONIZE_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 
 struct Execution {
     result: JoinHandle<Box<ExecuteResponse>>,
-    stage: watch::Receiver<Stage>,
+    stage: watch::Receiver<Phase>,
     cancel: CancellationToken,
     /// An execution ends with its slot.
     _guard: DropGuard,
@@ -96,9 +96,10 @@ pub async fn run(
     stopping: CancellationToken,
     drain: Duration,
     heart: Heart,
-    overview: Arc<Overview>,
+    status_line: Arc<StatusLine>,
 ) {
-    let client = OperationQueueClient::new(channel).max_decoding_message_size(LARGEST_ANSWER);
+    let client =
+        OperationQueueClient::new(channel).max_decoding_message_size(MAXIMUM_RESPONSE_SIZE);
     let mut state: Slot<Result<Task, Box<ExecuteResponse>>, Box<ExecuteResponse>> =
         Slot::new(Instant::now());
     let mut told_to_stop = false;
@@ -109,7 +110,7 @@ pub async fn run(
     // Of what was started last, until its result has been taken.
     let mut instance: Option<InstanceName> = None;
     loop {
-        heart.beat(A_DECISION);
+        heart.beat(DECISION_TIMEOUT);
         let until = match state.next(Instant::now()) {
             Step::Call(report) => {
                 let stage = execution.as_ref().map(|e| *e.stage.borrow());
@@ -130,7 +131,7 @@ pub async fn run(
             }
             Step::Start(task) => {
                 instance = task.as_ref().ok().map(|task| task.instance.clone());
-                execution = Some(start(executor.clone(), overview.clone(), slot, task));
+                execution = Some(start(executor.clone(), status_line.clone(), slot, task));
                 continue;
             }
             Step::Cancel => {
@@ -150,24 +151,24 @@ pub async fn run(
             Step::Wait(until) => until,
         };
         heart.beat(match until {
-            Some(until) => until.saturating_duration_since(Instant::now()) + A_DECISION,
-            None => A_HELD_CALL,
+            Some(until) => until.saturating_duration_since(Instant::now()) + DECISION_TIMEOUT,
+            None => SYNCHRONIZE_TIMEOUT,
         });
         let event = tokio::select! {
-            answer = pending(&mut call) => Event::Answered(Box::new(answer)),
-            result = returned(&mut execution) => Event::Finished(result),
-            result = pending(&mut readiness) => Event::Readiness(result),
-            () = stopping.cancelled(), if !told_to_stop => Event::Stopping,
-            Ok(()) = paused.changed() => Event::Paused(*paused.borrow_and_update()),
-            () = sleep_until(until) => Event::Time,
+            answer = pending(&mut call) => SlotEvent::Answered(Box::new(answer)),
+            result = returned(&mut execution) => SlotEvent::Finished(result),
+            result = pending(&mut readiness) => SlotEvent::Readiness(result),
+            () = stopping.cancelled(), if !told_to_stop => SlotEvent::Stopping,
+            Ok(()) = paused.changed() => SlotEvent::Paused(*paused.borrow_and_update()),
+            () = sleep_until(until) => SlotEvent::Time,
         };
         let now = Instant::now();
         match event {
-            Event::Answered(answer) => {
+            SlotEvent::Answered(answer) => {
                 call = None;
                 match *answer {
                     Ok(response) => {
-                        overview.answered();
+                        status_line.answered();
                         state.answered(now, answer_of(&identity, response, now));
                     }
                     Err(status) if refuses(&status) => {
@@ -179,17 +180,17 @@ pub async fn run(
                         );
                         let reason = shorten(status.message());
                         let smaller = |response: Box<ExecuteResponse>| {
-                            Box::new(report::after_refusal(&response, &reason))
+                            Box::new(response_size::after_refusal(&response, &reason))
                         };
                         state.refused(now, random(), smaller);
                     }
                     Err(status) => {
                         state.failed(now, random());
-                        overview.failed(status.code(), status.message(), SystemTime::now());
+                        status_line.failed(status.code(), status.message(), SystemTime::now());
                     }
                 }
             }
-            Event::Finished(response) => {
+            SlotEvent::Finished(response) => {
                 execution = None;
                 let healthy = response
                     .status
@@ -197,13 +198,13 @@ pub async fn run(
                     .is_none_or(|status| status.code == 0);
                 state.finished(now, response, healthy);
             }
-            Event::Readiness(result) => {
+            SlotEvent::Readiness(result) => {
                 readiness = None;
-                let pause = random_below(LONGEST_READINESS_PAUSE);
+                let pause = random_below(MAXIMUM_READINESS_PAUSE);
                 match &result {
-                    Ok(()) => overview.ready(slot),
+                    Ok(()) => status_line.ready(slot),
                     Err(NotReady::Because(error)) => {
-                        overview.unready(slot, error, SystemTime::now());
+                        status_line.unready(slot, error, SystemTime::now());
                     }
                     // What is the matter was said when the pause began.
                     Err(NotReady::Paused { .. }) => {}
@@ -216,33 +217,33 @@ pub async fn run(
                 };
                 state.readiness(now, result.is_ok(), pause);
             }
-            Event::Paused(until) => state.pause(until),
-            Event::Stopping => {
+            SlotEvent::Paused(until) => state.pause(until),
+            SlotEvent::Stopping => {
                 told_to_stop = true;
                 state.stop(now + drain);
             }
-            Event::Time => {}
+            SlotEvent::Time => {}
         }
     }
 }
 
 fn start(
     executor: Arc<Executor>,
-    overview: Arc<Overview>,
+    status_line: Arc<StatusLine>,
     slot: usize,
     task: Result<Task, Box<ExecuteResponse>>,
 ) -> Execution {
-    let (sender, stage) = watch::channel(Stage::FetchingInputs);
+    let (sender, stage) = watch::channel(Phase::FetchingInputs);
     let cancel = CancellationToken::new();
     let cancelled = cancel.clone();
     // In a task of its own, so that a panic ends this action and not this slot.
     let result = tokio::spawn(async move {
-        let _running = overview.run();
+        let _running = status_line.run();
         match task {
             Ok(task) => {
                 let (action, instance) = (task.digest.hash_hex(), task.instance.clone());
                 let response = executor.execute(slot, task, &sender, &cancelled).await;
-                story::tell(slot, &action, &instance, &response);
+                completion_log::log_completion(slot, &action, &instance, &response);
                 Box::new(response)
             }
             Err(refusal) => refusal,
@@ -292,7 +293,7 @@ async fn sleep_until(until: Option<Instant>) {
 fn request(
     identity: &Identity,
     report: Report<Box<ExecuteResponse>>,
-    stage: Option<Stage>,
+    stage: Option<Phase>,
     instance: Option<&InstanceName>,
 ) -> tonic::Request<SynchronizeRequest> {
     use current_state::WorkerState;
@@ -313,9 +314,9 @@ fn request(
             digest,
             match stage {
                 None => ExecutionState::Started(()),
-                Some(Stage::FetchingInputs) => ExecutionState::FetchingInputs(()),
-                Some(Stage::Running) => ExecutionState::Running(()),
-                Some(Stage::UploadingOutputs) => ExecutionState::UploadingOutputs(()),
+                Some(Phase::FetchingInputs) => ExecutionState::FetchingInputs(()),
+                Some(Phase::Running) => ExecutionState::Running(()),
+                Some(Phase::UploadingOutputs) => ExecutionState::UploadingOutputs(()),
             },
         ),
         slot::Activity::Completed(digest, response) => {
@@ -369,9 +370,9 @@ fn answer_of(
         .and_then(proto::system_time)
         .and_then(|at| at.duration_since(SystemTime::now()).ok())
         .unwrap_or_default()
-        .min(LONGEST_INTERVAL);
+        .min(MAXIMUM_INTERVAL);
     let interval = if busy {
-        asked.max(SHORTEST_INTERVAL)
+        asked.max(MINIMUM_INTERVAL)
     } else {
         asked
     };

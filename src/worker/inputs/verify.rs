@@ -22,39 +22,36 @@ use rustix::{
 };
 
 use super::{
-    Shared,
+    builder::Shared,
+    file_cache::{self, LinkError, LinkMode},
+    files,
     inodes::Inodes,
-    lay_out,
-    lay_out::LayOutError,
-    link, listing,
-    model::{self, Kept, KeptRoot},
+    kept::{self, KeptDirectory, KeptRoot},
+    lay_out::{self, LayOutError},
 };
-use crate::worker::{
-    cache::{self, LinkError, Method},
-    removal,
-};
+use crate::worker::{beneath::open_child, removal};
 
 /// A directory that is read so often and still has foreign entries is being written to.
 const ROUNDS: u32 = 16;
 
 /// What the files of a root are made with.
-struct Files<'a> {
+struct RepairContext<'a> {
     inodes: &'a mut Inodes,
-    method: Method,
+    link_mode: LinkMode,
     /// Inode numbers of what is the worker's though the action made it, in their order.
     taken_over: &'a [u64],
 }
 
 /// What became of a directory that the worker keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verified {
+pub enum DirectoryCondition {
     Good,
     /// Others had so many entries in it that it is not worth being read any more.
-    BlownUp,
+    Oversized,
 }
 
 /// Which entries of a directory were found as they should be.
-struct Seen {
+struct SeenEntries {
     files: Vec<bool>,
     symlinks: Vec<bool>,
     children: Vec<bool>,
@@ -63,74 +60,91 @@ struct Seen {
 impl Shared {
     /// Repairs a root. `started` is when the action could begin (seconds since the epoch): baselines
     /// from about then are not trusted on kernels whose clock is coarse. On error nothing is known of
-    /// the root (I7). `BlownUp` is about the root itself; what is so beneath it is made again.
+    /// the root (I7). `Oversized` is about the root itself; what is so beneath it is made again.
     pub(super) fn verify_root(
         &self,
         root: &mut KeptRoot,
         started: i64,
         taken_over: &[u64],
-    ) -> io::Result<Verified> {
-        let mut files = Files {
+    ) -> io::Result<DirectoryCondition> {
+        let mut files = RepairContext {
             inodes: &mut root.inodes,
-            method: root.method,
+            link_mode: root.link_mode,
             taken_over,
         };
         self.verify(&mut root.top, &mut files, started)
     }
 
-    fn verify(&self, kept: &mut Kept, files: &mut Files<'_>, started: i64) -> io::Result<Verified> {
-        let trusted = self.fine_clock
+    fn verify(
+        &self,
+        kept: &mut KeptDirectory,
+        files: &mut RepairContext<'_>,
+        started: i64,
+    ) -> io::Result<DirectoryCondition> {
+        let trusted = self.fine_ctime
             || kept
                 .baseline
                 .is_some_and(|baseline| baseline.is_before(started - 1));
-        if (!trusted || !kept.is_untouched()) && self.repair(kept, files)? == Verified::BlownUp {
-            return Ok(Verified::BlownUp);
+        if (!trusted || !kept.is_untouched())
+            && self.repair(kept, files)? == DirectoryCondition::Oversized
+        {
+            return Ok(DirectoryCondition::Oversized);
         }
         for i in 0..kept.children.len() {
-            if self.verify(&mut kept.children[i], files, started)? == Verified::BlownUp {
+            if self.verify(&mut kept.children[i], files, started)? == DirectoryCondition::Oversized
+            {
                 self.replace(kept, i, files)?;
             }
         }
-        Ok(Verified::Good)
+        Ok(DirectoryCondition::Good)
     }
 
     /// Makes a subdirectory again that is itself as it should be, but too large to be used.
-    fn replace(&self, kept: &mut Kept, child: usize, files: &mut Files<'_>) -> io::Result<()> {
+    fn replace(
+        &self,
+        kept: &mut KeptDirectory,
+        child: usize,
+        files: &mut RepairContext<'_>,
+    ) -> io::Result<()> {
         let place = kept.place.clone();
         let name = kept.node.directory.directories[child].0.clone();
-        self.trash.try_throw(&*place, name.as_str())?;
+        self.deletions.try_delete(&*place, name.as_str())?;
         self.make_child_again(kept, child, files)?;
-        kept.baseline = Some(model::settle(place.as_fd())?.1);
+        kept.baseline = Some(kept::settle(place.as_fd())?.1);
         Ok(())
     }
 
     /// It is not in its place any more.
     fn make_child_again(
         &self,
-        kept: &mut Kept,
+        kept: &mut KeptDirectory,
         child: usize,
-        files: &mut Files<'_>,
+        files: &mut RepairContext<'_>,
     ) -> io::Result<()> {
         let place = kept.place.clone();
         let name = kept.node.directory.directories[child].0.as_str();
         let gone = &mut kept.children[child];
         files.inodes.free_all(gone);
-        let (inodes, method) = (&mut *files.inodes, files.method);
-        let made = self.make_again(place.as_fd(), name, &gone.node, inodes, method);
+        let (inodes, link_mode) = (&mut *files.inodes, files.link_mode);
+        let made = self.make_again(place.as_fd(), name, &gone.node, inodes, link_mode);
         *gone = made.map_err(disk)?;
         Ok(())
     }
 
-    fn repair(&self, kept: &mut Kept, files: &mut Files<'_>) -> io::Result<Verified> {
+    fn repair(
+        &self,
+        kept: &mut KeptDirectory,
+        files: &mut RepairContext<'_>,
+    ) -> io::Result<DirectoryCondition> {
         let place = kept.place.clone();
         let stat = rustix::fs::fstat(&*place)?;
         if stat.st_ino != kept.inode || stat.st_nlink == 0 {
             return Err(Errno::STALE.into());
         }
-        if model::is_blown_up(&stat, &kept.node.directory) {
-            return Ok(Verified::BlownUp);
+        if kept::is_oversized(&stat, &kept.node.directory) {
+            return Ok(DirectoryCondition::Oversized);
         }
-        let directory = listing(&*place, ".")?;
+        let directory = open_child(&*place, ".")?;
         let mut entries = Dir::read_from(&directory)?;
         let mut rounds = 0;
         let seen = loop {
@@ -146,24 +160,24 @@ impl Shared {
         };
         self.add_missing(kept, &seen, files)?;
         remove_attributes(directory.as_fd())?;
-        let (inode, baseline) = model::settle(place.as_fd())?;
+        let (inode, baseline) = kept::settle(place.as_fd())?;
         if inode != kept.inode {
             return Err(Errno::STALE.into());
         }
         kept.baseline = Some(baseline);
-        Ok(Verified::Good)
+        Ok(DirectoryCondition::Good)
     }
 
     /// Reads a directory once and removes what is foreign; tells whether there was any.
     fn sweep(
         &self,
-        kept: &Kept,
-        files: &Files<'_>,
+        kept: &KeptDirectory,
+        files: &RepairContext<'_>,
         entries: &mut Dir,
         fd: BorrowedFd<'_>,
-    ) -> io::Result<(Seen, bool)> {
+    ) -> io::Result<(SeenEntries, bool)> {
         let directory = &kept.node.directory;
-        let mut seen = Seen {
+        let mut seen = SeenEntries {
             files: vec![false; directory.files.len()],
             symlinks: vec![false; directory.symlinks.len()],
             children: vec![false; directory.directories.len()],
@@ -238,18 +252,23 @@ impl Shared {
             Ok(()) | Err(Errno::NOENT) => return Ok(()),
             Err(_) => {}
         }
-        match self.trash.try_throw(fd, name) {
+        match self.deletions.try_delete(fd, name) {
             Ok(()) => Ok(()),
             // Without privileges another user's directory cannot be moved, but perhaps emptied.
             Err(Errno::ACCESS | Errno::PERM) => {
-                removal::empty(listing(fd, name)?.as_fd())?;
+                removal::empty(open_child(fd, name)?.as_fd())?;
                 Ok(rustix::fs::unlinkat(fd, name, AtFlags::REMOVEDIR)?)
             }
             Err(error) => Err(error.into()),
         }
     }
 
-    fn add_missing(&self, kept: &mut Kept, seen: &Seen, files: &mut Files<'_>) -> io::Result<()> {
+    fn add_missing(
+        &self,
+        kept: &mut KeptDirectory,
+        seen: &SeenEntries,
+        files: &mut RepairContext<'_>,
+    ) -> io::Result<()> {
         let directory = kept.node.directory.clone();
         let place = kept.place.clone();
         let mut buffer = String::new();
@@ -260,7 +279,7 @@ impl Shared {
             let (name, link) = (file.name.as_str(), &mut kept.links.of[at]);
             let instead = |file, full| files.inodes.instead(file, full);
             let (cache, directory) = (&self.cache, place.as_fd());
-            let linked = link::link(
+            let linked = files::link(
                 cache,
                 &file.key,
                 link,
@@ -303,7 +322,7 @@ fn is_the_workers(fd: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<bool>
     let stat = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
     let owner = rustix::process::geteuid().as_raw();
     Ok(match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => cache::is_the_workers(&stat),
+        FileType::RegularFile => file_cache::is_the_workers(&stat),
         _ => stat.st_uid == owner,
     })
 }

@@ -1,4 +1,4 @@
-//! PURE: how a directory tree becomes another one: what is unlinked, parked, brought back, made.
+//! PURE: how a directory tree becomes another one: what is unlinked, stashed, brought back, made.
 //!
 //! 1. Equal digests are equal subtrees: nothing below them is looked at.
 //! 2. A plan is exact: it never makes what is there, and leaves nothing that is not wanted.
@@ -9,14 +9,11 @@
 
 use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 
-use crate::{
-    digest::Digest,
-    path::Component,
-    worker::{
-        cache::Key,
-        tree::{Node, Tree},
-    },
+use super::{
+    file_cache::FileKey,
+    tree::{Node, Tree},
 };
+use crate::{digest::Digest, path::Component};
 
 /// Costs, in units of about 4 microseconds.
 const LINK: u64 = 2;
@@ -44,7 +41,7 @@ pub enum Child {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
     /// From the pool: which of `Plan::taken`.
-    Parked(u32),
+    Stashed(u32),
     /// From elsewhere in the root: its number among what is removed.
     Moved(u32),
     /// Which of `Plan::made`.
@@ -92,7 +89,7 @@ pub struct Plan<P> {
     /// The numbers of those that come to other places.
     pub moved: Vec<u32>,
     /// The files that are linked, with repetitions; empty ones are made of nothing.
-    pub links: Vec<Key>,
+    pub links: Vec<FileKey>,
 }
 
 /// How `old` becomes `new`; `None` when they are equal. `has` tells whether the pool has a subtree.
@@ -306,7 +303,7 @@ impl<'a, P> Resolver<'a, P> {
         }
     }
 
-    fn link(&mut self, files: impl Iterator<Item = Key>) {
+    fn link(&mut self, files: impl Iterator<Item = FileKey>) {
         let links = &mut self.plan.links;
         links.extend(files.filter(|key| key.digest.size() > 0));
     }
@@ -317,9 +314,9 @@ impl<'a, P> Resolver<'a, P> {
                 self.plan.moved.push(number);
                 return Origin::Moved(number);
             }
-            if let Some(parked) = (self.take)(&node.digest) {
-                self.plan.taken.push(parked);
-                return Origin::Parked(self.plan.taken.len() as u32 - 1);
+            if let Some(stashed) = (self.take)(&node.digest) {
+                self.plan.taken.push(stashed);
+                return Origin::Stashed(self.plan.taken.len() as u32 - 1);
             }
         }
         let at = self.plan.made.len();
@@ -392,14 +389,12 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::*;
-    use crate::{
-        digest::DigestFunction,
-        worker::{
-            directories::{Directory, File},
-            tree,
-        },
+    use super::super::{
+        directory::{Directory, FileEntry},
+        tree,
     };
+    use super::*;
+    use crate::digest::DigestFunction;
 
     #[derive(Clone, Debug)]
     enum Entry {
@@ -424,9 +419,9 @@ mod tests {
         for (name, entry) in entries {
             let name = Component::parse(&name.to_string()).unwrap();
             match entry {
-                Entry::File(content) => directory.files.push(File {
+                Entry::File(content) => directory.files.push(FileEntry {
                     name,
-                    key: Key {
+                    key: FileKey {
                         digest: DigestFunction::Sha256.digest_of(&[*content]),
                         executable: false,
                     },
@@ -500,7 +495,7 @@ mod tests {
 
         fn check_origin(&mut self, origin: Origin, wanted: &Tree) {
             match origin {
-                Origin::Parked(i) => {
+                Origin::Stashed(i) => {
                     assert_eq!(self.plan.taken[i as usize].digest, wanted.digest);
                 }
                 Origin::Moved(i) => {
@@ -523,13 +518,13 @@ mod tests {
         #[test]
         fn a_plan_leads_to_what_is_wanted(old in entries(), new in entries(), pool in entries()) {
             let (old, new, pool) = (tree_of(&old), tree_of(&new), tree_of(&pool));
-            let mut parked: Vec<Tree> = pool.children.to_vec();
+            let mut stashed: Vec<Tree> = pool.children.to_vec();
             let has = |digest: &Digest| pool.children.iter().any(|tree| tree.digest == *digest);
             let rewrite = compare(&old, &new, &has);
             prop_assert_eq!(rewrite.is_none(), old.digest == new.digest);
             let plan = resolve(&old, rewrite, &mut |digest| {
-                let at = parked.iter().position(|tree| tree.digest == *digest)?;
-                Some(parked.remove(at))
+                let at = stashed.iter().position(|tree| tree.digest == *digest)?;
+                Some(stashed.remove(at))
             });
             if let Some(rewrite) = &plan.rewrite {
                 prop_assert_eq!(rewrite.node.digest, new.digest);

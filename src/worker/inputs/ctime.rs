@@ -7,13 +7,13 @@ use std::{
 
 use rustix::fs::{AtFlags, Mode};
 
-use super::listing;
+use crate::worker::beneath::open_child;
 
 /// Changes that are made one right after the other.
 const CHANGES: u32 = 1_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Clock {
+pub enum CtimeResolution {
     /// Every change after a look has another ctime.
     Fine,
     /// Changes within one tick may have the same ctime, so that what was changed just before an
@@ -24,38 +24,38 @@ pub enum Clock {
 }
 
 /// Tries it in a directory of its own.
-pub fn probe(build: BorrowedFd<'_>) -> io::Result<Clock> {
+pub fn probe(build: BorrowedFd<'_>) -> io::Result<CtimeResolution> {
     // statfs(2): ext4, xfs, btrfs, tmpfs.
     const KNOWN: [u32; 4] = [0xEF53, 0x5846_5342, 0x9123_683E, 0x0102_1994];
     let kind = rustix::fs::fstatfs(build)?.f_type as u32;
     if !KNOWN.contains(&kind) {
-        return Ok(Clock::Unknown);
+        return Ok(CtimeResolution::Unknown);
     }
     const NAME: &str = "clock";
     match rustix::fs::mkdirat(build, NAME, Mode::from_raw_mode(0o700)) {
         Ok(()) | Err(rustix::io::Errno::EXIST) => {}
         Err(error) => return Err(error.into()),
     }
-    let directory = listing(build, NAME)?;
-    let clock = try_changes(directory.as_fd());
+    let directory = open_child(build, NAME)?;
+    let resolution = try_changes(directory.as_fd());
     let _ = rustix::fs::unlinkat(build, NAME, AtFlags::REMOVEDIR);
-    clock
+    resolution
 }
 
-fn try_changes(directory: BorrowedFd<'_>) -> io::Result<Clock> {
+fn try_changes(directory: BorrowedFd<'_>) -> io::Result<CtimeResolution> {
     let look = || -> io::Result<(i64, i64)> {
         let stat = rustix::fs::fstat(directory)?;
         Ok((stat.st_ctime, stat.st_ctime_nsec as i64))
     };
-    let mut clock = Clock::Fine;
+    let mut resolution = CtimeResolution::Fine;
     for _ in 0..CHANGES / 2 {
         let before = look()?;
         rustix::fs::symlinkat("x", directory, "x")?;
         let between = look()?;
         rustix::fs::unlinkat(directory, "x", AtFlags::empty())?;
         if before == between || between == look()? {
-            clock = Clock::Coarse;
+            resolution = CtimeResolution::Coarse;
         }
     }
-    Ok(clock)
+    Ok(resolution)
 }

@@ -15,16 +15,14 @@ use parking_lot::{Condvar, Mutex};
 use rustix::fs::{AtFlags, Mode};
 
 use super::{
-    Shared,
+    builder::Shared,
+    file_cache::{FileKey, InputFileKind, LinkMode},
     inodes::Inodes,
-    model::{self, Kept, KeptRoot, Place},
+    kept::{self, DirectoryFd, KeptDirectory, KeptRoot},
     plan::{Child, Made, Origin, Plan, Rewrite, Source},
-    pool::Parked,
+    pool::StashedTree,
 };
-use crate::worker::{
-    cache::{Key, LinkKind, Method},
-    fault::Fault,
-};
+use crate::worker::fault::Fault;
 
 /// From so many links on a second thread helps.
 const WORTH_A_THREAD: usize = 500;
@@ -32,7 +30,7 @@ const WORTH_A_THREAD: usize = 500;
 /// Why a plan could not be performed.
 pub enum LayOutError {
     /// Gone from the cache.
-    Vanished(Vec<Key>),
+    Vanished(Vec<FileKey>),
     /// At this name.
     Disk(String, io::Error),
 }
@@ -42,28 +40,28 @@ pub(super) fn at(name: &str) -> impl FnOnce(rustix::io::Errno) -> LayOutError {
 }
 
 /// A directory some of whose children are yet to come.
-struct Part {
-    kept: Kept,
-    children: Vec<Stay>,
+struct PartialDirectory {
+    kept: KeptDirectory,
+    children: Vec<LaidOutChild>,
 }
 
-enum Stay {
-    Kept(Kept),
-    Part(Box<Part>),
+enum LaidOutChild {
+    Kept(KeptDirectory),
+    PartialDirectory(Box<PartialDirectory>),
     /// Which of those that are made.
     Made(u32),
 }
 
 /// A directory between removals and additions.
-struct Halfway {
-    kept: Kept,
+struct PrunedDirectory {
+    kept: KeptDirectory,
     rewrite: Rewrite,
-    children: Vec<Half>,
+    children: Vec<PrunedChild>,
 }
 
-enum Half {
-    Kept(Kept),
-    Halfway(Box<Halfway>),
+enum PrunedChild {
+    Kept(KeptDirectory),
+    PrunedDirectory(Box<PrunedDirectory>),
     New(Origin),
 }
 
@@ -71,24 +69,24 @@ pub(super) struct LayOut<'a> {
     pub(super) shared: &'a Shared,
     /// Whether the root is kept, and so what is made is remembered.
     hold: bool,
-    pub(super) method: Method,
+    pub(super) link_mode: LinkMode,
     pub(super) inodes: Mutex<Inodes>,
     made: &'a [Made],
-    pub(super) taken: Mutex<Vec<Option<Parked>>>,
-    pub(super) dropped: Mutex<Vec<Option<Parked>>>,
-    pub(super) queue: Mutex<Queue>,
+    pub(super) taken: Mutex<Vec<Option<StashedTree>>>,
+    pub(super) dropped: Mutex<Vec<Option<StashedTree>>>,
+    pub(super) queue: Mutex<JobQueue>,
     changed: Condvar,
     /// For each of `made`.
-    results: Mutex<Vec<Option<Part>>>,
+    results: Mutex<Vec<Option<PartialDirectory>>>,
 }
 
 #[derive(Default)]
-pub(super) struct Queue {
+pub(super) struct JobQueue {
     /// The last first: so only the ancestors of what is worked on must be open.
-    jobs: Vec<(Arc<Place>, u32, String)>,
+    jobs: Vec<(Arc<DirectoryFd>, u32, String)>,
     /// Threads that may yet add jobs.
     working: usize,
-    pub(super) vanished: Vec<Key>,
+    pub(super) vanished: Vec<FileKey>,
     failed: Option<LayOutError>,
 }
 
@@ -98,9 +96,9 @@ impl Shared {
     pub(super) fn perform(
         &self,
         root: KeptRoot,
-        plan: Plan<Parked>,
+        plan: Plan<StashedTree>,
         hold: bool,
-        method: Method,
+        link_mode: LinkMode,
     ) -> Result<Option<KeptRoot>, LayOutError> {
         let Some(rewrite) = plan.rewrite else {
             return Ok(Some(root));
@@ -111,7 +109,7 @@ impl Shared {
         let lay_out = LayOut {
             shared: self,
             hold,
-            method,
+            link_mode,
             inodes: Mutex::new(inodes),
             made: &plan.made,
             taken: Mutex::new(plan.taken.into_iter().map(Some).collect()),
@@ -127,15 +125,15 @@ impl Shared {
             dropped,
             ..
         } = lay_out;
-        self.park(dropped.into_inner().into_iter().flatten());
+        self.keep_stashed(dropped.into_inner().into_iter().flatten());
         // After an error: it may have been changed.
-        for parked in taken.into_inner().into_iter().flatten() {
-            self.throw_away(parked);
+        for stashed in taken.into_inner().into_iter().flatten() {
+            self.delete_stashed(stashed);
         }
         let kept = result?.map(|top| KeptRoot {
             top,
             inodes: inodes.into_inner(),
-            method,
+            link_mode,
         });
         Ok(kept)
     }
@@ -145,15 +143,15 @@ impl Shared {
         &self,
         parent: BorrowedFd<'_>,
         name: &str,
-        node: &crate::worker::tree::Tree,
+        node: &super::tree::Tree,
         inodes: &mut Inodes,
-        method: Method,
-    ) -> Result<Kept, LayOutError> {
+        link_mode: LinkMode,
+    ) -> Result<KeptDirectory, LayOutError> {
         let made = super::plan::fresh(node);
         let lay_out = LayOut {
             shared: self,
             hold: true,
-            method,
+            link_mode,
             // On an error the whole root is given up.
             inodes: Mutex::new(std::mem::take(inodes)),
             made: &made,
@@ -164,7 +162,7 @@ impl Shared {
             results: Mutex::new((0..made.len()).map(|_| None).collect()),
         };
         make(parent, name)?;
-        let place = Place::open(parent, name, &self.open).map_err(at(name))?;
+        let place = DirectoryFd::open(parent, name, &self.open).map_err(at(name))?;
         let mut buffer = String::new();
         lay_out.fill(0, Arc::new(place), &mut buffer)?;
         lay_out.work(&mut buffer);
@@ -181,11 +179,11 @@ fn make(parent: BorrowedFd<'_>, name: &str) -> Result<(), LayOutError> {
 impl LayOut<'_> {
     fn run(
         &self,
-        root: Kept,
+        root: KeptDirectory,
         rewrite: Rewrite,
         moved: &[u32],
         links: usize,
-    ) -> Result<Option<Kept>, LayOutError> {
+    ) -> Result<Option<KeptDirectory>, LayOutError> {
         let half = self.remove(root, rewrite)?;
         let mut buffer = String::new();
         self.settle_inodes(moved, &mut buffer)?;
@@ -229,11 +227,15 @@ impl LayOut<'_> {
     }
 
     /// Unlinks and parks what is not wanted, in the whole root.
-    fn remove(&self, mut kept: Kept, mut rewrite: Rewrite) -> Result<Halfway, LayOutError> {
+    fn remove(
+        &self,
+        mut kept: KeptDirectory,
+        mut rewrite: Rewrite,
+    ) -> Result<PrunedDirectory, LayOutError> {
         let directory = kept.node.directory.clone();
         let place = kept.place.clone();
         for &i in &rewrite.dropped_files {
-            if let LinkKind::HardLink(file, number) = kept.links.of[i as usize].kind() {
+            if let InputFileKind::HardLink(file, number) = kept.links.of[i as usize].kind() {
                 self.inodes.lock().free(file, number);
             }
             let name = directory.files[i as usize].name.as_str();
@@ -243,7 +245,7 @@ impl LayOut<'_> {
             let name = directory.symlinks[i as usize].0.as_str();
             rustix::fs::unlinkat(&*place, name, AtFlags::empty()).map_err(at(name))?;
         }
-        let mut children: Vec<Option<Kept>> = std::mem::take(&mut kept.children)
+        let mut children: Vec<Option<KeptDirectory>> = std::mem::take(&mut kept.children)
             .into_iter()
             .map(Some)
             .collect();
@@ -257,11 +259,11 @@ impl LayOut<'_> {
                 rustix::fs::unlinkat(&*place, name, AtFlags::REMOVEDIR).map_err(at(name))?;
                 continue;
             }
-            let parked = self
+            let stashed = self
                 .shared
-                .shelve(place.as_fd(), name, child, self.method)
+                .stash(place.as_fd(), name, child, self.link_mode)
                 .map_err(at(name))?;
-            self.dropped.lock()[dropped.number as usize] = Some(parked);
+            self.dropped.lock()[dropped.number as usize] = Some(stashed);
         }
         let stale = |name: &str| LayOutError::Disk(name.to_owned(), io::ErrorKind::NotFound.into());
         let mut halves = Vec::with_capacity(rewrite.children.len());
@@ -275,14 +277,14 @@ impl LayOut<'_> {
                     .ok_or_else(|| stale(entry.0.as_str()))
             };
             halves.push(match child {
-                Child::Kept(i) => Half::Kept(take(i)?),
+                Child::Kept(i) => PrunedChild::Kept(take(i)?),
                 Child::Rewritten(i, rewrite) => {
-                    Half::Halfway(Box::new(self.remove(take(i)?, *rewrite)?))
+                    PrunedChild::PrunedDirectory(Box::new(self.remove(take(i)?, *rewrite)?))
                 }
-                Child::New(origin) => Half::New(origin),
+                Child::New(origin) => PrunedChild::New(origin),
             });
         }
-        Ok(Halfway {
+        Ok(PrunedDirectory {
             kept,
             rewrite,
             children: halves,
@@ -290,8 +292,12 @@ impl LayOut<'_> {
     }
 
     /// Adds what is wanted to directories that were there, and makes jobs of the others.
-    fn add(&self, half: Halfway, buffer: &mut String) -> Result<Part, LayOutError> {
-        let Halfway {
+    fn add(
+        &self,
+        half: PrunedDirectory,
+        buffer: &mut String,
+    ) -> Result<PartialDirectory, LayOutError> {
+        let PrunedDirectory {
             mut kept,
             rewrite,
             children,
@@ -337,57 +343,62 @@ impl LayOut<'_> {
         for (child, (name, _)) in children.into_iter().zip(&directory.directories) {
             let name = name.as_str();
             match child {
-                Half::Kept(kept) => stays.push(Stay::Kept(kept)),
-                Half::New(origin) => stays.push(self.bring(&place, name, origin)?),
-                Half::Halfway(half) => {
+                PrunedChild::Kept(kept) => stays.push(LaidOutChild::Kept(kept)),
+                PrunedChild::New(origin) => stays.push(self.bring(&place, name, origin)?),
+                PrunedChild::PrunedDirectory(half) => {
                     below.push((stays.len(), half));
                     // A place for it.
-                    stays.push(Stay::Made(u32::MAX));
+                    stays.push(LaidOutChild::Made(u32::MAX));
                 }
             }
         }
-        let (_, baseline) = model::settle(place.as_fd()).map_err(at("."))?;
+        let (_, baseline) = kept::settle(place.as_fd()).map_err(at("."))?;
         kept.baseline = Some(baseline);
         self.enqueue(&place, &directory.directories, &stays);
         for (i, half) in below {
-            stays[i] = Stay::Part(Box::new(self.add(*half, buffer)?));
+            stays[i] = LaidOutChild::PartialDirectory(Box::new(self.add(*half, buffer)?));
         }
-        Ok(Part {
+        Ok(PartialDirectory {
             kept,
             children: stays,
         })
     }
 
     /// A subtree comes to its place, or at least its directory.
-    fn bring(&self, place: &Place, name: &str, origin: Origin) -> Result<Stay, LayOutError> {
-        let parked = match origin {
+    fn bring(
+        &self,
+        place: &DirectoryFd,
+        name: &str,
+        origin: Origin,
+    ) -> Result<LaidOutChild, LayOutError> {
+        let stashed = match origin {
             Origin::Made(i) => {
                 make(place.as_fd(), name)?;
-                return Ok(Stay::Made(i));
+                return Ok(LaidOutChild::Made(i));
             }
-            Origin::Parked(i) => self.taken.lock()[i as usize].take(),
+            Origin::Stashed(i) => self.taken.lock()[i as usize].take(),
             Origin::Moved(i) => self.dropped.lock()[i as usize].take(),
         };
         let lost = || LayOutError::Disk(name.to_owned(), io::ErrorKind::NotFound.into());
-        let parked = parked.ok_or_else(lost)?;
+        let stashed = stashed.ok_or_else(lost)?;
         let kept = self
             .shared
-            .unshelve(parked, place.as_fd(), name)
+            .unstash(stashed, place.as_fd(), name)
             .map_err(at(name))?;
-        Ok(Stay::Kept(kept))
+        Ok(LaidOutChild::Kept(kept))
     }
 
     fn enqueue(
         &self,
-        place: &Arc<Place>,
+        place: &Arc<DirectoryFd>,
         names: &[(crate::path::Component, crate::digest::Digest)],
-        stays: &[Stay],
+        stays: &[LaidOutChild],
     ) {
         let mut jobs: Vec<_> = stays
             .iter()
             .zip(names)
             .filter_map(|(stay, (name, _))| match stay {
-                Stay::Made(i) if *i != u32::MAX => {
+                LaidOutChild::Made(i) if *i != u32::MAX => {
                     Some((place.clone(), *i, name.as_str().to_owned()))
                 }
                 _ => None,
@@ -417,7 +428,7 @@ impl LayOut<'_> {
                     self.changed.wait(&mut queue);
                 }
             };
-            let filled = Place::open(&*parent, &name, &self.shared.open)
+            let filled = DirectoryFd::open(&*parent, &name, &self.shared.open)
                 .map_err(at(&name))
                 .and_then(|place| self.fill(made, Arc::new(place), buffer));
             let mut queue = self.queue.lock();
@@ -435,7 +446,12 @@ impl LayOut<'_> {
     }
 
     /// Everything of one directory that was just made, but what is below.
-    fn fill(&self, made: u32, place: Arc<Place>, buffer: &mut String) -> Result<(), LayOutError> {
+    fn fill(
+        &self,
+        made: u32,
+        place: Arc<DirectoryFd>,
+        buffer: &mut String,
+    ) -> Result<(), LayOutError> {
         let Made { node, children } = &self.made[made as usize];
         let directory = &node.directory;
         let mut stays = Vec::with_capacity(children.len());
@@ -457,10 +473,10 @@ impl LayOut<'_> {
         for (name, target) in &directory.symlinks {
             symlinks.push(make_symlink(place.as_fd(), name.as_str(), target)?);
         }
-        let (inode, baseline) = model::settle(place.as_fd()).map_err(at("."))?;
+        let (inode, baseline) = kept::settle(place.as_fd()).map_err(at("."))?;
         self.enqueue(&place, &directory.directories, &stays);
         if self.hold {
-            let kept = Kept {
+            let kept = KeptDirectory {
                 node: node.clone(),
                 place,
                 inode,
@@ -469,7 +485,7 @@ impl LayOut<'_> {
                 symlinks: symlinks.into(),
                 children: Vec::new(),
             };
-            self.results.lock()[made as usize] = Some(Part {
+            self.results.lock()[made as usize] = Some(PartialDirectory {
                 kept,
                 children: stays,
             });
@@ -489,26 +505,26 @@ pub fn make_symlink(
     Ok(stat.map_err(at(name))?.st_ino)
 }
 
-fn assemble(part: Part, results: &mut [Option<Part>]) -> Kept {
-    let Part { mut kept, children } = part;
+fn assemble(part: PartialDirectory, results: &mut [Option<PartialDirectory>]) -> KeptDirectory {
+    let PartialDirectory { mut kept, children } = part;
     kept.children = children
         .into_iter()
         .map(|stay| match stay {
-            Stay::Kept(kept) => kept,
-            Stay::Part(part) => assemble(*part, results),
-            Stay::Made(i) => assemble_made(i, results),
+            LaidOutChild::Kept(kept) => kept,
+            LaidOutChild::PartialDirectory(part) => assemble(*part, results),
+            LaidOutChild::Made(i) => assemble_made(i, results),
         })
         .collect();
     kept
 }
 
-fn assemble_made(made: u32, results: &mut [Option<Part>]) -> Kept {
+fn assemble_made(made: u32, results: &mut [Option<PartialDirectory>]) -> KeptDirectory {
     let part = results[made as usize].take().expect("every job ended well");
     assemble(part, results)
 }
 
 impl LayOutError {
-    pub(super) fn fault(self, shared: &Shared) -> Result<Fault, Vec<Key>> {
+    pub(super) fn fault(self, shared: &Shared) -> Result<Fault, Vec<FileKey>> {
         match self {
             LayOutError::Vanished(keys) => Err(keys),
             LayOutError::Disk(name, error) => {

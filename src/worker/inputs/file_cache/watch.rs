@@ -17,23 +17,23 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Cache, Claim, Key};
+use super::{FileCache, FileClaim, FileKey};
 
 /// What was changed since the last look.
 #[derive(Debug, PartialEq)]
-enum Changed {
+enum ChangedFiles {
     /// In `contents`, or, in what `attributes` has, modes, owners or times alone.
-    Files {
-        contents: Vec<Key>,
-        attributes: Vec<Key>,
+    CacheDirectory {
+        contents: Vec<FileKey>,
+        attributes: Vec<FileKey>,
     },
     /// More than is known one by one.
     Unknown,
 }
 
-pub struct Watch(OwnedFd);
+pub struct ChangeWatch(OwnedFd);
 
-impl Watch {
+impl ChangeWatch {
     pub fn new(shards: &[OwnedFd]) -> io::Result<Self> {
         let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
         for shard in shards {
@@ -41,23 +41,23 @@ impl Watch {
             let events = WatchFlags::MODIFY | WatchFlags::ATTRIB;
             inotify::add_watch(&inotify, path, events)?;
         }
-        Ok(Watch(inotify))
+        Ok(ChangeWatch(inotify))
     }
 
     /// Does not wait.
-    fn changed(&self) -> Changed {
+    fn changed(&self) -> ChangedFiles {
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = Reader::new(&self.0, &mut buffer);
         let (mut contents, mut attributes) = (Vec::new(), Vec::new());
         loop {
             match reader.next() {
                 Ok(event) if event.events().contains(ReadFlags::QUEUE_OVERFLOW) => {
-                    return Changed::Unknown;
+                    return ChangedFiles::Unknown;
                 }
                 // What has another name is no file of the cache; what has none is a shard.
                 Ok(event) => {
                     let name = event.file_name().and_then(|name| name.to_str().ok());
-                    let key = name.and_then(Key::parse_name).map(|(key, _)| key);
+                    let key = name.and_then(FileKey::parse_name).map(|(key, _)| key);
                     match event.events().contains(ReadFlags::MODIFY) {
                         true => contents.extend(key),
                         false => attributes.extend(key),
@@ -71,53 +71,53 @@ impl Watch {
             files.sort_unstable();
             files.dedup();
         }
-        Changed::Files {
+        ChangedFiles::CacheDirectory {
             contents,
             attributes,
         }
     }
 }
 
-impl Cache {
+impl FileCache {
     /// How often it was found that somebody else had changed files, which are gone from the disk then.
     /// Looks again; a change that came before the call is counted.
-    pub fn alterations(&self) -> u64 {
-        let mut alterations = self.alterations.lock();
+    pub fn modifications(&self) -> u64 {
+        let mut modifications = self.modifications.lock();
         let Some(watch) = &self.watch else {
-            return *alterations;
+            return *modifications;
         };
         let changed = match watch.changed() {
-            Changed::Files {
+            ChangedFiles::CacheDirectory {
                 mut contents,
                 attributes,
             } => {
                 // Whoever sets what was set already does no harm.
-                let changed = |key: &Key| !self.files.is_as_made(key);
+                let changed = |key: &FileKey| !self.files.is_as_made(key);
                 contents.extend(attributes.into_iter().filter(changed));
                 contents.sort_unstable();
                 contents.dedup();
                 contents
             }
-            Changed::Unknown => self.state.lock().kept.keys(),
+            ChangedFiles::Unknown => self.state.lock().kept.keys(),
         };
         if changed.is_empty() {
-            return *alterations;
+            return *modifications;
         }
         self.count_and_remove(
-            &mut alterations,
+            &mut modifications,
             &changed,
             "somebody changed files of the cache",
         );
-        *alterations
+        *modifications
     }
 
     /// These files are not what they should be; `why` is said in the log.
-    pub(super) fn alter(&self, wrong: &[Key], why: &str) {
-        self.count_and_remove(&mut self.alterations.lock(), wrong, why);
+    pub(super) fn report_modified(&self, wrong: &[FileKey], why: &str) {
+        self.count_and_remove(&mut self.modifications.lock(), wrong, why);
     }
 
-    fn count_and_remove(&self, alterations: &mut u64, wrong: &[Key], why: &str) {
-        *alterations += 1;
+    fn count_and_remove(&self, modifications: &mut u64, wrong: &[FileKey], why: &str) {
+        *modifications += 1;
         let first = wrong.first().map(|key| self.files.path_of(key));
         tracing::error!(
             directory = %self.path().display(),
@@ -130,9 +130,9 @@ impl Cache {
 
     /// Removes files that are not what they should be. Pins stay: whoever links such a file finds it
     /// gone.
-    pub(super) fn remove_wrong(&self, wrong: &[Key]) {
+    pub(super) fn remove_wrong(&self, wrong: &[FileKey]) {
         let _one_at_a_time = self.duplicating.lock();
-        let mut claim = Claim::new(self);
+        let mut claim = FileClaim::new(self);
         let mut state = self.state.lock();
         let mut all = Vec::with_capacity(wrong.len());
         for key in wrong {

@@ -26,33 +26,35 @@ use parking_lot::Mutex;
 use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    directories::batches,
-    fault::Fault,
-    lru::{Handle, Lru},
-};
+use super::directories::batches;
 use crate::{
     digest::Digest,
     instance::InstanceName,
     storage::{self, remote::Client},
+    worker::{
+        fault::Fault,
+        lru::{Handle, Lru},
+    },
 };
 
-mod files;
+mod disk;
+mod eviction;
+mod key;
 mod link;
 mod pins;
-mod room;
 mod verification;
 mod watch;
 
-use files::Files;
-pub use files::{Key, is_the_workers, seal};
-use link::Further;
-pub use link::{LinkError, Method};
-use pins::Claim;
-pub use pins::{Link, LinkKind, Links, Pins};
-use room::is_full;
-pub use verification::{Portion, Verified, Verifier};
-use watch::Watch;
+use disk::CacheDirectory;
+pub use disk::{is_the_workers, seal};
+use eviction::is_full;
+pub use key::FileKey;
+use link::ExtraInodes;
+pub use link::{LinkError, LinkMode};
+use pins::FileClaim;
+pub use pins::{InputFile, InputFileKind, InputFiles, Pinned};
+pub use verification::{Portion, VerificationCounts, Verifier};
+use watch::ChangeWatch;
 
 /// From this size on a file is streamed to disk rather than read into memory.
 const LARGE: u64 = 1 << 20;
@@ -62,18 +64,18 @@ const CONCURRENCY: usize = 8;
 const KEYS_AT_A_TIME: usize = 4096;
 
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct CacheLimits {
     pub bytes: u64,
     pub files: u64,
     /// Bytes of the file system that are left free.
     pub minimum_free: u64,
 }
 
-pub struct Cache {
-    files: Files,
-    limits: Limits,
+pub struct FileCache {
+    files: CacheDirectory,
+    limits: CacheLimits,
     storage: Client,
-    state: Mutex<State>,
+    state: Mutex<Index>,
     /// Held while further inodes of files are made or removed.
     duplicating: Mutex<()>,
     /// Lets go of kept input roots; `false` when there are none.
@@ -81,15 +83,15 @@ pub struct Cache {
     /// Whether files can share blocks.
     reflinks: bool,
     /// `None` where the host allows no more watches.
-    watch: Option<Watch>,
+    watch: Option<ChangeWatch>,
     /// How often somebody else changed files; held while they are removed.
-    alterations: Mutex<u64>,
-    verified: Verified,
+    modifications: Mutex<u64>,
+    verified: VerificationCounts,
 }
 
 /// A file on disk.
 #[derive(Clone, Copy)]
-struct Stored {
+struct CachedFile {
     /// Of the first copy.
     inode: u64,
     /// Whether its content was read by this worker.
@@ -97,30 +99,30 @@ struct Stored {
 }
 
 #[derive(Default)]
-struct State {
-    kept: Lru<Key, Stored>,
+struct Index {
+    kept: Lru<FileKey, CachedFile>,
     /// Of those files that have more than one inode.
-    further: Further,
+    further: ExtraInodes,
     /// Inodes in input roots that are not the cache's.
     own: u64,
-    busy: HashMap<Key, Busy>,
+    busy: HashMap<FileKey, InProgress>,
     claims: u64,
 }
 
-struct Busy {
+struct InProgress {
     /// By which claim.
     claim: u64,
     done: CancellationToken,
 }
 
-impl Cache {
+impl FileCache {
     /// Takes up what an earlier worker left. Blocks for a second per million files.
-    pub fn open(path: &Path, limits: Limits, storage: Client) -> io::Result<Self> {
-        let files = Files::open(path)?;
+    pub fn open(path: &Path, limits: CacheLimits, storage: Client) -> io::Result<Self> {
+        let files = CacheDirectory::open(path)?;
         let reflinks = files.shares_blocks()?;
-        let mut state = State::default();
+        let mut state = Index::default();
         for found in files.scan()? {
-            let stored = Stored {
+            let stored = CachedFile {
                 inode: found.inode,
                 verified: false,
             };
@@ -138,7 +140,7 @@ impl Cache {
                 "could not watch the cache for changes by others; raise fs.inotify.max_user_watches and fs.inotify.max_user_instances"
             );
         });
-        let cache = Cache {
+        let cache = FileCache {
             files,
             limits,
             storage,
@@ -147,10 +149,10 @@ impl Cache {
             duplicating: Mutex::new(()),
             release: OnceLock::new(),
             watch: watch.ok(),
-            alterations: Mutex::default(),
-            verified: Verified::default(),
+            modifications: Mutex::default(),
+            verified: VerificationCounts::default(),
         };
-        cache.make_fit();
+        cache.evict_to_fit();
         Ok(cache)
     }
 
@@ -170,7 +172,7 @@ impl Cache {
     }
 
     /// Those digests of `keys` that are not here.
-    pub fn absent(&self, keys: Vec<Key>) -> Vec<Digest> {
+    pub fn absent(&self, keys: Vec<FileKey>) -> Vec<Digest> {
         let state = self.state.lock();
         let mut digests: Vec<Digest> = keys
             .into_iter()
@@ -188,18 +190,18 @@ impl Cache {
     pub async fn obtain(
         self: &Arc<Self>,
         instance: &InstanceName,
-        mut wanted: Vec<Key>,
-        method: Method,
-    ) -> Result<Pins, Fault> {
-        self.check_occurrences(&wanted, method)?;
-        let mut pins = Pins {
+        mut wanted: Vec<FileKey>,
+        link_mode: LinkMode,
+    ) -> Result<Pinned, Fault> {
+        self.check_occurrences(&wanted, link_mode)?;
+        let mut pins = Pinned {
             cache: self.clone(),
             handles: Vec::with_capacity(wanted.len()),
         };
         let mut missing = Vec::new();
         let mut unverified = Vec::new();
         while !wanted.is_empty() {
-            let mut claim = Claim::new(self);
+            let mut claim = FileClaim::new(self);
             let mut waiting = Vec::new();
             for keys in wanted.chunks(KEYS_AT_A_TIME) {
                 self.claim(keys, &mut pins, &mut claim, &mut waiting, &mut unverified);
@@ -239,10 +241,10 @@ impl Cache {
     pub async fn restore(
         self: &Arc<Self>,
         instance: &InstanceName,
-        keys: Vec<Key>,
+        keys: Vec<FileKey>,
     ) -> Result<(), Fault> {
         let mut missing = Vec::new();
-        let mut pins = Pins {
+        let mut pins = Pinned {
             cache: self.clone(),
             handles: Vec::new(),
         };
@@ -261,11 +263,11 @@ impl Cache {
     /// to fetch; and those that others change.
     fn claim(
         &self,
-        keys: &[Key],
-        pins: &mut Pins,
-        claim: &mut Claim<'_>,
-        waiting: &mut Vec<(Key, CancellationToken)>,
-        unverified: &mut Vec<Key>,
+        keys: &[FileKey],
+        pins: &mut Pinned,
+        claim: &mut FileClaim<'_>,
+        waiting: &mut Vec<(FileKey, CancellationToken)>,
+        unverified: &mut Vec<FileKey>,
     ) {
         let mut state = self.state.lock();
         for key in keys {
@@ -287,11 +289,11 @@ impl Cache {
     }
 
     /// Each occurrence is a file of its own, and takes blocks unless it shares them.
-    fn check_occurrences(&self, wanted: &[Key], method: Method) -> Result<(), Fault> {
-        let shared = match method {
-            Method::Reflink => true,
-            Method::HardLink => false,
-            Method::Copy => self.reflinks,
+    fn check_occurrences(&self, wanted: &[FileKey], link_mode: LinkMode) -> Result<(), Fault> {
+        let shared = match link_mode {
+            LinkMode::Reflink => true,
+            LinkMode::HardLink => false,
+            LinkMode::Copy => self.reflinks,
         };
         let sizes = wanted.iter().map(|key| match shared {
             true => 0,
@@ -301,7 +303,7 @@ impl Cache {
         self.check_limits(wanted.len() as u64, bytes)
     }
 
-    fn check_size(&self, pins: &Pins, claim: &Claim<'_>) -> Result<(), Fault> {
+    fn check_size(&self, pins: &Pinned, claim: &FileClaim<'_>) -> Result<(), Fault> {
         let mut handles = pins.handles.clone();
         handles.sort_unstable();
         handles.dedup();
@@ -331,13 +333,13 @@ impl Cache {
     async fn fetch(
         self: &Arc<Self>,
         instance: &InstanceName,
-        keys: &[Key],
-        pins: &mut Pins,
+        keys: &[FileKey],
+        pins: &mut Pinned,
         missing: &mut Vec<Digest>,
     ) -> Result<(), Fault> {
-        let (large, small): (Vec<Key>, Vec<Key>) =
+        let (large, small): (Vec<FileKey>, Vec<FileKey>) =
             keys.iter().partition(|key| key.digest.size() >= LARGE);
-        let mut jobs = batches(small, |key: &Key| key.digest.size());
+        let mut jobs = batches(small, |key: &FileKey| key.digest.size());
         jobs.extend(large.into_iter().map(|key| vec![key]));
         let mut fetches = stream::iter(jobs)
             .map(|keys| self.fetch_batch(instance, keys))
@@ -354,9 +356,9 @@ impl Cache {
     async fn fetch_batch(
         self: &Arc<Self>,
         instance: &InstanceName,
-        keys: Vec<Key>,
-    ) -> Result<(Pins, Vec<Digest>), Fault> {
-        let mut pins = Pins {
+        keys: Vec<FileKey>,
+    ) -> Result<(Pinned, Vec<Digest>), Fault> {
+        let mut pins = Pinned {
             cache: self.clone(),
             handles: Vec::new(),
         };
@@ -369,8 +371,8 @@ impl Cache {
                     let cache = self.clone();
                     let admit = move || {
                         let handles = vec![cache.admit(key, inode)];
-                        cache.make_fit();
-                        Pins { cache, handles }
+                        cache.evict_to_fit();
+                        Pinned { cache, handles }
                     };
                     let admitted = tokio::task::spawn_blocking(admit).await;
                     pins = admitted.map_err(|error| {
@@ -389,7 +391,7 @@ impl Cache {
                 match result {
                     Ok(content) => {
                         let write = || cache.files.write(&key, &content);
-                        let inode = cache.with_room(&key, write)?;
+                        let inode = cache.write_evicting(&key, write)?;
                         pins.handles.push(cache.admit(key, inode));
                     }
                     Err(storage::Error::Missing(_)) => missing.push(key.digest),
@@ -399,7 +401,7 @@ impl Cache {
                     }
                 }
             }
-            cache.make_fit();
+            cache.evict_to_fit();
             Ok((pins, missing))
         };
         tokio::task::spawn_blocking(write)
@@ -411,7 +413,7 @@ impl Cache {
     async fn fetch_large(
         self: &Arc<Self>,
         instance: &InstanceName,
-        key: Key,
+        key: FileKey,
     ) -> Result<Option<u64>, Fault> {
         let mut attempts = 0;
         loop {
@@ -419,7 +421,7 @@ impl Cache {
                 .files
                 .create()
                 .map_err(|error| self.disk_fault(&key, error))?;
-            // Says at once when the disk is full; the size stays, for the sake of `Files`' rule 2.
+            // Says at once when the disk is full; the size stays, for the sake of `CacheDirectory`'s rule 2.
             let reserved = rustix::fs::fallocate(
                 &incoming.file,
                 rustix::fs::FallocateFlags::KEEP_SIZE,
@@ -451,7 +453,7 @@ impl Cache {
                     return Ok(Some(inode));
                 }
                 Err(storage::Error::Missing(_)) => return Ok(None),
-                Err(storage::Error::Full(_)) if attempts < 4 && self.make_space(&key) => {
+                Err(storage::Error::Full(_)) if attempts < 4 && self.evict_when_full(&key) => {
                     attempts += 1;
                 }
                 Err(storage::Error::Full(_)) => {
@@ -470,7 +472,7 @@ impl Cache {
     /// fetched.
     pub fn keep_output(
         &self,
-        key: Key,
+        key: FileKey,
         file: &File,
         sealed: bool,
         directory: BorrowedFd<'_>,
@@ -480,7 +482,7 @@ impl Cache {
         if key.digest.size() > self.limits.bytes / 4 || key.digest.size() == 0 {
             return;
         }
-        let mut claim = Claim::new(self);
+        let mut claim = FileClaim::new(self);
         let mut state = self.state.lock();
         if state.kept.get(&key).is_some() || state.busy.contains_key(&key) {
             return;
@@ -503,7 +505,7 @@ impl Cache {
                 let handle = self.admit(key, inode);
                 self.state.lock().kept.unpin(handle);
                 // Not pinned any more: what has no room beside what must stay free goes itself.
-                self.make_fit();
+                self.evict_to_fit();
             }
             Err(error) => {
                 tracing::debug!(digest = %key.digest, %error, "could not keep an output in the cache");
@@ -512,10 +514,10 @@ impl Cache {
     }
 
     /// Counts and pins a file that is on disk now, and evicts others for it.
-    fn admit(&self, key: Key, inode: u64) -> Handle {
+    fn admit(&self, key: FileKey, inode: u64) -> Handle {
         let handle = {
             let mut state = self.state.lock();
-            let stored = Stored {
+            let stored = CachedFile {
                 inode,
                 verified: true,
             };
@@ -526,11 +528,11 @@ impl Cache {
             }
             state.kept.pin(&key).expect("just inserted")
         };
-        self.keep_limits();
+        self.enforce_limits();
         handle
     }
 
-    fn disk_fault(&self, key: &Key, error: io::Error) -> Fault {
+    fn disk_fault(&self, key: &FileKey, error: io::Error) -> Fault {
         let remedy = match is_full(&error) {
             true => "; make room on its file system, or lower cache.maximum_size",
             false => "",

@@ -23,7 +23,6 @@ use std::{
     io::{self, Write},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    str::FromStr,
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -32,11 +31,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::watch::Watch;
-use crate::{
-    digest::{Digest, DigestFunction},
-    text::push_hex,
-};
+use super::{key::FileKey, watch::ChangeWatch};
 
 const SHARDS: usize = 256;
 
@@ -47,63 +42,14 @@ const MTIME: i64 = 946_684_800;
 /// (vm.dirty_expire_centisecs, vm.dirty_writeback_centisecs).
 const WRITE_BACK: i64 = 120;
 
-/// What a cached file is: the same content may be there as an executable too.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Key {
-    pub digest: Digest,
-    pub executable: bool,
-}
-
-impl Key {
-    fn shard(&self) -> usize {
-        usize::from(self.digest.hash_bytes()[0])
-    }
-
-    /// The name of its n-th copy, into a buffer that is used again and again.
-    fn write_name(&self, copy: u32, name: &mut String) {
-        use std::fmt::Write;
-        name.clear();
-        name.push_str(self.digest.function().name());
-        name.push('-');
-        push_hex(name, self.digest.hash_bytes());
-        let sign = if self.executable { '+' } else { '-' };
-        let _ = write!(name, "-{}{sign}x", self.digest.size());
-        if copy > 0 {
-            let _ = write!(name, ".{copy}");
-        }
-    }
-
-    pub(super) fn parse_name(name: &str) -> Option<(Self, u32)> {
-        let (name, copy) = match name.split_once('.') {
-            Some((name, copy)) => (name, u32::from_str(copy).ok().filter(|copy| *copy > 0)?),
-            None => (name, 0),
-        };
-        let (name, executable) = match name.strip_suffix("+x") {
-            Some(name) => (name, true),
-            None => (name.strip_suffix("-x")?, false),
-        };
-        let mut parts = name.split('-');
-        let (function, hash, size) = (parts.next()?, parts.next()?, parts.next()?);
-        let function = DigestFunction::ALL
-            .into_iter()
-            .find(|known| known.name() == function)?;
-        let size = i64::from_str(size).ok()?;
-        let digest = Digest::parse_parts(Some(function), hash, size).ok()?;
-        parts
-            .next()
-            .is_none()
-            .then_some((Key { digest, executable }, copy))
-    }
-}
-
 fn mode(executable: bool) -> Mode {
     Mode::from_raw_mode(if executable { 0o555 } else { 0o444 })
 }
 
-/// Key, copy, inode number, last use as in `Found`.
-type Scanned = (Key, u32, u64, (bool, i64, i64));
+/// Key, copy, inode number, last use as in `ScannedFile`.
+type Scanned = (FileKey, u32, u64, (bool, i64, i64));
 
-pub struct Files {
+pub struct CacheDirectory {
     path: PathBuf,
     /// Locked for as long as this worker runs.
     _lock: OwnedFd,
@@ -113,8 +59,8 @@ pub struct Files {
 }
 
 /// A file that was there at start.
-pub struct Found {
-    pub key: Key,
+pub struct ScannedFile {
+    pub key: FileKey,
     /// Of the first copy.
     pub inode: u64,
     /// Inode numbers of further copies.
@@ -124,21 +70,21 @@ pub struct Found {
     pub last_used: (bool, i64, i64),
 }
 
-impl Found {
+impl ScannedFile {
     fn copies(&self) -> u32 {
         1 + self.others.len() as u32
     }
 }
 
 /// A file being written; removed on drop unless published.
-pub struct Incoming<'a> {
-    files: &'a Files,
+pub struct IncomingFile<'a> {
+    files: &'a CacheDirectory,
     /// Empty once published.
     name: String,
     pub file: File,
 }
 
-impl Drop for Incoming<'_> {
+impl Drop for IncomingFile<'_> {
     fn drop(&mut self) {
         if !self.name.is_empty() {
             let _ = rustix::fs::unlinkat(&self.files.incoming, &self.name, AtFlags::empty());
@@ -146,7 +92,7 @@ impl Drop for Incoming<'_> {
     }
 }
 
-impl Files {
+impl CacheDirectory {
     /// Makes what is not there, and removes what was being written. EWOULDBLOCK when another
     /// worker uses the directory.
     pub fn open(path: &Path) -> io::Result<Self> {
@@ -167,7 +113,7 @@ impl Files {
         let shards = (0..SHARDS)
             .map(|shard| within(&format!("{shard:02x}")))
             .collect::<io::Result<_>>()?;
-        let files = Files {
+        let files = CacheDirectory {
             path: path.to_owned(),
             incoming: within("incoming")?,
             shards,
@@ -185,18 +131,18 @@ impl Files {
     }
 
     /// Of the first copy.
-    pub fn path_of(&self, key: &Key) -> PathBuf {
+    pub fn path_of(&self, key: &FileKey) -> PathBuf {
         let mut name = String::new();
         key.write_name(0, &mut name);
         self.path.join(format!("{:02x}", key.shard())).join(name)
     }
 
-    pub fn watch(&self) -> io::Result<Watch> {
-        Watch::new(&self.shards)
+    pub fn watch(&self) -> io::Result<ChangeWatch> {
+        ChangeWatch::new(&self.shards)
     }
 
     /// What is there, the longest unused first. Removes what nobody can use.
-    pub fn scan(&self) -> io::Result<Vec<Found>> {
+    pub fn scan(&self) -> io::Result<Vec<ScannedFile>> {
         // A directory's inodes are read one by one: two threads take half of the time.
         let (low, high) = std::thread::scope(|scope| {
             let low = scope.spawn(|| self.scan_shards(0..SHARDS / 2));
@@ -210,14 +156,14 @@ impl Files {
         let mut files = low?;
         files.append(&mut high?);
         files.sort_unstable();
-        let mut found: Vec<Found> = Vec::new();
+        let mut found: Vec<ScannedFile> = Vec::new();
         for (key, copy, inode, last_used) in files {
             match found.last_mut() {
                 Some(last) if last.key == key && last.copies() == copy => {
                     last.others.push(inode);
                     last.last_used = last.last_used.max(last_used);
                 }
-                _ if copy == 0 => found.push(Found {
+                _ if copy == 0 => found.push(ScannedFile {
                     key,
                     inode,
                     others: Vec::new(),
@@ -230,7 +176,7 @@ impl Files {
         let boot_id = crate::daemon::boot_id()?;
         let known = self.path.join("boot_id");
         if !std::fs::read_to_string(&known).is_ok_and(|before| before == boot_id) {
-            let changed = |found: &Found| found.last_used.1;
+            let changed = |found: &ScannedFile| found.last_used.1;
             let newest = found.iter().map(changed).max().unwrap_or(0);
             let (old, doubtful): (Vec<_>, Vec<_>) = found
                 .into_iter()
@@ -245,7 +191,7 @@ impl Files {
     }
 
     /// Whether size, mode, owner and mtime of the first copy are right; also when it is not there.
-    pub fn is_as_made(&self, key: &Key) -> bool {
+    pub fn is_as_made(&self, key: &FileKey) -> bool {
         let mut name = String::new();
         key.write_name(0, &mut name);
         let shard = &self.shards[key.shard()];
@@ -274,7 +220,7 @@ impl Files {
                 let usable = name
                     .to_str()
                     .ok()
-                    .and_then(Key::parse_name)
+                    .and_then(FileKey::parse_name)
                     .filter(|(key, _)| key.shard() == number && is_as_made(&stat, key, owner));
                 match usable {
                     Some((key, copy)) => {
@@ -292,11 +238,11 @@ impl Files {
         Ok(files)
     }
 
-    pub fn create(&self) -> io::Result<Incoming<'_>> {
+    pub fn create(&self) -> io::Result<IncomingFile<'_>> {
         let name = self.sequence.fetch_add(1, Ordering::Relaxed).to_string();
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&self.incoming, &name, flags, Mode::from_raw_mode(0o600))?;
-        Ok(Incoming {
+        Ok(IncomingFile {
             files: self,
             name,
             file: file.into(),
@@ -304,7 +250,12 @@ impl Files {
     }
 
     /// Makes a written and verified file the n-th copy of `key`; tells its inode number.
-    pub fn publish(&self, mut incoming: Incoming<'_>, key: &Key, copy: u32) -> io::Result<u64> {
+    pub fn publish(
+        &self,
+        mut incoming: IncomingFile<'_>,
+        key: &FileKey,
+        copy: u32,
+    ) -> io::Result<u64> {
         finish(incoming.file.as_fd(), key.executable)?;
         let inode = rustix::fs::fstat(&incoming.file)?.st_ino;
         let mut name = String::new();
@@ -320,7 +271,7 @@ impl Files {
     }
 
     /// Writes a file whose content is known to match its digest.
-    pub fn write(&self, key: &Key, content: &[u8]) -> io::Result<u64> {
+    pub fn write(&self, key: &FileKey, content: &[u8]) -> io::Result<u64> {
         let mut incoming = self.create()?;
         incoming.file.write_all(content)?;
         self.publish(incoming, key, 0)
@@ -329,7 +280,7 @@ impl Files {
     /// Links the n-th copy of `key` into a directory.
     pub fn link(
         &self,
-        key: &Key,
+        key: &FileKey,
         copy: u32,
         directory: BorrowedFd<'_>,
         name: &str,
@@ -341,7 +292,12 @@ impl Files {
     }
 
     /// Makes a sealed file the first copy of `key`, by a further link to it.
-    pub fn adopt(&self, key: &Key, directory: BorrowedFd<'_>, name: &str) -> Result<u64, Errno> {
+    pub fn adopt(
+        &self,
+        key: &FileKey,
+        directory: BorrowedFd<'_>,
+        name: &str,
+    ) -> Result<u64, Errno> {
         let mut target = String::new();
         key.write_name(0, &mut target);
         let shard = &self.shards[key.shard()];
@@ -351,7 +307,7 @@ impl Files {
 
     /// Makes another inode with the content of `source`, sharing its blocks where the file system
     /// can.
-    pub fn duplicate(&self, source: &File, key: &Key, copy: u32) -> io::Result<u64> {
+    pub fn duplicate(&self, source: &File, key: &FileKey, copy: u32) -> io::Result<u64> {
         let incoming = self.create()?;
         copy_content(source, &incoming.file, key.digest.size())?;
         self.publish(incoming, key, copy)
@@ -375,7 +331,7 @@ impl Files {
         Ok(reflink_copy::reflink_file(&one.file, &other.file).is_ok())
     }
 
-    pub fn open_copy(&self, key: &Key, copy: u32) -> io::Result<File> {
+    pub fn open_copy(&self, key: &FileKey, copy: u32) -> io::Result<File> {
         let mut name = String::new();
         key.write_name(copy, &mut name);
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -384,7 +340,7 @@ impl Files {
     }
 
     /// Removes all copies of a file.
-    pub fn remove(&self, key: &Key, copies: u32) -> io::Result<()> {
+    pub fn remove(&self, key: &FileKey, copies: u32) -> io::Result<()> {
         // The last copy first, so that a worker killed in between leaves no gap.
         for copy in (0..copies).rev() {
             self.remove_copy(key, copy)?;
@@ -392,7 +348,7 @@ impl Files {
         Ok(())
     }
 
-    pub fn remove_copy(&self, key: &Key, copy: u32) -> io::Result<()> {
+    pub fn remove_copy(&self, key: &FileKey, copy: u32) -> io::Result<()> {
         let mut name = String::new();
         key.write_name(copy, &mut name);
         match rustix::fs::unlinkat(&self.shards[key.shard()], &name, AtFlags::empty()) {
@@ -404,7 +360,7 @@ impl Files {
 
 /// Who may write to a file of an input root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum MayWrite {
+pub enum WriteAccess {
     Nobody,
     Everybody,
 }
@@ -413,12 +369,12 @@ fn create(
     directory: BorrowedFd<'_>,
     name: &str,
     executable: bool,
-    may_write: MayWrite,
+    may_write: WriteAccess,
 ) -> io::Result<File> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let mode = match may_write {
-        MayWrite::Nobody => mode(executable),
-        MayWrite::Everybody => mode(executable) | Mode::from_raw_mode(0o222),
+        WriteAccess::Nobody => mode(executable),
+        WriteAccess::Everybody => mode(executable) | Mode::from_raw_mode(0o222),
     };
     Ok(rustix::fs::openat(directory, name, flags, mode)?.into())
 }
@@ -427,10 +383,10 @@ fn create(
 /// the file system can; tells its inode number. Whoever `may_write` says may write to it.
 pub fn copy(
     source: &File,
-    key: &Key,
+    key: &FileKey,
     directory: BorrowedFd<'_>,
     name: &str,
-    may_write: MayWrite,
+    may_write: WriteAccess,
 ) -> io::Result<u64> {
     let file = create(directory, name, key.executable, may_write)?;
     copy_content(source, &file, key.digest.size())?;
@@ -443,7 +399,7 @@ pub fn make_empty(
     directory: BorrowedFd<'_>,
     name: &str,
     executable: bool,
-    may_write: MayWrite,
+    may_write: WriteAccess,
 ) -> io::Result<u64> {
     let file = create(directory, name, executable, may_write)?;
     set_mtime(file.as_fd())?;
@@ -459,7 +415,7 @@ pub fn is_the_workers(stat: &rustix::fs::Stat) -> bool {
         && stat.st_uid == rustix::process::geteuid().as_raw()
 }
 
-pub fn is_as_made(stat: &rustix::fs::Stat, key: &Key, owner: u32) -> bool {
+pub fn is_as_made(stat: &rustix::fs::Stat, key: &FileKey, owner: u32) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
         && u64::try_from(stat.st_size) == Ok(key.digest.size())
         && stat.st_mode & 0o7777 == mode(key.executable).as_raw_mode()
@@ -549,24 +505,6 @@ fn has_no_writer(fd: BorrowedFd<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_name_tells_what_the_file_is() {
-        for function in DigestFunction::ALL {
-            for executable in [false, true] {
-                for copy in [0, 1, 17] {
-                    let digest = function.digest_of(b"x");
-                    let key = Key { digest, executable };
-                    let mut name = String::new();
-                    key.write_name(copy, &mut name);
-                    assert_eq!(Key::parse_name(&name), Some((key, copy)));
-                }
-            }
-        }
-        for wrong in ["", "sha256", "sha256-ab-1-x", "sha256-ab-1-x.0", "x+x"] {
-            assert_eq!(Key::parse_name(wrong), None, "{wrong}");
-        }
-    }
 
     #[test]
     fn a_file_that_somebody_can_still_write_is_not_sealed() {

@@ -2,19 +2,19 @@
 
 use std::io;
 
-use super::{Cache, Claim, Key, Limits, State};
+use super::{CacheLimits, FileCache, FileClaim, FileKey, Index};
 use crate::worker::fault::Fault;
 
 /// Of a file system, that are left free; every directory and output of an action takes one.
 const MINIMUM_FREE_INODES: u64 = 1_000;
 
-impl State {
-    fn is_over(&self, limits: Limits) -> bool {
+impl Index {
+    fn is_over(&self, limits: CacheLimits) -> bool {
         self.kept.weight() > limits.bytes || self.inodes() > limits.files
     }
 }
 
-impl Cache {
+impl FileCache {
     /// Sets what lets go of kept input roots when the cache is too full; once.
     pub fn on_pressure(&self, release: impl Fn() -> bool + Send + Sync + 'static) {
         let _ = self.release.set(Box::new(release));
@@ -26,27 +26,27 @@ impl Cache {
     }
 
     /// Evicts until the file system has enough free, and the limits are kept.
-    pub fn make_fit(&self) {
-        let lacking = self.lacking();
-        if lacking > 0 {
+    pub fn evict_to_fit(&self) {
+        let shortfall = self.shortfall();
+        if shortfall > 0 {
             let weight = self.state.lock().kept.weight();
-            self.evict(Limits {
-                bytes: weight.saturating_sub(lacking),
+            self.evict(CacheLimits {
+                bytes: weight.saturating_sub(shortfall),
                 ..self.limits
             });
             // Once: what was evicted may be linked from kept roots, and room comes with a delay.
-            if self.lacking() > 0
+            if self.shortfall() > 0
                 && let Some(release) = self.release.get()
             {
                 release();
             }
         }
-        self.keep_limits();
+        self.enforce_limits();
     }
 
     /// Evicts until the limits are kept, and asks for kept input roots when that is not enough. Does
     /// not ask the file system, and so is for every single file.
-    pub(super) fn keep_limits(&self) {
+    pub(super) fn enforce_limits(&self) {
         let release = || self.release.get().is_some_and(|release| release());
         while self.is_over() {
             self.remove_idle();
@@ -64,7 +64,7 @@ impl Cache {
     }
 
     /// Bytes to evict, so that the file system has enough free.
-    fn lacking(&self) -> u64 {
+    fn shortfall(&self) -> u64 {
         if self.limits.minimum_free == 0 {
             return 0;
         }
@@ -81,8 +81,8 @@ impl Cache {
     }
 
     /// Removes what is unpinned and longest unused, until the limits are kept. Returns how many.
-    fn evict(&self, limits: Limits) -> usize {
-        let mut claim = Claim::new(self);
+    fn evict(&self, limits: CacheLimits) -> usize {
+        let mut claim = FileClaim::new(self);
         let mut state = self.state.lock();
         let mut victims = Vec::new();
         while state.is_over(limits)
@@ -101,26 +101,26 @@ impl Cache {
     }
 
     /// Frees room on a full disk; `false` when there is nothing to remove.
-    pub(super) fn make_space(&self, key: &Key) -> bool {
+    pub(super) fn evict_when_full(&self, key: &FileKey) -> bool {
         let weight = self.state.lock().kept.weight();
         let room = (key.digest.size() * 2).max(64 << 20).max(weight / 16);
-        let removed = self.evict(Limits {
+        let removed = self.evict(CacheLimits {
             bytes: weight.saturating_sub(room),
             ..self.limits
         });
         removed > 0 || self.release.get().is_some_and(|release| release())
     }
 
-    pub(super) fn with_room<T>(
+    pub(super) fn write_evicting<T>(
         &self,
-        key: &Key,
+        key: &FileKey,
         mut write: impl FnMut() -> io::Result<T>,
     ) -> Result<T, Fault> {
         let mut attempts = 0;
         loop {
             match write() {
                 Ok(done) => return Ok(done),
-                Err(error) if attempts < 4 && is_full(&error) && self.make_space(key) => {
+                Err(error) if attempts < 4 && is_full(&error) && self.evict_when_full(key) => {
                     attempts += 1;
                 }
                 Err(error) => return Err(self.disk_fault(key, error)),

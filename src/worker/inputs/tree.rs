@@ -9,11 +9,13 @@ use std::{
 };
 
 use super::{
-    cache::Key,
-    directories::{Directory, MAXIMUM_DEPTH},
-    fault::Fault,
+    directory::{Directory, MAXIMUM_DEPTH},
+    file_cache::FileKey,
 };
-use crate::digest::{Digest, DigestFunction};
+use crate::{
+    digest::{Digest, DigestFunction},
+    worker::fault::Fault,
+};
 
 /// A whole input root, or a part of one.
 pub type Tree = Arc<Node>;
@@ -70,7 +72,7 @@ impl Node {
     }
 
     /// Every file of every distinct directory.
-    pub fn files(&self) -> Vec<Key> {
+    pub fn files(&self) -> Vec<FileKey> {
         let nodes = self.nodes();
         let files = nodes.iter().flat_map(|node| &node.directory.files);
         files.map(|file| file.key).collect()

@@ -9,28 +9,28 @@ use parking_lot::Mutex;
 /// After the last action that could have changed anything.
 const PAUSE: Duration = Duration::from_secs(10 * 60);
 
-pub struct Keeping {
+pub struct Retention {
     /// Never, where changes of directories do not show.
     possible: bool,
-    distrust: Mutex<Distrust>,
+    distrust: Mutex<Suspension>,
 }
 
 #[derive(Clone, Copy, Default)]
-struct Distrust {
+struct Suspension {
     /// Since the start.
     actions: u64,
     until: Option<Instant>,
 }
 
-impl Keeping {
+impl Retention {
     pub fn new(possible: bool) -> Self {
-        Keeping {
+        Retention {
             possible,
             distrust: Mutex::default(),
         }
     }
 
-    pub fn is_on(&self, now: Instant) -> bool {
+    pub fn is_active(&self, now: Instant) -> bool {
         let mut distrust = self.distrust.lock();
         match distrust.until {
             Some(until) if now < until => false,
@@ -45,7 +45,7 @@ impl Keeping {
     }
 
     /// An action could have changed anything.
-    pub fn distrust(&self, now: Instant) {
+    pub fn suspend(&self, now: Instant) {
         let mut distrust = self.distrust.lock();
         distrust.actions += 1;
         let actions = distrust.actions;
@@ -60,7 +60,7 @@ impl Keeping {
     }
 
     /// For the status line; `None` while roots are kept, or never are.
-    pub fn why_not(&self, now: Instant) -> Option<String> {
+    pub fn suspension(&self, now: Instant) -> Option<String> {
         let distrust = *self.distrust.lock();
         let left = distrust.until?.checked_duration_since(now)?;
         Some(format!(
@@ -78,15 +78,20 @@ mod tests {
     #[test]
     fn roots_are_kept_again_a_while_after_the_last_action_that_ran_as_root() {
         let now = Instant::now();
-        let keeping = Keeping::new(true);
-        assert!(keeping.is_on(now));
-        assert_eq!(keeping.why_not(now), None);
-        keeping.distrust(now);
-        keeping.distrust(now + PAUSE / 2);
-        assert!(!keeping.is_on(now + PAUSE));
-        assert!(keeping.why_not(now + PAUSE).unwrap().contains("2 actions"));
-        assert!(keeping.is_on(now + PAUSE / 2 + PAUSE));
-        assert_eq!(keeping.why_not(now + 2 * PAUSE), None);
-        assert!(!Keeping::new(false).is_on(now));
+        let retention = Retention::new(true);
+        assert!(retention.is_active(now));
+        assert_eq!(retention.suspension(now), None);
+        retention.suspend(now);
+        retention.suspend(now + PAUSE / 2);
+        assert!(!retention.is_active(now + PAUSE));
+        assert!(
+            retention
+                .suspension(now + PAUSE)
+                .unwrap()
+                .contains("2 actions")
+        );
+        assert!(retention.is_active(now + PAUSE / 2 + PAUSE));
+        assert_eq!(retention.suspension(now + 2 * PAUSE), None);
+        assert!(!Retention::new(false).is_active(now));
     }
 }

@@ -1,10 +1,8 @@
 //! Directory messages: fetched level by level, parsed once, kept in memory, put together to the
 //! tree that an input root is laid out from.
 //!
-//! 1. A `Directory` is well formed: every name is one path component and occurs once; each list is
-//!    in the order of the names.
-//! 2. A Directory is fetched once, however many actions ask for it at the same time.
-//! 3. A walk stops at every subtree that is in memory as a whole, so that its cost follows what is
+//! 1. A Directory is fetched once, however many actions ask for it at the same time.
+//! 2. A walk stops at every subtree that is in memory as a whole, so that its cost follows what is
 //!    new in a root.
 
 use std::{
@@ -15,140 +13,26 @@ use std::{
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 use parking_lot::Mutex;
-use prost::Message;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    cache::Key,
-    fault::Fault,
-    lru::Lru,
+    directory::{Directory, MAXIMUM_ENTRIES},
+    file_cache::FileKey,
     tree::{self, Node, Tree},
 };
 use crate::{
     digest::Digest,
     instance::InstanceName,
-    path::Component,
-    proto::reapi,
     storage::{self, remote::Client},
+    worker::{fault::Fault, lru::Lru},
 };
-
-/// Directories below one another. A path of more has over 2,000 bytes, half of PATH_MAX.
-pub const MAXIMUM_DEPTH: u32 = 1_024;
-
-/// Files, directories and symbolic links of one input root. A few hundred bytes of Directory
-/// messages that repeat one another can describe more than any disk holds.
-pub const MAXIMUM_ENTRIES: u64 = 2_000_000;
 
 /// What one batch of reads brings into memory; REAPI servers accept 4 MiB.
 pub const BATCH_SIZE: u64 = 3 << 20;
 pub const BATCH_BLOBS: usize = 1_000;
 
-/// REAPI: Directory.
-#[derive(Debug, Default, PartialEq)]
-pub struct Directory {
-    pub files: Vec<File>,
-    pub directories: Vec<(Component, Digest)>,
-    pub symlinks: Vec<(Component, Box<str>)>,
-}
-
-#[derive(Debug, PartialEq)]
-pub struct File {
-    pub name: Component,
-    pub key: Key,
-}
-
-impl Directory {
-    /// The text says what is wrong, and reads as a sentence after the Directory's name.
-    pub fn parse(digest: &Digest, data: &[u8]) -> Result<Self, String> {
-        let message = reapi::Directory::decode(data)
-            .map_err(|error| format!("it is no Directory message: {error}"))?;
-        let name = |name: &str| Component::parse(name).map_err(|error| error.to_string());
-        let child = |name: &str, child: Option<&reapi::Digest>| {
-            Digest::parse_required(Some(digest.function()), child)
-                .map_err(|error| format!("the digest of its entry {name:?} is wrong: {error}"))
-        };
-        let mut directory = Directory::default();
-        directory.files.reserve_exact(message.files.len());
-        for file in &message.files {
-            directory.files.push(File {
-                name: name(&file.name)?,
-                key: Key {
-                    digest: child(&file.name, file.digest.as_ref())?,
-                    executable: file.is_executable,
-                },
-            });
-        }
-        directory
-            .directories
-            .reserve_exact(message.directories.len());
-        for entry in &message.directories {
-            directory.directories.push((
-                name(&entry.name)?,
-                child(&entry.name, entry.digest.as_ref())?,
-            ));
-        }
-        for symlink in &message.symlinks {
-            if symlink.target.is_empty()
-                || symlink.target.len() > 4095
-                || symlink.target.contains('\0')
-            {
-                return Err(format!(
-                    "the target of its symbolic link {:?} is empty, longer than 4095 bytes, or has a NUL character",
-                    symlink.name
-                ));
-            }
-            directory
-                .symlinks
-                .push((name(&symlink.name)?, symlink.target.as_str().into()));
-        }
-        directory.sort();
-        // Twice is ambiguous.
-        let mut names: Vec<&str> = directory.names().collect();
-        names.sort_unstable();
-        match names.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(pair) => Err(format!("it has two entries with the name {:?}", pair[0])),
-            None => Ok(directory),
-        }
-    }
-
-    /// REAPI wants the lists sorted; comparing two directories relies on it.
-    pub fn sort(&mut self) {
-        self.files.sort_by(|a, b| a.name.cmp(&b.name));
-        self.directories.sort_by(|a, b| a.0.cmp(&b.0));
-        self.symlinks.sort_by(|a, b| a.0.cmp(&b.0));
-    }
-
-    fn names(&self) -> impl Iterator<Item = &str> {
-        let files = self.files.iter().map(|file| &file.name);
-        let directories = self.directories.iter().map(|(name, _)| name);
-        let symlinks = self.symlinks.iter().map(|(name, _)| name);
-        files.chain(directories).chain(symlinks).map(|n| n.as_str())
-    }
-
-    /// Of its names, each with so many bytes beside it.
-    pub fn size_on_disk(&self, beside_a_name: u64) -> u64 {
-        self.names()
-            .fold(0, |sum, name| sum + name.len() as u64 + beside_a_name)
-    }
-
-    pub fn entries(&self) -> u64 {
-        (self.files.len() + self.directories.len() + self.symlinks.len()) as u64
-    }
-
-    /// Bytes in memory, roughly.
-    fn weight(&self) -> u64 {
-        let fixed = size_of::<Self>()
-            + self.files.len() * size_of::<File>()
-            + self.directories.len() * size_of::<(Component, Digest)>()
-            + self.symlinks.len() * size_of::<(Component, Box<str>)>();
-        let names: usize = self.names().map(|name| name.len() + 16).sum();
-        let targets: usize = self.symlinks.iter().map(|(_, target)| target.len()).sum();
-        (fixed + names + targets + 128) as u64
-    }
-}
-
 /// What a walk through the storage brought.
-pub struct Walk {
+pub struct DirectoryWalk {
     /// The tree, when nothing is missing.
     pub tree: Option<Tree>,
     /// Directories that the storage lacks.
@@ -159,10 +43,10 @@ pub struct Walk {
     known: HashMap<Digest, Tree>,
 }
 
-impl Walk {
+impl DirectoryWalk {
     /// Every file of every directory that was found. Takes as long as the root is large.
-    pub fn files(&self) -> Vec<Key> {
-        let mut files: Vec<Key> = self.known.values().flat_map(|tree| tree.files()).collect();
+    pub fn files(&self) -> Vec<FileKey> {
+        let mut files: Vec<FileKey> = self.known.values().flat_map(|tree| tree.files()).collect();
         let found = self.found.values();
         files.extend(found.flat_map(|directory| directory.files.iter().map(|file| file.key)));
         files
@@ -170,17 +54,17 @@ impl Walk {
 }
 
 /// Fetches Directories, and keeps those last used.
-pub struct Directories {
+pub struct DirectoryCache {
     storage: Client,
     /// Of one message, in bytes.
     message_limit: u64,
     /// Of what is kept, and of what one input root may have.
     limit: u64,
-    state: Mutex<State>,
+    state: Mutex<DirectoryCacheState>,
 }
 
 #[derive(Default)]
-struct State {
+struct DirectoryCacheState {
     kept: Lru<Digest, Arc<Directory>>,
     /// Subtrees that somebody holds as a whole: input roots that are kept on disk do.
     trees: HashMap<Digest, Weak<Node>>,
@@ -189,7 +73,7 @@ struct State {
     fetching: HashMap<Digest, CancellationToken>,
 }
 
-impl State {
+impl DirectoryCacheState {
     fn remember(&mut self, trees: Vec<Tree>) {
         for tree in trees {
             self.trees.insert(tree.digest, Arc::downgrade(&tree));
@@ -202,13 +86,13 @@ impl State {
 }
 
 /// Digests that we fetch; others wait for us.
-struct Claim<'a> {
-    directories: &'a Directories,
+struct DirectoryClaim<'a> {
+    directories: &'a DirectoryCache,
     digests: Vec<Digest>,
     done: CancellationToken,
 }
 
-impl Drop for Claim<'_> {
+impl Drop for DirectoryClaim<'_> {
     fn drop(&mut self) {
         let mut state = self.directories.state.lock();
         for digest in &self.digests {
@@ -219,9 +103,9 @@ impl Drop for Claim<'_> {
     }
 }
 
-impl Directories {
+impl DirectoryCache {
     pub fn new(storage: Client, message_limit: u64, limit: u64) -> Self {
-        Directories {
+        DirectoryCache {
             storage,
             message_limit,
             limit,
@@ -235,7 +119,7 @@ impl Directories {
         instance: &InstanceName,
         root: Digest,
         beside: Digest,
-    ) -> Result<Walk, Fault> {
+    ) -> Result<DirectoryWalk, Fault> {
         let mut found: HashMap<Digest, Arc<Directory>> = HashMap::new();
         let mut known: HashMap<Digest, Tree> = HashMap::new();
         let mut missing = HashSet::new();
@@ -318,7 +202,7 @@ impl Directories {
             true => Some(self.build(root, &found, &known)?),
             false => None,
         };
-        Ok(Walk {
+        Ok(DirectoryWalk {
             tree,
             missing,
             beside: match read_beside {
@@ -359,7 +243,7 @@ impl Directories {
         wanted: Vec<Digest>,
         found: &mut HashMap<Digest, Arc<Directory>>,
         known: &mut HashMap<Digest, Tree>,
-    ) -> (Claim<'_>, Vec<(Digest, CancellationToken)>) {
+    ) -> (DirectoryClaim<'_>, Vec<(Digest, CancellationToken)>) {
         let done = CancellationToken::new();
         let mut digests = Vec::new();
         let mut waiting = Vec::new();
@@ -379,7 +263,7 @@ impl Directories {
             }
         }
         drop(state);
-        let claim = Claim {
+        let claim = DirectoryClaim {
             directories: self,
             digests,
             done,

@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Cache, Key, files};
+use super::{FileCache, FileKey, disk};
 use crate::digest::Hasher;
 
 /// Read at a time.
@@ -34,13 +34,13 @@ const THREADS: usize = 8;
 
 /// What was read since the start.
 #[derive(Debug, Default)]
-pub struct Verified {
+pub struct VerificationCounts {
     pub files: AtomicU64,
     pub bytes: AtomicU64,
     pub wrong: AtomicU64,
 }
 
-impl std::fmt::Display for Verified {
+impl std::fmt::Display for VerificationCounts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
         write!(
@@ -64,8 +64,8 @@ pub enum Portion {
 }
 
 /// A file that is being read.
-struct Reading {
-    key: Key,
+struct FileBeingRead {
+    key: FileKey,
     file: File,
     inode: u64,
     hasher: Hasher,
@@ -73,17 +73,17 @@ struct Reading {
 
 /// Reads a cache in the background, in portions.
 pub struct Verifier {
-    cache: Weak<Cache>,
+    cache: Weak<FileCache>,
     /// Of `Lru::next`.
     place: usize,
-    /// Further inodes of the last file that are yet to be read.
-    further: Option<(Key, u32)>,
-    reading: Option<Reading>,
+    /// Extra inodes of the last file that are yet to be read.
+    further: Option<(FileKey, u32)>,
+    reading: Option<FileBeingRead>,
     buffer: Vec<u8>,
 }
 
 impl Verifier {
-    pub fn new(cache: &Arc<Cache>) -> Self {
+    pub fn new(cache: &Arc<FileCache>) -> Self {
         Verifier {
             cache: Arc::downgrade(cache),
             place: 0,
@@ -149,7 +149,7 @@ impl Verifier {
     }
 
     /// Which file comes now, and which of its inodes; `None` after the last one.
-    fn next(&mut self, cache: &Cache) -> Option<(Key, u32)> {
+    fn next(&mut self, cache: &FileCache) -> Option<(FileKey, u32)> {
         let state = cache.state.lock();
         if let Some((key, number)) = self.further.take()
             && number < state.copies(&key)
@@ -164,20 +164,20 @@ impl Verifier {
     }
 }
 
-impl Cache {
-    pub fn verified(&self) -> &Verified {
+impl FileCache {
+    pub fn verified(&self) -> &VerificationCounts {
         &self.verified
     }
 
     /// `None` when it is gone, or wrong already.
-    fn open_for_reading(&self, key: Key, number: u32) -> Option<Reading> {
+    fn open_for_reading(&self, key: FileKey, number: u32) -> Option<FileBeingRead> {
         let file = self.files.open_copy(&key, number).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
-        if !files::is_as_made(&stat, &key, rustix::process::geteuid().as_raw()) {
+        if !disk::is_as_made(&stat, &key, rustix::process::geteuid().as_raw()) {
             self.wrong(&key, number, "has another size, mode, owner or mtime");
             return None;
         }
-        Some(Reading {
+        Some(FileBeingRead {
             hasher: key.digest.function().hasher(),
             inode: stat.st_ino,
             key,
@@ -186,8 +186,8 @@ impl Cache {
     }
 
     /// Of a file that was read to its end, or to an error.
-    fn judge(&self, reading: Reading, error: Option<io::Error>) {
-        let Reading {
+    fn judge(&self, reading: FileBeingRead, error: Option<io::Error>) {
+        let FileBeingRead {
             key, file, hasher, ..
         } = reading;
         self.verified.files.fetch_add(1, Ordering::Relaxed);
@@ -205,21 +205,21 @@ impl Cache {
     }
 
     /// Whether an inode is one of a file's.
-    fn knows(&self, key: &Key, inode: u64) -> bool {
+    fn knows(&self, key: &FileKey, inode: u64) -> bool {
         let state = self.state.lock();
         let first = state.kept.peek(key).map(|stored| stored.inode);
         first == Some(inode) || state.has_further(key, inode)
     }
 
     /// A file that may have been used is wrong.
-    fn wrong(&self, key: &Key, number: u32, what: &str) {
+    fn wrong(&self, key: &FileKey, number: u32, what: &str) {
         self.verified.wrong.fetch_add(1, Ordering::Relaxed);
         let path = self.files.path_of(key);
         let further = match number {
             0 => String::new(),
             number => format!(".{number}"),
         };
-        self.alter(
+        self.report_modified(
             &[*key],
             &format!(
                 "a cached file is not what it was, by a fault of the disk or the memory, or because somebody wrote to it: {}{further} {what}",
@@ -230,7 +230,7 @@ impl Cache {
 
     /// Reads files that an earlier worker left, and removes those that are wrong, which are returned.
     /// None of them has been used yet. Blocks.
-    pub(super) fn verify_first_use(&self, mut keys: Vec<Key>) -> Vec<Key> {
+    pub(super) fn verify_first_use(&self, mut keys: Vec<FileKey>) -> Vec<FileKey> {
         keys.sort_unstable();
         keys.dedup();
         let began = std::time::Instant::now();
@@ -283,7 +283,7 @@ impl Cache {
     }
 
     /// `None` when it is not there.
-    fn is_right(&self, key: &Key, buffer: &mut [u8]) -> Option<bool> {
+    fn is_right(&self, key: &FileKey, buffer: &mut [u8]) -> Option<bool> {
         let file = self.files.open_copy(key, 0).ok()?;
         let mut hasher = key.digest.function().hasher();
         self.verified.files.fetch_add(1, Ordering::Relaxed);

@@ -5,20 +5,18 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::fs::AtFlags;
 
 use super::{
+    file_cache::{FileCache, FileKey, InputFile, InputFileKind, InputFiles, LinkError, LinkMode},
+    kept::{self, KeptDirectory},
     lay_out::{LayOut, LayOutError, at},
-    model::{self, Kept},
 };
-use crate::worker::{
-    cache::{Cache, Key, Link, LinkError, LinkKind, Links, Method},
-    lru::Handle,
-};
+use crate::worker::lru::Handle;
 
 /// Makes one file of a root; with another inode, which `other` tells instead of a full one, when that
 /// has all links that it can have.
 pub(super) fn link(
-    cache: &Cache,
-    key: &Key,
-    link: &mut Link,
+    cache: &FileCache,
+    key: &FileKey,
+    link: &mut InputFile,
     directory: BorrowedFd<'_>,
     name: &str,
     buffer: &mut String,
@@ -26,7 +24,7 @@ pub(super) fn link(
 ) -> Result<(), LinkError> {
     loop {
         match (cache.link(key, link, directory, name, buffer), link.kind()) {
-            (Err(LinkError::Full), LinkKind::HardLink(handle, number)) => {
+            (Err(LinkError::Full), InputFileKind::HardLink(handle, number)) => {
                 cache.choose(key, link, other(handle, number))?;
             }
             (result, _) => return result,
@@ -42,29 +40,33 @@ impl LayOut<'_> {
         moved: &[u32],
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
-        if self.method != Method::HardLink {
+        if self.link_mode != LinkMode::HardLink {
             return Ok(());
         }
         let mut stays = vec![false; self.dropped.lock().len()];
         for number in moved {
             stays[*number as usize] = true;
         }
-        for (parked, stays) in self.dropped.lock().iter().zip(stays) {
-            if let (Some(parked), false) = (parked, stays) {
-                self.inodes.lock().free_all(&parked.kept);
+        for (stashed, stays) in self.dropped.lock().iter().zip(stays) {
+            if let (Some(stashed), false) = (stashed, stays) {
+                self.inodes.lock().free_all(&stashed.kept);
             }
         }
-        for parked in self.taken.lock().iter_mut().flatten() {
-            self.take_inodes(&mut parked.kept, buffer)?;
+        for stashed in self.taken.lock().iter_mut().flatten() {
+            self.take_inodes(&mut stashed.kept, buffer)?;
         }
         Ok(())
     }
 
-    fn take_inodes(&self, kept: &mut Kept, buffer: &mut String) -> Result<(), LayOutError> {
+    fn take_inodes(
+        &self,
+        kept: &mut KeptDirectory,
+        buffer: &mut String,
+    ) -> Result<(), LayOutError> {
         let mut inodes = self.inodes.lock();
         let mut taken = Vec::new();
         for (i, link) in kept.links.of.iter().enumerate() {
-            if let LinkKind::HardLink(file, number) = link.kind()
+            if let InputFileKind::HardLink(file, number) = link.kind()
                 && !inodes.take_this(file, number)
             {
                 taken.push((i, file));
@@ -85,7 +87,7 @@ impl LayOut<'_> {
             self.link(place.as_fd(), &file.key, name, link, buffer)?;
         }
         if !others.is_empty() {
-            kept.baseline = Some(model::settle(place.as_fd()).map_err(at("."))?.1);
+            kept.baseline = Some(kept::settle(place.as_fd()).map_err(at("."))?.1);
         }
         for child in &mut kept.children {
             self.take_inodes(child, buffer)?;
@@ -96,24 +98,24 @@ impl LayOut<'_> {
     /// Pins files of one directory, each as an inode that the root does not have yet.
     pub(super) fn pin(
         &self,
-        keys: impl Iterator<Item = Key> + Clone,
-    ) -> Result<Links, LayOutError> {
-        let pinned = self.shared.cache.pin(keys.clone(), self.method);
+        keys: impl Iterator<Item = FileKey> + Clone,
+    ) -> Result<InputFiles, LayOutError> {
+        let pinned = self.shared.cache.pin(keys.clone(), self.link_mode);
         let mut links = pinned.map_err(LayOutError::Vanished)?;
-        if self.method != Method::HardLink {
+        if self.link_mode != LinkMode::HardLink {
             return Ok(links);
         }
         let mut inodes = self.inodes.lock();
         let mut further = Vec::new();
         for (i, link) in links.of.iter().enumerate() {
-            if let LinkKind::HardLink(file, _) = link.kind() {
+            if let InputFileKind::HardLink(file, _) = link.kind() {
                 let number = inodes.take(file, 0);
                 further.extend((number > 0).then_some((i, number)));
             }
         }
         drop(inodes);
         if !further.is_empty() {
-            let keys: Vec<Key> = keys.collect();
+            let keys: Vec<FileKey> = keys.collect();
             for (i, number) in further {
                 self.choose(&keys[i], &mut links.of[i], number)?;
             }
@@ -121,7 +123,7 @@ impl LayOut<'_> {
         Ok(links)
     }
 
-    fn choose(&self, key: &Key, link: &mut Link, number: u32) -> Result<(), LayOutError> {
+    fn choose(&self, key: &FileKey, link: &mut InputFile, number: u32) -> Result<(), LayOutError> {
         let chosen = self.shared.cache.choose(key, link, number);
         self.tell(key, &key.digest.to_string(), chosen)
     }
@@ -129,7 +131,7 @@ impl LayOut<'_> {
     /// All others are tried, so that one attempt finds all that are gone.
     fn tell(
         &self,
-        key: &Key,
+        key: &FileKey,
         name: &str,
         result: Result<(), LinkError>,
     ) -> Result<(), LayOutError> {
@@ -147,14 +149,14 @@ impl LayOut<'_> {
     pub(super) fn link(
         &self,
         directory: BorrowedFd<'_>,
-        key: &Key,
+        key: &FileKey,
         name: &str,
-        link: &mut Link,
+        link: &mut InputFile,
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
         let cache = &self.shared.cache;
-        let made = match self.method {
-            Method::Copy => cache.copy(key, link, directory, name),
+        let made = match self.link_mode {
+            LinkMode::Copy => cache.copy(key, link, directory, name),
             _ => self::link(cache, key, link, directory, name, buffer, |file, full| {
                 self.inodes.lock().instead(file, full)
             }),

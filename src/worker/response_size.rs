@@ -9,7 +9,7 @@ use crate::proto::{self, reapi, rpc};
 const MAXIMUM_SIZE: usize = (4 << 20) - (64 << 10);
 
 /// Leaves the lists out of a response that nobody could receive, and says so in its status.
-pub fn make_fit(response: &mut reapi::ExecuteResponse) {
+pub fn truncate(response: &mut reapi::ExecuteResponse) {
     let size = response.encoded_len();
     if size > MAXIMUM_SIZE {
         cut(
@@ -104,10 +104,10 @@ mod tests {
     #[test]
     fn what_fits_stays_as_it_is_and_what_does_not_keeps_what_people_read() {
         let mut small = response(4000);
-        make_fit(&mut small);
+        truncate(&mut small);
         assert_eq!(small, response(4000));
         let mut large = response(4200);
-        make_fit(&mut large);
+        truncate(&mut large);
         assert!(large.encoded_len() < 1000);
         let result = large.result.unwrap();
         assert_eq!(result.exit_code, 3);
@@ -125,7 +125,7 @@ mod tests {
         };
         large.result.as_mut().unwrap().execution_metadata = Some(metadata);
         large.status = Some(proto::status(rpc::Code::Internal, "x".repeat(5 << 20)));
-        make_fit(&mut large);
+        truncate(&mut large);
         assert!(large.encoded_len() < 1000);
         let status = large.status.unwrap();
         assert_eq!(status.code, rpc::Code::InvalidArgument as i32);

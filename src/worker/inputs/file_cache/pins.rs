@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
-use super::{Busy, Cache, Key, State};
+use super::{FileCache, FileKey, InProgress, Index};
 use crate::worker::lru::Handle;
 
 /// A file of an input root.
 #[derive(Clone, Copy, Debug)]
-pub struct Link {
+pub struct InputFile {
     pub inode: u64,
     /// Of the cached file; empty files are none.
     pin: Option<Handle>,
@@ -23,7 +23,7 @@ const OWN: u32 = u32::MAX;
 
 /// What a file of an input root is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LinkKind {
+pub enum InputFileKind {
     /// Made for this place alone, as there is nothing in it.
     Empty,
     /// An inode of its own with the content of a cached file.
@@ -32,21 +32,21 @@ pub enum LinkKind {
     HardLink(Handle, u32),
 }
 
-impl Link {
-    pub(super) fn new(kind: LinkKind, inode: u64) -> Self {
+impl InputFile {
+    pub(super) fn new(kind: InputFileKind, inode: u64) -> Self {
         let (pin, number) = match kind {
-            LinkKind::Empty => (None, OWN),
-            LinkKind::Own(handle) => (Some(handle), OWN),
-            LinkKind::HardLink(handle, number) => (Some(handle), number),
+            InputFileKind::Empty => (None, OWN),
+            InputFileKind::Own(handle) => (Some(handle), OWN),
+            InputFileKind::HardLink(handle, number) => (Some(handle), number),
         };
-        Link { inode, pin, number }
+        InputFile { inode, pin, number }
     }
 
-    pub fn kind(&self) -> LinkKind {
+    pub fn kind(&self) -> InputFileKind {
         match (self.pin, self.number) {
-            (None, _) => LinkKind::Empty,
-            (Some(handle), OWN) => LinkKind::Own(handle),
-            (Some(handle), number) => LinkKind::HardLink(handle, number),
+            (None, _) => InputFileKind::Empty,
+            (Some(handle), OWN) => InputFileKind::Own(handle),
+            (Some(handle), number) => InputFileKind::HardLink(handle, number),
         }
     }
 
@@ -58,22 +58,22 @@ impl Link {
 }
 
 /// Files of an input root, which pin what they are made of.
-pub struct Links {
-    pub(super) cache: Arc<Cache>,
-    pub of: Vec<Link>,
+pub struct InputFiles {
+    pub(super) cache: Arc<FileCache>,
+    pub of: Vec<InputFile>,
 }
 
-impl Links {
+impl InputFiles {
     /// These alone; the others are let go of with what is returned.
-    pub fn part(&self, of: Vec<Link>) -> Self {
-        Links {
+    pub fn part(&self, of: Vec<InputFile>) -> Self {
+        InputFiles {
             cache: self.cache.clone(),
             of,
         }
     }
 }
 
-impl Drop for Links {
+impl Drop for InputFiles {
     fn drop(&mut self) {
         if !self.of.is_empty() {
             let mut state = self.cache.state.lock();
@@ -84,15 +84,15 @@ impl Drop for Links {
     }
 }
 
-impl State {
-    fn release(&mut self, link: &Link) {
+impl Index {
+    fn release(&mut self, link: &InputFile) {
         match link.kind() {
-            LinkKind::Empty => self.own -= 1,
-            LinkKind::Own(handle) => {
+            InputFileKind::Empty => self.own -= 1,
+            InputFileKind::Own(handle) => {
                 self.own -= 1;
                 self.kept.unpin(handle);
             }
-            LinkKind::HardLink(handle, number) => {
+            InputFileKind::HardLink(handle, number) => {
                 self.unlink_further(handle, number, link.inode);
                 self.kept.unpin(handle);
             }
@@ -101,12 +101,12 @@ impl State {
 }
 
 /// Files that are not evicted for as long as this lives.
-pub struct Pins {
-    pub(super) cache: Arc<Cache>,
+pub struct Pinned {
+    pub(super) cache: Arc<FileCache>,
     pub(super) handles: Vec<Handle>,
 }
 
-impl Drop for Pins {
+impl Drop for Pinned {
     fn drop(&mut self) {
         let mut state = self.cache.state.lock();
         for handle in &self.handles {
@@ -116,24 +116,24 @@ impl Drop for Pins {
         let over = self.cache.is_over();
         if over && let Ok(runtime) = tokio::runtime::Handle::try_current() {
             let cache = self.cache.clone();
-            runtime.spawn_blocking(move || cache.make_fit());
+            runtime.spawn_blocking(move || cache.evict_to_fit());
         }
     }
 }
 
 /// Keys that we change; others wait for us.
-pub(super) struct Claim<'a> {
-    cache: &'a Cache,
+pub(super) struct FileClaim<'a> {
+    cache: &'a FileCache,
     pub(super) number: u64,
-    pub(super) keys: Vec<Key>,
+    pub(super) keys: Vec<FileKey>,
     done: CancellationToken,
 }
 
-impl<'a> Claim<'a> {
-    pub(super) fn new(cache: &'a Cache) -> Self {
+impl<'a> FileClaim<'a> {
+    pub(super) fn new(cache: &'a FileCache) -> Self {
         let mut state = cache.state.lock();
         state.claims += 1;
-        Claim {
+        FileClaim {
             cache,
             number: state.claims,
             keys: Vec::new(),
@@ -141,8 +141,8 @@ impl<'a> Claim<'a> {
         }
     }
 
-    pub(super) fn add(&mut self, state: &mut State, key: Key) {
-        let busy = Busy {
+    pub(super) fn add(&mut self, state: &mut Index, key: FileKey) {
+        let busy = InProgress {
             claim: self.number,
             done: self.done.clone(),
         };
@@ -151,7 +151,7 @@ impl<'a> Claim<'a> {
     }
 }
 
-impl Drop for Claim<'_> {
+impl Drop for FileClaim<'_> {
     fn drop(&mut self) {
         if !self.keys.is_empty() {
             let mut state = self.cache.state.lock();

@@ -20,7 +20,7 @@ use std::{
 
 use parking_lot::{Condvar, Mutex};
 
-use super::Shared;
+use super::builder::Shared;
 use crate::{config::Size, worker::fault::Fault};
 
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -35,7 +35,7 @@ const ROOM_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long, before cached files go for it.
 const CACHE_PATIENCE: Duration = Duration::from_secs(5);
 
-pub struct Disk {
+pub struct DiskSpace {
     path: PathBuf,
     directory: OwnedFd,
     minimum_free: u64,
@@ -59,26 +59,26 @@ pub struct Free {
 }
 
 /// A command that runs.
-pub struct Watched {
-    disk: Arc<Disk>,
+pub struct RunningCommand {
+    disk: Arc<DiskSpace>,
     full_before: u64,
 }
 
-impl Drop for Watched {
+impl Drop for RunningCommand {
     fn drop(&mut self) {
         *self.disk.commands.running.lock() -= 1;
     }
 }
 
-impl Drop for Disk {
+impl Drop for DiskSpace {
     fn drop(&mut self) {
         self.commands.changed.notify_all();
     }
 }
 
-impl Disk {
+impl DiskSpace {
     pub fn new(path: PathBuf, directory: OwnedFd, minimum_free: u64) -> io::Result<Arc<Self>> {
-        let disk = Arc::new(Disk {
+        let disk = Arc::new(DiskSpace {
             path,
             directory,
             minimum_free,
@@ -124,17 +124,17 @@ impl Disk {
     }
 
     /// Watches until what is returned is dropped.
-    pub fn watch(self: &Arc<Self>) -> Watched {
+    pub fn watch(self: &Arc<Self>) -> RunningCommand {
         *self.commands.running.lock() += 1;
         self.commands.changed.notify_all();
-        Watched {
+        RunningCommand {
             full_before: self.full.load(Ordering::SeqCst),
             disk: self.clone(),
         }
     }
 }
 
-impl Watched {
+impl RunningCommand {
     /// What there is to say when the disk was, or is, full.
     pub fn fault(&self) -> Option<Fault> {
         self.disk.look();
@@ -150,7 +150,7 @@ impl Watched {
     }
 }
 
-fn sample(disk: &Weak<Disk>, commands: &Commands) {
+fn sample(disk: &Weak<DiskSpace>, commands: &Commands) {
     loop {
         let mut running = commands.running.lock();
         while *running == 0 && disk.strong_count() > 0 {
@@ -169,7 +169,7 @@ fn sample(disk: &Weak<Disk>, commands: &Commands) {
 impl Shared {
     /// Waits until an action has room, which what is being removed may leave; then cached files and
     /// kept input roots go. Blocks.
-    pub(super) fn await_room(&self) -> Result<(), Fault> {
+    pub(super) fn await_free_space(&self) -> Result<(), Fault> {
         let mut waited = Duration::ZERO;
         let mut before = None;
         loop {
@@ -180,7 +180,7 @@ impl Shared {
             if self.disk.suffices(free) {
                 return Ok(());
             }
-            let removing = self.trash.is_emptying() || self.pool.lock().dirty > 0;
+            let removing = self.deletions.is_busy() || self.pool.lock().dirty > 0;
             let in_vain = before == Some(free) && !removing;
             if in_vain || waited >= ROOM_TIMEOUT {
                 return Err(Fault::Contended(format!(
@@ -192,7 +192,7 @@ impl Shared {
                 )));
             }
             if !removing || waited >= CACHE_PATIENCE {
-                self.cache.make_fit();
+                self.cache.evict_to_fit();
                 before = Some(free);
             }
             std::thread::sleep(INTERVAL);

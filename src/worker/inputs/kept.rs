@@ -13,10 +13,10 @@ use rustix::{
     io::Errno,
 };
 
-use super::inodes::Inodes;
-use crate::worker::{
-    cache::{LinkKind, Links, Method},
-    directories::Directory,
+use super::{
+    directory::Directory,
+    file_cache::{InputFileKind, InputFiles, LinkMode},
+    inodes::Inodes,
     tree::Tree,
 };
 
@@ -29,15 +29,15 @@ const DIRECTORY_SIZE: u64 = 256 << 10;
 const ENTRY_SIZE: u64 = 24;
 
 /// An open directory (O_PATH), counted as long as it is open.
-pub struct Place {
+pub struct DirectoryFd {
     fd: OwnedFd,
     open: Arc<AtomicU64>,
 }
 
-impl Place {
+impl DirectoryFd {
     pub fn new(fd: OwnedFd, open: &Arc<AtomicU64>) -> Self {
         open.fetch_add(1, Ordering::Relaxed);
-        Place {
+        DirectoryFd {
             fd,
             open: open.clone(),
         }
@@ -50,13 +50,13 @@ impl Place {
     }
 }
 
-impl AsFd for Place {
+impl AsFd for DirectoryFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 }
 
-impl Drop for Place {
+impl Drop for DirectoryFd {
     fn drop(&mut self) {
         self.open.fetch_sub(1, Ordering::Relaxed);
     }
@@ -79,25 +79,25 @@ impl Baseline {
 
 /// A whole root as the worker left it.
 pub struct KeptRoot {
-    pub top: Kept,
+    pub top: KeptDirectory,
     /// Those that its files have.
     pub inodes: Inodes,
     /// How its files were made.
-    pub method: Method,
+    pub link_mode: LinkMode,
 }
 
 /// A directory as the worker left it.
-pub struct Kept {
+pub struct KeptDirectory {
     pub node: Tree,
-    pub place: Arc<Place>,
+    pub place: Arc<DirectoryFd>,
     pub inode: u64,
     /// `None` when it must be read, whatever its ctime is.
     pub baseline: Option<Baseline>,
     /// For each file of `node.directory`, likewise for each symbolic link its inode.
-    pub links: Links,
+    pub links: InputFiles,
     pub symlinks: Box<[u64]>,
     /// For each of `node.children`.
-    pub children: Vec<Kept>,
+    pub children: Vec<KeptDirectory>,
 }
 
 /// Owner and mode of a directory that the worker made.
@@ -107,7 +107,7 @@ pub fn is_as_made(stat: &Stat, mode: u32) -> bool {
 
 /// Whether somebody had far more entries in a directory than it is to have. Directories never shrink
 /// on ext4, so that whoever lists it would read all that room.
-pub fn is_blown_up(stat: &Stat, wanted: &Directory) -> bool {
+pub fn is_oversized(stat: &Stat, wanted: &Directory) -> bool {
     let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
     // Few are larger, so that the names of few are summed up.
     size > DIRECTORY_SIZE && size > DIRECTORY_SIZE + wanted.size_on_disk(ENTRY_SIZE) * 2
@@ -152,9 +152,9 @@ pub fn look(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
 
 impl Inodes {
     /// What is in a directory and beneath it is no part of the root any more.
-    pub fn free_all(&mut self, kept: &Kept) {
+    pub fn free_all(&mut self, kept: &KeptDirectory) {
         for link in &kept.links.of {
-            if let LinkKind::HardLink(file, number) = link.kind() {
+            if let InputFileKind::HardLink(file, number) = link.kind() {
                 self.free(file, number);
             }
         }
@@ -164,7 +164,7 @@ impl Inodes {
     }
 }
 
-impl Kept {
+impl KeptDirectory {
     /// Whether nobody changed the list of entries since the worker did (I6), as far as a look tells.
     pub fn is_untouched(&self) -> bool {
         let looked = look(self.place.as_fd());

@@ -1,0 +1,81 @@
+//! What identifies a cached file, and its name on disk: sha256-HASH-SIZE+x when it is executable, else
+//! sha256-HASH-SIZE-x; its n-th further inode has `.n` behind that.
+
+use std::str::FromStr;
+
+use crate::{
+    digest::{Digest, DigestFunction},
+    text::push_hex,
+};
+
+/// What a cached file is: the same content may be there as an executable too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileKey {
+    pub digest: Digest,
+    pub executable: bool,
+}
+
+impl FileKey {
+    pub(super) fn shard(&self) -> usize {
+        usize::from(self.digest.hash_bytes()[0])
+    }
+
+    /// The name of its n-th copy, into a buffer that is used again and again.
+    pub(super) fn write_name(&self, copy: u32, name: &mut String) {
+        use std::fmt::Write;
+        name.clear();
+        name.push_str(self.digest.function().name());
+        name.push('-');
+        push_hex(name, self.digest.hash_bytes());
+        let sign = if self.executable { '+' } else { '-' };
+        let _ = write!(name, "-{}{sign}x", self.digest.size());
+        if copy > 0 {
+            let _ = write!(name, ".{copy}");
+        }
+    }
+
+    pub(super) fn parse_name(name: &str) -> Option<(Self, u32)> {
+        let (name, copy) = match name.split_once('.') {
+            Some((name, copy)) => (name, u32::from_str(copy).ok().filter(|copy| *copy > 0)?),
+            None => (name, 0),
+        };
+        let (name, executable) = match name.strip_suffix("+x") {
+            Some(name) => (name, true),
+            None => (name.strip_suffix("-x")?, false),
+        };
+        let mut parts = name.split('-');
+        let (function, hash, size) = (parts.next()?, parts.next()?, parts.next()?);
+        let function = DigestFunction::ALL
+            .into_iter()
+            .find(|known| known.name() == function)?;
+        let size = i64::from_str(size).ok()?;
+        let digest = Digest::parse_parts(Some(function), hash, size).ok()?;
+        parts
+            .next()
+            .is_none()
+            .then_some((FileKey { digest, executable }, copy))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_tells_what_the_file_is() {
+        for function in DigestFunction::ALL {
+            for executable in [false, true] {
+                for copy in [0, 1, 17] {
+                    let digest = function.digest_of(b"x");
+                    let key = FileKey { digest, executable };
+                    let mut name = String::new();
+                    key.write_name(copy, &mut name);
+                    assert_eq!(FileKey::parse_name(&name), Some((key, copy)));
+                }
+            }
+        }
+        for wrong in ["", "sha256", "sha256-ab-1-x", "sha256-ab-1-x.0", "x+x"] {
+            assert_eq!(FileKey::parse_name(wrong), None, "{wrong}");
+        }
+    }
+}

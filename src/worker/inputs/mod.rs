@@ -1,0 +1,69 @@
+//! Input roots: the directories that actions run in. Their cost follows what changed: the roots of
+//! past actions are kept, and turned into those of the next ones.
+//!
+//! ```text
+//! BUILD_DIRECTORY/N/               the action directory: the worker's, 0700. The runner opens it for
+//!                                  the action's user while the action runs, and shuts it again
+//! BUILD_DIRECTORY/N/root/          the input root; every directory in it is the worker's, 0777
+//! BUILD_DIRECTORY/N/tmp/           0777
+//! BUILD_DIRECTORY/N/server_logs/   0777
+//! BUILD_DIRECTORY/N/home/          0777; the action's $HOME
+//! BUILD_DIRECTORY/N/std{out,err}   made by the runner
+//! BUILD_DIRECTORY/stashed/         subtrees that no root has, for roots that will want them
+//! BUILD_DIRECTORY/deleted/         what is to be removed, and what an earlier worker left
+//! ```
+//!
+//! An action finds in its root what its Directory messages say and nothing else, and empty `tmp`,
+//! `home` and `server_logs`. That holds because of these:
+//!
+//! - I1 Files: an input file is the worker's and read-only: a reflink of a cached file or an empty one,
+//!   made while no action can see it; or a hard link to a file of the cache, which was whole before it
+//!   had a name.
+//! - I2 Credentials: actions run as users that are neither root nor the worker. When an action's
+//!   output tells otherwise, all is thrown away, and nothing is kept for a while (`retention`).
+//! - I3 Directories: every directory of a root is the worker's, so that no action can change its
+//!   owner, mode or times; it may write to it because of its mode, behind the action directory.
+//! - I4 Nothing foreign stays: what an action made is removed before the next one gets the root.
+//! - I5 No process: roots are verified while the action directory's lock is held, which the runner holds
+//!   for as long as a process of the action lives (flock(2)). The directory then has another name, so
+//!   that a call that arrives late at the runner finds nothing.
+//! - I6 Baseline: a directory's ctime is looked at after the worker's last change to it.
+//! - I7 Doubt means cold: after any error, a root and all that is known of it is thrown away.
+//! - I8 Distinct: no two files of a root are one inode, so that programs find separate files whatever
+//!   their content is. Reflinks and empty files are so by themselves. Of hard links, a root knows which
+//!   of the inodes of a cached file it has (`inodes`), takes for a further occurrence the first one that
+//!   it does not have, and the cache makes it when it does not have it either. A subtree that leaves the
+//!   root gives its inodes back; one that comes into it takes its own along, and where the root has one
+//!   of these already, that file is linked anew, to another inode, before the subtree is in its place.
+//!   So what stays in a root is not looked at; what comes or goes costs some nanoseconds a file, and at
+//!   most one link for each whose content the root has elsewhere: less than making the subtree.
+//!
+//! Roots of reflinks and roots of hard links do not become one another, nor lend one another
+//! subtrees.
+//! Where actions are to have input files of their own, each root is made anew, of copies: then the
+//! runner makes the action's user their owner, and nothing of the root is kept.
+//!
+//! `plan` says what changes, `lay_out` does it, `verify` reverts what the action did, `pool` keeps
+//! what waits. Verification happens in the background. How many roots wait for it is bounded;
+//! beyond that, actions wait.
+
+mod action_directory;
+mod builder;
+mod counts;
+mod ctime;
+mod deletion;
+pub mod directories;
+pub mod directory;
+pub mod file_cache;
+mod files;
+mod free_space;
+mod inodes;
+mod kept;
+mod lay_out;
+mod plan;
+mod pool;
+mod retention;
+pub mod tree;
+mod verify;
+
+pub use builder::{InputRoot, InputRootBuilder, LOCK_TIMEOUT, PlannedRoot, PrepareError};
