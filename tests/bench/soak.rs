@@ -487,9 +487,11 @@ async fn work(
         let answer = match client.synchronize(request).await {
             Ok(answer) => answer.into_inner(),
             Err(status) => {
-                let again = status.message().contains("already synchronizing");
-                if again && plan.churn {
+                let text = status.message();
+                if plan.churn && text.contains("already synchronizing") {
                     tally.add("Synchronize: its call before is still held");
+                } else if plan.churn && text.contains("executes an action") {
+                    tally.add("Synchronize: the connection that it lost still has its action");
                 } else {
                     tally.find("Synchronize failed", format!("{status:?}"));
                 }
