@@ -72,24 +72,12 @@ fn check_cleaning(config: &Config, diagnostics: &mut Diagnostics) {
         if directory_kind(path) == DirectoryKind::System {
             continue;
         }
-        let Ok(real) = fs::canonicalize(path).and_then(|real| fs::read_dir(&real).map(|_| real))
-        else {
+        if fs::read_dir(path).is_err() {
             diagnostics.add(
                 key,
                 format!(
                     "there is no directory {}; create it, or leave it out",
                     path.display()
-                ),
-            );
-            continue;
-        };
-        if let Some(home) = homes().into_iter().find(|home| home.starts_with(&real)) {
-            diagnostics.add(
-                key,
-                format!(
-                    "{} would be emptied, and the home of a user is there, {}; choose another directory",
-                    path.display(),
-                    home.display()
                 ),
             );
         }
@@ -109,21 +97,31 @@ fn check_cleaning(config: &Config, diagnostics: &mut Diagnostics) {
     }
 }
 
-/// A directory that would be emptied although the host cannot be without what is there.
+/// A directory that would be emptied although the host cannot be without what is there, or a person.
 pub(super) fn vital_directory(config: &Config) -> Option<Failure> {
+    let homes = homes();
     config
         .clean_temporary_directories
         .iter()
         .filter(|path| directory_kind(path) != DirectoryKind::System)
         .filter_map(|path| Some((path, fs::canonicalize(path).ok()?)))
-        .find(|(_, real)| directory_kind(real) == DirectoryKind::System)
-        .map(|(path, real)| Failure::Configuration {
+        .find_map(|(path, real)| {
+            let (shown, home) = (path.display(), homes.iter().find(|home| home.starts_with(&real)));
+            Some(match home {
+                _ if directory_kind(&real) == DirectoryKind::System => format!(
+                    "{shown} leads to {}, which the host cannot be without; it would be emptied",
+                    real.display()
+                ),
+                Some(home) => format!(
+                    "{shown} would be emptied, and the home of a user is there, {}; choose another directory",
+                    home.display()
+                ),
+                None => return None,
+            })
+        })
+        .map(|message| Failure::Configuration {
             key: "clean_temporary_directories",
-            message: format!(
-                "{} leads to {}, which the host cannot be without; it would be emptied",
-                path.display(),
-                real.display()
-            ),
+            message,
         })
 }
 

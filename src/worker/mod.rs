@@ -190,6 +190,7 @@ async fn open_directories(
         let cache = FileCache::open(&cache_path, limits, storage)
             .map_err(|error| directory_failure("cache.directory", &cache_path, &error))?;
         let cache = Arc::new(cache);
+        probe::check_own(&build_path)?;
         let roots = InputRootBuilder::open(&build_path, cache.clone(), slots)
             .map_err(|error| directory_failure("build_directory", &build_path, &error))?;
         one_file_system(&cache_path, &build_path)?;

@@ -121,15 +121,9 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
         check_passable(build).err(),
     );
     if directory_kind(build) == DirectoryKind::Ordinary
-        && let Some(entry) = foreign_entry(build)
+        && let Err(failure) = check_own(build)
     {
-        findings.fail(Failure::Configuration {
-            key: "build_directory",
-            message: format!(
-                "it is emptied at start-up, and no worker made {}; move that, or choose a directory of its own",
-                entry.display()
-            ),
-        });
+        findings.fail(failure);
     }
     if let Some(disk) = disk(cache)
         && disk.total
@@ -254,6 +248,20 @@ fn check_passable(build: &Path) -> Result<(), Failure> {
             message: format!(
                 "the users of actions cannot pass {}; chmod o+x {0}, or choose another place",
                 directory.display()
+            ),
+        }),
+    }
+}
+
+/// What a start would remove is a worker's.
+pub fn check_own(build: &Path) -> Result<(), Failure> {
+    match foreign_entry(build) {
+        None => Ok(()),
+        Some(entry) => Err(Failure::Configuration {
+            key: "build_directory",
+            message: format!(
+                "it is emptied at start-up, and no worker made {}; move that, or choose a directory of its own",
+                entry.display()
             ),
         }),
     }

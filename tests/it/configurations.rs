@@ -463,6 +463,10 @@ const WORKER: &[Row] = &[
         Warned("give both the same build_directory"),
     ),
     (
+        "build_directory = \"{dir}/papers\"",
+        Refused("no worker made"),
+    ),
+    (
         "build_directory = \"/dev/shm/bb-no-such-build\"",
         Refused("on different file systems"),
     ),
@@ -852,6 +856,9 @@ async fn of_each_configuration_of_the_worker_check_says_what_a_start_makes_of_it
     farm.terminate(Daemon::Worker, limit).unwrap();
     let path = farm.path().to_owned();
     fs::write(path.join("file"), "").unwrap();
+    let papers = path.join("papers/letter");
+    fs::create_dir(papers.parent().unwrap()).unwrap();
+    fs::write(&papers, "").unwrap();
     let (dir, clients) = (path.display().to_string(), farm.port());
     let workers = clients + 1;
     let trial = Trial {
@@ -866,6 +873,7 @@ async fn of_each_configuration_of_the_worker_check_says_what_a_start_makes_of_it
                 .replace("{workers}", &workers.to_string())
         });
     });
+    assert!(papers.exists());
 }
 
 #[test]
