@@ -20,7 +20,7 @@ use crate::{
         reapi::execution_server::ExecutionServer,
         remoteworker::operation_queue_server::OperationQueueServer,
     },
-    storage::{self, Storage},
+    storage::{self, Backend},
 };
 use queue::Settings;
 use shared::SharedQueue;
@@ -72,7 +72,7 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
     for (_, unit, key, address) in sockets(config) {
         findings.try_address(host, unit, key, address);
     }
-    let mut failures = Storage::probe(&config.storage).await;
+    let mut failures = Backend::probe(&config.storage).await;
     let what = match &config.storage.cas {
         StorageLocation::Embedded => {
             let embedded = &config.storage.embedded;
@@ -104,7 +104,7 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
 pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     daemon::raise_file_limit();
     let place = config.storage.clone();
-    let storage = tokio::task::spawn_blocking(move || Storage::open(&place))
+    let storage = tokio::task::spawn_blocking(move || Backend::open(&place))
         .await
         .map_err(|error| Failure::Environment {
             message: format!("could not open the store: {error}"),
@@ -136,12 +136,12 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     .max_decoding_message_size(LARGEST_REPORT);
     let mut client_services = Services::default().add(execution);
     let mut largest_blob = 0;
-    if let Storage::Local(store) = &storage {
-        client_services = storage::service::add_to(client_services, store);
+    if let Backend::Embedded(store) = &storage {
+        client_services = storage::serve::add_to(client_services, store);
         largest_blob = store.maximum_blob_size();
     }
     let client_routes = client_services
-        .add(storage::service::capabilities(true, largest_blob))
+        .add(storage::serve::capabilities(true, largest_blob))
         .observable(&stopping)?;
     let worker_routes = Services::default().add(operations).observable(&stopping)?;
     let worker_limits = Limits {

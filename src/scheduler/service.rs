@@ -39,7 +39,7 @@ use crate::{
         rpc,
     },
     resource::missing_blobs,
-    storage::{self, Storage},
+    storage::{self, Backend},
 };
 
 /// Commands may be longer than Actions; only those of clients before REAPI 2.2 are read.
@@ -48,7 +48,7 @@ const LARGEST_COMMAND: u64 = 16 << 20;
 /// What clients call.
 pub struct Clients {
     pub queue: Arc<SharedQueue>,
-    pub storage: Storage,
+    pub storage: Backend,
     pub scheduling: config::scheduler::Scheduling,
     pub stopping: CancellationToken,
 }

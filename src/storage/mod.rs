@@ -15,9 +15,9 @@ use crate::{
     proto::reapi::ActionResult,
 };
 
-pub mod local;
-pub mod remote;
-pub mod service;
+pub mod embedded;
+pub mod grpc;
+pub mod serve;
 
 /// Why storage did not do what it was asked; each variant says who must act.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -57,17 +57,17 @@ pub enum Content {
 
 /// CAS and AC of a scheduler.
 #[derive(Clone)]
-pub enum Storage {
-    Local(Arc<local::Store>),
-    Remote(remote::Client),
+pub enum Backend {
+    Embedded(Arc<embedded::Store>),
+    Grpc(grpc::Client),
 }
 
-impl Storage {
+impl Backend {
     /// Opens the embedded store, which blocks for up to a few seconds, or prepares to connect.
     pub fn open(config: &config::Storage) -> Result<Self, Failure> {
         let embedded = || {
             let size = config.embedded.maximum_size.0;
-            let store = local::Store::open(&config.embedded.directory, size)?;
+            let store = embedded::Store::open(&config.embedded.directory, size)?;
             tracing::info!(
                 directory = %config.embedded.directory.display(),
                 entries = store.count(),
@@ -86,16 +86,12 @@ impl Storage {
                     config.embedded.maximum_size
                 );
             }
-            Ok(Storage::Local(Arc::new(store)))
+            Ok(Backend::Embedded(Arc::new(store)))
         };
         match (&config.cas, &config.action_cache) {
-            (StorageLocation::Endpoint(cas), StorageLocation::Endpoint(action_cache)) => {
-                Ok(Storage::Remote(remote::Client::connect(
-                    cas,
-                    action_cache,
-                    Default::default(),
-                )))
-            }
+            (StorageLocation::Endpoint(cas), StorageLocation::Endpoint(action_cache)) => Ok(
+                Backend::Grpc(grpc::Client::connect(cas, action_cache, Default::default())),
+            ),
             // The configuration's check refuses a mixture.
             _ => embedded(),
         }
@@ -105,7 +101,7 @@ impl Storage {
     pub async fn probe(config: &config::Storage) -> Vec<Failure> {
         match (&config.cas, &config.action_cache) {
             (StorageLocation::Endpoint(cas), StorageLocation::Endpoint(action_cache)) => {
-                let client = remote::Client::connect(cas, action_cache, Default::default());
+                let client = grpc::Client::connect(cas, action_cache, Default::default());
                 match client.probe().await {
                     Ok(()) => Vec::new(),
                     Err(error) => vec![Failure::Configuration {
@@ -114,7 +110,7 @@ impl Storage {
                     }],
                 }
             }
-            _ => local::probe(&config.embedded.directory, config.embedded.maximum_size.0),
+            _ => embedded::probe(&config.embedded.directory, config.embedded.maximum_size.0),
         }
     }
 
@@ -126,11 +122,11 @@ impl Storage {
         limit: u64,
     ) -> Result<Bytes, Error> {
         match self {
-            Storage::Local(store) => {
+            Backend::Embedded(store) => {
                 let (store, digest) = (store.clone(), *digest);
                 blocking(move || store.read(&digest, limit)).await?
             }
-            Storage::Remote(client) => client.read(instance, digest, limit).await,
+            Backend::Grpc(client) => client.read(instance, digest, limit).await,
         }
     }
 
@@ -141,11 +137,11 @@ impl Storage {
         action: &Digest,
     ) -> Result<Option<ActionResult>, Error> {
         match self {
-            Storage::Local(store) => {
+            Backend::Embedded(store) => {
                 let (store, instance, action) = (store.clone(), instance.clone(), *action);
                 blocking(move || store.action_result(&instance, &action)).await?
             }
-            Storage::Remote(client) => client.action_result(instance, action).await,
+            Backend::Grpc(client) => client.action_result(instance, action).await,
         }
     }
 }

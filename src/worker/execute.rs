@@ -39,7 +39,7 @@ use crate::{
         self, cas, reapi,
         runner::{CheckReadinessRequest, RunRequest, RunResponse, runner_client::RunnerClient},
     },
-    storage::{self, Content, remote::Client},
+    storage::{self, Content, grpc::Client},
 };
 
 /// Files that vanish from the cache again and again are a broken disk.

@@ -18,7 +18,7 @@ use crate::{
         reapi::{Platform, platform::Property},
         runner::runner_client::RunnerClient,
     },
-    storage::remote,
+    storage::grpc,
 };
 
 pub mod availability;
@@ -157,11 +157,11 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     Ok(())
 }
 
-fn connect_storage(config: &Config) -> remote::Client {
-    remote::Client::connect(
+fn connect_storage(config: &Config) -> grpc::Client {
+    grpc::Client::connect(
         &config.storage.cas,
         &config.storage.action_cache,
-        remote::Options {
+        grpc::Options {
             download_concurrency: config.storage.download_concurrency,
             upload_concurrency: config.storage.upload_concurrency,
             ..Default::default()
@@ -174,7 +174,7 @@ type Opened = (Arc<FileCache>, Arc<InputRootBuilder>);
 async fn open_directories(
     config: &Config,
     slots: usize,
-    storage: &remote::Client,
+    storage: &grpc::Client,
 ) -> Result<Opened, Failure> {
     let limits = CacheLimits {
         bytes: config.cache.maximum_size.get(),

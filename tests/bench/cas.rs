@@ -3,7 +3,7 @@
 //! usage: cargo bench --bench farm -- cas [DIRECTORY [ROUNDS [small|large|store]]]
 //!
 //! Each round has blobs of its own. A figure is the median of the rounds. The first column is a bare
-//! gRPC client's, the second that of `storage::remote::Client`, which workers use and which verifies
+//! gRPC client's, the second that of `storage::grpc::Client`, which workers use and which verifies
 //! what it reads and asks before it writes.
 
 use std::{
@@ -30,9 +30,9 @@ use bb_remote_execution::{
     resource::{ReadName, WriteName},
     storage::{
         Content,
-        local::Store,
-        remote::{Client, Options},
-        service,
+        embedded::Store,
+        grpc::{Client, Options},
+        serve,
     },
 };
 use bytes::Bytes;
@@ -154,9 +154,9 @@ fn serve(directory: &Path) {
         let anywhere = ListenAddress::Tcp(([127, 0, 0, 1], 0).into());
         let listener = daemon::listen("", "listen", &anywhere, None).unwrap();
         println!("{}", listener.address());
-        let capabilities = service::capabilities(false, store.maximum_blob_size());
+        let capabilities = serve::capabilities(false, store.maximum_blob_size());
         let services = daemon::Services::default().add(capabilities);
-        let routes = service::add_to(services, &store).into_routes();
+        let routes = serve::add_to(services, &store).into_routes();
         let forever = CancellationToken::new();
         daemon::serve(listener, routes, forever, Duration::ZERO)
             .await

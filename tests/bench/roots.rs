@@ -22,7 +22,7 @@ use bb_remote_execution::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::reapi,
-    storage::{Content, local::Store, remote, service},
+    storage::{Content, embedded::Store, grpc, serve},
     worker::inputs::{
         InputRoot, InputRootBuilder,
         directories::DirectoryCache,
@@ -99,7 +99,7 @@ pub fn run(arguments: &[String]) {
 
 struct Bench {
     runtime: tokio::runtime::Runtime,
-    client: remote::Client,
+    client: grpc::Client,
     cache: Arc<FileCache>,
     directories: DirectoryCache,
     roots: InputRootBuilder,
@@ -117,7 +117,7 @@ struct Measured {
 impl Bench {
     fn new(
         runtime: tokio::runtime::Runtime,
-        client: &remote::Client,
+        client: &grpc::Client,
         roots: InputRootBuilder,
         cache: &Arc<FileCache>,
         inputs: Inputs,
@@ -204,8 +204,8 @@ fn start_storage(place: &Path) -> Endpoint {
     let store = place.join("store");
     fs::create_dir(&store).unwrap();
     let store = Arc::new(Store::open(&store, 4 << 30).unwrap());
-    let services = Services::default().add(service::capabilities(false, 0));
-    let routes = service::add_to(services, &store).into_routes();
+    let services = Services::default().add(serve::capabilities(false, 0));
+    let routes = serve::add_to(services, &store).into_routes();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let endpoint = Endpoint::Tcp(listener.local_addr().unwrap().to_string());
@@ -238,7 +238,7 @@ fn measure(kind: &str, place: &Path, size: usize, inputs: Inputs) {
     let first_runtime = runtime();
     let client = {
         let _guard = first_runtime.enter();
-        remote::Client::connect(&endpoint, &endpoint, Default::default())
+        grpc::Client::connect(&endpoint, &endpoint, Default::default())
     };
     let cache = Arc::new(open_cache_of(directory.path(), client.clone()));
     let many = 100;

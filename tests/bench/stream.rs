@@ -18,7 +18,7 @@ use bb_remote_execution::{
     config::worker::Inputs,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
-    storage::remote,
+    storage::grpc,
     worker::inputs::{
         InputRoot, InputRootBuilder, directories::DirectoryCache, file_cache::FileCache,
     },
@@ -40,7 +40,7 @@ pub fn run(arguments: &[String]) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let client = {
         let _guard = runtime.enter();
-        remote::Client::connect(&endpoint, &endpoint, Default::default())
+        grpc::Client::connect(&endpoint, &endpoint, Default::default())
     };
     println!("{} input roots, medians of {ROUNDS} rounds", roots.len());
     let memory = tempfile::tempdir_in("/dev/shm").unwrap();
@@ -72,7 +72,7 @@ fn measure(
     kind: &str,
     place: &Path,
     stream: &[Digest],
-    client: &remote::Client,
+    client: &grpc::Client,
     runtime: &tokio::runtime::Runtime,
 ) {
     let cache = Arc::new(open_cache_of(place, client.clone()));
@@ -123,7 +123,7 @@ fn lay_out(
     stream: &[Digest],
     roots: &InputRootBuilder,
     cache: &Arc<FileCache>,
-    client: &remote::Client,
+    client: &grpc::Client,
     runtime: &tokio::runtime::Runtime,
 ) -> Total {
     let directories = DirectoryCache::new(client.clone(), 16 << 20, 1 << 30);

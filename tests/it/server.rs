@@ -21,7 +21,7 @@ use bb_remote_execution::{
         },
         reapi::{FindMissingBlobsRequest, content_addressable_storage_client},
     },
-    storage::{local::Store, service},
+    storage::{embedded::Store, serve},
 };
 use futures::stream::{self, BoxStream, StreamExt};
 use tokio::{
@@ -371,7 +371,7 @@ type Cas = content_addressable_storage_client::ContentAddressableStorageClient<C
 fn store() -> (tempfile::TempDir, Cas, CancellationToken) {
     let directory = tempfile::tempdir().unwrap();
     let store = Arc::new(Store::open(directory.path(), 1 << 30).unwrap());
-    let services = service::add_to(Services::default(), &store);
+    let services = serve::add_to(Services::default(), &store);
     let (address, stop) = serve(services, Limits::default());
     (directory, Cas::new(channel(address)), stop)
 }

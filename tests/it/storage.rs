@@ -8,9 +8,9 @@ use bb_remote_execution::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     storage::{
-        local::Store,
-        remote::{Client, Options},
-        service,
+        embedded::Store,
+        grpc::{Client, Options},
+        serve,
     },
 };
 use tokio_util::sync::CancellationToken;
@@ -42,9 +42,9 @@ impl Server {
         let listener =
             daemon::listen("", "clients.listen", &ListenAddress::Tcp(address), None).unwrap();
         let address = listener.address().parse().unwrap();
-        let capabilities = service::capabilities(false, store.maximum_blob_size());
+        let capabilities = serve::capabilities(false, store.maximum_blob_size());
         let services = daemon::Services::default().add(capabilities);
-        let routes = service::add_to(services, &store).into_routes();
+        let routes = serve::add_to(services, &store).into_routes();
         let stopping = CancellationToken::new();
         let serving = daemon::serve(listener, routes, stopping.clone(), Duration::ZERO);
         let serving = tokio::spawn(async move { serving.await.unwrap() });

@@ -23,7 +23,7 @@ use super::{
 use crate::{
     digest::Digest,
     instance::InstanceName,
-    storage::{self, remote::Client},
+    storage::{self, grpc::Client},
     worker::{fault::Fault, lru::Lru},
 };
 

@@ -7,7 +7,7 @@ use bb_remote_execution::{
         OutputDirectory, OutputFile, Tree, UpdateActionResultRequest,
         action_cache_client::ActionCacheClient,
     },
-    storage::local::Store,
+    storage::embedded::Store,
 };
 use prost::Message;
 use tonic::{Code, Status, transport::Channel};

@@ -15,8 +15,8 @@ use bb_remote_execution::{
     proto::reapi::{ActionResult, OutputFile},
     storage::{
         Content, Error,
-        local::{self, Store},
-        remote::{Client, Options},
+        embedded::{self, Store},
+        grpc::{Client, Options},
     },
 };
 
@@ -377,7 +377,7 @@ fn a_directory_in_use_or_of_another_version_is_refused_with_a_remedy() {
     let store = open(directory.path(), GIB);
     let in_use = [
         Store::open(directory.path(), GIB).err().unwrap(),
-        local::probe(directory.path(), MIB).remove(0),
+        embedded::probe(directory.path(), MIB).remove(0),
     ];
     for failure in in_use {
         let Failure::Environment { message } = failure else {
@@ -390,8 +390,8 @@ fn a_directory_in_use_or_of_another_version_is_refused_with_a_remedy() {
         );
     }
     drop(store);
-    assert_eq!(local::probe(directory.path(), MIB), []);
-    let failures = local::probe(directory.path(), 1 << 60);
+    assert_eq!(embedded::probe(directory.path(), MIB), []);
+    let failures = embedded::probe(directory.path(), 1 << 60);
     assert!(
         matches!(
             &failures[..],
@@ -403,7 +403,7 @@ fn a_directory_in_use_or_of_another_version_is_refused_with_a_remedy() {
         "{failures:?}"
     );
     assert_eq!(
-        local::probe(&directory.path().join("not/yet/there"), MIB),
+        embedded::probe(&directory.path().join("not/yet/there"), MIB),
         []
     );
     assert!(!directory.path().join("not").exists());
@@ -414,8 +414,8 @@ fn a_directory_in_use_or_of_another_version_is_refused_with_a_remedy() {
         failure.to_string().contains("something else 7"),
         "{failure}"
     );
-    assert_eq!(local::probe(directory.path(), MIB), [failure]);
+    assert_eq!(embedded::probe(directory.path(), MIB), [failure]);
     let file = directory.path().join("format");
     assert!(Store::open(&file, GIB).is_err());
-    assert_eq!(local::probe(&file, MIB).len(), 1);
+    assert_eq!(embedded::probe(&file, MIB).len(), 1);
 }

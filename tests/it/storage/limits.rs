@@ -4,7 +4,7 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use bb_remote_execution::storage::{
     Content, Error,
-    remote::{Options, Timeouts},
+    grpc::{Options, Timeouts},
 };
 
 use super::{

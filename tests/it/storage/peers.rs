@@ -34,7 +34,7 @@ use bb_remote_execution::{
     resource::ReadName,
     storage::{
         Content, Error,
-        remote::{Client, Options},
+        grpc::{Client, Options},
     },
 };
 use futures::stream::{self, BoxStream, StreamExt};

@@ -27,7 +27,7 @@ use bb_remote_execution::{
             runner_server::{Runner, RunnerServer},
         },
     },
-    storage::{Content, local::Store, remote, service},
+    storage::{Content, embedded::Store, grpc, serve},
     worker::{
         availability::Availability,
         execute::{Executor, Phase},
@@ -66,7 +66,7 @@ pub struct Farm {
     /// Cache and build directory.
     pub directory: tempfile::TempDir,
     _store: tempfile::TempDir,
-    pub client: remote::Client,
+    pub client: grpc::Client,
     pub executor: Arc<Executor>,
     pub cache: Arc<FileCache>,
     pub calls: Calls,
@@ -145,11 +145,11 @@ impl Farm {
         let store = Arc::new(store.await.unwrap());
         let calls = Calls::default();
         let stop = CancellationToken::new();
-        let capabilities = service::capabilities(false, settings.blob_size);
+        let capabilities = serve::capabilities(false, settings.blob_size);
         let services = Services::default().add(capabilities);
-        let routes = service::add_to(services, &store).into_routes();
+        let routes = serve::add_to(services, &store).into_routes();
         let storage = serve(routes, Some(calls.clone()), stop.clone()).await;
-        let client = remote::Client::connect(&storage, &storage, Default::default());
+        let client = grpc::Client::connect(&storage, &storage, Default::default());
         let failing = Arc::new(Mutex::new(settings.failing));
         let runner = Plain {
             build_directory: directory.path().join("build"),
@@ -326,7 +326,7 @@ pub fn shell(script: &str, outputs: &[&str]) -> Command {
 
 fn executor(
     directory: &Path,
-    client: &remote::Client,
+    client: &grpc::Client,
     runner: &Endpoint,
     settings: Settings,
 ) -> io::Result<(Arc<Executor>, Arc<FileCache>)> {

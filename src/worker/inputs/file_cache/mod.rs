@@ -30,7 +30,7 @@ use super::directories::batches;
 use crate::{
     digest::Digest,
     instance::InstanceName,
-    storage::{self, remote::Client},
+    storage::{self, grpc::Client},
     worker::{
         fault::Fault,
         lru::{Handle, Lru},

@@ -2,7 +2,7 @@
 //!
 //! 1. A piece of a blob is read when there is room for it among all answers (`daemon::serve`).
 //! 2. An upload has a name of its client's choice, by which it goes on after an interruption
-//!    (`storage::local::Uploads`).
+//!    (`storage::embedded::Uploads`).
 
 use std::{sync::Arc, time::Instant};
 
@@ -21,18 +21,12 @@ use crate::{
     resource::{ReadName, WriteName},
     storage::{
         blocking,
-        local::{Blob, PIECE, Store},
+        embedded::{Blob, PIECE, Store},
     },
 };
 
-pub struct Bytes {
-    store: Arc<Store>,
-}
-
-impl Bytes {
-    pub fn new(store: Arc<Store>) -> Self {
-        Bytes { store }
-    }
+pub struct ByteStreamService {
+    pub store: Arc<Store>,
 }
 
 /// What one message carries at most.
@@ -42,7 +36,7 @@ const CHUNK: u64 = 4 * PIECE;
 const MOST_TOGETHER: usize = 256;
 
 #[async_trait]
-impl ByteStream for Bytes {
+impl ByteStream for ByteStreamService {
     type ReadStream = BoxStream<'static, Result<ReadResponse, Status>>;
 
     async fn read(

@@ -26,21 +26,15 @@ use crate::{
             content_addressable_storage_server::ContentAddressableStorage,
         },
     },
-    storage::{Error, blocking, local::Store},
+    storage::{Error, blocking, embedded::Store},
 };
 
-pub struct Cas {
-    store: Arc<Store>,
-}
-
-impl Cas {
-    pub fn new(store: Arc<Store>) -> Self {
-        Cas { store }
-    }
+pub struct CasService {
+    pub store: Arc<Store>,
 }
 
 #[async_trait]
-impl ContentAddressableStorage for Cas {
+impl ContentAddressableStorage for CasService {
     async fn find_missing_blobs(
         &self,
         request: Request<FindMissingBlobsRequest>,

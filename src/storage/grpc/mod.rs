@@ -41,11 +41,11 @@ use crate::{
     },
 };
 
-mod download;
 mod flight;
 mod limits;
+mod read;
 mod retry;
-mod upload;
+mod write;
 
 #[derive(Clone, Debug)]
 pub struct Options {

@@ -1,0 +1,102 @@
+//! ActionCache: results of actions, whose digests are checked before they are kept.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status, async_trait};
+
+use super::{digest, instance, room, weight};
+use crate::{
+    daemon::{Answers, Received, with_room},
+    digest::{Digest, DigestFunction},
+    proto::reapi::{
+        self, ActionResult, GetActionResultRequest, UpdateActionResultRequest,
+        action_cache_server::ActionCache,
+    },
+    storage::{blocking, embedded::Store},
+    text::shorten,
+};
+
+pub struct ActionCacheService {
+    pub store: Arc<Store>,
+}
+
+#[async_trait]
+impl ActionCache for ActionCacheService {
+    async fn get_action_result(
+        &self,
+        request: Request<GetActionResultRequest>,
+    ) -> Result<Response<ActionResult>, Status> {
+        let answers = Answers::of(&request);
+        let request = request.into_inner();
+        let instance = instance(&request.instance_name)?;
+        let action = digest(request.digest_function, request.action_digest.as_ref())?;
+        let store = self.store.clone();
+        let result = blocking(move || store.action_result(&instance, &action)).await?;
+        match result? {
+            Some(result) => {
+                let room = room(answers, weight(&result)).await?;
+                Ok(with_room(Response::new(result), room))
+            }
+            None => Err(Status::not_found(format!(
+                "action {action} has no result whose outputs are all here"
+            ))),
+        }
+    }
+
+    async fn update_action_result(
+        &self,
+        request: Request<UpdateActionResultRequest>,
+    ) -> Result<Response<ActionResult>, Status> {
+        let (answers, _received) = (Answers::of(&request), Received::of(&request));
+        let request = request.into_inner();
+        let instance = instance(&request.instance_name)?;
+        let action = digest(request.digest_function, request.action_digest.as_ref())?;
+        let result = request
+            .action_result
+            .ok_or_else(|| Status::invalid_argument("no action_result was given"))?;
+        check_result(action.function(), &result)?;
+        let store = self.store.clone();
+        let stored = blocking(move || {
+            store
+                .update_action_result(&instance, &action, &result)
+                .map(|()| result)
+        });
+        let stored = stored.await??;
+        let room = room(answers, weight(&stored)).await?;
+        Ok(with_room(Response::new(stored), room))
+    }
+}
+
+/// Every digest of a result that will be followed.
+fn check_result(function: DigestFunction, result: &ActionResult) -> Result<(), Status> {
+    let check = |what: &str, digest: Option<&reapi::Digest>| {
+        Digest::parse_required(Some(function), digest)
+            .map(drop)
+            .map_err(|error| Status::invalid_argument(format!("{what}: {error}")))
+    };
+    for file in &result.output_files {
+        check(
+            &format!("output file {:?}", shorten(&file.path)),
+            file.digest.as_ref(),
+        )?;
+    }
+    for directory in &result.output_directories {
+        let what = format!("output directory {:?}", shorten(&directory.path));
+        let (tree, root) = (&directory.tree_digest, &directory.root_directory_digest);
+        if tree.is_none() && root.is_none() {
+            check(&what, None)?;
+        }
+        for digest in [tree, root].into_iter().flatten() {
+            check(&what, Some(digest))?;
+        }
+    }
+    for (what, digest) in [
+        ("stdout_digest", &result.stdout_digest),
+        ("stderr_digest", &result.stderr_digest),
+    ] {
+        if digest.is_some() {
+            check(what, digest.as_ref())?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,83 @@
+//! Capabilities: what a server announces (REAPI: ServerCapabilities).
+
+use tonic::{Request, Response, Status, async_trait, codec::CompressionEncoding};
+
+use super::{MAX_BATCH_TOTAL_SIZE, instance};
+use crate::{
+    digest::DigestFunction,
+    proto::{
+        reapi::{
+            self, GetCapabilitiesRequest, ServerCapabilities,
+            capabilities_server::{Capabilities, CapabilitiesServer},
+        },
+        semver::SemVer,
+    },
+};
+
+/// What a server announces. `max_blob_size` is 0 when this server does not know.
+pub fn capabilities(
+    exec_enabled: bool,
+    max_blob_size: u64,
+) -> CapabilitiesServer<CapabilitiesService> {
+    CapabilitiesServer::new(CapabilitiesService {
+        exec_enabled,
+        max_blob_size,
+    })
+    .accept_compressed(CompressionEncoding::Gzip)
+}
+
+pub struct CapabilitiesService {
+    exec_enabled: bool,
+    max_blob_size: u64,
+}
+
+#[async_trait]
+impl Capabilities for CapabilitiesService {
+    async fn get_capabilities(
+        &self,
+        request: Request<GetCapabilitiesRequest>,
+    ) -> Result<Response<ServerCapabilities>, Status> {
+        instance(&request.get_ref().instance_name)?;
+        let functions: Vec<i32> = DigestFunction::ALL
+            .iter()
+            .map(|function| function.to_proto() as i32)
+            .collect();
+        // Clients refuse to send a priority that is not announced.
+        let priorities = reapi::PriorityCapabilities {
+            priorities: vec![reapi::priority_capabilities::PriorityRange {
+                min_priority: i32::MIN,
+                max_priority: i32::MAX,
+            }],
+        };
+        let version = |major, minor| SemVer {
+            major,
+            minor,
+            ..Default::default()
+        };
+        Ok(Response::new(ServerCapabilities {
+            cache_capabilities: Some(reapi::CacheCapabilities {
+                digest_functions: functions.clone(),
+                action_cache_update_capabilities: Some(reapi::ActionCacheUpdateCapabilities {
+                    update_enabled: true,
+                }),
+                cache_priority_capabilities: Some(priorities.clone()),
+                max_batch_total_size_bytes: MAX_BATCH_TOTAL_SIZE as i64,
+                symlink_absolute_path_strategy:
+                    reapi::symlink_absolute_path_strategy::Value::Allowed as i32,
+                max_cas_blob_size_bytes: i64::try_from(self.max_blob_size).unwrap_or(i64::MAX),
+                ..Default::default()
+            }),
+            execution_capabilities: self.exec_enabled.then(|| reapi::ExecutionCapabilities {
+                digest_function: DigestFunction::Sha256.to_proto() as i32,
+                exec_enabled: true,
+                execution_priority_capabilities: Some(priorities),
+                digest_functions: functions,
+                ..Default::default()
+            }),
+            deprecated_api_version: None,
+            // Bazel up to 4 speaks 2.0.
+            low_api_version: Some(version(2, 0)),
+            high_api_version: Some(version(2, 12)),
+        }))
+    }
+}

@@ -1,0 +1,158 @@
+//! The embedded store over gRPC: ContentAddressableStorage, ByteStream, ActionCache; and the
+//! Capabilities of the whole farm.
+//!
+//! 1. A client that asks for much, and reads slowly, holds a piece of it in memory, not all: answers
+//!    that are made as a whole are made when there is room for them (`daemon::serve`).
+//! 2. A call's blobs, and a message, have limits; the error names them.
+
+use std::sync::Arc;
+
+use prost::Message;
+use tonic::{Code, Status, codec::CompressionEncoding};
+
+use super::{
+    Error,
+    embedded::{Store, TurnError},
+};
+use crate::{
+    daemon::{Answers, LineLimit, Reservation, Services},
+    digest::{Digest, DigestError, DigestFunction},
+    instance::{InstanceName, InstanceNameError},
+    proto::{
+        bytestream::byte_stream_server::ByteStreamServer,
+        reapi::{
+            self, action_cache_server::ActionCacheServer,
+            content_addressable_storage_server::ContentAddressableStorageServer,
+        },
+        rpc,
+    },
+    resource::ResourceNameError,
+};
+
+use action_cache::ActionCacheService;
+use bytestream::ByteStreamService;
+pub use capabilities::capabilities;
+use cas::CasService;
+
+mod action_cache;
+mod bytestream;
+mod capabilities;
+mod cas;
+
+/// REAPI: CacheCapabilities.max_batch_total_size_bytes. With its digests a batch stays below 4 MiB,
+/// which many clients take as the largest message.
+pub const MAX_BATCH_TOTAL_SIZE: u64 = (4 << 20) - (256 << 10);
+
+/// gRPC's default for the largest message that a client takes. Of many small blobs it is their digests
+/// that weigh.
+const LARGEST_ANSWER: u64 = 4 << 20;
+
+/// Large enough for 200,000 digests in one FindMissingBlobs.
+const MAX_MESSAGE_SIZE: usize = 16 << 20;
+
+/// Adds CAS, ByteStream and Action Cache.
+pub fn add_to(services: Services, store: &Arc<Store>) -> Services {
+    let store = || store.clone();
+    let cas = ContentAddressableStorageServer::new(CasService { store: store() })
+        .accept_compressed(CompressionEncoding::Gzip)
+        .max_decoding_message_size(MAX_MESSAGE_SIZE);
+    let bytes = ByteStreamServer::new(ByteStreamService { store: store() })
+        .accept_compressed(CompressionEncoding::Gzip)
+        .max_decoding_message_size(MAX_MESSAGE_SIZE);
+    let actions = ActionCacheServer::new(ActionCacheService { store: store() })
+        .accept_compressed(CompressionEncoding::Gzip)
+        .max_decoding_message_size(MAX_MESSAGE_SIZE);
+    services.add(cas).add(bytes).add(actions)
+}
+
+/// Room for an answer; `None` outside of a server of ours.
+async fn room(answers: Option<Answers>, bytes: u64) -> Result<Option<Reservation>, Status> {
+    match answers {
+        Some(answers) => answers.reserve(bytes).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Bytes of an answer that is there.
+fn weight(message: &impl Message) -> u64 {
+    message.encoded_len() as u64
+}
+
+fn instance(name: &str) -> Result<InstanceName, Status> {
+    Ok(InstanceName::parse(name)?)
+}
+
+fn function(value: i32) -> Result<Option<DigestFunction>, Status> {
+    Ok(DigestFunction::from_proto(value)?)
+}
+
+fn digest(function_value: i32, digest: Option<&reapi::Digest>) -> Result<Digest, Status> {
+    Ok(Digest::parse_required(function(function_value)?, digest)?)
+}
+
+/// Lines about refusals, of which there is one for each blob.
+static REFUSALS: LineLimit = LineLimit::new(5, std::time::Duration::from_secs(60));
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let code = match &error {
+            Error::Missing(_) => Code::NotFound,
+            Error::Corrupt { .. } | Error::TooLarge { .. } | Error::Invalid(_) => {
+                Code::InvalidArgument
+            }
+            Error::Unavailable(_) => Code::Unavailable,
+            Error::Full(_) => Code::ResourceExhausted,
+            Error::Internal(_) => Code::Internal,
+        };
+        if let Error::Full(_) | Error::Internal(_) = &error
+            && let Some(lines_withheld) = REFUSALS.admit(std::time::Instant::now())
+        {
+            tracing::warn!(%error, lines_withheld, "the store refused a blob");
+        }
+        Status::new(code, error.to_string())
+    }
+}
+
+impl From<TurnError> for Status {
+    fn from(error: TurnError) -> Self {
+        let code = match error {
+            TurnError::Store(error) => return error.into(),
+            TurnError::TakenOver | TurnError::GivenUp => Code::Aborted,
+            TurnError::Offset { .. } | TurnError::Unfinished { .. } => Code::InvalidArgument,
+        };
+        Status::new(code, error.to_string())
+    }
+}
+
+impl From<DigestError> for Status {
+    fn from(error: DigestError) -> Self {
+        Status::invalid_argument(error.to_string())
+    }
+}
+
+impl From<InstanceNameError> for Status {
+    fn from(error: InstanceNameError) -> Self {
+        Status::invalid_argument(error.to_string())
+    }
+}
+
+impl From<ResourceNameError> for Status {
+    fn from(error: ResourceNameError) -> Self {
+        Status::invalid_argument(error.to_string())
+    }
+}
+
+/// The status of one blob of a batch.
+fn status_of(result: Result<(), Error>) -> rpc::Status {
+    match result {
+        Ok(()) => rpc::Status::default(),
+        Err(error) => {
+            let status = Status::from(error);
+            rpc::Status {
+                code: status.code() as i32,
+                message: status.message().to_owned(),
+                details: Vec::new(),
+            }
+        }
+    }
+}
