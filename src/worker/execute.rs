@@ -159,19 +159,25 @@ impl Executor {
             request
         };
         metadata.execution_start_timestamp = now();
-        let start = Instant::now();
-        // Whatever does not answer first is dropped, and the runner sees its call cancelled.
-        let mut ended = tokio::select! {
-            answer = async {
-                match client.run(request()).await {
-                    // The runner was leaving; its successor takes it.
-                    Err(status) if runner_client::was_never_sent(&status) => client.run(request()).await,
-                    answer => answer,
-                }
-            } => RunOutcome::Answered(answer.map(tonic::Response::into_inner)),
-            () = tokio::time::sleep(task.timeout) => RunOutcome::Late,
-            () = cancel.cancelled() => RunOutcome::Cancelled,
+        let mut start = Instant::now();
+        let mut run = async || {
+            // Whatever does not answer first is dropped, and the runner sees its call cancelled.
+            tokio::select! {
+                answer = client.run(request()) => RunOutcome::Answered(answer.map(tonic::Response::into_inner)),
+                () = tokio::time::sleep(task.timeout) => RunOutcome::Late,
+                () = cancel.cancelled() => RunOutcome::Cancelled,
+            }
         };
+        let mut ended = run().await;
+        // The runner was leaving, or had left; its successor takes it.
+        if let RunOutcome::Answered(Err(status)) = &ended
+            && runner_client::was_never_sent(status)
+            && runner_client::answers(&self.runner).await
+        {
+            metadata.execution_start_timestamp = now();
+            start = Instant::now();
+            ended = run().await;
+        }
         metadata.virtual_execution_duration = Some(proto::proto_duration(start.elapsed()));
         metadata.execution_completed_timestamp = now();
         // A runner that is stopped says nothing of a command, which may have ended long ago.

@@ -33,11 +33,15 @@ pub fn is_answer(status: &Status) -> bool {
 }
 
 /// Whether a call failed before anything of it had left this process, so that it is safe to make it
-/// again. hyper says so of a request that it gives up with its connection (`Error::is_canceled`); of
-/// one that was on its way it says something else, and a peer's own status has no source.
+/// again. tonic says so of one for which there was no connection (`ConnectError`), and hyper of a
+/// request that it gives up with its connection (`Error::is_canceled`); of one that was on its way it
+/// says something else, and a peer's own status has no source.
 pub fn was_never_sent(status: &Status) -> bool {
     let mut error = std::error::Error::source(status);
     while let Some(cause) = error {
+        if cause.is::<tonic::ConnectError>() {
+            return true;
+        }
         if let Some(error) = cause.downcast_ref::<hyper::Error>() {
             return error.is_canceled();
         }

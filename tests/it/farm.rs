@@ -467,6 +467,35 @@ async fn a_runner_that_is_stopped_is_unavailable_and_no_timeout_of_the_action() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_action_waits_for_a_runner_that_is_started_again_and_its_timeout_with_it() {
+    if !is_root() {
+        return;
+    }
+    let mut farm = Farm::start(shared(), 2, "").await;
+    let client = farm.client();
+    assert!(is_ok(&client.run(&Task::shell("exit 0; : before")).await));
+    farm.kill(Daemon::Runner);
+    // What is sent while its last process ends may have been read.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let mut calls = tokio::task::JoinSet::new();
+    for slot in 0..2 {
+        let client = farm.client();
+        let mut task = Task::shell(&format!("exit 0; : {slot}"));
+        task.action.timeout = Some(prost_types::Duration {
+            seconds: 1,
+            nanos: 0,
+        });
+        calls.spawn(async move { client.run(&task).await });
+    }
+    // Longer than the actions may run.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    farm.spawn(Daemon::Runner);
+    for response in calls.join_all().await {
+        assert!(is_ok(&response), "{:?}", response.status);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 #[ignore = "takes a farm at BB_TEST_FARM, of which it asks BB_TEST_ACTIONS: tests/package/run 8-load"]
 async fn every_action_of_a_farm_under_load_ends_well_at_its_first_attempt() {
     const AT_ONCE: usize = 64;
