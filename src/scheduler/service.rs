@@ -198,9 +198,8 @@ impl Clients {
             Some(Duration::ZERO) => Ok(default),
             Some(timeout) if timeout <= maximum.get() => Ok(timeout),
             _ => Err(invalid(format!(
-                "Invalid execution timeout: {}.{:09} s is not between 0 s and {maximum}",
-                asked.seconds,
-                asked.nanos.unsigned_abs()
+                "Invalid execution timeout: {} s and {} ns is not between 0 s and {maximum}",
+                asked.seconds, asked.nanos
             ))),
         }
     }

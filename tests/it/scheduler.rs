@@ -452,10 +452,14 @@ async fn whoever_is_at_fault_is_told_so_and_why() {
 
     let noise = scheduler.upload(vec![0xff; 100]).await;
     refused(execute(&noise), invalid, "Failed to obtain action: ").await;
-    for (seconds, words) in [(-1, "4h"), (5 * 60 * 60, "4h")] {
+    for (seconds, nanos, words) in [
+        (-1, 0, "4h"),
+        (5 * 60 * 60, 0, "4h"),
+        (1, -1, "1 s and -1 ns"),
+    ] {
         let action = scheduler
             .action("x", |action| {
-                action.timeout = Some(prost_types::Duration { seconds, nanos: 0 })
+                action.timeout = Some(prost_types::Duration { seconds, nanos })
             })
             .await;
         refused(execute(&action), invalid, words).await;

@@ -327,7 +327,8 @@ fn read_link(directory: BorrowedFd<'_>, name: &str, text: &str) -> Result<String
         .map_err(|error| unreadable(text, error))?;
     target.into_string().map_err(|target| {
         Fault::Invalid(format!(
-            "output {text:?} is a symbolic link to a path that is not UTF-8: {target:?}"
+            "output {text:?} is a symbolic link to a path that is not UTF-8: {:?}",
+            target.into_cstring()
         ))
     })
 }

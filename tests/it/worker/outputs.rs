@@ -207,6 +207,10 @@ async fn hostile_leftovers_end_in_a_clear_error_and_are_gone_afterwards() {
     let deep = "mkdir -p d; cd d; i=0; while [ $i -lt 1500 ]; do mkdir n; cd n; i=$((i+1)); done; echo x > f";
     for (script, word) in [
         ("mkdir d; touch \"$(printf 'd/\\377')\"", "UTF-8"),
+        (
+            "mkdir d; ln -s \"$(printf '\\377')\" d/x",
+            r#"not UTF-8: "\xff""#,
+        ),
         (deep, "1024"),
         ("mkdir d; mkfifo d/x; mkdir d/closed; chmod 0 d/closed", ""),
     ] {
