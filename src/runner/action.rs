@@ -17,18 +17,19 @@ use tokio::sync::oneshot;
 use super::{
     cgroup::{Cgroup, Memory, Usage},
     child::{Inherited, Step},
-    cleaner::Cleaner,
+    cleaner::{Cleaner, RunningAction},
     command::{Command, Executable},
     gate::{BuildDirectory, Gate, GateError},
     init::End,
     layer::Layer,
     log::{INTERVAL, Log},
     mount::copy_of_directory,
-    process::{Base, Blueprint, Exit, Process, SpawnError, Stop, Woken},
+    process::{Base, Blueprint, Exit, Process, SpawnError, Woken},
     room::{Mounts, Room, RoomError},
     rooms::Rooms,
     root::RootDirectory,
     seccomp::Filter,
+    stop::StopSignal,
     user::{self, User},
 };
 use crate::{
@@ -145,33 +146,23 @@ pub fn run(
     house: &House,
     command: &Command,
     user: User,
-    stop: &Stop,
+    stop: &StopSignal,
     answer: oneshot::Sender<Result<Exit, RunError>>,
 ) {
-    let cleaned = house.cleaner.as_ref().map(Cleaner::begin).transpose();
-    let result = cleaned
-        .as_ref()
-        .map_err(|error| RunError::Resources {
-            what: "clean up before the action",
-            error: io::Error::new(error.kind(), error.to_string()),
-        })
-        .and_then(|_| Ok(BuildDirectory::open(&house.config.build_directory)?))
-        .and_then(|build| {
-            let identity = build.identity().map_err(|error| RunError::Resources {
-                what: "look at the build directory",
-                error,
-            })?;
-            let mut room = house.rooms.take(identity)?;
+    let begun = begin(house, stop);
+    let (result, begun) = match begun {
+        Ok((running, build, mut room)) => {
             let result = run_in(house, command, user.id(), stop, &build, &mut room);
-            Ok((result, room))
-        });
-    let (result, room) = match result {
-        Ok((result, room)) => (result, Some(room)),
+            (result, Some((running, room)))
+        }
         Err(error) => (Err(error), None),
     };
     let immortal = matches!(result, Err(RunError::Immortal { .. }));
     // Before anybody learns that the action is over.
-    drop(cleaned);
+    let room = begun.map(|(running, room)| {
+        drop(running);
+        room
+    });
     // The call may be gone.
     let _ = answer.send(result);
     drop(room);
@@ -181,11 +172,39 @@ pub fn run(
     }
 }
 
+/// What an action needs before anything is made for it alone.
+fn begin<'a>(
+    house: &'a House,
+    stop: &StopSignal,
+) -> Result<(Option<RunningAction<'a>>, BuildDirectory, Room), RunError> {
+    let resources = |what| move |error| RunError::Resources { what, error };
+    let running = match &house.cleaner {
+        Some(cleaner) => {
+            let running = cleaner
+                .begin(stop)
+                .map_err(resources("clean up before the action"))?;
+            Some(running.ok_or(RunError::Stopped)?)
+        }
+        None => None,
+    };
+    let build = BuildDirectory::open(&house.config.build_directory)?;
+    let identity = build
+        .identity()
+        .map_err(resources("look at the build directory"))?;
+    let room = match house.rooms.try_take(identity) {
+        Some(room) => room,
+        None => stop
+            .block_on(house.rooms.take(identity))
+            .ok_or(RunError::Stopped)??,
+    };
+    Ok((running, build, room))
+}
+
 fn run_in(
     house: &House,
     command: &Command,
     user: u32,
-    stop: &Stop,
+    stop: &StopSignal,
     build: &BuildDirectory,
     room: &mut Room,
 ) -> Result<Exit, RunError> {

@@ -2,38 +2,95 @@
 //!
 //! Runs before the first of some actions that overlap, and after the last one of them; no action
 //! starts meanwhile. Buildbarn: clean_temporary_directories, run_command_cleaner.
+//!
+//! 1. Nobody holds the lock while something is cleaned, so that who waits for it can be told to stop.
+//! 2. The command ends within `COMMAND_TIMEOUT`, or is killed; then cleaning has failed.
 
-use std::{fs, io, path::PathBuf, process::Command};
+use std::{
+    fs, io,
+    os::unix::process::CommandExt,
+    path::PathBuf,
+    process::{Child, Command, ExitStatus, Stdio},
+    time::Duration,
+};
 
 use parking_lot::Mutex;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open},
+};
+use tokio::sync::Notify;
+
+use super::stop::StopSignal;
+
+/// No action can start before the command has ended.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
 
 #[derive(Debug)]
 pub struct Cleaner {
     directories: Vec<PathBuf>,
     command: Vec<String>,
-    /// Actions that run.
-    running: Mutex<usize>,
+    timeout: Duration,
+    phase: Mutex<Phase>,
+    /// Told when cleaning is over.
+    cleaned: Notify,
 }
 
-/// An action that runs.
-pub struct Busy<'a>(&'a Cleaner);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Cleaning,
+    /// So many actions; none before the first and after the last one.
+    Running(usize),
+}
+
+/// An action that runs: while it is there, nothing is cleaned.
+#[derive(Debug)]
+pub struct RunningAction<'a>(&'a Cleaner);
 
 impl Cleaner {
     pub fn new(directories: Vec<PathBuf>, command: Vec<String>) -> Self {
         Cleaner {
             directories,
             command,
-            running: Mutex::new(0),
+            timeout: COMMAND_TIMEOUT,
+            phase: Mutex::new(Phase::Running(0)),
+            cleaned: Notify::new(),
         }
     }
 
-    pub fn begin(&self) -> io::Result<Busy<'_>> {
-        let mut running = self.running.lock();
-        if *running == 0 {
-            self.clean()?;
+    /// `None` when told to stop while others clean.
+    pub fn begin(&self, stop: &StopSignal) -> io::Result<Option<RunningAction<'_>>> {
+        loop {
+            // Before the look, so that no notification is missed.
+            let cleaned = self.cleaned.notified();
+            let phase = {
+                let mut phase = self.phase.lock();
+                let found = *phase;
+                *phase = match found {
+                    Phase::Cleaning | Phase::Running(0) => Phase::Cleaning,
+                    Phase::Running(count) => Phase::Running(count + 1),
+                };
+                found
+            };
+            match phase {
+                Phase::Cleaning => match stop.block_on(cleaned) {
+                    Some(()) => continue,
+                    None => return Ok(None),
+                },
+                Phase::Running(0) => {
+                    let result = self.clean();
+                    self.enter(Phase::Running(usize::from(result.is_ok())));
+                    result?;
+                }
+                Phase::Running(_) => {}
+            }
+            return Ok(Some(RunningAction(self)));
         }
-        *running += 1;
-        Ok(Busy(self))
+    }
+
+    fn enter(&self, phase: Phase) {
+        *self.phase.lock() = phase;
+        self.cleaned.notify_waiters();
     }
 
     fn clean(&self) -> io::Result<()> {
@@ -50,8 +107,10 @@ impl Cleaner {
         if let Some((program, arguments)) = self.command.split_first() {
             let status = Command::new(program)
                 .args(arguments)
-                .stdin(std::process::Stdio::null())
-                .status()
+                .stdin(Stdio::null())
+                .process_group(0)
+                .spawn()
+                .and_then(|command| end_within(self.timeout, command))
                 .map_err(|error| about(program, &error))?;
             if !status.success() {
                 return Err(io::Error::other(format!("{program} failed: {status}")));
@@ -61,19 +120,91 @@ impl Cleaner {
     }
 }
 
+/// Waits for a command, which leads a process group; kills that group when it takes too long.
+fn end_within(timeout: Duration, mut command: Child) -> io::Result<ExitStatus> {
+    let pid = Pid::from_child(&command);
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    let limit = Timespec::try_from(timeout).ok();
+    let ended = loop {
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], limit.as_ref()) {
+            Err(rustix::io::Errno::INTR) => continue,
+            result => break result? > 0,
+        }
+    };
+    if !ended {
+        let _ = kill_process_group(pid, Signal::KILL);
+    }
+    let status = command.wait()?;
+    match ended {
+        true => Ok(status),
+        false => Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            format!("it did not end within {timeout:?}, and was killed"),
+        )),
+    }
+}
+
 fn about(subject: &str, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{subject}: {error}"))
 }
 
-impl Drop for Busy<'_> {
+impl Drop for RunningAction<'_> {
     fn drop(&mut self) {
-        let mut running = self.0.running.lock();
-        *running -= 1;
-        if *running == 0
-            && let Err(error) = self.0.clean()
+        let cleaner = self.0;
         {
+            let mut phase = cleaner.phase.lock();
+            *phase = match *phase {
+                Phase::Running(count @ 2..) => Phase::Running(count - 1),
+                _ => Phase::Cleaning,
+            };
+            if *phase != Phase::Cleaning {
+                return;
+            }
+        }
+        if let Err(error) = cleaner.clean() {
             // The next action is refused if it still fails then.
             tracing::warn!(%error, "could not clean up after actions");
         }
+        cleaner.enter(Phase::Running(0));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn cleaner(command: &[&str]) -> Cleaner {
+        let command = command.iter().map(|word| word.to_string()).collect();
+        Cleaner::new(Vec::new(), command)
+    }
+
+    #[test]
+    fn a_command_that_does_not_end_is_killed_with_its_children() {
+        let mut cleaner = cleaner(&["/bin/sh", "-c", "sleep 600 & wait"]);
+        cleaner.timeout = Duration::from_millis(100);
+        let began = Instant::now();
+        let error = cleaner.begin(&StopSignal::new().unwrap()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(error.to_string().contains("/bin/sh"), "{error}");
+        assert!(began.elapsed() < Duration::from_secs(60));
+        // And the next one tries again.
+        cleaner.begin(&StopSignal::new().unwrap()).unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn who_waits_while_others_clean_can_be_told_to_stop() {
+        let cleaner = cleaner(&[]);
+        *cleaner.phase.lock() = Phase::Cleaning;
+        let stop = StopSignal::new().unwrap();
+        stop.signal();
+        tokio::task::spawn_blocking(move || {
+            assert!(cleaner.begin(&stop).unwrap().is_none());
+            cleaner.enter(Phase::Running(0));
+            assert!(cleaner.begin(&stop).unwrap().is_some());
+        })
+        .await
+        .unwrap();
     }
 }

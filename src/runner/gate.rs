@@ -34,7 +34,7 @@ use super::{
     command::{Command, LogPath},
     environment::HOME,
     giving,
-    process::Stop,
+    stop::StopSignal,
 };
 use crate::path::RelativePath;
 
@@ -195,7 +195,7 @@ impl Gate {
         build: &BuildDirectory,
         command: &Command,
         id: u32,
-        stop: &Stop,
+        stop: &StopSignal,
     ) -> Result<Self, GateError> {
         let parent = match command.input_root.split_last() {
             Some((parent, _)) if !parent.is_root() => Some(parent),
@@ -288,7 +288,7 @@ impl Drop for Gate {
     }
 }
 
-fn lock(directory: &OwnedFd, path: &RelativePath, stop: &Stop) -> Result<(), GateError> {
+fn lock(directory: &OwnedFd, path: &RelativePath, stop: &StopSignal) -> Result<(), GateError> {
     let deadline = Instant::now() + PATIENCE;
     let mut pause = Duration::from_micros(200);
     loop {

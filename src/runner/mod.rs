@@ -44,6 +44,7 @@ mod rooms;
 mod root;
 mod seccomp;
 mod service;
+mod stop;
 mod syscalls;
 mod template;
 mod user;

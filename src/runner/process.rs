@@ -15,12 +15,11 @@ use std::{
     mem::MaybeUninit,
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr,
-    sync::Arc,
     time::Duration,
 };
 
 use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
 };
 
@@ -29,11 +28,8 @@ use super::{
     child::{self, Inherited, Launch, Report, Step},
     room::enter,
     seccomp::Filter,
+    stop::StopSignal,
 };
-
-/// Tells the thread of a Run that it must end.
-#[derive(Clone, Debug)]
-pub struct Stop(Arc<OwnedFd>);
 
 /// A process that was made and not yet waited for; killed and reaped on drop.
 pub struct Process {
@@ -121,25 +117,6 @@ pub enum Base<'a> {
     Directory(BorrowedFd<'a>),
     /// A path as the process sees it.
     Path(&'a CStr),
-}
-
-impl Stop {
-    pub fn new() -> io::Result<Self> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Stop(Arc::new(event)))
-    }
-
-    pub fn signal(&self) {
-        // Fails only when it was signalled 2^64 times.
-        let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
-    }
-
-    /// Waits at most this long. Whether the signal came.
-    pub fn wait(&self, patience: Duration) -> bool {
-        let timeout = Timespec::try_from(patience).ok();
-        let mut fds = [PollFd::new(&*self.0, PollFlags::IN)];
-        matches!(poll(&mut fds, timeout.as_ref()), Ok(1..))
-    }
 }
 
 impl Process {
@@ -246,12 +223,12 @@ impl Process {
     }
 
     /// Waits until the process has ended, or should end, or this long.
-    pub fn wait(&self, stop: &Stop, patience: Option<Duration>) -> Woken {
+    pub fn wait(&self, stop: &StopSignal, patience: Option<Duration>) -> Woken {
         let timeout = patience.and_then(|patience| Timespec::try_from(patience).ok());
         loop {
             let mut fds = [
                 PollFd::new(&self.pidfd, PollFlags::IN),
-                PollFd::new(&*stop.0, PollFlags::IN),
+                PollFd::new(stop, PollFlags::IN),
             ];
             match poll(&mut fds, timeout.as_ref()) {
                 Err(Errno::INTR) => continue,

@@ -6,6 +6,7 @@
 //! 3. `prove` holds when the last room that was to be made was made, less than `PROOF_AGE` ago; else
 //!    one is made for it. So whoever asks for readiness again and again makes a room each
 //!    `PROOF_AGE` at most.
+//! 4. Whoever waits holds no lock, and can give up at any time.
 
 use std::{
     collections::VecDeque,
@@ -16,6 +17,7 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use tokio::sync::watch;
 
 use super::{
     furnish::Workshop,
@@ -42,16 +44,14 @@ struct Shared {
     stock: Mutex<Stock>,
     /// The builder waits here.
     wanted: Condvar,
-    /// All others wait here.
-    attempted: Condvar,
+    /// Counts rooms that were made or could not be; all others wait here.
+    attempts: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
 struct Stock {
     /// The oldest first.
     ready: VecDeque<Room>,
-    /// Counts rooms that were made or could not be.
-    attempts: u64,
     last: Option<Attempt>,
     is_closed: bool,
 }
@@ -83,12 +83,19 @@ impl Rooms {
         &self.plan
     }
 
-    /// A room around the build directory that has this device and inode number.
-    pub fn take(&self, build_directory: (u64, u64)) -> Result<Room, RoomError> {
+    /// A room around the build directory that has this device and inode number, if one is ready.
+    pub fn try_take(&self, build_directory: (u64, u64)) -> Option<Room> {
+        let room = self.shared.pop().ok()??;
+        let changes = self.plan.changes.count();
+        room.is_usable(build_directory, changes).then_some(room)
+    }
+
+    /// The same, as soon as there is one.
+    pub async fn take(&self, build_directory: (u64, u64)) -> Result<Room, RoomError> {
         let changes = self.plan.changes.count();
         // Each of those that are ready may be out of date, as may the one that is in the making.
         for _ in 0..AHEAD + 2 {
-            let room = self.shared.next()?;
+            let room = self.shared.next().await?;
             if room.is_usable(build_directory, changes) {
                 return Ok(room);
             }
@@ -115,17 +122,20 @@ impl Rooms {
     }
 
     /// Makes a room, whatever is ready. The error says why none can be made.
-    pub fn prove(&self) -> Result<(), RoomError> {
-        let mut stock = self.shared.stock.lock();
-        let before = stock.attempts;
+    pub async fn prove(&self) -> Result<(), RoomError> {
+        let mut attempts = self.shared.attempts.subscribe();
         // In place of the oldest one.
-        let oldest = match stock.ready.len() < AHEAD {
-            true => None,
-            false => stock.ready.pop_front(),
+        let oldest = {
+            let mut stock = self.shared.stock.lock();
+            match stock.ready.len() < AHEAD {
+                true => None,
+                false => stock.ready.pop_front(),
+            }
         };
-        MutexGuard::unlocked(&mut stock, || drop(oldest));
+        // Its end takes a while.
+        tokio::task::spawn_blocking(move || drop(oldest));
         self.shared.wanted.notify_one();
-        self.shared.await_attempt(&mut stock, before)
+        self.shared.await_attempt(&mut attempts).await
     }
 
     /// Removes all rooms that nobody is in; there will be no others.
@@ -136,7 +146,7 @@ impl Rooms {
             std::mem::take(&mut stock.ready)
         };
         self.shared.wanted.notify_one();
-        self.shared.attempted.notify_all();
+        self.shared.attempts.send_modify(|_| ());
         drop(ready);
         if let Some(builder) = self.builder.lock().take() {
             let _ = builder.join();
@@ -193,12 +203,11 @@ impl Shared {
                 None if was_failing => tracing::info!("rooms for actions can be made again"),
                 _ => {}
             }
-            stock.attempts += 1;
             stock.last = Some(Attempt {
                 at: Instant::now(),
                 failure,
             });
-            self.attempted.notify_all();
+            self.attempts.send_modify(|attempts| *attempts += 1);
         }
         // One that was made while it was closed.
         let ready = std::mem::take(&mut stock.ready);
@@ -206,36 +215,40 @@ impl Shared {
         drop(ready);
     }
 
-    /// The oldest, as soon as there is one.
-    fn next(&self) -> Result<Room, RoomError> {
+    /// The oldest, if there is one.
+    fn pop(&self) -> Result<Option<Room>, RoomError> {
         let mut stock = self.stock.lock();
+        if stock.is_closed {
+            return Err(RoomError::at("stop")(io::Error::other("bb_runner stops")));
+        }
+        let room = stock.ready.pop_front();
+        drop(stock);
+        if room.is_some() {
+            self.wanted.notify_one();
+        }
+        Ok(room)
+    }
+
+    /// The oldest, as soon as there is one.
+    async fn next(&self) -> Result<Room, RoomError> {
+        let mut attempts = self.attempts.subscribe();
         loop {
-            if let Some(room) = stock.ready.pop_front() {
-                self.wanted.notify_one();
+            if let Some(room) = self.pop()? {
                 return Ok(room);
             }
-            let before = stock.attempts;
-            self.await_attempt(&mut stock, before)?;
+            self.await_attempt(&mut attempts).await?;
         }
     }
 
-    /// Waits for an attempt after the given one.
-    fn await_attempt(
-        &self,
-        stock: &mut MutexGuard<'_, Stock>,
-        before: u64,
-    ) -> Result<(), RoomError> {
-        let deadline = Instant::now() + FURNISH_TIMEOUT;
-        while stock.attempts == before {
-            if stock.is_closed {
-                return Err(RoomError::at("stop")(io::Error::other("bb_runner stops")));
-            }
-            if self.attempted.wait_until(stock, deadline).timed_out() {
-                return Err(RoomError::at("wait")(io::Error::other(format!(
-                    "it was not made within {FURNISH_TIMEOUT:?}"
-                ))));
-            }
+    /// Waits for an attempt that this receiver has not seen.
+    async fn await_attempt(&self, attempts: &mut watch::Receiver<u64>) -> Result<(), RoomError> {
+        let attempted = tokio::time::timeout(FURNISH_TIMEOUT, attempts.changed()).await;
+        if attempted.is_err() {
+            return Err(RoomError::at("wait")(io::Error::other(format!(
+                "it was not made within {FURNISH_TIMEOUT:?}"
+            ))));
         }
+        let stock = self.stock.lock();
         match stock.last.as_ref().and_then(|last| last.failure.clone()) {
             Some(failure) => Err(failure),
             None => Ok(()),

@@ -28,7 +28,8 @@ use super::{
     deadline,
     environment::Additions,
     gate::{self, BuildDirectory, GateError},
-    process::{Cause, Exit, Stop},
+    process::{Cause, Exit},
+    stop::StopSignal,
     user::Users,
 };
 use crate::{
@@ -56,7 +57,7 @@ pub struct Runner {
 }
 
 /// Tells the thread of a Run to end when the call is dropped.
-struct StopOnDrop(Option<Stop>);
+struct StopOnDrop(Option<StopSignal>);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
@@ -83,11 +84,7 @@ impl Runner {
     async fn check_rooms(&self, build_directory: (u64, u64)) -> Result<(), Status> {
         let made = match self.house.rooms.is_proven(build_directory) {
             Some(known) => known,
-            None => {
-                let house = self.house.clone();
-                let proven = tokio::task::spawn_blocking(move || house.rooms.prove()).await;
-                proven.map_err(|error| Status::unavailable(error.to_string()))?
-            }
+            None => self.house.rooms.prove().await,
         };
         made.map_err(|error| Status::unavailable(error.to_string()))
     }
@@ -161,8 +158,8 @@ impl runner_server::Runner for Runner {
             .await
             .map_err(|error| Status::unavailable(error.to_string()))?;
         let id = user.id();
-        let stop =
-            Stop::new().map_err(|error| Status::unavailable(format!("Failed to run: {error}")))?;
+        let stop = StopSignal::new()
+            .map_err(|error| Status::unavailable(format!("Failed to run: {error}")))?;
         let mut stop_on_drop = StopOnDrop(Some(stop.clone()));
         let (answer, mut answered) = oneshot::channel();
         let house = self.house.clone();

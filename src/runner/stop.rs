@@ -1,0 +1,54 @@
+//! Tells the thread of a Run that it must end, whether it waits for a descriptor or for a future.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use tokio_util::sync::CancellationToken;
+
+/// One Run's; all clones are told at once.
+#[derive(Clone, Debug)]
+pub struct StopSignal {
+    event: Arc<OwnedFd>,
+    token: CancellationToken,
+}
+
+impl StopSignal {
+    pub fn new() -> io::Result<Self> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(StopSignal {
+            event: Arc::new(event),
+            token: CancellationToken::new(),
+        })
+    }
+
+    pub fn signal(&self) {
+        self.token.cancel();
+        // Fails only when it was signalled 2^64 times.
+        let _ = rustix::io::write(&*self.event, &1u64.to_ne_bytes());
+    }
+
+    /// Waits at most this long. Whether the signal came.
+    pub fn wait(&self, timeout: Duration) -> bool {
+        let timeout = Timespec::try_from(timeout).ok();
+        let mut fds = [PollFd::new(&*self.event, PollFlags::IN)];
+        matches!(poll(&mut fds, timeout.as_ref()), Ok(1..))
+    }
+
+    /// What the future gives, or `None` when the signal comes first. Blocks this thread, which is one
+    /// of the runtime's that may block.
+    pub fn block_on<F: Future>(&self, future: F) -> Option<F::Output> {
+        tokio::runtime::Handle::current().block_on(self.token.run_until_cancelled(future))
+    }
+}
+
+/// Readable from the signal on.
+impl AsFd for StopSignal {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
