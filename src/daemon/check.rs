@@ -12,16 +12,17 @@ use std::{
 };
 
 use super::{
-    EX_CONFIG, Failure, Program,
-    holder::{self, Held},
-    journal::complain,
-    unit::Units,
+    Failure,
+    cli::{EX_CONFIG, Program},
+    logging::print_error,
+    owner::{self, Owner},
+    systemd_unit::SystemdUnits,
 };
 use crate::config::{self, Diagnostics, ExplicitKeys, ListenAddress, Loaded, Validate};
 
 /// Whose configuration is looked at, where it lies, and on what host.
 #[derive(Clone, Debug)]
-pub struct Host {
+pub struct Installation {
     pub program: &'static str,
     pub path: PathBuf,
     /// The path is the one that the program's unit uses.
@@ -29,30 +30,30 @@ pub struct Host {
     /// The path is the one that this instance of the program's template unit uses.
     pub instance: Option<String>,
     pub table: toml::Table,
-    pub units: Units,
+    pub units: SystemdUnits,
 }
 
-impl Host {
+impl Installation {
     /// Of a configuration that lies at `path`, not where the program's unit looks for it.
     pub fn of<C: Validate>(program: &'static str, path: &Path, loaded: &Loaded<C>) -> Self {
-        Host {
+        Installation {
             program,
             path: path.to_owned(),
             is_default: false,
             instance: None,
             table: loaded.table.clone(),
-            units: Units::of(Path::new("/")),
+            units: SystemdUnits::of(Path::new("/")),
         }
     }
 
     /// Of a configuration that lies where one of this host's units looks for it, if it does.
     pub fn with_units_in(mut self, directory: &Path) -> Self {
         let default = directory.join(format!("{}.toml", self.program));
-        self.is_default = holder::is_same_file(&self.path, &default);
+        self.is_default = owner::is_same_file(&self.path, &default);
         let path = fs::canonicalize(&self.path).unwrap_or_else(|_| self.path.clone());
         let is_there = path
             .parent()
-            .is_some_and(|parent| holder::is_same_file(parent, directory));
+            .is_some_and(|parent| owner::is_same_file(parent, directory));
         self.instance = path
             .file_stem()
             .and_then(|stem| stem.to_str()?.strip_prefix(self.program)?.strip_prefix('@'))
@@ -79,13 +80,13 @@ impl Host {
         ExplicitKeys(&self.table)
     }
 
-    fn listener(&self, address: &ListenAddress) -> Held {
-        holder::listener(address, |held| self.is_daemon(held))
+    fn listener(&self, address: &ListenAddress) -> Owner {
+        owner::of_listener(address, |owner| self.is_daemon(owner))
     }
 
     /// Whether that is the daemon which runs with this configuration.
-    fn is_daemon(&self, held: &Held) -> bool {
-        held.is_daemon(self.program, &self.path, self.is_default)
+    fn is_daemon(&self, owner: &Owner) -> bool {
+        owner.is_daemon(self.program, &self.path, self.is_default)
     }
 
     /// The configuration of another of the three programs, if it lies beside this one and is right.
@@ -96,7 +97,7 @@ impl Host {
 
     /// The unit's time to stop, if it is not for ever: that of this host's unit, else the shipped one's.
     pub fn stop_timeout(&self) -> Option<std::time::Duration> {
-        use super::unit::StopTimeout;
+        use super::systemd_unit::StopTimeout;
         let unit = self.unit(&self.service());
         match unit.and_then(|unit| self.units.stop_timeout(&unit)) {
             Some(StopTimeout::Infinite) => None,
@@ -141,13 +142,13 @@ pub const SHIPPED_STOP_TIMEOUT: std::time::Duration = std::time::Duration::from_
 
 /// What was tried, and what is wrong.
 #[derive(Debug, Default)]
-pub struct Findings {
+pub struct CheckReport {
     good: Vec<String>,
     notes: Vec<String>,
     failures: Vec<Failure>,
 }
 
-impl Findings {
+impl CheckReport {
     pub fn good(&mut self, what: impl Display) {
         self.good.push(what.to_string());
     }
@@ -177,28 +178,30 @@ impl Findings {
     /// Whether this program can listen at an address, or does already, or systemd does for it.
     pub fn try_address(
         &mut self,
-        host: &Host,
+        installation: &Installation,
         unit: &str,
         key: &'static str,
         address: &ListenAddress,
     ) {
-        if host.units.are_in_use()
-            && let Some(service) = host.unit(&host.service())
-            && host
+        if installation.units.are_in_use()
+            && let Some(service) = installation.unit(&installation.service())
+            && installation
                 .units
                 .setting(&service, "Service", "ExecStart")
                 .is_some()
-            && let Some(unit) = host.unit(unit)
-            && let Some(sockets) = host.units.listens(&unit)
+            && let Some(unit) = installation.unit(unit)
+            && let Some(sockets) = installation.units.listens(&unit)
         {
-            return self.try_sockets(host, &unit, key, address, &sockets);
+            return self.try_sockets(installation, &unit, key, address, &sockets);
         }
         match super::listen::try_to_bind(address) {
             Ok(()) => self.good(format!("{key}: {address} is free")),
             Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-                let held = host.listener(address);
-                if host.is_daemon(&held) {
-                    self.good(format!("{key}: {address}, which {held} listens on already"));
+                let owner = installation.listener(address);
+                if installation.is_daemon(&owner) {
+                    self.good(format!(
+                        "{key}: {address}, which {owner} listens on already"
+                    ));
                 } else {
                     self.fail(super::listen::not_listening(key, address, &error));
                 }
@@ -210,7 +213,7 @@ impl Findings {
     /// What systemd is to listen on in place of `address`.
     fn try_sockets(
         &mut self,
-        host: &Host,
+        installation: &Installation,
         unit: &str,
         key: &'static str,
         address: &ListenAddress,
@@ -218,7 +221,7 @@ impl Findings {
     ) {
         let written: Vec<String> = sockets.iter().map(ToString::to_string).collect();
         let written = written.join(" and ");
-        if host.explicit_keys().contains(key) && !sockets.contains(address) {
+        if installation.explicit_keys().contains(key) && !sockets.contains(address) {
             let message = overridden(address, unit, &written);
             return self.fail(Failure::Configuration { key, message });
         }
@@ -228,11 +231,11 @@ impl Findings {
                     "{unit} does not listen on {socket}; systemctl start {unit}"
                 )),
                 Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-                    let held = host.listener(socket);
-                    let is_right = match &held {
-                        Held::BySystemd | Held::BySomebody(None | Some(0)) => true,
-                        Held::By(_) => host.is_daemon(&held),
-                        Held::BySomebody(Some(_)) => false,
+                    let owner = installation.listener(socket);
+                    let is_right = match &owner {
+                        Owner::Systemd | Owner::Unknown(None | Some(0)) => true,
+                        Owner::Process(_) => installation.is_daemon(&owner),
+                        Owner::Unknown(Some(_)) => false,
                     };
                     match is_right {
                         true => self.good(format!("{key}: {unit} listens on {socket}")),
@@ -246,7 +249,7 @@ impl Findings {
     }
 
     /// A lock that a running daemon has on one of its directories.
-    pub fn try_lock(&mut self, host: &Host, key: &'static str, locked: &Path) {
+    pub fn try_lock(&mut self, installation: &Installation, key: &'static str, locked: &Path) {
         use rustix::fs::{FlockOperation, flock};
         let Ok(file) = std::fs::File::open(locked) else {
             return;
@@ -255,15 +258,15 @@ impl Findings {
             return;
         }
         drop(file);
-        let held = holder::lock(locked);
+        let owner = owner::of_lock(locked);
         let shown = locked.display();
-        if host.is_daemon(&held) {
-            self.good(format!("{key}: {shown} is in use by {held}"));
+        if installation.is_daemon(&owner) {
+            self.good(format!("{key}: {shown} is in use by {owner}"));
         } else {
             self.fail(Failure::Configuration {
                 key,
                 message: format!(
-                    "{shown} is in use by {held}; stop that, or choose a directory of its own"
+                    "{shown} is in use by {owner}; stop that, or choose a directory of its own"
                 ),
             });
         }
@@ -281,10 +284,10 @@ pub fn overridden(address: &ListenAddress, unit: &str, sockets: &str) -> String 
 /// The whole of `--check`.
 pub fn run<C: Validate>(
     program: &Program,
-    host: &Host,
+    installation: &Installation,
     loaded: &Loaded<C>,
-    warnings: fn(&C, &Host, &mut Diagnostics),
-    probe: impl AsyncFnOnce(&C, &Host, &mut Findings),
+    warnings: fn(&C, &Installation, &mut Diagnostics),
+    probe: impl AsyncFnOnce(&C, &Installation, &mut CheckReport),
 ) -> ExitCode {
     let name = program.name;
     println!("{name} {}", env!("CARGO_PKG_VERSION"));
@@ -300,7 +303,7 @@ pub fn run<C: Validate>(
     if loaded.files.is_empty() {
         println!(
             "  note   there is no {}: every key has its default",
-            host.path.display()
+            installation.path.display()
         );
     }
     let mut errors: Vec<String> = loaded.errors.iter().map(ToString::to_string).collect();
@@ -308,34 +311,34 @@ pub fn run<C: Validate>(
     // Of a file that is no TOML nothing is known.
     if loaded.is_toml {
         let mut diagnostics = Diagnostics::default();
-        warnings(&loaded.config, host, &mut diagnostics);
+        warnings(&loaded.config, installation, &mut diagnostics);
         errors.extend(
             diagnostics
-                .into_errors(&host.path)
+                .into_errors(&installation.path)
                 .iter()
                 .map(ToString::to_string),
         );
-        let findings = match tokio::runtime::Runtime::new() {
+        let report = match tokio::runtime::Runtime::new() {
             Ok(runtime) => {
-                let mut findings = Findings::default();
-                runtime.block_on(probe(&loaded.config, host, &mut findings));
-                findings
+                let mut report = CheckReport::default();
+                runtime.block_on(probe(&loaded.config, installation, &mut report));
+                report
             }
             Err(error) => {
-                complain(name, &format!("could not start threads: {error}"));
+                print_error(name, &format!("could not start threads: {error}"));
                 return ExitCode::FAILURE;
             }
         };
-        for good in &findings.good {
+        for good in &report.good {
             println!("  good   {good}");
         }
-        for note in &findings.notes {
+        for note in &report.notes {
             println!("  note   {note}");
         }
-        for failure in &findings.failures {
+        for failure in &report.failures {
             let text = match failure {
                 Failure::Configuration { key, message } => {
-                    config::at_key(&host.path, key, message.clone()).to_string()
+                    config::at_key(&installation.path, key, message.clone()).to_string()
                 }
                 Failure::Environment { message } => message.clone(),
             };
@@ -343,21 +346,21 @@ pub fn run<C: Validate>(
                 errors.push(text);
             }
         }
-        failed = !findings.failures.is_empty();
+        failed = !report.failures.is_empty();
     }
     for error in &errors {
-        complain(name, error);
+        print_error(name, error);
     }
     match errors.len() {
         0 => {
-            println!("{name}: {} is good", host.path.display());
+            println!("{name}: {} is good", installation.path.display());
             return ExitCode::SUCCESS;
         }
-        1 => complain(name, "1 error"),
-        count => complain(name, &format!("{count} errors")),
+        1 => print_error(name, "1 error"),
+        count => print_error(name, &format!("{count} errors")),
     }
     if !loaded.errors.is_empty() || !failed {
-        complain(name, &format!("All keys are described in {name}.toml(5)."));
+        print_error(name, &format!("All keys are described in {name}.toml(5)."));
     }
     ExitCode::from(EX_CONFIG)
 }
@@ -371,15 +374,17 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let other = tempfile::tempdir().unwrap();
         let unit = |directory: &Path, path: &Path| {
-            let host = Host {
+            let installation = Installation {
                 program: "bb_runner",
                 path: path.to_owned(),
                 is_default: false,
                 instance: None,
                 table: toml::Table::new(),
-                units: Units::of(directory),
+                units: SystemdUnits::of(directory),
             };
-            host.with_units_in(directory).unit("bb-runner.socket")
+            installation
+                .with_units_in(directory)
+                .unit("bb-runner.socket")
         };
         let [default, instance, stranger] = ["bb_runner", "bb_runner@network", "my_runner"]
             .map(|name| directory.path().join(format!("{name}.toml")));

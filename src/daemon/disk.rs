@@ -2,19 +2,19 @@
 
 use std::path::{Path, PathBuf};
 
-use super::Host;
+use super::Installation;
 use crate::config::{Diagnostics, Size};
 
 /// A file system, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Disk {
+pub struct DiskSpace {
     pub total: u64,
     /// For users who are not root.
     pub available: u64,
 }
 
 /// The closest directory above `path`, or `path` itself, that exists.
-pub fn existing(path: &Path) -> PathBuf {
+pub fn nearest_directory(path: &Path) -> PathBuf {
     path.ancestors()
         .find(|ancestor| ancestor.is_dir())
         .unwrap_or(Path::new("/"))
@@ -23,27 +23,27 @@ pub fn existing(path: &Path) -> PathBuf {
 
 /// What keeps a directory from being made at `path`, or is there in its place: `path` or the closest
 /// above it that exists, when that is no directory.
-pub fn in_the_way_of(path: &Path) -> Option<&Path> {
+pub fn blocking_path(path: &Path) -> Option<&Path> {
     path.ancestors()
         .find(|ancestor| std::fs::symlink_metadata(ancestor).is_ok())
         .filter(|found| !found.is_dir())
 }
 
 /// The disk that a directory is on, or will be.
-pub fn disk(path: &Path) -> Option<Disk> {
-    let stat = rustix::fs::statvfs(existing(path)).ok()?;
-    Some(Disk {
+pub fn space(path: &Path) -> Option<DiskSpace> {
+    let stat = rustix::fs::statvfs(nearest_directory(path)).ok()?;
+    Some(DiskSpace {
         total: stat.f_blocks.saturating_mul(stat.f_frsize),
         available: stat.f_bavail.saturating_mul(stat.f_frsize),
     })
 }
 
 /// Whole mebibytes, for people.
-pub fn rounded(bytes: u64) -> Size {
+pub fn rounded_to_mib(bytes: u64) -> Size {
     Size(bytes >> 20 << 20)
 }
 
-impl Host {
+impl Installation {
     /// A size that somebody wrote must fit on the whole disk; a default adapts.
     pub fn check_size(
         &self,
@@ -53,7 +53,7 @@ impl Host {
         diagnostics: &mut Diagnostics,
     ) {
         if self.explicit_keys().contains(key)
-            && let Some(disk) = disk(directory)
+            && let Some(disk) = space(directory)
             && size.get() > disk.total
         {
             diagnostics.add(
@@ -61,7 +61,7 @@ impl Host {
                 format!(
                     "{size} is more than the whole disk of {} has, {}; lower it, or choose a larger disk",
                     directory.display(),
-                    rounded(disk.total)
+                    rounded_to_mib(disk.total)
                 ),
             );
         }

@@ -21,7 +21,7 @@ use tokio::{
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
 };
 
-use super::{Failure, holder};
+use super::{Failure, owner};
 use crate::config::ListenAddress;
 
 /// Who may reach a Unix socket.
@@ -109,8 +109,8 @@ pub(super) fn not_listening(
 ) -> Failure {
     let remedy = match error.kind() {
         io::ErrorKind::AddrInUse => {
-            let held = holder::listener(address, |_| false);
-            format!("{held} listens there; stop it, or choose another address")
+            let owner = owner::of_listener(address, |_| false);
+            format!("{owner} listens there; stop it, or choose another address")
         }
         io::ErrorKind::PermissionDenied => {
             "choose an address or a directory that this user may use".to_owned()
@@ -269,37 +269,37 @@ impl Socket {
         }
     }
 
-    pub(super) async fn accept(&self) -> io::Result<Connection> {
+    pub(super) async fn accept(&self) -> io::Result<AcceptedStream> {
         match self {
             Socket::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
                 stream.set_nodelay(true)?;
-                Ok(Connection::new(Stream::Tcp(stream)))
+                Ok(AcceptedStream::new(Transport::Tcp(stream)))
             }
             Socket::Unix(listener) => listener
                 .accept()
                 .await
-                .map(|(stream, _)| Connection::new(Stream::Unix(stream))),
+                .map(|(stream, _)| AcceptedStream::new(Transport::Unix(stream))),
         }
     }
 }
 
 /// A connection that was accepted.
 #[derive(Debug)]
-pub struct Connection {
-    stream: Stream,
+pub struct AcceptedStream {
+    stream: Transport,
     arrived: Arc<AtomicU64>,
 }
 
 #[derive(Debug)]
-enum Stream {
+enum Transport {
     Tcp(TcpStream),
     Unix(UnixStream),
 }
 
-impl Connection {
-    fn new(stream: Stream) -> Self {
-        Connection {
+impl AcceptedStream {
+    fn new(stream: Transport) -> Self {
+        AcceptedStream {
             stream,
             arrived: Arc::default(),
         }
@@ -312,8 +312,8 @@ impl Connection {
 
     pub fn peer(&self) -> Peer {
         match &self.stream {
-            Stream::Tcp(stream) => Peer::Tcp(stream.peer_addr().ok()),
-            Stream::Unix(stream) => match stream.peer_cred() {
+            Transport::Tcp(stream) => Peer::Tcp(stream.peer_addr().ok()),
+            Transport::Unix(stream) => match stream.peer_cred() {
                 Ok(credentials) => Peer::Unix {
                     uid: credentials.uid(),
                     gid: credentials.gid(),
@@ -330,7 +330,7 @@ impl Connection {
     }
 }
 
-impl AsyncRead for Connection {
+impl AsyncRead for AcceptedStream {
     fn poll_read(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -339,8 +339,8 @@ impl AsyncRead for Connection {
         let this = self.get_mut();
         let before = buffer.filled().len();
         let read = match &mut this.stream {
-            Stream::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
-            Stream::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
+            Transport::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
+            Transport::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
         };
         let arrived = buffer.filled().len() - before;
         this.arrived.fetch_add(arrived as u64, Ordering::Relaxed);
@@ -348,29 +348,29 @@ impl AsyncRead for Connection {
     }
 }
 
-impl AsyncWrite for Connection {
+impl AsyncWrite for AcceptedStream {
     fn poll_write(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
         data: &[u8],
     ) -> Poll<io::Result<usize>> {
         match &mut self.get_mut().stream {
-            Stream::Tcp(stream) => Pin::new(stream).poll_write(context, data),
-            Stream::Unix(stream) => Pin::new(stream).poll_write(context, data),
+            Transport::Tcp(stream) => Pin::new(stream).poll_write(context, data),
+            Transport::Unix(stream) => Pin::new(stream).poll_write(context, data),
         }
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.get_mut().stream {
-            Stream::Tcp(stream) => Pin::new(stream).poll_flush(context),
-            Stream::Unix(stream) => Pin::new(stream).poll_flush(context),
+            Transport::Tcp(stream) => Pin::new(stream).poll_flush(context),
+            Transport::Unix(stream) => Pin::new(stream).poll_flush(context),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         match &mut self.get_mut().stream {
-            Stream::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
-            Stream::Unix(stream) => Pin::new(stream).poll_shutdown(context),
+            Transport::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
+            Transport::Unix(stream) => Pin::new(stream).poll_shutdown(context),
         }
     }
 
@@ -380,8 +380,8 @@ impl AsyncWrite for Connection {
         data: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         match &mut self.get_mut().stream {
-            Stream::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, data),
-            Stream::Unix(stream) => Pin::new(stream).poll_write_vectored(context, data),
+            Transport::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, data),
+            Transport::Unix(stream) => Pin::new(stream).poll_write_vectored(context, data),
         }
     }
 

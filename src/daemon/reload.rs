@@ -6,23 +6,23 @@
 
 use std::{collections::BTreeSet, path::PathBuf};
 
-use super::log::Levels;
+use super::logging::LevelHandle;
 use crate::config::{self, Log, Validate};
 
 /// What changes without a restart.
 const LIVE: [&str; 1] = ["log.level"];
 
 /// What the daemon runs with.
-pub struct Running<C> {
+pub(super) struct ReloadableConfig<C> {
     pub path: PathBuf,
     pub optional: bool,
     pub table: toml::Table,
     pub log_of: fn(&C) -> &Log,
 }
 
-impl<C: Validate> Running<C> {
+impl<C: Validate> ReloadableConfig<C> {
     /// Returns one line for `systemctl status`; empty when nothing waits for a restart.
-    pub fn reload(&mut self, levels: &Levels) -> String {
+    pub fn reload(&mut self, level: &LevelHandle) -> String {
         let (config, table) = match config::read::<C>(&self.path, self.optional) {
             Ok(loaded) => (loaded.config, loaded.table),
             Err(error) => {
@@ -38,7 +38,7 @@ impl<C: Validate> Running<C> {
         let mut waiting = Vec::new();
         for key in changed {
             if LIVE.contains(&key.as_str()) {
-                levels.set((self.log_of)(&config).level);
+                level.set((self.log_of)(&config).level);
                 set(&mut self.table, &key, get(&table, &key).cloned());
                 tracing::info!(key, "reloaded");
             } else {
@@ -120,31 +120,31 @@ mod tests {
         let write = |text: &str| std::fs::write(&path, text).unwrap();
         write("cache.maximum_size = \"20GiB\"\n[[runners]]\nconcurrency = 2\n");
         let table = config::read::<Config>(&path, false).unwrap().table;
-        let mut running = Running::<Config> {
+        let mut running = ReloadableConfig::<Config> {
             path: path.clone(),
             optional: false,
             table,
             log_of: |config| &config.log,
         };
-        let levels = Levels::default();
+        let level = LevelHandle::default();
 
         // Another spelling of the same values.
         write("cache.maximum_size = \"20480MiB\"\n[[runners]]\nconcurrency = 2\nsize_class = 0\n");
-        assert_eq!(running.reload(&levels), "");
+        assert_eq!(running.reload(&level), "");
 
         write(
             "log.level = \"debug\"\nstorage.browser_url = \"http://x\"\n[[runners]]\nconcurrency = 3\n",
         );
         let wait = "restart to apply: runners, storage.browser_url";
-        assert_eq!(running.reload(&levels), wait);
-        assert_eq!(running.reload(&levels), wait);
+        assert_eq!(running.reload(&level), wait);
+        assert_eq!(running.reload(&level), wait);
         let changed = running.changed(&config::read::<Config>(&path, false).unwrap().table);
         assert!(!changed.contains("log.level"), "{changed:?}");
 
         write("no_such_key = 1\n");
-        assert!(running.reload(&levels).contains("error"));
+        assert!(running.reload(&level).contains("error"));
 
         write("log.level = \"debug\"\n[[runners]]\nconcurrency = 2\n");
-        assert_eq!(running.reload(&levels), "");
+        assert_eq!(running.reload(&level), "");
     }
 }

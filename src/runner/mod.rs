@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::runner::{Config, Demand, Root},
-    daemon::{self, Failure, Life, Program, Services, SocketPermissions},
+    daemon::{self, Failure, Lifecycle, Program, Services, SocketPermissions},
 };
 
 mod account;
@@ -78,7 +78,7 @@ const CAPABILITIES: [(u32, &str); 8] = [
 const NAMESPACES: usize = 2;
 
 /// Runs until told to stop.
-pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
+pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     check_capabilities()?;
     check_users(&config)?;
     if let Some(failure) = probe::vital_directory(&config) {
@@ -212,10 +212,10 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     };
     let routes = Services::default()
         .add(deadline::Server::new(runner))
-        .observable(&life.stopping())?;
+        .observable(&lifecycle.stopping())?;
 
     // Each command has a thread of the pool to itself.
-    life.vital("the pool of threads", {
+    lifecycle.liveness_check("the pool of threads", {
         let runtime = tokio::runtime::Handle::current();
         move || {
             let (sender, answer) = std::sync::mpsc::channel();
@@ -229,23 +229,23 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         range.start,
         range.end - 1
     );
-    life.ready(&format!("running commands {place}"));
-    let stopping = life.stopping();
+    lifecycle.ready(&format!("running commands {place}"));
+    let stopping = lifecycle.stopping();
     let line = || match (stopping.is_cancelled(), users.in_use()) {
         (true, running) => format!("draining: {running} commands still run"),
         (false, 0) => format!("idle, {place}"),
         (false, running) => format!("{running} commands run, {place}"),
     };
     let kill_what_is_late = async {
-        life.stopping().cancelled().await;
+        lifecycle.stopping().cancelled().await;
         tokio::time::sleep(drain).await;
         killing.cancel();
         std::future::pending().await
     };
     let result = tokio::select! {
         // Callers are told what became of commands that had to be killed.
-        result = daemon::serve(listener, routes, life.stopping(), drain + DYING) => result,
-        () = life.keep_status(line) => Ok(()),
+        result = daemon::serve(listener, routes, lifecycle.stopping(), drain + DYING) => result,
+        () = lifecycle.keep_status(line) => Ok(()),
         () = kill_what_is_late => Ok(()),
     };
     killing.cancel();

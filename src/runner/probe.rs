@@ -15,19 +15,19 @@ use crate::{
         self, Diagnostics, DirectoryKind, directory_kind,
         runner::{Config, Demand, Root},
     },
-    daemon::{Failure, Findings, Host, disk},
+    daemon::{CheckReport, Failure, Installation, disk},
 };
 
 const UNIT: &str = "bb-runner.socket";
 const LISTEN: &str = "listen";
 
 /// What is wrong, although `run` goes on with it.
-pub fn warnings(config: &Config, host: &Host, diagnostics: &mut Diagnostics) {
+pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut Diagnostics) {
     let drain = config.shutdown.drain_timeout;
-    host.check_drain(drain, config.termination_grace, diagnostics);
-    host.check_socket("runner", UNIT, LISTEN, &config.listen, diagnostics);
+    installation.check_drain(drain, config.termination_grace, diagnostics);
+    installation.check_socket("runner", UNIT, LISTEN, &config.listen, diagnostics);
     let build = &config.build_directory;
-    host.check_size(
+    installation.check_size(
         "limits.log_size",
         config.limits.log_size,
         build,
@@ -59,7 +59,7 @@ pub fn warnings(config: &Config, host: &Host, diagnostics: &mut Diagnostics) {
             diagnostics.add("emulator", format!("{program}: {reason}"));
         }
     }
-    if let Some(worker) = host.sibling::<config::worker::Config>("bb_worker") {
+    if let Some(worker) = installation.sibling::<config::worker::Config>("bb_worker") {
         check_worker(config, &worker, diagnostics);
     }
 }
@@ -228,10 +228,10 @@ fn check_worker(config: &Config, worker: &config::worker::Config, diagnostics: &
 }
 
 /// What would keep `run` from working.
-pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
+pub async fn probe(config: &Config, installation: &Installation, report: &mut CheckReport) {
     match check_capabilities() {
-        Err(failure) => findings.fail(failure),
-        Ok(()) => findings.record(
+        Err(failure) => report.fail(failure),
+        Ok(()) => report.record(
             "containment: what is required can be had",
             Layers::find(config, false).1,
         ),
@@ -239,10 +239,10 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
     if config.containment.cgroups == Demand::Require {
         let unmet = cgroup::Cgroups::check(&config.limits).and_then(|unkept| kept(&unkept));
         let unmet = unmet.err().map(|reason| layer::unmet(CGROUPS, &reason));
-        findings.record(format!("{CGROUPS}: control groups can be had"), unmet);
+        report.record(format!("{CGROUPS}: control groups can be had"), unmet);
     }
     let range = config.users.range();
-    findings.record(
+    report.record(
         format!(
             "users: {} to {} are nobody else's",
             range.start,
@@ -251,7 +251,7 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
         check_users(config).err(),
     );
     let (_, unknown) = resolve_users(&config.allowed_users);
-    findings.record(
+    report.record(
         "allowed_users: all of them exist",
         unknown.into_iter().map(unknown_user),
     );
@@ -262,12 +262,12 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
     .into_iter()
     .flatten()
     {
-        findings.fail(failure);
+        report.fail(failure);
     }
-    findings.try_address(host, UNIT, LISTEN, &config.listen);
-    check_build_directory(config, findings);
+    report.try_address(installation, UNIT, LISTEN, &config.listen);
+    check_build_directory(config, report);
     if let Some(failure) = vital_directory(config) {
-        findings.fail(failure);
+        report.fail(failure);
     }
     for path in &config.readiness_checking_pathnames {
         let missing = fs::metadata(path)
@@ -276,14 +276,14 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
                 key: "readiness_checking_pathnames",
                 message: format!("could not find {}: {error}", path.display()),
             });
-        findings.record(
+        report.record(
             format!("readiness_checking_pathnames: {} is there", path.display()),
             missing,
         );
     }
 }
 
-fn check_build_directory(config: &Config, findings: &mut Findings) {
+fn check_build_directory(config: &Config, report: &mut CheckReport) {
     let key = "build_directory";
     let mut wrong = Vec::new();
     match fs::metadata(&config.build_directory) {
@@ -302,15 +302,15 @@ fn check_build_directory(config: &Config, findings: &mut Findings) {
     if let Some(barrier) = gate::barrier(&config.build_directory) {
         wrong.push(service::barrier_message(&barrier));
     }
-    if let Some(disk) = disk::disk(&config.build_directory)
+    if let Some(disk) = disk::space(&config.build_directory)
         && disk.total < config.limits.log_size.get()
     {
-        findings.note(format!(
+        report.note(format!(
             "limits.log_size is larger than the whole disk, {}",
-            disk::rounded(disk.total)
+            disk::rounded_to_mib(disk.total)
         ));
     }
-    findings.record(
+    report.record(
         format!(
             "{key}: the users of actions can pass to {}",
             config.build_directory.display()

@@ -20,6 +20,7 @@ use std::{
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
+use tracing::Instrument;
 
 use super::{
     action::{self, House, RunError},
@@ -33,8 +34,8 @@ use super::{
     user::Users,
 };
 use crate::{
-    daemon::Peer,
-    metadata,
+    daemon::{self, Peer},
+    metadata::{self, ActionContext},
     path::RelativePath,
     proto::{
         pack,
@@ -146,7 +147,21 @@ impl runner_server::Runner for Runner {
 
     async fn run(&self, request: Request<RunRequest>) -> Result<Response<RunResponse>, Status> {
         self.admit(&request)?;
-        let action = metadata::action_of(&request);
+        let ActionContext {
+            action,
+            operation,
+            worker,
+        } = ActionContext::of(&request);
+        let span = daemon::action_span(&action, operation, worker.as_deref());
+        self.run_command(request).instrument(span).await
+    }
+}
+
+impl Runner {
+    async fn run_command(
+        &self,
+        request: Request<RunRequest>,
+    ) -> Result<Response<RunResponse>, Status> {
         let deadline =
             deadline::of(request.metadata()).map(|limit| (Instant::now() + limit, limit));
         let owns_inputs = metadata::has_private_inputs(&request);
@@ -164,7 +179,7 @@ impl runner_server::Runner for Runner {
         let (answer, mut answered) = oneshot::channel();
         let house = self.house.clone();
         let told = stop.clone();
-        tokio::task::spawn_blocking(move || action::run(&house, &command, user, &told, answer));
+        daemon::spawn_blocking(move || action::run(&house, &command, user, &told, answer));
         let over = async {
             match deadline {
                 Some((instant, limit)) => {
@@ -189,7 +204,7 @@ impl runner_server::Runner for Runner {
         };
         stop_on_drop.0 = None;
         if let Ok(Ok(exit)) = &result {
-            tracing::debug!(action, user = id, cause = ?exit.cause, "command ended");
+            tracing::debug!(user = id, cause = ?exit.cause, "command ended");
         }
         let result = result
             .unwrap_or_else(|_| Err(RunError::Wait(std::io::Error::other("the thread panicked"))));

@@ -15,7 +15,9 @@ use crate::{
         self, Diagnostics, ListenAddress,
         scheduler::{Config, StorageLocation},
     },
-    daemon::{self, Failure, Findings, Host, Life, Limits, Program, Services},
+    daemon::{
+        self, CheckReport, Failure, Installation, Lifecycle, Program, ServerLimits, Services,
+    },
     proto::{
         reapi::execution_server::ExecutionServer,
         remoteworker::operation_queue_server::OperationQueueServer,
@@ -36,16 +38,16 @@ const LARGEST_REPORT: usize = 64 << 20;
 const LARGEST_REQUEST: usize = 1 << 20;
 
 /// What is wrong, although `run` goes on with it.
-pub fn warnings(config: &Config, host: &Host, diagnostics: &mut Diagnostics) {
+pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut Diagnostics) {
     let none = config::Duration::seconds(0);
-    host.check_drain(config.shutdown.drain_timeout, none, diagnostics);
+    installation.check_drain(config.shutdown.drain_timeout, none, diagnostics);
     for (name, unit, key, address) in sockets(config) {
-        host.check_socket(name, unit, key, address, diagnostics);
+        installation.check_socket(name, unit, key, address, diagnostics);
     }
     if config.storage.cas == StorageLocation::Embedded {
         let embedded = &config.storage.embedded;
         let key = "storage.embedded.maximum_size";
-        host.check_size(key, embedded.maximum_size, &embedded.directory, diagnostics);
+        installation.check_size(key, embedded.maximum_size, &embedded.directory, diagnostics);
     }
 }
 
@@ -68,25 +70,25 @@ fn sockets(config: &Config) -> [(&'static str, &'static str, &'static str, &List
 }
 
 /// What would keep `run` from working.
-pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
+pub async fn probe(config: &Config, installation: &Installation, report: &mut CheckReport) {
     for (_, unit, key, address) in sockets(config) {
-        findings.try_address(host, unit, key, address);
+        report.try_address(installation, unit, key, address);
     }
     let mut failures = Backend::probe(&config.storage).await;
     let what = match &config.storage.cas {
         StorageLocation::Embedded => {
             let embedded = &config.storage.embedded;
             let lock = embedded.directory.join("lock");
-            findings.try_lock(host, "storage.embedded.directory", &lock);
+            report.try_lock(installation, "storage.embedded.directory", &lock);
             failures.retain(|failure| match failure {
                 Failure::Configuration { key, message } if key.ends_with("maximum_size") => {
-                    let given = host.explicit_keys().contains(key);
+                    let given = installation.explicit_keys().contains(key);
                     if !given {
-                        findings.note(format!("{key}: {message}"));
+                        report.note(format!("{key}: {message}"));
                     }
                     // More than the whole disk is a warning's.
                     given
-                        && daemon::disk::disk(&embedded.directory)
+                        && daemon::disk::space(&embedded.directory)
                             .is_none_or(|disk| embedded.maximum_size.get() <= disk.total)
                 }
                 Failure::Configuration { .. } => true,
@@ -97,11 +99,11 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
         }
         StorageLocation::Endpoint(endpoint) => format!("storage: {endpoint} answers"),
     };
-    findings.record(what, failures);
+    report.record(what, failures);
 }
 
 /// Runs until told to stop.
-pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
+pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     daemon::raise_file_limit();
     let place = config.storage.clone();
     let storage = tokio::task::spawn_blocking(move || Backend::open(&place))
@@ -109,7 +111,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         .map_err(|error| Failure::Environment {
             message: format!("could not open the store: {error}"),
         })??;
-    let stopping = life.stopping();
+    let stopping = lifecycle.stopping();
     let drain = config.shutdown.drain_timeout.get();
     let queue = SharedQueue::new(Settings::from(&config.scheduling));
     let clients = daemon::listen("clients", "clients.listen", &config.clients.listen, None)?;
@@ -144,18 +146,18 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
         .add(storage::serve::capabilities(true, largest_blob))
         .observable(&stopping)?;
     let worker_routes = Services::default().add(operations).observable(&stopping)?;
-    let worker_limits = Limits {
+    let worker_limits = ServerLimits {
         largest_message: LARGEST_REPORT as u64,
-        ..Limits::default()
+        ..ServerLimits::default()
     };
-    life.vital("the queue", {
+    lifecycle.liveness_check("the queue", {
         let queue = queue.clone();
         move || queue.touch()
     });
-    life.ready(&status);
+    lifecycle.ready(&status);
     let ended = tokio::select! {
         () = queue.keep_time() => Ok(()),
-        () = observer::observe(&queue, &life, &status) => Ok(()),
+        () = observer::observe(&queue, &lifecycle, &status) => Ok(()),
         served = async {
             tokio::try_join!(
                 daemon::serve(clients, client_routes, stopping.clone(), drain),

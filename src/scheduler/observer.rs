@@ -8,7 +8,7 @@ use super::{
     queue::{Place, Queue, WorkerId},
     shared::SharedQueue,
 };
-use crate::daemon::Life;
+use crate::daemon::Lifecycle;
 
 /// The label by which slots differ, as with Buildbarn's worker.
 const SLOT: &str = "thread";
@@ -93,7 +93,7 @@ fn tell(place: &Place, worker: &WorkerId, change: &Change) {
 }
 
 /// Never returns. `serving` says where.
-pub async fn observe(queue: &SharedQueue, life: &Life, serving: &str) {
+pub async fn observe(queue: &SharedQueue, lifecycle: &Lifecycle, serving: &str) {
     let mut before = View::default();
     let mut last = String::new();
     loop {
@@ -101,9 +101,9 @@ pub async fn observe(queue: &SharedQueue, life: &Life, serving: &str) {
         for ((place, worker), change) in changes(&before.workers, &now.workers) {
             tell(&place, &worker, &change);
         }
-        let line = now.line(serving, life.stopping().is_cancelled());
+        let line = now.line(serving, lifecycle.stopping().is_cancelled());
         if line != last {
-            life.status(&line);
+            lifecycle.status(&line);
             last = line;
         }
         before = now;

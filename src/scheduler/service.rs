@@ -12,6 +12,7 @@ use prost::{Message, Name};
 use prost_types::Any;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status};
+use tracing::Instrument;
 use uuid::Uuid;
 
 use super::{
@@ -23,7 +24,7 @@ use super::{
 };
 use crate::{
     config,
-    daemon::{LineLimit, Peer},
+    daemon::{self, LogRateLimit, Peer},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     metadata::{self, REQUEST_METADATA_HEADER},
@@ -72,11 +73,16 @@ impl reapi::execution_server::Execution for Clients {
         request: Request<reapi::ExecuteRequest>,
     ) -> Result<Response<Operations>, Status> {
         let asked = Asked::new(&request);
-        let result = self.take(request).await;
-        if let Err(status) = &result {
-            asked.refused(status);
+        let span = daemon::action_span(&asked.action, None, None);
+        async {
+            let result = self.take(request).await;
+            if let Err(status) = &result {
+                asked.refused(status);
+            }
+            result
         }
-        result
+        .instrument(span)
+        .await
     }
 
     async fn wait_execution(
@@ -243,7 +249,7 @@ struct Asked {
 }
 
 /// Lines about refusals, which a client can cause as fast as it can call.
-static REFUSALS: LineLimit = LineLimit::new(20, Duration::from_secs(10));
+static REFUSALS: LogRateLimit = LogRateLimit::new(20, Duration::from_secs(10));
 
 impl Asked {
     fn new(request: &Request<reapi::ExecuteRequest>) -> Self {
@@ -264,7 +270,6 @@ impl Asked {
     fn refused(&self, status: &Status) {
         if let Some(withheld) = REFUSALS.admit(Instant::now()) {
             tracing::info!(
-                action = self.action,
                 instance = self.instance,
                 client = self.client,
                 code = ?status.code(),
@@ -279,8 +284,10 @@ impl Asked {
 /// A failure of the farm is a warning, with its reason and its worker; one of the action or its client
 /// is nobody's business here.
 fn tell_end(operation: Uuid, work: &Work, outcome: &Outcome) {
-    let (action, instance) = (work.digest.hash_hex(), work.instance.as_str());
-    let target = work.target_id.as_str();
+    let (instance, target) = (work.instance.as_str(), work.target_id.as_str());
+    let worker = Some(outcome.worker.as_str()).filter(|worker| !worker.is_empty());
+    let span = daemon::action_span(&work.digest.hash_hex(), Some(operation), worker);
+    let _entered = span.enter();
     let code = rpc::Code::try_from(outcome.code).unwrap_or(rpc::Code::Unknown);
     match code {
         rpc::Code::Unavailable
@@ -289,24 +296,19 @@ fn tell_end(operation: Uuid, work: &Work, outcome: &Outcome) {
         | rpc::Code::DataLoss
         | rpc::Code::ResourceExhausted => {
             let response = reapi::ExecuteResponse::decode(&*outcome.response).unwrap_or_default();
-            let worker = response
-                .result
-                .and_then(|result| result.execution_metadata)
-                .map(|metadata| metadata.worker)
-                .unwrap_or_default();
             tracing::warn!(
-                %operation,
-                action,
                 instance,
                 target,
-                worker,
                 code = code.as_str_name(),
                 error = response.status.unwrap_or_default().message,
                 "an operation failed"
             );
         }
         _ => tracing::info!(
-            %operation, action, instance, target, code = code.as_str_name(), "operation completed"
+            instance,
+            target,
+            code = code.as_str_name(),
+            "operation completed"
         ),
     }
 }
@@ -389,14 +391,19 @@ impl OperationQueue for Workers {
             .await
             .map_err(refused)?
             .ok_or_else(stopping)?;
-        if let Desired::Execute { work, .. } = &instruction.desired {
-            tracing::debug!(
-                action = work.digest.hash_hex(),
-                instance = work.instance.as_str(),
-                worker = serde_json::to_string(caller.id.labels()).unwrap_or_default(),
-                target = work.target_id,
-                "handed to a worker"
-            );
+        if let Desired::Execute {
+            work, operation, ..
+        } = &instruction.desired
+        {
+            let worker = serde_json::to_string(caller.id.labels()).ok();
+            let action = work.digest.hash_hex();
+            daemon::action_span(&action, Some(*operation), worker.as_deref()).in_scope(|| {
+                tracing::debug!(
+                    instance = work.instance.as_str(),
+                    target = work.target_id,
+                    "handed to a worker"
+                );
+            });
         }
         Ok(Response::new(synchronize_response(instruction)))
     }
@@ -477,7 +484,12 @@ fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse 
     let state = match instruction.desired {
         Desired::Unchanged => None,
         Desired::Idle => Some(WorkerState::Idle(())),
-        Desired::Execute { work, suffix } => {
+        Desired::Execute {
+            work,
+            suffix,
+            operation,
+        } => {
+            let trace = metadata::traceparent(operation);
             Some(WorkerState::Executing(desired_state::Executing {
                 action_digest: Some(work.digest.to_proto()),
                 action: Some(work.action.clone()),
@@ -485,7 +497,7 @@ fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse 
                 auxiliary_metadata: work.auxiliary_metadata.clone(),
                 instance_name_suffix: suffix.as_str().to_owned(),
                 digest_function: work.digest.function().to_proto() as i32,
-                ..Default::default()
+                w3c_trace_context: [(metadata::TRACEPARENT.to_owned(), trace)].into(),
             }))
         }
     };

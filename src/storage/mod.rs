@@ -75,12 +75,12 @@ impl Backend {
                 "opened the embedded store"
             );
             let directory = &config.embedded.directory;
-            if let Some(disk) = daemon::disk::disk(directory)
+            if let Some(disk) = daemon::disk::space(directory)
                 && store.used().saturating_add(disk.available) < size
             {
                 tracing::warn!(
                     directory = %directory.display(),
-                    left = %daemon::disk::rounded(store.used() + disk.available),
+                    left = %daemon::disk::rounded_to_mib(store.used() + disk.available),
                     "the disk has less left for the embedded store than storage.embedded.maximum_size, \
                      {}; lower that, or free space there",
                     config.embedded.maximum_size
@@ -150,7 +150,7 @@ impl Backend {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work)
+    crate::daemon::spawn_blocking(work)
         .await
         .map_err(|error| Error::Internal(format!("a storage task failed: {error}")))
 }

@@ -1,4 +1,4 @@
-//! The line in the log that tells what became of an action.
+//! The line in the log that tells what became of an action, within its span.
 
 use std::time::Duration;
 
@@ -10,12 +10,7 @@ use crate::{
 };
 
 /// A failure of the farm is a warning; one of the action or its client is nobody's business here.
-pub fn log_completion(
-    slot: usize,
-    action: &str,
-    instance: &InstanceName,
-    response: &ExecuteResponse,
-) {
+pub fn log_completion(slot: usize, instance: &InstanceName, response: &ExecuteResponse) {
     let result = response.result.clone().unwrap_or_default();
     let metadata = result.execution_metadata.unwrap_or_default();
     let fetch_ms = between(
@@ -30,13 +25,11 @@ pub fn log_completion(
         &metadata.output_upload_start_timestamp,
         &metadata.output_upload_completed_timestamp,
     );
-    let (instance, worker) = (instance.as_str(), metadata.worker.as_str());
+    let instance = instance.as_str();
     let status = response.status.clone().unwrap_or_default();
     match Code::try_from(status.code).unwrap_or(Code::Unknown) {
         Code::Ok => tracing::info!(
-            action,
             instance,
-            worker,
             slot,
             exit_code = result.exit_code,
             fetch_ms,
@@ -49,9 +42,7 @@ pub fn log_completion(
         | Code::FailedPrecondition
         | Code::InvalidArgument) => {
             tracing::info!(
-                action,
                 instance,
-                worker,
                 slot,
                 fetch_ms,
                 run_ms,
@@ -62,9 +53,7 @@ pub fn log_completion(
             );
         }
         code => tracing::warn!(
-            action,
             instance,
-            worker,
             slot,
             fetch_ms,
             run_ms,

@@ -17,7 +17,7 @@ use std::{
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, transport::Channel};
+use tonic::Code;
 
 use super::{
     availability::{Availability, NotReady},
@@ -33,8 +33,9 @@ use super::{
 };
 use crate::{
     config::worker::{Inputs, Outputs},
+    daemon::Channel,
     digest::Digest,
-    metadata,
+    metadata::{self, ActionContext},
     proto::{
         self, cas, reapi,
         runner::{CheckReadinessRequest, RunRequest, RunResponse, runner_client::RunnerClient},
@@ -150,9 +151,14 @@ impl Executor {
         if let Some(group) = self.group {
             root.open_to(group)?;
         }
+        let context = ActionContext {
+            action: task.digest.hash_hex(),
+            operation: task.operation,
+            worker: Some(metadata.worker.clone()),
+        };
         let request = || {
             let request = self.run_request(&command, &root);
-            let mut request = metadata::for_action(request, &task.digest);
+            let mut request = context.request(request);
             if self.inputs == Inputs::Private {
                 metadata::set_private_inputs(&mut request);
             }
@@ -298,7 +304,7 @@ impl Executor {
             let obtained = self.cache.obtain(&task.instance, wanted, link_mode).await;
             let pins = obtained.map_err(|fault| with_path(fault, &tree))?;
             let (roots, parents) = (self.roots.clone(), parents.clone());
-            let prepared = tokio::task::spawn_blocking(move || roots.prepare(planned, &parents));
+            let prepared = crate::daemon::spawn_blocking(move || roots.prepare(planned, &parents));
             let prepared = prepared.await.map_err(|error| {
                 Fault::Internal(format!("could not lay out the input root: {error}"))
             })?;
@@ -332,7 +338,7 @@ impl Executor {
             return Ok(planned);
         }
         let (roots, tree, inputs) = (self.roots.clone(), tree.clone(), self.inputs);
-        let planned = tokio::task::spawn_blocking(move || roots.plan(&tree, inputs));
+        let planned = crate::daemon::spawn_blocking(move || roots.plan(&tree, inputs));
         let planned = planned
             .await
             .map_err(|error| Fault::Internal(format!("could not plan the input root: {error}")))?;
@@ -432,7 +438,7 @@ impl Executor {
         let store_directories =
             command.store_directories || self.force_upload_trees_and_directories;
         let collecting =
-            tokio::task::spawn_blocking(move || {
+            crate::daemon::spawn_blocking(move || {
                 // Nobody receives any more after a failed upload; the rest is collected all the same.
                 let send = |batch| drop(sender.blocking_send(batch));
                 let mut found =
@@ -530,11 +536,11 @@ impl Executor {
     async fn check_runner(&self) -> Result<(), String> {
         let roots = self.roots.clone();
         let room = self.roots.clone();
-        tokio::task::spawn_blocking(move || room.await_free_space())
+        crate::daemon::spawn_blocking(move || room.await_free_space())
             .await
             .map_err(|error| error.to_string())?
             .map_err(|fault| fault.to_string())?;
-        let made = tokio::task::spawn_blocking(move || {
+        let made = crate::daemon::spawn_blocking(move || {
             let root = roots.take()?;
             let mode = rustix::fs::Mode::from_raw_mode(0o777);
             rustix::fs::mkdirat(root.action_directory(), "check_readiness", mode)?;

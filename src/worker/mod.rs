@@ -12,7 +12,7 @@ use self::{
 };
 use crate::{
     config::worker::{Config, Inputs, Runner},
-    daemon::{self, Failure, Life, Program},
+    daemon::{self, Failure, Lifecycle, Program},
     instance::InstanceName,
     proto::{
         reapi::{Platform, platform::Property},
@@ -51,7 +51,7 @@ pub const PROGRAM: Program = Program {
 const START_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Runs until told to stop, then until the actions that are running have ended.
-pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
+pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     daemon::raise_file_limit();
     let slots: usize = config.runners.iter().map(Runner::slots).sum();
     let storage = connect_storage(&config);
@@ -65,7 +65,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
             message: format!("could not start a thread that verifies the cache: {error}"),
         })?;
     }
-    life.vital("the cache", {
+    lifecycle.liveness_check("the cache", {
         let cache = cache.clone();
         move || {
             cache.usage();
@@ -128,18 +128,18 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
                 identity,
                 executor.clone(),
                 slot,
-                life.stopping(),
+                lifecycle.stopping(),
                 config.shutdown.drain_timeout.get(),
-                life.heart(format!("slot {slot}"), START_TIMEOUT),
+                lifecycle.heartbeat(format!("slot {slot}"), START_TIMEOUT),
                 status_line.clone(),
             ));
         }
     }
-    life.ready(&format!(
+    lifecycle.ready(&format!(
         "Serving {slots} slots of scheduler {}",
         config.scheduler.endpoint
     ));
-    let stopping = life.stopping();
+    let stopping = lifecycle.stopping();
     let line = || {
         let line = status_line.line(stopping.is_cancelled());
         let troubles = executors
@@ -150,7 +150,7 @@ pub async fn run(config: Config, life: Life) -> Result<(), Failure> {
     };
     tokio::select! {
         () = async { while clients.join_next().await.is_some() {} } => {}
-        () = life.keep_status(line) => {}
+        () = lifecycle.keep_status(line) => {}
     }
     tracing::info!("laid out {}", roots.counts());
     tracing::info!("verified {}", cache.verified());

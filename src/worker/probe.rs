@@ -12,8 +12,8 @@ use crate::{
         worker::{Config, Runner},
     },
     daemon::{
-        self, Failure, Findings, Host,
-        disk::{disk, existing, in_the_way_of},
+        self, CheckReport, Failure, Installation,
+        disk::{self, blocking_path, nearest_directory},
     },
     proto::{
         remoteworker::{SynchronizeRequest, operation_queue_client::OperationQueueClient},
@@ -27,8 +27,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 const DESCRIPTORS: u64 = 100;
 
 /// What is wrong, although `run` goes on with it.
-pub fn warnings(config: &Config, host: &Host, diagnostics: &mut Diagnostics) {
-    host.check_drain(
+pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut Diagnostics) {
+    installation.check_drain(
         config.shutdown.drain_timeout,
         config::Duration::seconds(0),
         diagnostics,
@@ -38,7 +38,7 @@ pub fn warnings(config: &Config, host: &Host, diagnostics: &mut Diagnostics) {
         ("cache.maximum_size", cache.maximum_size),
         ("cache.minimum_free", cache.minimum_free),
     ] {
-        host.check_size(key, size, &cache.directory, diagnostics);
+        installation.check_size(key, size, &cache.directory, diagnostics);
     }
     let slots: usize = config.runners.iter().map(Runner::slots).sum();
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum;
@@ -54,7 +54,7 @@ pub fn warnings(config: &Config, host: &Host, diagnostics: &mut Diagnostics) {
             ),
         );
     }
-    if let Some(runner) = host.sibling::<config::runner::Config>("bb_runner") {
+    if let Some(runner) = installation.sibling::<config::runner::Config>("bb_runner") {
         check_runner(config, &runner, diagnostics);
     }
 }
@@ -94,7 +94,7 @@ fn check_runner(config: &Config, runner: &config::runner::Config, diagnostics: &
 }
 
 /// What would keep `run` from working. Leaves nothing changed.
-pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
+pub async fn probe(config: &Config, installation: &Installation, report: &mut CheckReport) {
     let (cache, build) = (&config.cache.directory, &config.build_directory);
     let mut usable = true;
     for (key, path) in [("cache.directory", cache), ("build_directory", build)] {
@@ -102,30 +102,30 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
             .err()
             .map(|message| Failure::Configuration { key, message });
         usable &= wrong.is_none();
-        findings.record(
+        report.record(
             format!("{key}: {} can be written to", path.display()),
             wrong,
         );
-        findings.try_lock(host, key, path);
+        report.try_lock(installation, key, path);
     }
     if usable {
-        let (cache, build) = (existing(cache), existing(build));
+        let (cache, build) = (nearest_directory(cache), nearest_directory(build));
         let linkable = one_file_system(&cache, &build).and_then(|()| check_links(&cache, &build));
-        findings.record(
+        report.record(
             "build_directory: files can be linked there from the cache",
             linkable.err(),
         );
     }
-    findings.record(
+    report.record(
         "build_directory: the users of actions can pass to it",
         check_passable(build).err(),
     );
     if directory_kind(build) == DirectoryKind::Ordinary
         && let Err(failure) = check_own(build)
     {
-        findings.fail(failure);
+        report.fail(failure);
     }
-    if let Some(disk) = disk(cache)
+    if let Some(disk) = disk::space(cache)
         && disk.total
             < config
                 .cache
@@ -133,18 +133,18 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
                 .get()
                 .saturating_add(config.cache.minimum_free.get())
     {
-        findings.note(format!(
+        report.note(format!(
             "cache.maximum_size is not reached: {} of {} stay free",
             config.cache.minimum_free,
-            daemon::disk::rounded(disk.total)
+            daemon::disk::rounded_to_mib(disk.total)
         ));
     }
     for runner in &config.runners {
         if let Err(failure) = group_of(runner) {
-            findings.fail(failure);
+            report.fail(failure);
         }
         let wrong = check_runner_answers(config, runner, usable).await.err();
-        findings.record(
+        report.record(
             format!("runners.endpoint: {} answers", runner.endpoint),
             wrong,
         );
@@ -168,7 +168,7 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
             message: format!("{} does not answer", config.scheduler.endpoint),
         }),
     };
-    findings.record(
+    report.record(
         format!(
             "scheduler.endpoint: {} serves workers",
             config.scheduler.endpoint
@@ -187,7 +187,7 @@ pub async fn probe(config: &Config, host: &Host, findings: &mut Findings) {
             message: format!("{} does not answer", config.storage.cas),
         }),
     };
-    findings.record(
+    report.record(
         format!("storage.cas: {} answers", config.storage.cas),
         wrong,
     );
@@ -303,13 +303,13 @@ async fn answer<T>(
 }
 
 fn check_writable(path: &Path) -> Result<(), String> {
-    if let Some(file) = in_the_way_of(path) {
+    if let Some(file) = blocking_path(path) {
         return Err(format!(
             "{} is no directory; choose another path",
             file.display()
         ));
     }
-    let existing = existing(path);
+    let existing = nearest_directory(path);
     let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
     rustix::fs::access(&existing, access).map_err(|error| {
         let (existing, path) = (existing.display(), path.display());

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
-use tonic::{Status, transport::Channel};
+use tonic::Status;
 
-use crate::proto::runner::{CheckReadinessRequest, runner_client::RunnerClient};
+use crate::{
+    daemon::Channel,
+    proto::runner::{CheckReadinessRequest, runner_client::RunnerClient},
+};
 
 /// How long a runner that was lost may take to be there again.
 const TIMEOUT: Duration = Duration::from_secs(10);

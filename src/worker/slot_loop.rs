@@ -10,7 +10,8 @@ use std::{
 
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
 use super::{
@@ -23,7 +24,7 @@ use super::{
     task::Task,
 };
 use crate::{
-    daemon::Heart,
+    daemon::{self, Channel, Heartbeat},
     instance::InstanceName,
     metadata,
     proto::{
@@ -95,7 +96,7 @@ pub async fn run(
     slot: usize,
     stopping: CancellationToken,
     drain: Duration,
-    heart: Heart,
+    heartbeat: Heartbeat,
     status_line: Arc<StatusLine>,
 ) {
     let client =
@@ -110,7 +111,7 @@ pub async fn run(
     // Of what was started last, until its result has been taken.
     let mut instance: Option<InstanceName> = None;
     loop {
-        heart.beat(DECISION_TIMEOUT);
+        heartbeat.beat(DECISION_TIMEOUT);
         let until = match state.next(Instant::now()) {
             Step::Call(report) => {
                 let stage = execution.as_ref().map(|e| *e.stage.borrow());
@@ -150,7 +151,7 @@ pub async fn run(
             Step::Leave => return,
             Step::Wait(until) => until,
         };
-        heart.beat(match until {
+        heartbeat.beat(match until {
             Some(until) => until.saturating_duration_since(Instant::now()) + DECISION_TIMEOUT,
             None => SYNCHRONIZE_TIMEOUT,
         });
@@ -236,21 +237,28 @@ fn start(
     let (sender, stage) = watch::channel(Phase::FetchingInputs);
     let cancel = CancellationToken::new();
     let cancelled = cancel.clone();
+    let span = match &task {
+        Ok(task) => {
+            let worker = executor.workers.get(slot).map(String::as_str);
+            daemon::action_span(&task.digest.hash_hex(), task.operation, worker)
+        }
+        Err(_) => Span::none(),
+    };
     // In a task of its own, so that a panic ends this action and not this slot.
-    let result = tokio::spawn(async move {
+    let work = async move {
         let _running = status_line.run();
         match task {
             Ok(task) => {
-                let (action, instance) = (task.digest.hash_hex(), task.instance.clone());
+                let instance = task.instance.clone();
                 let response = executor.execute(slot, task, &sender, &cancelled).await;
-                completion_log::log_completion(slot, &action, &instance, &response);
+                completion_log::log_completion(slot, &instance, &response);
                 Box::new(response)
             }
             Err(refusal) => refusal,
         }
-    });
+    };
     Execution {
-        result,
+        result: tokio::spawn(work.instrument(span)),
         stage,
         _guard: cancel.clone().drop_guard(),
         cancel,

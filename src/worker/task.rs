@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use prost_types::{Any, Timestamp};
+use uuid::Uuid;
 
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
+    metadata,
     proto::{
         self,
         reapi::{Action, ExecuteResponse},
@@ -30,6 +32,8 @@ pub struct Task {
     pub queued_timestamp: Option<Timestamp>,
     /// Comes before the worker's own in ExecutedActionMetadata.auxiliary_metadata.
     pub auxiliary_metadata: Vec<Any>,
+    /// Of a client that waits for the task, if the scheduler tells.
+    pub operation: Option<Uuid>,
 }
 
 impl Task {
@@ -53,6 +57,10 @@ impl Task {
             .map_err(|error| refuse(error.to_string()))?;
         let digest = Digest::parse_required(function, executing.action_digest.as_ref())
             .map_err(|error| refuse(error.to_string()))?;
+        let operation = executing
+            .w3c_trace_context
+            .get(metadata::TRACEPARENT)
+            .and_then(|trace| metadata::operation_of(trace));
         let action = executing
             .action
             .ok_or_else(|| refuse("no action was given".to_owned()))?;
@@ -69,6 +77,7 @@ impl Task {
             timeout,
             queued_timestamp: executing.queued_timestamp,
             auxiliary_metadata: executing.auxiliary_metadata,
+            operation,
         })
     }
 }

@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::{Endpoint, ListenAddress},
     daemon,
@@ -38,7 +39,6 @@ use bb_remote_execution::{
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 
 const SMALL: usize = 1 << 10;
 const SMALL_COUNT: usize = 10_000;

@@ -11,16 +11,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::{
         Endpoint, ListenAddress,
         runner::{Config, Demand, Network, Users},
     },
-    daemon::{self, Life},
+    daemon::{self, Lifecycle},
     proto::runner::{CheckReadinessRequest, RunRequest, runner_client::RunnerClient},
     runner,
 };
-use tonic::transport::Channel;
 
 use crate::harness::is_root;
 
@@ -117,7 +117,7 @@ pub fn run(arguments: &[String]) {
 struct Bench {
     directory: tempfile::TempDir,
     first: u32,
-    life: Life,
+    lifecycle: Lifecycle,
     running: tokio::task::JoinHandle<Result<(), daemon::Failure>>,
     client: RunnerClient<Channel>,
 }
@@ -136,8 +136,8 @@ impl Bench {
         };
         fs::create_dir(&config.build_directory).unwrap();
         change(&mut config);
-        let life = Life::new();
-        let running = tokio::spawn(runner::run(config, life.clone()));
+        let lifecycle = Lifecycle::new();
+        let running = tokio::spawn(runner::run(config, lifecycle.clone()));
         let client = RunnerClient::new(daemon::connect(&Endpoint::Unix(socket)));
         while client
             .clone()
@@ -150,7 +150,7 @@ impl Bench {
         Bench {
             directory,
             first,
-            life,
+            lifecycle,
             running,
             client,
         }
@@ -196,7 +196,7 @@ impl Bench {
     }
 
     async fn stop(self) {
-        self.life.stop();
+        self.lifecycle.stop();
         self.running.await.unwrap().unwrap();
     }
 }

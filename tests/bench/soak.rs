@@ -23,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::Endpoint,
     daemon,
@@ -35,7 +36,6 @@ use bb_remote_execution::{
     },
 };
 use prost::Message;
-use tonic::transport::Channel;
 
 use crate::harness::{Client, digest_of, finished, parts::Random};
 

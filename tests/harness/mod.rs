@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     daemon,
     digest::DigestFunction,
@@ -29,7 +30,6 @@ use bb_remote_execution::{
     },
 };
 use prost::Message;
-use tonic::transport::Channel;
 
 pub mod parts;
 

@@ -180,6 +180,25 @@ fn man_pages_name_every_option_and_no_other() {
         assert_eq!(described, offered, "bb_{name}.8");
         assert!(offered.contains("check"), "{help}");
 
+        let commands: BTreeSet<_> = help
+            .lines()
+            .skip_while(|line| *line != "Commands:")
+            .skip(1)
+            .map_while(|line| line.split_whitespace().next())
+            .collect();
+        assert_eq!(commands, ["check", "print-config", "reload"].into());
+        for command in commands {
+            assert!(page.contains(&format!("\n.Cm {command}")), "bb_{name}.8");
+            assert!(offered.contains(command), "{help}");
+        }
+        let print = |what: &str| {
+            let mut program = Command::new(program);
+            let output = program.args(["--config", "/dev/null", what]).output();
+            output.unwrap().stdout
+        };
+        assert_eq!(print("print-config"), print("--print-config"));
+        assert!(!print("print-config").is_empty());
+
         let version = Command::new(program).arg("--version").output().unwrap();
         let version = String::from_utf8(version.stdout).unwrap();
         let changelog = read("packaging/debian/changelog");

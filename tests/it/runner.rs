@@ -20,9 +20,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::{Endpoint, ListenAddress, runner::Config, runner::Mode, runner::Users},
-    daemon::{self, Failure, Life},
+    daemon::{self, Failure, Lifecycle},
     proto::{
         resourceusage::PosixResourceUsage,
         runner::{CheckReadinessRequest, RunRequest, RunResponse, runner_client::RunnerClient},
@@ -32,7 +33,7 @@ use bb_remote_execution::{
 };
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 
 const WORKER: u32 = 900;
 
@@ -55,7 +56,7 @@ fn is_root() -> bool {
 struct Farm {
     directory: TempDir,
     first: u32,
-    life: Life,
+    lifecycle: Lifecycle,
     running: JoinHandle<Result<(), Failure>>,
     client: RunnerClient<Channel>,
     slots: AtomicU32,
@@ -73,13 +74,13 @@ impl Farm {
         let mut config = configuration(directory.path(), first);
         fs::create_dir(&config.build_directory).unwrap();
         change(&mut config);
-        let life = Life::new();
-        let running = tokio::spawn(runner::run(config, life.clone()));
+        let lifecycle = Lifecycle::new();
+        let running = tokio::spawn(runner::run(config, lifecycle.clone()));
         let client = connect(directory.path()).await;
         Farm {
             directory,
             first,
-            life,
+            lifecycle,
             running,
             client,
             slots: AtomicU32::new(0),
@@ -114,7 +115,7 @@ impl Farm {
     }
 
     async fn stop(self) {
-        self.life.stop();
+        self.lifecycle.stop();
         self.running.await.unwrap().unwrap();
         assert_eq!(processes(self.first..self.first + 8), [0i32; 0]);
         assert_eq!(groups(self.first), Vec::<PathBuf>::new());

@@ -4,9 +4,10 @@
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
+use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::{self, Endpoint, ListenAddress, Size, scheduler::Config},
-    daemon::{self, Failure, Life},
+    daemon::{self, Failure, Lifecycle},
     digest::DigestFunction,
     instance::InstanceName,
     metadata::{self, REQUEST_METADATA_HEADER},
@@ -32,13 +33,13 @@ use bb_remote_execution::{
 };
 use prost::Message;
 use tokio::task::JoinHandle;
-use tonic::{Code, Request, Status, Streaming, metadata::MetadataValue, transport::Channel};
+use tonic::{Code, Request, Status, Streaming, metadata::MetadataValue};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
 struct Scheduler {
-    life: Life,
+    lifecycle: Lifecycle,
     running: JoinHandle<Result<(), Failure>>,
     clients: Channel,
     workers: Channel,
@@ -65,12 +66,12 @@ impl Scheduler {
         config.storage.embedded.maximum_size = Size::mib(64);
         std::fs::create_dir(path("storage")).unwrap();
         change(&mut config);
-        let life = Life::new();
+        let lifecycle = Lifecycle::new();
         Scheduler {
-            running: tokio::spawn(scheduler::run(config.clone(), life.clone())),
+            running: tokio::spawn(scheduler::run(config.clone(), lifecycle.clone())),
             clients: daemon::connect(&Endpoint::Unix(path("clients"))),
             workers: daemon::connect(&Endpoint::Unix(path("workers"))),
-            life,
+            lifecycle,
             directory,
             config,
         }
@@ -93,15 +94,15 @@ impl Scheduler {
 
     /// Stops it, and starts another one in its place.
     async fn restart(self) -> Scheduler {
-        self.life.stop();
+        self.lifecycle.stop();
         self.running.await.unwrap().unwrap();
-        let life = Life::new();
+        let lifecycle = Lifecycle::new();
         let path = |name: &str| Endpoint::Unix(self.directory.path().join(name));
         Scheduler {
-            running: tokio::spawn(scheduler::run(self.config.clone(), life.clone())),
+            running: tokio::spawn(scheduler::run(self.config.clone(), lifecycle.clone())),
             clients: daemon::connect(&path("clients")),
             workers: daemon::connect(&path("workers")),
-            life,
+            lifecycle,
             directory: self.directory,
             config: self.config,
         }

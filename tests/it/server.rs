@@ -9,9 +9,10 @@ use std::{
     time::Duration,
 };
 
+use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::{Endpoint, ListenAddress},
-    daemon::{self, Limits, Services},
+    daemon::{self, ServerLimits, Services},
     proto::{
         bytestream::{
             QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse,
@@ -29,9 +30,7 @@ use tokio::{
     net::TcpStream,
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{
-    Code, Request, Response, Status, Streaming, codec::CompressionEncoding, transport::Channel,
-};
+use tonic::{Code, Request, Response, Status, Streaming, codec::CompressionEncoding};
 
 const MIB: usize = 1 << 20;
 
@@ -92,7 +91,7 @@ struct Server {
 }
 
 impl Server {
-    fn start(limits: Limits) -> Self {
+    fn start(limits: ServerLimits) -> Self {
         let mock = Mock::default();
         let services = Services::default().add(ByteStreamServer::new(mock.clone()));
         let (address, stop) = serve(services, limits);
@@ -109,16 +108,22 @@ impl Server {
 
     /// Calls of one client that wait.
     async fn parked(&self, client: ByteStreamClient<Channel>, count: usize) -> Parked {
+        self.parked_by(count, || {
+            let mut client = client.clone();
+            async move {
+                let answer = client.query_write_status(QueryWriteStatusRequest::default());
+                answer.await.map(drop)
+            }
+        })
+        .await
+    }
+
+    async fn parked_by<F>(&self, count: usize, call: impl Fn() -> F) -> Parked
+    where
+        F: Future<Output = Result<(), Status>> + Send + 'static,
+    {
         let before = self.mock.parked.load(Ordering::Relaxed);
-        let calls = (0..count)
-            .map(|_| {
-                let mut client = client.clone();
-                tokio::spawn(async move {
-                    let answer = client.query_write_status(QueryWriteStatusRequest::default());
-                    answer.await.map(drop)
-                })
-            })
-            .collect();
+        let calls = (0..count).map(|_| tokio::spawn(call())).collect();
         while self.mock.parked.load(Ordering::Relaxed) < before + count {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -188,7 +193,7 @@ fn headers() -> Vec<u8> {
     block
 }
 
-fn serve(services: Services, limits: Limits) -> (SocketAddr, CancellationToken) {
+fn serve(services: Services, limits: ServerLimits) -> (SocketAddr, CancellationToken) {
     let anywhere = ListenAddress::Tcp(([127, 0, 0, 1], 0).into());
     let listener = daemon::listen("", "listen", &anywhere, None).unwrap();
     let address = listener.address().parse().unwrap();
@@ -224,11 +229,21 @@ async fn until_closed(stream: &mut TcpStream) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_long_message_fails_its_own_call_and_no_other_on_its_connection() {
-    let server = Server::start(Limits::default());
+    let server = Server::start(ServerLimits::default());
     // As clients come: with hyper's limit of headers, not with ours.
-    let plain = Channel::builder(format!("http://{}", server.address).parse().unwrap());
+    let plain =
+        tonic::transport::Endpoint::from_shared(format!("http://{}", server.address)).unwrap();
     let mut client = ByteStreamClient::new(plain.connect().await.unwrap());
-    let parked = server.parked(client.clone(), 1).await;
+    let waiting = client.clone();
+    let parked = server
+        .parked_by(1, move || {
+            let mut client = waiting.clone();
+            async move {
+                let answer = client.query_write_status(QueryWriteStatusRequest::default());
+                answer.await.map(drop)
+            }
+        })
+        .await;
     for text in ["x", "\n", "ä", "🦀 "] {
         let request = WriteRequest {
             resource_name: text.to_owned(),
@@ -244,10 +259,10 @@ async fn a_long_message_fails_its_own_call_and_no_other_on_its_connection() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn answers_that_nobody_reads_are_not_made_and_others_get_theirs() {
-    let limits = Limits {
+    let limits = ServerLimits {
         answers: 64 << 20,
-        answers_per_connection: 16 << 20,
-        ..Limits::default()
+        response_bytes_per_connection: 16 << 20,
+        ..ServerLimits::default()
     };
     let server = Server::start(limits);
     let mut greedy = Vec::new();
@@ -270,11 +285,11 @@ async fn answers_that_nobody_reads_are_not_made_and_others_get_theirs() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_that_wait_take_nothing_from_what_answers_may_take() {
-    let server = Server::start(Limits {
+    let server = Server::start(ServerLimits {
         answers: 8 << 20,
-        answers_per_connection: 8 << 20,
+        response_bytes_per_connection: 8 << 20,
         received: 8 << 20,
-        ..Limits::default()
+        ..ServerLimits::default()
     });
     let mut client = server.client();
     let parked = server.parked(client.clone(), 2000).await;
@@ -284,10 +299,10 @@ async fn calls_that_wait_take_nothing_from_what_answers_may_take() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_whose_peer_reads_nothing_of_what_it_asked_for_is_closed() {
-    let server = Server::start(Limits {
+    let server = Server::start(ServerLimits {
         stalled: Duration::from_millis(50),
         stalled_when_short: Duration::from_millis(50),
-        ..Limits::default()
+        ..ServerLimits::default()
     });
     let parked = server.parked(server.client(), 1).await;
     let mut greedy = server.greedy(1, 1).await;
@@ -297,10 +312,10 @@ async fn a_connection_whose_peer_reads_nothing_of_what_it_asked_for_is_closed() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_says_nothing_or_calls_nothing_is_closed() {
-    let server = Server::start(Limits {
+    let server = Server::start(ServerLimits {
         handshake: Duration::from_millis(20),
         first_call: Duration::from_millis(60),
-        ..Limits::default()
+        ..ServerLimits::default()
     });
     let parked = server.parked(server.client(), 1).await;
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -322,9 +337,9 @@ async fn a_connection_that_says_nothing_or_calls_nothing_is_closed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_whose_idle_connection_was_closed_does_not_notice() {
-    let server = Server::start(Limits {
+    let server = Server::start(ServerLimits {
         idle: Duration::from_millis(20),
-        ..Limits::default()
+        ..ServerLimits::default()
     });
     let mut client = server.client();
     for _ in 0..5 {
@@ -335,9 +350,9 @@ async fn a_client_whose_idle_connection_was_closed_does_not_notice() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn silent_connections_give_way_to_those_that_call() {
-    let server = Server::start(Limits {
+    let server = Server::start(ServerLimits {
         connections: 4,
-        ..Limits::default()
+        ..ServerLimits::default()
     });
     let parked = server.parked(server.client(), 1).await;
     let mut silent = Vec::new();
@@ -353,9 +368,9 @@ async fn silent_connections_give_way_to_those_that_call() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_beyond_what_a_connection_may_have_are_refused_and_the_others_go_on() {
-    let server = Server::start(Limits {
+    let server = Server::start(ServerLimits {
         calls: 2,
-        ..Limits::default()
+        ..ServerLimits::default()
     });
     let parked = server.parked(server.client(), 1).await;
     let others = server.parked(server.client(), 1).await;
@@ -372,7 +387,7 @@ fn store() -> (tempfile::TempDir, Cas, CancellationToken) {
     let directory = tempfile::tempdir().unwrap();
     let store = Arc::new(Store::open(directory.path(), 1 << 30).unwrap());
     let services = serve::add_to(Services::default(), &store);
-    let (address, stop) = serve(services, Limits::default());
+    let (address, stop) = serve(services, ServerLimits::default());
     (directory, Cas::new(channel(address)), stop)
 }
 

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
+use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::{Endpoint, ListenAddress},
     daemon,
@@ -14,7 +15,6 @@ use bb_remote_execution::{
     },
 };
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 
 mod actions;
 mod bytestream;

@@ -1,7 +1,7 @@
 //! Memory that peers can make a server keep, counted in bytes.
 //!
-//! A `Budget` is shared by all connections of a listener; each has an `Account` in it, and whatever
-//! keeps bytes for a peer holds a `Reservation`.
+//! A `Budget` is shared by all connections of a listener; each has an `ConnectionBudget` in it, and whatever
+//! keeps bytes for a peer holds a `BudgetReservation`.
 //!
 //! 1. A connection is given no more than its own limit, and no more than what would remain free after
 //!    it. So one connection that takes all it can leaves half of the budget to others, two leave a
@@ -21,35 +21,35 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 /// Whoever waits for room longer than this is refused.
-const ROOM_TIMEOUT: Duration = Duration::from_secs(30);
+const RESERVE_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
 pub struct Budget {
     total: u64,
     per_connection: u64,
-    state: Mutex<Shared>,
+    state: Mutex<BudgetState>,
     released: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
+struct BudgetState {
     used: u64,
     /// Connections that wait for room that others have, and since when there was no moment without.
-    short: u32,
-    short_since: Option<Instant>,
+    starved: u32,
+    starved_since: Option<Instant>,
 }
 
 /// One connection's part of a budget.
 #[derive(Debug)]
-pub struct Account {
+pub struct ConnectionBudget {
     budget: Arc<Budget>,
     /// Locked after `Budget::state`.
-    state: Mutex<Own>,
+    state: Mutex<ConnectionUse>,
     line: tokio::sync::Mutex<()>,
 }
 
 #[derive(Debug)]
-struct Own {
+struct ConnectionUse {
     held: u64,
     /// When bytes were last written or given back, or first held.
     progress: Instant,
@@ -57,15 +57,15 @@ struct Own {
 
 /// Bytes that are counted; given back when dropped.
 #[derive(Debug)]
-pub struct Reservation {
-    account: Arc<Account>,
+pub struct BudgetReservation {
+    account: Arc<ConnectionBudget>,
     bytes: u64,
 }
 
 /// There was no room for too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("this server keeps as much for its callers as it may, and had no room for {bytes} bytes more for {} seconds; read the answers of calls that are under way, and try again", ROOM_TIMEOUT.as_secs())]
-pub struct NoRoom {
+#[error("this server keeps as much for its callers as it may, and had no room for {bytes} bytes more for {} seconds; read the answers of calls that are under way, and try again", RESERVE_TIMEOUT.as_secs())]
+pub struct BudgetExhausted {
     bytes: u64,
 }
 
@@ -79,10 +79,10 @@ impl Budget {
         })
     }
 
-    pub fn account(self: &Arc<Self>) -> Arc<Account> {
-        Arc::new(Account {
+    pub fn account(self: &Arc<Self>) -> Arc<ConnectionBudget> {
+        Arc::new(ConnectionBudget {
             budget: self.clone(),
-            state: Mutex::new(Own {
+            state: Mutex::new(ConnectionUse {
                 held: 0,
                 progress: Instant::now(),
             }),
@@ -91,8 +91,8 @@ impl Budget {
     }
 
     /// For how long somebody has been waiting for bytes that others hold.
-    pub fn short_for(&self, now: Instant) -> Option<Duration> {
-        let since = self.state.lock().short_since?;
+    pub fn starved_for(&self, now: Instant) -> Option<Duration> {
+        let since = self.state.lock().starved_since?;
         Some(now.saturating_duration_since(since))
     }
 
@@ -102,17 +102,20 @@ impl Budget {
     }
 }
 
-impl Account {
+impl ConnectionBudget {
     /// Counts bytes, as soon as there is room for them.
-    pub async fn reserve(self: &Arc<Self>, bytes: u64) -> Result<Reservation, NoRoom> {
-        self.reserve_within(ROOM_TIMEOUT, bytes).await
+    pub async fn reserve(
+        self: &Arc<Self>,
+        bytes: u64,
+    ) -> Result<BudgetReservation, BudgetExhausted> {
+        self.reserve_within(RESERVE_TIMEOUT, bytes).await
     }
 
     async fn reserve_within(
         self: &Arc<Self>,
         limit: Duration,
         bytes: u64,
-    ) -> Result<Reservation, NoRoom> {
+    ) -> Result<BudgetReservation, BudgetExhausted> {
         if let Ok(_first) = self.line.try_lock()
             && let Some(reservation) = self.try_reserve(bytes)
         {
@@ -120,7 +123,7 @@ impl Account {
         }
         tokio::time::timeout(limit, self.wait(|| self.try_reserve(bytes)))
             .await
-            .map_err(|_| NoRoom { bytes })
+            .map_err(|_| BudgetExhausted { bytes })
     }
 
     /// Whether `charge` may be called now.
@@ -135,7 +138,7 @@ impl Account {
     }
 
     /// Counts bytes that are there already.
-    pub fn charge(self: &Arc<Self>, bytes: u64) -> Reservation {
+    pub fn charge(self: &Arc<Self>, bytes: u64) -> BudgetReservation {
         let mut shared = self.budget.state.lock();
         self.take(&mut shared, bytes)
     }
@@ -147,27 +150,27 @@ impl Account {
     }
 
     /// Counts bytes, if there is room for them now.
-    pub fn try_reserve(self: &Arc<Self>, bytes: u64) -> Option<Reservation> {
+    pub fn try_reserve(self: &Arc<Self>, bytes: u64) -> Option<BudgetReservation> {
         let mut shared = self.budget.state.lock();
         let held = self.state.lock().held;
         self.fits(&shared, held, bytes)
             .then(|| self.take(&mut shared, bytes))
     }
 
-    fn take(self: &Arc<Self>, shared: &mut Shared, bytes: u64) -> Reservation {
+    fn take(self: &Arc<Self>, shared: &mut BudgetState, bytes: u64) -> BudgetReservation {
         let mut own = self.state.lock();
         if own.held == 0 {
             own.progress = Instant::now();
         }
         own.held += bytes;
         shared.used += bytes;
-        Reservation {
+        BudgetReservation {
             account: self.clone(),
             bytes,
         }
     }
 
-    fn fits(&self, shared: &Shared, held: u64, bytes: u64) -> bool {
+    fn fits(&self, shared: &BudgetState, held: u64, bytes: u64) -> bool {
         let free = self.budget.total.saturating_sub(shared.used);
         match held {
             0 => bytes <= free,
@@ -187,7 +190,7 @@ impl Account {
                 return ready;
             }
             if short.is_none() && self.is_below_its_limit() {
-                short = Some(Short::new(&self.budget));
+                short = Some(StarvedWaiter::new(&self.budget));
             }
             released.await;
         }
@@ -200,35 +203,35 @@ impl Account {
 }
 
 /// A connection that waits for what others hold.
-struct Short<'a>(&'a Budget);
+struct StarvedWaiter<'a>(&'a Budget);
 
-impl<'a> Short<'a> {
+impl<'a> StarvedWaiter<'a> {
     fn new(budget: &'a Budget) -> Self {
         let mut shared = budget.state.lock();
-        shared.short += 1;
-        shared.short_since.get_or_insert_with(Instant::now);
-        Short(budget)
+        shared.starved += 1;
+        shared.starved_since.get_or_insert_with(Instant::now);
+        StarvedWaiter(budget)
     }
 }
 
-impl Drop for Short<'_> {
+impl Drop for StarvedWaiter<'_> {
     fn drop(&mut self) {
         let mut shared = self.0.state.lock();
-        shared.short -= 1;
-        if shared.short == 0 {
-            shared.short_since = None;
+        shared.starved -= 1;
+        if shared.starved == 0 {
+            shared.starved_since = None;
         }
     }
 }
 
-impl Reservation {
+impl BudgetReservation {
     /// A part of what it counts was written, although its memory is not given back before the rest.
     pub fn progressed(&self) {
         self.account.state.lock().progress = Instant::now();
     }
 }
 
-impl Drop for Reservation {
+impl Drop for BudgetReservation {
     fn drop(&mut self) {
         if self.bytes == 0 {
             return;
@@ -250,7 +253,7 @@ mod tests {
     #[test]
     fn whoever_takes_all_he_can_leaves_half_to_others_and_they_leave_a_third() {
         let budget = Budget::new(1200, 1000);
-        let take_all = |account: &Arc<Account>| {
+        let take_all = |account: &Arc<ConnectionBudget>| {
             let mut held = Vec::new();
             while let Some(reservation) = account.try_reserve(1) {
                 held.push(reservation);
@@ -303,8 +306,8 @@ mod tests {
             .collect();
         tokio::task::yield_now().await;
         let now = Instant::now();
-        assert_eq!(budget.short_for(now), None, "it is its own fault");
-        assert!(account.stalled_for(now + ROOM_TIMEOUT) >= Some(ROOM_TIMEOUT));
+        assert_eq!(budget.starved_for(now), None, "it is its own fault");
+        assert!(account.stalled_for(now + RESERVE_TIMEOUT) >= Some(RESERVE_TIMEOUT));
         drop(held);
         for call in waiting {
             call.await.unwrap().unwrap();
@@ -320,8 +323,8 @@ mod tests {
         let soon = Duration::from_millis(20);
         let call = tokio::spawn(async move { waiting.reserve_within(soon, 10).await.map(drop) });
         tokio::task::yield_now().await;
-        assert!(budget.short_for(Instant::now()).is_some());
-        assert_eq!(call.await.unwrap(), Err(NoRoom { bytes: 10 }));
-        assert_eq!(budget.short_for(Instant::now()), None);
+        assert!(budget.starved_for(Instant::now()).is_some());
+        assert_eq!(call.await.unwrap(), Err(BudgetExhausted { bytes: 10 }));
+        assert_eq!(budget.starved_for(Instant::now()), None);
     }
 }

@@ -1,11 +1,11 @@
 //! One call: what arrives and what leaves are counted, and neither waits for a peer for ever.
 //!
 //! 1. A request's message is counted in the connection's account from the moment that its length is
-//!    known until its handler has taken it (`Received` is among the request's extensions), and is not
+//!    known until its handler has taken it (`RequestReservation` is among the request's extensions), and is not
 //!    read from the connection before there is room for it.
 //! 2. An answer is made only when there is room for it, and counted until its bytes were written to
 //!    the connection: each piece of it carries its reservation.
-//! 3. What a handler holds before its answer is made, it reserves by `Answers`.
+//! 3. What a handler holds before its answer is made, it reserves by `ResponseBudget`.
 //! 4. A call that only waits, such as a Synchronize or an Execute, holds nothing of either.
 
 use std::{
@@ -25,66 +25,70 @@ use tonic::{Status, body::Body, service::Routes};
 use tower::Service;
 
 use super::{
-    budget::{Account, NoRoom, Reservation},
-    connection::{CallUnderWay, Caller},
+    budget::{BudgetExhausted, BudgetReservation, ConnectionBudget},
+    connection::{ActiveCall, ClientConnection},
     status,
 };
 
 /// Between two messages of a stream passes no more time.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(300);
-/// A message that has begun is there within this, and a second for each `SLOWEST` bytes.
+/// A message that has begun is there within this, and a second for each `MIN_BYTES_PER_SECOND` bytes.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
-const SLOWEST: u64 = 64 << 10;
+const MIN_BYTES_PER_SECOND: u64 = 64 << 10;
 /// An answer is handed to the connection in pieces of this size, whose writing is progress.
-const PIECE: usize = 64 << 10;
+const CHUNK_SIZE: usize = 64 << 10;
 /// Bytes that one byte of gzip can stand for.
-const MOST_DEFLATED: u64 = 1032;
+const MAX_GZIP_RATIO: u64 = 1032;
 /// What a call costs besides its headers and messages.
-const CALL: u64 = 2 << 10;
+const CALL_OVERHEAD: u64 = 2 << 10;
 
 /// The bytes of a request, for as long as somebody has them.
 #[derive(Clone, Debug)]
-pub struct Received(Arc<Mutex<Parts>>);
+pub struct RequestReservation(Arc<Mutex<RequestParts>>);
 
 #[derive(Debug)]
-struct Parts {
-    _headers: Reservation,
-    message: Option<Reservation>,
+struct RequestParts {
+    _headers: BudgetReservation,
+    message: Option<BudgetReservation>,
 }
 
 /// Where a handler asks for room before it makes an answer.
 #[derive(Clone, Debug)]
-pub struct Answers(Arc<Account>);
+pub struct ResponseBudget(Arc<ConnectionBudget>);
 
 /// Room for an answer that a handler has made; among the response's extensions.
 #[derive(Clone, Debug)]
-struct Reserved(#[expect(dead_code, reason = "it is held, not read")] Arc<Reservation>);
+struct ResponseReservation(
+    #[expect(dead_code, reason = "it is held, not read")] Arc<BudgetReservation>,
+);
 
-impl Received {
+impl RequestReservation {
     /// For handlers that keep what they were sent while they answer.
     pub fn of<T>(request: &tonic::Request<T>) -> Option<Self> {
         request.extensions().get().cloned()
     }
 }
 
-impl Answers {
+impl ResponseBudget {
     /// `None` when it is no server of ours that calls.
     pub fn of<T>(request: &tonic::Request<T>) -> Option<Self> {
         request.extensions().get().cloned()
     }
 
-    pub async fn reserve(&self, bytes: u64) -> Result<Reservation, Status> {
-        self.0.reserve(bytes).await.map_err(no_room)
+    pub async fn reserve(&self, bytes: u64) -> Result<BudgetReservation, Status> {
+        self.0.reserve(bytes).await.map_err(exhausted)
     }
 }
 
 /// Counts an answer until it is written.
-pub fn with_room<T>(
+pub fn with_reservation<T>(
     mut response: tonic::Response<T>,
-    room: Option<Reservation>,
+    room: Option<BudgetReservation>,
 ) -> tonic::Response<T> {
     if let Some(room) = room {
-        response.extensions_mut().insert(Reserved(Arc::new(room)));
+        response
+            .extensions_mut()
+            .insert(ResponseReservation(Arc::new(room)));
     }
     response
 }
@@ -98,16 +102,16 @@ fn too_large(length: u64, largest: u64) -> Status {
     ))
 }
 
-fn no_room(error: NoRoom) -> Status {
+fn exhausted(error: BudgetExhausted) -> Status {
     Status::resource_exhausted(error.to_string())
 }
 
 /// The answer to one request of a connection.
 pub async fn answer(
-    caller: &Arc<Caller>,
+    caller: &Arc<ClientConnection>,
     mut routes: Routes,
     mut request: Request<Incoming>,
-) -> Response<AnswerBody> {
+) -> Response<ResponseBody> {
     let under_way = match caller.begin_call() {
         Ok(under_way) => under_way,
         Err(calls) => {
@@ -118,13 +122,13 @@ pub async fn answer(
             return refuse(caller, Status::resource_exhausted(text));
         }
     };
-    let weight = CALL + weight(request.headers());
+    let weight = CALL_OVERHEAD + weight(request.headers());
     let headers = match caller.received.reserve(weight).await {
         Ok(headers) => headers,
-        Err(error) => return refuse(caller, no_room(error)),
+        Err(error) => return refuse(caller, exhausted(error)),
     };
     let deadline = deadline(request.headers());
-    let received = Received(Arc::new(Mutex::new(Parts {
+    let received = RequestReservation(Arc::new(Mutex::new(RequestParts {
         _headers: headers,
         message: None,
     })));
@@ -132,14 +136,14 @@ pub async fn answer(
     request.extensions_mut().insert(received.clone());
     request
         .extensions_mut()
-        .insert(Answers(caller.answers.clone()));
+        .insert(ResponseBudget(caller.answers.clone()));
     let request = request.map(|body| {
         Body::new(RequestBody {
             inner: body,
             largest: caller.largest_message,
             account: caller.received.clone(),
             received,
-            framing: Framing::Header(Vec::new()),
+            framing: MessageFraming::Header(Vec::new()),
             room: None,
             waiting: None,
             timer: Box::pin(tokio::time::sleep(PAUSE_TIMEOUT)),
@@ -162,15 +166,15 @@ pub async fn answer(
         Err(never) => match never {},
     };
     status::shorten(&mut head.headers);
-    let room = head.extensions.remove::<Reserved>();
-    let body = AnswerBody::new(caller, body, room, Some(under_way));
+    let room = head.extensions.remove::<ResponseReservation>();
+    let body = ResponseBody::new(caller, body, room, Some(under_way));
     Response::from_parts(head, body)
 }
 
-fn refuse(caller: &Caller, status: Status) -> Response<AnswerBody> {
+fn refuse(caller: &ClientConnection, status: Status) -> Response<ResponseBody> {
     let mut response = status.into_http::<Body>();
     status::shorten(response.headers_mut());
-    response.map(|body| AnswerBody::new(caller, body, None, None))
+    response.map(|body| ResponseBody::new(caller, body, None, None))
 }
 
 /// As HTTP/2 counts them (RFC 9113, section 6.5.2).
@@ -203,19 +207,19 @@ fn deadline(headers: &HeaderMap) -> Option<Duration> {
 /// Where in the stream of messages a request is. Each has five bytes in front: a flag, and its length
 /// (gRPC over HTTP/2, Length-Prefixed-Message).
 #[derive(Debug)]
-enum Framing {
+enum MessageFraming {
     Header(Vec<u8>),
     Message { left: u64 },
 }
 
-impl Framing {
+impl MessageFraming {
     /// Follows the messages in a frame. What those that begin in it will take, or the length of one
     /// that is larger than `largest`.
     fn follow(&mut self, mut data: &[u8], largest: u64) -> Result<u64, u64> {
         let mut begun = 0;
         while !data.is_empty() {
             match self {
-                Framing::Header(header) => {
+                MessageFraming::Header(header) => {
                     let (now, rest) = data.split_at((5 - header.len()).min(data.len()));
                     header.extend_from_slice(now);
                     data = rest;
@@ -228,36 +232,36 @@ impl Framing {
                         return Err(length);
                     }
                     begun += match is_compressed {
-                        true => (length * MOST_DEFLATED).min(largest),
+                        true => (length * MAX_GZIP_RATIO).min(largest),
                         false => length,
                     };
-                    *self = Framing::Message { left: length };
+                    *self = MessageFraming::Message { left: length };
                 }
-                Framing::Message { left } => {
+                MessageFraming::Message { left } => {
                     let now =
                         usize::try_from(*left).map_or(data.len(), |left| left.min(data.len()));
                     *left -= now as u64;
                     data = data.get(now..).unwrap_or_default();
                 }
             }
-            if let Framing::Message { left: 0 } = self {
-                *self = Framing::Header(Vec::new());
+            if let MessageFraming::Message { left: 0 } = self {
+                *self = MessageFraming::Header(Vec::new());
             }
         }
         Ok(begun)
     }
 }
 
-type Waiting<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
+type PendingFuture<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
 
 struct RequestBody {
     inner: Incoming,
     largest: u64,
-    account: Arc<Account>,
-    received: Received,
-    framing: Framing,
+    account: Arc<ConnectionBudget>,
+    received: RequestReservation,
+    framing: MessageFraming,
     /// Waits for room for the message that begins in `waiting`.
-    room: Waiting<Result<Reservation, NoRoom>>,
+    room: PendingFuture<Result<BudgetReservation, BudgetExhausted>>,
     waiting: Option<Bytes>,
     timer: Pin<Box<Sleep>>,
 }
@@ -266,20 +270,20 @@ impl RequestBody {
     /// From now on the client has so long for what comes next.
     fn restart_timer(&mut self, begun: u64) {
         let limit = match self.framing {
-            Framing::Message { .. } if begun > 0 => {
-                MESSAGE_TIMEOUT + Duration::from_secs(begun / SLOWEST)
+            MessageFraming::Message { .. } if begun > 0 => {
+                MESSAGE_TIMEOUT + Duration::from_secs(begun / MIN_BYTES_PER_SECOND)
             }
             // It has begun before.
-            Framing::Message { .. } => return,
-            Framing::Header(_) => PAUSE_TIMEOUT,
+            MessageFraming::Message { .. } => return,
+            MessageFraming::Header(_) => PAUSE_TIMEOUT,
         };
         self.timer.as_mut().reset(Instant::now() + limit);
     }
 
     fn late(&self) -> Status {
         Status::deadline_exceeded(match self.framing {
-            Framing::Header(_) => "the client sent nothing for too long",
-            Framing::Message { .. } => "the client took too long to send a message",
+            MessageFraming::Header(_) => "the client sent nothing for too long",
+            MessageFraming::Message { .. } => "the client took too long to send a message",
         })
     }
 }
@@ -299,7 +303,7 @@ impl HttpBody for RequestBody {
                 this.room = None;
                 match room {
                     Ok(room) => this.received.0.lock().message = Some(room),
-                    Err(error) => return Poll::Ready(Some(Err(no_room(error)))),
+                    Err(error) => return Poll::Ready(Some(Err(exhausted(error)))),
                 }
             }
             if let Some(data) = this.waiting.take() {
@@ -341,41 +345,41 @@ impl HttpBody for RequestBody {
 }
 
 /// What a call answers, in pieces that are counted until they are written.
-pub struct AnswerBody {
+pub struct ResponseBody {
     inner: Body,
-    account: Arc<Account>,
-    room: Option<Reserved>,
-    waiting: Waiting<()>,
-    rest: Option<(Bytes, Arc<Reservation>)>,
-    _under_way: Option<CallUnderWay>,
+    account: Arc<ConnectionBudget>,
+    room: Option<ResponseReservation>,
+    waiting: PendingFuture<()>,
+    rest: Option<(Bytes, Arc<BudgetReservation>)>,
+    _under_way: Option<ActiveCall>,
 }
 
 /// A piece of an answer. All pieces share their memory, which is free when the last one is written.
-struct Piece {
+struct Chunk {
     data: Bytes,
-    room: Arc<Reservation>,
+    room: Arc<BudgetReservation>,
 }
 
-impl Drop for Piece {
+impl Drop for Chunk {
     fn drop(&mut self) {
         self.room.progressed();
     }
 }
 
-impl AsRef<[u8]> for Piece {
+impl AsRef<[u8]> for Chunk {
     fn as_ref(&self) -> &[u8] {
         &self.data
     }
 }
 
-impl AnswerBody {
+impl ResponseBody {
     fn new(
-        caller: &Caller,
+        caller: &ClientConnection,
         inner: Body,
-        room: Option<Reserved>,
-        under_way: Option<CallUnderWay>,
+        room: Option<ResponseReservation>,
+        under_way: Option<ActiveCall>,
     ) -> Self {
-        AnswerBody {
+        ResponseBody {
             inner,
             account: caller.answers.clone(),
             room,
@@ -385,17 +389,17 @@ impl AnswerBody {
         }
     }
 
-    fn next_piece(&mut self) -> Option<Bytes> {
+    fn next_chunk(&mut self) -> Option<Bytes> {
         let (data, room) = self.rest.as_mut()?;
-        let (data, room) = match data.len() > PIECE {
-            true => (data.split_to(PIECE), room.clone()),
+        let (data, room) = match data.len() > CHUNK_SIZE {
+            true => (data.split_to(CHUNK_SIZE), room.clone()),
             false => self.rest.take()?,
         };
-        Some(Bytes::from_owner(Piece { data, room }))
+        Some(Bytes::from_owner(Chunk { data, room }))
     }
 }
 
-impl HttpBody for AnswerBody {
+impl HttpBody for ResponseBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -404,7 +408,7 @@ impl HttpBody for AnswerBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.get_mut();
-        if let Some(piece) = this.next_piece() {
+        if let Some(piece) = this.next_chunk() {
             return Poll::Ready(Some(Ok(Frame::data(piece))));
         }
         if this.room.is_none() {
@@ -426,7 +430,7 @@ impl HttpBody for AnswerBody {
                 let room = Arc::new(this.account.charge(data.len() as u64));
                 this.room = None;
                 this.rest = Some((data, room));
-                Frame::data(this.next_piece().unwrap_or_default())
+                Frame::data(this.next_chunk().unwrap_or_default())
             }
             Err(frame) => match frame.into_trailers() {
                 Ok(mut trailers) => {
@@ -457,13 +461,13 @@ mod tests {
             sent.extend(vec![9; length as usize]);
         }
         for size in [1, 2, 4, 5, 6, 7, 1000, sent.len()] {
-            let mut framing = Framing::Header(Vec::new());
+            let mut framing = MessageFraming::Header(Vec::new());
             let begun: u64 = sent
                 .chunks(size)
                 .map(|frame| framing.follow(frame, 100_000).unwrap())
                 .sum();
             assert_eq!(begun, 70_004);
-            assert!(matches!(framing, Framing::Header(begun) if begun.is_empty()));
+            assert!(matches!(framing, MessageFraming::Header(begun) if begun.is_empty()));
         }
     }
 
@@ -471,7 +475,7 @@ mod tests {
     fn a_compressed_message_counts_as_what_it_can_become() {
         let follow = |flag: u8, length: u32, largest| {
             let header = [[flag].as_slice(), &length.to_be_bytes()].concat();
-            Framing::Header(Vec::new()).follow(&header, largest)
+            MessageFraming::Header(Vec::new()).follow(&header, largest)
         };
         assert_eq!(follow(0, 1000, 1 << 20), Ok(1000));
         assert_eq!(follow(1, 1000, 1 << 30), Ok(1_032_000));

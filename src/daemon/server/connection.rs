@@ -23,35 +23,35 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use super::{
-    Limits,
-    budget::{Account, Budget, Reservation},
+    ServerLimits,
+    budget::{Budget, BudgetReservation, ConnectionBudget},
     call,
 };
-use crate::daemon::{Peer, listen::Connection};
+use crate::daemon::{Peer, listen::AcceptedStream};
 
 /// How often a connection is looked at.
-const ROUND: Duration = Duration::from_secs(5);
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// What a client has to read GOAWAY and to close the connection by itself.
-const GOODBYE: Duration = Duration::from_secs(2);
+const GOAWAY_GRACE: Duration = Duration::from_secs(2);
 /// The preface of HTTP/2, and the head of the frame that follows it.
 const PREFACE: u64 = 24 + 9;
 
 /// Whose connection it is, and what is counted for it.
-pub struct Caller {
+pub struct ClientConnection {
     pub peer: Peer,
     pub largest_message: u64,
-    pub received: Arc<Account>,
-    pub answers: Arc<Account>,
-    calls: Arc<Account>,
-    activity: Mutex<Activity>,
+    pub received: Arc<ConnectionBudget>,
+    pub answers: Arc<ConnectionBudget>,
+    calls: Arc<ConnectionBudget>,
+    activity: Mutex<CallActivity>,
     /// Bytes that have arrived.
     arrived: Arc<AtomicU64>,
     /// Somebody else needs its descriptor.
-    give_way: CancellationToken,
+    evict: CancellationToken,
 }
 
 #[derive(Debug)]
-struct Activity {
+struct CallActivity {
     under_way: u64,
     called: bool,
     /// When the last call ended, or the connection was made.
@@ -59,50 +59,50 @@ struct Activity {
 }
 
 /// A call, until its answer was handed to the connection.
-pub struct CallUnderWay {
-    caller: Arc<Caller>,
-    _counted: Reservation,
+pub struct ActiveCall {
+    caller: Arc<ClientConnection>,
+    _counted: BudgetReservation,
 }
 
 /// What shall become of a connection.
 #[derive(Debug, PartialEq, Eq)]
-enum Verdict {
+enum Decision {
     Keep,
     /// Its client hears of it first.
-    Dismiss,
+    CloseGracefully,
     /// At once, for this reason.
-    Cut(&'static str),
+    Abort(&'static str),
 }
 
-impl Caller {
+impl ClientConnection {
     pub fn new(
-        connection: &Connection,
+        connection: &AcceptedStream,
         largest_message: u64,
         [received, answers, calls]: [&Arc<Budget>; 3],
     ) -> Arc<Self> {
-        Arc::new(Caller {
+        Arc::new(ClientConnection {
             peer: connection.peer(),
             largest_message,
             received: received.account(),
             answers: answers.account(),
             calls: calls.account(),
-            activity: Mutex::new(Activity {
+            activity: Mutex::new(CallActivity {
                 under_way: 0,
                 called: false,
                 since: Instant::now(),
             }),
             arrived: connection.arrived(),
-            give_way: CancellationToken::new(),
+            evict: CancellationToken::new(),
         })
     }
 
     /// An error tells how many calls are under way.
-    pub fn begin_call(self: &Arc<Self>) -> Result<CallUnderWay, u64> {
+    pub fn begin_call(self: &Arc<Self>) -> Result<ActiveCall, u64> {
         let mut activity = self.activity.lock();
         activity.called = true;
         let counted = self.calls.try_reserve(1).ok_or(activity.under_way)?;
         activity.under_way += 1;
-        Ok(CallUnderWay {
+        Ok(ActiveCall {
             caller: self.clone(),
             _counted: counted,
         })
@@ -114,16 +114,18 @@ impl Caller {
         (activity.under_way == 0).then_some((activity.called, activity.since))
     }
 
-    pub fn is_giving_way(&self) -> bool {
-        self.give_way.is_cancelled()
+    pub fn is_evicted(&self) -> bool {
+        self.evict.is_cancelled()
     }
 
-    pub fn give_way(&self) {
-        self.give_way.cancel();
+    pub fn evict(&self) {
+        self.evict.cancel();
     }
 
-    fn judge(&self, now: Instant, limits: &Limits, answers: &Budget) -> Verdict {
-        let short = answers.short_for(now).is_some_and(|short| short >= ROUND);
+    fn decide(&self, now: Instant, limits: &ServerLimits, answers: &Budget) -> Decision {
+        let short = answers
+            .starved_for(now)
+            .is_some_and(|short| short >= CHECK_INTERVAL);
         let limit = if short {
             limits.stalled_when_short
         } else {
@@ -134,14 +136,14 @@ impl Caller {
             .stalled_for(now)
             .is_some_and(|stalled| stalled >= limit)
         {
-            return Verdict::Cut("its peer does not read what it asked for");
+            return Decision::Abort("its peer does not read what it asked for");
         }
         let Some((called, since)) = self.idle() else {
-            return Verdict::Keep;
+            return Decision::Keep;
         };
         let idle = now.saturating_duration_since(since);
         if self.arrived.load(Ordering::Relaxed) < PREFACE && idle >= limits.handshake {
-            return Verdict::Cut("its peer does not speak HTTP/2, or not at all");
+            return Decision::Abort("its peer does not speak HTTP/2, or not at all");
         }
         let limit = if called {
             limits.idle
@@ -149,13 +151,13 @@ impl Caller {
             limits.first_call
         };
         if idle >= limit {
-            return Verdict::Dismiss;
+            return Decision::CloseGracefully;
         }
-        Verdict::Keep
+        Decision::Keep
     }
 }
 
-impl Drop for CallUnderWay {
+impl Drop for ActiveCall {
     fn drop(&mut self) {
         let mut activity = self.caller.activity.lock();
         activity.under_way -= 1;
@@ -166,17 +168,17 @@ impl Drop for CallUnderWay {
 enum Event {
     Ended(Result<(), hyper::Error>),
     Stopping,
-    GiveWay,
+    Evict,
     Killed,
     Look,
 }
 
 /// Until the connection is closed. When `stopping`, no new call is taken; when `killed`, it ends.
 pub async fn serve(
-    connection: Connection,
-    caller: Arc<Caller>,
+    connection: AcceptedStream,
+    caller: Arc<ClientConnection>,
     routes: Routes,
-    limits: Arc<Limits>,
+    limits: Arc<ServerLimits>,
     answers: Arc<Budget>,
     stopping: CancellationToken,
     killed: CancellationToken,
@@ -193,7 +195,7 @@ pub async fn serve(
     let mut protocol = http2::Builder::new(TokioExecutor::new());
     limits.apply(&mut protocol);
     let mut serving = pin!(protocol.serve_connection(TokioIo::new(connection), service));
-    let round = ROUND
+    let round = CHECK_INTERVAL
         .min(limits.handshake)
         .min(limits.first_call)
         .min(limits.idle)
@@ -206,7 +208,7 @@ pub async fn serve(
             ended = &mut serving => Event::Ended(ended),
             () = killed.cancelled() => Event::Killed,
             () = stopping.cancelled(), if !told_to_stop => Event::Stopping,
-            () = caller.give_way.cancelled(), if leaving.is_none() => Event::GiveWay,
+            () = caller.evict.cancelled(), if leaving.is_none() => Event::Evict,
             () = tokio::time::sleep(round) => Event::Look,
         };
         let now = Instant::now();
@@ -216,14 +218,14 @@ pub async fn serve(
                 tracing::debug!(peer = ?caller.peer, %error, "a connection ended");
                 return;
             }
-            Event::GiveWay if caller.idle().is_some_and(|(called, _)| !called) => return,
-            Event::Stopping | Event::GiveWay => {
+            Event::Evict if caller.idle().is_some_and(|(called, _)| !called) => return,
+            Event::Stopping | Event::Evict => {
                 told_to_stop |= stopping.is_cancelled();
                 serving.as_mut().graceful_shutdown();
-                leaving.get_or_insert(now + GOODBYE);
+                leaving.get_or_insert(now + GOAWAY_GRACE);
             }
-            Event::Look => match caller.judge(now, &limits, &answers) {
-                Verdict::Cut(reason) => {
+            Event::Look => match caller.decide(now, &limits, &answers) {
+                Decision::Abort(reason) => {
                     tracing::info!(peer = ?caller.peer, reason, "closed a connection");
                     return;
                 }
@@ -232,11 +234,11 @@ pub async fn serve(
                         return;
                     }
                 }
-                Verdict::Dismiss if leaving.is_none() => {
+                Decision::CloseGracefully if leaving.is_none() => {
                     serving.as_mut().graceful_shutdown();
-                    leaving = Some(now + GOODBYE);
+                    leaving = Some(now + GOAWAY_GRACE);
                 }
-                Verdict::Dismiss | Verdict::Keep => {}
+                Decision::CloseGracefully | Decision::Keep => {}
             },
         }
     }

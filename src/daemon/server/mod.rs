@@ -24,10 +24,11 @@ use tokio::sync::Notify;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 
-use self::{budget::Budget, connection::Caller};
+use self::{budget::Budget, connection::ClientConnection};
 use super::{
     Failure,
-    listen::{Connection, Listener, Socket},
+    listen::{AcceptedStream, Listener, Socket},
+    process,
 };
 
 mod budget;
@@ -36,19 +37,19 @@ mod connection;
 mod services;
 mod status;
 
-pub use budget::Reservation;
-pub use call::{Answers, Received, with_room};
+pub use budget::BudgetReservation;
+pub use call::{RequestReservation, ResponseBudget, with_reservation};
 pub use services::Services;
 
 /// What one listener grants its callers.
 #[derive(Clone, Debug)]
-pub struct Limits {
+pub struct ServerLimits {
     /// Bytes of messages that are on their way in, on one connection and on all.
     pub received: u64,
-    pub received_per_connection: u64,
+    pub request_bytes_per_connection: u64,
     /// Bytes of answers that are not written to their connections, on one and on all.
     pub answers: u64,
-    pub answers_per_connection: u64,
+    pub response_bytes_per_connection: u64,
     pub calls: u64,
     pub calls_per_connection: u32,
     pub connections: usize,
@@ -64,13 +65,13 @@ pub struct Limits {
     pub stalled_when_short: Duration,
 }
 
-impl Default for Limits {
+impl Default for ServerLimits {
     fn default() -> Self {
-        Limits {
+        ServerLimits {
             received: 256 << 20,
-            received_per_connection: 64 << 20,
+            request_bytes_per_connection: 64 << 20,
             answers: 256 << 20,
-            answers_per_connection: 64 << 20,
+            response_bytes_per_connection: 64 << 20,
             // A Bazel with --jobs=2000 has as many streams on one connection, and proxies gather
             // several of them.
             calls: 50_000,
@@ -88,14 +89,13 @@ impl Default for Limits {
 
 /// Two listeners together leave a fifth of all descriptors to files.
 fn connection_limit() -> usize {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let limit = limit.map_or(MOST_CONNECTIONS, |limit| {
-        usize::try_from(limit).unwrap_or(MOST_CONNECTIONS)
+    let limit = process::file_limit().map_or(MAX_CONNECTIONS, |limit| {
+        usize::try_from(limit).unwrap_or(MAX_CONNECTIONS)
     });
-    (limit / 5 * 2).clamp(8, MOST_CONNECTIONS)
+    (limit / 5 * 2).clamp(8, MAX_CONNECTIONS)
 }
 
-const MOST_CONNECTIONS: usize = 10_000;
+const MAX_CONNECTIONS: usize = 10_000;
 
 /// A piece of 4 MiB in flight needs no round trip on a LAN. This is what a connection can hold besides
 /// what its calls have been given.
@@ -112,7 +112,7 @@ const PENDING_RESETS: usize = 1000;
 /// 1024; each may leave an unread answer of a few bytes behind.
 const ERROR_RESETS: usize = 16_384;
 
-impl Limits {
+impl ServerLimits {
     fn apply(&self, protocol: &mut http2::Builder<TokioExecutor>) {
         protocol
             .timer(TokioTimer::new())
@@ -128,12 +128,12 @@ impl Limits {
 }
 
 struct Server {
-    limits: Arc<Limits>,
+    limits: Arc<ServerLimits>,
     routes: Routes,
     received: Arc<Budget>,
     answers: Arc<Budget>,
     calls: Arc<Budget>,
-    open: Mutex<BTreeMap<u64, Arc<Caller>>>,
+    open: Mutex<BTreeMap<u64, Arc<ClientConnection>>>,
     next: AtomicU64,
     ended: Notify,
     tasks: TaskTracker,
@@ -148,21 +148,21 @@ pub async fn serve(
     stopping: CancellationToken,
     drain: Duration,
 ) -> Result<(), Failure> {
-    serve_within(listener, routes, Limits::default(), stopping, drain).await
+    serve_within(listener, routes, ServerLimits::default(), stopping, drain).await
 }
 
 /// As `serve`, with limits of the caller's choice.
 pub async fn serve_within(
     listener: Listener,
     routes: Routes,
-    limits: Limits,
+    limits: ServerLimits,
     stopping: CancellationToken,
     drain: Duration,
 ) -> Result<(), Failure> {
     let server = Arc::new(Server {
         routes: routes.prepare(),
-        received: Budget::new(limits.received, limits.received_per_connection),
-        answers: Budget::new(limits.answers, limits.answers_per_connection),
+        received: Budget::new(limits.received, limits.request_bytes_per_connection),
+        answers: Budget::new(limits.answers, limits.response_bytes_per_connection),
         calls: Budget::new(limits.calls, u64::from(limits.calls_per_connection)),
         limits: Arc::new(limits),
         open: Mutex::default(),
@@ -195,7 +195,7 @@ impl Server {
                 Ok(connection) => {
                     tokio::select! {
                         () = self.stopping.cancelled() => return,
-                        () = self.make_place() => self.start(connection),
+                        () = self.wait_for_capacity() => self.start(connection),
                     }
                 }
                 Err(error) => {
@@ -203,7 +203,7 @@ impl Server {
                     // server, and the first one must not make it spin.
                     tracing::warn!(%error, "could not accept a connection");
                     if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
-                        self.dismiss_one();
+                        self.close_idle_connection();
                     }
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
@@ -212,10 +212,10 @@ impl Server {
     }
 
     /// Returns when there may be one connection more.
-    async fn make_place(&self) {
+    async fn wait_for_capacity(&self) {
         loop {
             let ended = self.ended.notified();
-            if self.open.lock().len() < self.limits.connections || self.dismiss_one() {
+            if self.open.lock().len() < self.limits.connections || self.close_idle_connection() {
                 return;
             }
             tracing::warn!(
@@ -228,30 +228,30 @@ impl Server {
     }
 
     /// Has the connection that called nothing for longest give way; those that never called first.
-    fn dismiss_one(&self) -> bool {
+    fn close_idle_connection(&self) -> bool {
         let open = self.open.lock();
         let longest = open
             .values()
-            .filter(|caller| !caller.is_giving_way())
+            .filter(|caller| !caller.is_evicted())
             .filter_map(|caller| Some((caller.idle()?, caller)))
             .min_by_key(|(idle, _)| *idle);
         match longest {
             Some((_, caller)) => {
-                caller.give_way();
+                caller.evict();
                 true
             }
             None => false,
         }
     }
 
-    fn start(self: &Arc<Self>, connection: Connection) {
+    fn start(self: &Arc<Self>, connection: AcceptedStream) {
         let budgets = [&self.received, &self.answers, &self.calls];
-        let caller = Caller::new(&connection, self.limits.largest_message, budgets);
+        let caller = ClientConnection::new(&connection, self.limits.largest_message, budgets);
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         self.open.lock().insert(number, caller.clone());
         let server = self.clone();
         self.tasks.spawn(async move {
-            let open = Open { server, number };
+            let open = ConnectionGuard { server, number };
             let server = &open.server;
             connection::serve(
                 connection,
@@ -268,12 +268,12 @@ impl Server {
 }
 
 /// A connection's place.
-struct Open {
+struct ConnectionGuard {
     server: Arc<Server>,
     number: u64,
 }
 
-impl Drop for Open {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         self.server.open.lock().remove(&self.number);
         self.server.ended.notify_waiters();

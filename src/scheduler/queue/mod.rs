@@ -274,6 +274,7 @@ impl<C, W: Clone> Queue<C, W> {
             desired: Desired::Execute {
                 work: task.work.clone(),
                 suffix: task.suffix.clone(),
+                operation: task.operations.values().next().copied().unwrap_or_default(),
             },
             next,
         })

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use prost::Message;
 use prost_types::{Any, Timestamp};
+use uuid::Uuid;
 
 use crate::{
     config::scheduler::Scheduling,
@@ -185,13 +186,18 @@ pub struct Outcome {
     pub response: Vec<u8>,
     /// Of the response's status.
     pub code: i32,
+    /// Who says so: ExecutedActionMetadata.worker.
+    pub worker: String,
 }
 
 impl Outcome {
     pub fn new(response: &reapi::ExecuteResponse) -> Self {
+        let result = response.result.as_ref();
+        let metadata = result.and_then(|result| result.execution_metadata.as_ref());
         Outcome {
             response: response.encode_to_vec(),
             code: response.status.as_ref().map_or(0, |status| status.code),
+            worker: metadata.map_or_else(String::new, |metadata| metadata.worker.clone()),
         }
     }
 
@@ -282,6 +288,8 @@ pub enum Desired {
         work: Arc<Work>,
         /// The rest of the instance name, beyond the worker's prefix.
         suffix: InstanceName,
+        /// One of those that wait for the task.
+        operation: Uuid,
     },
 }
 

@@ -25,7 +25,7 @@ use crate::{
     config::Size,
     daemon::{
         Failure,
-        disk::{existing, in_the_way_of},
+        disk::{blocking_path, nearest_directory},
     },
 };
 
@@ -35,14 +35,14 @@ const FORMAT: &str = "bb_scheduler storage 1\n";
 
 /// What would keep the store from being opened, or from holding as much as it may. Changes nothing.
 pub fn probe(directory: &Path, maximum_size: u64) -> Vec<Failure> {
-    if let Some(file) = in_the_way_of(directory) {
+    if let Some(file) = blocking_path(directory) {
         return vec![failure(format!(
             "{} is no directory; choose another path",
             file.display()
         ))];
     }
     // The directory, or where it would be created.
-    let existing = existing(directory);
+    let existing = nearest_directory(directory);
     let mut failures = Vec::new();
     if rustix::fs::access(&existing, rustix::fs::Access::WRITE_OK).is_err() {
         failures.push(failure(format!(

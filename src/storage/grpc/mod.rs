@@ -18,7 +18,7 @@ use std::{
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use tokio::sync::Semaphore;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 
 use self::{
     flight::{Flights, Seat},
@@ -27,7 +27,7 @@ use self::{
 use super::Error;
 use crate::{
     config::Endpoint,
-    daemon,
+    daemon::{self, Channel},
     digest::Digest,
     instance::InstanceName,
     proto::{

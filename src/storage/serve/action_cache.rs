@@ -6,7 +6,7 @@ use tonic::{Request, Response, Status, async_trait};
 
 use super::{digest, instance, room, weight};
 use crate::{
-    daemon::{Answers, Received, with_room},
+    daemon::{RequestReservation, ResponseBudget, with_reservation},
     digest::{Digest, DigestFunction},
     proto::reapi::{
         self, ActionResult, GetActionResultRequest, UpdateActionResultRequest,
@@ -26,7 +26,7 @@ impl ActionCache for ActionCacheService {
         &self,
         request: Request<GetActionResultRequest>,
     ) -> Result<Response<ActionResult>, Status> {
-        let answers = Answers::of(&request);
+        let answers = ResponseBudget::of(&request);
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
         let action = digest(request.digest_function, request.action_digest.as_ref())?;
@@ -35,7 +35,7 @@ impl ActionCache for ActionCacheService {
         match result? {
             Some(result) => {
                 let room = room(answers, weight(&result)).await?;
-                Ok(with_room(Response::new(result), room))
+                Ok(with_reservation(Response::new(result), room))
             }
             None => Err(Status::not_found(format!(
                 "action {action} has no result whose outputs are all here"
@@ -47,7 +47,10 @@ impl ActionCache for ActionCacheService {
         &self,
         request: Request<UpdateActionResultRequest>,
     ) -> Result<Response<ActionResult>, Status> {
-        let (answers, _received) = (Answers::of(&request), Received::of(&request));
+        let (answers, _received) = (
+            ResponseBudget::of(&request),
+            RequestReservation::of(&request),
+        );
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
         let action = digest(request.digest_function, request.action_digest.as_ref())?;
@@ -63,7 +66,7 @@ impl ActionCache for ActionCacheService {
         });
         let stored = stored.await??;
         let room = room(answers, weight(&stored)).await?;
-        Ok(with_room(Response::new(stored), room))
+        Ok(with_reservation(Response::new(stored), room))
     }
 }
 

@@ -13,7 +13,7 @@ use super::{
     LARGEST_ANSWER, MAX_BATCH_TOTAL_SIZE, digest, function, instance, room, status_of, weight,
 };
 use crate::{
-    daemon::{Answers, Received, Reservation, with_room},
+    daemon::{BudgetReservation, RequestReservation, ResponseBudget, with_reservation},
     digest::{Digest, DigestFunction},
     proto::{
         self,
@@ -39,7 +39,10 @@ impl ContentAddressableStorage for CasService {
         &self,
         request: Request<FindMissingBlobsRequest>,
     ) -> Result<Response<FindMissingBlobsResponse>, Status> {
-        let (answers, _received) = (Answers::of(&request), Received::of(&request));
+        let (answers, _received) = (
+            ResponseBudget::of(&request),
+            RequestReservation::of(&request),
+        );
         let request = request.into_inner();
         instance(&request.instance_name)?;
         let function = function(request.digest_function)?;
@@ -54,14 +57,17 @@ impl ContentAddressableStorage for CasService {
             missing_blob_digests,
         };
         let room = room(answers, weight(&missing)).await?;
-        Ok(with_room(Response::new(missing), room))
+        Ok(with_reservation(Response::new(missing), room))
     }
 
     async fn batch_update_blobs(
         &self,
         request: Request<BatchUpdateBlobsRequest>,
     ) -> Result<Response<BatchUpdateBlobsResponse>, Status> {
-        let (answers, _received) = (Answers::of(&request), Received::of(&request));
+        let (answers, _received) = (
+            ResponseBudget::of(&request),
+            RequestReservation::of(&request),
+        );
         let request = request.into_inner();
         instance(&request.instance_name)?;
         let function = function(request.digest_function)?;
@@ -79,14 +85,17 @@ impl ContentAddressableStorage for CasService {
             let statuses = answer.responses.iter_mut().map(|blob| &mut blob.status);
             statuses.flatten().for_each(leave_out_the_reason);
         }
-        Ok(with_room(Response::new(answer), room))
+        Ok(with_reservation(Response::new(answer), room))
     }
 
     async fn batch_read_blobs(
         &self,
         request: Request<BatchReadBlobsRequest>,
     ) -> Result<Response<BatchReadBlobsResponse>, Status> {
-        let (answers, _received) = (Answers::of(&request), Received::of(&request));
+        let (answers, _received) = (
+            ResponseBudget::of(&request),
+            RequestReservation::of(&request),
+        );
         let request = request.into_inner();
         instance(&request.instance_name)?;
         let function = function(request.digest_function)?;
@@ -122,7 +131,7 @@ impl ContentAddressableStorage for CasService {
             let statuses = answer.responses.iter_mut().map(|blob| &mut blob.status);
             statuses.flatten().for_each(leave_out_the_reason);
         }
-        Ok(with_room(Response::new(answer), room))
+        Ok(with_reservation(Response::new(answer), room))
     }
 
     type GetTreeStream = BoxStream<'static, Result<GetTreeResponse, Status>>;
@@ -131,7 +140,7 @@ impl ContentAddressableStorage for CasService {
         &self,
         request: Request<GetTreeRequest>,
     ) -> Result<Response<Self::GetTreeStream>, Status> {
-        let answers = Answers::of(&request);
+        let answers = ResponseBudget::of(&request);
         let request = request.into_inner();
         instance(&request.instance_name)?;
         let root = digest(request.digest_function, request.root_digest.as_ref())?;
@@ -161,7 +170,7 @@ impl ContentAddressableStorage for CasService {
         })
         .await??;
         // A page's room is held until the next one is asked for.
-        let state = (walk, answers, None::<Reservation>);
+        let state = (walk, answers, None::<BudgetReservation>);
         let rest = stream::try_unfold(state, |(mut walk, answers, before)| async move {
             drop(before);
             if walk.is_done() {
@@ -173,7 +182,7 @@ impl ContentAddressableStorage for CasService {
             Ok(Some((page, (walk, answers, held))))
         });
         let pages = stream::once(async { Ok(first) }).chain(rest);
-        Ok(with_room(Response::new(pages.boxed()), first_room))
+        Ok(with_reservation(Response::new(pages.boxed()), first_room))
     }
 
     async fn split_blob(

@@ -15,7 +15,7 @@ use super::{
     embedded::{Store, TurnError},
 };
 use crate::{
-    daemon::{Answers, LineLimit, Reservation, Services},
+    daemon::{BudgetReservation, LogRateLimit, ResponseBudget, Services},
     digest::{Digest, DigestError, DigestFunction},
     instance::{InstanceName, InstanceNameError},
     proto::{
@@ -66,7 +66,10 @@ pub fn add_to(services: Services, store: &Arc<Store>) -> Services {
 }
 
 /// Room for an answer; `None` outside of a server of ours.
-async fn room(answers: Option<Answers>, bytes: u64) -> Result<Option<Reservation>, Status> {
+async fn room(
+    answers: Option<ResponseBudget>,
+    bytes: u64,
+) -> Result<Option<BudgetReservation>, Status> {
     match answers {
         Some(answers) => answers.reserve(bytes).await.map(Some),
         None => Ok(None),
@@ -91,7 +94,7 @@ fn digest(function_value: i32, digest: Option<&reapi::Digest>) -> Result<Digest,
 }
 
 /// Lines about refusals, of which there is one for each blob.
-static REFUSALS: LineLimit = LineLimit::new(5, std::time::Duration::from_secs(60));
+static REFUSALS: LogRateLimit = LogRateLimit::new(5, std::time::Duration::from_secs(60));
 
 impl From<Error> for Status {
     fn from(error: Error) -> Self {

@@ -182,7 +182,7 @@ async fn what_is_required_and_not_there_stops_the_daemon() {
     fs::create_dir(&config.build_directory).unwrap();
     config.containment.hidden = Demand::Require;
     config.containment.mounts = Demand::Off;
-    let Err(Failure::Configuration { key, message }) = runner::run(config, Life::new()).await
+    let Err(Failure::Configuration { key, message }) = runner::run(config, Lifecycle::new()).await
     else {
         panic!("it started");
     };
@@ -207,16 +207,16 @@ async fn required_control_groups_keep_the_limits_or_the_check_says_which_they_do
         .flatten()
         .any(|names| names.split_whitespace().any(|name| name == "memory"));
     let loaded = bb_remote_execution::config::examine::<Config>(directory.path(), true);
-    let host = daemon::Host::of("bb_runner", directory.path(), &loaded);
-    let mut findings = daemon::Findings::default();
-    runner::probe(&config, &host, &mut findings).await;
-    let failures = findings.failures();
+    let installation = daemon::Installation::of("bb_runner", directory.path(), &loaded);
+    let mut report = daemon::CheckReport::default();
+    runner::probe(&config, &installation, &mut report).await;
+    let failures = report.failures();
     let told = failures
         .iter()
         .any(|failure| failure.to_string().contains("limits.memory"));
     assert_eq!(told, !limited, "{failures:?}");
     if !limited {
-        let failure = runner::run(config, Life::new()).await.unwrap_err();
+        let failure = runner::run(config, Lifecycle::new()).await.unwrap_err();
         assert!(failure.to_string().contains("limits.memory"), "{failure:?}");
     }
 }
@@ -234,8 +234,8 @@ async fn a_second_runner_on_the_same_build_directory_may_give_what_the_first_doe
     let mut config = configuration(other.path(), first);
     config.build_directory = farm.build();
     config.containment.network = Network::Host;
-    let life = Life::new();
-    let running = tokio::spawn(runner::run(config, life.clone()));
+    let lifecycle = Lifecycle::new();
+    let running = tokio::spawn(runner::run(config, lifecycle.clone()));
     let mut client = connect(other.path()).await;
 
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -247,7 +247,7 @@ async fn a_second_runner_on_the_same_build_directory_may_give_what_the_first_doe
     let response = client.run(slot.request(&arguments)).await.unwrap();
     assert_eq!(response.into_inner().exit_code, 0);
 
-    life.stop();
+    lifecycle.stop();
     running.await.unwrap().unwrap();
     assert_eq!(farm.sh("exit 3").await.code, 3);
     farm.stop().await;

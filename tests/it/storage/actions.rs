@@ -1,5 +1,6 @@
 //! The Action Cache: a result that is returned names only what is there.
 
+use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     digest::{Digest, DigestFunction},
     proto::reapi::{
@@ -10,7 +11,7 @@ use bb_remote_execution::{
     storage::embedded::Store,
 };
 use prost::Message;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 
 use super::{GIB, Server, sha256};
 

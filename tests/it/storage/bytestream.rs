@@ -1,5 +1,6 @@
 //! ByteStream, call by call.
 
+use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     digest::{Digest, DigestFunction},
     proto::bytestream::{
@@ -8,7 +9,7 @@ use bb_remote_execution::{
     resource::{ReadName, WriteName},
 };
 use futures::{StreamExt, stream};
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 use uuid::Uuid;
 
 use super::{ANYWHERE, Child, GIB, Server, content, instance, sha256};

@@ -1,5 +1,6 @@
 //! ContentAddressableStorage and Capabilities, call by call.
 
+use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::proto::reapi::{
     self, BatchReadBlobsRequest, BatchUpdateBlobsRequest, Directory, DirectoryNode,
     FindMissingBlobsRequest, GetCapabilitiesRequest, GetTreeRequest, batch_update_blobs_request,
@@ -8,7 +9,7 @@ use bb_remote_execution::proto::reapi::{
 };
 use futures::TryStreamExt;
 use prost::Message;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 
 use super::{GIB, Server, content, sha256};
 

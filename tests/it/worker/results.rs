@@ -349,10 +349,10 @@ async fn a_check_names_each_key_that_must_be_changed() {
     settings.runners[0].endpoint = nobody("runner.sock");
     let path = directory.path().join("bb_worker.toml");
     let loaded = config::examine::<worker::Config>(&path, true);
-    let host = bb_remote_execution::daemon::Host::of("bb_worker", &path, &loaded);
-    let mut findings = bb_remote_execution::daemon::Findings::default();
-    bb_remote_execution::worker::probe(&settings, &host, &mut findings).await;
-    let mut keys: Vec<&str> = findings
+    let installation = bb_remote_execution::daemon::Installation::of("bb_worker", &path, &loaded);
+    let mut report = bb_remote_execution::daemon::CheckReport::default();
+    bb_remote_execution::worker::probe(&settings, &installation, &mut report).await;
+    let mut keys: Vec<&str> = report
         .failures()
         .iter()
         .map(|failure| match failure {

@@ -226,7 +226,7 @@ impl FileCache {
         if !unverified.is_empty() {
             let cache = self.clone();
             let verify = move || cache.verify_first_use(unverified);
-            let wrong = tokio::task::spawn_blocking(verify).await;
+            let wrong = crate::daemon::spawn_blocking(verify).await;
             let wrong = wrong.map_err(|error| {
                 Fault::Internal(format!("could not verify cached input files: {error}"))
             })?;
@@ -249,7 +249,7 @@ impl FileCache {
             handles: Vec::new(),
         };
         let (cache, gone) = (self.clone(), keys.clone());
-        let forgotten = tokio::task::spawn_blocking(move || {
+        let forgotten = crate::daemon::spawn_blocking(move || {
             for key in &gone {
                 cache.forget_further(key);
             }
@@ -374,7 +374,7 @@ impl FileCache {
                         cache.evict_to_fit();
                         Pinned { cache, handles }
                     };
-                    let admitted = tokio::task::spawn_blocking(admit).await;
+                    let admitted = crate::daemon::spawn_blocking(admit).await;
                     pins = admitted.map_err(|error| {
                         Fault::Internal(format!("could not count an input file: {error}"))
                     })?;
@@ -404,7 +404,7 @@ impl FileCache {
             cache.evict_to_fit();
             Ok((pins, missing))
         };
-        tokio::task::spawn_blocking(write)
+        crate::daemon::spawn_blocking(write)
             .await
             .map_err(|error| Fault::Internal(format!("could not write input files: {error}")))?
     }

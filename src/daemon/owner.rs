@@ -15,7 +15,7 @@ use crate::config::ListenAddress;
 
 /// A process that has what was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Holder {
+pub struct OwnerProcess {
     pub pid: u32,
     /// As proc_pid_comm(5) says.
     pub program: String,
@@ -25,36 +25,36 @@ pub struct Holder {
 
 /// Whether another process is in the way.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Held {
+pub enum Owner {
     /// systemd, for a unit.
-    BySystemd,
-    By(Holder),
+    Systemd,
+    Process(OwnerProcess),
     /// A process that this user may not look at, of this user if that is known.
-    BySomebody(Option<u32>),
+    Unknown(Option<u32>),
 }
 
-impl fmt::Display for Held {
+impl fmt::Display for Owner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Held::BySystemd => f.write_str("systemd"),
-            Held::By(holder) => {
-                write!(f, "{} (process {}", holder.program, holder.pid)?;
-                match &holder.config {
+            Owner::Systemd => f.write_str("systemd"),
+            Owner::Process(owner) => {
+                write!(f, "{} (process {}", owner.program, owner.pid)?;
+                match &owner.config {
                     Some(config) => write!(f, ", --config {})", config.display()),
                     None => f.write_str(")"),
                 }
             }
-            Held::BySomebody(Some(user)) => write!(f, "a process of user {user}"),
-            Held::BySomebody(None) => f.write_str("another process"),
+            Owner::Unknown(Some(user)) => write!(f, "a process of user {user}"),
+            Owner::Unknown(None) => f.write_str("another process"),
         }
     }
 }
 
-impl Held {
+impl Owner {
     /// Whether that is the daemon which runs with this configuration.
     pub fn is_daemon(&self, program: &str, config: &Path, is_default: bool) -> bool {
         match self {
-            Held::By(holder) if holder.program == program => match &holder.config {
+            Owner::Process(owner) if owner.program == program => match &owner.config {
                 Some(other) => is_same_file(other, config),
                 None => is_default,
             },
@@ -72,7 +72,7 @@ pub fn is_same_file(a: &Path, b: &Path) -> bool {
 
 /// Who listens at an address that is in use. Of the processes that this user may not look into, it is
 /// most likely one that `is_expected`.
-pub fn listener(address: &ListenAddress, is_expected: impl Fn(&Held) -> bool) -> Held {
+pub fn of_listener(address: &ListenAddress, is_expected: impl Fn(&Owner) -> bool) -> Owner {
     match address {
         ListenAddress::Unix(path) => {
             use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -81,7 +81,7 @@ pub fn listener(address: &ListenAddress, is_expected: impl Fn(&Held) -> bool) ->
                 .and_then(|stream| getsockopt(&stream, PeerCredentials).ok());
             match peer {
                 Some(peer) => by_pid(peer.pid() as u32, Some(peer.uid())),
-                None => Held::BySomebody(None),
+                None => Owner::Unknown(None),
             }
         }
         ListenAddress::Tcp(address) => {
@@ -95,7 +95,7 @@ pub fn listener(address: &ListenAddress, is_expected: impl Fn(&Held) -> bool) ->
                 .find(|(at, ..)| meets(at, address))
                 .map(|(_, user, inode)| (user, inode))
             else {
-                return Held::BySomebody(None);
+                return Owner::Unknown(None);
             };
             let pids = processes();
             let socket = format!("socket:[{inode}]");
@@ -116,18 +116,18 @@ pub fn listener(address: &ListenAddress, is_expected: impl Fn(&Held) -> bool) ->
                 .map(|pid| by_pid(*pid, Some(user)))
                 .find(is_expected);
             match expected {
-                Some(held) => held,
+                Some(owner) => owner,
                 None if user == 0 && name(1).is_some_and(|name| name == "systemd") => {
-                    Held::BySystemd
+                    Owner::Systemd
                 }
-                None => Held::BySomebody(Some(user)),
+                None => Owner::Unknown(Some(user)),
             }
         }
     }
 }
 
 /// Who has a lock on a file or directory (flock(2)).
-pub fn lock(path: &Path) -> Held {
+pub fn of_lock(path: &Path) -> Owner {
     let found = || {
         let inode = fs::metadata(path).ok()?.ino().to_string();
         let locks = fs::read_to_string("/proc/locks").ok()?;
@@ -139,18 +139,18 @@ pub fn lock(path: &Path) -> Held {
         })?;
         Some(by_pid(pid, None))
     };
-    found().unwrap_or(Held::BySomebody(None))
+    found().unwrap_or(Owner::Unknown(None))
 }
 
-fn by_pid(pid: u32, user: Option<u32>) -> Held {
+fn by_pid(pid: u32, user: Option<u32>) -> Owner {
     match name(pid) {
-        Some(program) if pid == 1 && program == "systemd" => Held::BySystemd,
-        Some(program) => Held::By(Holder {
+        Some(program) if pid == 1 && program == "systemd" => Owner::Systemd,
+        Some(program) => Owner::Process(OwnerProcess {
             pid,
             program,
             config: config_of(pid),
         }),
-        None => Held::BySomebody(user),
+        None => Owner::Unknown(user),
     }
 }
 
@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn whoever_listens_or_locks_is_found() {
         let ours = std::process::id();
-        let is_us = |held: Held| matches!(held, Held::By(holder) if holder.pid == ours);
+        let is_us = |owner: Owner| matches!(owner, Owner::Process(owner) if owner.pid == ours);
         for address in ["127.0.0.1:0", "[::1]:0", "0.0.0.0:0"] {
             let Ok(socket) = std::net::TcpListener::bind(address) else {
                 continue;
@@ -237,34 +237,34 @@ mod tests {
             let port = socket.local_addr().unwrap().port();
             let address = format!("{}{port}", address.strip_suffix('0').unwrap());
             assert!(
-                is_us(listener(&address.parse().unwrap(), |_| false)),
+                is_us(of_listener(&address.parse().unwrap(), |_| false)),
                 "{address}"
             );
         }
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        assert!(is_us(listener(&ListenAddress::Unix(path), |_| false)));
+        assert!(is_us(of_listener(&ListenAddress::Unix(path), |_| false)));
         let file = fs::File::create(directory.path().join("lock")).unwrap();
         rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
-        assert!(is_us(lock(&directory.path().join("lock"))));
+        assert!(is_us(of_lock(&directory.path().join("lock"))));
     }
 
     #[test]
     fn a_daemon_is_known_by_its_name_and_its_configuration() {
-        let held = |config: Option<&str>| {
-            Held::By(Holder {
+        let owner = |config: Option<&str>| {
+            Owner::Process(OwnerProcess {
                 pid: 7,
                 program: "bb_worker".to_owned(),
                 config: config.map(PathBuf::from),
             })
         };
         let path = Path::new("/nonexistent/w.toml");
-        assert!(held(Some("/nonexistent/w.toml")).is_daemon("bb_worker", path, false));
-        assert!(!held(Some("/nonexistent/v.toml")).is_daemon("bb_worker", path, false));
-        assert!(!held(Some("/nonexistent/w.toml")).is_daemon("bb_runner", path, false));
-        assert!(held(None).is_daemon("bb_worker", path, true));
-        assert!(!held(None).is_daemon("bb_worker", path, false));
-        assert!(!Held::BySystemd.is_daemon("bb_worker", path, true));
+        assert!(owner(Some("/nonexistent/w.toml")).is_daemon("bb_worker", path, false));
+        assert!(!owner(Some("/nonexistent/v.toml")).is_daemon("bb_worker", path, false));
+        assert!(!owner(Some("/nonexistent/w.toml")).is_daemon("bb_runner", path, false));
+        assert!(owner(None).is_daemon("bb_worker", path, true));
+        assert!(!owner(None).is_daemon("bb_worker", path, false));
+        assert!(!Owner::Systemd.is_daemon("bb_worker", path, true));
     }
 }

@@ -19,14 +19,14 @@ const DIRECTORIES: [&str; 5] = [
 
 /// The units of one host.
 #[derive(Clone, Debug)]
-pub struct Units {
+pub struct SystemdUnits {
     root: PathBuf,
 }
 
-impl Units {
+impl SystemdUnits {
     /// `root` is `/` but for tests.
     pub fn of(root: &Path) -> Self {
-        Units {
+        SystemdUnits {
             root: root.to_owned(),
         }
     }
@@ -173,7 +173,7 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         };
-        let units = Units::of(root.path());
+        let units = SystemdUnits::of(root.path());
         assert!(!units.are_in_use());
         assert_eq!(units.stop_timeout("x.service"), None);
         write("lib/systemd/system/x.service", "[Service]\nUser=x\n");
@@ -216,7 +216,7 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         };
-        let units = Units::of(root.path());
+        let units = SystemdUnits::of(root.path());
         assert_eq!(units.listens("x@a.socket"), None);
         write(
             "lib/systemd/system/x@.socket",

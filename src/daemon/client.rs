@@ -1,0 +1,128 @@
+//! Channels to gRPC peers, over TCP or Unix sockets.
+
+use std::{
+    error::Error,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use futures::future::BoxFuture;
+use http::{Request, Response, Uri};
+use tonic::{Status, body::Body, transport};
+use tower::Service;
+
+use crate::config::Endpoint;
+
+// A 4 MiB chunk in flight needs no round trip on a loopback or a LAN.
+const STREAM_WINDOW: u32 = 8 << 20;
+const CONNECTION_WINDOW: u32 = 32 << 20;
+
+/// Statuses of Buildbarn's programs quote what actions and clients say, which can be as long as a
+/// command line may be (execve(2), MAX_ARG_STRLEN), and thrice that when percent-encoded. One that
+/// does not fit ends all calls on its connection.
+const MAX_HEADERS: u32 = 1 << 20;
+
+/// Streams that we left early are remembered, since more of their frames may be on the way. A frame of
+/// one that is forgotten counts as an error of the peer's, and h2 ends a connection, with every call
+/// on it, after 1024 of those in its life: fifty streams in one second that are left before their
+/// trailers have come are enough to begin the count. Our peers are those that the administrator
+/// chose, so that there is no such limit, and few frames that must be answered.
+const RESET_STREAMS: usize = 4096;
+
+/// A channel that connects at its first call, and again after each loss.
+///
+/// Calls on a peer that cannot be reached fail with UNAVAILABLE and a text that names the endpoint.
+#[derive(Clone, Debug)]
+pub struct Channel {
+    inner: transport::Channel,
+    endpoint: Arc<str>,
+}
+
+/// A channel to a peer; nothing is connected yet.
+pub fn connect(endpoint: &Endpoint) -> Channel {
+    let address = match endpoint {
+        Endpoint::Tcp(authority) => format!("http://{authority}"),
+        Endpoint::Unix(path) => format!("unix:{}", path.display()),
+    };
+    // An endpoint that was parsed has an address; nobody answers at the other one.
+    let transport = transport::Endpoint::from_shared(address)
+        .unwrap_or_else(|_| transport::Endpoint::from_static("http://0.0.0.0:0"));
+    let transport = match endpoint {
+        Endpoint::Tcp(_) => transport,
+        // For the :authority header.
+        Endpoint::Unix(_) => transport.origin(Uri::from_static("http://localhost")),
+    };
+    let inner = transport
+        .connect_timeout(Duration::from_secs(10))
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .http2_max_header_list_size(MAX_HEADERS)
+        .http2_keep_alive_interval(Duration::from_secs(60))
+        .keep_alive_timeout(Duration::from_secs(20))
+        .http2_max_concurrent_reset_streams(RESET_STREAMS)
+        .http2_max_local_error_reset_streams(None)
+        .connect_lazy();
+    Channel {
+        inner,
+        endpoint: endpoint.to_string().into(),
+    }
+}
+
+impl Service<Request<Body>> for Channel {
+    type Response = Response<Body>;
+    type Error = Status;
+    type Future = BoxFuture<'static, Result<Response<Body>, Status>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        let endpoint = &self.endpoint;
+        self.inner
+            .poll_ready(context)
+            .map_err(|error| failed(endpoint, error))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let answer = self.inner.call(request);
+        let endpoint = self.endpoint.clone();
+        Box::pin(async move { answer.await.map_err(|error| failed(&endpoint, error)) })
+    }
+}
+
+/// The status of a call that got no answer. tonic's own text leaves out where to it could not connect.
+fn failed(endpoint: &str, error: transport::Error) -> Status {
+    let causes = || std::iter::successors(error.source(), |cause| (*cause).source());
+    // From the handshake on, errors are hyper's.
+    if causes().any(|cause| cause.is::<hyper::Error>()) {
+        return Status::from_error(error.into());
+    }
+    let mut text = format!("could not connect to {endpoint}");
+    for cause in causes().map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    let mut status = Status::unavailable(text);
+    status.set_source(Arc::new(error));
+    status
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_peer_that_cannot_be_reached_is_named() {
+        for endpoint in ["grpc://127.0.0.1:1", "unix:/nonexistent/runner.sock"] {
+            let mut channel = connect(&endpoint.parse().unwrap());
+            std::future::poll_fn(|context| channel.poll_ready(context))
+                .await
+                .unwrap();
+            let status = channel.call(Request::new(Body::empty())).await.unwrap_err();
+            assert_eq!(status.code(), tonic::Code::Unavailable);
+            let start = format!("could not connect to {endpoint}: ");
+            assert!(status.message().starts_with(&start), "{status}");
+            assert!(status.message().contains("(os error "), "{status}");
+            assert!(status.source().is_some());
+        }
+    }
+}

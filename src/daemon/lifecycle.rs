@@ -1,0 +1,165 @@
+//! The life of one daemon: when it is ready, what it says of itself, and when it must leave.
+
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    health::{Health, Heartbeat},
+    logging::LevelHandle,
+    reload::ReloadableConfig,
+};
+use crate::config::Validate;
+
+/// How old the line of `systemctl status` can be.
+const STATUS_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Tells a daemon once to stop, and systemd when the daemon is ready. Clones are handles of the same
+/// daemon's.
+#[derive(Clone, Debug, Default)]
+pub struct Lifecycle {
+    stopping: CancellationToken,
+    status: Arc<Mutex<Status>>,
+    pub(super) health: Arc<Health>,
+}
+
+#[derive(Debug, Default)]
+struct Status {
+    /// `None` until the daemon is ready.
+    line: Option<String>,
+    /// What the last reload could not apply; empty if nothing.
+    reload: String,
+}
+
+impl Status {
+    /// What `systemctl status` shows, once the daemon is ready.
+    fn shown(&self) -> Option<String> {
+        let line = self.line.as_ref()?;
+        Some(match self.reload.as_str() {
+            "" => line.clone(),
+            reload => format!("{line}; {reload}"),
+        })
+    }
+}
+
+impl Lifecycle {
+    pub fn new() -> Self {
+        Lifecycle::default()
+    }
+
+    /// Cancelled when the daemon should finish what it does and leave.
+    pub fn stopping(&self) -> CancellationToken {
+        self.stopping.clone()
+    }
+
+    pub fn stop(&self) {
+        self.stopping.cancel();
+    }
+
+    /// All sockets are open, and requests are answered (sd_notify(3)).
+    pub fn ready(&self, status: &str) {
+        tracing::info!("ready: {status}");
+        self.status.lock().line = Some(status.to_owned());
+        notify(&[NotifyState::Ready, NotifyState::Status(status)]);
+    }
+
+    /// Changes the line of `systemctl status`, once the daemon is ready.
+    pub fn status(&self, status: &str) {
+        let shown = {
+            let mut known = self.status.lock();
+            if let Some(line) = &mut known.line {
+                status.clone_into(line);
+            }
+            known.shown()
+        };
+        notify(&[NotifyState::Status(shown.as_deref().unwrap_or(status))]);
+    }
+
+    /// Calls `status` with what `line` says, whenever that changes; never returns.
+    pub async fn keep_status(&self, line: impl Fn() -> String) {
+        let mut last = None;
+        loop {
+            tokio::time::sleep(STATUS_INTERVAL).await;
+            let line = line();
+            if last.as_ref() != Some(&line) {
+                self.status(&line);
+                last = Some(line);
+            }
+        }
+    }
+
+    /// Registers a check that returns soon as long as the daemon works: see `Health::add_check`.
+    pub fn liveness_check(&self, name: &'static str, check: impl Fn() + Send + Sync + 'static) {
+        self.health.add_check(name, check);
+    }
+
+    /// Registers a loop that must go on, within `next` for the first time: see `Heartbeat`.
+    pub fn heartbeat(&self, name: impl Into<String>, next: Duration) -> Heartbeat {
+        Health::add_heartbeat(&self.health, name.into(), next)
+    }
+
+    /// Obeys signals until the runtime ends: the first SIGTERM or SIGINT asks the daemon to finish, a
+    /// second one ends it at once, and SIGHUP reads the configuration again.
+    pub(super) async fn obey_signals<C: Validate>(
+        self,
+        mut config: ReloadableConfig<C>,
+        level: LevelHandle,
+    ) {
+        let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hang_up)) = (
+            signal(SignalKind::terminate()),
+            signal(SignalKind::interrupt()),
+            signal(SignalKind::hangup()),
+        ) else {
+            tracing::error!("could not listen for signals; SIGTERM will end this daemon at once");
+            return;
+        };
+        enum Signal {
+            Stop,
+            Reload,
+        }
+        loop {
+            let signal = tokio::select! {
+                _ = terminate.recv() => Signal::Stop,
+                _ = interrupt.recv() => Signal::Stop,
+                _ = hang_up.recv() => Signal::Reload,
+            };
+            match signal {
+                Signal::Reload => self.reload(&mut config, &level),
+                Signal::Stop if !self.stopping.is_cancelled() => {
+                    tracing::info!("stopping");
+                    notify(&[NotifyState::Stopping]);
+                    self.stop();
+                }
+                Signal::Stop => {
+                    tracing::warn!("stopping at once");
+                    std::process::exit(1);
+                }
+            }
+        }
+    }
+
+    /// Says RELOADING=1 and READY=1 around it (sd_notify(3)).
+    fn reload<C: Validate>(&self, config: &mut ReloadableConfig<C>, level: &LevelHandle) {
+        if let Ok(now) = NotifyState::monotonic_usec_now() {
+            notify(&[NotifyState::Reloading, now]);
+        }
+        let reload = config.reload(level);
+        let shown = {
+            let mut status = self.status.lock();
+            status.reload = reload;
+            status.shown()
+        };
+        // A daemon that is still starting says when it is ready by itself.
+        if let Some(shown) = shown {
+            notify(&[NotifyState::Ready, NotifyState::Status(&shown)]);
+        }
+    }
+}
+
+/// Tells systemd, if there is one that listens.
+pub(super) fn notify(states: &[NotifyState<'_>]) {
+    let _ = sd_notify::notify(states);
+}

@@ -1,0 +1,29 @@
+//! What a daemon asks of its own process and of the boot that it runs in.
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+/// Which boot of the host this is (random(4)). Units that hide /proc/sys pass it on as BB_BOOT_ID
+/// (systemd.unit(5), `%b`), without hyphens.
+pub fn boot_id() -> std::io::Result<String> {
+    match std::fs::read_to_string("/proc/sys/kernel/random/boot_id") {
+        Ok(text) => Ok(text.trim().replace('-', "")),
+        Err(error) => std::env::var("BB_BOOT_ID").map_err(|_| error),
+    }
+}
+
+/// Deep trees need many open directories; systemd leaves it to daemons to raise their limit.
+pub fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "could not raise the limit of open files");
+    }
+}
+
+/// How many files the process may have open; `None` for any number.
+pub(super) fn file_limit() -> Option<u64> {
+    getrlimit(Resource::Nofile).current
+}
