@@ -5,10 +5,10 @@
 
 use tonic::codec::CompressionEncoding;
 
-mod observer;
 pub mod queue;
 mod service;
-mod shared;
+mod shared_queue;
+mod worker_log;
 
 use crate::{
     config::{
@@ -25,7 +25,7 @@ use crate::{
     storage::{self, Backend},
 };
 use queue::Settings;
-use shared::SharedQueue;
+use shared_queue::SharedQueue;
 
 pub const PROGRAM: Program = Program {
     name: "bb_scheduler",
@@ -152,12 +152,12 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     };
     lifecycle.liveness_check("the queue", {
         let queue = queue.clone();
-        move || queue.touch()
+        move || queue.wait_for_lock()
     });
     lifecycle.ready(&status);
     let ended = tokio::select! {
-        () = queue.keep_time() => Ok(()),
-        () = observer::observe(&queue, &lifecycle, &status) => Ok(()),
+        () = queue.run_timers() => Ok(()),
+        () = worker_log::run(&queue, &lifecycle, &status) => Ok(()),
         served = async {
             tokio::try_join!(
                 daemon::serve(clients, client_routes, stopping.clone(), drain),
@@ -171,6 +171,6 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             )
         } => served.map(|_| ()),
     };
-    queue.tell_totals();
+    queue.log_totals();
     ended
 }

@@ -1,5 +1,5 @@
 //! The services: Execution for clients, OperationQueue for workers. Here messages
-//! become words, and words messages.
+//! become the queue's types, and those messages.
 
 use std::{
     pin::Pin,
@@ -17,10 +17,11 @@ use uuid::Uuid;
 
 use super::{
     queue::{
-        self, Activity, Caller, Desired, Invocation, NoWorkers, Outcome, Place, Platform, Progress,
-        ReportedAction, ReportedDigest, Stage, Work, WorkerId,
+        self, Caller, Desired, EncodedResponse, Invocation, NoWorkers, Platform, Progress,
+        QueuedAction, ReportedAction, ReportedDigest, SizeClassQueueKey, Stage, WorkerActivity,
+        WorkerId,
     },
-    shared::{SharedQueue, Waiter},
+    shared_queue::{SharedQueue, Waiter},
 };
 use crate::{
     config,
@@ -72,7 +73,7 @@ impl reapi::execution_server::Execution for Clients {
         &self,
         request: Request<reapi::ExecuteRequest>,
     ) -> Result<Response<Operations>, Status> {
-        let asked = Asked::new(&request);
+        let asked = RefusalLog::new(&request);
         let span = daemon::action_span(&asked.action, None, None);
         async {
             let result = self.take(request).await;
@@ -133,7 +134,7 @@ impl Clients {
             platform,
             priority: request.execution_policy.map_or(0, |policy| policy.priority),
             invocation: Invocation(metadata.tool_invocation_id.into()),
-            work: Arc::new(Work {
+            action: Arc::new(QueuedAction {
                 instance,
                 digest,
                 action,
@@ -228,10 +229,14 @@ impl Clients {
                 }
             }
             let progress = waiter.progress();
-            let operation = operation(waiter.attached.operation, &waiter.attached.work, &progress);
+            let operation = operation(
+                waiter.attached.operation,
+                &waiter.attached.action,
+                &progress,
+            );
             let next = match &progress.stage {
                 Stage::Completed(outcome) => {
-                    tell_end(waiter.attached.operation, &waiter.attached.work, outcome);
+                    log_completion(waiter.attached.operation, &waiter.attached.action, outcome);
                     None
                 }
                 _ => Some((waiter, stopping, Some(progress.version))),
@@ -242,7 +247,7 @@ impl Clients {
 }
 
 /// What a client asked for, for the log.
-struct Asked {
+struct RefusalLog {
     action: String,
     instance: String,
     client: String,
@@ -251,7 +256,7 @@ struct Asked {
 /// Lines about refusals, which a client can cause as fast as it can call.
 static REFUSALS: LogRateLimit = LogRateLimit::new(20, Duration::from_secs(10));
 
-impl Asked {
+impl RefusalLog {
     fn new(request: &Request<reapi::ExecuteRequest>) -> Self {
         let client = match request.extensions().get::<Peer>() {
             Some(Peer::Tcp(Some(address))) => address.to_string(),
@@ -260,7 +265,7 @@ impl Asked {
         };
         let request = request.get_ref();
         let action = request.action_digest.as_ref();
-        Asked {
+        RefusalLog {
             action: action.map(|digest| digest.hash.clone()).unwrap_or_default(),
             instance: request.instance_name.clone(),
             client,
@@ -283,10 +288,10 @@ impl Asked {
 
 /// A failure of the farm is a warning, with its reason and its worker; one of the action or its client
 /// is nobody's business here.
-fn tell_end(operation: Uuid, work: &Work, outcome: &Outcome) {
-    let (instance, target) = (work.instance.as_str(), work.target_id.as_str());
+fn log_completion(operation: Uuid, queued: &QueuedAction, outcome: &EncodedResponse) {
+    let (instance, target) = (queued.instance.as_str(), queued.target_id.as_str());
     let worker = Some(outcome.worker.as_str()).filter(|worker| !worker.is_empty());
-    let span = daemon::action_span(&work.digest.hash_hex(), Some(operation), worker);
+    let span = daemon::action_span(&queued.digest.hash_hex(), Some(operation), worker);
     let _entered = span.enter();
     let code = rpc::Code::try_from(outcome.code).unwrap_or(rpc::Code::Unknown);
     match code {
@@ -313,7 +318,7 @@ fn tell_end(operation: Uuid, work: &Work, outcome: &Outcome) {
     }
 }
 
-fn operation(name: Uuid, work: &Work, progress: &Progress) -> Operation {
+fn operation(name: Uuid, queued: &QueuedAction, progress: &Progress) -> Operation {
     let stage = match progress.stage {
         Stage::Queued => StageValue::Queued,
         Stage::Executing => StageValue::Executing,
@@ -321,8 +326,8 @@ fn operation(name: Uuid, work: &Work, progress: &Progress) -> Operation {
     };
     let metadata = reapi::ExecuteOperationMetadata {
         stage: stage as i32,
-        action_digest: Some(work.digest.to_proto()),
-        digest_function: work.digest.function().to_proto() as i32,
+        action_digest: Some(queued.digest.to_proto()),
+        digest_function: queued.digest.function().to_proto() as i32,
         ..Default::default()
     };
     Operation {
@@ -338,7 +343,7 @@ fn operation(name: Uuid, work: &Work, progress: &Progress) -> Operation {
     }
 }
 
-fn response(outcome: &Outcome) -> Any {
+fn response(outcome: &EncodedResponse) -> Any {
     Any {
         type_url: reapi::ExecuteResponse::type_url(),
         value: outcome.response.clone(),
@@ -376,13 +381,13 @@ impl OperationQueue for Workers {
         }
         let instance = metadata::instance_of(&request);
         let peer = peer_of(&request);
-        let (place, id, report) = parse_worker(request.into_inner(), instance)?;
+        let (queue_key, id, report) = parse_worker(request.into_inner(), instance)?;
         let caller = Caller { id, peer };
         let idle_wait = random_below(self.idle_interval);
         let instruction = self
             .queue
             .synchronize(
-                &place,
+                &queue_key,
                 &caller,
                 report,
                 idle_wait,
@@ -392,15 +397,17 @@ impl OperationQueue for Workers {
             .map_err(refused)?
             .ok_or_else(stopping)?;
         if let Desired::Execute {
-            work, operation, ..
+            action: queued,
+            operation,
+            ..
         } = &instruction.desired
         {
             let worker = serde_json::to_string(caller.id.labels()).ok();
-            let action = work.digest.hash_hex();
+            let action = queued.digest.hash_hex();
             daemon::action_span(&action, Some(*operation), worker.as_deref()).in_scope(|| {
                 tracing::debug!(
-                    instance = work.instance.as_str(),
-                    target = work.target_id,
+                    instance = queued.instance.as_str(),
+                    target = queued.target_id,
                     "handed to a worker"
                 );
             });
@@ -439,7 +446,7 @@ fn peer_of<T>(request: &Request<T>) -> Arc<str> {
 fn parse_worker(
     request: SynchronizeRequest,
     instance: Option<InstanceName>,
-) -> Result<(Place, WorkerId, queue::Report), Status> {
+) -> Result<(SizeClassQueueKey, WorkerId, queue::WorkerReport), Status> {
     let prefix = InstanceName::parse(&request.instance_name_prefix).map_err(invalid)?;
     let platform = Platform::parse(request.platform.as_ref()).map_err(invalid)?;
     let state = request
@@ -447,7 +454,7 @@ fn parse_worker(
         .and_then(|state| state.worker_state)
         .ok_or_else(|| invalid("The worker does not say what it does: current_state is absent"))?;
     let activity = match state {
-        current_state::WorkerState::Idle(()) => Activity::Idle,
+        current_state::WorkerState::Idle(()) => WorkerActivity::Idle,
         current_state::WorkerState::Executing(executing) => {
             let digest = Digest::parse_required(None, executing.action_digest.as_ref()).map_err(
                 |error| invalid(format!("Invalid digest of the worker's action: {error}")),
@@ -458,25 +465,25 @@ fn parse_worker(
             };
             match executing.execution_state {
                 Some(ExecutionState::Completed(response)) => {
-                    Activity::Completed(action, Arc::new(Outcome::new(&response)))
+                    WorkerActivity::Completed(action, Arc::new(EncodedResponse::new(&response)))
                 }
-                Some(_) => Activity::Executing(action),
+                Some(_) => WorkerActivity::Executing(action),
                 None => {
                     return Err(invalid("The worker does not say how far its action is"));
                 }
             }
         }
     };
-    let place = Place {
+    let key = SizeClassQueueKey {
         platform,
         prefix,
         size_class: request.size_class,
     };
-    let report = queue::Report {
+    let report = queue::WorkerReport {
         activity,
         prefer_being_idle: request.prefer_being_idle,
     };
-    Ok((place, WorkerId::new(request.worker_id), report))
+    Ok((key, WorkerId::new(request.worker_id), report))
 }
 
 fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse {
@@ -485,18 +492,18 @@ fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse 
         Desired::Unchanged => None,
         Desired::Idle => Some(WorkerState::Idle(())),
         Desired::Execute {
-            work,
+            action: queued,
             suffix,
             operation,
         } => {
             let trace = metadata::traceparent(operation);
             Some(WorkerState::Executing(desired_state::Executing {
-                action_digest: Some(work.digest.to_proto()),
-                action: Some(work.action.clone()),
-                queued_timestamp: Some(work.queued_timestamp),
-                auxiliary_metadata: work.auxiliary_metadata.clone(),
+                action_digest: Some(queued.digest.to_proto()),
+                action: Some(queued.action.clone()),
+                queued_timestamp: Some(queued.queued_timestamp),
+                auxiliary_metadata: queued.auxiliary_metadata.clone(),
                 instance_name_suffix: suffix.as_str().to_owned(),
-                digest_function: work.digest.function().to_proto() as i32,
+                digest_function: queued.digest.function().to_proto() as i32,
                 w3c_trace_context: [(metadata::TRACEPARENT.to_owned(), trace)].into(),
             }))
         }

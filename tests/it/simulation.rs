@@ -31,10 +31,10 @@ use bb_remote_execution::{
     instance::InstanceName,
     proto::{self, reapi, rpc},
     scheduler::queue::{
-        Activity as Reported, Answer as Decided, Caller, Clock, Counts, Desired as Wanted, Effect,
-        HeldCall, Instruction, Invocation, Outcome, Place, Platform, Progress, Queue,
-        Report as SaidReport, ReportedAction, ReportedDigest, Request as QueueRequest, Settings,
-        Stage, TICK, Work, WorkerId,
+        Answer as Decided, Caller, Clock, Counts, Desired as Wanted, Effect, EncodedResponse,
+        HeldCall, Instruction, Invocation, Platform, Progress, Queue, QueuedAction, ReportedAction,
+        ReportedDigest, Request as QueueRequest, Settings, SizeClassQueueKey, Stage, TICK,
+        WorkerActivity, WorkerId, WorkerReport,
     },
     worker::slot::{Activity, Answer, Desired, Report, Slot, Step},
 };
@@ -126,10 +126,10 @@ enum Why {
 }
 
 struct Worker {
-    place: Place,
+    key: SizeClassQueueKey,
     id: WorkerId,
     life: u32,
-    slot: Option<Slot<Arc<Work>, RunResult>>,
+    slot: Option<Slot<Arc<QueuedAction>, RunResult>>,
     call: Option<u64>,
     running: Option<Running>,
     /// Of what was started last.
@@ -234,7 +234,7 @@ impl World {
         let mut world = World::calm(seed, start);
         for worker in 0..world.workers.len() {
             let twin = Worker {
-                place: world.workers[worker].place.clone(),
+                key: world.workers[worker].key.clone(),
                 id: world.workers[worker].id.clone(),
                 life: 0,
                 slot: None,
@@ -287,7 +287,7 @@ impl World {
         };
         let workers = (0..few + random.below(2))
             .map(|i| Worker {
-                place: Place {
+                key: SizeClassQueueKey {
                     platform: platforms[if random.chance(80) { 0 } else { 1 }].clone(),
                     prefix: name(if random.chance(70) { "" } else { "a" }),
                     size_class: 0,
@@ -549,8 +549,8 @@ impl World {
         instance: Option<InstanceName>,
         ghost: bool,
     ) {
-        let (place, id) = (
-            self.workers[worker].place.clone(),
+        let (key, id) = (
+            self.workers[worker].key.clone(),
             self.workers[worker].id.clone(),
         );
         let reported = |digest: &reapi::Digest| ReportedAction {
@@ -562,37 +562,35 @@ impl World {
         let unwilling = report.prefer_being_idle;
         let executes = matches!(report.activity, Activity::Executing(_));
         let activity = match &report.activity {
-            Activity::Idle => Reported::Idle,
+            Activity::Idle => WorkerActivity::Idle,
             Activity::Started(digest) | Activity::Executing(digest) => {
-                Reported::Executing(reported(digest))
+                WorkerActivity::Executing(reported(digest))
             }
-            Activity::Completed(digest, result) => Reported::Completed(
+            Activity::Completed(digest, result) => WorkerActivity::Completed(
                 reported(digest),
-                Arc::new(Outcome::new(&reapi::ExecuteResponse {
+                Arc::new(EncodedResponse::new(&reapi::ExecuteResponse {
                     message: result.run.to_string(),
                     status: Some(proto::status(result.code, "")),
                     ..Default::default()
                 })),
             ),
         };
-        let said = SaidReport {
+        let said = WorkerReport {
             activity,
             prefer_being_idle: report.prefer_being_idle,
         };
-        let waited = self.waiting(&place);
+        let waited = self.waiting(&key);
         let (wait, now) = (self.random.up_to(120_000), self.look());
         let caller = Caller {
             id,
             peer: format!("{worker}, life {life}").into(),
         };
-        let decided = self
-            .queue
-            .synchronize(now, &place, &caller, said, call, wait);
+        let decided = self.queue.synchronize(now, &key, &caller, said, call, wait);
         match decided {
             Ok(Decided::Now(instruction)) => {
                 match &instruction.desired {
-                    Wanted::Execute { work, .. } => {
-                        self.check_order(&waited, &place, work);
+                    Wanted::Execute { action: work, .. } => {
+                        self.check_order(&waited, &key, work);
                         let first = waited.contains_key(&work.queued_timestamp.seconds);
                         self.see(if first {
                             "handed out"
@@ -626,12 +624,12 @@ impl World {
     }
 
     /// How urgent the tasks are that wait here. Their time tells them apart.
-    fn waiting(&self, place: &Place) -> BTreeMap<i64, i32> {
+    fn waiting(&self, key: &SizeClassQueueKey) -> BTreeMap<i64, i32> {
         let mut urgency = BTreeMap::new();
         for row in self.queue.operations(None) {
-            if *row.place == *place && row.stage == Stage::Queued {
+            if *row.key == *key && row.stage == Stage::Queued {
                 let task = urgency
-                    .entry(row.work.queued_timestamp.seconds)
+                    .entry(row.action.queued_timestamp.seconds)
                     .or_insert(i32::MAX);
                 *task = row.priority.min(*task);
             }
@@ -639,12 +637,17 @@ impl World {
         urgency
     }
 
-    fn check_order(&self, waited: &BTreeMap<i64, i32>, place: &Place, work: &Work) {
+    fn check_order(
+        &self,
+        waited: &BTreeMap<i64, i32>,
+        key: &SizeClassQueueKey,
+        work: &QueuedAction,
+    ) {
         let task = work.queued_timestamp.seconds;
         let Some(urgency) = waited.get(&task) else {
             return;
         };
-        let waits = self.waiting(place);
+        let waits = self.waiting(key);
         if waits
             .iter()
             .any(|(other, theirs)| (*theirs, *other) < (*urgency, task))
@@ -660,7 +663,7 @@ impl World {
             platform: asked.platform.clone(),
             priority: asked.priority,
             invocation: Invocation(asked.client.to_string().into()),
-            work: Arc::new(Work {
+            action: Arc::new(QueuedAction {
                 instance: asked.instance.clone(),
                 digest,
                 action: reapi::Action {
@@ -676,7 +679,10 @@ impl World {
             }),
         };
         let name = Uuid::from_u64_pair(self.random.next(), self.random.next());
-        let (watch, parked) = (self.number(), self.queue.counts().parked);
+        let (watch, parked) = (
+            self.number(),
+            self.queue.counts().idle_synchronizing_workers,
+        );
         let now = self.look();
         let attached = self.queue.execute(now, name, queued, watch);
         match attached {
@@ -690,7 +696,7 @@ impl World {
                 } else if matches!(attached.progress.stage, Stage::Completed(_)) {
                     self.see("claimed a result");
                 } else if matches!(attached.progress.stage, Stage::Executing)
-                    && self.queue.counts().parked == parked
+                    && self.queue.counts().idle_synchronizing_workers == parked
                 {
                     self.see("adopted");
                 }
@@ -915,7 +921,7 @@ impl World {
         }
     }
 
-    fn start(&mut self, worker: usize, work: Arc<Work>) {
+    fn start(&mut self, worker: usize, work: Arc<QueuedAction>) {
         if self.workers[worker].running.is_some() {
             self.fail("a slot runs two actions at once");
         }
@@ -947,7 +953,11 @@ impl World {
         worker.life += 1;
     }
 
-    fn slot(&mut self, worker: usize, life: u32) -> Option<&mut Slot<Arc<Work>, RunResult>> {
+    fn slot(
+        &mut self,
+        worker: usize,
+        life: u32,
+    ) -> Option<&mut Slot<Arc<QueuedAction>, RunResult>> {
         let worker = self.workers.get_mut(worker)?;
         (worker.life == life).then_some(worker.slot.as_mut()?)
     }
@@ -1113,7 +1123,7 @@ impl World {
         }
         let counts = self.queue.counts();
         self.mix((counts.operations << 20 | counts.tasks << 10 | counts.queued) as u64);
-        self.mix((counts.workers << 10 | counts.parked) as u64);
+        self.mix((counts.workers << 10 | counts.idle_synchronizing_workers) as u64);
         true
     }
 
@@ -1183,10 +1193,13 @@ impl World {
                 if let Some((held, ..)) = self.held.remove(&call) {
                     let before = self.queue.counts();
                     let now = self.look();
-                    self.queue.hang_up(now, held);
+                    self.queue.drop_call(now, held);
                     let after = self.queue.counts();
-                    if (before.parked, before.queued) != (after.parked, after.queued) {
-                        let again = after.parked >= before.parked;
+                    if (before.idle_synchronizing_workers, before.queued)
+                        != (after.idle_synchronizing_workers, after.queued)
+                    {
+                        let again =
+                            after.idle_synchronizing_workers >= before.idle_synchronizing_workers;
                         self.see(if again { "given back" } else { "hung up" });
                     }
                     self.perform();
@@ -1269,7 +1282,7 @@ impl World {
                             desired: match instruction.desired {
                                 Wanted::Unchanged => Desired::Unchanged,
                                 Wanted::Idle => Desired::Idle,
-                                Wanted::Execute { work, .. } => {
+                                Wanted::Execute { action: work, .. } => {
                                     Desired::Executing(work.digest.to_proto(), work)
                                 }
                             },

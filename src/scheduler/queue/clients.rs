@@ -5,19 +5,19 @@ use std::{collections::BTreeMap, sync::Arc, time::Instant};
 use uuid::Uuid;
 
 use super::{
-    ForeignAction, NoWorkers, Operation, Progress, Queue, ReportedDigest, Request, Task,
-    TaskNumber, TaskState, Timer, Work, WorkerNumber, WorkerState,
+    ForeignAction, NoWorkers, Operation, Progress, Queue, QueuedAction, ReportedDigest, Request,
+    Task, TaskNumber, TaskState, Timer, WorkerNumber, WorkerState,
 };
 use crate::{proto::rpc, text::shorten};
 
 /// How many platform queues a refusal lists.
-const LISTED: usize = 5;
+const LISTED_QUEUES: usize = 5;
 
 /// A stream that waits for an operation, from this progress on. To be ended with `detach`.
 #[derive(Debug)]
-pub struct Attached<W> {
+pub struct AttachedWaiter<W> {
     pub operation: Uuid,
-    pub work: Arc<Work>,
+    pub action: Arc<QueuedAction>,
     pub watch: W,
     pub progress: Progress,
 }
@@ -31,10 +31,10 @@ impl<C, W: Clone> Queue<C, W> {
         operation: Uuid,
         request: Request,
         watch: W,
-    ) -> Result<Attached<W>, NoWorkers> {
-        let work = &request.work;
-        let cacheable = !work.action.do_not_cache;
-        let key = (work.instance.clone(), work.digest);
+    ) -> Result<AttachedWaiter<W>, NoWorkers> {
+        let action = &request.action;
+        let cacheable = !action.action.do_not_cache;
+        let key = (action.instance.clone(), action.digest);
         if cacheable && let Some(task) = self.in_flight.get(&key).copied() {
             let name = self.join(task, operation, &request);
             self.reposition(task);
@@ -43,28 +43,28 @@ impl<C, W: Clone> Queue<C, W> {
                 .ok_or_else(|| self.no_workers(now, &request));
         }
         let queue = self
-            .route(&request.platform, &work.instance)
+            .route(&request.platform, &action.instance)
             .or_else(|| {
                 let default = self.settings.default_platform.as_ref()?;
                 let asks_for_none = request.platform.is_empty();
                 asks_for_none
-                    .then(|| self.route(default, &work.instance))
+                    .then(|| self.route(default, &action.instance))
                     .flatten()
             })
             .ok_or_else(|| self.no_workers(now, &request))?;
-        let place = match self.queues.get(&queue) {
-            Some(queue) => queue.place.clone(),
+        let queue_key = match self.queues.get(&queue) {
+            Some(queue) => queue.key.clone(),
             None => return Err(self.no_workers(now, &request)),
         };
         let arrival = self.number();
         let number = TaskNumber(arrival);
         self.totals.tasks += 1;
-        let suffix = work.instance.strip_prefix(&place.prefix);
+        let suffix = action.instance.strip_prefix(&queue_key.prefix);
         self.tasks.insert(
             number,
             Task {
-                work: work.clone(),
-                place,
+                action: action.clone(),
+                key: queue_key,
                 suffix: suffix.unwrap_or_else(crate::instance::InstanceName::empty),
                 arrival,
                 retries: 0,
@@ -83,20 +83,20 @@ impl<C, W: Clone> Queue<C, W> {
         let name = self.join(number, operation, &request);
         let foreign = ForeignAction {
             queue,
-            instance: work.instance.clone(),
-            digest: ReportedDigest::from(&work.digest),
+            instance: action.instance.clone(),
+            digest: ReportedDigest::from(&action.digest),
         };
         if cacheable {
             self.in_flight.insert(key, number);
         }
         if !cacheable {
             self.enqueue(now, number, queue);
-        } else if let Some(outcome) = self.claim(&foreign) {
+        } else if let Some(outcome) = self.take_unclaimed(&foreign) {
             self.complete(now, number, outcome);
-        } else if let Some(stranger) = self.stranger(&foreign) {
+        } else if let Some(foreign_worker) = self.foreign_worker(&foreign) {
             // It runs the action already.
-            self.strangers.remove(&(foreign, stranger));
-            self.assign(now, number, stranger, None);
+            self.foreign_actions.remove(&(foreign, foreign_worker));
+            self.assign(now, number, foreign_worker, None);
         } else {
             self.enqueue(now, number, queue);
         }
@@ -105,7 +105,7 @@ impl<C, W: Clone> Queue<C, W> {
     }
 
     /// One more stream for an operation that exists.
-    pub fn wait(&mut self, operation: Uuid) -> Option<Attached<W>> {
+    pub fn wait(&mut self, operation: Uuid) -> Option<AttachedWaiter<W>> {
         self.operations.get_mut(&operation)?.waiters += 1;
         self.timers.clear(&Timer::Operation(operation));
         self.attach(operation)
@@ -150,11 +150,11 @@ impl<C, W: Clone> Queue<C, W> {
         name
     }
 
-    fn attach(&self, operation: Uuid) -> Option<Attached<W>> {
+    fn attach(&self, operation: Uuid) -> Option<AttachedWaiter<W>> {
         let task = self.tasks.get(&self.operations.get(&operation)?.task)?;
-        Some(Attached {
+        Some(AttachedWaiter {
             operation,
-            work: task.work.clone(),
+            action: task.action.clone(),
             watch: task.watch.clone(),
             progress: task.progress(),
         })
@@ -188,28 +188,29 @@ impl<C, W: Clone> Queue<C, W> {
         }
     }
 
-    fn claim(&mut self, action: &ForeignAction) -> Option<Arc<super::Outcome>> {
+    fn take_unclaimed(&mut self, action: &ForeignAction) -> Option<Arc<super::EncodedResponse>> {
         let outcome = self.unclaimed.remove(action)?;
         self.timers.clear(&Timer::Unclaimed(action.clone()));
         Some(outcome)
     }
 
-    fn stranger(&self, action: &ForeignAction) -> Option<WorkerNumber> {
+    fn foreign_worker(&self, action: &ForeignAction) -> Option<WorkerNumber> {
         let from = (action.clone(), WorkerNumber(0));
-        let (found, worker) = self.strangers.range(from..).next()?;
+        let (found, worker) = self.foreign_actions.range(from..).next()?;
         let state = &self.workers.get(worker)?.state;
-        (found == action && matches!(state, WorkerState::Stranger { .. })).then_some(*worker)
+        (found == action && matches!(state, WorkerState::ExecutingForeign { .. }))
+            .then_some(*worker)
     }
 
     fn no_workers(&self, now: Instant, request: &Request) -> NoWorkers {
-        let places = self.queues.values().map(|queue| {
+        let keys = self.queues.values().map(|queue| {
             format!(
                 "{:?} {}",
-                queue.place.prefix.as_str(),
-                shorten(&queue.place.platform.to_string())
+                queue.key.prefix.as_str(),
+                shorten(&queue.key.platform.to_string())
             )
         });
-        let listed: Vec<String> = places.take(LISTED).collect();
+        let listed: Vec<String> = keys.take(LISTED_QUEUES).collect();
         let more = self.queues.len() - listed.len();
         let known = if listed.is_empty() {
             "no worker has called yet".to_owned()
@@ -220,7 +221,7 @@ impl<C, W: Clone> Queue<C, W> {
         };
         let age = now.saturating_duration_since(self.started);
         NoWorkers {
-            instance: request.work.instance.as_str().to_owned(),
+            instance: request.action.instance.as_str().to_owned(),
             platform: request.platform.clone(),
             transient: age < self.settings.platform_queue_with_no_workers_timeout,
             known,

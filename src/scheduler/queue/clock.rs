@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 pub const TICK: Duration = Duration::from_secs(1);
 
 /// So late a busy host may let the shell look.
-const LATENESS: Duration = Duration::from_secs(2);
+const LOOK_DELAY_TOLERANCE: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 pub struct Clock {
@@ -36,7 +36,7 @@ impl Clock {
     pub fn look(&mut self, now: Instant) -> (Instant, Option<Duration>) {
         let gap = now.saturating_duration_since(self.last);
         self.last = self.last.max(now);
-        let pause = (gap > TICK + LATENESS).then_some(gap);
+        let pause = (gap > TICK + LOOK_DELAY_TOLERANCE).then_some(gap);
         self.paused += pause.unwrap_or_default();
         (self.last - self.paused, pause)
     }

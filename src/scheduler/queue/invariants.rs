@@ -7,7 +7,7 @@ use super::{Queue, TaskState, Timer, WorkerState};
 pub struct Counts {
     pub queues: usize,
     pub workers: usize,
-    pub parked: usize,
+    pub idle_synchronizing_workers: usize,
     pub tasks: usize,
     pub queued: usize,
     pub operations: usize,
@@ -37,9 +37,17 @@ impl<C, W: Clone> Queue<C, W> {
         Counts {
             queues: self.queues.len(),
             workers: self.workers.len(),
-            parked: self.queues.values().map(|queue| queue.parked.len()).sum(),
+            idle_synchronizing_workers: self
+                .queues
+                .values()
+                .map(|queue| queue.idle_synchronizing_workers.len())
+                .sum(),
             tasks: self.tasks.len(),
-            queued: self.queues.values().map(|queue| queue.waiting.len()).sum(),
+            queued: self
+                .queues
+                .values()
+                .map(|queue| queue.queued_tasks.len())
+                .sum(),
             operations: self.operations.len(),
             timers: self.timers.len(),
             unclaimed: self.unclaimed.len(),
@@ -68,9 +76,9 @@ impl<C, W: Clone> Queue<C, W> {
             )?;
             deadlines += 1;
             match &worker.state {
-                WorkerState::Parked { number: call, .. } => ensure(
-                    queue.parked.get(call) == Some(*number),
-                    "a parked worker is not in its queue's list",
+                WorkerState::IdleSynchronizing { number: call, .. } => ensure(
+                    queue.idle_synchronizing_workers.get(call) == Some(*number),
+                    "an idle synchronizing worker is not in its queue's list",
                 )?,
                 WorkerState::Executing { task, .. } => ensure(
                     self.tasks.get(task).is_some_and(
@@ -78,10 +86,10 @@ impl<C, W: Clone> Queue<C, W> {
                     ),
                     "a worker executes what is not its task",
                 )?,
-                WorkerState::Stranger { action, .. } => ensure(
+                WorkerState::ExecutingForeign { action, .. } => ensure(
                     action.queue == worker.queue
-                        && self.strangers.contains(&(action.clone(), *number)),
-                    "a stranger is not in the index",
+                        && self.foreign_actions.contains(&(action.clone(), *number)),
+                    "a foreign action is not in the index",
                 )?,
                 WorkerState::Idle => {}
             }
@@ -89,12 +97,14 @@ impl<C, W: Clone> Queue<C, W> {
         let is =
             |f: fn(&WorkerState<C>) -> bool| self.workers.values().filter(move |w| f(&w.state));
         ensure(
-            self.strangers.len() == is(|s| matches!(s, WorkerState::Stranger { .. })).count(),
-            "the index of strangers has stale entries",
+            self.foreign_actions.len()
+                == is(|s| matches!(s, WorkerState::ExecutingForeign { .. })).count(),
+            "the index of foreign actions has stale entries",
         )?;
         ensure(
-            self.counts().parked == is(|s| matches!(s, WorkerState::Parked { .. })).count(),
-            "a queue's list of parked workers has stale entries",
+            self.counts().idle_synchronizing_workers
+                == is(|s| matches!(s, WorkerState::IdleSynchronizing { .. })).count(),
+            "a queue's list of idle synchronizing workers has stale entries",
         )?;
         let mut queues = 0;
         for (platform, prefixes) in &self.platforms {
@@ -103,19 +113,18 @@ impl<C, W: Clone> Queue<C, W> {
                 ensure(!sizes.is_empty(), "a platform queue has no size classes")?;
                 for (size, number) in sizes {
                     queues += 1;
-                    let place = &self.queues.get(number).ok_or("a queue is missing")?.place;
+                    let key = &self.queues.get(number).ok_or("a queue is missing")?.key;
                     ensure(
-                        (&place.platform, &place.prefix, place.size_class)
-                            == (platform, prefix, *size),
-                        "a queue is in the wrong place",
+                        (&key.platform, &key.prefix, key.size_class) == (platform, prefix, *size),
+                        "a queue is found under another key",
                     )?;
                 }
             }
         }
-        ensure(queues == self.queues.len(), "a queue is in no place")?;
+        ensure(queues == self.queues.len(), "a queue is found under no key")?;
         for (number, queue) in &self.queues {
             ensure(
-                queue.parked.is_empty() || queue.waiting.is_empty(),
+                queue.idle_synchronizing_workers.is_empty() || queue.queued_tasks.is_empty(),
                 "a task waits although a worker does",
             )?;
             let deadline = self.timers.get(&Timer::Queue(*number)).is_some();
@@ -144,7 +153,7 @@ impl<C, W: Clone> Queue<C, W> {
                         .get(queue)
                         .ok_or("a task waits in no queue")?;
                     ensure(
-                        queue.waiting.get(position) == Some(*number),
+                        queue.queued_tasks.get(position) == Some(*number),
                         "a queued task is not in its queue",
                     )?;
                     ensure(
@@ -160,11 +169,11 @@ impl<C, W: Clone> Queue<C, W> {
                 )?,
                 TaskState::Completed(_) => {}
             }
-            let key = (task.work.instance.clone(), task.work.digest);
+            let key = (task.action.instance.clone(), task.action.digest);
             let in_flight = self.in_flight.get(&key) == Some(number);
             let completed = matches!(task.state, TaskState::Completed(_));
             ensure(
-                in_flight == (!completed && !task.work.action.do_not_cache),
+                in_flight == (!completed && !task.action.action.do_not_cache),
                 "a task is in flight if and only if it is cacheable and not completed",
             )?;
         }

@@ -5,13 +5,14 @@ use std::{sync::Arc, time::Instant};
 use uuid::Uuid;
 
 use super::{
-    Invocation, Place, Queue, Stage, TaskState, Timer, Work, Worker, WorkerId, WorkerState,
+    Invocation, Queue, QueuedAction, SizeClassQueueKey, Stage, TaskState, Timer, Worker, WorkerId,
+    WorkerState,
 };
 
 /// A size-class queue.
 #[derive(Clone, Debug)]
 pub struct QueueRow {
-    pub place: Arc<Place>,
+    pub key: Arc<SizeClassQueueKey>,
     pub workers: usize,
     pub idle_synchronizing_workers: usize,
     pub queued: usize,
@@ -22,7 +23,7 @@ pub struct QueueRow {
 #[derive(Clone, Debug)]
 pub struct WorkerRow {
     pub id: WorkerId,
-    pub place: Arc<Place>,
+    pub key: Arc<SizeClassQueueKey>,
     /// Unless its call is held, it is gone when it is silent until then.
     pub removal: Option<Instant>,
     /// Those that wait for what it executes.
@@ -32,8 +33,8 @@ pub struct WorkerRow {
 #[derive(Clone, Debug)]
 pub struct OperationRow {
     pub name: Uuid,
-    pub work: Arc<Work>,
-    pub place: Arc<Place>,
+    pub action: Arc<QueuedAction>,
+    pub key: Arc<SizeClassQueueKey>,
     pub invocation: Invocation,
     pub priority: i32,
     /// When nobody waits for it, it goes then.
@@ -52,30 +53,30 @@ impl<C, W: Clone> Queue<C, W> {
         numbers.filter_map(|number| {
             let queue = self.queues.get(&number)?;
             Some(QueueRow {
-                place: queue.place.clone(),
+                key: queue.key.clone(),
                 workers: queue.workers.len(),
-                idle_synchronizing_workers: queue.parked.len(),
-                queued: queue.waiting.len(),
+                idle_synchronizing_workers: queue.idle_synchronizing_workers.len(),
+                queued: queue.queued_tasks.len(),
                 removal: self.timers.get(&Timer::Queue(number)),
             })
         })
     }
 
     /// Of one size-class queue, by their labels.
-    pub fn workers_of(&self, place: &Place) -> impl Iterator<Item = WorkerRow> {
-        let queue = self.queues.values().find(|queue| *queue.place == *place);
+    pub fn workers_of(&self, key: &SizeClassQueueKey) -> impl Iterator<Item = WorkerRow> {
+        let queue = self.queues.values().find(|queue| *queue.key == *key);
         queue.into_iter().flat_map(move |queue| {
             queue.workers.values().filter_map(move |number| {
                 let worker: &Worker<C> = self.workers.get(number)?;
                 let deadline = self.timers.get(&Timer::Worker(*number));
                 let (removal, task) = match &worker.state {
-                    WorkerState::Parked { .. } => (None, None),
+                    WorkerState::IdleSynchronizing { .. } => (None, None),
                     WorkerState::Executing { task, .. } => (deadline, self.tasks.get(task)),
-                    WorkerState::Idle | WorkerState::Stranger { .. } => (deadline, None),
+                    WorkerState::Idle | WorkerState::ExecutingForeign { .. } => (deadline, None),
                 };
                 Some(WorkerRow {
                     id: worker.id.clone(),
-                    place: queue.place.clone(),
+                    key: queue.key.clone(),
                     removal,
                     operations: task
                         .map(|task| task.operations.values().copied().collect())
@@ -99,8 +100,8 @@ impl<C, W: Clone> Queue<C, W> {
                 };
                 Some(OperationRow {
                     name: *name,
-                    work: task.work.clone(),
-                    place: task.place.clone(),
+                    action: task.action.clone(),
+                    key: task.key.clone(),
                     invocation: operation.invocation.clone(),
                     priority: operation.priority,
                     removal: self.timers.get(&Timer::Operation(*name)),

@@ -1,7 +1,7 @@
 //! Every scheduling decision, PURE: verbs that take the time, fresh names and random numbers, and
 //! leave effects for the shell to perform.
 //!
-//! Words: a *platform queue* serves one (instance-name prefix, platform), and has a *size-class
+//! Terms: a *platform queue* serves one (instance-name prefix, platform), and has a *size-class
 //! queue* for each size of worker. A *task* is one execution of an action; an *operation* is one
 //! client run's interest in a task, known to the client by name; *waiters* are the streams that
 //! hang on an operation.
@@ -12,7 +12,7 @@
 //! 3. A cacheable action (instance name, digest) has at most one task that is not completed.
 //! 4. An operation without waiters, and nothing else of a client, has a deadline; a task goes with
 //!    its last operation.
-//! 5. Each worker has a deadline: the end of its held call, or of the patience with its silence.
+//! 5. Each worker has a deadline: the end of its held call, or that of `worker_silence_timeout`.
 //! 6. What a worker executes is given to another caller of its name only when that worker is overdue,
 //!    or has given it back. Two hosts of one name so never run an action both.
 //! 7. A size-class queue has a deadline exactly while it has no workers.
@@ -41,23 +41,23 @@ mod order;
 #[cfg(test)]
 mod tests;
 mod timers;
-mod words;
+mod types;
 mod workers;
 
-pub use clients::Attached;
+pub use clients::AttachedWaiter;
 pub use clock::{Clock, TICK};
 pub use invariants::{Counts, Totals};
 pub use listing::{OperationRow, QueueRow, WorkerRow};
-pub use words::*;
+pub use types::*;
 pub use workers::{Answer, HeldCall};
 
 use crate::{digest::Digest, instance::InstanceName, proto::rpc};
-use order::{Parked, Position, Waiting};
+use order::{IdleSynchronizingWorkers, Position, QueuedTasks};
 use timers::{Timer, Timers};
 
 /// So much later than it was asked to a busy worker may call, on a busy host or network, before
 /// another caller of its name is believed to be its successor.
-const LATENESS: Duration = Duration::from_secs(5);
+const CALL_DELAY_TOLERANCE: Duration = Duration::from_secs(5);
 
 macro_rules! numbers {
     ($($name:ident),*) => {$(
@@ -79,8 +79,8 @@ pub struct Queue<C, W> {
     /// Cacheable tasks that are not completed.
     in_flight: BTreeMap<(InstanceName, Digest), TaskNumber>,
     /// Results of workers that we did not know, for clients that will ask again.
-    unclaimed: BTreeMap<ForeignAction, Arc<Outcome>>,
-    strangers: BTreeSet<(ForeignAction, WorkerNumber)>,
+    unclaimed: BTreeMap<ForeignAction, Arc<EncodedResponse>>,
+    foreign_actions: BTreeSet<(ForeignAction, WorkerNumber)>,
     timers: Timers,
     effects: Vec<Effect<C, W>>,
     last_number: u64,
@@ -97,10 +97,10 @@ pub enum Effect<C, W> {
 }
 
 struct SizeClassQueue {
-    place: Arc<Place>,
+    key: Arc<SizeClassQueueKey>,
     workers: BTreeMap<WorkerId, WorkerNumber>,
-    parked: Parked,
-    waiting: Waiting,
+    idle_synchronizing_workers: IdleSynchronizingWorkers,
+    queued_tasks: QueuedTasks,
 }
 
 struct Worker<C> {
@@ -117,7 +117,7 @@ struct Worker<C> {
 
 enum WorkerState<C> {
     /// Its call is held until there is work.
-    Parked { number: CallNumber, call: C },
+    IdleSynchronizing { number: CallNumber, call: C },
     /// Nothing of ours, and not in a call.
     Idle,
     Executing {
@@ -128,7 +128,7 @@ enum WorkerState<C> {
     },
     /// It was executing this when it first called. Lost connections and scheduler restarts do that;
     /// its client will ask again.
-    Stranger {
+    ExecutingForeign {
         action: ForeignAction,
         until: Instant,
     },
@@ -144,8 +144,8 @@ struct ForeignAction {
 }
 
 struct Task<W> {
-    work: Arc<Work>,
-    place: Arc<Place>,
+    action: Arc<QueuedAction>,
+    key: Arc<SizeClassQueueKey>,
     suffix: InstanceName,
     arrival: u64,
     /// How often a worker that had it claimed not to have it.
@@ -162,7 +162,7 @@ enum TaskState {
         position: Position,
     },
     Executing(WorkerNumber),
-    Completed(Arc<Outcome>),
+    Completed(Arc<EncodedResponse>),
 }
 
 struct Operation {
@@ -184,7 +184,7 @@ impl<C, W: Clone> Queue<C, W> {
             operations: BTreeMap::new(),
             in_flight: BTreeMap::new(),
             unclaimed: BTreeMap::new(),
-            strangers: BTreeSet::new(),
+            foreign_actions: BTreeSet::new(),
             timers: Timers::default(),
             effects: Vec::new(),
             last_number: 0,
@@ -239,18 +239,18 @@ impl<C, W: Clone> Queue<C, W> {
         let free = self
             .queues
             .get(&queue)
-            .and_then(|queue| queue.parked.first());
+            .and_then(|queue| queue.idle_synchronizing_workers.first());
         let Some(worker) = free else {
             let Some(position) = self.position(task) else {
                 return;
             };
             if let Some(queue) = self.queues.get_mut(&queue) {
-                queue.waiting.insert(position, task);
+                queue.queued_tasks.insert(position, task);
             }
             self.advance(task, TaskState::Queued { queue, position });
             return;
         };
-        let Some((number, call)) = self.unpark(worker) else {
+        let Some((number, call)) = self.take_call(worker) else {
             return;
         };
         if let Some(instruction) = self.assign(now, task, worker, Some(number)) {
@@ -258,7 +258,7 @@ impl<C, W: Clone> Queue<C, W> {
         }
     }
 
-    /// Makes a task that is in no queue the worker's. The worker is not parked.
+    /// Makes a task that is in no queue the worker's. The worker has no call that is held.
     fn assign(
         &mut self,
         now: Instant,
@@ -272,7 +272,7 @@ impl<C, W: Clone> Queue<C, W> {
         let task = self.tasks.get(&task)?;
         Some(Instruction {
             desired: Desired::Execute {
-                work: task.work.clone(),
+                action: task.action.clone(),
                 suffix: task.suffix.clone(),
                 operation: task.operations.values().next().copied().unwrap_or_default(),
             },
@@ -285,7 +285,7 @@ impl<C, W: Clone> Queue<C, W> {
         match self.tasks.get(&task).map(|task| &task.state) {
             Some(TaskState::Queued { queue, position }) => {
                 if let Some(queue) = self.queues.get_mut(queue) {
-                    queue.waiting.remove(*position);
+                    queue.queued_tasks.remove(*position);
                 }
             }
             Some(TaskState::Executing(worker)) => {
@@ -298,12 +298,12 @@ impl<C, W: Clone> Queue<C, W> {
     }
 
     /// Ends a task, wherever it is.
-    fn complete(&mut self, now: Instant, number: TaskNumber, outcome: Arc<Outcome>) {
+    fn complete(&mut self, now: Instant, number: TaskNumber, outcome: Arc<EncodedResponse>) {
         self.withdraw(number);
         let Some(task) = self.tasks.get(&number) else {
             return;
         };
-        let key = (task.work.instance.clone(), task.work.digest);
+        let key = (task.action.instance.clone(), task.action.digest);
         if self.in_flight.get(&key) == Some(&number) {
             self.in_flight.remove(&key);
         }
@@ -321,7 +321,7 @@ impl<C, W: Clone> Queue<C, W> {
     }
 
     fn fail(&mut self, now: Instant, task: TaskNumber, code: rpc::Code, message: String) {
-        self.complete(now, task, Arc::new(Outcome::failure(code, message)));
+        self.complete(now, task, Arc::new(EncodedResponse::failure(code, message)));
     }
 
     /// Changes a task's state, and tells those who wait for it when that is news to them.
@@ -366,8 +366,8 @@ impl<C, W: Clone> Queue<C, W> {
         if let TaskState::Queued { queue, position } = &mut task.state
             && let Some(queue) = self.queues.get_mut(queue)
         {
-            queue.waiting.remove(*position);
-            queue.waiting.insert(wanted, number);
+            queue.queued_tasks.remove(*position);
+            queue.queued_tasks.insert(wanted, number);
             *position = wanted;
         }
     }
@@ -376,8 +376,8 @@ impl<C, W: Clone> Queue<C, W> {
         let Some(queue) = self.queues.get(&number) else {
             return;
         };
-        let place = queue.place.clone();
-        let waiting: Vec<TaskNumber> = queue.waiting.iter().collect();
+        let key = queue.key.clone();
+        let waiting: Vec<TaskNumber> = queue.queued_tasks.iter().collect();
         for task in waiting {
             self.fail(
                 now,
@@ -387,24 +387,24 @@ impl<C, W: Clone> Queue<C, W> {
             );
         }
         self.queues.remove(&number);
-        if let Some(prefixes) = self.platforms.get_mut(&place.platform) {
-            if let Some(sizes) = prefixes.get_mut(&place.prefix) {
-                sizes.remove(&place.size_class);
+        if let Some(prefixes) = self.platforms.get_mut(&key.platform) {
+            if let Some(sizes) = prefixes.get_mut(&key.prefix) {
+                sizes.remove(&key.size_class);
                 if sizes.is_empty() {
-                    prefixes.remove(&place.prefix);
+                    prefixes.remove(&key.prefix);
                 }
             }
             if prefixes.is_empty() {
-                self.platforms.remove(&place.platform);
+                self.platforms.remove(&key.platform);
             }
         }
     }
 
-    /// When a busy worker is to call again; it has patience beyond that.
+    /// When a busy worker is to call again; it is gone `worker_silence_timeout` after that.
     fn expect_busy(&mut self, now: Instant, worker: WorkerNumber) -> Duration {
         let next = self.settings.busy_worker_interval;
         if let Some(worker) = self.workers.get_mut(&worker) {
-            worker.overdue = now + next + LATENESS;
+            worker.overdue = now + next + CALL_DELAY_TOLERANCE;
         }
         self.timers.set(
             Timer::Worker(worker),

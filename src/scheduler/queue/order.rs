@@ -14,9 +14,9 @@ pub struct Position {
 
 /// Tasks that wait for a worker. Fairness among invocations belongs here.
 #[derive(Debug, Default)]
-pub struct Waiting(BTreeMap<Position, TaskNumber>);
+pub struct QueuedTasks(BTreeMap<Position, TaskNumber>);
 
-impl Waiting {
+impl QueuedTasks {
     pub fn insert(&mut self, position: Position, task: TaskNumber) {
         self.0.insert(position, task);
     }
@@ -51,9 +51,9 @@ impl Waiting {
 /// Workers whose calls are held. The one that called last gets the next task: its caches are
 /// warmest, and workers that a farm does not need stay idle, and can be taken away.
 #[derive(Debug, Default)]
-pub struct Parked(BTreeMap<CallNumber, WorkerNumber>);
+pub struct IdleSynchronizingWorkers(BTreeMap<CallNumber, WorkerNumber>);
 
-impl Parked {
+impl IdleSynchronizingWorkers {
     pub fn insert(&mut self, call: CallNumber, worker: WorkerNumber) {
         self.0.insert(call, worker);
     }

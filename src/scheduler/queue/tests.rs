@@ -30,8 +30,8 @@ fn linux() -> Platform {
     Platform::from(&BTreeMap::from([("OSFamily".into(), "linux".into())]))
 }
 
-fn place(prefix: &str) -> Place {
-    Place {
+fn key(prefix: &str) -> SizeClassQueueKey {
+    SizeClassQueueKey {
         platform: linux(),
         prefix: InstanceName::parse(prefix).unwrap(),
         size_class: 0,
@@ -70,7 +70,7 @@ fn request(action: &str) -> Request {
 
 fn request_of(instance: &str, action: &str) -> Request {
     Request {
-        work: Arc::new(Work {
+        action: Arc::new(QueuedAction {
             instance: InstanceName::parse(instance).unwrap(),
             digest: digest(action),
             action: reapi::Action::default(),
@@ -84,27 +84,27 @@ fn request_of(instance: &str, action: &str) -> Request {
     }
 }
 
-fn idle() -> Report {
-    Report {
-        activity: Activity::Idle,
+fn idle() -> WorkerReport {
+    WorkerReport {
+        activity: WorkerActivity::Idle,
         prefer_being_idle: false,
     }
 }
 
-fn executing(action: &str) -> Report {
-    Report {
-        activity: Activity::Executing(reported("", action)),
+fn executing(action: &str) -> WorkerReport {
+    WorkerReport {
+        activity: WorkerActivity::Executing(reported("", action)),
         prefer_being_idle: false,
     }
 }
 
-fn outcome(code: rpc::Code) -> Arc<Outcome> {
-    Arc::new(Outcome::failure(code, "of a worker".to_owned()))
+fn outcome(code: rpc::Code) -> Arc<EncodedResponse> {
+    Arc::new(EncodedResponse::failure(code, "of a worker".to_owned()))
 }
 
-fn completed(action: &str, code: rpc::Code) -> Report {
-    Report {
-        activity: Activity::Completed(reported("", action), outcome(code)),
+fn completed(action: &str, code: rpc::Code) -> WorkerReport {
+    WorkerReport {
+        activity: WorkerActivity::Completed(reported("", action), outcome(code)),
         prefer_being_idle: false,
     }
 }
@@ -118,9 +118,9 @@ fn status(stage: &Stage) -> (i32, String) {
     (status.code, status.message)
 }
 
-fn work(instruction: &Instruction) -> Option<Digest> {
+fn action(instruction: &Instruction) -> Option<Digest> {
     match &instruction.desired {
-        Desired::Execute { work, .. } => Some(work.digest),
+        Desired::Execute { action, .. } => Some(action.digest),
         Desired::Idle | Desired::Unchanged => None,
     }
 }
@@ -163,7 +163,7 @@ impl Farm {
         self.now = end;
     }
 
-    fn execute(&mut self, request: Request, watch: u32) -> Result<Attached<u32>, NoWorkers> {
+    fn execute(&mut self, request: Request, watch: u32) -> Result<AttachedWaiter<u32>, NoWorkers> {
         self.names += 1;
         let name = Uuid::from_u128(self.names);
         let attached = self.queue.execute(self.now, name, request, watch);
@@ -171,25 +171,31 @@ impl Farm {
         attached
     }
 
-    fn call(&mut self, place: &Place, name: &str, report: Report, call: u32) -> Answer {
+    fn call(
+        &mut self,
+        key: &SizeClassQueueKey,
+        name: &str,
+        report: WorkerReport,
+        call: u32,
+    ) -> Answer {
         let wait = 120 * SECOND;
         let answer = self
             .queue
-            .synchronize(self.now, place, &caller(name), report, call, wait)
+            .synchronize(self.now, key, &caller(name), report, call, wait)
             .unwrap();
         self.perform();
         answer
     }
 
-    fn now(&mut self, name: &str, report: Report) -> Instruction {
-        match self.call(&place(""), name, report, 0) {
+    fn now(&mut self, name: &str, report: WorkerReport) -> Instruction {
+        match self.call(&key(""), name, report, 0) {
             Answer::Now(instruction) => instruction,
             Answer::Held(_) => panic!("the call is held"),
         }
     }
 
-    fn held(&mut self, name: &str, report: Report, call: u32) -> HeldCall {
-        match self.call(&place(""), name, report, call) {
+    fn held(&mut self, name: &str, report: WorkerReport, call: u32) -> HeldCall {
+        match self.call(&key(""), name, report, call) {
             Answer::Held(held) => held,
             Answer::Now(instruction) => panic!("{instruction:?}"),
         }
@@ -197,12 +203,12 @@ impl Farm {
 }
 
 #[test]
-fn a_parked_worker_gets_a_task_at_once_and_its_client_hears_that_it_executes() {
+fn an_idle_synchronizing_worker_gets_a_task_at_once_and_its_client_hears_that_it_executes() {
     let mut farm = Farm::new();
     farm.held("a", idle(), 1);
     let attached = farm.execute(request("x"), 7).unwrap();
     assert_eq!(attached.progress.stage, Stage::Executing);
-    assert_eq!(work(&farm.answered[&1]), Some(digest("x")));
+    assert_eq!(action(&farm.answered[&1]), Some(digest("x")));
     farm.held("a", completed("x", rpc::Code::Ok), 2);
     assert_eq!(farm.told[&7], Stage::Completed(outcome(rpc::Code::Ok)));
 }
@@ -234,7 +240,7 @@ fn the_most_urgent_then_the_oldest_task_comes_first() {
     let mut before = "busy";
     for next in ["first", "last", "later", "latest"] {
         let instruction = farm.now("a", completed(before, rpc::Code::Ok));
-        assert_eq!(work(&instruction), Some(digest(next)));
+        assert_eq!(action(&instruction), Some(digest(next)));
         before = next;
     }
 }
@@ -244,13 +250,13 @@ fn the_longest_instance_name_prefix_wins_and_the_worker_learns_the_rest() {
     let mut farm = Farm::new();
     for (i, prefix) in ["", "a", "a/b"].into_iter().enumerate() {
         assert!(matches!(
-            farm.call(&place(prefix), "w", idle(), i as u32),
+            farm.call(&key(prefix), "w", idle(), i as u32),
             Answer::Held(_)
         ));
     }
     for (instance, call, suffix) in [("a/b/c", 2, "c"), ("ab", 0, "ab"), ("a", 1, "")] {
         let mut request = request("x");
-        Arc::make_mut(&mut request.work).instance = InstanceName::parse(instance).unwrap();
+        Arc::make_mut(&mut request.action).instance = InstanceName::parse(instance).unwrap();
         farm.execute(request, 0).unwrap();
         let Desired::Execute { suffix: rest, .. } = &farm.answered[&call].desired else {
             panic!("{instance} went elsewhere");
@@ -274,11 +280,11 @@ fn equal_actions_share_a_task_unless_they_may_not() {
     assert_ne!(other.operation, first.operation);
     assert_eq!(other.watch, 1);
     let mut uncacheable = request("x");
-    Arc::make_mut(&mut uncacheable.work).action.do_not_cache = true;
+    Arc::make_mut(&mut uncacheable.action).action.do_not_cache = true;
     let alone = farm.execute(uncacheable, 4).unwrap();
     assert_eq!((alone.watch, alone.progress.stage), (4, Stage::Queued));
     let mut elsewhere = request("x");
-    Arc::make_mut(&mut elsewhere.work).instance = InstanceName::parse("i").unwrap();
+    Arc::make_mut(&mut elsewhere.action).instance = InstanceName::parse("i").unwrap();
     assert_eq!(farm.execute(elsewhere, 5).unwrap().watch, 5);
 }
 
@@ -342,7 +348,7 @@ fn a_worker_that_forgets_its_task_gets_it_nine_times_again() {
     farm.held("a", idle(), 1);
     farm.execute(request("x"), 1).unwrap();
     for _ in 0..9 {
-        assert_eq!(work(&farm.now("a", idle())), Some(digest("x")));
+        assert_eq!(action(&farm.now("a", idle())), Some(digest("x")));
     }
     farm.held("a", idle(), 2);
     let (code, message) = status(&farm.told[&1]);
@@ -356,9 +362,9 @@ fn a_call_that_dies_gives_its_task_back() {
     let held = farm.held("a", idle(), 1);
     farm.execute(request("x"), 1).unwrap();
     farm.held("b", idle(), 2);
-    farm.queue.hang_up(farm.now, held);
+    farm.queue.drop_call(farm.now, held);
     farm.perform();
-    assert_eq!(work(&farm.answered[&2]), Some(digest("x")));
+    assert_eq!(action(&farm.answered[&2]), Some(digest("x")));
     // And the worker may call again at once, though it was being answered.
     farm.held("a", idle(), 3);
 }
@@ -368,13 +374,13 @@ fn a_worker_that_stops_hands_its_task_back() {
     let mut farm = Farm::new();
     farm.held("a", idle(), 1);
     farm.execute(request("x"), 1).unwrap();
-    let stopping = Report {
+    let stopping = WorkerReport {
         prefer_being_idle: true,
         ..idle()
     };
     assert_eq!(farm.now("a", stopping).desired, Desired::Idle);
     assert_eq!(farm.told[&1], Stage::Queued);
-    assert_eq!(work(&farm.now("b", idle())), Some(digest("x")));
+    assert_eq!(action(&farm.now("b", idle())), Some(digest("x")));
 }
 
 #[test]
@@ -383,12 +389,12 @@ fn two_calls_of_one_worker_at_once_are_one_too_many() {
     let held = farm.held("a", idle(), 1);
     let again = farm
         .queue
-        .synchronize(farm.now, &place(""), &caller("a"), idle(), 2, SECOND);
+        .synchronize(farm.now, &key(""), &caller("a"), idle(), 2, SECOND);
     assert!(matches!(
         again,
         Err(Refusal::AlreadySynchronizing { news: false, .. })
     ));
-    farm.queue.hang_up(farm.now, held);
+    farm.queue.drop_call(farm.now, held);
     farm.held("a", idle(), 3);
 }
 
@@ -477,13 +483,13 @@ fn actions_without_properties_go_to_the_default_platform_unless_workers_offer_no
     let attached = farm.execute(nothing(), 1).unwrap();
     assert_eq!(attached.progress.stage, Stage::Executing);
     farm.held("a", completed("x", rpc::Code::Ok), 2);
-    let bare = Place {
+    let bare = SizeClassQueueKey {
         platform: Platform::default(),
-        ..place("")
+        ..key("")
     };
     farm.call(&bare, "b", idle(), 3);
     farm.execute(nothing(), 1).unwrap();
-    assert_eq!(work(&farm.answered[&3]), Some(digest("x")));
+    assert_eq!(action(&farm.answered[&3]), Some(digest("x")));
 }
 
 #[test]
@@ -515,7 +521,7 @@ fn whoever_looks_at_the_queue_sees_what_there_is() {
         (queues.len(), queues[0].workers, queues[0].queued),
         (1, 1, 1)
     );
-    let workers: Vec<_> = farm.queue.workers_of(&place("")).collect();
+    let workers: Vec<_> = farm.queue.workers_of(&key("")).collect();
     assert_eq!(workers[0].operations, [attached.operation]);
     let operations: Vec<_> = farm.queue.operations(None).collect();
     assert_eq!(operations.len(), 2);
@@ -540,27 +546,27 @@ fn properties_out_of_order_are_no_platform() {
 
 #[test]
 fn what_a_worker_did_before_a_restart_is_for_clients_of_its_instance_alone() {
-    let report = |activity| Report {
+    let report = |activity| WorkerReport {
         activity,
         prefer_being_idle: false,
     };
     // A result that was kept, and one that is still being made.
     let kept = |instance| {
-        report(Activity::Completed(
+        report(WorkerActivity::Completed(
             reported(instance, "x"),
             outcome(rpc::Code::Ok),
         ))
     };
     let mut farm = Farm::new();
     farm.held("a", kept("one"), 1);
-    let running = report(Activity::Executing(reported("one", "y")));
+    let running = report(WorkerActivity::Executing(reported("one", "y")));
     assert_eq!(farm.now("b", running).desired, Desired::Unchanged);
     for action in ["x", "y"] {
         let other = farm.execute(request_of("two", action), 0).unwrap();
         assert!(!matches!(other.progress.stage, Stage::Completed(_)));
     }
     // The first of them went to the worker that waited, the second one waits.
-    assert_eq!(work(&farm.answered[&1]), Some(digest("x")));
+    assert_eq!(action(&farm.answered[&1]), Some(digest("x")));
     let own = farm.execute(request_of("one", "x"), 0).unwrap();
     assert_eq!(own.progress.stage, Stage::Completed(outcome(rpc::Code::Ok)));
     let own = farm.execute(request_of("one", "y"), 0).unwrap();
@@ -572,7 +578,7 @@ fn what_a_worker_did_before_a_restart_is_for_clients_of_its_instance_alone() {
     farm.execute(request("busy"), 0).unwrap();
     farm.execute(request_of("two", "x"), 2).unwrap();
     let answer = farm.now("b", kept("one"));
-    assert_eq!(work(&answer), Some(digest("x")));
+    assert_eq!(action(&answer), Some(digest("x")));
     assert_eq!(farm.told[&2], Stage::Executing);
 }
 
@@ -583,22 +589,22 @@ fn what_a_worker_does_not_say_whose_it_is_is_given_to_nobody() {
         ..reported("", "x")
     };
     let mut farm = Farm::new();
-    let running = Report {
-        activity: Activity::Executing(unknown()),
+    let running = WorkerReport {
+        activity: WorkerActivity::Executing(unknown()),
         prefer_being_idle: false,
     };
     assert_eq!(farm.now("a", running).desired, Desired::Idle);
-    let kept = Report {
-        activity: Activity::Completed(unknown(), outcome(rpc::Code::Ok)),
+    let kept = WorkerReport {
+        activity: WorkerActivity::Completed(unknown(), outcome(rpc::Code::Ok)),
         prefer_being_idle: false,
     };
     farm.held("b", kept, 1);
     let attached = farm.execute(request("x"), 0).unwrap();
     assert_eq!(attached.progress.stage, Stage::Executing);
-    assert_eq!(work(&farm.answered[&1]), Some(digest("x")));
+    assert_eq!(action(&farm.answered[&1]), Some(digest("x")));
     // Of what it was handed, it need not say so.
-    let mine = Report {
-        activity: Activity::Completed(unknown(), outcome(rpc::Code::Ok)),
+    let mine = WorkerReport {
+        activity: WorkerActivity::Completed(unknown(), outcome(rpc::Code::Ok)),
         prefer_being_idle: false,
     };
     farm.held("b", mine, 2);
@@ -609,13 +615,13 @@ fn what_a_worker_does_not_say_whose_it_is_is_given_to_nobody() {
 fn an_action_of_blake3_is_found_by_the_report_of_its_worker() {
     let blake3 = DigestFunction::Blake3.digest_of(b"x");
     let mut wanted = request("");
-    Arc::make_mut(&mut wanted.work).digest = blake3;
+    Arc::make_mut(&mut wanted.action).digest = blake3;
     let mut farm = Farm::new();
     farm.held("a", idle(), 1);
     farm.execute(request("busy"), 0).unwrap();
     farm.execute(wanted, 2).unwrap();
-    let report = Report {
-        activity: Activity::Executing(ReportedAction {
+    let report = WorkerReport {
+        activity: WorkerActivity::Executing(ReportedAction {
             digest: (&blake3).into(),
             instance: Some(InstanceName::empty()),
         }),
@@ -629,11 +635,11 @@ fn an_action_of_blake3_is_found_by_the_report_of_its_worker() {
 fn a_second_caller_of_one_name_gets_nothing_that_the_first_one_has_and_hears_whose_it_is() {
     let mut farm = Farm::new();
     farm.held("a", idle(), 1);
-    let asks = |farm: &mut Farm, report: Report| {
+    let asks = |farm: &mut Farm, report: WorkerReport| {
         let second = caller_at("a", "elsewhere");
         let answer = farm
             .queue
-            .synchronize(farm.now, &place(""), &second, report, 9, 120 * SECOND);
+            .synchronize(farm.now, &key(""), &second, report, 9, 120 * SECOND);
         farm.perform();
         answer
     };
@@ -669,11 +675,11 @@ fn a_worker_that_connects_again_goes_on_and_one_that_starts_again_is_let_in_when
     let mut farm = Farm::new();
     farm.held("a", idle(), 1);
     farm.execute(request("x"), 0).unwrap();
-    let calls = |farm: &mut Farm, peer: &str, report: Report| {
+    let calls = |farm: &mut Farm, peer: &str, report: WorkerReport| {
         let caller = caller_at("a", peer);
         let answer = farm
             .queue
-            .synchronize(farm.now, &place(""), &caller, report, 9, 120 * SECOND);
+            .synchronize(farm.now, &key(""), &caller, report, 9, 120 * SECOND);
         farm.perform();
         answer
     };
@@ -686,7 +692,7 @@ fn a_worker_that_connects_again_goes_on_and_one_that_starts_again_is_let_in_when
     let Ok(Answer::Now(instruction)) = calls(&mut farm, "third", idle()) else {
         panic!("the successor is not let in");
     };
-    assert_eq!(work(&instruction), Some(digest("x")));
+    assert_eq!(action(&instruction), Some(digest("x")));
     let answer = calls(&mut farm, "third", completed("x", rpc::Code::Ok)).unwrap();
     assert!(matches!(answer, Answer::Held(_)));
     assert_eq!(farm.told[&0], Stage::Completed(outcome(rpc::Code::Ok)));

@@ -17,7 +17,7 @@ pub(super) enum Timer {
     Operation(Uuid),
     /// It has no workers.
     Queue(QueueNumber),
-    /// Nobody asks for the result that a stranger brought.
+    /// Nobody asks for the result that a worker of before a restart brought.
     Unclaimed(ForeignAction),
 }
 

@@ -1,4 +1,4 @@
-//! What workers do: call, hang up, fall silent.
+//! What workers do: synchronize, drop their calls, fall silent.
 
 use std::{
     sync::Arc,
@@ -6,9 +6,10 @@ use std::{
 };
 
 use super::{
-    Activity, CallNumber, Caller, Desired, Effect, ForeignAction, Instruction, Outcome, Parked,
-    Place, Queue, QueueNumber, Refusal, Report, ReportedAction, ReportedDigest, SizeClassQueue,
-    TaskNumber, TaskState, Timer, Waiting, Worker, WorkerNumber, WorkerState,
+    CallNumber, Caller, Desired, Effect, EncodedResponse, ForeignAction, IdleSynchronizingWorkers,
+    Instruction, Queue, QueueNumber, QueuedTasks, Refusal, ReportedAction, ReportedDigest,
+    SizeClassQueue, SizeClassQueueKey, TaskNumber, TaskState, Timer, Worker, WorkerActivity,
+    WorkerNumber, WorkerReport, WorkerState,
 };
 use crate::proto::rpc;
 
@@ -16,7 +17,7 @@ use crate::proto::rpc;
 #[derive(Debug)]
 pub enum Answer {
     Now(Instruction),
-    /// It follows as an effect, unless `hang_up` comes first.
+    /// It follows as an effect, unless `drop_call` comes first.
     Held(HeldCall),
 }
 
@@ -36,28 +37,32 @@ impl<C, W: Clone> Queue<C, W> {
     pub fn synchronize(
         &mut self,
         now: Instant,
-        place: &Place,
+        key: &SizeClassQueueKey,
         caller: &Caller,
-        report: Report,
+        report: WorkerReport,
         call: C,
         idle_wait: Duration,
     ) -> Result<Answer, Refusal> {
-        let queue = self.size_class_queue(place)?;
-        let (number, newcomer) = self.worker(now, queue, caller);
+        let queue = self.size_class_queue(key)?;
+        let (number, is_new) = self.worker(now, queue, caller);
         self.admit(now, number, caller, &report.activity)?;
         let Some(worker) = self.workers.get(&number) else {
             return Ok(Answer::Now(GO_IDLE));
         };
         let held = match (&worker.state, report.activity) {
             // `admit` refuses.
-            (WorkerState::Parked { .. }, _) => Some(GO_IDLE),
-            (WorkerState::Executing { task, .. }, Activity::Executing(action))
+            (WorkerState::IdleSynchronizing { .. }, _) => Some(GO_IDLE),
+            (WorkerState::Executing { task, .. }, WorkerActivity::Executing(action))
                 if self.is_of(*task, &action) =>
             {
                 let (task, given_to) = (*task, None);
-                return Ok(self.carry_on(now, number, WorkerState::Executing { task, given_to }));
+                return Ok(self.continue_executing(
+                    now,
+                    number,
+                    WorkerState::Executing { task, given_to },
+                ));
             }
-            (WorkerState::Executing { task, .. }, Activity::Completed(action, outcome))
+            (WorkerState::Executing { task, .. }, WorkerActivity::Completed(action, outcome))
                 if self.is_of(*task, &action) =>
             {
                 let task = *task;
@@ -66,36 +71,42 @@ impl<C, W: Clone> Queue<C, W> {
             }
             // It lost the task, or never heard of it.
             (WorkerState::Executing { task, .. }, activity) => {
-                let hands_back = report.prefer_being_idle && matches!(activity, Activity::Idle);
+                let hands_back =
+                    report.prefer_being_idle && matches!(activity, WorkerActivity::Idle);
                 let task = *task;
-                self.again(now, queue, number, task, hands_back)
+                self.reassign(now, queue, number, task, hands_back)
             }
-            (WorkerState::Idle, Activity::Executing(action)) if newcomer => {
-                return Ok(self.meet(now, queue, number, action));
+            (WorkerState::Idle, WorkerActivity::Executing(action)) if is_new => {
+                return Ok(self.adopt_foreign_action(now, queue, number, action));
             }
-            (WorkerState::Idle, Activity::Completed(action, outcome)) if newcomer => {
-                self.accept(now, queue, action, outcome);
+            (WorkerState::Idle, WorkerActivity::Completed(action, outcome)) if is_new => {
+                self.accept_foreign_result(now, queue, action, outcome);
                 None
             }
             // Nobody wants it any more; the worker knows best when it has stopped.
-            (WorkerState::Idle, Activity::Executing(_)) => Some(GO_IDLE),
+            (WorkerState::Idle, WorkerActivity::Executing(_)) => Some(GO_IDLE),
             (WorkerState::Idle, _) => None,
-            (WorkerState::Stranger { action, until }, Activity::Executing(reported))
-                if action.is(&reported) && now < *until =>
-            {
+            (
+                WorkerState::ExecutingForeign { action, until },
+                WorkerActivity::Executing(reported),
+            ) if action.is(&reported) && now < *until => {
                 let (action, until) = (action.clone(), *until);
-                return Ok(self.carry_on(now, number, WorkerState::Stranger { action, until }));
+                return Ok(self.continue_executing(
+                    now,
+                    number,
+                    WorkerState::ExecutingForeign { action, until },
+                ));
             }
-            (WorkerState::Stranger { action, .. }, activity) => {
-                self.strangers.remove(&(action.clone(), number));
-                self.rest(number);
+            (WorkerState::ExecutingForeign { action, .. }, activity) => {
+                self.foreign_actions.remove(&(action.clone(), number));
+                self.set_idle(number);
                 match activity {
-                    Activity::Completed(reported, outcome) => {
-                        self.accept(now, queue, reported, outcome);
+                    WorkerActivity::Completed(reported, outcome) => {
+                        self.accept_foreign_result(now, queue, reported, outcome);
                         None
                     }
-                    Activity::Executing(_) => Some(GO_IDLE),
-                    Activity::Idle => None,
+                    WorkerActivity::Executing(_) => Some(GO_IDLE),
+                    WorkerActivity::Idle => None,
                 }
             }
         };
@@ -112,30 +123,32 @@ impl<C, W: Clone> Queue<C, W> {
         let first = self
             .queues
             .get(&queue)
-            .and_then(|queue| queue.waiting.first());
+            .and_then(|queue| queue.queued_tasks.first());
         if let Some(task) = first {
             self.withdraw(task);
             if let Some(instruction) = self.assign(now, task, number, None) {
                 return Ok(Answer::Now(instruction));
             }
         }
-        Ok(Answer::Held(self.hold(now, queue, number, call, idle_wait)))
+        Ok(Answer::Held(
+            self.hold_call(now, queue, number, call, idle_wait),
+        ))
     }
 
     /// A held call died, or its answer could not be sent.
-    pub fn hang_up(&mut self, now: Instant, held: HeldCall) {
+    pub fn drop_call(&mut self, now: Instant, held: HeldCall) {
         let Some(worker) = self.workers.get(&held.worker) else {
             return;
         };
         let queue = worker.queue;
         match &worker.state {
-            WorkerState::Parked { number, .. } if *number == held.number => {
-                self.unpark(held.worker);
+            WorkerState::IdleSynchronizing { number, .. } if *number == held.number => {
+                self.take_call(held.worker);
                 self.expect_call(now, held.worker);
             }
             WorkerState::Executing { task, given_to } if *given_to == Some(held.number) => {
                 let task = *task;
-                self.rest(held.worker);
+                self.set_idle(held.worker);
                 self.expect_call(now, held.worker);
                 self.enqueue(now, task, queue);
             }
@@ -150,25 +163,27 @@ impl<C, W: Clone> Queue<C, W> {
         now: Instant,
         number: WorkerNumber,
         caller: &Caller,
-        activity: &Activity,
+        activity: &WorkerActivity,
     ) -> Result<(), Refusal> {
         let Some(worker) = self.workers.get(&number) else {
             return Ok(());
         };
         let reported = match activity {
-            Activity::Idle => None,
-            Activity::Executing(action) | Activity::Completed(action, _) => Some(action),
+            WorkerActivity::Idle => None,
+            WorkerActivity::Executing(action) | WorkerActivity::Completed(action, _) => {
+                Some(action)
+            }
         };
         let its_own = match &worker.state {
-            WorkerState::Parked { .. } | WorkerState::Idle => false,
+            WorkerState::IdleSynchronizing { .. } | WorkerState::Idle => false,
             WorkerState::Executing { task, .. } => {
                 reported.is_some_and(|action| self.is_of(*task, action))
             }
-            WorkerState::Stranger { action, .. } => {
+            WorkerState::ExecutingForeign { action, .. } => {
                 reported.is_some_and(|reported| action.is(reported))
             }
         };
-        let waits = matches!(worker.state, WorkerState::Parked { .. });
+        let waits = matches!(worker.state, WorkerState::IdleSynchronizing { .. });
         let rests = matches!(worker.state, WorkerState::Idle);
         let same = worker.peer == caller.peer;
         let admitted = !waits && (rests || same || its_own || worker.overdue <= now);
@@ -199,33 +214,33 @@ impl<C, W: Clone> Queue<C, W> {
         })
     }
 
-    fn size_class_queue(&mut self, place: &Place) -> Result<QueueNumber, Refusal> {
+    fn size_class_queue(&mut self, key: &SizeClassQueueKey) -> Result<QueueNumber, Refusal> {
         let fresh = QueueNumber(self.number());
         let sizes = self
             .platforms
-            .entry(place.platform.clone())
+            .entry(key.platform.clone())
             .or_default()
-            .entry(place.prefix.clone())
+            .entry(key.prefix.clone())
             .or_default();
         match sizes.first_key_value() {
-            Some((size, number)) if *size == place.size_class => return Ok(*number),
+            Some((size, number)) if *size == key.size_class => return Ok(*number),
             // Several need an order of sizes that the administrator declares.
             Some((size, _)) => {
                 return Err(Refusal::SizeClass {
                     known: *size,
-                    offered: place.size_class,
+                    offered: key.size_class,
                 });
             }
             None => {}
         }
-        sizes.insert(place.size_class, fresh);
+        sizes.insert(key.size_class, fresh);
         self.queues.insert(
             fresh,
             SizeClassQueue {
-                place: Arc::new(place.clone()),
+                key: Arc::new(key.clone()),
                 workers: Default::default(),
-                parked: Parked::default(),
-                waiting: Waiting::default(),
+                idle_synchronizing_workers: IdleSynchronizingWorkers::default(),
+                queued_tasks: QueuedTasks::default(),
             },
         );
         Ok(fresh)
@@ -268,12 +283,17 @@ impl<C, W: Clone> Queue<C, W> {
     fn is_of(&self, task: TaskNumber, action: &ReportedAction) -> bool {
         self.tasks.get(&task).is_some_and(|task| {
             let instance = action.instance.as_ref();
-            ReportedDigest::from(&task.work.digest) == action.digest
-                && instance.is_none_or(|instance| *instance == task.work.instance)
+            ReportedDigest::from(&task.action.digest) == action.digest
+                && instance.is_none_or(|instance| *instance == task.action.instance)
         })
     }
 
-    fn carry_on(&mut self, now: Instant, worker: WorkerNumber, state: WorkerState<C>) -> Answer {
+    fn continue_executing(
+        &mut self,
+        now: Instant,
+        worker: WorkerNumber,
+        state: WorkerState<C>,
+    ) -> Answer {
         if let Some(worker) = self.workers.get_mut(&worker) {
             worker.state = state;
         }
@@ -286,7 +306,7 @@ impl<C, W: Clone> Queue<C, W> {
 
     /// A worker does not do what we gave it: once more, there or elsewhere, but not for ever.
     /// `None` when the worker is free.
-    fn again(
+    fn reassign(
         &mut self,
         now: Instant,
         queue: QueueNumber,
@@ -311,7 +331,7 @@ impl<C, W: Clone> Queue<C, W> {
         }
         task.retries += 1;
         if hands_back {
-            self.rest(worker);
+            self.set_idle(worker);
             self.enqueue(now, number, queue);
             return None;
         }
@@ -320,7 +340,7 @@ impl<C, W: Clone> Queue<C, W> {
 
     /// A worker that we did not know executes something: a task of ours, or perhaps of a client
     /// that will ask for it.
-    fn meet(
+    fn adopt_foreign_action(
         &mut self,
         now: Instant,
         queue: QueueNumber,
@@ -332,7 +352,7 @@ impl<C, W: Clone> Queue<C, W> {
             self.expect_call(now, worker);
             return Answer::Now(GO_IDLE);
         };
-        match self.under_way(&action) {
+        match self.find_in_flight(&action) {
             Some((task, true)) => {
                 self.withdraw(task);
                 self.assign(now, task, worker, None);
@@ -340,7 +360,7 @@ impl<C, W: Clone> Queue<C, W> {
                     task,
                     given_to: None,
                 };
-                self.carry_on(now, worker, task)
+                self.continue_executing(now, worker, task)
             }
             // Another worker has it.
             Some((_, false)) => {
@@ -348,21 +368,25 @@ impl<C, W: Clone> Queue<C, W> {
                 Answer::Now(GO_IDLE)
             }
             None => {
-                self.strangers.insert((action.clone(), worker));
+                self.foreign_actions.insert((action.clone(), worker));
                 let until = now + self.settings.operation_with_no_waiters_timeout;
-                self.carry_on(now, worker, WorkerState::Stranger { action, until })
+                self.continue_executing(
+                    now,
+                    worker,
+                    WorkerState::ExecutingForeign { action, until },
+                )
             }
         }
     }
 
     /// A worker that we did not hand this action brings a result. Good ones are of use to whoever
     /// asks; failures are better tried again.
-    fn accept(
+    fn accept_foreign_result(
         &mut self,
         now: Instant,
         queue: QueueNumber,
         action: ReportedAction,
-        outcome: Arc<Outcome>,
+        outcome: Arc<EncodedResponse>,
     ) {
         if outcome.code != rpc::Code::Ok as i32 {
             return;
@@ -370,7 +394,7 @@ impl<C, W: Clone> Queue<C, W> {
         let Some(action) = ForeignAction::new(queue, action) else {
             return;
         };
-        match self.under_way(&action) {
+        match self.find_in_flight(&action) {
             Some((task, _)) => self.complete(now, task, outcome),
             None => {
                 self.unclaimed.insert(action.clone(), outcome);
@@ -383,7 +407,7 @@ impl<C, W: Clone> Queue<C, W> {
     }
 
     /// A cacheable task for this action, and whether it is queued.
-    fn under_way(&self, action: &ForeignAction) -> Option<(TaskNumber, bool)> {
+    fn find_in_flight(&self, action: &ForeignAction) -> Option<(TaskNumber, bool)> {
         action.digest.candidates().find_map(|digest| {
             let number = self.in_flight.get(&(action.instance.clone(), digest))?;
             match &self.tasks.get(number)?.state {
@@ -396,13 +420,13 @@ impl<C, W: Clone> Queue<C, W> {
         })
     }
 
-    fn rest(&mut self, worker: WorkerNumber) {
+    fn set_idle(&mut self, worker: WorkerNumber) {
         if let Some(worker) = self.workers.get_mut(&worker) {
             worker.state = WorkerState::Idle;
         }
     }
 
-    fn hold(
+    fn hold_call(
         &mut self,
         now: Instant,
         queue: QueueNumber,
@@ -412,22 +436,22 @@ impl<C, W: Clone> Queue<C, W> {
     ) -> HeldCall {
         let number = CallNumber(self.number());
         if let Some(queue) = self.queues.get_mut(&queue) {
-            queue.parked.insert(number, worker);
+            queue.idle_synchronizing_workers.insert(number, worker);
         }
         if let Some(worker) = self.workers.get_mut(&worker) {
-            worker.state = WorkerState::Parked { number, call };
+            worker.state = WorkerState::IdleSynchronizing { number, call };
         }
         self.timers.set(Timer::Worker(worker), now + idle_wait);
         HeldCall { worker, number }
     }
 
     /// Takes a worker's held call. The worker is idle afterwards, and without a deadline.
-    pub(super) fn unpark(&mut self, number: WorkerNumber) -> Option<(CallNumber, C)> {
+    pub(super) fn take_call(&mut self, number: WorkerNumber) -> Option<(CallNumber, C)> {
         let worker = self.workers.get_mut(&number)?;
         match std::mem::replace(&mut worker.state, WorkerState::Idle) {
-            WorkerState::Parked { number, call } => {
+            WorkerState::IdleSynchronizing { number, call } => {
                 if let Some(queue) = self.queues.get_mut(&worker.queue) {
-                    queue.parked.remove(number);
+                    queue.idle_synchronizing_workers.remove(number);
                 }
                 Some((number, call))
             }
@@ -440,7 +464,7 @@ impl<C, W: Clone> Queue<C, W> {
 
     /// Its call has been held for long enough; or it has been silent for too long, and is gone.
     pub(super) fn expire_worker(&mut self, now: Instant, number: WorkerNumber) {
-        if let Some((_, call)) = self.unpark(number) {
+        if let Some((_, call)) = self.take_call(number) {
             self.effects.push(Effect::Answer {
                 call,
                 instruction: GO_IDLE,
@@ -459,10 +483,10 @@ impl<C, W: Clone> Queue<C, W> {
                 rpc::Code::Unavailable,
                 format!("Worker {id} disappeared while task was executing"),
             ),
-            WorkerState::Stranger { action, .. } => {
-                self.strangers.remove(&(action.clone(), number));
+            WorkerState::ExecutingForeign { action, .. } => {
+                self.foreign_actions.remove(&(action.clone(), number));
             }
-            WorkerState::Idle | WorkerState::Parked { .. } => {}
+            WorkerState::Idle | WorkerState::IdleSynchronizing { .. } => {}
         }
         self.workers.remove(&number);
         if let Some(found) = self.queues.get_mut(&queue) {

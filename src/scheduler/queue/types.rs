@@ -147,7 +147,7 @@ pub struct Caller {
 
 /// Where a worker takes its work from: a size-class queue.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
+pub struct SizeClassQueueKey {
     pub platform: Platform,
     pub prefix: InstanceName,
     pub size_class: u32,
@@ -159,7 +159,7 @@ pub struct Invocation(pub Arc<str>);
 
 /// What a worker is handed.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Work {
+pub struct QueuedAction {
     pub instance: InstanceName,
     pub digest: Digest,
     /// With its timeout filled in.
@@ -173,7 +173,7 @@ pub struct Work {
 /// What a client asks for.
 #[derive(Clone, Debug)]
 pub struct Request {
-    pub work: Arc<Work>,
+    pub action: Arc<QueuedAction>,
     pub platform: Platform,
     /// Lower is earlier (REAPI: ExecutionPolicy).
     pub priority: i32,
@@ -182,7 +182,7 @@ pub struct Request {
 
 /// How a task ended: an ExecuteResponse, encoded once for all who wait.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome {
+pub struct EncodedResponse {
     pub response: Vec<u8>,
     /// Of the response's status.
     pub code: i32,
@@ -190,11 +190,11 @@ pub struct Outcome {
     pub worker: String,
 }
 
-impl Outcome {
+impl EncodedResponse {
     pub fn new(response: &reapi::ExecuteResponse) -> Self {
         let result = response.result.as_ref();
         let metadata = result.and_then(|result| result.execution_metadata.as_ref());
-        Outcome {
+        EncodedResponse {
             response: response.encode_to_vec(),
             code: response.status.as_ref().map_or(0, |status| status.code),
             worker: metadata.map_or_else(String::new, |metadata| metadata.worker.clone()),
@@ -202,7 +202,7 @@ impl Outcome {
     }
 
     pub fn failure(code: rpc::Code, message: String) -> Self {
-        Outcome::new(&reapi::ExecuteResponse {
+        EncodedResponse::new(&reapi::ExecuteResponse {
             status: Some(proto::status(code, message)),
             ..Default::default()
         })
@@ -213,7 +213,7 @@ impl Outcome {
 pub enum Stage {
     Queued,
     Executing,
-    Completed(Arc<Outcome>),
+    Completed(Arc<EncodedResponse>),
 }
 
 /// What those who wait for a task see. A higher version is later news.
@@ -225,10 +225,10 @@ pub struct Progress {
 
 /// What a worker says that it does.
 #[derive(Clone, Debug)]
-pub enum Activity {
+pub enum WorkerActivity {
     Idle,
     Executing(ReportedAction),
-    Completed(ReportedAction, Arc<Outcome>),
+    Completed(ReportedAction, Arc<EncodedResponse>),
 }
 
 /// The action of a worker's report.
@@ -241,8 +241,8 @@ pub struct ReportedAction {
 }
 
 #[derive(Clone, Debug)]
-pub struct Report {
-    pub activity: Activity,
+pub struct WorkerReport {
+    pub activity: WorkerActivity,
     /// It stops, or is unwell.
     pub prefer_being_idle: bool,
 }
@@ -285,7 +285,7 @@ pub enum Desired {
     Unchanged,
     Idle,
     Execute {
-        work: Arc<Work>,
+        action: Arc<QueuedAction>,
         /// The rest of the instance name, beyond the worker's prefix.
         suffix: InstanceName,
         /// One of those that wait for the task.

@@ -10,8 +10,8 @@ use tokio::sync::{Notify, oneshot, watch};
 use uuid::Uuid;
 
 use super::queue::{
-    Answer, Attached, Caller, Clock, Effect, HeldCall, Instruction, NoWorkers, Place, Progress,
-    Queue, Refusal, Report, Request, Settings, Stage, TICK,
+    Answer, AttachedWaiter, Caller, Clock, Effect, HeldCall, Instruction, NoWorkers, Progress,
+    Queue, Refusal, Request, Settings, SizeClassQueueKey, Stage, TICK, WorkerReport,
 };
 type Held = oneshot::Sender<Instruction>;
 type Watch = watch::Sender<Progress>;
@@ -25,19 +25,19 @@ pub struct SharedQueue {
 struct State {
     queue: Queue<Held, Watch>,
     clock: Clock,
-    /// What `keep_time` sleeps for.
+    /// What `run_timers` sleeps for.
     alarm: Option<Instant>,
 }
 
 /// A stream's place among the waiters of an operation; leaves it when dropped.
 pub struct Waiter {
     shared: Arc<SharedQueue>,
-    pub attached: Attached<Watch>,
+    pub attached: AttachedWaiter<Watch>,
     pub news: watch::Receiver<Progress>,
 }
 
-/// A worker's call that is held; hung up when dropped before it is answered.
-struct Holding<'a> {
+/// A worker's call that is held; the queue forgets it when this is dropped before it is answered.
+struct HeldCallGuard<'a> {
     shared: &'a SharedQueue,
     held: Option<HeldCall>,
 }
@@ -105,7 +105,7 @@ impl SharedQueue {
     }
 
     /// What became of all that came, for the log.
-    pub fn tell_totals(&self) {
+    pub fn log_totals(&self) {
         let (totals, counts) = self.look(|queue| (queue.totals(), queue.counts()));
         tracing::info!(
             operations = totals.operations,
@@ -117,12 +117,12 @@ impl SharedQueue {
     }
 
     /// Returns as soon as nobody decides.
-    pub fn touch(&self) {
+    pub fn wait_for_lock(&self) {
         drop(self.state.lock());
     }
 
     /// Lets deadlines pass; never returns.
-    pub async fn keep_time(&self) {
+    pub async fn run_timers(&self) {
         loop {
             let alarm = {
                 let mut state = self.state.lock();
@@ -155,7 +155,7 @@ impl SharedQueue {
         Some(self.waiter(attached))
     }
 
-    fn waiter(self: &Arc<Self>, attached: Attached<Watch>) -> Waiter {
+    fn waiter(self: &Arc<Self>, attached: AttachedWaiter<Watch>) -> Waiter {
         Waiter {
             shared: self.clone(),
             news: attached.watch.subscribe(),
@@ -167,18 +167,18 @@ impl SharedQueue {
     /// the scheduler stops.
     pub async fn synchronize(
         &self,
-        place: &Place,
+        key: &SizeClassQueueKey,
         caller: &Caller,
-        report: Report,
+        report: WorkerReport,
         idle_wait: Duration,
         stopping: impl Future<Output = ()>,
     ) -> Result<Option<Instruction>, Refusal> {
         let (call, answer) = oneshot::channel();
-        let decided = self
-            .decide(|queue, now| queue.synchronize(now, place, caller, report, call, idle_wait))?;
-        let mut holding = match decided {
+        let decided =
+            self.decide(|queue, now| queue.synchronize(now, key, caller, report, call, idle_wait))?;
+        let mut guard = match decided {
             Answer::Now(instruction) => return Ok(Some(instruction)),
-            Answer::Held(held) => Holding {
+            Answer::Held(held) => HeldCallGuard {
                 shared: self,
                 held: Some(held),
             },
@@ -186,7 +186,7 @@ impl SharedQueue {
         tokio::select! {
             biased;
             Ok(instruction) = answer => {
-                holding.held = None;
+                guard.held = None;
                 Ok(Some(instruction))
             }
             () = stopping => Ok(None),
@@ -221,10 +221,10 @@ impl Drop for Waiter {
     }
 }
 
-impl Drop for Holding<'_> {
+impl Drop for HeldCallGuard<'_> {
     fn drop(&mut self) {
         if let Some(held) = self.held {
-            self.shared.decide(|queue, now| queue.hang_up(now, held));
+            self.shared.decide(|queue, now| queue.drop_call(now, held));
         }
     }
 }

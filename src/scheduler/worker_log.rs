@@ -5,21 +5,21 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use super::{
-    queue::{Place, Queue, WorkerId},
-    shared::SharedQueue,
+    queue::{Queue, SizeClassQueueKey, WorkerId},
+    shared_queue::SharedQueue,
 };
 use crate::daemon::Lifecycle;
 
 /// The label by which slots differ, as with Buildbarn's worker.
-const SLOT: &str = "thread";
-const INTERVAL: Duration = Duration::from_secs(2);
+const SLOT_LABEL: &str = "thread";
+const LOG_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Slots of each worker, by where it takes its work from and its labels without `SLOT`.
-type Workers = BTreeMap<(Arc<Place>, WorkerId), usize>;
+/// Slots of each worker, by where it takes its work from and its labels without `SLOT_LABEL`.
+type Workers = BTreeMap<(Arc<SizeClassQueueKey>, WorkerId), usize>;
 
 /// What is in the queue at one time.
 #[derive(Clone, Debug, Default)]
-struct View {
+struct WorkerOverview {
     workers: Workers,
     executing: usize,
     queued: usize,
@@ -31,16 +31,16 @@ enum Change {
     Gone,
 }
 
-impl View {
+impl WorkerOverview {
     fn of<C, W: Clone>(queue: &Queue<C, W>) -> Self {
-        let mut view = View::default();
+        let mut view = WorkerOverview::default();
         for row in queue.queues() {
             view.queued += row.queued;
-            for worker in queue.workers_of(&row.place) {
+            for worker in queue.workers_of(&row.key) {
                 view.executing += usize::from(!worker.operations.is_empty());
                 let mut labels = worker.id.labels().clone();
-                labels.remove(SLOT);
-                let worker = (row.place.clone(), WorkerId::new(labels));
+                labels.remove(SLOT_LABEL);
+                let worker = (row.key.clone(), WorkerId::new(labels));
                 *view.workers.entry(worker).or_default() += 1;
             }
         }
@@ -64,7 +64,7 @@ impl View {
 }
 
 /// What became of workers between two looks.
-fn changes(before: &Workers, now: &Workers) -> Vec<((Arc<Place>, WorkerId), Change)> {
+fn changes(before: &Workers, now: &Workers) -> Vec<((Arc<SizeClassQueueKey>, WorkerId), Change)> {
     let gone = before
         .keys()
         .filter(|worker| !now.contains_key(*worker))
@@ -76,9 +76,9 @@ fn changes(before: &Workers, now: &Workers) -> Vec<((Arc<Place>, WorkerId), Chan
     gone.chain(appeared).collect()
 }
 
-fn tell(place: &Place, worker: &WorkerId, change: &Change) {
-    let (instance, size_class) = (place.prefix.as_str(), place.size_class);
-    let platform = place.platform.to_string();
+fn log_change(key: &SizeClassQueueKey, worker: &WorkerId, change: &Change) {
+    let (instance, size_class) = (key.prefix.as_str(), key.size_class);
+    let platform = key.platform.to_string();
     match change {
         Change::Appeared(slots) => {
             tracing::info!(%worker, slots, instance, platform, size_class, "a worker appeared");
@@ -93,13 +93,13 @@ fn tell(place: &Place, worker: &WorkerId, change: &Change) {
 }
 
 /// Never returns. `serving` says where.
-pub async fn observe(queue: &SharedQueue, lifecycle: &Lifecycle, serving: &str) {
-    let mut before = View::default();
+pub async fn run(queue: &SharedQueue, lifecycle: &Lifecycle, serving: &str) {
+    let mut before = WorkerOverview::default();
     let mut last = String::new();
     loop {
-        let now = queue.look(View::of);
-        for ((place, worker), change) in changes(&before.workers, &now.workers) {
-            tell(&place, &worker, &change);
+        let now = queue.look(WorkerOverview::of);
+        for ((key, worker), change) in changes(&before.workers, &now.workers) {
+            log_change(&key, &worker, &change);
         }
         let line = now.line(serving, lifecycle.stopping().is_cancelled());
         if line != last {
@@ -107,7 +107,7 @@ pub async fn observe(queue: &SharedQueue, lifecycle: &Lifecycle, serving: &str) 
             last = line;
         }
         before = now;
-        tokio::time::sleep(INTERVAL).await;
+        tokio::time::sleep(LOG_INTERVAL).await;
     }
 }
 
@@ -118,14 +118,14 @@ mod tests {
 
     #[test]
     fn a_worker_appears_with_its_first_slot_and_is_gone_with_its_last() {
-        let place = Arc::new(Place {
+        let key = Arc::new(SizeClassQueueKey {
             platform: Platform::parse(None).unwrap(),
             prefix: InstanceName::parse("").unwrap(),
             size_class: 0,
         });
         let worker = |name: &str| {
             let labels = [("hostname".to_owned(), name.to_owned())];
-            (place.clone(), WorkerId::new(labels.into()))
+            (key.clone(), WorkerId::new(labels.into()))
         };
         let none = Workers::new();
         let one = Workers::from([(worker("a"), 2)]);
@@ -134,7 +134,7 @@ mod tests {
         assert_eq!(changes(&one, &two), [(worker("b"), Change::Appeared(8))]);
         assert_eq!(changes(&two, &one), [(worker("b"), Change::Gone)]);
         assert_eq!(changes(&one, &one), []);
-        let view = View {
+        let view = WorkerOverview {
             workers: two,
             executing: 3,
             queued: 4,
@@ -144,7 +144,7 @@ mod tests {
             "3 executing, 4 queued, 9 slots of 2 workers; on x"
         );
         assert!(
-            View::default()
+            WorkerOverview::default()
                 .line("on x", false)
                 .starts_with("no workers; ")
         );
