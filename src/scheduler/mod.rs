@@ -121,7 +121,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         clients.address(),
         workers.address()
     );
-    let execution = ExecutionServer::new(service::Clients {
+    let execution = ExecutionServer::new(service::ExecutionService {
         queue: queue.clone(),
         storage: storage.clone(),
         scheduling: config.scheduling.clone(),
@@ -129,7 +129,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     })
     .accept_compressed(CompressionEncoding::Gzip)
     .max_decoding_message_size(LARGEST_REQUEST);
-    let operations = OperationQueueServer::new(service::Workers {
+    let operations = OperationQueueServer::new(service::OperationQueueService {
         queue: queue.clone(),
         idle_interval: config.scheduling.idle_worker_synchronization_interval.get(),
         stopping: stopping.clone(),

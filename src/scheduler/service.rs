@@ -17,9 +17,9 @@ use uuid::Uuid;
 
 use super::{
     queue::{
-        self, Caller, Desired, EncodedResponse, Invocation, NoWorkers, Platform, Progress,
-        QueuedAction, ReportedAction, ReportedDigest, SizeClassQueueKey, Stage, WorkerActivity,
-        WorkerId,
+        self, Caller, DesiredWorkerState, EncodedResponse, Invocation, NoWorkers, Platform,
+        Progress, QueuedAction, ReportedAction, ReportedDigest, SizeClassQueueKey, Stage,
+        WorkerActivity, WorkerId,
     },
     shared_queue::{SharedQueue, Waiter},
 };
@@ -48,7 +48,7 @@ use crate::{
 const LARGEST_COMMAND: u64 = 16 << 20;
 
 /// What clients call.
-pub struct Clients {
+pub struct ExecutionService {
     pub queue: Arc<SharedQueue>,
     pub storage: Backend,
     pub scheduling: config::scheduler::Scheduling,
@@ -56,7 +56,7 @@ pub struct Clients {
 }
 
 /// What workers call.
-pub struct Workers {
+pub struct OperationQueueService {
     pub queue: Arc<SharedQueue>,
     pub idle_interval: Duration,
     pub stopping: CancellationToken,
@@ -65,7 +65,7 @@ pub struct Workers {
 type Operations = Pin<Box<dyn Stream<Item = Result<Operation, Status>> + Send>>;
 
 #[tonic::async_trait]
-impl reapi::execution_server::Execution for Clients {
+impl reapi::execution_server::Execution for ExecutionService {
     type ExecuteStream = Operations;
     type WaitExecutionStream = Operations;
 
@@ -103,7 +103,7 @@ impl reapi::execution_server::Execution for Clients {
     }
 }
 
-impl Clients {
+impl ExecutionService {
     async fn take(
         &self,
         request: Request<reapi::ExecuteRequest>,
@@ -369,7 +369,7 @@ fn request_metadata(header: Option<bytes::Bytes>) -> (Vec<Any>, reapi::RequestMe
 }
 
 #[tonic::async_trait]
-impl OperationQueue for Workers {
+impl OperationQueue for OperationQueueService {
     async fn synchronize(
         &self,
         request: Request<SynchronizeRequest>,
@@ -396,7 +396,7 @@ impl OperationQueue for Workers {
             .await
             .map_err(refused)?
             .ok_or_else(stopping)?;
-        if let Desired::Execute {
+        if let DesiredWorkerState::Execute {
             action: queued,
             operation,
             ..
@@ -489,9 +489,9 @@ fn parse_worker(
 fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse {
     use desired_state::WorkerState;
     let state = match instruction.desired {
-        Desired::Unchanged => None,
-        Desired::Idle => Some(WorkerState::Idle(())),
-        Desired::Execute {
+        DesiredWorkerState::Unchanged => None,
+        DesiredWorkerState::Idle => Some(WorkerState::Idle(())),
+        DesiredWorkerState::Execute {
             action: queued,
             suffix,
             operation,

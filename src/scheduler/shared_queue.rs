@@ -10,19 +10,19 @@ use tokio::sync::{Notify, oneshot, watch};
 use uuid::Uuid;
 
 use super::queue::{
-    Answer, AttachedWaiter, Caller, Clock, Effect, HeldCall, Instruction, NoWorkers, Progress,
-    Queue, Refusal, Request, Settings, SizeClassQueueKey, Stage, TICK, WorkerReport,
+    AttachedWaiter, Caller, Clock, Effect, HeldCall, Instruction, NoWorkers, Progress, Queue,
+    Refusal, Request, Settings, SizeClassQueueKey, Stage, SynchronizeAnswer, TICK, WorkerReport,
 };
 type Held = oneshot::Sender<Instruction>;
 type Watch = watch::Sender<Progress>;
 
 pub struct SharedQueue {
-    state: Mutex<State>,
+    state: Mutex<QueueAndClock>,
     /// The next deadline is sooner than the one slept for.
     sooner: Notify,
 }
 
-struct State {
+struct QueueAndClock {
     queue: Queue<Held, Watch>,
     clock: Clock,
     /// What `run_timers` sleeps for.
@@ -46,7 +46,7 @@ impl SharedQueue {
     pub fn new(settings: Settings) -> Arc<Self> {
         let now = Instant::now();
         Arc::new(SharedQueue {
-            state: Mutex::new(State {
+            state: Mutex::new(QueueAndClock {
                 queue: Queue::new(settings, now),
                 clock: Clock::new(now),
                 alarm: None,
@@ -177,8 +177,8 @@ impl SharedQueue {
         let decided =
             self.decide(|queue, now| queue.synchronize(now, key, caller, report, call, idle_wait))?;
         let mut guard = match decided {
-            Answer::Now(instruction) => return Ok(Some(instruction)),
-            Answer::Held(held) => HeldCallGuard {
+            SynchronizeAnswer::Now(instruction) => return Ok(Some(instruction)),
+            SynchronizeAnswer::Held(held) => HeldCallGuard {
                 shared: self,
                 held: Some(held),
             },
@@ -194,7 +194,7 @@ impl SharedQueue {
     }
 }
 
-impl State {
+impl QueueAndClock {
     fn next_deadline(&self) -> Option<Instant> {
         let next = self.queue.poll_timeout()?;
         Some(self.clock.real(next))

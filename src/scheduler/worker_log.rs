@@ -15,12 +15,12 @@ const SLOT_LABEL: &str = "thread";
 const LOG_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Slots of each worker, by where it takes its work from and its labels without `SLOT_LABEL`.
-type Workers = BTreeMap<(Arc<SizeClassQueueKey>, WorkerId), usize>;
+type SlotsByWorker = BTreeMap<(Arc<SizeClassQueueKey>, WorkerId), usize>;
 
 /// What is in the queue at one time.
 #[derive(Clone, Debug, Default)]
 struct WorkerOverview {
-    workers: Workers,
+    workers: SlotsByWorker,
     executing: usize,
     queued: usize,
 }
@@ -64,7 +64,10 @@ impl WorkerOverview {
 }
 
 /// What became of workers between two looks.
-fn changes(before: &Workers, now: &Workers) -> Vec<((Arc<SizeClassQueueKey>, WorkerId), Change)> {
+fn changes(
+    before: &SlotsByWorker,
+    now: &SlotsByWorker,
+) -> Vec<((Arc<SizeClassQueueKey>, WorkerId), Change)> {
     let gone = before
         .keys()
         .filter(|worker| !now.contains_key(*worker))
@@ -127,9 +130,9 @@ mod tests {
             let labels = [("hostname".to_owned(), name.to_owned())];
             (key.clone(), WorkerId::new(labels.into()))
         };
-        let none = Workers::new();
-        let one = Workers::from([(worker("a"), 2)]);
-        let two = Workers::from([(worker("a"), 1), (worker("b"), 8)]);
+        let none = SlotsByWorker::new();
+        let one = SlotsByWorker::from([(worker("a"), 2)]);
+        let two = SlotsByWorker::from([(worker("a"), 1), (worker("b"), 8)]);
         assert_eq!(changes(&none, &one), [(worker("a"), Change::Appeared(2))]);
         assert_eq!(changes(&one, &two), [(worker("b"), Change::Appeared(8))]);
         assert_eq!(changes(&two, &one), [(worker("b"), Change::Gone)]);

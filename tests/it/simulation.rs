@@ -31,9 +31,9 @@ use bb_remote_execution::{
     instance::InstanceName,
     proto::{self, reapi, rpc},
     scheduler::queue::{
-        Answer as Decided, Caller, Clock, Counts, Desired as Wanted, Effect, EncodedResponse,
-        HeldCall, Instruction, Invocation, Platform, Progress, Queue, QueuedAction, ReportedAction,
-        ReportedDigest, Request as QueueRequest, Settings, SizeClassQueueKey, Stage, TICK,
+        Caller, Clock, Counts, DesiredWorkerState, Effect, EncodedResponse, HeldCall, Instruction,
+        Invocation, Platform, Progress, Queue, QueuedAction, ReportedAction, ReportedDigest,
+        Request as QueueRequest, Settings, SizeClassQueueKey, Stage, SynchronizeAnswer, TICK,
         WorkerActivity, WorkerId, WorkerReport,
     },
     worker::slot::{Activity, Answer, Desired, Report, Slot, Step},
@@ -587,9 +587,9 @@ impl World {
         };
         let decided = self.queue.synchronize(now, &key, &caller, said, call, wait);
         match decided {
-            Ok(Decided::Now(instruction)) => {
+            Ok(SynchronizeAnswer::Now(instruction)) => {
                 match &instruction.desired {
-                    Wanted::Execute { action: work, .. } => {
+                    DesiredWorkerState::Execute { action: work, .. } => {
                         self.check_order(&waited, &key, work);
                         let first = waited.contains_key(&work.queued_timestamp.seconds);
                         self.see(if first {
@@ -598,15 +598,17 @@ impl World {
                             "handed out again"
                         });
                     }
-                    Wanted::Idle if executes => self.see("told to stop"),
-                    Wanted::Idle | Wanted::Unchanged => {}
+                    DesiredWorkerState::Idle if executes => self.see("told to stop"),
+                    DesiredWorkerState::Idle | DesiredWorkerState::Unchanged => {}
                 }
                 if !ghost {
                     self.answer(worker, life, call, Some(instruction));
                 }
             }
-            Ok(Decided::Held(_)) if unwilling => self.fail("a call is held against its will"),
-            Ok(Decided::Held(held)) => {
+            Ok(SynchronizeAnswer::Held(_)) if unwilling => {
+                self.fail("a call is held against its will")
+            }
+            Ok(SynchronizeAnswer::Held(held)) => {
                 self.held.insert(call, (held, worker, life));
                 if ghost {
                     self.broken.insert(call);
@@ -1270,9 +1272,9 @@ impl World {
                 let Some(slot) = self.slot(worker, life) else {
                     return;
                 };
-                let drops = instruction
-                    .as_ref()
-                    .is_some_and(|instruction| instruction.desired != Wanted::Unchanged);
+                let drops = instruction.as_ref().is_some_and(|instruction| {
+                    instruction.desired != DesiredWorkerState::Unchanged
+                });
                 match instruction {
                     None => slot.failed(now, random),
                     Some(instruction) => slot.answered(
@@ -1280,9 +1282,9 @@ impl World {
                         Answer {
                             due: now + instruction.next,
                             desired: match instruction.desired {
-                                Wanted::Unchanged => Desired::Unchanged,
-                                Wanted::Idle => Desired::Idle,
-                                Wanted::Execute { action: work, .. } => {
+                                DesiredWorkerState::Unchanged => Desired::Unchanged,
+                                DesiredWorkerState::Idle => Desired::Idle,
+                                DesiredWorkerState::Execute { action: work, .. } => {
                                     Desired::Executing(work.digest.to_proto(), work)
                                 }
                             },

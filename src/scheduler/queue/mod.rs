@@ -49,7 +49,7 @@ pub use clock::{Clock, TICK};
 pub use invariants::{Counts, Totals};
 pub use listing::{OperationRow, QueueRow, WorkerRow};
 pub use types::*;
-pub use workers::{Answer, HeldCall};
+pub use workers::{HeldCall, SynchronizeAnswer};
 
 use crate::{digest::Digest, instance::InstanceName, proto::rpc};
 use order::{IdleSynchronizingWorkers, Position, QueuedTasks};
@@ -271,7 +271,7 @@ impl<C, W: Clone> Queue<C, W> {
         let next = self.expect_busy(now, worker);
         let task = self.tasks.get(&task)?;
         Some(Instruction {
-            desired: Desired::Execute {
+            desired: DesiredWorkerState::Execute {
                 action: task.action.clone(),
                 suffix: task.suffix.clone(),
                 operation: task.operations.values().next().copied().unwrap_or_default(),

@@ -120,8 +120,8 @@ fn status(stage: &Stage) -> (i32, String) {
 
 fn action(instruction: &Instruction) -> Option<Digest> {
     match &instruction.desired {
-        Desired::Execute { action, .. } => Some(action.digest),
-        Desired::Idle | Desired::Unchanged => None,
+        DesiredWorkerState::Execute { action, .. } => Some(action.digest),
+        DesiredWorkerState::Idle | DesiredWorkerState::Unchanged => None,
     }
 }
 
@@ -177,7 +177,7 @@ impl Farm {
         name: &str,
         report: WorkerReport,
         call: u32,
-    ) -> Answer {
+    ) -> SynchronizeAnswer {
         let wait = 120 * SECOND;
         let answer = self
             .queue
@@ -189,15 +189,15 @@ impl Farm {
 
     fn now(&mut self, name: &str, report: WorkerReport) -> Instruction {
         match self.call(&key(""), name, report, 0) {
-            Answer::Now(instruction) => instruction,
-            Answer::Held(_) => panic!("the call is held"),
+            SynchronizeAnswer::Now(instruction) => instruction,
+            SynchronizeAnswer::Held(_) => panic!("the call is held"),
         }
     }
 
     fn held(&mut self, name: &str, report: WorkerReport, call: u32) -> HeldCall {
         match self.call(&key(""), name, report, call) {
-            Answer::Held(held) => held,
-            Answer::Now(instruction) => panic!("{instruction:?}"),
+            SynchronizeAnswer::Held(held) => held,
+            SynchronizeAnswer::Now(instruction) => panic!("{instruction:?}"),
         }
     }
 }
@@ -251,14 +251,14 @@ fn the_longest_instance_name_prefix_wins_and_the_worker_learns_the_rest() {
     for (i, prefix) in ["", "a", "a/b"].into_iter().enumerate() {
         assert!(matches!(
             farm.call(&key(prefix), "w", idle(), i as u32),
-            Answer::Held(_)
+            SynchronizeAnswer::Held(_)
         ));
     }
     for (instance, call, suffix) in [("a/b/c", 2, "c"), ("ab", 0, "ab"), ("a", 1, "")] {
         let mut request = request("x");
         Arc::make_mut(&mut request.action).instance = InstanceName::parse(instance).unwrap();
         farm.execute(request, 0).unwrap();
-        let Desired::Execute { suffix: rest, .. } = &farm.answered[&call].desired else {
+        let DesiredWorkerState::Execute { suffix: rest, .. } = &farm.answered[&call].desired else {
             panic!("{instance} went elsewhere");
         };
         assert_eq!(rest.as_str(), suffix);
@@ -307,7 +307,7 @@ fn an_operation_without_waiters_goes_after_a_minute_and_its_task_with_it() {
     assert_eq!(message, "Task no longer has any waiting clients");
     assert!(farm.queue.wait(attached.operation).is_none());
     let instruction = farm.now("a", executing("x"));
-    assert_eq!(instruction.desired, Desired::Idle);
+    assert_eq!(instruction.desired, DesiredWorkerState::Idle);
 }
 
 #[test]
@@ -378,7 +378,7 @@ fn a_worker_that_stops_hands_its_task_back() {
         prefer_being_idle: true,
         ..idle()
     };
-    assert_eq!(farm.now("a", stopping).desired, Desired::Idle);
+    assert_eq!(farm.now("a", stopping).desired, DesiredWorkerState::Idle);
     assert_eq!(farm.told[&1], Stage::Queued);
     assert_eq!(action(&farm.now("b", idle())), Some(digest("x")));
 }
@@ -403,7 +403,7 @@ fn a_held_call_ends_after_its_time() {
     let mut farm = Farm::new();
     farm.held("a", idle(), 1);
     farm.pass(120 * SECOND);
-    assert_eq!(farm.answered[&1].desired, Desired::Idle);
+    assert_eq!(farm.answered[&1].desired, DesiredWorkerState::Idle);
     assert_eq!(farm.answered[&1].next, Duration::ZERO);
 }
 
@@ -411,7 +411,10 @@ fn a_held_call_ends_after_its_time() {
 fn what_runs_goes_on_when_the_scheduler_restarts() {
     // Whoever comes first: the client, the worker, or the worker with its result.
     let mut farm = Farm::new();
-    assert_eq!(farm.now("a", executing("x")).desired, Desired::Unchanged);
+    assert_eq!(
+        farm.now("a", executing("x")).desired,
+        DesiredWorkerState::Unchanged
+    );
     let attached = farm.execute(request("x"), 1).unwrap();
     assert_eq!(attached.progress.stage, Stage::Executing);
     farm.held("a", completed("x", rpc::Code::Ok), 1);
@@ -419,9 +422,12 @@ fn what_runs_goes_on_when_the_scheduler_restarts() {
 
     let mut farm = Farm::new();
     let busy = farm.now("b", executing("other"));
-    assert_eq!(busy.desired, Desired::Unchanged);
+    assert_eq!(busy.desired, DesiredWorkerState::Unchanged);
     farm.execute(request("x"), 1).unwrap();
-    assert_eq!(farm.now("a", executing("x")).desired, Desired::Unchanged);
+    assert_eq!(
+        farm.now("a", executing("x")).desired,
+        DesiredWorkerState::Unchanged
+    );
     assert_eq!(farm.told[&1], Stage::Executing);
 
     let mut farm = Farm::new();
@@ -440,11 +446,20 @@ fn what_runs_goes_on_when_the_scheduler_restarts() {
 fn what_nobody_asks_for_within_a_minute_is_stopped() {
     let mut farm = Farm::new();
     for _ in 0..6 {
-        assert_eq!(farm.now("a", executing("x")).desired, Desired::Unchanged);
+        assert_eq!(
+            farm.now("a", executing("x")).desired,
+            DesiredWorkerState::Unchanged
+        );
         farm.pass(10 * SECOND);
     }
-    assert_eq!(farm.now("a", executing("x")).desired, Desired::Idle);
-    assert_eq!(farm.now("a", executing("x")).desired, Desired::Idle);
+    assert_eq!(
+        farm.now("a", executing("x")).desired,
+        DesiredWorkerState::Idle
+    );
+    assert_eq!(
+        farm.now("a", executing("x")).desired,
+        DesiredWorkerState::Idle
+    );
 }
 
 #[test]
@@ -560,7 +575,10 @@ fn what_a_worker_did_before_a_restart_is_for_clients_of_its_instance_alone() {
     let mut farm = Farm::new();
     farm.held("a", kept("one"), 1);
     let running = report(WorkerActivity::Executing(reported("one", "y")));
-    assert_eq!(farm.now("b", running).desired, Desired::Unchanged);
+    assert_eq!(
+        farm.now("b", running).desired,
+        DesiredWorkerState::Unchanged
+    );
     for action in ["x", "y"] {
         let other = farm.execute(request_of("two", action), 0).unwrap();
         assert!(!matches!(other.progress.stage, Stage::Completed(_)));
@@ -593,7 +611,7 @@ fn what_a_worker_does_not_say_whose_it_is_is_given_to_nobody() {
         activity: WorkerActivity::Executing(unknown()),
         prefer_being_idle: false,
     };
-    assert_eq!(farm.now("a", running).desired, Desired::Idle);
+    assert_eq!(farm.now("a", running).desired, DesiredWorkerState::Idle);
     let kept = WorkerReport {
         activity: WorkerActivity::Completed(unknown(), outcome(rpc::Code::Ok)),
         prefer_being_idle: false,
@@ -627,7 +645,7 @@ fn an_action_of_blake3_is_found_by_the_report_of_its_worker() {
         }),
         prefer_being_idle: false,
     };
-    assert_eq!(farm.now("b", report).desired, Desired::Unchanged);
+    assert_eq!(farm.now("b", report).desired, DesiredWorkerState::Unchanged);
     assert_eq!(farm.told[&2], Stage::Executing);
 }
 
@@ -662,7 +680,7 @@ fn a_second_caller_of_one_name_gets_nothing_that_the_first_one_has_and_hears_who
         }
         if round % 2 == 0 {
             let answer = farm.now("a", executing("x"));
-            assert_eq!(answer.desired, Desired::Unchanged);
+            assert_eq!(answer.desired, DesiredWorkerState::Unchanged);
         }
         farm.pass(6 * SECOND);
     }
@@ -685,15 +703,15 @@ fn a_worker_that_connects_again_goes_on_and_one_that_starts_again_is_let_in_when
     };
     let answer = calls(&mut farm, "second", executing("x")).unwrap();
     assert!(
-        matches!(answer, Answer::Now(instruction) if instruction.desired == Desired::Unchanged)
+        matches!(answer, SynchronizeAnswer::Now(instruction) if instruction.desired == DesiredWorkerState::Unchanged)
     );
     assert!(calls(&mut farm, "third", idle()).is_err());
     farm.pass(16 * SECOND);
-    let Ok(Answer::Now(instruction)) = calls(&mut farm, "third", idle()) else {
+    let Ok(SynchronizeAnswer::Now(instruction)) = calls(&mut farm, "third", idle()) else {
         panic!("the successor is not let in");
     };
     assert_eq!(action(&instruction), Some(digest("x")));
     let answer = calls(&mut farm, "third", completed("x", rpc::Code::Ok)).unwrap();
-    assert!(matches!(answer, Answer::Held(_)));
+    assert!(matches!(answer, SynchronizeAnswer::Held(_)));
     assert_eq!(farm.told[&0], Stage::Completed(outcome(rpc::Code::Ok)));
 }

@@ -275,13 +275,13 @@ impl From<&Digest> for ReportedDigest {
 /// What a worker is to do next.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Instruction {
-    pub desired: Desired,
+    pub desired: DesiredWorkerState,
     /// When it is to call again, from now.
     pub next: Duration,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub enum Desired {
+pub enum DesiredWorkerState {
     Unchanged,
     Idle,
     Execute {

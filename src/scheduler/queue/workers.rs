@@ -6,16 +6,16 @@ use std::{
 };
 
 use super::{
-    CallNumber, Caller, Desired, Effect, EncodedResponse, ForeignAction, IdleSynchronizingWorkers,
-    Instruction, Queue, QueueNumber, QueuedTasks, Refusal, ReportedAction, ReportedDigest,
-    SizeClassQueue, SizeClassQueueKey, TaskNumber, TaskState, Timer, Worker, WorkerActivity,
-    WorkerNumber, WorkerReport, WorkerState,
+    CallNumber, Caller, DesiredWorkerState, Effect, EncodedResponse, ForeignAction,
+    IdleSynchronizingWorkers, Instruction, Queue, QueueNumber, QueuedTasks, Refusal,
+    ReportedAction, ReportedDigest, SizeClassQueue, SizeClassQueueKey, TaskNumber, TaskState,
+    Timer, Worker, WorkerActivity, WorkerNumber, WorkerReport, WorkerState,
 };
 use crate::proto::rpc;
 
 /// The answer to a worker's call.
 #[derive(Debug)]
-pub enum Answer {
+pub enum SynchronizeAnswer {
     Now(Instruction),
     /// It follows as an effect, unless `drop_call` comes first.
     Held(HeldCall),
@@ -28,7 +28,7 @@ pub struct HeldCall {
 }
 
 const GO_IDLE: Instruction = Instruction {
-    desired: Desired::Idle,
+    desired: DesiredWorkerState::Idle,
     next: Duration::ZERO,
 };
 
@@ -42,12 +42,12 @@ impl<C, W: Clone> Queue<C, W> {
         report: WorkerReport,
         call: C,
         idle_wait: Duration,
-    ) -> Result<Answer, Refusal> {
+    ) -> Result<SynchronizeAnswer, Refusal> {
         let queue = self.size_class_queue(key)?;
         let (number, is_new) = self.worker(now, queue, caller);
         self.admit(now, number, caller, &report.activity)?;
         let Some(worker) = self.workers.get(&number) else {
-            return Ok(Answer::Now(GO_IDLE));
+            return Ok(SynchronizeAnswer::Now(GO_IDLE));
         };
         let held = match (&worker.state, report.activity) {
             // `admit` refuses.
@@ -111,14 +111,14 @@ impl<C, W: Clone> Queue<C, W> {
             }
         };
         if let Some(instruction) = held {
-            if instruction.desired == Desired::Idle {
+            if instruction.desired == DesiredWorkerState::Idle {
                 self.expect_call(now, number);
             }
-            return Ok(Answer::Now(instruction));
+            return Ok(SynchronizeAnswer::Now(instruction));
         }
         if report.prefer_being_idle {
             self.expect_call(now, number);
-            return Ok(Answer::Now(GO_IDLE));
+            return Ok(SynchronizeAnswer::Now(GO_IDLE));
         }
         let first = self
             .queues
@@ -127,10 +127,10 @@ impl<C, W: Clone> Queue<C, W> {
         if let Some(task) = first {
             self.withdraw(task);
             if let Some(instruction) = self.assign(now, task, number, None) {
-                return Ok(Answer::Now(instruction));
+                return Ok(SynchronizeAnswer::Now(instruction));
             }
         }
-        Ok(Answer::Held(
+        Ok(SynchronizeAnswer::Held(
             self.hold_call(now, queue, number, call, idle_wait),
         ))
     }
@@ -293,13 +293,13 @@ impl<C, W: Clone> Queue<C, W> {
         now: Instant,
         worker: WorkerNumber,
         state: WorkerState<C>,
-    ) -> Answer {
+    ) -> SynchronizeAnswer {
         if let Some(worker) = self.workers.get_mut(&worker) {
             worker.state = state;
         }
         let next = self.expect_busy(now, worker);
-        Answer::Now(Instruction {
-            desired: Desired::Unchanged,
+        SynchronizeAnswer::Now(Instruction {
+            desired: DesiredWorkerState::Unchanged,
             next,
         })
     }
@@ -346,11 +346,11 @@ impl<C, W: Clone> Queue<C, W> {
         queue: QueueNumber,
         worker: WorkerNumber,
         action: ReportedAction,
-    ) -> Answer {
+    ) -> SynchronizeAnswer {
         // Of no use to anybody: a client could not be told from those of another instance.
         let Some(action) = ForeignAction::new(queue, action) else {
             self.expect_call(now, worker);
-            return Answer::Now(GO_IDLE);
+            return SynchronizeAnswer::Now(GO_IDLE);
         };
         match self.find_in_flight(&action) {
             Some((task, true)) => {
@@ -365,7 +365,7 @@ impl<C, W: Clone> Queue<C, W> {
             // Another worker has it.
             Some((_, false)) => {
                 self.expect_call(now, worker);
-                Answer::Now(GO_IDLE)
+                SynchronizeAnswer::Now(GO_IDLE)
             }
             None => {
                 self.foreign_actions.insert((action.clone(), worker));
