@@ -93,6 +93,9 @@ fn unknown_key(path: &[PathStep], known: &[&str], defaults: &toml::Table) -> Str
     }
     let mut all = Vec::new();
     every_key("", defaults, &mut all);
+    if name.contains('.') && all.contains(&key) {
+        return format!("{start}, with a dot in its name; write {name} without quotes");
+    }
     let last = |key: &str| key.rsplit('.').next().unwrap_or(key).to_owned();
     let elsewhere: Vec<&String> = all.iter().filter(|key| last(key) == wanted).collect();
     match elsewhere.as_slice() {
@@ -198,6 +201,10 @@ mod tests {
             ("cache.build_directory = 1", "write it above the first line"),
             ("maximum_files = 1", "did you mean cache.maximum_files?"),
             ("endpoint = 1", "runners.endpoint or scheduler.endpoint?"),
+            (
+                "\"cache.directory\" = 1",
+                "write cache.directory without quotes",
+            ),
             ("cahce.maximum_size = 1", "did you mean cache?"),
             ("shutdown.xyzzy = 1", "there are drain_timeout"),
             (

@@ -239,50 +239,60 @@ impl Storage {
 
 impl Scheduling {
     fn validate(&self, diagnostics: &mut Diagnostics) {
-        for (key, duration, otherwise) in [
+        const MILLISECOND: std::time::Duration = std::time::Duration::from_millis(1);
+        const SECOND: std::time::Duration = std::time::Duration::from_secs(1);
+        for (key, duration, least, otherwise) in [
             (
                 "default_execution_timeout",
                 self.default_execution_timeout,
+                MILLISECOND,
                 "every action without a timeout would fail at once",
             ),
             (
                 "maximum_execution_timeout",
                 self.maximum_execution_timeout,
+                MILLISECOND,
                 "every action would be refused",
             ),
             (
                 "execution_update_interval",
                 self.execution_update_interval,
+                SECOND,
                 "clients would be written to without end",
             ),
             (
                 "operation_with_no_waiters_timeout",
                 self.operation_with_no_waiters_timeout,
+                SECOND,
                 "a client that reconnects would find its action cancelled",
             ),
             (
                 "busy_worker_synchronization_interval",
                 self.busy_worker_synchronization_interval,
+                SECOND,
                 "workers would call without end",
             ),
             (
                 "idle_worker_synchronization_interval",
                 self.idle_worker_synchronization_interval,
+                SECOND,
                 "workers would call without end",
             ),
             (
                 "worker_with_no_synchronizations_timeout",
                 self.worker_with_no_synchronizations_timeout,
+                SECOND,
                 "every worker would be taken for dead",
             ),
             (
                 "platform_queue_with_no_workers_timeout",
                 self.platform_queue_with_no_workers_timeout,
+                SECOND,
                 "actions would fail as soon as the last worker of their platform restarts",
             ),
         ] {
             diagnostics.require(
-                duration >= Duration(std::time::Duration::from_millis(1)),
+                duration.get() >= least,
                 &format!("scheduling.{key}"),
                 format!("with {duration}, {otherwise}; write a length of time, such as \"1m\""),
             );

@@ -300,7 +300,7 @@ pub fn run<C: Validate>(
             file.display()
         );
     }
-    if loaded.files.is_empty() {
+    if loaded.files.is_empty() && loaded.is_toml {
         println!(
             "  note   there is no {}: every key has its default",
             installation.path.display()

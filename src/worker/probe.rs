@@ -160,7 +160,10 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
             message: format!(
                 "{} does not serve workers: {}; set it to the workers' port of bb_scheduler",
                 config.scheduler.endpoint,
-                status.message()
+                match status.code() {
+                    tonic::Code::Unimplemented => "what answers there is something else",
+                    _ => status.message(),
+                }
             ),
         }),
         Err(_) => Some(Failure::Configuration {

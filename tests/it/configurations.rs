@@ -270,6 +270,14 @@ const SCHEDULER: &[Row] = &[
         Refused("taken for dead"),
     ),
     (
+        "scheduling.worker_with_no_synchronizations_timeout = \"500ms\"",
+        Refused("taken for dead"),
+    ),
+    (
+        "\"clients.listen\" = \"127.0.0.1:1\"",
+        Refused("write clients.listen without quotes"),
+    ),
+    (
         "scheduling.platform_queue_with_no_workers_timeout = \"0s\"",
         Refused("last worker"),
     ),
@@ -386,7 +394,7 @@ const WORKER: &[Row] = &[
     ),
     (
         "scheduler.endpoint = \"grpc://127.0.0.1:{clients}\"",
-        Waits("the workers' port"),
+        Waits("what answers there is something else; set it to the workers' port"),
     ),
     (
         "scheduler.endpoint = \"127.0.0.1\"",
@@ -394,7 +402,7 @@ const WORKER: &[Row] = &[
     ),
     (
         "storage.cas = \"grpc://127.0.0.1:{workers}\"\nstorage.action_cache = \"grpc://127.0.0.1:{workers}\"",
-        Waits("storage.cas"),
+        Waits("is no Content Addressable Storage"),
     ),
     ("storage.download_concurrency = 0", Refused("at least 1")),
     (

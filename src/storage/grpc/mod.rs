@@ -151,6 +151,9 @@ impl Client {
             Err(status) if matches!(status.code(), Code::InvalidArgument | Code::NotFound) => {
                 Ok(())
             }
+            Err(status) if status.code() == Code::Unimplemented => Err(Error::Invalid(
+                "what answers there is no Content Addressable Storage".to_owned(),
+            )),
             Err(status) => Err(retry::error(&status, None)),
         }
     }
