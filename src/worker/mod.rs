@@ -12,7 +12,7 @@ use self::{
 };
 use crate::{
     config::worker::{Config, Inputs, Runner},
-    daemon::{self, Failure, Lifecycle, Program},
+    daemon::{self, Failure, Lifecycle, Program, disk::nearest_directory},
     instance::InstanceName,
     proto::{
         reapi::{Platform, platform::Property},
@@ -187,13 +187,13 @@ async fn open_directories(
     );
     let storage = storage.clone();
     let open = move || -> Result<Opened, Failure> {
+        one_file_system(&cache_path, &build_path)?;
         let cache = FileCache::open(&cache_path, limits, storage)
             .map_err(|error| directory_failure("cache.directory", &cache_path, &error))?;
         let cache = Arc::new(cache);
         probe::check_own(&build_path)?;
         let roots = InputRootBuilder::open(&build_path, cache.clone(), slots)
             .map_err(|error| directory_failure("build_directory", &build_path, &error))?;
-        one_file_system(&cache_path, &build_path)?;
         Ok((cache, Arc::new(roots)))
     };
     tokio::task::spawn_blocking(open)
@@ -224,9 +224,9 @@ fn directory_failure(key: &'static str, path: &Path, error: &io::Error) -> Failu
     Failure::Configuration { key, message }
 }
 
-/// Files of the cache are linked into build directories.
+/// Files of the cache are linked into build directories. Neither needs to be there yet.
 fn one_file_system(cache: &Path, build: &Path) -> Result<(), Failure> {
-    let device = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.dev());
+    let device = |path| std::fs::metadata(nearest_directory(path)).map(|metadata| metadata.dev());
     match (device(cache), device(build)) {
         (Ok(a), Ok(b)) if a != b => Err(Failure::Configuration {
             key: "build_directory",

@@ -109,8 +109,8 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
         report.try_lock(installation, key, path);
     }
     if usable {
-        let (cache, build) = (nearest_directory(cache), nearest_directory(build));
-        let linkable = one_file_system(&cache, &build).and_then(|()| check_links(&cache, &build));
+        let linkable = one_file_system(cache, build)
+            .and_then(|()| check_links(&nearest_directory(cache), &nearest_directory(build)));
         report.record(
             "build_directory: files can be linked there from the cache",
             linkable.err(),

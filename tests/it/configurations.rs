@@ -475,8 +475,8 @@ const WORKER: &[Row] = &[
         Refused("no worker made"),
     ),
     (
-        "build_directory = \"/dev/shm/bb-no-such-build\"",
-        Refused("on different file systems"),
+        "build_directory = \"/dev/shm/bb-unmade-build\"",
+        Refused("/dev/shm/bb-unmade-build and cache.directory"),
     ),
     (
         "shutdown.drain_timeout = \"10min\"",
@@ -882,6 +882,7 @@ async fn of_each_configuration_of_the_worker_check_says_what_a_start_makes_of_it
         });
     });
     assert!(papers.exists());
+    assert!(!Path::new("/dev/shm/bb-unmade-build").exists());
 }
 
 #[test]
