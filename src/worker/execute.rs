@@ -11,7 +11,6 @@
 
 use std::{
     collections::BTreeMap,
-    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -23,28 +22,23 @@ use super::{
     availability::{Availability, NotReady},
     command::Command,
     fault::Fault,
-    inputs::{
-        InputRoot, InputRootBuilder, LOCK_TIMEOUT, PlannedRoot, PrepareError,
-        directories::DirectoryCache, file_cache::FileCache, tree::Tree,
-    },
+    inputs::{InputRoot, InputRoots, LOCK_TIMEOUT},
     outputs::{self, CollectedOutputs, Collector},
     response_size, runner_client,
     task::Task,
 };
 use crate::{
     config::worker::{Inputs, Outputs},
-    daemon::Channel,
+    daemon::{self, Channel},
     digest::Digest,
     metadata::{self, ActionContext},
     proto::{
         self, cas, reapi,
         runner::{CheckReadinessRequest, RunRequest, RunResponse, runner_client::RunnerClient},
     },
-    storage::{self, Content, grpc::Client},
+    storage::{Content, grpc::Client},
 };
 
-/// Files that vanish from the cache again and again are a broken disk.
-const ATTEMPTS: u32 = 3;
 const READINESS_TIMEOUT: Duration = Duration::from_secs(30);
 /// What was read within the time for outputs may still be uploaded for so long.
 const UPLOAD_GRACE: Duration = Duration::from_secs(60);
@@ -59,9 +53,7 @@ pub enum Phase {
 /// Runs actions of one runner's slots.
 pub struct Executor {
     pub storage: Client,
-    pub cache: Arc<FileCache>,
-    pub directories: Arc<DirectoryCache>,
-    pub roots: Arc<InputRootBuilder>,
+    pub inputs: InputRoots,
     pub runner: RunnerClient<Channel>,
     pub availability: Availability,
     /// For each slot its labels as JSON.
@@ -70,9 +62,6 @@ pub struct Executor {
     pub environment_variables: BTreeMap<String, String>,
     /// As if every Command asked for TREE_AND_DIRECTORY.
     pub force_upload_trees_and_directories: bool,
-    pub inputs: Inputs,
-    /// `runners.group`, to which an action's directory is opened.
-    pub group: Option<u32>,
     pub outputs: Outputs,
     /// For links in messages; without one there are none.
     pub browser_url: Option<String>,
@@ -136,21 +125,14 @@ impl Executor {
         response: &mut reapi::ExecuteResponse,
     ) -> Result<(), Fault> {
         metadata.input_fetch_start_timestamp = now();
-        let set_up = async {
-            let (command, tree) = self.fetch(task).await?;
-            self.prepare(task, command, tree).await
-        };
         let (command, mut root) = tokio::select! {
-            ready = set_up => ready?,
+            ready = self.inputs.prepare(task) => ready?,
             () = cancel.cancelled() => return Err(Fault::Cancelled),
         };
         metadata.input_fetch_completed_timestamp = now();
 
         stage.send_replace(Phase::Running);
         let mut client = self.runner.clone();
-        if let Some(group) = self.group {
-            root.open_to(group)?;
-        }
         let context = ActionContext {
             action: task.digest.hash_hex(),
             operation: task.operation,
@@ -159,7 +141,7 @@ impl Executor {
         let request = || {
             let request = self.run_request(&command, &root);
             let mut request = context.request(request);
-            if self.inputs == Inputs::Private {
+            if self.inputs.inputs == Inputs::Private {
                 metadata::set_private_inputs(&mut request);
             }
             request
@@ -192,32 +174,21 @@ impl Executor {
         }
         let was_run = matches!(ended, RunOutcome::Answered(Ok(_)));
         if matches!(ended, RunOutcome::Answered(Err(_)) | RunOutcome::Silent) {
-            root.distrust();
+            root.discard_after_use();
         }
-        let mut ran = self.take_answer(ended, task, metadata, response);
+        let ran = self.take_answer(ended, task, metadata, response);
         if ran == Err(Fault::Cancelled) {
             root.await_unlocked().await;
             return ran;
         }
         if !was_run && !self.is_quiet(&root).await {
-            root.distrust();
+            root.discard_after_use();
             return Err(ran.err().filter(Fault::is_unavailable).unwrap_or_else(|| {
                 Fault::Unavailable(format!(
                     "the runner did not end all processes of the action within {} s; what they left was not collected",
                     LOCK_TIMEOUT.as_secs()
                 ))
             }));
-        }
-        if ran.is_ok()
-            && let Some(full) = root.disk_was_full()
-        {
-            ran = Err(full);
-        }
-        if ran.is_ok() && !root.cache_is_unmodified() {
-            ran = Err(Fault::Unavailable(format!(
-                "while the command ran, somebody changed input files in the cache in {} on the worker's host; they will be fetched again",
-                self.cache.path().display()
-            )));
         }
 
         stage.send_replace(Phase::UploadingOutputs);
@@ -239,116 +210,6 @@ impl Executor {
     /// by itself, or is its successor, which answers nobody before it has killed what was left.
     async fn is_quiet(&self, root: &InputRoot) -> bool {
         root.await_unlocked().await && runner_client::answers(&self.runner).await
-    }
-
-    /// The command and all directories. When some are missing, all that is missing is told at once.
-    async fn fetch(&self, task: &Task) -> Result<(Command, Tree), Fault> {
-        let digest = |field: &str, digest: Option<&reapi::Digest>| {
-            Digest::parse_required(Some(task.function), digest)
-                .map_err(|error| Fault::Invalid(format!("{field} of the action is wrong: {error}")))
-        };
-        let command_digest = digest("command_digest", task.action.command_digest.as_ref())?;
-        let root = digest("input_root_digest", task.action.input_root_digest.as_ref())?;
-        let walk = self
-            .directories
-            .walk(&task.instance, root, command_digest)
-            .await?;
-        let mut missing = walk.missing.clone();
-        let command =
-            match &walk.beside {
-                Ok(data) => {
-                    let message = <reapi::Command as prost::Message>::decode(data.clone())
-                        .map_err(|error| {
-                            Fault::Invalid(format!("blob {command_digest} is no Command: {error}"))
-                        })?;
-                    Some(Command::parse(message).map_err(|error| {
-                        Fault::Invalid(format!("could not run command: {error}"))
-                    })?)
-                }
-                Err(storage::Error::Missing(_)) => {
-                    missing.push(command_digest);
-                    None
-                }
-                Err(error) => {
-                    let what = format!("obtain command {command_digest}");
-                    return Err(Fault::of_storage(what, error.clone()));
-                }
-            };
-        if let (Some(command), Some(tree)) = (command, &walk.tree) {
-            return Ok((command, tree.clone()));
-        }
-        // It will not run, so nothing is fetched; but the client learns of every missing file too.
-        let absent = self.cache.absent(walk.files());
-        if !absent.is_empty() {
-            let found = self.storage.find_missing(&task.instance, &absent).await;
-            missing.extend(found.map_err(|error| {
-                Fault::of_storage("find out which input files are missing", error)
-            })?);
-        }
-        let error = storage::Error::Missing(missing);
-        Err(Fault::of_storage("obtain the action's inputs", error))
-    }
-
-    /// A root is chosen, the files that it lacks are fetched, then it is changed.
-    async fn prepare(
-        &self,
-        task: &Task,
-        command: Command,
-        tree: Tree,
-    ) -> Result<(Command, InputRoot), Fault> {
-        let parents = Arc::new(command.output_parents());
-        let mut attempts = 0;
-        loop {
-            let planned = self.plan(&tree).await?;
-            let (wanted, link_mode) = (planned.links().to_vec(), planned.link_mode());
-            let obtained = self.cache.obtain(&task.instance, wanted, link_mode).await;
-            let pins = obtained.map_err(|fault| with_path(fault, &tree))?;
-            let (roots, parents) = (self.roots.clone(), parents.clone());
-            let prepared = crate::daemon::spawn_blocking(move || roots.prepare(planned, &parents));
-            let prepared = prepared.await.map_err(|error| {
-                Fault::Internal(format!("could not lay out the input root: {error}"))
-            })?;
-            drop(pins);
-            match prepared {
-                Ok(root) => return Ok((command, root)),
-                Err(PrepareError::Vanished(keys)) if attempts < ATTEMPTS => {
-                    attempts += 1;
-                    tracing::warn!(
-                        files = keys.len(),
-                        "files vanished from the cache; fetching them again"
-                    );
-                    // Whoever removed them may have changed others.
-                    self.roots.invalidate_all();
-                    self.cache.restore(&task.instance, keys).await?;
-                }
-                Err(PrepareError::Vanished(keys)) => {
-                    return Err(Fault::Unavailable(format!(
-                        "could not keep {} files in the cache in {}: something removes them",
-                        keys.len(),
-                        self.cache.path().display()
-                    )));
-                }
-                Err(PrepareError::Fault(fault)) => return Err(fault),
-            }
-        }
-    }
-
-    async fn plan(&self, tree: &Tree) -> Result<PlannedRoot, Fault> {
-        if let Some(planned) = self.roots.try_plan(tree, self.inputs) {
-            return Ok(planned);
-        }
-        let (roots, tree, inputs) = (self.roots.clone(), tree.clone(), self.inputs);
-        let planned = crate::daemon::spawn_blocking(move || roots.plan(&tree, inputs));
-        let planned = planned
-            .await
-            .map_err(|error| Fault::Internal(format!("could not plan the input root: {error}")))?;
-        planned.map_err(|error| {
-            let what = format!(
-                "make an action directory in {}",
-                self.roots.path().display()
-            );
-            Fault::of_disk(what, error)
-        })
     }
 
     fn run_request(&self, command: &Command, root: &InputRoot) -> RunRequest {
@@ -433,22 +294,23 @@ impl Executor {
         // Whoever stops waiting for this also ends the reading.
         let cancel = cancel.child_token();
         let _stop = cancel.clone().drop_guard();
-        let (cache, function) = (self.cache.clone(), task.function);
-        let shared = self.inputs != Inputs::Private;
+        let (cache, function) = (self.inputs.cache.clone(), task.function);
+        let shared = self.inputs.inputs != Inputs::Private;
         let store_directories =
             command.store_directories || self.force_upload_trees_and_directories;
         let collecting =
-            crate::daemon::spawn_blocking(move || {
+            daemon::spawn_blocking(move || {
+                let reliable = root.check();
                 // Nobody receives any more after a failed upload; the rest is collected all the same.
                 let send = |batch| drop(sender.blocking_send(batch));
                 let mut found =
                     Collector::new(function, &cache, store_directories, limits, &cancel, send)
-                        .collect(root.action_directory(), root.root(), &command);
+                        .collect(root.directory(), root.root(), &command);
                 root.taken_over(std::mem::take(&mut found.taken_over));
                 if found.by_a_privileged_user && shared {
                     root.suspect_privileged_user();
                 }
-                found
+                (reliable, found)
             });
         let mut uploaded = Ok(());
         while let Some(batch) = batches.recv().await {
@@ -459,10 +321,11 @@ impl Executor {
             }
         }
         drop(batches);
-        let found = collecting
+        let (reliable, found) = collecting
             .await
             .map_err(|error| Fault::Internal(format!("could not collect outputs: {error}")))?;
-        fill_response(found, uploaded, response)
+        let uploaded = fill_response(found, uploaded, response);
+        reliable.and(uploaded)
     }
 
     /// Keeps a good result for everybody, or a bad one for whoever follows the link.
@@ -534,31 +397,8 @@ impl Executor {
     }
 
     async fn check_runner(&self) -> Result<(), String> {
-        let roots = self.roots.clone();
-        let room = self.roots.clone();
-        crate::daemon::spawn_blocking(move || room.await_free_space())
-            .await
-            .map_err(|error| error.to_string())?
-            .map_err(|fault| fault.to_string())?;
-        let made = crate::daemon::spawn_blocking(move || {
-            let root = roots.take()?;
-            let mode = rustix::fs::Mode::from_raw_mode(0o777);
-            rustix::fs::mkdirat(root.action_directory(), "check_readiness", mode)?;
-            Ok::<_, std::io::Error>(root)
-        });
-        let mut root = made
-            .await
-            .map_err(|error| error.to_string())?
-            .map_err(|error| {
-                format!(
-                    "could not make a directory in {}: {error}",
-                    self.roots.path().display()
-                )
-            })?;
-        if let Some(group) = self.group {
-            root.open_to(group).map_err(|fault| fault.to_string())?;
-        }
-        let path = format!("{}/check_readiness", root.name());
+        let made = self.inputs.prepare_readiness_check().await;
+        let (_root, path) = made.map_err(|fault| fault.to_string())?;
         let mut runner = self.runner.clone();
         let check = runner.check_readiness(CheckReadinessRequest { path });
         match tokio::time::timeout(READINESS_TIMEOUT, check).await {
@@ -596,23 +436,6 @@ fn fill_response(
     match found.fault {
         Some(fault) => Err(fault),
         None => uploaded,
-    }
-}
-
-/// Says where the first missing file would have been.
-fn with_path(fault: Fault, tree: &Tree) -> Fault {
-    match fault {
-        Fault::Missing { text, digests } => {
-            let path = digests.first().and_then(|digest| tree.path_of(digest));
-            Fault::Missing {
-                text: match path {
-                    Some(path) => format!("{text}, which is {path:?}"),
-                    None => text,
-                },
-                digests,
-            }
-        }
-        other => other,
     }
 }
 

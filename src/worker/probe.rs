@@ -1,11 +1,8 @@
 //! What would keep a worker from working, for `--check`.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{path::Path, time::Duration};
 
-use super::{connect_storage, group_of, one_file_system};
+use super::setup::{check_own, connect_storage, group_of, one_file_system};
 use crate::{
     config::{
         self, Diagnostics, DirectoryKind, directory_kind,
@@ -254,44 +251,6 @@ fn check_passable(build: &Path) -> Result<(), Failure> {
             ),
         }),
     }
-}
-
-/// What a start would remove is a worker's.
-pub fn check_own(build: &Path) -> Result<(), Failure> {
-    match foreign_entry(build) {
-        None => Ok(()),
-        Some(entry) => Err(Failure::Configuration {
-            key: "build_directory",
-            message: format!(
-                "it is emptied at start-up, and no worker made {}; move that, or choose a directory of its own",
-                entry.display()
-            ),
-        }),
-    }
-}
-
-/// Something in the build directory that no worker left there.
-fn foreign_entry(build: &Path) -> Option<PathBuf> {
-    let entries = std::fs::read_dir(build).ok()?;
-    let names: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
-    let is = |path: &PathBuf, name: &str| path.file_name().is_some_and(|known| known == name);
-    // Every worker makes it first; older ones called it trash.
-    if names
-        .iter()
-        .any(|path| is(path, "deleted") || is(path, "trash"))
-    {
-        return None;
-    }
-    let is_ours = |path: &PathBuf| {
-        let number = |name: &str| name.chars().all(|c| c.is_ascii_digit());
-        is(path, "lost+found")
-            || path.is_dir()
-                && path
-                    .file_name()
-                    .and_then(|name| name.to_str())
-                    .is_some_and(number)
-    };
-    names.into_iter().find(|path| !is_ours(path))
 }
 
 async fn answer<T>(

@@ -24,9 +24,9 @@ use bb_remote_execution::{
     proto::reapi,
     storage::{Content, embedded::Store, grpc, serve},
     worker::inputs::{
-        InputRoot, InputRootBuilder,
+        InputRoot, PlannedRoot, RootStore,
         directories::DirectoryCache,
-        file_cache::{FileCache, FileKey, LinkMode},
+        file_cache::{FileCache, FileKey},
         tree::Tree,
     },
 };
@@ -100,9 +100,8 @@ pub fn run(arguments: &[String]) {
 struct Bench {
     runtime: tokio::runtime::Runtime,
     client: grpc::Client,
-    cache: Arc<FileCache>,
     directories: DirectoryCache,
-    roots: InputRootBuilder,
+    roots: Arc<RootStore>,
     inputs: Inputs,
 }
 
@@ -118,14 +117,12 @@ impl Bench {
     fn new(
         runtime: tokio::runtime::Runtime,
         client: &grpc::Client,
-        roots: InputRootBuilder,
-        cache: &Arc<FileCache>,
+        roots: Arc<RootStore>,
         inputs: Inputs,
     ) -> Self {
         Bench {
             runtime,
             client: client.clone(),
-            cache: cache.clone(),
             directories: DirectoryCache::new(client.clone(), 16 << 20, 1 << 30),
             roots,
             inputs,
@@ -142,13 +139,10 @@ impl Bench {
 
     fn lay_out(&self, tree: &Tree) -> (Clock2, InputRoot) {
         let start = Clock::start();
-        let planned = self.roots.plan(tree, self.inputs).unwrap();
-        let (wanted, link_mode) = (planned.links().to_vec(), planned.link_mode());
-        let instance = InstanceName::empty();
-        let obtained = self.cache.obtain(&instance, wanted, link_mode);
-        let pins = self.runtime.block_on(obtained).unwrap();
-        let root = self.roots.prepare(planned, &BTreeSet::new()).unwrap();
-        drop(pins);
+        let planned = PlannedRoot::new(&self.roots, tree, self.inputs).unwrap();
+        let pinned = planned.pin().unwrap();
+        assert!(pinned.is_complete());
+        let root = planned.lay_out(pinned, &BTreeSet::new()).unwrap();
         (start.elapsed(), root)
     }
 
@@ -267,11 +261,11 @@ fn measure(kind: &str, place: &Path, size: usize, inputs: Inputs) {
         let mut grown = 0;
         let mut known = None;
         for _ in 0..ROUNDS.min(5) {
-            let roots = InputRootBuilder::open(&build, cache.clone(), 1).unwrap();
+            let roots = RootStore::open(&build, cache.clone(), 1).unwrap();
             // The last round's root, whose removal would be measured too.
             wait_for_deletion(&build);
             roots.set_threads(threads);
-            let bench = Bench::new(runtime(), &client, roots, &cache, inputs);
+            let bench = Bench::new(runtime(), &client, roots, inputs);
             let (walk, tree) = bench.walk(first);
             let net = bench.read(None, &tree);
             let before = memory();
@@ -310,9 +304,9 @@ fn measure(kind: &str, place: &Path, size: usize, inputs: Inputs) {
             );
         }
     }
-    let roots = InputRootBuilder::open(&build, cache.clone(), 1).unwrap();
+    let roots = RootStore::open(&build, cache.clone(), 1).unwrap();
     wait_for_deletion(&build);
-    let bench = Bench::new(runtime(), &client, roots, &cache, inputs);
+    let bench = Bench::new(runtime(), &client, roots, inputs);
     let (_, known) = bench.round(None, first);
     let same = vec![first; ROUNDS];
     // From and to the same: as many are changed each time.
@@ -405,13 +399,10 @@ fn restart(kind: &str, place: &Path) {
         opened.as_secs_f64(),
         memory().saturating_sub(before) / files.max(1),
     );
-    let runtime = tokio::runtime::Runtime::new().unwrap();
     for (what, keys) in [("10000 of 8 KiB", &small[..]), ("one of 512 MiB", &large)] {
         for use_ in ["first", "second"] {
             let start = Clock::start();
-            let instance = InstanceName::empty();
-            let obtained = cache.obtain(&instance, keys.to_vec(), LinkMode::HardLink);
-            drop(runtime.block_on(obtained).unwrap());
+            drop(cache.pin(keys));
             let (wall, cpu) = start.elapsed();
             println!(
                 "{kind}: {what}, {use_} use after a start: {:.1} ms, cpu {:.1} ms",

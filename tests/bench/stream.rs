@@ -20,7 +20,7 @@ use bb_remote_execution::{
     instance::InstanceName,
     storage::grpc,
     worker::inputs::{
-        InputRoot, InputRootBuilder, directories::DirectoryCache, file_cache::FileCache,
+        InputRoot, PlannedRoot, RootStore, directories::DirectoryCache, file_cache::FileCache,
     },
 };
 
@@ -81,9 +81,9 @@ fn measure(
     // The first round fetches what the cache lacks, and is not counted.
     for round in 0..=ROUNDS {
         for (keep, totals) in [true, false].into_iter().zip(&mut totals) {
-            let roots = InputRootBuilder::open(&place.join("build"), cache.clone(), SLOTS).unwrap();
+            let roots = RootStore::open(&place.join("build"), cache.clone(), SLOTS).unwrap();
             if !keep {
-                roots.take().unwrap().suspect_privileged_user();
+                InputRoot::empty(&roots).unwrap().suspect_privileged_user();
             }
             while std::fs::read_dir(place.join("build/deleted")).is_ok_and(|left| left.count() > 0)
             {
@@ -121,7 +121,7 @@ fn measure(
 
 fn lay_out(
     stream: &[Digest],
-    roots: &InputRootBuilder,
+    roots: &Arc<RootStore>,
     cache: &Arc<FileCache>,
     client: &grpc::Client,
     runtime: &tokio::runtime::Runtime,
@@ -141,11 +141,11 @@ fn lay_out(
         let tree = tree.expect("the storage has all Directories");
         total.walk += start.elapsed();
         let start = Instant::now();
-        let planned = roots.plan(&tree, Inputs::Shared).unwrap();
-        let obtained = cache.obtain(&instance, planned.links().to_vec(), planned.link_mode());
-        let pins = runtime.block_on(obtained).unwrap();
-        active.push_back(roots.prepare(planned, &BTreeSet::new()).unwrap());
-        drop(pins);
+        let planned = PlannedRoot::new(roots, &tree, Inputs::Shared).unwrap();
+        let mut pinned = planned.pin().unwrap();
+        let fetched = cache.fetch(&instance, &mut pinned);
+        runtime.block_on(fetched).unwrap();
+        active.push_back(planned.lay_out(pinned, &BTreeSet::new()).unwrap());
         total.ready += start.elapsed();
         let start = Instant::now();
         while active.len() >= SLOTS {
@@ -157,7 +157,7 @@ fn lay_out(
 }
 
 /// How much of what was wanted was there.
-fn reuse(roots: &InputRootBuilder) -> String {
+fn reuse(roots: &Arc<RootStore>) -> String {
     let counts = roots.counts();
     let of = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
     let (made, unparked) = (of(&counts.made), of(&counts.unstashed));

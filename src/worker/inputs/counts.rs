@@ -1,8 +1,11 @@
 //! What laying out cost, for the log.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
-use super::{builder::Shared, plan::Plan, pool::StashedTree, tree::Node};
+use super::{plan::Plan, tree::Node};
 
 /// What was done since the start.
 #[derive(Debug, Default)]
@@ -34,15 +37,20 @@ impl std::fmt::Display for LayOutCounts {
     }
 }
 
-impl Shared {
-    pub(super) fn count(&self, tree: &Node, plan: &Plan<StashedTree>) {
+impl LayOutCounts {
+    pub fn add<P>(&self, tree: &Node, plan: &Plan<P>) {
         let add = |count: &AtomicU64, more: u64| {
             count.fetch_add(more, Ordering::Relaxed);
         };
-        add(&self.counts.roots, 1);
-        add(&self.counts.entries, tree.entries);
-        add(&self.counts.links, plan.links.len() as u64);
-        add(&self.counts.made, plan.made.len() as u64);
-        add(&self.counts.unstashed, plan.taken.len() as u64);
+        add(&self.roots, 1);
+        add(&self.entries, tree.entries);
+        add(&self.links, plan.links.len() as u64);
+        add(&self.made, plan.made.len() as u64);
+        add(&self.unstashed, plan.taken.len() as u64);
+    }
+
+    pub fn add_time(&self, spent: Duration) {
+        let nanoseconds = spent.as_nanos() as u64;
+        self.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
     }
 }

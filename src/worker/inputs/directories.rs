@@ -16,6 +16,7 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    batches::batches,
     directory::{Directory, MAXIMUM_ENTRIES},
     file_cache::FileKey,
     tree::{self, Node, Tree},
@@ -26,10 +27,6 @@ use crate::{
     storage::{self, grpc::Client},
     worker::{fault::Fault, lru::Lru},
 };
-
-/// What one batch of reads brings into memory; REAPI servers accept 4 MiB.
-pub const BATCH_SIZE: u64 = 3 << 20;
-pub const BATCH_BLOBS: usize = 1_000;
 
 /// What a walk through the storage brought.
 pub struct DirectoryWalk {
@@ -287,24 +284,4 @@ impl DirectoryCache {
         drop(evicted);
         Ok(directory)
     }
-}
-
-/// Groups that can each be read into memory by one call.
-pub fn batches<T>(items: Vec<T>, size: impl Fn(&T) -> u64) -> Vec<Vec<T>> {
-    let mut batches = Vec::new();
-    let mut batch = Vec::new();
-    let mut bytes = 0_u64;
-    for item in items {
-        let more = size(&item);
-        if !batch.is_empty() && (bytes + more > BATCH_SIZE || batch.len() == BATCH_BLOBS) {
-            batches.push(std::mem::take(&mut batch));
-            bytes = 0;
-        }
-        bytes = bytes.saturating_add(more);
-        batch.push(item);
-    }
-    if !batch.is_empty() {
-        batches.push(batch);
-    }
-    batches
 }

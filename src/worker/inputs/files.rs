@@ -13,7 +13,7 @@ use crate::worker::lru::Handle;
 
 /// Makes one file of a root; with another inode, which `other` tells instead of a full one, when that
 /// has all links that it can have.
-pub(super) fn link(
+pub fn link(
     cache: &FileCache,
     key: &FileKey,
     link: &mut InputFile,
@@ -35,11 +35,7 @@ pub(super) fn link(
 impl LayOut<'_> {
     /// Between removals and additions: what leaves the root frees its inodes, and subtrees that come
     /// into it take theirs. Where the root has such an inode already, the subtree's file gets another.
-    pub(super) fn settle_inodes(
-        &self,
-        moved: &[u32],
-        buffer: &mut String,
-    ) -> Result<(), LayOutError> {
+    pub fn settle_inodes(&self, moved: &[u32], buffer: &mut String) -> Result<(), LayOutError> {
         if self.link_mode != LinkMode::HardLink {
             return Ok(());
         }
@@ -65,7 +61,7 @@ impl LayOut<'_> {
     ) -> Result<(), LayOutError> {
         let mut inodes = self.inodes.lock();
         let mut taken = Vec::new();
-        for (i, link) in kept.links.of.iter().enumerate() {
+        for (i, link) in kept.files.list.iter().enumerate() {
             if let InputFileKind::HardLink(file, number) = link.kind()
                 && !inodes.take_this(file, number)
             {
@@ -81,7 +77,7 @@ impl LayOut<'_> {
         let place = kept.place.clone();
         for (i, number) in &others {
             let file = &kept.node.directory.files[*i];
-            let (name, link) = (file.name.as_str(), &mut kept.links.of[*i]);
+            let (name, link) = (file.name.as_str(), &mut kept.files.list[*i]);
             self.choose(&file.key, link, *number)?;
             rustix::fs::unlinkat(&*place, name, AtFlags::empty()).map_err(at(name))?;
             self.link(place.as_fd(), &file.key, name, link, buffer)?;
@@ -95,41 +91,43 @@ impl LayOut<'_> {
         Ok(())
     }
 
-    /// Pins files of one directory, each as an inode that the root does not have yet.
-    pub(super) fn pin(
+    /// Takes the pinned files of one directory, each as an inode that the root does not have yet. The
+    /// first that is not empty is at `first`.
+    pub fn take_files(
         &self,
+        first: usize,
         keys: impl Iterator<Item = FileKey> + Clone,
     ) -> Result<InputFiles, LayOutError> {
-        let pinned = self.shared.cache.pin(keys.clone(), self.link_mode);
-        let mut links = pinned.map_err(LayOutError::Vanished)?;
+        let taken = self.pinned.lock().take(first, keys.clone(), self.link_mode);
+        let mut files = taken.map_err(LayOutError::Vanished)?;
         if self.link_mode != LinkMode::HardLink {
-            return Ok(links);
+            return Ok(files);
         }
         let mut inodes = self.inodes.lock();
-        let mut further = Vec::new();
-        for (i, link) in links.of.iter().enumerate() {
-            if let InputFileKind::HardLink(file, _) = link.kind() {
-                let number = inodes.take(file, 0);
-                further.extend((number > 0).then_some((i, number)));
+        let mut others = Vec::new();
+        for (i, file) in files.list.iter().enumerate() {
+            if let InputFileKind::HardLink(handle, _) = file.kind() {
+                let number = inodes.take(handle, 0);
+                others.extend((number > 0).then_some((i, number)));
             }
         }
         drop(inodes);
-        if !further.is_empty() {
+        if !others.is_empty() {
             let keys: Vec<FileKey> = keys.collect();
-            for (i, number) in further {
-                self.choose(&keys[i], &mut links.of[i], number)?;
+            for (i, number) in others {
+                self.choose(&keys[i], &mut files.list[i], number)?;
             }
         }
-        Ok(links)
+        Ok(files)
     }
 
     fn choose(&self, key: &FileKey, link: &mut InputFile, number: u32) -> Result<(), LayOutError> {
-        let chosen = self.shared.cache.choose(key, link, number);
-        self.tell(key, &key.digest.to_string(), chosen)
+        let chosen = self.context.cache.choose(key, link, number);
+        self.record(key, &key.digest.to_string(), chosen)
     }
 
     /// All others are tried, so that one attempt finds all that are gone.
-    fn tell(
+    fn record(
         &self,
         key: &FileKey,
         name: &str,
@@ -146,7 +144,7 @@ impl LayOut<'_> {
         }
     }
 
-    pub(super) fn link(
+    pub fn link(
         &self,
         directory: BorrowedFd<'_>,
         key: &FileKey,
@@ -154,13 +152,13 @@ impl LayOut<'_> {
         link: &mut InputFile,
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
-        let cache = &self.shared.cache;
+        let cache = &self.context.cache;
         let made = match self.link_mode {
             LinkMode::Copy => cache.copy(key, link, directory, name),
             _ => self::link(cache, key, link, directory, name, buffer, |file, full| {
                 self.inodes.lock().instead(file, full)
             }),
         };
-        self.tell(key, name, made)
+        self.record(key, name, made)
     }
 }

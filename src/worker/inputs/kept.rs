@@ -94,7 +94,7 @@ pub struct KeptDirectory {
     /// `None` when it must be read, whatever its ctime is.
     pub baseline: Option<Baseline>,
     /// For each file of `node.directory`, likewise for each symbolic link its inode.
-    pub links: InputFiles,
+    pub files: InputFiles,
     pub symlinks: Box<[u64]>,
     /// For each of `node.children`.
     pub children: Vec<KeptDirectory>,
@@ -153,7 +153,7 @@ pub fn look(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
 impl Inodes {
     /// What is in a directory and beneath it is no part of the root any more.
     pub fn free_all(&mut self, kept: &KeptDirectory) {
-        for link in &kept.links.of {
+        for link in &kept.files.list {
             if let InputFileKind::HardLink(file, number) = link.kind() {
                 self.free(file, number);
             }

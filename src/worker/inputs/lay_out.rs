@@ -8,21 +8,20 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd},
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
 };
 
 use parking_lot::{Condvar, Mutex};
 use rustix::fs::{AtFlags, Mode};
 
 use super::{
-    builder::Shared,
-    file_cache::{FileKey, InputFileKind, LinkMode},
+    file_cache::{FileCache, FileKey, InputFileKind, LinkMode, PinnedFiles},
     inodes::Inodes,
     kept::{self, DirectoryFd, KeptDirectory, KeptRoot},
-    plan::{Child, Made, Origin, Plan, Rewrite, Source},
-    pool::StashedTree,
+    plan::{self, Child, Made, Origin, Plan, Rewrite, Source},
+    pool::{Pool, StashedTree},
+    tree::Tree,
 };
-use crate::worker::fault::Fault;
 
 /// From so many links on a second thread helps.
 const WORTH_A_THREAD: usize = 500;
@@ -35,7 +34,7 @@ pub enum LayOutError {
     Disk(String, io::Error),
 }
 
-pub(super) fn at(name: &str) -> impl FnOnce(rustix::io::Errno) -> LayOutError {
+pub fn at(name: &str) -> impl FnOnce(rustix::io::Errno) -> LayOutError {
     move |error| LayOutError::Disk(name.to_owned(), error.into())
 }
 
@@ -47,7 +46,7 @@ struct PartialDirectory {
 
 enum LaidOutChild {
     Kept(KeptDirectory),
-    PartialDirectory(Box<PartialDirectory>),
+    Partial(Box<PartialDirectory>),
     /// Which of those that are made.
     Made(u32),
 }
@@ -61,74 +60,74 @@ struct PrunedDirectory {
 
 enum PrunedChild {
     Kept(KeptDirectory),
-    PrunedDirectory(Box<PrunedDirectory>),
+    Pruned(Box<PrunedDirectory>),
     New(Origin),
 }
 
-pub(super) struct LayOut<'a> {
-    pub(super) shared: &'a Shared,
+/// What all roots are laid out with.
+#[derive(Clone, Copy)]
+pub struct LayOutContext<'a> {
+    pub pool: &'a Pool,
+    pub cache: &'a Arc<FileCache>,
+    pub threads: usize,
+}
+
+pub struct LayOut<'a> {
+    pub context: LayOutContext<'a>,
     /// Whether the root is kept, and so what is made is remembered.
-    hold: bool,
-    pub(super) link_mode: LinkMode,
-    pub(super) inodes: Mutex<Inodes>,
-    made: &'a [Made],
-    pub(super) taken: Mutex<Vec<Option<StashedTree>>>,
-    pub(super) dropped: Mutex<Vec<Option<StashedTree>>>,
-    pub(super) queue: Mutex<JobQueue>,
+    keep: bool,
+    pub link_mode: LinkMode,
+    pub inodes: Mutex<Inodes>,
+    /// Taken from before the index of the cache is locked.
+    pub pinned: Mutex<PinnedFiles>,
+    made: Vec<Made>,
+    pub taken: Mutex<Vec<Option<StashedTree>>>,
+    pub dropped: Mutex<Vec<Option<StashedTree>>>,
+    pub queue: Mutex<JobQueue>,
     changed: Condvar,
     /// For each of `made`.
     results: Mutex<Vec<Option<PartialDirectory>>>,
 }
 
 #[derive(Default)]
-pub(super) struct JobQueue {
+pub struct JobQueue {
     /// The last first: so only the ancestors of what is worked on must be open.
     jobs: Vec<(Arc<DirectoryFd>, u32, String)>,
     /// Threads that may yet add jobs.
     working: usize,
-    pub(super) vanished: Vec<FileKey>,
+    pub vanished: Vec<FileKey>,
     failed: Option<LayOutError>,
 }
 
-impl Shared {
-    /// Turns a root into another one. What was dropped goes to the pool. When not to `hold`, no
+impl<'a> LayOutContext<'a> {
+    /// Turns a root into another one. What was dropped goes to the pool. When not to `keep`, no
     /// model comes back, and no more directories are open than must be.
-    pub(super) fn perform(
+    pub fn perform(
         &self,
         root: KeptRoot,
-        plan: Plan<StashedTree>,
-        hold: bool,
+        mut plan: Plan<StashedTree>,
+        pinned: PinnedFiles,
+        keep: bool,
         link_mode: LinkMode,
     ) -> Result<Option<KeptRoot>, LayOutError> {
-        let Some(rewrite) = plan.rewrite else {
+        let Some(rewrite) = plan.rewrite.take() else {
             return Ok(Some(root));
         };
+        let (moved, links) = (std::mem::take(&mut plan.moved), plan.links.len());
         let KeptRoot { top, inodes, .. } = root;
-        let mut dropped = Vec::new();
-        dropped.resize_with(plan.dropped as usize, || None);
-        let lay_out = LayOut {
-            shared: self,
-            hold,
-            link_mode,
-            inodes: Mutex::new(inodes),
-            made: &plan.made,
-            taken: Mutex::new(plan.taken.into_iter().map(Some).collect()),
-            dropped: Mutex::new(dropped),
-            queue: Mutex::default(),
-            changed: Condvar::new(),
-            results: Mutex::new((0..plan.made.len()).map(|_| None).collect()),
-        };
-        let result = lay_out.run(top, rewrite, &plan.moved, plan.links.len());
+        let lay_out = LayOut::new(*self, plan, pinned, inodes, keep, link_mode);
+        let result = lay_out.run(top, rewrite, &moved, links);
         let LayOut {
             inodes,
             taken,
             dropped,
             ..
         } = lay_out;
-        self.keep_stashed(dropped.into_inner().into_iter().flatten());
+        let dropped = dropped.into_inner().into_iter().flatten();
+        self.pool.keep_stashed(dropped);
         // After an error: it may have been changed.
         for stashed in taken.into_inner().into_iter().flatten() {
-            self.delete_stashed(stashed);
+            self.pool.delete_stashed(stashed);
         }
         let kept = result?.map(|top| KeptRoot {
             top,
@@ -139,36 +138,27 @@ impl Shared {
     }
 
     /// Makes a directory that an action removed, with all that is in it.
-    pub(super) fn make_again(
+    pub fn make_again(
         &self,
         parent: BorrowedFd<'_>,
         name: &str,
-        node: &super::tree::Tree,
+        node: &Tree,
         inodes: &mut Inodes,
         link_mode: LinkMode,
     ) -> Result<KeptDirectory, LayOutError> {
-        let made = super::plan::fresh(node);
-        let lay_out = LayOut {
-            shared: self,
-            hold: true,
-            link_mode,
-            // On an error the whole root is given up.
-            inodes: Mutex::new(std::mem::take(inodes)),
-            made: &made,
-            taken: Mutex::default(),
-            dropped: Mutex::default(),
-            queue: Mutex::default(),
-            changed: Condvar::new(),
-            results: Mutex::new((0..made.len()).map(|_| None).collect()),
-        };
+        let plan = plan::fresh(node);
+        let pinned = self.cache.pin(&plan.links);
+        // On an error the whole root is given up.
+        let inodes_before = std::mem::take(inodes);
+        let lay_out = LayOut::new(*self, plan, pinned, inodes_before, true, link_mode);
         make(parent, name)?;
-        let place = DirectoryFd::open(parent, name, &self.open).map_err(at(name))?;
+        let place = self.pool.open_directory(parent, name).map_err(at(name))?;
         let mut buffer = String::new();
         lay_out.fill(0, Arc::new(place), &mut buffer)?;
         lay_out.work(&mut buffer);
         lay_out.outcome()?;
-        *inodes = std::mem::take(&mut lay_out.inodes.lock());
-        Ok(assemble_made(0, &mut lay_out.results.lock()))
+        *inodes = lay_out.inodes.into_inner();
+        Ok(assemble_made(0, &mut lay_out.results.into_inner()))
     }
 }
 
@@ -176,7 +166,30 @@ fn make(parent: BorrowedFd<'_>, name: &str) -> Result<(), LayOutError> {
     rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o777)).map_err(at(name))
 }
 
-impl LayOut<'_> {
+impl<'a> LayOut<'a> {
+    fn new(
+        context: LayOutContext<'a>,
+        plan: Plan<StashedTree>,
+        pinned: PinnedFiles,
+        inodes: Inodes,
+        keep: bool,
+        link_mode: LinkMode,
+    ) -> Self {
+        LayOut {
+            context,
+            keep,
+            link_mode,
+            inodes: Mutex::new(inodes),
+            pinned: Mutex::new(pinned),
+            taken: Mutex::new(plan.taken.into_iter().map(Some).collect()),
+            dropped: Mutex::new((0..plan.dropped).map(|_| None).collect()),
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            results: Mutex::new(plan.made.iter().map(|_| None).collect()),
+            made: plan.made,
+        }
+    }
+
     fn run(
         &self,
         root: KeptDirectory,
@@ -188,11 +201,7 @@ impl LayOut<'_> {
         let mut buffer = String::new();
         self.settle_inodes(moved, &mut buffer)?;
         let helpers = match links >= WORTH_A_THREAD {
-            true => self
-                .shared
-                .threads
-                .load(Ordering::Relaxed)
-                .saturating_sub(1),
+            true => self.context.threads.saturating_sub(1),
             false => 0,
         };
         self.queue.lock().working = 1;
@@ -212,7 +221,7 @@ impl LayOut<'_> {
             part
         })?;
         self.outcome()?;
-        Ok(self.hold.then(|| assemble(part, &mut self.results.lock())))
+        Ok(self.keep.then(|| assemble(part, &mut self.results.lock())))
     }
 
     fn outcome(&self) -> Result<(), LayOutError> {
@@ -235,7 +244,7 @@ impl LayOut<'_> {
         let directory = kept.node.directory.clone();
         let place = kept.place.clone();
         for &i in &rewrite.dropped_files {
-            if let InputFileKind::HardLink(file, number) = kept.links.of[i as usize].kind() {
+            if let InputFileKind::HardLink(file, number) = kept.files.list[i as usize].kind() {
                 self.inodes.lock().free(file, number);
             }
             let name = directory.files[i as usize].name.as_str();
@@ -260,7 +269,8 @@ impl LayOut<'_> {
                 continue;
             }
             let stashed = self
-                .shared
+                .context
+                .pool
                 .stash(place.as_fd(), name, child, self.link_mode)
                 .map_err(at(name))?;
             self.dropped.lock()[dropped.number as usize] = Some(stashed);
@@ -279,7 +289,7 @@ impl LayOut<'_> {
             halves.push(match child {
                 Child::Kept(i) => PrunedChild::Kept(take(i)?),
                 Child::Rewritten(i, rewrite) => {
-                    PrunedChild::PrunedDirectory(Box::new(self.remove(take(i)?, *rewrite)?))
+                    PrunedChild::Pruned(Box::new(self.remove(take(i)?, *rewrite)?))
                 }
                 Child::New(origin) => PrunedChild::New(origin),
             });
@@ -309,26 +319,19 @@ impl LayOut<'_> {
         let wanted = wanted
             .filter(|(_, source)| new(source))
             .map(|(file, _)| file);
-        let mut fresh = self.pin(wanted.clone().map(|file| file.key))?;
-        for (file, link) in wanted.zip(&mut fresh.of) {
+        let keys = wanted.clone().map(|file| file.key);
+        let mut fresh = self.take_files(rewrite.first_link, keys)?;
+        for (file, link) in wanted.zip(&mut fresh.list) {
             self.link(place.as_fd(), &file.key, file.name.as_str(), link, buffer)?;
         }
-        let mut added = std::mem::take(&mut fresh.of).into_iter();
-        let old = std::mem::take(&mut kept.links.of);
-        let dropped = rewrite
-            .dropped_files
-            .iter()
-            .map(|i| old[*i as usize])
-            .collect();
-        drop(kept.links.part(dropped));
-        kept.links.of = rewrite
-            .files
-            .iter()
-            .filter_map(|source| match source {
-                Source::Kept(i) => old.get(*i as usize).copied(),
-                Source::New => added.next(),
-            })
-            .collect();
+        let mut added = std::mem::take(&mut fresh.list).into_iter();
+        let old = std::mem::take(&mut kept.files.list);
+        let files = rewrite.files.iter().filter_map(|source| match source {
+            Source::Kept(i) => old.get(*i as usize).copied(),
+            Source::New => added.next(),
+        });
+        let gone = rewrite.dropped_files.iter().map(|i| old[*i as usize]);
+        kept.files.replace(gone, files.collect());
         let mut symlinks = Vec::with_capacity(directory.symlinks.len());
         for ((name, target), source) in directory.symlinks.iter().zip(&rewrite.symlinks) {
             symlinks.push(match source {
@@ -345,7 +348,7 @@ impl LayOut<'_> {
             match child {
                 PrunedChild::Kept(kept) => stays.push(LaidOutChild::Kept(kept)),
                 PrunedChild::New(origin) => stays.push(self.bring(&place, name, origin)?),
-                PrunedChild::PrunedDirectory(half) => {
+                PrunedChild::Pruned(half) => {
                     below.push((stays.len(), half));
                     // A place for it.
                     stays.push(LaidOutChild::Made(u32::MAX));
@@ -356,7 +359,7 @@ impl LayOut<'_> {
         kept.baseline = Some(baseline);
         self.enqueue(&place, &directory.directories, &stays);
         for (i, half) in below {
-            stays[i] = LaidOutChild::PartialDirectory(Box::new(self.add(*half, buffer)?));
+            stays[i] = LaidOutChild::Partial(Box::new(self.add(*half, buffer)?));
         }
         Ok(PartialDirectory {
             kept,
@@ -382,7 +385,8 @@ impl LayOut<'_> {
         let lost = || LayOutError::Disk(name.to_owned(), io::ErrorKind::NotFound.into());
         let stashed = stashed.ok_or_else(lost)?;
         let kept = self
-            .shared
+            .context
+            .pool
             .unstash(stashed, place.as_fd(), name)
             .map_err(at(name))?;
         Ok(LaidOutChild::Kept(kept))
@@ -428,7 +432,10 @@ impl LayOut<'_> {
                     self.changed.wait(&mut queue);
                 }
             };
-            let filled = DirectoryFd::open(&*parent, &name, &self.shared.open)
+            let filled = self
+                .context
+                .pool
+                .open_directory(&*parent, &name)
                 .map_err(at(&name))
                 .and_then(|place| self.fill(made, Arc::new(place), buffer));
             let mut queue = self.queue.lock();
@@ -452,21 +459,25 @@ impl LayOut<'_> {
         place: Arc<DirectoryFd>,
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
-        let Made { node, children } = &self.made[made as usize];
+        let Made {
+            node,
+            first_link,
+            children,
+        } = &self.made[made as usize];
         let directory = &node.directory;
         let mut stays = Vec::with_capacity(children.len());
         for (origin, (name, _)) in children.iter().zip(&directory.directories) {
             stays.push(self.bring(&place, name.as_str(), *origin)?);
         }
-        let links = self.pin(directory.files.iter().map(|file| file.key));
-        let mut links = match links {
-            Ok(links) => links,
+        let keys = directory.files.iter().map(|file| file.key);
+        let mut files = match self.take_files(*first_link, keys) {
+            Ok(files) => files,
             Err(error) => {
                 self.enqueue(&place, &directory.directories, &stays);
                 return Err(error);
             }
         };
-        for (file, link) in directory.files.iter().zip(&mut links.of) {
+        for (file, link) in directory.files.iter().zip(&mut files.list) {
             self.link(place.as_fd(), &file.key, file.name.as_str(), link, buffer)?;
         }
         let mut symlinks = Vec::with_capacity(directory.symlinks.len());
@@ -475,13 +486,13 @@ impl LayOut<'_> {
         }
         let (inode, baseline) = kept::settle(place.as_fd()).map_err(at("."))?;
         self.enqueue(&place, &directory.directories, &stays);
-        if self.hold {
+        if self.keep {
             let kept = KeptDirectory {
                 node: node.clone(),
                 place,
                 inode,
                 baseline: Some(baseline),
-                links,
+                files,
                 symlinks: symlinks.into(),
                 children: Vec::new(),
             };
@@ -511,7 +522,7 @@ fn assemble(part: PartialDirectory, results: &mut [Option<PartialDirectory>]) ->
         .into_iter()
         .map(|stay| match stay {
             LaidOutChild::Kept(kept) => kept,
-            LaidOutChild::PartialDirectory(part) => assemble(*part, results),
+            LaidOutChild::Partial(part) => assemble(*part, results),
             LaidOutChild::Made(i) => assemble_made(i, results),
         })
         .collect();
@@ -521,15 +532,4 @@ fn assemble(part: PartialDirectory, results: &mut [Option<PartialDirectory>]) ->
 fn assemble_made(made: u32, results: &mut [Option<PartialDirectory>]) -> KeptDirectory {
     let part = results[made as usize].take().expect("every job ended well");
     assemble(part, results)
-}
-
-impl LayOutError {
-    pub(super) fn fault(self, shared: &Shared) -> Result<Fault, Vec<FileKey>> {
-        match self {
-            LayOutError::Vanished(keys) => Err(keys),
-            LayOutError::Disk(name, error) => {
-                Ok(shared.disk_fault(&format!("make {name:?} of the input root"), error))
-            }
-        }
-    }
 }

@@ -48,7 +48,7 @@
 //! beyond that, actions wait.
 
 mod action_directory;
-mod builder;
+mod batches;
 mod counts;
 mod ctime;
 mod deletion;
@@ -58,12 +58,20 @@ pub mod file_cache;
 mod files;
 mod free_space;
 mod inodes;
+mod input_root;
 mod kept;
 mod lay_out;
 mod plan;
+mod planned_root;
 mod pool;
+mod prepare;
 mod retention;
+mod root_store;
 pub mod tree;
 mod verify;
 
-pub use builder::{InputRoot, InputRootBuilder, LOCK_TIMEOUT, PlannedRoot, PrepareError};
+pub use action_directory::LOCK_TIMEOUT;
+pub use input_root::InputRoot;
+pub use planned_root::{PlannedRoot, PrepareError};
+pub use prepare::InputRoots;
+pub use root_store::RootStore;

@@ -60,6 +60,8 @@ pub struct Rewrite {
     pub dropped_files: Vec<u32>,
     pub dropped_symlinks: Vec<u32>,
     pub dropped_children: Vec<Dropped>,
+    /// Which of `Plan::links` is the first that is new in this directory.
+    pub first_link: usize,
     cost: u64,
 }
 
@@ -74,6 +76,8 @@ pub struct Dropped {
 #[derive(Debug)]
 pub struct Made {
     pub node: Tree,
+    /// Which of `Plan::links` is the first in this directory.
+    pub first_link: usize,
     /// For each directory in it.
     pub children: Vec<Origin>,
 }
@@ -243,6 +247,7 @@ fn diff(old: &Node, new: &Tree, has: &dyn Fn(&Digest) -> bool) -> Rewrite {
         dropped_files,
         dropped_symlinks,
         dropped_children,
+        first_link: 0,
         cost,
     }
 }
@@ -292,6 +297,7 @@ impl<'a, P> Resolver<'a, P> {
     fn resolve(&mut self, rewrite: &mut Rewrite) {
         let files = rewrite.node.directory.files.iter().zip(&rewrite.files);
         let new = files.filter(|(_, source)| **source == Source::New);
+        rewrite.first_link = self.plan.links.len();
         self.link(new.map(|(file, _)| file.key));
         let node = rewrite.node.clone();
         for (child, node) in rewrite.children.iter_mut().zip(&node.children) {
@@ -322,6 +328,7 @@ impl<'a, P> Resolver<'a, P> {
         let at = self.plan.made.len();
         self.plan.made.push(Made {
             node: node.clone(),
+            first_link: self.plan.links.len(),
             children: Vec::new(),
         });
         self.link(node.directory.files.iter().map(|file| file.key));
@@ -336,11 +343,11 @@ impl<'a, P> Resolver<'a, P> {
 }
 
 /// A plan to make all of `node` from nothing: the first directory is it.
-pub fn fresh(node: &Tree) -> Vec<Made> {
-    let mut nothing = |_: &Digest| None::<()>;
+pub fn fresh<P>(node: &Tree) -> Plan<P> {
+    let mut nothing = |_: &Digest| None;
     let mut resolver = Resolver::new(&mut nothing);
     resolver.origin(node);
-    resolver.plan.made
+    resolver.plan
 }
 
 /// How many entries two trees share in the same places, looking at no more than `budget` directories.

@@ -1,46 +1,52 @@
-//! What waits for the next action: whole roots, and subtrees that were dropped from roots.
+//! What waits in the build directory for the next action: whole roots, and subtrees that were dropped
+//! from roots.
 //!
 //! 1. Everything in the pool was verified after the last action that had it.
 //! 2. It is bounded: in roots, in subtrees, in open directories; the longest unused go first,
 //!    subtrees before roots.
+//! 3. What was made before the last time that something was found wrong does not come back into it.
 
 use std::{
     collections::{BTreeMap, HashMap},
-    os::fd::BorrowedFd,
+    ffi::CString,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
-use rustix::io::Errno;
+use parking_lot::{Condvar, Mutex};
+use rustix::{
+    fs::{FlockOperation, Mode},
+    io::Errno,
+    process::Resource,
+};
 
 use super::{
     action_directory::ActionDirectory,
-    builder::Shared,
+    deletion::{self, DeletionQueue},
     file_cache::LinkMode,
-    kept::{self, KeptDirectory, KeptRoot},
-    plan,
+    kept::{self, DirectoryFd, KeptDirectory, KeptRoot},
+    plan::{self, Plan},
     tree::Tree,
 };
-use crate::digest::Digest;
+use crate::{digest::Digest, worker::beneath::open_child};
 
+const DELETED: &str = "deleted";
+const STASHED: &str = "stashed";
 /// Subtrees that are stashed at a time.
-const STASHED: usize = 10_000;
+const MAXIMUM_STASHED: usize = 10_000;
 /// Directories of a root that are looked at to see how much it shares with another.
-const LOOKS: u32 = 200;
+const COMPARED_DIRECTORIES: u32 = 200;
 
 /// A root that no action has.
 pub struct IdleRoot {
     pub action_directory: ActionDirectory,
     pub kept: KeptRoot,
-    /// Of `Shared::generation`.
-    pub generation: u64,
-}
-
-/// A subtree, beside the roots.
-pub struct StashedTree {
-    pub kept: KeptDirectory,
-    /// How its files were made.
-    pub link_mode: LinkMode,
-    /// In the directory for stashed ones.
-    pub name: String,
+    /// Of the pool, when it was made.
     pub generation: u64,
 }
 
@@ -50,23 +56,50 @@ impl IdleRoot {
     }
 }
 
-#[derive(Default)]
+/// A subtree, beside the roots.
+pub struct StashedTree {
+    pub kept: KeptDirectory,
+    /// How its files were made.
+    link_mode: LinkMode,
+    /// In the directory for stashed ones.
+    name: String,
+    generation: u64,
+}
+
 pub struct Pool {
+    /// Locked for as long as this worker runs.
+    build_directory: OwnedFd,
+    stash_directory: OwnedFd,
+    pub deletions: DeletionQueue,
+    sequence: AtomicU64,
+    /// Twice as many roots are kept, and may wait for cleaning.
+    slots: usize,
+    /// Directories that are open, and that may be.
+    open_directories: Arc<AtomicU64>,
+    pub maximum_open: u64,
+    /// Counts how often all was thrown away.
+    generation: AtomicU64,
+    waiting: Mutex<Waiting>,
+    cleaned: Condvar,
+}
+
+#[derive(Default)]
+struct Waiting {
     /// The longest unused first.
-    pub ready: Vec<IdleRoot>,
+    roots: Vec<IdleRoot>,
     /// Roots being cleaned.
-    pub dirty: usize,
+    cleaning: usize,
     stashed: BTreeMap<u64, StashedTree>,
     by_digest: HashMap<(LinkMode, Digest), Vec<u64>>,
     sequence: u64,
 }
 
-impl Pool {
-    pub fn has(&self, link_mode: LinkMode, digest: &Digest) -> bool {
+impl Waiting {
+    fn has(&self, link_mode: LinkMode, digest: &Digest) -> bool {
         self.by_digest.contains_key(&(link_mode, *digest))
     }
 
-    pub fn take(&mut self, link_mode: LinkMode, digest: &Digest) -> Option<StashedTree> {
+    fn take(&mut self, link_mode: LinkMode, digest: &Digest) -> Option<StashedTree> {
         let numbers = self.by_digest.get_mut(&(link_mode, *digest))?;
         let number = numbers.pop()?;
         if numbers.is_empty() {
@@ -76,19 +109,19 @@ impl Pool {
     }
 
     /// Adds a subtree; returns one that had to go for it.
-    pub fn put(&mut self, stashed: StashedTree) -> Option<StashedTree> {
+    fn put(&mut self, stashed: StashedTree) -> Option<StashedTree> {
         self.sequence += 1;
         let key = (stashed.link_mode, stashed.kept.node.digest);
         let numbers = self.by_digest.entry(key).or_default();
         numbers.push(self.sequence);
         self.stashed.insert(self.sequence, stashed);
-        match self.stashed.len() > STASHED {
+        match self.stashed.len() > MAXIMUM_STASHED {
             true => self.take_oldest(),
             false => None,
         }
     }
 
-    pub fn take_oldest(&mut self) -> Option<StashedTree> {
+    fn take_oldest(&mut self) -> Option<StashedTree> {
         let (number, stashed) = self.stashed.pop_first()?;
         let key = (stashed.link_mode, stashed.kept.node.digest);
         if let Some(numbers) = self.by_digest.get_mut(&key) {
@@ -100,44 +133,180 @@ impl Pool {
         Some(stashed)
     }
 
+    /// The root that suits a tree best; an empty one where none is given.
+    fn take_root(&mut self, wanted: Option<(LinkMode, &Tree)>) -> Option<IdleRoot> {
+        let at = match wanted {
+            Some((link_mode, tree)) => self.most_similar(link_mode, tree)?,
+            None => self.roots.iter().position(IdleRoot::is_empty)?,
+        };
+        Some(self.roots.remove(at))
+    }
+
     /// The root that shares most with the wanted one; an empty one rather than one that shares
     /// nothing; then the longest unused. None whose files were made in another way.
-    fn choose(&mut self, link_mode: LinkMode, wanted: &Tree) -> Option<IdleRoot> {
-        let score = |root: &IdleRoot| {
-            let shared = plan::shared(&root.kept.top.node, wanted, &mut LOOKS.clone());
-            (shared, root.is_empty())
-        };
+    fn most_similar(&self, link_mode: LinkMode, wanted: &Tree) -> Option<usize> {
         let mut best: Option<(usize, (u64, bool))> = None;
-        for (at, root) in self.ready.iter().enumerate() {
+        for (at, root) in self.roots.iter().enumerate() {
             if root.kept.link_mode != link_mode && !root.is_empty() {
                 continue;
             }
-            let score = score(root);
+            let mut budget = COMPARED_DIRECTORIES;
+            let shared = plan::shared(&root.kept.top.node, wanted, &mut budget);
+            let score = (shared, root.is_empty());
             if best.is_none_or(|(_, highest)| score > highest) {
                 best = Some((at, score));
             }
         }
-        let (at, _) = best?;
-        Some(self.ready.remove(at))
-    }
-
-    /// The root that suits a tree best; an empty one where none is given.
-    pub fn pick(&mut self, wanted: Option<(LinkMode, &Tree)>) -> Option<IdleRoot> {
-        match wanted {
-            Some((link_mode, tree)) => self.choose(link_mode, tree),
-            None => self.take_empty(),
-        }
-    }
-
-    fn take_empty(&mut self) -> Option<IdleRoot> {
-        let at = self.ready.iter().position(IdleRoot::is_empty)?;
-        Some(self.ready.remove(at))
+        best.map(|(at, _)| at)
     }
 }
 
-impl Shared {
+impl Pool {
+    /// Moves away and then removes what an earlier worker left. EWOULDBLOCK when another worker uses
+    /// the directory.
+    pub fn open(path: &Path, slots: usize) -> io::Result<Self> {
+        std::fs::create_dir_all(path)?;
+        let build_directory = open_child(rustix::fs::CWD, path)?;
+        rustix::fs::flock(&build_directory, FlockOperation::NonBlockingLockExclusive)?;
+        // Actions pass through on the way to their directories.
+        rustix::fs::fchmod(&build_directory, Mode::from_raw_mode(0o711))?;
+        let within = |name: &str| -> io::Result<OwnedFd> {
+            match rustix::fs::mkdirat(&build_directory, name, Mode::from_raw_mode(0o700)) {
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+            Ok(open_child(&build_directory, name)?)
+        };
+        let deletions = DeletionQueue::open(within(DELETED)?, &path.join(DELETED))?;
+        let stays = [CString::new(DELETED)?, c"lost+found".to_owned()];
+        for name in deletion::list(&build_directory)? {
+            if !stays.contains(&name) {
+                let moved = deletions.take(&build_directory, &name)?;
+                deletions.remove_later(moved);
+            }
+        }
+        let stash_directory = within(STASHED)?;
+        let limit = rustix::process::getrlimit(Resource::Nofile).current;
+        Ok(Pool {
+            build_directory,
+            stash_directory,
+            deletions,
+            sequence: AtomicU64::new(1),
+            slots,
+            open_directories: Arc::default(),
+            maximum_open: limit.unwrap_or(1 << 20) / 4 * 3,
+            generation: AtomicU64::new(0),
+            waiting: Mutex::default(),
+            cleaned: Condvar::new(),
+        })
+    }
+
+    pub fn build_directory(&self) -> BorrowedFd<'_> {
+        self.build_directory.as_fd()
+    }
+
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// A name that nothing in the build directory has had.
+    pub fn next_name(&self) -> String {
+        self.sequence.fetch_add(1, Ordering::Relaxed).to_string()
+    }
+
+    /// A directory of a root, counted for as long as it is open.
+    pub fn open_directory(&self, parent: impl AsFd, name: &str) -> Result<DirectoryFd, Errno> {
+        DirectoryFd::open(parent, name, &self.open_directories)
+    }
+
+    /// The one that suits `wanted` best, or any empty one. Waits while too many are being cleaned;
+    /// `None` when one is to be made.
+    pub fn take_root(&self, wanted: Option<(LinkMode, &Tree)>) -> Option<IdleRoot> {
+        let mut waiting = self.waiting.lock();
+        loop {
+            if let Some(root) = waiting.take_root(wanted) {
+                return Some(root);
+            }
+            if waiting.cleaning <= 2 * self.slots {
+                return None;
+            }
+            self.cleaned.wait(&mut waiting);
+        }
+    }
+
+    /// What must be done to `old` to make `new` of it; takes stashed subtrees that help, if any may.
+    pub fn plan(
+        &self,
+        old: &Tree,
+        new: &Tree,
+        link_mode: LinkMode,
+        may_take: bool,
+    ) -> Plan<StashedTree> {
+        let mut waiting = self.waiting.lock();
+        let rewrite = plan::compare(old, new, &|digest| {
+            may_take && waiting.has(link_mode, digest)
+        });
+        plan::resolve(old, rewrite, &mut |digest| match may_take {
+            true => waiting.take(link_mode, digest),
+            false => None,
+        })
+    }
+
+    /// A root that no action has any more, and whose files are as its model says.
+    pub fn return_root(&self, root: IdleRoot) {
+        let mut waiting = self.waiting.lock();
+        let gone = self.put_root(&mut waiting, root);
+        drop(waiting);
+        self.cleaned.notify_all();
+        if let Some(root) = gone {
+            self.delete(root.action_directory);
+        }
+    }
+
+    /// Comes back when it was to be forgotten meanwhile.
+    fn put_root(&self, waiting: &mut Waiting, root: IdleRoot) -> Option<IdleRoot> {
+        if self.generation() != root.generation {
+            return Some(root);
+        }
+        waiting.roots.push(root);
+        None
+    }
+
+    /// One more root is cleaned, until `end_cleaning`.
+    pub fn begin_cleaning(&self) {
+        self.waiting.lock().cleaning += 1;
+    }
+
+    pub fn is_cleaning(&self) -> bool {
+        self.waiting.lock().cleaning > 0
+    }
+
+    /// A root was cleaned; `None` when it is not used again. Tells whether there are fewer roots than
+    /// slots.
+    pub fn end_cleaning(&self, root: Option<IdleRoot>) -> bool {
+        let mut gone = Vec::new();
+        let mut waiting = self.waiting.lock();
+        waiting.cleaning -= 1;
+        gone.extend(root.and_then(|root| self.put_root(&mut waiting, root)));
+        if waiting.roots.len() > 2 * self.slots {
+            gone.push(waiting.roots.remove(0));
+        }
+        let lacks = waiting.roots.len() < self.slots;
+        drop(waiting);
+        self.cleaned.notify_all();
+        for root in gone {
+            self.delete(root.action_directory);
+        }
+        lacks
+    }
+
+    pub fn delete(&self, action_directory: ActionDirectory) {
+        self.deletions
+            .delete(&self.build_directory, &action_directory.name);
+    }
+
     /// Moves a verified subtree out of a root.
-    pub(super) fn stash(
+    pub fn stash(
         &self,
         parent: BorrowedFd<'_>,
         name: &str,
@@ -145,7 +314,7 @@ impl Shared {
         link_mode: LinkMode,
     ) -> Result<StashedTree, Errno> {
         let stashed = self.next_name();
-        rustix::fs::renameat(parent, name, &self.stashed, &stashed)?;
+        rustix::fs::renameat(parent, name, &self.stash_directory, &stashed)?;
         Ok(StashedTree {
             kept,
             link_mode,
@@ -156,7 +325,7 @@ impl Shared {
 
     /// Moves a stashed subtree into a root. A rename sets the ctime of what is renamed, so that its
     /// baseline is new (I6); what is below is as it was.
-    pub(super) fn unstash(
+    pub fn unstash(
         &self,
         stashed: StashedTree,
         parent: BorrowedFd<'_>,
@@ -167,8 +336,8 @@ impl Shared {
             name: from,
             ..
         } = stashed;
-        rustix::fs::renameat(&self.stashed, &from, parent, name)?;
-        let (inode, baseline) = kept::look(std::os::fd::AsFd::as_fd(&*kept.place))?;
+        rustix::fs::renameat(&self.stash_directory, &from, parent, name)?;
+        let (inode, baseline) = kept::look(kept.place.as_fd())?;
         if inode != kept.inode {
             return Err(Errno::STALE);
         }
@@ -176,48 +345,39 @@ impl Shared {
         Ok(kept)
     }
 
-    pub(super) fn keep_stashed(&self, stashed: impl Iterator<Item = StashedTree>) {
+    pub fn keep_stashed(&self, stashed: impl IntoIterator<Item = StashedTree>) {
         for stashed in stashed {
             // Looked at under the lock: whoever forgets all counts up first, and then empties the pool.
-            let mut pool = self.pool.lock();
+            let mut waiting = self.waiting.lock();
             let gone = match self.generation() == stashed.generation {
-                true => pool.put(stashed),
+                true => waiting.put(stashed),
                 false => Some(stashed),
             };
-            drop(pool);
+            drop(waiting);
             if let Some(gone) = gone {
                 self.delete_stashed(gone);
             }
         }
     }
 
-    /// A root that no action has any more; comes back when it was to be forgotten meanwhile.
-    pub(super) fn return_root(&self, pool: &mut Pool, root: IdleRoot) -> Option<IdleRoot> {
-        if self.generation() != root.generation {
-            return Some(root);
-        }
-        pool.ready.push(root);
-        None
-    }
-
-    pub(super) fn delete_stashed(&self, stashed: StashedTree) {
-        self.deletions.delete(&self.stashed, &stashed.name);
+    pub fn delete_stashed(&self, stashed: StashedTree) {
+        self.deletions.delete(&self.stash_directory, &stashed.name);
     }
 
     /// Lets go of something that is kept, a subtree first; `false` when there is nothing.
-    pub(super) fn release(&self) -> bool {
-        let mut pool = self.pool.lock();
-        if let Some(stashed) = pool.take_oldest() {
-            drop(pool);
+    pub fn reclaim(&self) -> bool {
+        let mut waiting = self.waiting.lock();
+        if let Some(stashed) = waiting.take_oldest() {
+            drop(waiting);
             self.delete_stashed(stashed);
             return true;
         }
-        let warm = pool.ready.iter().position(|root| !root.is_empty());
-        let root = warm.map(|at| pool.ready.remove(at));
-        drop(pool);
+        let warm = waiting.roots.iter().position(|root| !root.is_empty());
+        let root = warm.map(|at| waiting.roots.remove(at));
+        drop(waiting);
         match root {
             Some(root) => {
-                self.discard(root.action_directory);
+                self.delete(root.action_directory);
                 true
             }
             None => false,
@@ -225,20 +385,20 @@ impl Shared {
     }
 
     /// All that is kept is thrown away, and what is in use will be (I7).
-    pub(super) fn invalidate_all(&self) {
-        self.generation
-            .fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-        while self.release() {}
+    pub fn invalidate_all(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        while self.reclaim() {}
     }
 
-    /// Makes room for so many more open directories; `false` when there is not enough.
-    pub(super) fn reserve(&self, directories: u64) -> bool {
+    /// Lets go of what is kept until so many more directories may be open; `false` when that is not
+    /// enough.
+    pub fn reserve(&self, directories: u64) -> bool {
         loop {
-            let open = self.open.load(std::sync::atomic::Ordering::Relaxed);
-            if open.saturating_add(directories) <= self.budget {
+            let open = self.open_directories.load(Ordering::Relaxed);
+            if open.saturating_add(directories) <= self.maximum_open {
                 return true;
             }
-            if !self.release() {
+            if !self.reclaim() {
                 return false;
             }
         }

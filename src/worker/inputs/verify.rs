@@ -22,20 +22,24 @@ use rustix::{
 };
 
 use super::{
-    builder::Shared,
     file_cache::{self, LinkError, LinkMode},
     files,
     inodes::Inodes,
     kept::{self, KeptDirectory, KeptRoot},
-    lay_out::{self, LayOutError},
+    lay_out::{self, LayOutContext, LayOutError},
 };
-use crate::worker::{beneath::open_child, removal};
+use crate::worker::{attributes, beneath::open_child, removal};
 
 /// A directory that is read so often and still has foreign entries is being written to.
 const ROUNDS: u32 = 16;
 
-/// What the files of a root are made with.
-struct RepairContext<'a> {
+/// What a root is verified with.
+struct Verification<'a> {
+    context: &'a LayOutContext<'a>,
+    fine_ctime: bool,
+    /// When the action could begin, in seconds since the epoch.
+    started: i64,
+    /// Those that the root has.
     inodes: &'a mut Inodes,
     link_mode: LinkMode,
     /// Inode numbers of what is the worker's though the action made it, in their order.
@@ -57,85 +61,73 @@ struct SeenEntries {
     children: Vec<bool>,
 }
 
-impl Shared {
-    /// Repairs a root. `started` is when the action could begin (seconds since the epoch): baselines
-    /// from about then are not trusted on kernels whose clock is coarse. On error nothing is known of
-    /// the root (I7). `Oversized` is about the root itself; what is so beneath it is made again.
-    pub(super) fn verify_root(
-        &self,
-        root: &mut KeptRoot,
-        started: i64,
-        taken_over: &[u64],
-    ) -> io::Result<DirectoryCondition> {
-        let mut files = RepairContext {
-            inodes: &mut root.inodes,
-            link_mode: root.link_mode,
-            taken_over,
-        };
-        self.verify(&mut root.top, &mut files, started)
-    }
+/// Repairs a root. `started` is when the action could begin (seconds since the epoch): baselines from
+/// about then are not trusted on kernels whose clock is coarse. On error nothing is known of the root
+/// (I7). `Oversized` is about the root itself; what is so beneath it is made again.
+pub fn verify_root(
+    context: &LayOutContext<'_>,
+    root: &mut KeptRoot,
+    fine_ctime: bool,
+    started: i64,
+    taken_over: &[u64],
+) -> io::Result<DirectoryCondition> {
+    let mut verification = Verification {
+        context,
+        fine_ctime,
+        started,
+        inodes: &mut root.inodes,
+        link_mode: root.link_mode,
+        taken_over,
+    };
+    verification.verify(&mut root.top)
+}
 
-    fn verify(
-        &self,
-        kept: &mut KeptDirectory,
-        files: &mut RepairContext<'_>,
-        started: i64,
-    ) -> io::Result<DirectoryCondition> {
+impl Verification<'_> {
+    fn verify(&mut self, kept: &mut KeptDirectory) -> io::Result<DirectoryCondition> {
         let trusted = self.fine_ctime
             || kept
                 .baseline
-                .is_some_and(|baseline| baseline.is_before(started - 1));
-        if (!trusted || !kept.is_untouched())
-            && self.repair(kept, files)? == DirectoryCondition::Oversized
+                .is_some_and(|baseline| baseline.is_before(self.started - 1));
+        if (!trusted || !kept.is_untouched()) && self.repair(kept)? == DirectoryCondition::Oversized
         {
             return Ok(DirectoryCondition::Oversized);
         }
         for i in 0..kept.children.len() {
-            if self.verify(&mut kept.children[i], files, started)? == DirectoryCondition::Oversized
-            {
-                self.replace(kept, i, files)?;
+            if self.verify(&mut kept.children[i])? == DirectoryCondition::Oversized {
+                self.replace(kept, i)?;
             }
         }
         Ok(DirectoryCondition::Good)
     }
 
     /// Makes a subdirectory again that is itself as it should be, but too large to be used.
-    fn replace(
-        &self,
-        kept: &mut KeptDirectory,
-        child: usize,
-        files: &mut RepairContext<'_>,
-    ) -> io::Result<()> {
+    fn replace(&mut self, kept: &mut KeptDirectory, child: usize) -> io::Result<()> {
         let place = kept.place.clone();
         let name = kept.node.directory.directories[child].0.clone();
-        self.deletions.try_delete(&*place, name.as_str())?;
-        self.make_child_again(kept, child, files)?;
+        self.context
+            .pool
+            .deletions
+            .try_delete(&*place, name.as_str())?;
+        self.make_child_again(kept, child)?;
         kept.baseline = Some(kept::settle(place.as_fd())?.1);
         Ok(())
     }
 
     /// It is not in its place any more.
-    fn make_child_again(
-        &self,
-        kept: &mut KeptDirectory,
-        child: usize,
-        files: &mut RepairContext<'_>,
-    ) -> io::Result<()> {
+    fn make_child_again(&mut self, kept: &mut KeptDirectory, child: usize) -> io::Result<()> {
         let place = kept.place.clone();
         let name = kept.node.directory.directories[child].0.as_str();
         let gone = &mut kept.children[child];
-        files.inodes.free_all(gone);
-        let (inodes, link_mode) = (&mut *files.inodes, files.link_mode);
-        let made = self.make_again(place.as_fd(), name, &gone.node, inodes, link_mode);
-        *gone = made.map_err(disk)?;
+        self.inodes.free_all(gone);
+        let (parent, inodes) = (place.as_fd(), &mut *self.inodes);
+        let made = self
+            .context
+            .make_again(parent, name, &gone.node, inodes, self.link_mode);
+        *gone = made.map_err(into_io)?;
         Ok(())
     }
 
-    fn repair(
-        &self,
-        kept: &mut KeptDirectory,
-        files: &mut RepairContext<'_>,
-    ) -> io::Result<DirectoryCondition> {
+    fn repair(&mut self, kept: &mut KeptDirectory) -> io::Result<DirectoryCondition> {
         let place = kept.place.clone();
         let stat = rustix::fs::fstat(&*place)?;
         if stat.st_ino != kept.inode || stat.st_nlink == 0 {
@@ -148,7 +140,7 @@ impl Shared {
         let mut entries = Dir::read_from(&directory)?;
         let mut rounds = 0;
         let seen = loop {
-            let (seen, foreign) = self.sweep(kept, files, &mut entries, directory.as_fd())?;
+            let (seen, foreign) = self.sweep(kept, &mut entries, directory.as_fd())?;
             if !foreign {
                 break seen;
             }
@@ -158,8 +150,8 @@ impl Shared {
             }
             entries.rewind();
         };
-        self.add_missing(kept, &seen, files)?;
-        remove_attributes(directory.as_fd())?;
+        self.add_missing(kept, &seen)?;
+        attributes::remove_all(directory.as_fd())?;
         let (inode, baseline) = kept::settle(place.as_fd())?;
         if inode != kept.inode {
             return Err(Errno::STALE.into());
@@ -172,7 +164,6 @@ impl Shared {
     fn sweep(
         &self,
         kept: &KeptDirectory,
-        files: &RepairContext<'_>,
         entries: &mut Dir,
         fd: BorrowedFd<'_>,
     ) -> io::Result<(SeenEntries, bool)> {
@@ -214,14 +205,14 @@ impl Shared {
                 // Whether an action's file may have the number of the inode, which nothing else holds.
                 let (inode, seen, doubtful) = match kind {
                     FileType::RegularFile => {
-                        let link = &kept.links.of[at];
-                        (link.inode, &mut seen.files, link.is_of_its_own())
+                        let link = &kept.files.list[at];
+                        (link.inode, &mut seen.files, link.has_own_inode())
                     }
                     FileType::Symlink => (kept.symlinks[at], &mut seen.symlinks, true),
                     _ => (kept.children[at].inode, &mut seen.children, false),
                 };
                 let is_ours = |inode: u64| -> io::Result<bool> {
-                    let other = files.taken_over.binary_search(&inode).is_ok();
+                    let other = self.taken_over.binary_search(&inode).is_ok();
                     Ok(!other && is_the_workers(fd, name)?)
                 };
                 if inode == entry.ino() && (!doubtful || is_ours(inode)?) {
@@ -252,7 +243,7 @@ impl Shared {
             Ok(()) | Err(Errno::NOENT) => return Ok(()),
             Err(_) => {}
         }
-        match self.deletions.try_delete(fd, name) {
+        match self.context.pool.deletions.try_delete(fd, name) {
             Ok(()) => Ok(()),
             // Without privileges another user's directory cannot be moved, but perhaps emptied.
             Err(Errno::ACCESS | Errno::PERM) => {
@@ -263,12 +254,7 @@ impl Shared {
         }
     }
 
-    fn add_missing(
-        &self,
-        kept: &mut KeptDirectory,
-        seen: &SeenEntries,
-        files: &mut RepairContext<'_>,
-    ) -> io::Result<()> {
+    fn add_missing(&mut self, kept: &mut KeptDirectory, seen: &SeenEntries) -> io::Result<()> {
         let directory = kept.node.directory.clone();
         let place = kept.place.clone();
         let mut buffer = String::new();
@@ -276,9 +262,9 @@ impl Shared {
             if seen.files[at] {
                 continue;
             }
-            let (name, link) = (file.name.as_str(), &mut kept.links.of[at]);
-            let instead = |file, full| files.inodes.instead(file, full);
-            let (cache, directory) = (&self.cache, place.as_fd());
+            let (name, link) = (file.name.as_str(), &mut kept.files.list[at]);
+            let instead = |file, full| self.inodes.instead(file, full);
+            let (cache, directory) = (self.context.cache, place.as_fd());
             let linked = files::link(
                 cache,
                 &file.key,
@@ -297,20 +283,20 @@ impl Shared {
         for (at, (name, target)) in directory.symlinks.iter().enumerate() {
             if !seen.symlinks[at] {
                 let made = lay_out::make_symlink(place.as_fd(), name.as_str(), target);
-                kept.symlinks[at] = made.map_err(disk)?;
+                kept.symlinks[at] = made.map_err(into_io)?;
             }
         }
         for at in 0..directory.directories.len() {
             if !seen.children[at] {
                 // What it was lies elsewhere, where it is foreign, or is gone.
-                self.make_child_again(kept, at, files)?;
+                self.make_child_again(kept, at)?;
             }
         }
         Ok(())
     }
 }
 
-fn disk(error: LayOutError) -> io::Error {
+fn into_io(error: LayOutError) -> io::Error {
     match error {
         LayOutError::Vanished(_) => io::ErrorKind::NotFound.into(),
         LayOutError::Disk(_, error) => error,
@@ -325,20 +311,4 @@ fn is_the_workers(fd: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<bool>
         FileType::RegularFile => file_cache::is_the_workers(&stat),
         _ => stat.st_uid == owner,
     })
-}
-
-/// Whoever may write to a directory may set attributes of it (xattr(7)).
-fn remove_attributes(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let mut names = vec![0; 64 << 10];
-    let length = match rustix::fs::flistxattr(fd, &mut names[..]) {
-        Ok(length) => length,
-        Err(Errno::OPNOTSUPP) => 0,
-        Err(error) => return Err(error.into()),
-    };
-    for name in names[..length].split(|byte| *byte == 0) {
-        if !name.is_empty() && !name.starts_with(b"security.") {
-            rustix::fs::fremovexattr(fd, name)?;
-        }
-    }
-    Ok(())
 }

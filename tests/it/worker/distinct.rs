@@ -6,7 +6,7 @@ use std::{fs, path::Path, sync::Arc};
 use bb_remote_execution::{
     config::worker::Inputs,
     proto::{reapi, rpc::Code},
-    worker::inputs::{InputRoot, InputRootBuilder, file_cache::CacheLimits},
+    worker::inputs::{InputRoot, PlannedRoot, RootStore, file_cache::CacheLimits},
 };
 
 use super::{
@@ -40,7 +40,7 @@ fn run(place: &Path, inputs: Inputs, rounds: usize, seed: u64) {
             keep(&cache, place, key(number, executable), &content(number));
         }
     }
-    let roots = InputRootBuilder::open(&place.join("build"), cache.clone(), 2).unwrap();
+    let roots = RootStore::open(&place.join("build"), cache.clone(), 2).unwrap();
     let mut random = Random(seed);
     let mut variants: Vec<Entries> = (0..3).map(|_| grow(&mut random, 3)).collect();
     let mut active: Vec<InputRoot> = Vec::new();
@@ -65,8 +65,9 @@ fn run(place: &Path, inputs: Inputs, rounds: usize, seed: u64) {
             variants[at] = grow(&mut random, 3);
             continue;
         }
-        let planned = roots.plan(&tree, inputs).unwrap();
-        let root = roots.prepare(planned, &Default::default()).unwrap();
+        let planned = PlannedRoot::new(&roots, &tree, inputs).unwrap();
+        let pinned = planned.pin().unwrap();
+        let root = planned.lay_out(pinned, &Default::default()).unwrap();
         let path = place.join("build").join(root.name()).join("root");
         let told = compare_root(&path, &tree, None);
         assert!(told.is_empty(), "seed {seed}, round {round}: {told:#?}");

@@ -32,7 +32,7 @@ use bb_remote_execution::{
         availability::Availability,
         execute::{Executor, Phase},
         inputs::{
-            InputRootBuilder,
+            InputRoots, RootStore,
             directories::DirectoryCache,
             file_cache::{CacheLimits, FileCache},
         },
@@ -333,23 +333,26 @@ fn executor(
 ) -> io::Result<(Arc<Executor>, Arc<FileCache>)> {
     let cache = FileCache::open(&directory.join("cache"), settings.limits, client.clone())?;
     let cache = Arc::new(cache);
-    let roots = InputRootBuilder::open(&directory.join("build"), cache.clone(), 2)?;
+    let store = RootStore::open(&directory.join("build"), cache.clone(), 2)?;
     let executor = Executor {
         storage: client.clone(),
-        cache: cache.clone(),
-        directories: Arc::new(DirectoryCache::new(
-            client.clone(),
-            16 << 20,
-            settings.entries,
-        )),
-        roots: Arc::new(roots),
+        inputs: InputRoots {
+            storage: client.clone(),
+            cache: cache.clone(),
+            directories: Arc::new(DirectoryCache::new(
+                client.clone(),
+                16 << 20,
+                settings.entries,
+            )),
+            store,
+            inputs: settings.inputs,
+            group: settings.group,
+        },
         runner: RunnerClient::new(daemon::connect(runner)),
         availability: Availability::new(runner),
         workers: vec![r#"{"hostname":"here"}"#.to_owned()],
         environment_variables: BTreeMap::from([("FROM_WORKER".to_owned(), "yes".to_owned())]),
         force_upload_trees_and_directories: false,
-        inputs: settings.inputs,
-        group: settings.group,
         outputs: Outputs {
             maximum_size: Size(settings.outputs_size),
             timeout: ConfiguredDuration::seconds(60),

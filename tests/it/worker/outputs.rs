@@ -343,7 +343,7 @@ async fn outputs_that_overlap_or_are_named_twice_are_told_each_and_accuse_nobody
         }
         let now = std::time::Instant::now();
         assert_eq!(
-            farm.executor.roots.retention_suspension(now),
+            farm.executor.inputs.store.retention_suspension(now),
             None,
             "{outputs:?}"
         );
@@ -351,7 +351,12 @@ async fn outputs_that_overlap_or_are_named_twice_are_told_each_and_accuse_nobody
     // An action that does run as the worker is found out.
     farm.shell("echo x > o", &[], &["o"]).await;
     let now = std::time::Instant::now();
-    let why = farm.executor.roots.retention_suspension(now).unwrap();
+    let why = farm
+        .executor
+        .inputs
+        .store
+        .retention_suspension(now)
+        .unwrap();
     assert!(why.contains("1 actions"), "{why}");
 }
 

@@ -14,7 +14,7 @@ use bb_remote_execution::{
     path::Component,
     proto::rpc::Code,
     worker::inputs::{
-        InputRoot, InputRootBuilder, PrepareError,
+        InputRoot, PlannedRoot, PrepareError, RootStore,
         directory::{Directory, FileEntry},
         file_cache::{FileCache, FileKey},
         tree::{self, Tree},
@@ -28,7 +28,12 @@ use super::{
 use crate::harness::parts::{FileSystem, keep, open_cache};
 
 fn links(farm: &Farm) -> u64 {
-    farm.executor.roots.counts().links.load(Ordering::Relaxed)
+    farm.executor
+        .inputs
+        .store
+        .counts()
+        .links
+        .load(Ordering::Relaxed)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -93,6 +98,15 @@ fn root_of(directories: usize, content: &str) -> Tree {
     tree::build(digest, &found, &HashMap::new()).unwrap().0
 }
 
+fn lay_out(planned: PlannedRoot) -> Result<InputRoot, PrepareError> {
+    let pinned = planned.pin()?;
+    planned.lay_out(pinned, &BTreeSet::new())
+}
+
+fn prepare(roots: &Arc<RootStore>, tree: &Tree) -> Result<InputRoot, PrepareError> {
+    lay_out(PlannedRoot::new(roots, tree, Inputs::Shared).unwrap())
+}
+
 fn cache_with(place: &Path, content: &str) -> Arc<FileCache> {
     let cache = open_cache(place);
     keep(&cache, place, key(content), content);
@@ -118,22 +132,11 @@ fn a_full_disk_costs_one_action_and_no_other() {
         };
         let at = &mounted.at;
         let cache = cache_with(at, "content");
-        let roots = InputRootBuilder::open(&at.join("build"), cache, 2).unwrap();
+        let roots = RootStore::open(&at.join("build"), cache, 2).unwrap();
         let small = root_of(10, "content");
-        drop(
-            roots
-                .prepare(
-                    roots.plan(&small, Inputs::Shared).unwrap(),
-                    &BTreeSet::new(),
-                )
-                .unwrap(),
-        );
+        drop(prepare(&roots, &small).unwrap());
         let large = root_of(20_000, "content");
-        let failed = roots.prepare(
-            roots.plan(&large, Inputs::Shared).unwrap(),
-            &BTreeSet::new(),
-        );
-        match failed {
+        match prepare(&roots, &large) {
             Err(PrepareError::Fault(fault)) => {
                 assert_eq!(fault.status().code, Code::Unavailable as i32, "{fault}");
             }
@@ -142,8 +145,8 @@ fn a_full_disk_costs_one_action_and_no_other() {
         }
         // What was made is removed in the background.
         for attempt in 0.. {
-            let planned = roots.plan(&small, Inputs::Shared);
-            match planned.map(|planned| roots.prepare(planned, &BTreeSet::new())) {
+            let planned = PlannedRoot::new(&roots, &small, Inputs::Shared);
+            match planned.map(lay_out) {
                 Ok(Ok(root)) => {
                     let path = at.join("build").join(root.name()).join("root/3/f");
                     assert_eq!(fs::read(path).unwrap(), b"content");
@@ -159,16 +162,13 @@ fn a_full_disk_costs_one_action_and_no_other() {
 #[test]
 fn a_root_in_which_something_stirs_is_given_to_nobody() {
     let place = tempfile::tempdir().unwrap();
-    let roots = InputRootBuilder::open(
+    let roots = RootStore::open(
         &place.path().join("build"),
         cache_with(place.path(), "x"),
         1,
     )
     .unwrap();
-    let prepare = || {
-        let planned = roots.plan(&root_of(3, "x"), Inputs::Shared).unwrap();
-        roots.prepare(planned, &BTreeSet::new()).unwrap()
-    };
+    let prepare = || prepare(&roots, &root_of(3, "x")).unwrap();
     let first = prepare();
     let path = place.path().join("build").join(first.name());
     let action_directory = fs::File::open(&path).unwrap();
@@ -250,26 +250,25 @@ fn directory_of(names: usize) -> Tree {
 fn a_directory_may_be_as_large_as_its_message_says_and_not_much_larger() {
     let place = tempfile::tempdir().unwrap();
     let cache = cache_with(place.path(), "x");
-    let roots = InputRootBuilder::open(&place.path().join("build"), cache, 1).unwrap();
-    let prepare = |names: usize| {
-        let planned = roots.plan(&directory_of(names), Inputs::Shared).unwrap();
-        let root = roots.prepare(planned, &BTreeSet::new()).unwrap();
+    let roots = RootStore::open(&place.path().join("build"), cache, 1).unwrap();
+    let prepare_with = |names: usize| {
+        let root = prepare(&roots, &directory_of(names)).unwrap();
         let path = place.path().join("build").join(root.name()).join("root/d");
         (root, path)
     };
     let links = || roots.counts().links.load(Ordering::Relaxed);
     let inode = |path: &Path| fs::metadata(path).unwrap().ino();
-    let (root, path) = prepare(5_000);
+    let (root, path) = prepare_with(5_000);
     assert_eq!(fs::read_dir(&path).unwrap().count(), 5_000);
     let (large, linked) = (inode(&path), links());
     // The action writes to it, so that it is read afterwards; it stays what it is.
     fs::write(path.join("new"), "").unwrap();
     drop(root);
-    let (root, path) = prepare(5_000);
+    let (root, path) = prepare_with(5_000);
     assert_eq!((inode(&path), links()), (large, linked));
     drop(root);
     // As few as that in a directory as large as that, or in one that an action blew up, are made anew.
-    let (root, path) = prepare(3);
+    let (root, path) = prepare_with(3);
     for i in 0..9_000 {
         fs::write(path.join(format!("{i:0>200}")), "").unwrap();
     }
@@ -277,7 +276,7 @@ fn a_directory_may_be_as_large_as_its_message_says_and_not_much_larger() {
         fs::remove_file(path.join(format!("{i:0>200}"))).unwrap();
     }
     drop(root);
-    let (_root, path) = prepare(3);
+    let (_root, path) = prepare_with(3);
     assert_eq!(fs::read_dir(&path).unwrap().count(), 3);
     assert!(fs::metadata(&path).unwrap().len() <= 256 << 10);
 }

@@ -23,7 +23,7 @@ use bb_remote_execution::{
     digest::Digest,
     path::{Component, RelativePath},
     worker::inputs::{
-        InputRoot, InputRootBuilder,
+        InputRoot, PlannedRoot, RootStore,
         directory::{Directory, FileEntry},
         file_cache::FileKey,
         tree::{self, Node, Tree},
@@ -335,7 +335,7 @@ fn run(place: &Path, what: &str, inputs: Inputs, operations: usize, seed: u64) {
             keep(&cache, place, key(number, executable), &content(number));
         }
     }
-    let roots = InputRootBuilder::open(&place.join("build"), cache.clone(), 2).unwrap();
+    let roots = RootStore::open(&place.join("build"), cache.clone(), 2).unwrap();
     let mut random = Random(seed);
     let mut variants: Vec<Entries> = (0..4).map(|_| grow(&mut random, 4)).collect();
     let mut done = 0;
@@ -352,13 +352,14 @@ fn run(place: &Path, what: &str, inputs: Inputs, operations: usize, seed: u64) {
             variants[at] = grow(&mut random, 4);
         }
         let tree = tree_of(&variants[at]);
-        let planned = roots.plan(&tree, inputs).unwrap();
+        let planned = PlannedRoot::new(&roots, &tree, inputs).unwrap();
         let parents: BTreeSet<RelativePath> = match random.index(2) {
             0 => BTreeSet::new(),
             _ => [RelativePath::resolve(&RelativePath::root(), "out put/below", "root").unwrap()]
                 .into(),
         };
-        let root = roots.prepare(planned, &parents).unwrap();
+        let pinned = planned.pin().unwrap();
+        let root = planned.lay_out(pinned, &parents).unwrap();
         let action_directory = place.join("build").join(root.name());
         let extra = (!parents.is_empty()).then_some("out put");
         let told = compare_root(&action_directory.join("root"), &tree, extra);

@@ -1,164 +1,159 @@
-//! Who holds files of the cache: actions that need them, kept input roots that link them, and
-//! whoever is changing them.
+//! Who holds files of the cache: actions that are about to need them, and input roots that are made of
+//! them.
 
 use std::sync::Arc;
 
-use tokio_util::sync::CancellationToken;
+use super::{
+    cache::FileCache,
+    input_file::{InputFile, InputFileKind},
+    key::FileKey,
+    link::LinkMode,
+};
+use crate::worker::{blocking::in_background, lru::Handle};
 
-use super::{FileCache, FileKey, InProgress, Index};
-use crate::worker::lru::Handle;
-
-/// A file of an input root.
-#[derive(Clone, Copy, Debug)]
-pub struct InputFile {
-    pub inode: u64,
-    /// Of the cached file; empty files are none.
-    pin: Option<Handle>,
-    /// Which inode of the cached file it is, or `OWN`.
-    number: u32,
-}
-
-/// An inode of its own, that no other name leads to.
-const OWN: u32 = u32::MAX;
-
-/// What a file of an input root is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InputFileKind {
-    /// Made for this place alone, as there is nothing in it.
-    Empty,
-    /// An inode of its own with the content of a cached file.
-    Own(Handle),
-    /// Another name of the n-th inode of a cached file.
-    HardLink(Handle, u32),
-}
-
-impl InputFile {
-    pub(super) fn new(kind: InputFileKind, inode: u64) -> Self {
-        let (pin, number) = match kind {
-            InputFileKind::Empty => (None, OWN),
-            InputFileKind::Own(handle) => (Some(handle), OWN),
-            InputFileKind::HardLink(handle, number) => (Some(handle), number),
-        };
-        InputFile { inode, pin, number }
-    }
-
-    pub fn kind(&self) -> InputFileKind {
-        match (self.pin, self.number) {
-            (None, _) => InputFileKind::Empty,
-            (Some(handle), OWN) => InputFileKind::Own(handle),
-            (Some(handle), number) => InputFileKind::HardLink(handle, number),
-        }
-    }
-
-    /// Whether only this place in the root holds the number of its inode: when the file is gone,
-    /// another one may get it.
-    pub fn is_of_its_own(&self) -> bool {
-        self.number == OWN
-    }
+/// Files that are about to be linked into one input root, in the order in which they are. They are not
+/// evicted for as long as this lives, or what takes them from it.
+pub struct PinnedFiles {
+    pub(super) cache: Arc<FileCache>,
+    /// `None` for those that are not here, or were taken.
+    pub(super) handles: Vec<Option<Handle>>,
+    /// Those that are not here, and where they belong.
+    pub(super) absent: Vec<(FileKey, usize)>,
+    /// Those whose content was wrong, and which are gone from the disk.
+    pub(super) wrong: Vec<FileKey>,
 }
 
 /// Files of an input root, which pin what they are made of.
 pub struct InputFiles {
-    pub(super) cache: Arc<FileCache>,
-    pub of: Vec<InputFile>,
+    cache: Arc<FileCache>,
+    pub list: Vec<InputFile>,
+}
+
+/// So many keys are looked up under one lock.
+pub(super) const KEYS_AT_A_TIME: usize = 4096;
+
+impl FileCache {
+    /// Pins those of these files that are here, having read what this worker never read. Blocks.
+    pub fn pin(self: &Arc<Self>, keys: &[FileKey]) -> PinnedFiles {
+        let mut pinned = PinnedFiles::none(self);
+        pinned.handles.reserve_exact(keys.len());
+        let mut unverified = Vec::new();
+        for keys in keys.chunks(KEYS_AT_A_TIME) {
+            let mut index = self.index.lock();
+            for key in keys {
+                let handle = index.files.pin(key);
+                match handle.and_then(|handle| index.files.value_of(handle)) {
+                    Some(file) if !file.verified => unverified.push(*key),
+                    Some(_) => {}
+                    None => pinned.absent.push((*key, pinned.handles.len())),
+                }
+                pinned.handles.push(handle);
+            }
+        }
+        if !unverified.is_empty() {
+            pinned.wrong = self.verify_first_use(unverified);
+        }
+        pinned
+    }
+}
+
+impl PinnedFiles {
+    pub fn none(cache: &Arc<FileCache>) -> Self {
+        PinnedFiles {
+            cache: cache.clone(),
+            handles: Vec::new(),
+            absent: Vec::new(),
+            wrong: Vec::new(),
+        }
+    }
+
+    /// Whether all are here.
+    pub fn is_complete(&self) -> bool {
+        self.absent.is_empty() && self.wrong.is_empty()
+    }
+
+    /// Takes the files of one directory, the first of which that is not empty is at `first`. They are
+    /// their first inodes where they are hard links. What is not here is the error.
+    pub fn take(
+        &mut self,
+        mut first: usize,
+        keys: impl Iterator<Item = FileKey>,
+        link_mode: LinkMode,
+    ) -> Result<InputFiles, Vec<FileKey>> {
+        let mut files = InputFiles {
+            cache: self.cache.clone(),
+            list: Vec::with_capacity(keys.size_hint().1.unwrap_or(0)),
+        };
+        let mut absent = Vec::new();
+        let mut index = self.cache.index.lock();
+        for key in keys {
+            let kind = match key.digest.size() {
+                0 => InputFileKind::Empty,
+                _ => {
+                    first += 1;
+                    match (self.handles[first - 1].take(), link_mode) {
+                        (None, _) => {
+                            absent.push(key);
+                            continue;
+                        }
+                        (Some(handle), LinkMode::HardLink) => InputFileKind::HardLink(handle, 0),
+                        (Some(handle), _) => InputFileKind::Own(handle),
+                    }
+                }
+            };
+            if !matches!(kind, InputFileKind::HardLink(..)) {
+                index.own_inodes += 1;
+            }
+            files.list.push(index.input_file(kind));
+        }
+        drop(index);
+        match absent.is_empty() {
+            true => Ok(files),
+            false => Err(absent),
+        }
+    }
+}
+
+impl Drop for PinnedFiles {
+    fn drop(&mut self) {
+        let mut index = self.cache.index.lock();
+        for handle in self.handles.drain(..).flatten() {
+            index.files.unpin(handle);
+        }
+        drop(index);
+        if self.cache.is_over() {
+            let cache = self.cache.clone();
+            in_background(move || cache.evict_to_fit());
+        }
+    }
 }
 
 impl InputFiles {
-    /// These alone; the others are let go of with what is returned.
-    pub fn part(&self, of: Vec<InputFile>) -> Self {
+    pub fn none(cache: &Arc<FileCache>) -> Self {
         InputFiles {
-            cache: self.cache.clone(),
-            of,
+            cache: cache.clone(),
+            list: Vec::new(),
         }
+    }
+
+    /// Lets go of all but those that are put in their place.
+    pub fn replace(&mut self, gone: impl Iterator<Item = InputFile>, list: Vec<InputFile>) {
+        self.list = list;
+        let gone = InputFiles {
+            cache: self.cache.clone(),
+            list: gone.collect(),
+        };
+        drop(gone);
     }
 }
 
 impl Drop for InputFiles {
     fn drop(&mut self) {
-        if !self.of.is_empty() {
-            let mut state = self.cache.state.lock();
-            for link in &self.of {
-                state.release(link);
+        if !self.list.is_empty() {
+            let mut index = self.cache.index.lock();
+            for file in &self.list {
+                index.release(file);
             }
         }
-    }
-}
-
-impl Index {
-    fn release(&mut self, link: &InputFile) {
-        match link.kind() {
-            InputFileKind::Empty => self.own -= 1,
-            InputFileKind::Own(handle) => {
-                self.own -= 1;
-                self.kept.unpin(handle);
-            }
-            InputFileKind::HardLink(handle, number) => {
-                self.unlink_further(handle, number, link.inode);
-                self.kept.unpin(handle);
-            }
-        }
-    }
-}
-
-/// Files that are not evicted for as long as this lives.
-pub struct Pinned {
-    pub(super) cache: Arc<FileCache>,
-    pub(super) handles: Vec<Handle>,
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        let mut state = self.cache.state.lock();
-        for handle in &self.handles {
-            state.kept.unpin(*handle);
-        }
-        drop(state);
-        let over = self.cache.is_over();
-        if over && let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            let cache = self.cache.clone();
-            runtime.spawn_blocking(move || cache.evict_to_fit());
-        }
-    }
-}
-
-/// Keys that we change; others wait for us.
-pub(super) struct FileClaim<'a> {
-    cache: &'a FileCache,
-    pub(super) number: u64,
-    pub(super) keys: Vec<FileKey>,
-    done: CancellationToken,
-}
-
-impl<'a> FileClaim<'a> {
-    pub(super) fn new(cache: &'a FileCache) -> Self {
-        let mut state = cache.state.lock();
-        state.claims += 1;
-        FileClaim {
-            cache,
-            number: state.claims,
-            keys: Vec::new(),
-            done: CancellationToken::new(),
-        }
-    }
-
-    pub(super) fn add(&mut self, state: &mut Index, key: FileKey) {
-        let busy = InProgress {
-            claim: self.number,
-            done: self.done.clone(),
-        };
-        state.busy.insert(key, busy);
-        self.keys.push(key);
-    }
-}
-
-impl Drop for FileClaim<'_> {
-    fn drop(&mut self) {
-        if !self.keys.is_empty() {
-            let mut state = self.cache.state.lock();
-            for key in &self.keys {
-                state.busy.remove(key);
-            }
-        }
-        self.done.cancel();
     }
 }

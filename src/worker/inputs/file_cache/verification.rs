@@ -14,12 +14,12 @@ use std::{
     os::unix::fs::FileExt,
     sync::{
         Arc, Weak,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use super::{FileCache, FileKey, disk};
+use super::{cache::FileCache, counts::VerificationCounts, directory, key::FileKey};
 use crate::digest::Hasher;
 
 /// Read at a time.
@@ -31,27 +31,6 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// After all was read.
 const PAUSE: Duration = Duration::from_secs(600);
 const THREADS: usize = 8;
-
-/// What was read since the start.
-#[derive(Debug, Default)]
-pub struct VerificationCounts {
-    pub files: AtomicU64,
-    pub bytes: AtomicU64,
-    pub wrong: AtomicU64,
-}
-
-impl std::fmt::Display for VerificationCounts {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        write!(
-            f,
-            "{} cached files of {} bytes, of which {} were wrong",
-            of(&self.files),
-            of(&self.bytes),
-            of(&self.wrong),
-        )
-    }
-}
 
 /// What came of a portion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,14 +129,14 @@ impl Verifier {
 
     /// Which file comes now, and which of its inodes; `None` after the last one.
     fn next(&mut self, cache: &FileCache) -> Option<(FileKey, u32)> {
-        let state = cache.state.lock();
+        let index = cache.index.lock();
         if let Some((key, number)) = self.further.take()
-            && number < state.copies(&key)
+            && number < index.copies(&key)
         {
             self.further = Some((key, number + 1));
             return Some((key, number));
         }
-        let (key, _, place) = state.kept.next(self.place)?;
+        let (key, _, place) = index.files.next(self.place)?;
         self.place = place;
         self.further = Some((*key, 1));
         Some((*key, 0))
@@ -171,9 +150,9 @@ impl FileCache {
 
     /// `None` when it is gone, or wrong already.
     fn open_for_reading(&self, key: FileKey, number: u32) -> Option<FileBeingRead> {
-        let file = self.files.open_copy(&key, number).ok()?;
+        let file = self.directory.open_copy(&key, number).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
-        if !disk::is_as_made(&stat, &key, rustix::process::geteuid().as_raw()) {
+        if !directory::is_as_made(&stat, &key, rustix::process::geteuid().as_raw()) {
             self.wrong(&key, number, "has another size, mode, owner or mtime");
             return None;
         }
@@ -206,15 +185,15 @@ impl FileCache {
 
     /// Whether an inode is one of a file's.
     fn knows(&self, key: &FileKey, inode: u64) -> bool {
-        let state = self.state.lock();
-        let first = state.kept.peek(key).map(|stored| stored.inode);
-        first == Some(inode) || state.has_further(key, inode)
+        let index = self.index.lock();
+        let first = index.files.peek(key).map(|file| file.inode);
+        first == Some(inode) || index.has_extra(key, inode)
     }
 
     /// A file that may have been used is wrong.
     fn wrong(&self, key: &FileKey, number: u32, what: &str) {
         self.verified.wrong.fetch_add(1, Ordering::Relaxed);
-        let path = self.files.path_of(key);
+        let path = self.directory.path_of(key);
         let further = match number {
             0 => String::new(),
             number => format!(".{number}"),
@@ -257,13 +236,13 @@ impl FileCache {
                 wrong.extend(other.join().unwrap_or_default());
             }
         });
-        let mut state = self.state.lock();
+        let mut index = self.index.lock();
         for key in &keys {
-            if let Some(stored) = state.kept.peek_mut(key) {
-                stored.verified = true;
+            if let Some(file) = index.files.peek_mut(key) {
+                file.verified = true;
             }
         }
-        drop(state);
+        drop(index);
         tracing::debug!(
             files = keys.len(),
             microseconds = began.elapsed().as_micros() as u64,
@@ -274,7 +253,7 @@ impl FileCache {
             self.verified.wrong.fetch_add(count, Ordering::Relaxed);
             tracing::error!(
                 files = count,
-                first = %self.files.path_of(first).display(),
+                first = %self.directory.path_of(first).display(),
                 "cached files that were there at start are not what they were, by a fault of the disk or the memory, or because somebody wrote to them; they are removed and fetched again"
             );
             self.remove_wrong(&wrong);
@@ -284,7 +263,7 @@ impl FileCache {
 
     /// `None` when it is not there.
     fn is_right(&self, key: &FileKey, buffer: &mut [u8]) -> Option<bool> {
-        let file = self.files.open_copy(key, 0).ok()?;
+        let file = self.directory.open_copy(key, 0).ok()?;
         let mut hasher = key.digest.function().hasher();
         self.verified.files.fetch_add(1, Ordering::Relaxed);
         loop {

@@ -17,13 +17,13 @@ use rustix::{
     io::Errno,
 };
 
-use super::{FileCache, FileClaim, FileKey};
+use super::key::FileKey;
 
 /// What was changed since the last look.
 #[derive(Debug, PartialEq)]
-enum ChangedFiles {
+pub enum ChangedFiles {
     /// In `contents`, or, in what `attributes` has, modes, owners or times alone.
-    CacheDirectory {
+    Files {
         contents: Vec<FileKey>,
         attributes: Vec<FileKey>,
     },
@@ -45,7 +45,7 @@ impl ChangeWatch {
     }
 
     /// Does not wait.
-    fn changed(&self) -> ChangedFiles {
+    pub fn changed(&self) -> ChangedFiles {
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = Reader::new(&self.0, &mut buffer);
         let (mut contents, mut attributes) = (Vec::new(), Vec::new());
@@ -71,81 +71,9 @@ impl ChangeWatch {
             files.sort_unstable();
             files.dedup();
         }
-        ChangedFiles::CacheDirectory {
+        ChangedFiles::Files {
             contents,
             attributes,
-        }
-    }
-}
-
-impl FileCache {
-    /// How often it was found that somebody else had changed files, which are gone from the disk then.
-    /// Looks again; a change that came before the call is counted.
-    pub fn modifications(&self) -> u64 {
-        let mut modifications = self.modifications.lock();
-        let Some(watch) = &self.watch else {
-            return *modifications;
-        };
-        let changed = match watch.changed() {
-            ChangedFiles::CacheDirectory {
-                mut contents,
-                attributes,
-            } => {
-                // Whoever sets what was set already does no harm.
-                let changed = |key: &FileKey| !self.files.is_as_made(key);
-                contents.extend(attributes.into_iter().filter(changed));
-                contents.sort_unstable();
-                contents.dedup();
-                contents
-            }
-            ChangedFiles::Unknown => self.state.lock().kept.keys(),
-        };
-        if changed.is_empty() {
-            return *modifications;
-        }
-        self.count_and_remove(
-            &mut modifications,
-            &changed,
-            "somebody changed files of the cache",
-        );
-        *modifications
-    }
-
-    /// These files are not what they should be; `why` is said in the log.
-    pub(super) fn report_modified(&self, wrong: &[FileKey], why: &str) {
-        self.count_and_remove(&mut self.modifications.lock(), wrong, why);
-    }
-
-    fn count_and_remove(&self, modifications: &mut u64, wrong: &[FileKey], why: &str) {
-        *modifications += 1;
-        let first = wrong.first().map(|key| self.files.path_of(key));
-        tracing::error!(
-            directory = %self.path().display(),
-            files = wrong.len(),
-            first = %first.unwrap_or_default().display(),
-            "{why}; only this worker may write to files of the cache; what is wrong is removed and fetched again, all that is kept of input roots is forgotten, and actions that ran meanwhile fail"
-        );
-        self.remove_wrong(wrong);
-    }
-
-    /// Removes files that are not what they should be. Pins stay: whoever links such a file finds it
-    /// gone.
-    pub(super) fn remove_wrong(&self, wrong: &[FileKey]) {
-        let _one_at_a_time = self.duplicating.lock();
-        let mut claim = FileClaim::new(self);
-        let mut state = self.state.lock();
-        let mut all = Vec::with_capacity(wrong.len());
-        for key in wrong {
-            all.push((key, state.take_further(key)));
-            if state.kept.remove(key).is_some() {
-                claim.add(&mut state, *key);
-            }
-        }
-        drop(state);
-        for (key, copies) in all {
-            if let Err(error) = self.files.remove(key, copies) {
-                tracing::error!(digest = %key.digest, %error, "could not remove a wrong file from the cache");
-            }
         }
     }
 }

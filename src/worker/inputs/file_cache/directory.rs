@@ -23,15 +23,20 @@ use std::{
     io::{self, Write},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use rustix::{
-    fs::{AtFlags, Dir, FileType, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT},
+    fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT},
     io::Errno,
 };
+use walkdir::WalkDir;
 
-use super::{key::FileKey, watch::ChangeWatch};
+use super::key::FileKey;
+use crate::worker::attributes;
 
 const SHARDS: usize = 256;
 
@@ -54,7 +59,7 @@ pub struct CacheDirectory {
     /// Locked for as long as this worker runs.
     _lock: OwnedFd,
     shards: Vec<OwnedFd>,
-    incoming: OwnedFd,
+    incoming: Arc<OwnedFd>,
     sequence: AtomicU64,
 }
 
@@ -77,17 +82,17 @@ impl ScannedFile {
 }
 
 /// A file being written; removed on drop unless published.
-pub struct IncomingFile<'a> {
-    files: &'a CacheDirectory,
+pub struct IncomingFile {
+    directory: Arc<OwnedFd>,
     /// Empty once published.
     name: String,
-    pub file: File,
+    pub file: Arc<File>,
 }
 
-impl Drop for IncomingFile<'_> {
+impl Drop for IncomingFile {
     fn drop(&mut self) {
         if !self.name.is_empty() {
-            let _ = rustix::fs::unlinkat(&self.files.incoming, &self.name, AtFlags::empty());
+            let _ = rustix::fs::unlinkat(&*self.directory, &self.name, AtFlags::empty());
         }
     }
 }
@@ -115,7 +120,7 @@ impl CacheDirectory {
             .collect::<io::Result<_>>()?;
         let files = CacheDirectory {
             path: path.to_owned(),
-            incoming: within("incoming")?,
+            incoming: Arc::new(within("incoming")?),
             shards,
             sequence: AtomicU64::new(0),
             _lock: directory,
@@ -137,8 +142,8 @@ impl CacheDirectory {
         self.path.join(format!("{:02x}", key.shard())).join(name)
     }
 
-    pub fn watch(&self) -> io::Result<ChangeWatch> {
-        ChangeWatch::new(&self.shards)
+    pub fn shards(&self) -> &[OwnedFd] {
+        &self.shards
     }
 
     /// What is there, the longest unused first. Removes what nobody can use.
@@ -208,18 +213,13 @@ impl CacheDirectory {
         let mut files = Vec::new();
         for number in shards {
             let shard = &self.shards[number];
-            let mut entries = Dir::read_from(shard)?;
-            while let Some(entry) = entries.read() {
+            let path = self.path.join(format!("{number:02x}"));
+            for entry in WalkDir::new(path).min_depth(1).max_depth(1) {
                 let entry = entry?;
                 let name = entry.file_name();
-                if name == c"." || name == c".." {
-                    continue;
-                }
                 let stat = rustix::fs::statat(shard, name, AtFlags::SYMLINK_NOFOLLOW)?;
-                let kind = FileType::from_raw_mode(stat.st_mode);
                 let usable = name
                     .to_str()
-                    .ok()
                     .and_then(FileKey::parse_name)
                     .filter(|(key, _)| key.shard() == number && is_as_made(&stat, key, owner));
                 match usable {
@@ -227,41 +227,33 @@ impl CacheDirectory {
                         let changed = (stat.st_nlink > 1, stat.st_ctime, stat.st_ctime_nsec as i64);
                         files.push((key, copy, stat.st_ino, changed));
                     }
-                    None if kind == FileType::Directory => {
-                        let path = self.path.join(format!("{number:02x}"));
-                        std::fs::remove_dir_all(path.join(name.to_string_lossy().as_ref()))?;
-                    }
-                    None => rustix::fs::unlinkat(shard, name, AtFlags::empty())?,
+                    None if entry.file_type().is_dir() => std::fs::remove_dir_all(entry.path())?,
+                    None => std::fs::remove_file(entry.path())?,
                 }
             }
         }
         Ok(files)
     }
 
-    pub fn create(&self) -> io::Result<IncomingFile<'_>> {
+    pub fn create(&self) -> io::Result<IncomingFile> {
         let name = self.sequence.fetch_add(1, Ordering::Relaxed).to_string();
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.incoming, &name, flags, Mode::from_raw_mode(0o600))?;
+        let file = rustix::fs::openat(&*self.incoming, &name, flags, Mode::from_raw_mode(0o600))?;
         Ok(IncomingFile {
-            files: self,
+            directory: self.incoming.clone(),
             name,
-            file: file.into(),
+            file: Arc::new(file.into()),
         })
     }
 
     /// Makes a written and verified file the n-th copy of `key`; tells its inode number.
-    pub fn publish(
-        &self,
-        mut incoming: IncomingFile<'_>,
-        key: &FileKey,
-        copy: u32,
-    ) -> io::Result<u64> {
+    pub fn publish(&self, mut incoming: IncomingFile, key: &FileKey, copy: u32) -> io::Result<u64> {
         finish(incoming.file.as_fd(), key.executable)?;
         let inode = rustix::fs::fstat(&incoming.file)?.st_ino;
         let mut name = String::new();
         key.write_name(copy, &mut name);
         rustix::fs::renameat(
-            &self.incoming,
+            &*self.incoming,
             &incoming.name,
             &self.shards[key.shard()],
             &name,
@@ -272,8 +264,8 @@ impl CacheDirectory {
 
     /// Writes a file whose content is known to match its digest.
     pub fn write(&self, key: &FileKey, content: &[u8]) -> io::Result<u64> {
-        let mut incoming = self.create()?;
-        incoming.file.write_all(content)?;
+        let incoming = self.create()?;
+        (&*incoming.file).write_all(content)?;
         self.publish(incoming, key, 0)
     }
 
@@ -315,7 +307,7 @@ impl CacheDirectory {
 
     /// Bytes and inodes that unprivileged users can still take on the file system.
     pub fn free(&self) -> io::Result<(u64, u64)> {
-        let stat = rustix::fs::fstatvfs(&self.incoming)?;
+        let stat = rustix::fs::fstatvfs(&*self.incoming)?;
         // Some file systems have no fixed number of inodes, and say 0.
         let inodes = match stat.f_files {
             0 => u64::MAX,
@@ -326,8 +318,8 @@ impl CacheDirectory {
 
     /// Whether copies share blocks on this file system.
     pub fn shares_blocks(&self) -> io::Result<bool> {
-        let (mut one, other) = (self.create()?, self.create()?);
-        one.file.write_all(&[0; 4096])?;
+        let (one, other) = (self.create()?, self.create()?);
+        (&*one.file).write_all(&[0; 4096])?;
         Ok(reflink_copy::reflink_file(&one.file, &other.file).is_ok())
     }
 
@@ -369,10 +361,10 @@ fn create(
     directory: BorrowedFd<'_>,
     name: &str,
     executable: bool,
-    may_write: WriteAccess,
+    access: WriteAccess,
 ) -> io::Result<File> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let mode = match may_write {
+    let mode = match access {
         WriteAccess::Nobody => mode(executable),
         WriteAccess::Everybody => mode(executable) | Mode::from_raw_mode(0o222),
     };
@@ -380,15 +372,15 @@ fn create(
 }
 
 /// Makes a file of its own in a directory, with the content of a cached one, sharing its blocks where
-/// the file system can; tells its inode number. Whoever `may_write` says may write to it.
+/// the file system can; tells its inode number. Whoever `access` says may write to it.
 pub fn copy(
     source: &File,
     key: &FileKey,
     directory: BorrowedFd<'_>,
     name: &str,
-    may_write: WriteAccess,
+    access: WriteAccess,
 ) -> io::Result<u64> {
-    let file = create(directory, name, key.executable, may_write)?;
+    let file = create(directory, name, key.executable, access)?;
     copy_content(source, &file, key.digest.size())?;
     set_mtime(file.as_fd())?;
     Ok(rustix::fs::fstat(&file)?.st_ino)
@@ -399,9 +391,9 @@ pub fn make_empty(
     directory: BorrowedFd<'_>,
     name: &str,
     executable: bool,
-    may_write: WriteAccess,
+    access: WriteAccess,
 ) -> io::Result<u64> {
-    let file = create(directory, name, executable, may_write)?;
+    let file = create(directory, name, executable, access)?;
     set_mtime(file.as_fd())?;
     Ok(rustix::fs::fstat(&file)?.st_ino)
 }
@@ -421,6 +413,13 @@ pub fn is_as_made(stat: &rustix::fs::Stat, key: &FileKey, owner: u32) -> bool {
         && stat.st_mode & 0o7777 == mode(key.executable).as_raw_mode()
         && stat.st_mtime == MTIME
         && stat.st_uid == owner
+}
+
+pub fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 /// Shares the blocks where the file system can.
@@ -471,7 +470,7 @@ pub fn seal(file: &File, executable: bool) -> bool {
     let fd = file.as_fd();
     let alone = |fd| rustix::fs::fstat(fd).is_ok_and(|stat| stat.st_nlink == 1);
     // Before anything is changed: an input that the action linked elsewhere stays as it is.
-    if !alone(fd) || !has_no_attributes(fd) {
+    if !alone(fd) || !attributes::has_none(fd) {
         return false;
     }
     let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
@@ -479,17 +478,6 @@ pub fn seal(file: &File, executable: bool) -> bool {
         && finish(fd, executable).is_ok()
         && alone(fd)
         && has_no_writer(fd)
-}
-
-/// No attribute but those that only the kernel's security modules may set.
-fn has_no_attributes(fd: BorrowedFd<'_>) -> bool {
-    let mut names = [0; 512];
-    match rustix::fs::flistxattr(fd, &mut names[..]) {
-        Ok(length) => names[..length]
-            .split(|byte| *byte == 0)
-            .all(|name| name.is_empty() || name.starts_with(b"security.")),
-        Err(error) => error == Errno::OPNOTSUPP,
-    }
 }
 
 /// fcntl(2), F_SETLEASE: a read lease is granted only while nobody has the file open for writing.

@@ -1,0 +1,147 @@
+//! The cache itself: the files on disk, and what is known of them.
+
+use std::{io, path::Path, sync::OnceLock};
+
+use parking_lot::Mutex;
+
+use super::{
+    counts::VerificationCounts,
+    directory::{self, CacheDirectory},
+    index::{CachedFile, Index},
+    key::FileKey,
+    watch::ChangeWatch,
+};
+use crate::{
+    digest::Digest,
+    storage::grpc::Client,
+    worker::{fault::Fault, lru::Handle},
+};
+
+#[derive(Clone, Copy, Debug)]
+pub struct CacheLimits {
+    pub bytes: u64,
+    pub files: u64,
+    /// Bytes of the file system that are left free.
+    pub minimum_free: u64,
+}
+
+pub struct FileCache {
+    pub(super) directory: CacheDirectory,
+    pub(super) limits: CacheLimits,
+    pub(super) storage: Client,
+    pub(super) index: Mutex<Index>,
+    /// Held while extra inodes of files are made or removed.
+    pub(super) changing_extra_inodes: Mutex<()>,
+    /// Lets go of kept input roots; `false` when there are none.
+    pub(super) reclaim: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
+    /// Whether files can share blocks.
+    pub(super) reflinks: bool,
+    /// `None` where the host allows no more watches.
+    pub(super) watch: Option<ChangeWatch>,
+    /// How often somebody else changed files; held while they are removed.
+    pub(super) modifications: Mutex<u64>,
+    pub(super) verified: VerificationCounts,
+}
+
+impl FileCache {
+    /// Takes up what an earlier worker left. Blocks for a second per million files.
+    pub fn open(path: &Path, limits: CacheLimits, storage: Client) -> io::Result<Self> {
+        let directory = CacheDirectory::open(path)?;
+        let reflinks = directory.shares_blocks()?;
+        let mut index = Index::default();
+        for found in directory.scan()? {
+            let file = CachedFile {
+                inode: found.inode,
+                verified: false,
+            };
+            let size = found.key.digest.size();
+            index.files.insert(found.key, file, size);
+            for inode in found.others {
+                index.add_extra(&found.key, inode);
+            }
+        }
+        // Before anything is used; what was changed earlier shows by its size, mode or mtime.
+        let watch = ChangeWatch::new(directory.shards()).inspect_err(|error| {
+            tracing::warn!(
+                directory = %path.display(),
+                %error,
+                "could not watch the cache for changes by others; raise fs.inotify.max_user_watches and fs.inotify.max_user_instances"
+            );
+        });
+        let cache = FileCache {
+            directory,
+            limits,
+            storage,
+            index: Mutex::new(index),
+            reflinks,
+            changing_extra_inodes: Mutex::new(()),
+            reclaim: OnceLock::new(),
+            watch: watch.ok(),
+            modifications: Mutex::default(),
+            verified: VerificationCounts::default(),
+        };
+        cache.evict_to_fit();
+        Ok(cache)
+    }
+
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Bytes that are to stay free on the file system.
+    pub fn minimum_free(&self) -> u64 {
+        self.limits.minimum_free
+    }
+
+    /// Files and bytes.
+    pub fn usage(&self) -> (u64, u64) {
+        let index = self.index.lock();
+        (index.files.len() as u64, index.files.weight())
+    }
+
+    /// Those digests of `keys` that are not here.
+    pub fn absent(&self, keys: Vec<FileKey>) -> Vec<Digest> {
+        let index = self.index.lock();
+        let mut digests: Vec<Digest> = keys
+            .into_iter()
+            .filter(|key| !index.files.contains(key))
+            .map(|key| key.digest)
+            .collect();
+        drop(index);
+        digests.sort_unstable();
+        digests.dedup();
+        digests
+    }
+
+    /// Counts and pins a file that is on disk now, and evicts others for it.
+    pub(super) fn admit(&self, key: FileKey, inode: u64) -> Handle {
+        let handle = {
+            let mut index = self.index.lock();
+            let file = CachedFile {
+                inode,
+                verified: true,
+            };
+            index.files.insert(key, file, key.digest.size());
+            // One that was gone from the disk has a new inode.
+            if let Some(known) = index.files.peek_mut(&key) {
+                *known = file;
+            }
+            index.files.pin(&key).expect("just inserted")
+        };
+        self.enforce_limits();
+        handle
+    }
+
+    pub(super) fn disk_fault(&self, key: &FileKey, error: io::Error) -> Fault {
+        let remedy = match directory::is_full(&error) {
+            true => "; make room on its file system, or lower cache.maximum_size",
+            false => "",
+        };
+        let what = format!(
+            "write input file {} to the cache in {}{remedy}",
+            key.digest,
+            self.path().display()
+        );
+        Fault::of_disk(what, error)
+    }
+}

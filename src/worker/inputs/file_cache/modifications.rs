@@ -1,0 +1,75 @@
+//! Files of the cache that somebody else changed are counted and removed.
+
+use super::{cache::FileCache, index::FileClaim, key::FileKey, watch::ChangedFiles};
+
+impl FileCache {
+    /// How often it was found that somebody else had changed files, which are gone from the disk then.
+    /// Looks again; a change that came before the call is counted.
+    pub fn modifications(&self) -> u64 {
+        let mut modifications = self.modifications.lock();
+        let Some(watch) = &self.watch else {
+            return *modifications;
+        };
+        let changed = match watch.changed() {
+            ChangedFiles::Files {
+                mut contents,
+                attributes,
+            } => {
+                // Whoever sets what was set already does no harm.
+                let changed = |key: &FileKey| !self.directory.is_as_made(key);
+                contents.extend(attributes.into_iter().filter(changed));
+                contents.sort_unstable();
+                contents.dedup();
+                contents
+            }
+            ChangedFiles::Unknown => self.index.lock().files.keys(),
+        };
+        if changed.is_empty() {
+            return *modifications;
+        }
+        self.count_and_remove(
+            &mut modifications,
+            &changed,
+            "somebody changed files of the cache",
+        );
+        *modifications
+    }
+
+    /// These files are not what they should be; `why` is said in the log.
+    pub(super) fn report_modified(&self, wrong: &[FileKey], why: &str) {
+        self.count_and_remove(&mut self.modifications.lock(), wrong, why);
+    }
+
+    fn count_and_remove(&self, modifications: &mut u64, wrong: &[FileKey], why: &str) {
+        *modifications += 1;
+        let first = wrong.first().map(|key| self.directory.path_of(key));
+        tracing::error!(
+            directory = %self.path().display(),
+            files = wrong.len(),
+            first = %first.unwrap_or_default().display(),
+            "{why}; only this worker may write to files of the cache; what is wrong is removed and fetched again, all that is kept of input roots is forgotten, and actions that ran meanwhile fail"
+        );
+        self.remove_wrong(wrong);
+    }
+
+    /// Removes files that are not what they should be. Pins stay: whoever links such a file finds it
+    /// gone.
+    pub(super) fn remove_wrong(&self, wrong: &[FileKey]) {
+        let _one_at_a_time = self.changing_extra_inodes.lock();
+        let mut claim = FileClaim::new(&self.index);
+        let mut index = self.index.lock();
+        let mut all = Vec::with_capacity(wrong.len());
+        for key in wrong {
+            all.push((key, index.take_extra(key)));
+            if index.files.remove(key).is_some() {
+                claim.add(&mut index, *key);
+            }
+        }
+        drop(index);
+        for (key, copies) in all {
+            if let Err(error) = self.directory.remove(key, copies) {
+                tracing::error!(digest = %key.digest, %error, "could not remove a wrong file from the cache");
+            }
+        }
+    }
+}

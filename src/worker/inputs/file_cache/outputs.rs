@@ -1,0 +1,55 @@
+//! Outputs of actions that stay in the cache, so that later actions find them there.
+
+use std::{fs::File, io, os::fd::BorrowedFd};
+
+use rustix::io::Errno;
+
+use super::{cache::FileCache, index::FileClaim, key::FileKey};
+
+impl FileCache {
+    /// An output becomes an input of later actions without a download. `sealed` says that the file
+    /// itself may enter the cache; otherwise a copy does. What cannot be kept is not: it will be
+    /// fetched.
+    pub fn keep_output(
+        &self,
+        key: FileKey,
+        file: &File,
+        sealed: bool,
+        directory: BorrowedFd<'_>,
+        name: &str,
+    ) {
+        // Empty files are made, not cached.
+        if key.digest.size() > self.limits.bytes / 4 || key.digest.size() == 0 {
+            return;
+        }
+        let mut claim = FileClaim::new(&self.index);
+        let mut index = self.index.lock();
+        if index.files.get(&key).is_some() || index.in_progress.contains_key(&key) {
+            return;
+        }
+        claim.add(&mut index, key);
+        drop(index);
+        let kept = match sealed {
+            true => match self.directory.adopt(&key, directory, name) {
+                // A file that the cache does not know of.
+                Err(Errno::EXIST) => self
+                    .directory
+                    .remove(&key, 1)
+                    .and_then(|()| Ok(self.directory.adopt(&key, directory, name)?)),
+                result => result.map_err(io::Error::from),
+            },
+            false => self.directory.duplicate(file, &key, 0),
+        };
+        match kept {
+            Ok(inode) => {
+                let handle = self.admit(key, inode);
+                self.index.lock().files.unpin(handle);
+                // Not pinned any more: what has no room beside what must stay free goes itself.
+                self.evict_to_fit();
+            }
+            Err(error) => {
+                tracing::debug!(digest = %key.digest, %error, "could not keep an output in the cache");
+            }
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! A root that an action has.
+
+use std::{
+    os::fd::{AsFd, BorrowedFd},
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
+
+use super::{
+    action_directory::{self, ActionDirectory},
+    free_space::RunningCommand,
+    kept::KeptRoot,
+    pool::IdleRoot,
+    root_store::{RootStore, UsedRoot},
+};
+use crate::worker::{
+    blocking::{blocking, in_background},
+    fault::Fault,
+};
+
+/// A root for one action. Verified in the background when dropped.
+pub struct InputRoot {
+    store: Arc<RootStore>,
+    /// `None` only while being dropped.
+    action_directory: Option<ActionDirectory>,
+    /// `None` when it is not used again.
+    pub(super) kept: Option<KeptRoot>,
+    generation: u64,
+    /// Of the cache, before it was laid out.
+    modifications: u64,
+    /// Seconds since the epoch.
+    ready: i64,
+    reusable: bool,
+    /// From when the command may start.
+    command: Option<RunningCommand>,
+    /// Inode numbers of what is the worker's though the action made it, in their order.
+    taken_over: Vec<u64>,
+}
+
+impl InputRoot {
+    /// An empty root. Blocks.
+    pub fn empty(store: &Arc<RootStore>) -> std::io::Result<Self> {
+        let modifications = store.modifications();
+        let IdleRoot {
+            action_directory,
+            kept,
+            generation,
+        } = store.take_root(None)?;
+        let mut root = InputRoot::new(store, action_directory, generation, modifications);
+        root.kept = Some(kept);
+        Ok(root)
+    }
+
+    /// A root of whose files nothing is known.
+    pub(super) fn new(
+        store: &Arc<RootStore>,
+        action_directory: ActionDirectory,
+        generation: u64,
+        modifications: u64,
+    ) -> Self {
+        InputRoot {
+            store: store.clone(),
+            action_directory: Some(action_directory),
+            kept: None,
+            generation,
+            modifications,
+            ready: now(),
+            reusable: true,
+            command: None,
+            taken_over: Vec::new(),
+        }
+    }
+
+    /// A command may start in it.
+    pub(super) fn begin(&mut self) {
+        self.command = Some(self.store.space.watch());
+        self.ready = now();
+    }
+
+    fn action_directory(&self) -> &ActionDirectory {
+        let present = self.action_directory.as_ref();
+        present.expect("present until dropped")
+    }
+
+    /// The name of the action's directory, in the build directory.
+    pub fn name(&self) -> &str {
+        &self.action_directory().name
+    }
+
+    /// The directory with `stdout` and `stderr`.
+    pub fn directory(&self) -> BorrowedFd<'_> {
+        self.action_directory().directory.as_fd()
+    }
+
+    pub fn root(&self) -> BorrowedFd<'_> {
+        self.action_directory().root.as_fd()
+    }
+
+    /// A runner that failed may have let go of its lock while processes of the action live: no
+    /// other action gets this directory.
+    pub fn discard_after_use(&mut self) {
+        self.reusable = false;
+    }
+
+    /// The files with these inode numbers, which the action made, may be the worker's now.
+    pub fn taken_over(&mut self, mut inodes: Vec<u64>) {
+        inodes.sort_unstable();
+        self.taken_over = inodes;
+    }
+
+    /// The action ran as root or as the worker, and may have changed anything in place (I2). Blocks.
+    pub fn suspect_privileged_user(&mut self) {
+        self.reusable = false;
+        self.store.retention.suspend(Instant::now());
+        self.store.invalidate_all();
+    }
+
+    /// Whether what the command found and left can be relied on: nobody but the worker changed files of
+    /// the cache since the root was chosen, and the disk was never full. Blocks.
+    pub fn check(&self) -> Result<(), Fault> {
+        if let Some(fault) = self.command.as_ref().and_then(RunningCommand::fault) {
+            return Err(fault);
+        }
+        match self.store.cache.modifications() == self.modifications {
+            true => Ok(()),
+            false => Err(Fault::Unavailable(format!(
+                "while the command ran, somebody changed input files in the cache in {} on the worker's host; they will be fetched again",
+                self.store.cache.path().display()
+            ))),
+        }
+    }
+
+    /// Opens the directory to a group, for a runner that cannot do so for an action's user. Such a
+    /// runner holds no lock either (I5), so that the root is not used again. Blocks.
+    pub fn open_to(&mut self, group: u32) -> Result<(), Fault> {
+        self.reusable = false;
+        self.action_directory().open_to(group).map_err(|error| {
+            let what = format!(
+                "open a directory to runners.group {group}; the worker needs CAP_CHOWN, or to be in that group"
+            );
+            self.store.disk_fault(&what, error.into())
+        })
+    }
+
+    /// Waits until the runner says, by letting go of its lock, that no process of the action is
+    /// left. `false` when that takes too long.
+    pub async fn await_unlocked(&self) -> bool {
+        let Ok(directory) = self.directory().try_clone_to_owned() else {
+            return false;
+        };
+        let lock = move || {
+            let locked = action_directory::lock(directory.as_fd());
+            if locked {
+                action_directory::unlock(directory.as_fd());
+            }
+            locked
+        };
+        blocking("lock an action's directory", lock).await == Ok(true)
+    }
+}
+
+impl Drop for InputRoot {
+    fn drop(&mut self) {
+        if let Some(action_directory) = self.action_directory.take() {
+            self.store.pool.begin_cleaning();
+            let store = self.store.clone();
+            // A thread that panics may not have told what it took over.
+            let reusable = self.reusable && !std::thread::panicking();
+            let used = UsedRoot {
+                kept: self.kept.take().filter(|_| reusable),
+                generation: self.generation,
+                ready: self.ready,
+                taken_over: std::mem::take(&mut self.taken_over),
+            };
+            in_background(move || store.clean(action_directory, used));
+        }
+    }
+}
+
+fn now() -> i64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.map_or(0, |time| time.as_secs() as i64)
+}

@@ -1,0 +1,190 @@
+//! A root that is chosen for an action, with what must be done to it; and having it done.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    os::fd::AsFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rustix::io::Errno;
+
+use super::{
+    file_cache::{FileKey, LinkMode, PinnedFiles},
+    input_root::InputRoot,
+    kept::{self, KeptDirectory},
+    lay_out::LayOutError,
+    plan::Plan,
+    pool::{IdleRoot, StashedTree},
+    root_store::RootStore,
+    tree::Tree,
+};
+use crate::{
+    config::worker::Inputs,
+    path::RelativePath,
+    worker::{beneath, blocking::in_background, fault::Fault},
+};
+
+/// Given back to the store when it is dropped.
+pub struct PlannedRoot {
+    store: Arc<RootStore>,
+    tree: Tree,
+    /// `None` only while it is performed or dropped.
+    work: Option<(IdleRoot, Plan<StashedTree>)>,
+    /// Whether the root is kept after its action.
+    keep: bool,
+    link_mode: LinkMode,
+    /// Of the cache, before the root was chosen.
+    modifications: u64,
+    spent: Duration,
+}
+
+/// Why there is no input root.
+#[derive(Debug)]
+pub enum PrepareError {
+    /// These are to be restored to the cache; then it may work.
+    Vanished(Vec<FileKey>),
+    Fault(Fault),
+}
+
+impl Drop for PlannedRoot {
+    fn drop(&mut self) {
+        if let Some((root, plan)) = self.work.take() {
+            let store = self.store.clone();
+            in_background(move || {
+                store.pool.keep_stashed(plan.taken);
+                store.pool.return_root(root);
+            });
+        }
+    }
+}
+
+impl From<Fault> for PrepareError {
+    fn from(fault: Fault) -> Self {
+        PrepareError::Fault(fault)
+    }
+}
+
+impl PlannedRoot {
+    /// Chooses a root for `tree` and says what must be done to it. Blocks until there is a root.
+    pub fn new(store: &Arc<RootStore>, tree: &Tree, inputs: Inputs) -> io::Result<Self> {
+        let modifications = store.modifications();
+        let link_mode = store.cache.link_mode(inputs);
+        let keep = store.keeps(tree, link_mode);
+        let root = store.take_root(keep.then_some((link_mode, tree)))?;
+        let began = Instant::now();
+        let plan = store.pool.plan(&root.kept.top.node, tree, link_mode, keep);
+        Ok(PlannedRoot {
+            store: store.clone(),
+            tree: tree.clone(),
+            keep: keep && store.pool.reserve(plan.made.len() as u64),
+            work: Some((root, plan)),
+            link_mode,
+            modifications,
+            spent: began.elapsed(),
+        })
+    }
+
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Pins those files that are to be linked and are in the cache. Blocks.
+    pub fn pin(&self) -> Result<PinnedFiles, Fault> {
+        let files = self.work.as_ref().map_or(&[][..], |(_, plan)| &plan.links);
+        self.store.cache.check_occurrences(files, self.link_mode)?;
+        Ok(self.store.cache.pin(files))
+    }
+
+    /// Lays out the root, and the directories `parents`. Blocks.
+    pub fn lay_out(
+        mut self,
+        pinned: PinnedFiles,
+        parents: &BTreeSet<RelativePath>,
+    ) -> Result<InputRoot, PrepareError> {
+        let began = Instant::now();
+        let store = self.store.clone();
+        let (root, plan) = self.work.take().expect("present until performed");
+        let IdleRoot {
+            action_directory,
+            kept,
+            generation,
+        } = root;
+        let mut input_root =
+            InputRoot::new(&store, action_directory, generation, self.modifications);
+        store.counts.add(&self.tree, &plan);
+        let (linked, made, unstashed) = (plan.links.len(), plan.made.len(), plan.taken.len());
+        // An error drops the root without its model: it is thrown away (I7).
+        let context = store.context();
+        let performed = context.perform(kept, plan, pinned, self.keep, self.link_mode);
+        input_root.kept = performed.map_err(|error| match error {
+            LayOutError::Vanished(keys) => PrepareError::Vanished(keys),
+            LayOutError::Disk(name, error) => {
+                let what = format!("make {name:?} of the input root");
+                PrepareError::Fault(store.disk_fault(&what, error))
+            }
+        })?;
+        for parent in parents {
+            self.make_parent(&mut input_root, parent)?;
+        }
+        store.await_free_space()?;
+        input_root.begin();
+        let spent = self.spent + began.elapsed();
+        tracing::debug!(
+            input_root = %self.tree.digest,
+            entries = self.tree.entries,
+            linked,
+            made,
+            unstashed,
+            microseconds = spent.as_micros() as u64,
+            "laid out an input root"
+        );
+        store.counts.add_time(spent);
+        Ok(input_root)
+    }
+
+    fn make_parent(&self, root: &mut InputRoot, parent: &RelativePath) -> Result<(), Fault> {
+        let made = match &mut root.kept {
+            Some(kept) => make_below(&mut kept.top, parent),
+            None => beneath::make_directories(root.root(), parent)
+                .map_err(|(component, error)| (component.as_str().to_owned(), error)),
+        };
+        made.map_err(|(component, error)| match error {
+            Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG => Fault::Invalid(format!(
+                "could not make directory {parent}, which declared outputs lie in: {component} is no directory in the input root"
+            )),
+            error => {
+                let what = format!("make directory {parent}");
+                self.store.disk_fault(&what, error.into())
+            }
+        })
+    }
+}
+
+/// Makes the directories of a path that the tree does not have. What changes below is found after the
+/// action, since the directory has no baseline any more.
+fn make_below(root: &mut KeptDirectory, path: &RelativePath) -> Result<(), (String, Errno)> {
+    let mut at = root;
+    let mut components = path.components().iter();
+    let mut rest = path.components();
+    while let Some(component) = components.next() {
+        let directories = &at.node.directory.directories;
+        let found = directories.binary_search_by(|entry| entry.0.cmp(component));
+        let Ok(found) = found else { break };
+        at = &mut at.children[found];
+        rest = components.as_slice();
+    }
+    if rest.is_empty() {
+        return Ok(());
+    }
+    let rest: RelativePath = rest
+        .iter()
+        .cloned()
+        .fold(RelativePath::root(), |path, name| path.join(name));
+    at.baseline = None;
+    let place = at.place.clone();
+    let made = beneath::make_directories(place.as_fd(), &rest);
+    made.map_err(|(component, error)| (component.as_str().to_owned(), error))?;
+    kept::set_mtime(place.as_fd()).map_err(|error| (path.to_string(), error))
+}

@@ -1,0 +1,226 @@
+//! From a task to its input root, in order.
+
+use std::{collections::BTreeSet, io, sync::Arc};
+
+use bytes::Bytes;
+use prost::Message;
+use rustix::fs::Mode;
+
+use super::{
+    directories::{DirectoryCache, DirectoryWalk},
+    file_cache::{FileCache, FileKey, PinnedFiles},
+    input_root::InputRoot,
+    planned_root::{PlannedRoot, PrepareError},
+    root_store::RootStore,
+    tree::Tree,
+};
+use crate::{
+    config::worker::Inputs,
+    digest::Digest,
+    path::RelativePath,
+    proto::reapi,
+    storage::{self, grpc::Client},
+    worker::{blocking::blocking, command::Command, fault::Fault, task::Task},
+};
+
+/// Files that vanish from the cache again and again are a broken disk.
+const ATTEMPTS: u32 = 3;
+
+/// Makes the input roots of one runner's actions.
+pub struct InputRoots {
+    pub storage: Client,
+    pub cache: Arc<FileCache>,
+    pub directories: Arc<DirectoryCache>,
+    pub store: Arc<RootStore>,
+    pub inputs: Inputs,
+    /// `runners.group`, to which an action's directory is opened.
+    pub group: Option<u32>,
+}
+
+/// How far a thread came that fetches nothing.
+enum Attempt {
+    LaidOut(Box<InputRoot>),
+    /// Some of its files are to be fetched.
+    Incomplete(Box<PlannedRoot>, PinnedFiles),
+}
+
+impl InputRoots {
+    /// The command of a task, and a root that has all that it wants.
+    pub async fn prepare(&self, task: &Task) -> Result<(Command, InputRoot), Fault> {
+        let (command, tree) = self.fetch(task).await?;
+        let parents = Arc::new(command.output_parents());
+        let mut attempts = 0;
+        loop {
+            match self.lay_out(task, &tree, &parents).await {
+                Ok(root) => return Ok((command, root)),
+                Err(PrepareError::Fault(fault)) => return Err(fault),
+                Err(PrepareError::Vanished(keys)) if attempts < ATTEMPTS => {
+                    attempts += 1;
+                    self.restore(task, keys).await?;
+                }
+                Err(PrepareError::Vanished(keys)) => {
+                    return Err(Fault::Unavailable(format!(
+                        "could not keep {} files in the cache in {}: something removes them",
+                        keys.len(),
+                        self.cache.path().display()
+                    )));
+                }
+            }
+        }
+    }
+
+    /// An empty root, with the path of a directory that a runner which looks for actions there finds.
+    pub async fn prepare_readiness_check(&self) -> Result<(InputRoot, String), Fault> {
+        let (store, group) = (self.store.clone(), self.group);
+        let make = move || {
+            store.await_free_space()?;
+            let no_directory = |error| no_directory(&store, error);
+            let mut root = InputRoot::empty(&store).map_err(no_directory)?;
+            let (name, mode) = ("check_readiness", Mode::from_raw_mode(0o777));
+            rustix::fs::mkdirat(root.directory(), name, mode)
+                .map_err(|error| no_directory(error.into()))?;
+            open_to(&mut root, group)?;
+            let path = format!("{}/{name}", root.name());
+            Ok((root, path))
+        };
+        blocking("make an action's directory", make).await?
+    }
+
+    /// The command and all directories. When some are missing, all that is missing is told at once.
+    async fn fetch(&self, task: &Task) -> Result<(Command, Tree), Fault> {
+        let digest = |field: &str, digest: Option<&reapi::Digest>| {
+            Digest::parse_required(Some(task.function), digest)
+                .map_err(|error| Fault::Invalid(format!("{field} of the action is wrong: {error}")))
+        };
+        let command_digest = digest("command_digest", task.action.command_digest.as_ref())?;
+        let root = digest("input_root_digest", task.action.input_root_digest.as_ref())?;
+        let walk = self
+            .directories
+            .walk(&task.instance, root, command_digest)
+            .await?;
+        let command = match &walk.beside {
+            Ok(data) => Some(parse_command(&command_digest, data)?),
+            Err(storage::Error::Missing(_)) => None,
+            Err(error) => {
+                let what = format!("obtain command {command_digest}");
+                return Err(Fault::of_storage(what, error.clone()));
+            }
+        };
+        match (command, &walk.tree) {
+            (Some(command), Some(tree)) => Ok((command, tree.clone())),
+            (None, _) => Err(self.missing(task, &walk, Some(command_digest)).await),
+            (Some(_), None) => Err(self.missing(task, &walk, None).await),
+        }
+    }
+
+    /// It will not run, so nothing is fetched; but the client learns of every missing file too.
+    async fn missing(&self, task: &Task, walk: &DirectoryWalk, command: Option<Digest>) -> Fault {
+        let mut missing = walk.missing.clone();
+        missing.extend(command);
+        let absent = self.cache.absent(walk.files());
+        if !absent.is_empty() {
+            match self.storage.find_missing(&task.instance, &absent).await {
+                Ok(found) => missing.extend(found),
+                Err(error) => {
+                    return Fault::of_storage("find out which input files are missing", error);
+                }
+            }
+        }
+        Fault::of_storage(
+            "obtain the action's inputs",
+            storage::Error::Missing(missing),
+        )
+    }
+
+    /// A root is chosen, the files that it lacks are fetched, then it is changed. Where nothing is to be
+    /// fetched, one thread does it all.
+    async fn lay_out(
+        &self,
+        task: &Task,
+        tree: &Tree,
+        parents: &Arc<BTreeSet<RelativePath>>,
+    ) -> Result<InputRoot, PrepareError> {
+        let (store, inputs, group) = (self.store.clone(), self.inputs, self.group);
+        let (tree, all_parents) = (tree.clone(), parents.clone());
+        let attempt = blocking("lay out the input root", move || {
+            let planned = PlannedRoot::new(&store, &tree, inputs);
+            let planned = planned.map_err(|error| no_directory(&store, error))?;
+            let pinned = planned.pin()?;
+            match pinned.is_complete() {
+                true => perform(planned, pinned, &all_parents, group)
+                    .map(|root| Attempt::LaidOut(Box::new(root))),
+                false => Ok(Attempt::Incomplete(Box::new(planned), pinned)),
+            }
+        });
+        let (planned, mut pinned) = match attempt.await?? {
+            Attempt::LaidOut(root) => return Ok(*root),
+            Attempt::Incomplete(planned, pinned) => (planned, pinned),
+        };
+        self.cache
+            .fetch(&task.instance, &mut pinned)
+            .await
+            .map_err(|fault| with_path(fault, planned.tree()))?;
+        let parents = parents.clone();
+        let perform = move || perform(*planned, pinned, &parents, group);
+        blocking("lay out the input root", perform).await?
+    }
+
+    /// Brings files into the cache again that should have been there.
+    async fn restore(&self, task: &Task, vanished: Vec<FileKey>) -> Result<(), Fault> {
+        tracing::warn!(
+            files = vanished.len(),
+            "files vanished from the cache; fetching them again"
+        );
+        // Whoever removed them may have changed others.
+        let store = self.store.clone();
+        blocking("delete what is kept", move || store.invalidate_all()).await?;
+        self.cache.restore(&task.instance, vanished).await
+    }
+}
+
+fn perform(
+    planned: PlannedRoot,
+    pinned: PinnedFiles,
+    parents: &BTreeSet<RelativePath>,
+    group: Option<u32>,
+) -> Result<InputRoot, PrepareError> {
+    let mut root = planned.lay_out(pinned, parents)?;
+    open_to(&mut root, group)?;
+    Ok(root)
+}
+
+fn open_to(root: &mut InputRoot, group: Option<u32>) -> Result<(), Fault> {
+    match group {
+        Some(group) => root.open_to(group),
+        None => Ok(()),
+    }
+}
+
+fn no_directory(store: &RootStore, error: io::Error) -> Fault {
+    let what = format!("make an action directory in {}", store.path().display());
+    Fault::of_disk(what, error)
+}
+
+fn parse_command(digest: &Digest, data: &Bytes) -> Result<Command, Fault> {
+    let message = reapi::Command::decode(data.clone())
+        .map_err(|error| Fault::Invalid(format!("blob {digest} is no Command: {error}")))?;
+    Command::parse(message)
+        .map_err(|error| Fault::Invalid(format!("could not run command: {error}")))
+}
+
+/// Says where the first missing file would have been.
+fn with_path(fault: Fault, tree: &Tree) -> Fault {
+    match fault {
+        Fault::Missing { text, digests } => {
+            let path = digests.first().and_then(|digest| tree.path_of(digest));
+            Fault::Missing {
+                text: match path {
+                    Some(path) => format!("{text}, which is {path:?}"),
+                    None => text,
+                },
+                digests,
+            }
+        }
+        other => other,
+    }
+}
