@@ -18,6 +18,7 @@ use crate::{
     daemon::{
         self, CheckReport, Failure, Installation, Lifecycle, Program, ServerLimits, Services,
     },
+    instance::InstanceName,
     proto::{
         reapi::execution_server::ExecutionServer,
         remoteworker::operation_queue_server::OperationQueueServer,
@@ -138,9 +139,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     .max_decoding_message_size(LARGEST_REPORT);
     let mut client_services = Services::default().add(execution);
     let mut largest_blob = 0;
-    if let Backend::Embedded(store) = &storage {
-        client_services = storage::serve::add_to(client_services, store);
-        largest_blob = store.maximum_blob_size();
+    if storage.needs_services() {
+        client_services = storage::serve::add_to(client_services, &storage);
+        largest_blob = storage.maximum_blob_size(&InstanceName::empty()).await;
     }
     let client_routes = client_services
         .add(storage::serve::capabilities(true, largest_blob))

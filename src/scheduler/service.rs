@@ -517,8 +517,7 @@ fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse 
 }
 
 fn random_below(limit: Duration) -> Duration {
-    let random = Uuid::new_v4().as_u128() as u32;
-    limit.mul_f64(f64::from(random) / f64::from(u32::MAX))
+    limit.mul_f64(fastrand::f64())
 }
 
 fn invalid(error: impl ToString) -> Status {

@@ -36,7 +36,7 @@ use crate::{
         self, cas, reapi,
         runner::{CheckReadinessRequest, RunRequest, RunResponse, runner_client::RunnerClient},
     },
-    storage::{Content, grpc::Client},
+    storage::{Backend, Content},
 };
 
 const READINESS_TIMEOUT: Duration = Duration::from_secs(30);
@@ -52,7 +52,7 @@ pub enum Phase {
 
 /// Runs actions of one runner's slots.
 pub struct Executor {
-    pub storage: Client,
+    pub storage: Backend,
     pub inputs: InputRoots,
     pub runner: RunnerClient<Channel>,
     pub availability: Availability,

@@ -176,7 +176,7 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
         wrong,
     );
     let storage = connect_storage(config);
-    let wrong = match tokio::time::timeout(TIMEOUT, storage.probe()).await {
+    let wrong = match tokio::time::timeout(TIMEOUT, storage.answers()).await {
         Ok(Ok(())) => None,
         Ok(Err(error)) => Some(Failure::Configuration {
             key: "storage.cas",

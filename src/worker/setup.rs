@@ -20,11 +20,11 @@ use crate::{
     daemon::{Failure, disk::nearest_directory},
     instance::InstanceName,
     proto::reapi::{Platform, platform::Property},
-    storage::grpc,
+    storage::{Backend, grpc},
 };
 
-pub fn connect_storage(config: &Config) -> grpc::Client {
-    grpc::Client::connect(
+pub fn connect_storage(config: &Config) -> Backend {
+    Backend::connect(
         &config.storage.cas,
         &config.storage.action_cache,
         grpc::Options {
@@ -41,7 +41,7 @@ pub type OpenedDirectories = (Arc<FileCache>, Arc<RootStore>);
 pub async fn open_directories(
     config: &Config,
     slots: usize,
-    storage: &grpc::Client,
+    storage: &Backend,
 ) -> Result<OpenedDirectories, Failure> {
     let limits = CacheLimits {
         bytes: config.cache.maximum_size.get(),

@@ -12,7 +12,6 @@ use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::{Code, Status};
 use tracing::{Instrument, Span};
-use uuid::Uuid;
 
 use super::{
     availability::NotReady,
@@ -183,10 +182,10 @@ pub async fn run(
                         let smaller = |response: Box<ExecuteResponse>| {
                             Box::new(response_size::after_refusal(&response, &reason))
                         };
-                        state.refused(now, random(), smaller);
+                        state.refused(now, fastrand::u64(..), smaller);
                     }
                     Err(status) => {
-                        state.failed(now, random());
+                        state.failed(now, fastrand::u64(..));
                         status_line.failed(status.code(), status.message(), SystemTime::now());
                     }
                 }
@@ -201,7 +200,7 @@ pub async fn run(
             }
             SlotEvent::Readiness(result) => {
                 readiness = None;
-                let pause = random_below(MAXIMUM_READINESS_PAUSE);
+                let pause = MAXIMUM_READINESS_PAUSE.mul_f64(fastrand::f64());
                 match &result {
                     Ok(()) => status_line.ready(slot),
                     Err(NotReady::Because(error)) => {
@@ -402,14 +401,6 @@ fn refuses(status: &Status) -> bool {
         }
         _ => false,
     }
-}
-
-fn random() -> u64 {
-    Uuid::new_v4().as_u128() as u64
-}
-
-fn random_below(limit: Duration) -> Duration {
-    limit.mul_f64((random() >> 11) as f64 / (1u64 << 53) as f64)
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ use bb_remote_execution::{
     },
     resource::{ReadName, WriteName},
     storage::{
-        Content,
+        Backend, Content,
         embedded::Store,
         grpc::{Client, Options},
         serve,
@@ -156,7 +156,7 @@ fn serve(directory: &Path) {
         println!("{}", listener.address());
         let capabilities = serve::capabilities(false, store.maximum_blob_size());
         let services = daemon::Services::default().add(capabilities);
-        let routes = serve::add_to(services, &store).into_routes();
+        let routes = serve::add_to(services, &Backend::Embedded(store.clone())).into_routes();
         let forever = CancellationToken::new();
         daemon::serve(listener, routes, forever, Duration::ZERO)
             .await

@@ -22,7 +22,7 @@ use bb_remote_execution::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::reapi,
-    storage::{Content, embedded::Store, grpc, serve},
+    storage::{Backend, Content, embedded::Store, serve},
     worker::inputs::{
         InputRoot, PlannedRoot, RootStore,
         directories::DirectoryCache,
@@ -99,7 +99,7 @@ pub fn run(arguments: &[String]) {
 
 struct Bench {
     runtime: tokio::runtime::Runtime,
-    client: grpc::Client,
+    client: Backend,
     directories: DirectoryCache,
     roots: Arc<RootStore>,
     inputs: Inputs,
@@ -116,7 +116,7 @@ struct Measured {
 impl Bench {
     fn new(
         runtime: tokio::runtime::Runtime,
-        client: &grpc::Client,
+        client: &Backend,
         roots: Arc<RootStore>,
         inputs: Inputs,
     ) -> Self {
@@ -199,7 +199,7 @@ fn start_storage(place: &Path) -> Endpoint {
     fs::create_dir(&store).unwrap();
     let store = Arc::new(Store::open(&store, 4 << 30).unwrap());
     let services = Services::default().add(serve::capabilities(false, 0));
-    let routes = serve::add_to(services, &store).into_routes();
+    let routes = serve::add_to(services, &Backend::Embedded(store.clone())).into_routes();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let endpoint = Endpoint::Tcp(listener.local_addr().unwrap().to_string());
@@ -232,7 +232,7 @@ fn measure(kind: &str, place: &Path, size: usize, inputs: Inputs) {
     let first_runtime = runtime();
     let client = {
         let _guard = first_runtime.enter();
-        grpc::Client::connect(&endpoint, &endpoint, Default::default())
+        Backend::connect(&endpoint, &endpoint, Default::default())
     };
     let cache = Arc::new(open_cache_of(directory.path(), client.clone()));
     let many = 100;

@@ -18,7 +18,7 @@ use bb_remote_execution::{
     config::worker::Inputs,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
-    storage::grpc,
+    storage::Backend,
     worker::inputs::{
         InputRoot, PlannedRoot, RootStore, directories::DirectoryCache, file_cache::FileCache,
     },
@@ -40,7 +40,7 @@ pub fn run(arguments: &[String]) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let client = {
         let _guard = runtime.enter();
-        grpc::Client::connect(&endpoint, &endpoint, Default::default())
+        Backend::connect(&endpoint, &endpoint, Default::default())
     };
     println!("{} input roots, medians of {ROUNDS} rounds", roots.len());
     let memory = tempfile::tempdir_in("/dev/shm").unwrap();
@@ -72,7 +72,7 @@ fn measure(
     kind: &str,
     place: &Path,
     stream: &[Digest],
-    client: &grpc::Client,
+    client: &Backend,
     runtime: &tokio::runtime::Runtime,
 ) {
     let cache = Arc::new(open_cache_of(place, client.clone()));
@@ -123,7 +123,7 @@ fn lay_out(
     stream: &[Digest],
     roots: &Arc<RootStore>,
     cache: &Arc<FileCache>,
-    client: &grpc::Client,
+    client: &Backend,
     runtime: &tokio::runtime::Runtime,
 ) -> Total {
     let directories = DirectoryCache::new(client.clone(), 16 << 20, 1 << 30);

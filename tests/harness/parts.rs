@@ -11,7 +11,7 @@ use std::{
 
 use bb_remote_execution::{
     config::Endpoint,
-    storage::grpc,
+    storage::Backend,
     worker::inputs::file_cache::{CacheLimits, FileCache, FileKey},
 };
 
@@ -53,12 +53,12 @@ pub fn open_cache(place: &Path) -> FileCache {
     let nowhere = Endpoint::Unix("/nonexistent/storage.sock".into());
     let client = {
         let _guard = runtime.enter();
-        grpc::Client::connect(&nowhere, &nowhere, Default::default())
+        Backend::connect(&nowhere, &nowhere, Default::default())
     };
     open_cache_of(place, client)
 }
 
-pub fn open_cache_of(place: &Path, storage: grpc::Client) -> FileCache {
+pub fn open_cache_of(place: &Path, storage: Backend) -> FileCache {
     let limits = CacheLimits {
         bytes: 1 << 40,
         files: 1 << 24,

@@ -9,7 +9,8 @@ use std::{
 const WORDS: &[&str] = &[
     "proto", "text", "digest", "instance", "path", "resource", "metadata",
 ];
-const SERVICES: &[&str] = &["auth", "config", "daemon", "storage"];
+/// Each imports only those before it.
+const SERVICES: &[&str] = &["config", "auth", "daemon", "storage"];
 const DAEMONS: &[&str] = &["scheduler", "worker", "runner"];
 
 /// These have no I/O, clock, randomness, lock or `HashMap`; .clippy.toml lists what that means.
@@ -107,7 +108,7 @@ fn may_import(from: &str, to: &str) -> bool {
         return precedes(WORDS, to, from);
     }
     if is(SERVICES, from) {
-        return is(WORDS, to) || is(SERVICES, to);
+        return is(WORDS, to) || precedes(SERVICES, to, from);
     }
     if from == "runner" && to == "storage" {
         return false;
@@ -172,6 +173,35 @@ fn pure_modules_deny_what_is_impure() {
     }
 }
 
+/// All of tonic's.
+const STATUS_CONSTRUCTORS: &[&str] = &[
+    "new",
+    "with_details",
+    "with_metadata",
+    "with_details_and_metadata",
+    "from",
+    "from_error",
+    "from_header_map",
+    "try_from_error",
+    "ok",
+    "cancelled",
+    "unknown",
+    "invalid_argument",
+    "deadline_exceeded",
+    "not_found",
+    "already_exists",
+    "permission_denied",
+    "resource_exhausted",
+    "failed_precondition",
+    "aborted",
+    "out_of_range",
+    "unimplemented",
+    "internal",
+    "unavailable",
+    "data_loss",
+    "unauthenticated",
+];
+
 #[test]
 fn a_status_is_made_only_at_the_edge() {
     for (path, text) in files(&source()) {
@@ -184,33 +214,13 @@ fn a_status_is_made_only_at_the_edge() {
             || path.ends_with("daemon/server/status.rs");
         // Unit tests make what others would send.
         let product = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
-        let makes = product.lines().any(|line| {
-            [
-                "new",
-                "with_details",
-                "with_metadata",
-                "with_details_and_metadata",
-                "from_error",
-                "cancelled",
-                "unknown",
-                "invalid_argument",
-                "deadline_exceeded",
-                "not_found",
-                "already_exists",
-                "permission_denied",
-                "resource_exhausted",
-                "failed_precondition",
-                "aborted",
-                "out_of_range",
-                "unimplemented",
-                "internal",
-                "unavailable",
-                "data_loss",
-                "unauthenticated",
-            ]
-            .iter()
-            .map(|constructor| format!("Status::{constructor}("))
-            .any(|call| line.contains(&call))
+        let makes = STATUS_CONSTRUCTORS.iter().any(|constructor| {
+            let name = format!("Status::{constructor}");
+            // Called, or handed on as a function; but not a longer name.
+            product.match_indices(&name).any(|(at, _)| {
+                let after = product[at + name.len()..].chars().next();
+                !after.is_some_and(|c| c.is_alphanumeric() || c == '_')
+            })
         });
         assert!(
             at_edge || !makes,

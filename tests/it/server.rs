@@ -22,7 +22,7 @@ use bb_remote_execution::{
         },
         reapi::{FindMissingBlobsRequest, content_addressable_storage_client},
     },
-    storage::{embedded::Store, serve},
+    storage::{Backend, embedded::Store, serve},
 };
 use futures::stream::{self, BoxStream, StreamExt};
 use tokio::{
@@ -386,7 +386,7 @@ type Cas = content_addressable_storage_client::ContentAddressableStorageClient<C
 fn store() -> (tempfile::TempDir, Cas, CancellationToken) {
     let directory = tempfile::tempdir().unwrap();
     let store = Arc::new(Store::open(directory.path(), 1 << 30).unwrap());
-    let services = serve::add_to(Services::default(), &store);
+    let services = serve::add_to(Services::default(), &Backend::Embedded(store.clone()));
     let (address, stop) = serve(services, ServerLimits::default());
     (directory, Cas::new(channel(address)), stop)
 }

@@ -9,6 +9,7 @@ use bb_remote_execution::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     storage::{
+        Backend,
         embedded::Store,
         grpc::{Client, Options},
         serve,
@@ -17,19 +18,50 @@ use bb_remote_execution::{
 use tokio_util::sync::CancellationToken;
 
 mod actions;
+mod backends;
 mod bytestream;
 mod cas;
-mod client;
+
 mod disk;
 mod limits;
 mod peers;
+
+/// A back end that is served on a socket of its own.
+pub struct Serving {
+    address: SocketAddr,
+    stopping: CancellationToken,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Serving {
+    pub async fn start(backend: Backend, address: SocketAddr) -> Self {
+        let listener =
+            daemon::listen("", "clients.listen", &ListenAddress::Tcp(address), None).unwrap();
+        let address = listener.address().parse().unwrap();
+        let largest_blob = backend.maximum_blob_size(&instance("")).await;
+        let capabilities = serve::capabilities(false, largest_blob);
+        let services = daemon::Services::default().add(capabilities);
+        let routes = serve::add_to(services, &backend).into_routes();
+        let stopping = CancellationToken::new();
+        let serving = daemon::serve(listener, routes, stopping.clone(), Duration::ZERO);
+        Serving {
+            address,
+            stopping,
+            task: tokio::spawn(async move { serving.await.unwrap() }),
+        }
+    }
+
+    pub fn client(&self) -> Client {
+        let endpoint = Endpoint::Tcp(self.address.to_string());
+        Client::connect(&endpoint, &endpoint, Options::default())
+    }
+}
 
 /// A store that is served on a socket of its own.
 pub struct Server {
     pub store: Arc<Store>,
     pub address: SocketAddr,
-    stopping: CancellationToken,
-    serving: tokio::task::JoinHandle<()>,
+    serving: Serving,
 }
 
 impl Server {
@@ -39,19 +71,10 @@ impl Server {
 
     pub async fn start_at(directory: &Path, maximum_size: u64, address: SocketAddr) -> Self {
         let store = Arc::new(Store::open(directory, maximum_size).unwrap());
-        let listener =
-            daemon::listen("", "clients.listen", &ListenAddress::Tcp(address), None).unwrap();
-        let address = listener.address().parse().unwrap();
-        let capabilities = serve::capabilities(false, store.maximum_blob_size());
-        let services = daemon::Services::default().add(capabilities);
-        let routes = serve::add_to(services, &store).into_routes();
-        let stopping = CancellationToken::new();
-        let serving = daemon::serve(listener, routes, stopping.clone(), Duration::ZERO);
-        let serving = tokio::spawn(async move { serving.await.unwrap() });
+        let serving = Serving::start(Backend::Embedded(store.clone()), address).await;
         Server {
             store,
-            address,
-            stopping,
+            address: serving.address,
             serving,
         }
     }
@@ -65,13 +88,13 @@ impl Server {
     }
 
     pub fn client(&self) -> Client {
-        Client::connect(&self.endpoint(), &self.endpoint(), Options::default())
+        self.serving.client()
     }
 
     /// Until nobody has the store open any more.
     pub async fn stop(self) {
-        self.stopping.cancel();
-        self.serving.await.unwrap();
+        self.serving.stopping.cancel();
+        self.serving.task.await.unwrap();
         let mut store = self.store;
         loop {
             match Arc::try_unwrap(store) {

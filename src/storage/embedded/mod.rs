@@ -33,16 +33,17 @@
 //!
 //! The last two lines decide: the store's size is a promise, and so is that it outlives a full disk.
 
-use std::{path::Path, sync::Arc};
+use std::{fs::File, os::unix::fs::FileExt, path::Path, sync::Arc};
 
 use bytes::Bytes;
+use futures::{StreamExt, stream};
 
 use self::{
     file::LargeBlob,
     index::{Found, Key, Place},
     space::Space,
 };
-use super::Error;
+use super::{BlobStream, Content, Error, blocking, verify};
 use crate::{daemon::Failure, digest::Digest};
 
 mod actions;
@@ -57,7 +58,7 @@ mod uploads;
 
 pub use open::probe;
 pub use upload::Upload;
-pub use uploads::{Turn, TurnError, Uploads};
+pub use uploads::{Uploads, WriteLease};
 
 /// Blobs of at most this size share segments; larger ones are files of their own.
 pub const SMALL: u64 = 64 << 10;
@@ -98,8 +99,8 @@ impl Blob {
     }
 }
 
-/// Reads that cross no multiple of this check each byte once.
-pub const PIECE: u64 = file::PIECE;
+/// What one piece of a stream has. Reads that cross no multiple of `file::PIECE` check each byte once.
+const STREAMED: u64 = 4 * file::PIECE;
 
 impl Store {
     /// Opens or creates a store. Takes about half a second for a million blobs.
@@ -184,6 +185,50 @@ impl Store {
         content
     }
 
+    /// Writes a blob into an open, empty file.
+    pub fn read_to_file(&self, digest: &Digest, file: &File) -> Result<(), Error> {
+        let blob = self.blob(digest)?;
+        for start in (0..digest.size()).step_by(STREAMED as usize) {
+            let piece = blob.read(start, start + STREAMED).inspect_err(|_| {
+                self.forget_damaged(digest);
+            })?;
+            file.write_all_at(&piece, start).map_err(Error::of_file)?;
+        }
+        Ok(())
+    }
+
+    /// A blob's bytes from `start` to `end`, piece by piece. A piece is a part of a mapped file, and
+    /// read when it is asked for.
+    pub async fn stream(
+        self: &Arc<Self>,
+        digest: &Digest,
+        start: u64,
+        end: u64,
+    ) -> Result<BlobStream, Error> {
+        let (store, digest) = (self.clone(), *digest);
+        let blob = blocking(move || store.blob(&digest)).await??;
+        if let Blob::Small(_) = blob {
+            let data = blob.read(start, end)?;
+            return Ok(stream::once(async { Ok(data) }).boxed());
+        }
+        let (store, blob) = (self.clone(), Arc::new(blob));
+        let pieces = stream::try_unfold(start, move |at| {
+            let (blob, store) = (blob.clone(), store.clone());
+            async move {
+                if at >= end {
+                    return Ok(None);
+                }
+                let next = (at + STREAMED - at % STREAMED).min(end);
+                let piece = blocking(move || {
+                    blob.read(at, next)
+                        .inspect_err(|_| store.forget_damaged(&digest))
+                });
+                Ok(Some((piece.await??, next)))
+            }
+        });
+        Ok(pieces.boxed())
+    }
+
     /// Removes a blob whose content cannot be read, so that it is uploaded again.
     pub fn forget_damaged(&self, digest: &Digest) {
         if let Some(found) = self.space.index.peek(&Key::blob(digest)) {
@@ -197,13 +242,7 @@ impl Store {
         let mut results: Vec<Result<(), Error>> = blobs
             .iter()
             .map(|(digest, content)| {
-                let actual = digest.function().digest_of(content);
-                if actual != *digest {
-                    return Err(Error::Corrupt {
-                        expected: *digest,
-                        actual: Box::new(actual),
-                    });
-                }
+                verify(digest, digest.function().digest_of(content))?;
                 if self.contains(digest) {
                     return Ok(());
                 }
@@ -224,6 +263,27 @@ impl Store {
             }
         }
         results
+    }
+
+    /// Stores what is not there of these contents of our own.
+    pub fn store_all(&self, blobs: Vec<(Digest, Content)>) -> Result<(), Error> {
+        let mut whole = Vec::new();
+        for (digest, content) in blobs {
+            match content {
+                Content::Bytes(content) => whole.push((digest, content)),
+                Content::File(_) if self.contains(&digest) => {}
+                Content::File(_) => {
+                    let mut upload = self.upload(digest)?;
+                    while upload.received() < digest.size() {
+                        let start = upload.received();
+                        let end = (start + STREAMED).min(digest.size());
+                        upload.write(&content.part(&digest, start, end)?)?;
+                    }
+                    upload.finish()?;
+                }
+            }
+        }
+        self.put(&whole).into_iter().collect()
     }
 
     /// Those that arrive in several messages.

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use super::{
-    super::Error,
+    super::{Error, verify},
     SMALL,
     file::{self, Draft},
     index::Key,
@@ -94,13 +94,7 @@ impl Upload {
                 self.digest
             )));
         }
-        let actual = self.hasher.finish();
-        if actual != self.digest {
-            return Err(Error::Corrupt {
-                expected: self.digest,
-                actual: Box::new(actual),
-            });
-        }
+        verify(&self.digest, self.hasher.finish())?;
         let key = Key::blob(&self.digest);
         match self.content {
             Content::Small(content) if content.is_empty() => Ok(()),

@@ -20,7 +20,10 @@ use std::{
 use bytes::Bytes;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::{super::Error, Store, Upload};
+use super::{
+    super::{Error, UploadError},
+    Store, Upload,
+};
 use crate::digest::Digest;
 
 /// How long an upload waits for its client to come back.
@@ -35,7 +38,7 @@ const SLOWEST: u64 = 64 << 10;
 
 #[derive(Default)]
 pub struct Uploads {
-    next_turn: AtomicU64,
+    next_lease: AtomicU64,
     slots: Mutex<HashMap<String, Slot>>,
     /// Bytes of all of them.
     received: AtomicU64,
@@ -45,8 +48,8 @@ type Slot = Arc<Mutex<State>>;
 
 /// Locked while its upload writes to the disk, so only by threads that may block.
 struct State {
-    /// Which call may write; older ones find theirs passed.
-    turn: u64,
+    /// The number of the lease that may write; older ones are void.
+    lease: u64,
     upload: Option<Counted>,
     since: Since,
 }
@@ -80,39 +83,18 @@ impl Drop for Count {
     }
 }
 
-/// A call's turn to write to an upload.
-pub struct Turn {
+/// A call's right to write to an upload, until a newer call takes it over.
+pub struct WriteLease {
     uploads: Arc<Uploads>,
     name: String,
     slot: Slot,
     number: u64,
 }
 
-/// Why a call cannot go on; the client must act.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum TurnError {
-    #[error("another call writes to this upload now; use a UUID for each upload")]
-    TakenOver,
-    #[error("this upload has failed, or was given up when space was short; start it again")]
-    GivenUp,
-    #[error(
-        "write_offset is {offset}, but {received} bytes of this upload have been received; go on \
-         there, or start again at 0"
-    )]
-    Offset { offset: i64, received: u64 },
-    #[error(
-        "the stream ended after {received} of {size} bytes, without finish_write; go on at the \
-         committed_size that QueryWriteStatus tells"
-    )]
-    Unfinished { received: u64, size: u64 },
-    #[error(transparent)]
-    Store(#[from] Error),
-}
-
 impl Uploads {
-    /// Gives a new call the turn to write.
-    pub fn take_over(self: &Arc<Self>, name: &str, now: Instant) -> Result<Turn, Error> {
-        let number = self.next_turn.fetch_add(1, Ordering::Relaxed) + 1;
+    /// Gives a new call the right to write.
+    pub fn lease(self: &Arc<Self>, name: &str, now: Instant) -> Result<WriteLease, Error> {
+        let number = self.next_lease.fetch_add(1, Ordering::Relaxed) + 1;
         if self.slots.lock().len() >= MOST && !self.give_up_one(now) {
             return Err(Error::Full(format!(
                 "{MOST} uploads are under way in this store, which is the most; try again later"
@@ -121,7 +103,7 @@ impl Uploads {
         let mut slots = self.slots.lock();
         let fresh = || {
             Arc::new(Mutex::new(State {
-                turn: 0,
+                lease: 0,
                 upload: None,
                 since: Since::UnderWay {
                     begun: now,
@@ -130,7 +112,7 @@ impl Uploads {
             }))
         };
         let slot = slots.entry(name.to_owned()).or_insert_with(fresh).clone();
-        Ok(Turn {
+        Ok(WriteLease {
             uploads: self.clone(),
             name: name.to_owned(),
             slot,
@@ -228,11 +210,11 @@ fn hopelessness(since: &Since, received: u64, now: Instant) -> Option<(bool, Dur
     }
 }
 
-impl Turn {
-    fn lock(&self) -> Result<MutexGuard<'_, State>, TurnError> {
+impl WriteLease {
+    fn lock(&self) -> Result<MutexGuard<'_, State>, UploadError> {
         let state = self.slot.lock();
-        if state.turn != self.number {
-            return Err(TurnError::TakenOver);
+        if state.lease != self.number {
+            return Err(UploadError::TakenOver);
         }
         Ok(state)
     }
@@ -244,12 +226,12 @@ impl Turn {
         digest: Digest,
         offset: i64,
         now: Instant,
-    ) -> Result<(), TurnError> {
+    ) -> Result<(), UploadError> {
         let mut state = self.slot.lock();
-        if state.turn > self.number {
-            return Err(TurnError::TakenOver);
+        if state.lease > self.number {
+            return Err(UploadError::TakenOver);
         }
-        state.turn = self.number;
+        state.lease = self.number;
         state.since = Since::UnderWay {
             begun: now,
             last: now,
@@ -274,15 +256,15 @@ impl Turn {
         offset: i64,
         data: &Bytes,
         now: Instant,
-    ) -> Result<(), TurnError> {
+    ) -> Result<(), UploadError> {
         let mut state = self.lock()?;
         if let Since::UnderWay { last, .. } = &mut state.since {
             *last = now;
         }
-        let counted = state.upload.as_mut().ok_or(TurnError::GivenUp)?;
+        let counted = state.upload.as_mut().ok_or(UploadError::GivenUp)?;
         let received = counted.upload.received();
         if u64::try_from(offset) != Ok(received) {
-            return Err(TurnError::Offset { offset, received });
+            return Err(UploadError::Offset { offset, received });
         }
         counted
             .count
@@ -292,12 +274,12 @@ impl Turn {
     }
 
     /// Makes the blob visible. Without being asked to, only one that is complete.
-    pub fn finish(&self, digest: &Digest, asked: bool) -> Result<(), TurnError> {
+    pub fn finish(&self, digest: &Digest, asked: bool) -> Result<(), UploadError> {
         let mut state = self.lock()?;
-        let upload = state.upload.as_ref().ok_or(TurnError::GivenUp)?;
+        let upload = state.upload.as_ref().ok_or(UploadError::GivenUp)?;
         let received = upload.upload.received();
         if received < digest.size() && !asked {
-            return Err(TurnError::Unfinished {
+            return Err(UploadError::Unfinished {
                 received,
                 size: digest.size(),
             });
@@ -337,13 +319,13 @@ impl Count {
     }
 }
 
-impl Drop for Turn {
+impl Drop for WriteLease {
     fn drop(&mut self) {
         // A state that is locked has been taken over.
         let Some(mut state) = self.slot.try_lock() else {
             return;
         };
-        if state.turn != self.number && state.turn != 0 {
+        if state.lease != self.number && state.lease != 0 {
             return;
         }
         if state.upload.is_some() {

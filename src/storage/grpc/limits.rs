@@ -10,9 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tonic::{Code, Status};
-
-use super::retry;
+use tonic::Status;
 
 /// Most servers and clients take messages of 4 MiB.
 const DEFAULT_BATCH_SIZE: u64 = 4 << 20;
@@ -21,27 +19,27 @@ const DEFAULT_BATCH_SIZE: u64 = 4 << 20;
 const DEFAULT_DIGESTS: u64 = 20_000;
 
 /// A peer that did not say what it takes is not asked again for so long.
-const SILENCE: Duration = Duration::from_secs(60);
+const ASK_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
-pub struct Limits {
-    asked: tokio::sync::Mutex<Asked>,
+pub struct CallLimits {
+    announcement: tokio::sync::Mutex<Announcement>,
     batch_size: AtomicU64,
     blob_size: AtomicU64,
     digests: AtomicU64,
 }
 
 #[derive(Debug)]
-enum Asked {
+enum Announcement {
     /// Not before this time.
     NotYet(Option<Instant>),
     Answered,
 }
 
-impl Default for Limits {
+impl Default for CallLimits {
     fn default() -> Self {
-        Limits {
-            asked: tokio::sync::Mutex::new(Asked::NotYet(None)),
+        CallLimits {
+            announcement: tokio::sync::Mutex::new(Announcement::NotYet(None)),
             batch_size: AtomicU64::new(DEFAULT_BATCH_SIZE),
             blob_size: AtomicU64::new(u64::MAX),
             digests: AtomicU64::new(DEFAULT_DIGESTS),
@@ -49,24 +47,24 @@ impl Default for Limits {
     }
 }
 
-impl Limits {
+impl CallLimits {
     /// Learns what the peer announces, unless that is known: bytes of one batch and of one blob, where
     /// 0 is no limit. `ask` gets them; one call at a time does, and the others wait for its answer.
     pub async fn announced(&self, ask: impl Future<Output = Result<(i64, i64), Status>>) {
-        let mut asked = self.asked.lock().await;
-        if let Asked::NotYet(not_before) = *asked
+        let mut announcement = self.announcement.lock().await;
+        if let Announcement::NotYet(not_before) = *announcement
             && not_before.is_none_or(|at| at <= Instant::now())
         {
-            *asked = match ask.await {
+            *announcement = match ask.await {
                 Ok((batch, blob)) => {
                     for (known, announced) in [(&self.batch_size, batch), (&self.blob_size, blob)] {
                         if let Ok(announced @ 1..) = u64::try_from(announced) {
                             known.fetch_min(announced, Ordering::Relaxed);
                         }
                     }
-                    Asked::Answered
+                    Announcement::Answered
                 }
-                Err(_) => Asked::NotYet(Some(Instant::now() + SILENCE)),
+                Err(_) => Announcement::NotYet(Some(Instant::now() + ASK_AGAIN_AFTER)),
             };
         }
     }
@@ -105,33 +103,13 @@ impl Limits {
     }
 }
 
-/// Whether a call of more than one item may have been too large, so that parts of it may pass.
-///
-/// gRPC libraries refuse large messages with RESOURCE_EXHAUSTED, as others refuse when a disk is
-/// full; they are told apart by their words.
-pub fn may_be_too_large(status: &Status) -> bool {
-    if retry::is_of_the_connection(status) {
-        return false;
-    }
-    match status.code() {
-        Code::InvalidArgument | Code::OutOfRange => true,
-        Code::ResourceExhausted => {
-            let text = status.message();
-            ["larger than max", "exceeds maximum", "too large"]
-                .iter()
-                .any(|words| text.contains(words))
-        }
-        _ => false,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[tokio::test]
     async fn a_peer_that_does_not_say_is_asked_once_and_the_default_holds() {
-        let limits = Limits::default();
+        let limits = CallLimits::default();
         let silent = async { Err(Status::deadline_exceeded("")) };
         limits.announced(silent).await;
         assert_eq!(limits.batch_size(), DEFAULT_BATCH_SIZE - (8 << 10));
@@ -141,7 +119,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_announced_and_what_was_learnt_both_hold() {
-        let limits = Limits::default();
+        let limits = CallLimits::default();
         limits.learn_batch_size(640 << 10);
         limits.announced(async { Ok((0, 0)) }).await;
         assert_eq!(limits.batch_size(), 632 << 10);
@@ -149,19 +127,9 @@ mod tests {
         limits.announced(async { panic!() }).await;
         assert_eq!(limits.batch_size(), 632 << 10);
         assert_eq!(limits.blob_size(), u64::MAX);
-        let limits = Limits::default();
+        let limits = CallLimits::default();
         limits.announced(async { Ok((64 << 10, 1 << 30)) }).await;
         assert_eq!(limits.batch_size(), 63 << 10);
         assert_eq!(limits.blob_size(), 1 << 30);
-    }
-
-    #[test]
-    fn a_full_disk_is_no_large_message() {
-        let full = Status::resource_exhausted("No space left on device");
-        assert!(!may_be_too_large(&full));
-        let large = "grpc: received message larger than max (5242880 vs. 4194304)";
-        assert!(may_be_too_large(&Status::resource_exhausted(large)));
-        assert!(may_be_too_large(&Status::invalid_argument("anything")));
-        assert!(!may_be_too_large(&Status::unavailable("too large")));
     }
 }

@@ -1,8 +1,10 @@
 //! A client of any REAPI CAS and AC: batching, bounded concurrency, retries with back-off, typed
-//! errors, single flight.
+//! errors, single flight. `read` and `write` have whole blobs, `read_stream` and `write_stream` one blob
+//! by ByteStream, `find` FindMissingBlobs; `limits` is how much a server takes in one call, `call` and
+//! `status` what becomes of one.
 //!
 //! 1. Whatever is returned has been verified against its digest.
-//! 2. A peer that restarts within `PATIENCE` is not noticed, except by the delay.
+//! 2. A peer that restarts within the time of `retry` is not noticed, except by the delay.
 //! 3. Every call ends: an answer that does not come within its time is an error. A stream that moves
 //!    is not cut, however slow it is.
 
@@ -16,15 +18,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt, stream};
 use tokio::sync::Semaphore;
-use tonic::{Code, Status};
+use tonic::Code;
 
-use self::{
-    flight::{Flights, Seat},
-    limits::Limits,
-};
-use super::Error;
+use self::limits::CallLimits;
+use super::{Error, single_flight::SingleFlight};
 use crate::{
     config::Endpoint,
     daemon::{self, Channel},
@@ -33,7 +31,7 @@ use crate::{
     proto::{
         bytestream::byte_stream_client::ByteStreamClient,
         reapi::{
-            ActionResult, FindMissingBlobsRequest, GetActionResultRequest, GetCapabilitiesRequest,
+            ActionResult, GetActionResultRequest, GetCapabilitiesRequest,
             UpdateActionResultRequest, action_cache_client::ActionCacheClient,
             capabilities_client::CapabilitiesClient,
             content_addressable_storage_client::ContentAddressableStorageClient,
@@ -41,11 +39,16 @@ use crate::{
     },
 };
 
-mod flight;
+mod call;
+mod find;
 mod limits;
 mod read;
-mod retry;
+mod read_stream;
+mod status;
 mod write;
+mod write_stream;
+
+pub use write_stream::ForwardedUpload;
 
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -88,20 +91,21 @@ impl Default for Options {
 
 /// Cheap to clone.
 #[derive(Clone)]
-pub struct Client {
-    shared: Arc<Shared>,
-}
+pub struct Client(Arc<ClientState>);
 
-struct Shared {
+/// Whose blob is read, and which.
+type FlightKey = (InstanceName, Digest);
+
+struct ClientState {
     /// Several connections, since each is driven by one thread at each end.
     cas: Vec<Channel>,
     next: AtomicUsize,
     action_cache: Channel,
-    limits: Limits,
+    limits: CallLimits,
     timeouts: Timeouts,
-    downloads: Semaphore,
+    downloads: Arc<Semaphore>,
     uploads: Semaphore,
-    reads: Flights,
+    reads: SingleFlight<FlightKey, Result<Bytes, Error>>,
 }
 
 /// Blobs of at most this size travel in batches, if the server's batches are not smaller still.
@@ -119,25 +123,23 @@ impl Client {
     /// Connects at the first call, so that it never fails here.
     pub fn connect(cas: &Endpoint, action_cache: &Endpoint, options: Options) -> Self {
         let permits = |n: NonZeroUsize| Semaphore::new(n.get().min(Semaphore::MAX_PERMITS));
-        Client {
-            shared: Arc::new(Shared {
-                cas: (0..CONNECTIONS).map(|_| daemon::connect(cas)).collect(),
-                next: AtomicUsize::new(0),
-                action_cache: daemon::connect(action_cache),
-                limits: Limits::default(),
-                timeouts: options.timeouts,
-                downloads: permits(options.download_concurrency),
-                uploads: permits(options.upload_concurrency),
-                reads: Flights::default(),
-            }),
-        }
+        Client(Arc::new(ClientState {
+            cas: (0..CONNECTIONS).map(|_| daemon::connect(cas)).collect(),
+            next: AtomicUsize::new(0),
+            action_cache: daemon::connect(action_cache),
+            limits: CallLimits::default(),
+            timeouts: options.timeouts,
+            downloads: Arc::new(permits(options.download_concurrency)),
+            uploads: permits(options.upload_concurrency),
+            reads: SingleFlight::default(),
+        }))
     }
 
     /// One GetCapabilities, for `--check`: is there a CAS at the other end?
     pub async fn probe(&self) -> Result<(), Error> {
         let request = GetCapabilitiesRequest::default();
         let answer = tokio::time::timeout(
-            self.shared.timeouts.capabilities,
+            self.0.timeouts.capabilities,
             CapabilitiesClient::new(self.channel()).get_capabilities(request),
         )
         .await
@@ -154,102 +156,8 @@ impl Client {
             Err(status) if status.code() == Code::Unimplemented => Err(Error::Invalid(
                 "what answers there is no Content Addressable Storage".to_owned(),
             )),
-            Err(status) => Err(retry::error(&status, None)),
+            Err(status) => Err(status::error(&status, None)),
         }
-    }
-
-    /// The digests that the CAS lacks, in the order given, without repetition.
-    pub async fn find_missing(
-        &self,
-        instance: &InstanceName,
-        digests: &[Digest],
-    ) -> Result<Vec<Digest>, Error> {
-        let mut seen = std::collections::HashSet::new();
-        let distinct: Vec<Digest> = digests
-            .iter()
-            .filter(|digest| !digest.is_empty_blob() && seen.insert(**digest))
-            .copied()
-            .collect();
-        // One call has digests of one function.
-        let mut calls: Vec<Vec<Digest>> = Vec::new();
-        for run in distinct.chunk_by(|a, b| a.function() == b.function()) {
-            let most = self.shared.limits.digests();
-            calls.extend(run.chunks(most).map(<[Digest]>::to_vec));
-        }
-        let answers: Vec<Vec<Digest>> = stream::iter(calls)
-            .map(|digests| self.find_missing_of(instance, digests))
-            .buffered(4)
-            .try_collect()
-            .await?;
-        Ok(answers.concat())
-    }
-
-    /// Of digests of one function; in halves when the server does not take so many.
-    async fn find_missing_of(
-        &self,
-        instance: &InstanceName,
-        digests: Vec<Digest>,
-    ) -> Result<Vec<Digest>, Error> {
-        let mut missing = Vec::new();
-        let (mut refused, mut accepted) = (false, 0);
-        let mut open = vec![digests];
-        while let Some(mut digests) = open.pop() {
-            let count = digests.len();
-            match self.find_missing_once(instance, &digests).await? {
-                Ok(found) => {
-                    accepted = accepted.max(count);
-                    missing.extend(found);
-                }
-                Err(status) if count <= 1 => return Err(retry::error(&status, None)),
-                Err(_) => {
-                    refused = true;
-                    let later = digests.split_off(count / 2);
-                    open.extend([later, digests]);
-                }
-            }
-        }
-        if refused && accepted > 0 {
-            self.shared.limits.learn_digests(accepted);
-        }
-        Ok(missing)
-    }
-
-    /// The inner error is a refusal that a smaller call may not get.
-    async fn find_missing_once(
-        &self,
-        instance: &InstanceName,
-        digests: &[Digest],
-    ) -> Result<Result<Vec<Digest>, Status>, Error> {
-        let Some(function) = digests.first().map(Digest::function) else {
-            return Ok(Ok(Vec::new()));
-        };
-        let request = FindMissingBlobsRequest {
-            instance_name: instance.to_string(),
-            blob_digests: digests.iter().map(Digest::to_proto).collect(),
-            digest_function: function.to_proto() as i32,
-        };
-        let answer = retry::divisible(self.shared.timeouts.call, || {
-            let (mut client, request) = (self.cas(), request.clone());
-            async move { client.find_missing_blobs(request).await }
-        });
-        let missing = match answer.await? {
-            Ok(answer) => answer.missing_blob_digests,
-            Err(refusal) => return Ok(Err(refusal)),
-        };
-        if missing.is_empty() {
-            return Ok(Ok(Vec::new()));
-        }
-        let missing: std::collections::HashSet<Digest> = missing
-            .iter()
-            .map(|digest| Digest::parse(Some(function), digest))
-            .collect::<Result<_, _>>()
-            .map_err(|error| {
-                Error::Internal(format!(
-                    "the CAS answered with an ill-formed digest: {error}"
-                ))
-            })?;
-        let of_ours = digests.iter().filter(|digest| missing.contains(digest));
-        Ok(Ok(of_ours.copied().collect()))
     }
 
     /// A whole blob of at most `limit` bytes, verified.
@@ -278,8 +186,8 @@ impl Client {
             digest_function: action.function().to_proto() as i32,
             ..Default::default()
         };
-        let limit = self.shared.timeouts.call;
-        let result = retry::unary(limit, Some(action), || {
+        let limit = self.0.timeouts.call;
+        let result = call::unary(limit, Some(action), || {
             let (mut client, request) = (self.actions(), request.clone());
             async move { client.get_action_result(request).await }
         });
@@ -303,7 +211,7 @@ impl Client {
             results_cache_policy: None,
             digest_function: action.function().to_proto() as i32,
         };
-        let answer = retry::unary(self.shared.timeouts.call, None, || {
+        let answer = call::unary(self.0.timeouts.call, None, || {
             let (mut client, request) = (self.actions(), request.clone());
             async move { client.update_action_result(request).await }
         });
@@ -311,8 +219,8 @@ impl Client {
     }
 
     fn channel(&self) -> Channel {
-        let next = self.shared.next.fetch_add(1, Ordering::Relaxed);
-        self.shared.cas[next % self.shared.cas.len()].clone()
+        let next = self.0.next.fetch_add(1, Ordering::Relaxed);
+        self.0.cas[next % self.0.cas.len()].clone()
     }
 
     fn cas(&self) -> ContentAddressableStorageClient<Channel> {
@@ -325,20 +233,20 @@ impl Client {
     }
 
     fn actions(&self) -> ActionCacheClient<Channel> {
-        ActionCacheClient::new(self.shared.action_cache.clone())
+        ActionCacheClient::new(self.0.action_cache.clone())
             .max_decoding_message_size(MAX_MESSAGE_SIZE)
     }
 
     /// Bytes of blobs that fit into one batch, each with its overhead.
     async fn batch_size(&self, instance: &InstanceName) -> u64 {
         self.ask_for_limits(instance).await;
-        self.shared.limits.batch_size()
+        self.0.limits.batch_size()
     }
 
     /// Bytes of the largest blob that the CAS takes; the most there is when it does not say.
     pub async fn maximum_blob_size(&self, instance: &InstanceName) -> u64 {
         self.ask_for_limits(instance).await;
-        self.shared.limits.blob_size()
+        self.0.limits.blob_size()
     }
 
     async fn ask_for_limits(&self, instance: &InstanceName) {
@@ -348,53 +256,19 @@ impl Client {
             };
             let mut client = CapabilitiesClient::new(self.channel());
             let answer = client.get_capabilities(request);
-            let answer = retry::timely(self.shared.timeouts.capabilities, answer).await?;
+            let answer = call::timely(self.0.timeouts.capabilities, answer).await?;
             let cache = answer.into_inner().cache_capabilities.unwrap_or_default();
             Ok((
                 cache.max_batch_total_size_bytes,
                 cache.max_cas_blob_size_bytes,
             ))
         };
-        self.shared.limits.announced(ask).await;
+        self.0.limits.announced(ask).await;
     }
 }
 
-/// A batch that went through, as what `group` may make so large. Servers count only the blobs, or the
+/// A batch that went through, as what a batch may be split to. Servers count only the blobs, or the
 /// whole message, whose other parts are about half of what `OVERHEAD` allows.
-fn weight(blobs: usize, total: u64) -> u64 {
+fn sent_size(blobs: usize, total: u64) -> u64 {
     total.max((total + OVERHEAD * blobs as u64) / 2)
-}
-
-/// In two, of about the same size.
-fn halve<T>(mut blobs: Vec<T>, size: impl Fn(&T) -> u64) -> [Vec<T>; 2] {
-    let total: u64 = blobs.iter().map(|blob| size(blob) + OVERHEAD).sum();
-    let mut before = 0;
-    let middle = blobs.iter().position(|blob| {
-        before += size(blob) + OVERHEAD;
-        before > total / 2
-    });
-    // Neither is empty.
-    let most = blobs.len().saturating_sub(1).max(1);
-    let later = blobs.split_off(middle.unwrap_or(most).clamp(1, most));
-    [blobs, later]
-}
-
-/// Groups of at most `limit` bytes, each blob counted with its overhead.
-fn group<T>(blobs: Vec<T>, limit: u64, size: impl Fn(&T) -> u64) -> Vec<Vec<T>> {
-    let mut groups: Vec<Vec<T>> = Vec::new();
-    let mut room = 0;
-    for blob in blobs {
-        let weight = size(&blob) + OVERHEAD;
-        match groups.last_mut() {
-            Some(last) if weight <= room => {
-                room -= weight;
-                last.push(blob);
-            }
-            _ => {
-                room = limit.saturating_sub(weight);
-                groups.push(vec![blob]);
-            }
-        }
-    }
-    groups
 }

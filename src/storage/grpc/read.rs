@@ -1,28 +1,31 @@
-//! Reading blobs.
+//! Reading whole blobs: small ones travel in batches, and nothing is fetched twice at a time.
 
-use std::{os::unix::fs::FileExt, sync::Arc};
-
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures::{StreamExt, stream::FuturesUnordered};
 use tonic::{Code, Status};
 
 use super::{
-    Client, OVERHEAD, SMALL, Seat,
-    flight::{Passenger, Pilot},
-    group, halve, retry, weight,
+    Client, FlightKey, OVERHEAD, SMALL, call, sent_size,
+    status::{self, error, may_pass},
 };
 use crate::{
-    digest::{Digest, Hasher},
+    digest::Digest,
     instance::InstanceName,
-    proto::{bytestream::ReadRequest, reapi::BatchReadBlobsRequest},
-    resource::ReadName,
-    storage::{Error, blocking},
+    proto::reapi::BatchReadBlobsRequest,
+    storage::{
+        Error, batch,
+        retry::Attempts,
+        single_flight::{self, Follower, Role},
+        verify,
+    },
 };
 
-/// What a stream's pieces go into; it starts again from nothing when the content proves wrong.
-enum Sink {
-    Memory(BytesMut),
-    File(Arc<std::fs::File>),
+type Leader = single_flight::Leader<FlightKey, Result<Bytes, Error>>;
+
+impl single_flight::Leader<FlightKey, Result<Bytes, Error>> {
+    fn digest(&self) -> &Digest {
+        &self.key().1
+    }
 }
 
 impl Client {
@@ -51,22 +54,22 @@ impl Client {
         let batch_size = self.batch_size(instance).await;
         // More than one round only if somebody who fetched for us gave up.
         while !open.is_empty() {
-            let mut pilots = Vec::new();
-            let mut passengers: Vec<(usize, Passenger)> = Vec::new();
-            let mut landed: Vec<(usize, Passenger)> = Vec::new();
+            let mut leaders: Vec<Leader> = Vec::new();
+            let mut own: Vec<(usize, Follower<_>)> = Vec::new();
+            let mut followers = Vec::new();
             for i in open.drain(..) {
-                match self.shared.reads.board(instance, &digests[i]) {
-                    Seat::Pilot(pilot) => {
+                match self.0.reads.join((instance.clone(), digests[i])) {
+                    Role::Leader(leader) => {
                         // Its own result comes the way of all others'.
-                        landed.push((i, pilot.passenger()));
-                        pilots.push(pilot);
+                        own.push((i, leader.follower()));
+                        leaders.push(leader);
                     }
-                    Seat::Passenger(passenger) => passengers.push((i, passenger)),
+                    Role::Follower(follower) => followers.push((i, follower)),
                 }
             }
-            self.fly(instance, pilots, batch_size).await;
-            for (i, passenger) in landed.into_iter().chain(passengers) {
-                match passenger.arrive().await {
+            self.fetch(instance, leaders, batch_size).await;
+            for (i, follower) in own.into_iter().chain(followers) {
+                match follower.result().await {
                     Some(result) => results[i] = Some(result),
                     None => open.push(i),
                 }
@@ -75,71 +78,65 @@ impl Client {
         results.into_iter().flatten().collect()
     }
 
-    async fn fly(&self, instance: &InstanceName, pilots: Vec<Pilot>, batch_size: u64) {
-        let fits =
-            |pilot: &Pilot| pilot.digest().size() <= SMALL.min(batch_size.saturating_sub(OVERHEAD));
-        let (small, large): (Vec<_>, Vec<_>) = pilots.into_iter().partition(fits);
-        let mut flights = FuturesUnordered::new();
-        for batch in group(small, batch_size, |pilot| pilot.digest().size()) {
-            flights.push(futures::future::Either::Left(
+    /// Lets every leader finish.
+    async fn fetch(&self, instance: &InstanceName, leaders: Vec<Leader>, batch_size: u64) {
+        let fits = |leader: &Leader| {
+            leader.digest().size() <= SMALL.min(batch_size.saturating_sub(OVERHEAD))
+        };
+        let (small, large): (Vec<_>, Vec<_>) = leaders.into_iter().partition(fits);
+        let mut fetches = FuturesUnordered::new();
+        let size = |leader: &Leader| leader.digest().size() + OVERHEAD;
+        for batch in batch::split(small, batch_size, usize::MAX, size) {
+            fetches.push(futures::future::Either::Left(
                 self.read_batch(instance, batch),
             ));
         }
-        for pilot in large {
-            flights.push(futures::future::Either::Right(async move {
-                let content = self.read_stream(instance, pilot.digest()).await;
-                pilot.land(content);
+        for leader in large {
+            fetches.push(futures::future::Either::Right(async move {
+                let content = self.read_stream(instance, leader.digest()).await;
+                leader.finish(content);
             }));
         }
-        while flights.next().await.is_some() {}
-    }
-
-    /// Whoever asks has said that he can bear as much.
-    async fn read_stream(&self, instance: &InstanceName, digest: &Digest) -> Result<Bytes, Error> {
-        let sink = Sink::Memory(BytesMut::with_capacity(digest.size() as usize));
-        match self.stream(instance, digest, sink).await? {
-            Sink::Memory(content) => Ok(content.freeze()),
-            Sink::File(_) => Ok(Bytes::new()),
-        }
+        while fetches.next().await.is_some() {}
     }
 
     /// One batch; in halves, and at last by streams, when the server does not take it.
-    async fn read_batch(&self, instance: &InstanceName, pilots: Vec<Pilot>) {
-        let size = |pilot: &Pilot| pilot.digest().size();
+    async fn read_batch(&self, instance: &InstanceName, leaders: Vec<Leader>) {
+        let size = |leader: &Leader| leader.digest().size();
         let mut refused = false;
         // The most that went through at once.
         let mut accepted = 0;
-        let mut open = vec![pilots];
-        while let Some(pilots) = open.pop() {
-            let (count, total) = (pilots.len(), pilots.iter().map(size).sum());
-            let refusal = self.read_batch_once(instance, pilots).await;
-            let Some((mut pilots, status)) = refusal else {
-                accepted = accepted.max(weight(count, total));
+        let mut open = vec![leaders];
+        while let Some(leaders) = open.pop() {
+            let (count, total) = (leaders.len(), leaders.iter().map(size).sum());
+            let refusal = self.read_batch_once(instance, leaders).await;
+            let Some((mut leaders, status)) = refusal else {
+                accepted = accepted.max(sent_size(count, total));
                 continue;
             };
             refused = true;
-            if pilots.len() > 1 {
-                let [first, later] = halve(pilots, size);
+            if leaders.len() > 1 {
+                let [first, later] = batch::halve(leaders, |leader| size(leader) + OVERHEAD);
                 open.extend([later, first]);
                 continue;
             }
-            let Some(pilot) = pilots.pop() else {
+            let Some(leader) = leaders.pop() else {
                 continue;
             };
-            let content = self.read_stream(instance, pilot.digest()).await;
+            let content = self.read_stream(instance, leader.digest()).await;
             // It was not the size.
             let hopeless = matches!(content, Err(Error::Invalid(_)));
-            pilot.land(content);
+            leader.finish(content);
             if hopeless {
-                let error = retry::error(&status, None);
-                for pilot in open.drain(..).flatten() {
-                    pilot.land(Err(error.clone()));
+                let error = error(&status, None);
+                for leader in open.drain(..).flatten() {
+                    leader.finish(Err(error.clone()));
                 }
                 return;
             }
         }
         if refused && accepted > 0 {
-            self.shared.limits.learn_batch_size(accepted);
+            self.0.limits.learn_batch_size(accepted);
         }
     }
 
@@ -148,25 +145,28 @@ impl Client {
     async fn read_batch_once(
         &self,
         instance: &InstanceName,
-        mut pilots: Vec<Pilot>,
-    ) -> Option<(Vec<Pilot>, Status)> {
-        let mut failures = retry::Failures::default();
+        mut leaders: Vec<Leader>,
+    ) -> Option<(Vec<Leader>, Status)> {
+        let mut attempts = Attempts::default();
         let mut corrupt_before = false;
-        while let Some(first) = pilots.first() {
+        while let Some(first) = leaders.first() {
             let function = first.digest().function();
-            let (same, other) = pilots
+            let (same, other) = leaders
                 .into_iter()
-                .partition(|pilot| pilot.digest().function() == function);
-            pilots = same;
-            let rest: Vec<Pilot> = other;
+                .partition(|leader| leader.digest().function() == function);
+            leaders = same;
+            let rest: Vec<Leader> = other;
             let request = BatchReadBlobsRequest {
                 instance_name: instance.to_string(),
-                digests: pilots.iter().map(|p| p.digest().to_proto()).collect(),
+                digests: leaders
+                    .iter()
+                    .map(|leader| leader.digest().to_proto())
+                    .collect(),
                 acceptable_compressors: Vec::new(),
                 digest_function: function.to_proto() as i32,
             };
-            let permit = self.shared.downloads.acquire().await;
-            let answer = retry::divisible(self.shared.timeouts.call, || {
+            let permit = self.0.downloads.acquire().await;
+            let answer = call::divisible(self.0.timeouts.call, || {
                 let (mut client, request) = (self.cas(), request.clone());
                 async move { client.batch_read_blobs(request).await }
             });
@@ -175,14 +175,14 @@ impl Client {
             let answer = match answer {
                 Ok(Ok(answer)) => answer,
                 Ok(Err(refusal)) => {
-                    pilots.extend(rest);
-                    return Some((pilots, refusal));
+                    leaders.extend(rest);
+                    return Some((leaders, refusal));
                 }
                 Err(error) => {
-                    for pilot in pilots {
-                        pilot.land(Err(error.clone()));
+                    for leader in leaders {
+                        leader.finish(Err(error.clone()));
                     }
-                    pilots = rest;
+                    leaders = rest;
                     continue;
                 }
             };
@@ -193,10 +193,10 @@ impl Client {
                 .into_iter()
                 .filter_map(|response| Some((response.digest.as_ref()?.hash.clone(), response)))
                 .collect();
-            for pilot in pilots {
-                let digest = *pilot.digest();
+            for leader in leaders {
+                let digest = *leader.digest();
                 let Some(response) = answers.remove(&digest.hash_hex()) else {
-                    pilot.land(Err(Error::Internal(format!(
+                    leader.finish(Err(Error::Internal(format!(
                         "the CAS answered a BatchReadBlobs without blob {digest}"
                     ))));
                     continue;
@@ -204,163 +204,32 @@ impl Client {
                 let status = response.status.unwrap_or_default();
                 if status.code != 0 {
                     let status = Status::new(Code::from_i32(status.code), status.message);
-                    match status.code() {
-                        Code::Unavailable | Code::Aborted | Code::ResourceExhausted => {
+                    match may_pass(&status) {
+                        true => {
                             trouble = Some(status);
-                            again.push(pilot);
+                            again.push(leader);
                         }
-                        _ => pilot.land(Err(retry::error(&status, Some(&digest)))),
+                        false => leader.finish(Err(error(&status, Some(&digest)))),
                     }
                     continue;
                 }
-                let actual = function.digest_of(&response.data);
-                if actual == digest {
-                    pilot.land(Ok(response.data));
-                } else if corrupt_before {
-                    pilot.land(Err(Error::Corrupt {
-                        expected: digest,
-                        actual: Box::new(actual),
-                    }));
-                } else {
-                    again.push(pilot);
+                match verify(&digest, function.digest_of(&response.data)) {
+                    Ok(()) => leader.finish(Ok(response.data)),
+                    Err(error) if corrupt_before => leader.finish(Err(error)),
+                    Err(_) => again.push(leader),
                 }
             }
             corrupt_before = true;
             if let Some(status) = trouble
-                && let Err(error) = failures.wait(&status, None).await
+                && let Err(error) = status::wait(&mut attempts, &status, None).await
             {
-                for pilot in again.drain(..) {
-                    pilot.land(Err(error.clone()));
+                for leader in again.drain(..) {
+                    leader.finish(Err(error.clone()));
                 }
             }
             again.extend(rest);
-            pilots = again;
+            leaders = again;
         }
         None
-    }
-
-    /// Streams a blob into an open, empty file, verified; on error the file's content is undefined.
-    pub async fn read_to_file(
-        &self,
-        instance: &InstanceName,
-        digest: &Digest,
-        file: Arc<std::fs::File>,
-    ) -> Result<(), Error> {
-        if digest.size() <= SMALL {
-            let content = self.read(instance, digest, SMALL).await?;
-            let written = blocking(move || file.write_all_at(&content, 0)).await?;
-            return written.map_err(write_error);
-        }
-        self.stream(instance, digest, Sink::File(file))
-            .await
-            .map(drop)
-    }
-
-    /// By ByteStream, resumed where it was interrupted; once more from the start when corrupt.
-    async fn stream(
-        &self,
-        instance: &InstanceName,
-        digest: &Digest,
-        mut sink: Sink,
-    ) -> Result<Sink, Error> {
-        let mut corrupt_before = false;
-        loop {
-            let mut hasher = digest.function().hasher();
-            (sink, hasher) = self.receive(instance, digest, sink, hasher).await?;
-            let actual = hasher.finish();
-            if actual == *digest {
-                return Ok(sink);
-            }
-            if corrupt_before {
-                return Err(Error::Corrupt {
-                    expected: *digest,
-                    actual: Box::new(actual),
-                });
-            }
-            corrupt_before = true;
-            match &mut sink {
-                Sink::Memory(content) => content.clear(),
-                Sink::File(file) => file.set_len(0).map_err(write_error)?,
-            }
-        }
-    }
-
-    async fn receive(
-        &self,
-        instance: &InstanceName,
-        digest: &Digest,
-        mut sink: Sink,
-        mut hasher: Hasher,
-    ) -> Result<(Sink, Hasher), Error> {
-        let mut failures = retry::Failures::default();
-        loop {
-            let permit = self.shared.downloads.acquire().await;
-            let request = ReadRequest {
-                resource_name: ReadName::format(instance, digest),
-                read_offset: hasher.size() as i64,
-                read_limit: 0,
-            };
-            let mut client = self.bytes();
-            let silence = self.shared.timeouts.idle;
-            let opened = retry::timely(silence, client.read(request));
-            let end = match opened.await {
-                Err(status) => Some(status),
-                Ok(answer) => {
-                    let mut stream = answer.into_inner();
-                    loop {
-                        let next = retry::timely(silence, stream.message());
-                        let data = match next.await {
-                            Ok(Some(message)) => message.data,
-                            Ok(None) => break None,
-                            Err(status) => break Some(status),
-                        };
-                        if hasher.size() + data.len() as u64 > digest.size() {
-                            return Err(Error::Internal(format!(
-                                "the CAS sent more than {} bytes for blob {digest}",
-                                digest.size()
-                            )));
-                        }
-                        (sink, hasher) = absorb(sink, hasher, data).await?;
-                    }
-                }
-            };
-            drop(permit);
-            match end {
-                None if hasher.size() == digest.size() => return Ok((sink, hasher)),
-                None => {
-                    let short = Status::aborted(format!(
-                        "the stream ended after {} of {} bytes of blob {digest}",
-                        hasher.size(),
-                        digest.size()
-                    ));
-                    failures.wait(&short, Some(digest)).await?;
-                }
-                Some(status) => failures.wait(&status, Some(digest)).await?,
-            }
-        }
-    }
-}
-
-/// Takes a piece of a large blob, away from the threads that talk to peers.
-async fn absorb(mut sink: Sink, mut hasher: Hasher, data: Bytes) -> Result<(Sink, Hasher), Error> {
-    blocking(move || {
-        match &mut sink {
-            Sink::Memory(content) => content.extend_from_slice(&data),
-            Sink::File(file) => file
-                .write_all_at(&data, hasher.size())
-                .map_err(write_error)?,
-        }
-        hasher.update(&data);
-        Ok((sink, hasher))
-    })
-    .await?
-}
-
-fn write_error(error: std::io::Error) -> Error {
-    match error.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT) => {
-            Error::Full(format!("could not write a blob to a file: {error}"))
-        }
-        _ => Error::Internal(format!("could not write a blob to a file: {error}")),
     }
 }

@@ -1,26 +1,21 @@
-//! Writing blobs.
+//! Uploading whole blobs: what the CAS lacks, small ones in batches.
 
-use std::{os::unix::fs::FileExt, sync::Arc};
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use tonic::{Code, Status};
-use uuid::Uuid;
 
-use super::{Client, OVERHEAD, SMALL, group, halve, retry, weight};
+use super::{
+    Client, OVERHEAD, SMALL, call, sent_size,
+    status::{self, error, may_pass},
+};
 use crate::{
     digest::Digest,
     instance::InstanceName,
-    proto::{
-        bytestream::{QueryWriteStatusRequest, WriteRequest},
-        reapi::{BatchUpdateBlobsRequest, batch_update_blobs_request::Request},
-    },
-    resource::WriteName,
-    storage::{Content, Error, blocking},
+    proto::reapi::{BatchUpdateBlobsRequest, batch_update_blobs_request::Request},
+    storage::{Content, Error, batch, blocking, retry::Attempts, verify},
 };
-
-/// One message of a stream.
-const CHUNK: u64 = 1 << 20;
 
 impl Client {
     /// Uploads what the CAS lacks. The content must match its digest: it is the server that checks.
@@ -30,7 +25,7 @@ impl Client {
         blobs: Vec<(Digest, Content)>,
     ) -> Result<(), Error> {
         let digests: Vec<Digest> = blobs.iter().map(|(digest, _)| *digest).collect();
-        let mut missing: std::collections::HashSet<Digest> = self
+        let mut missing: HashSet<Digest> = self
             .find_missing(instance, &digests)
             .await?
             .into_iter()
@@ -44,8 +39,8 @@ impl Client {
             .into_iter()
             .filter(|(digest, _)| missing.remove(digest))
             .partition(|(digest, _)| digest.size() <= most);
-        let batches = group(small, batch_size, |(digest, _)| digest.size());
-        let batches = batches
+        let size = |(digest, _): &(Digest, Content)| digest.size() + OVERHEAD;
+        let batches = batch::split(small, batch_size, usize::MAX, size)
             .into_iter()
             .map(|batch| futures::future::Either::Left(self.write_batch(instance, batch)));
         let streams = large.into_iter().map(|(digest, content)| {
@@ -72,7 +67,7 @@ impl Client {
             let (count, total) = (blobs.len(), blobs.iter().map(size).sum());
             let mut left = self.write_batch_once(instance, blobs).await?;
             match left.len() {
-                0 => accepted = accepted.max(weight(count, total)),
+                0 => accepted = accepted.max(sent_size(count, total)),
                 1 => {
                     refused = true;
                     for (digest, content) in left.drain(..) {
@@ -81,13 +76,13 @@ impl Client {
                 }
                 _ => {
                     refused = true;
-                    let [first, later] = halve(left, size);
+                    let [first, later] = batch::halve(left, |blob| size(blob) + OVERHEAD);
                     open.extend([later, first]);
                 }
             }
         }
         if refused && accepted > 0 {
-            self.shared.limits.learn_batch_size(accepted);
+            self.0.limits.learn_batch_size(accepted);
         }
         Ok(())
     }
@@ -98,20 +93,20 @@ impl Client {
         instance: &InstanceName,
         mut blobs: Vec<(Digest, Content)>,
     ) -> Result<Vec<(Digest, Content)>, Error> {
-        let mut failures = retry::Failures::default();
+        let mut attempts = Attempts::default();
         while let Some((first, _)) = blobs.first() {
             let function = first.function();
             let (same, other): (Vec<_>, Vec<_>) = blobs
                 .into_iter()
                 .partition(|(digest, _)| digest.function() == function);
-            let permit = self.shared.uploads.acquire().await;
+            let permit = self.0.uploads.acquire().await;
             let (same, requests) = blocking(move || {
                 let requests = same
                     .iter()
                     .map(|(digest, content)| {
                         Ok(Request {
                             digest: Some(digest.to_proto()),
-                            data: piece(digest, content, 0, digest.size())?,
+                            data: content.part(digest, 0, digest.size())?,
                             compressor: 0,
                         })
                     })
@@ -124,7 +119,7 @@ impl Client {
                 requests: requests?,
                 digest_function: function.to_proto() as i32,
             };
-            let answer = retry::divisible(self.shared.timeouts.call, || {
+            let answer = call::divisible(self.0.timeouts.call, || {
                 let (mut client, request) = (self.cas(), request.clone());
                 async move { client.batch_update_blobs(request).await }
             });
@@ -133,7 +128,7 @@ impl Client {
             let Ok(answer) = answer else {
                 return Ok(same.into_iter().chain(other).collect());
             };
-            let mut statuses: std::collections::HashMap<_, _> = answer
+            let mut statuses: HashMap<_, _> = answer
                 .responses
                 .into_iter()
                 .filter_map(|response| Some((response.digest?.hash, response.status)))
@@ -150,157 +145,44 @@ impl Client {
                 let status = Status::new(Code::from_i32(status.code), status.message);
                 match status.code() {
                     Code::Ok | Code::AlreadyExists => {}
-                    Code::Unavailable | Code::Aborted | Code::ResourceExhausted => {
+                    _ if may_pass(&status) => {
                         trouble = Some(status);
                         again.push((digest, content));
                     }
-                    _ => return Err(retry::error(&status, None)),
+                    _ => return Err(error(&status, None)),
                 }
             }
             if let Some(status) = trouble {
-                failures.wait(&status, None).await?;
+                status::wait(&mut attempts, &status, None).await?;
             }
             blobs = again;
         }
         Ok(Vec::new())
     }
 
-    /// By ByteStream, resumed where it was interrupted.
-    async fn write_stream(
+    /// Uploads whole blobs that somebody else sent, once they have proved right.
+    pub async fn put_many(
         &self,
         instance: &InstanceName,
-        digest: Digest,
-        content: Content,
-    ) -> Result<(), Error> {
-        let name = WriteName::format(instance, Uuid::new_v4(), &digest);
-        let mut failures = retry::Failures::default();
-        let mut offset = 0;
-        loop {
-            let permit = self.shared.uploads.acquire().await;
-            let sent = self.send(&name, digest, &content, offset).await?;
-            drop(permit);
-            let status = match sent {
-                // REAPI: also when the server has it from somebody else, before all of it was sent.
-                Ok(committed) if committed == digest.size() as i64 => return Ok(()),
-                // REAPI: the answer when the blob is there and was sent compressed; some servers
-                // give it always.
-                Ok(-1) => return Ok(()),
-                Ok(committed) => Status::aborted(format!(
-                    "the CAS took {committed} of {} bytes of blob {digest}",
-                    digest.size()
-                )),
-                Err(status) if status.code() == Code::AlreadyExists => return Ok(()),
-                Err(status) => status,
-            };
-            failures.wait(&status, None).await?;
-            offset = self.committed(&name, &digest).await;
-        }
-    }
-
-    /// One attempt. The outer error is about our own content.
-    async fn send(
-        &self,
-        name: &str,
-        digest: Digest,
-        content: &Content,
-        offset: u64,
-    ) -> Result<Result<i64, Status>, Error> {
-        let (failed, mut failure) = tokio::sync::mpsc::channel(1);
-        let content = content.clone();
-        let resource_name = name.to_owned();
-        let (progress, moved) = tokio::sync::watch::channel(offset);
-        // What is under way to the peer is bounded by its windows: each piece that is taken from here
-        // means that others have arrived.
-        let parts = stream::unfold(Some((offset, progress)), move |state| {
-            let (content, failed) = (content.clone(), failed.clone());
-            let at = state.as_ref().map(|(at, _)| *at);
-            let resource_name = if at == Some(offset) {
-                resource_name.clone()
-            } else {
-                String::new()
-            };
-            async move {
-                let (at, progress) = state?;
-                progress.send_replace(at);
-                let end = (at + CHUNK).min(digest.size());
-                let data = match &content {
-                    Content::Bytes(_) => piece(&digest, &content, at, end),
-                    Content::File(_) => blocking(move || piece(&digest, &content, at, end))
-                        .await
-                        .and_then(|data| data),
-                };
-                let data = match data {
-                    Ok(data) => data,
-                    Err(error) => {
-                        let _ = failed.try_send(error);
-                        return None;
-                    }
-                };
-                let finish_write = end == digest.size();
-                let message = WriteRequest {
-                    resource_name,
-                    write_offset: at as i64,
-                    finish_write,
-                    data,
-                };
-                Some((message, (!finish_write).then_some((end, progress))))
-            }
-        });
-        let silence = self.shared.timeouts.idle;
-        // Some servers look at all of it before they answer.
-        let last = silence + std::time::Duration::from_secs(digest.size() >> 20);
-        let mut client = self.bytes();
-        let answer = retry::moving(silence, last, moved, client.write(parts)).await;
-        if let Ok(error) = failure.try_recv() {
-            return Err(error);
-        }
-        Ok(answer.map(|answer| answer.into_inner().committed_size))
-    }
-
-    /// Where to go on; from the start when the server cannot tell.
-    async fn committed(&self, name: &str, digest: &Digest) -> u64 {
-        let request = QueryWriteStatusRequest {
-            resource_name: name.to_owned(),
+        blobs: Vec<(Digest, Bytes)>,
+    ) -> Result<Vec<Result<(), Error>>, Error> {
+        let verify = |(digest, content): &(Digest, Bytes)| {
+            verify(digest, digest.function().digest_of(content))
         };
-        let mut client = self.bytes();
-        let limit = self.shared.timeouts.call;
-        let answer = retry::timely(limit, client.query_write_status(request));
-        match answer.await {
-            Ok(answer) => u64::try_from(answer.into_inner().committed_size)
-                .unwrap_or(0)
-                .min(digest.size()),
-            Err(_) => 0,
+        let (mut results, blobs) = blocking(move || {
+            let results: Vec<Result<(), Error>> = blobs.iter().map(verify).collect();
+            (results, blobs)
+        })
+        .await?;
+        let right = blobs
+            .into_iter()
+            .zip(&results)
+            .filter(|(_, result)| result.is_ok());
+        let right = right.map(|((digest, content), _)| (digest, Content::Bytes(content)));
+        if let Err(error) = self.upload(instance, right.collect()).await {
+            let rights = results.iter_mut().filter(|result| result.is_ok());
+            rights.for_each(|result| *result = Err(error.clone()));
         }
+        Ok(results)
     }
-}
-
-/// Part of a content. Blocks for files.
-fn piece(digest: &Digest, content: &Content, start: u64, end: u64) -> Result<Bytes, Error> {
-    let short = |length: u64| {
-        Error::Internal(format!(
-            "the content to upload for blob {digest} has only {length} bytes"
-        ))
-    };
-    match content {
-        Content::Bytes(bytes) => {
-            if (bytes.len() as u64) < end {
-                return Err(short(bytes.len() as u64));
-            }
-            Ok(bytes.slice(start as usize..end as usize))
-        }
-        Content::File(file) => read_part(file, start, end).map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => {
-                short(file.metadata().map_or(0, |metadata| metadata.len()))
-            }
-            _ => Error::Internal(format!(
-                "could not read the content of blob {digest}: {error}"
-            )),
-        }),
-    }
-}
-
-fn read_part(file: &Arc<std::fs::File>, start: u64, end: u64) -> std::io::Result<Bytes> {
-    let mut data = vec![0; (end - start) as usize];
-    file.read_exact_at(&mut data, start)?;
-    Ok(data.into())
 }

@@ -1,7 +1,5 @@
 //! ActionCache: results of actions, whose digests are checked before they are kept.
 
-use std::sync::Arc;
-
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{digest, instance, room, weight};
@@ -12,12 +10,12 @@ use crate::{
         self, ActionResult, GetActionResultRequest, UpdateActionResultRequest,
         action_cache_server::ActionCache,
     },
-    storage::{blocking, embedded::Store},
+    storage::Backend,
     text::shorten,
 };
 
 pub struct ActionCacheService {
-    pub store: Arc<Store>,
+    pub backend: Backend,
 }
 
 #[async_trait]
@@ -30,9 +28,7 @@ impl ActionCache for ActionCacheService {
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
         let action = digest(request.digest_function, request.action_digest.as_ref())?;
-        let store = self.store.clone();
-        let result = blocking(move || store.action_result(&instance, &action)).await?;
-        match result? {
+        match self.backend.action_result(&instance, &action).await? {
             Some(result) => {
                 let room = room(answers, weight(&result)).await?;
                 Ok(with_reservation(Response::new(result), room))
@@ -58,15 +54,12 @@ impl ActionCache for ActionCacheService {
             .action_result
             .ok_or_else(|| Status::invalid_argument("no action_result was given"))?;
         check_result(action.function(), &result)?;
-        let store = self.store.clone();
-        let stored = blocking(move || {
-            store
-                .update_action_result(&instance, &action, &result)
-                .map(|()| result)
-        });
-        let stored = stored.await??;
-        let room = room(answers, weight(&stored)).await?;
-        Ok(with_reservation(Response::new(stored), room))
+        let update = self
+            .backend
+            .update_action_result(&instance, &action, result.clone());
+        update.await?;
+        let room = room(answers, weight(&result)).await?;
+        Ok(with_reservation(Response::new(result), room))
     }
 }
 

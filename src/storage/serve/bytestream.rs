@@ -2,35 +2,38 @@
 //!
 //! 1. A piece of a blob is read when there is room for it among all answers (`daemon::serve`).
 //! 2. An upload has a name of its client's choice, by which it goes on after an interruption
-//!    (`storage::embedded::Uploads`).
-
-use std::{sync::Arc, time::Instant};
+//!    (`storage::Upload`).
 
 use futures::{
     FutureExt,
-    stream::{self, BoxStream, StreamExt},
+    stream::{BoxStream, StreamExt},
 };
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
 use crate::{
     digest::Digest,
+    instance::InstanceName,
     proto::bytestream::{
         QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest,
         WriteResponse, byte_stream_server::ByteStream,
     },
     resource::{ReadName, WriteName},
-    storage::{
-        blocking,
-        embedded::{Blob, PIECE, Store},
-    },
+    storage::Backend,
 };
 
 pub struct ByteStreamService {
-    pub store: Arc<Store>,
+    pub backend: Backend,
 }
 
-/// What one message carries at most.
-const CHUNK: u64 = 4 * PIECE;
+impl ByteStreamService {
+    async fn contains(&self, instance: &InstanceName, digest: Digest) -> Result<bool, Status> {
+        let missing = self.backend.find_missing(instance, &[digest]).await?;
+        Ok(missing.is_empty())
+    }
+}
+
+/// What is written together at most.
+const CHUNK: u64 = 1 << 20;
 
 /// Messages that are written together; they may be as small as a client likes.
 const MOST_TOGETHER: usize = 256;
@@ -44,35 +47,11 @@ impl ByteStream for ByteStreamService {
         request: Request<ReadRequest>,
     ) -> Result<Response<Self::ReadStream>, Status> {
         let request = request.into_inner();
-        let digest = ReadName::parse(&request.resource_name)?.digest;
+        let ReadName { instance, digest } = ReadName::parse(&request.resource_name)?;
         let (start, end) = range(&request, &digest)?;
-        let store = self.store.clone();
-        let blob = blocking(move || store.blob(&digest)).await??;
-        if let Blob::Small(_) = blob {
-            let data = blob.read(start, end)?;
-            let only = stream::once(async { Ok(ReadResponse { data }) });
-            return Ok(Response::new(only.boxed()));
-        }
-        let store = self.store.clone();
-        let blob = Arc::new(blob);
-        // A piece is a part of a mapped file, and copied when there is room for it.
-        let pieces = stream::try_unfold(start, move |at| {
-            let (blob, store) = (blob.clone(), store.clone());
-            async move {
-                if at >= end {
-                    return Ok(None);
-                }
-                let next = (at + CHUNK - at % CHUNK).min(end);
-                let piece = blocking(move || {
-                    blob.read(at, next).inspect_err(|_| {
-                        store.forget_damaged(&digest);
-                    })
-                });
-                let data = piece.await??;
-                Ok(Some((ReadResponse { data }, next)))
-            }
-        });
-        Ok(Response::new(pieces.boxed()))
+        let pieces = self.backend.stream(&instance, &digest, start, end).await?;
+        let answers = pieces.map(|piece| Ok(ReadResponse { data: piece? }));
+        Ok(Response::new(answers.boxed()))
     }
 
     async fn write(
@@ -88,7 +67,7 @@ impl ByteStream for ByteStreamService {
         let name = WriteName::parse(&first.resource_name)?;
         let digest = name.digest;
         let size = digest.size() as i64;
-        if self.store.contains(&digest) {
+        if self.contains(&name.instance, digest).await? {
             // REAPI: no need to send the rest of what is already here.
             return Ok(Response::new(WriteResponse {
                 committed_size: size,
@@ -96,8 +75,8 @@ impl ByteStream for ByteStreamService {
         }
         if first.finish_write && first.write_offset == 0 && first.data.len() as u64 == digest.size()
         {
-            let store = self.store.clone();
-            let stored = blocking(move || store.put(&[(digest, first.data)]));
+            let blobs = vec![(digest, first.data)];
+            let stored = self.backend.put_many(&name.instance, blobs);
             for result in stored.await? {
                 result?;
             }
@@ -106,14 +85,10 @@ impl ByteStream for ByteStreamService {
             }));
         }
         let resource_name = first.resource_name.clone();
-        let turn = self
-            .store
-            .uploads()
-            .take_over(&resource_name, Instant::now())?;
-        let turn = Arc::new(turn);
-        let store = self.store.clone();
-        let (own, offset) = (turn.clone(), first.write_offset);
-        blocking(move || own.begin(&store, digest, offset, Instant::now())).await??;
+        let mut upload = self
+            .backend
+            .resume_upload(&resource_name, digest, first.write_offset)
+            .await?;
         let mut next = Some(first);
         let mut finish = false;
         while let Some(first) = next.take() {
@@ -137,20 +112,15 @@ impl ByteStream for ByteStreamService {
                     Some(Err(error)) => return Err(error),
                 }
             }
-            let (own, store) = (turn.clone(), self.store.clone());
-            let write = move || {
-                let now = Instant::now();
-                let mut parts = parts.iter();
-                parts.try_for_each(|part| own.write(&store, part.write_offset, &part.data, now))
-            };
-            blocking(write).await??;
+            let parts = parts.into_iter().map(|part| (part.write_offset, part.data));
+            upload.write(parts.collect()).await?;
             if finish {
                 break;
             }
             next = stream.message().await?;
         }
         // Lenient without finish_write, when all of it has arrived.
-        blocking(move || turn.finish(&digest, finish)).await??;
+        upload.finish(digest, finish).await?;
         Ok(Response::new(WriteResponse {
             committed_size: size,
         }))
@@ -161,12 +131,12 @@ impl ByteStream for ByteStreamService {
         request: Request<QueryWriteStatusRequest>,
     ) -> Result<Response<QueryWriteStatusResponse>, Status> {
         let name = request.into_inner().resource_name;
-        let digest = WriteName::parse(&name)?.digest;
-        let (committed, complete) = if self.store.contains(&digest) {
-            (digest.size(), true)
-        } else {
-            let uploads = self.store.uploads().clone();
-            (blocking(move || uploads.received(&name)).await?, false)
+        let WriteName {
+            instance, digest, ..
+        } = WriteName::parse(&name)?;
+        let (committed, complete) = match self.contains(&instance, digest).await? {
+            true => (digest.size(), true),
+            false => (self.backend.upload_progress(&name).await?, false),
         };
         Ok(Response::new(QueryWriteStatusResponse {
             committed_size: committed as i64,

@@ -1,19 +1,14 @@
-//! The embedded store over gRPC: ContentAddressableStorage, ByteStream, ActionCache; and the
-//! Capabilities of the whole farm.
+//! A back end over gRPC: ContentAddressableStorage (`cas`, and `tree` for its GetTree), ByteStream,
+//! ActionCache; and the Capabilities of the whole farm.
 //!
 //! 1. A client that asks for much, and reads slowly, holds a piece of it in memory, not all: answers
 //!    that are made as a whole are made when there is room for them (`daemon::serve`).
 //! 2. A call's blobs, and a message, have limits; the error names them.
 
-use std::sync::Arc;
-
 use prost::Message;
 use tonic::{Code, Status, codec::CompressionEncoding};
 
-use super::{
-    Error,
-    embedded::{Store, TurnError},
-};
+use super::{Backend, Error, UploadError};
 use crate::{
     daemon::{BudgetReservation, LogRateLimit, ResponseBudget, Services},
     digest::{Digest, DigestError, DigestFunction},
@@ -38,6 +33,7 @@ mod action_cache;
 mod bytestream;
 mod capabilities;
 mod cas;
+mod tree;
 
 /// REAPI: CacheCapabilities.max_batch_total_size_bytes. With its digests a batch stays below 4 MiB,
 /// which many clients take as the largest message.
@@ -51,15 +47,15 @@ const LARGEST_ANSWER: u64 = 4 << 20;
 const MAX_MESSAGE_SIZE: usize = 16 << 20;
 
 /// Adds CAS, ByteStream and Action Cache.
-pub fn add_to(services: Services, store: &Arc<Store>) -> Services {
-    let store = || store.clone();
-    let cas = ContentAddressableStorageServer::new(CasService { store: store() })
+pub fn add_to(services: Services, backend: &Backend) -> Services {
+    let backend = || backend.clone();
+    let cas = ContentAddressableStorageServer::new(CasService { backend: backend() })
         .accept_compressed(CompressionEncoding::Gzip)
         .max_decoding_message_size(MAX_MESSAGE_SIZE);
-    let bytes = ByteStreamServer::new(ByteStreamService { store: store() })
+    let bytes = ByteStreamServer::new(ByteStreamService { backend: backend() })
         .accept_compressed(CompressionEncoding::Gzip)
         .max_decoding_message_size(MAX_MESSAGE_SIZE);
-    let actions = ActionCacheServer::new(ActionCacheService { store: store() })
+    let actions = ActionCacheServer::new(ActionCacheService { backend: backend() })
         .accept_compressed(CompressionEncoding::Gzip)
         .max_decoding_message_size(MAX_MESSAGE_SIZE);
     services.add(cas).add(bytes).add(actions)
@@ -116,12 +112,12 @@ impl From<Error> for Status {
     }
 }
 
-impl From<TurnError> for Status {
-    fn from(error: TurnError) -> Self {
+impl From<UploadError> for Status {
+    fn from(error: UploadError) -> Self {
         let code = match error {
-            TurnError::Store(error) => return error.into(),
-            TurnError::TakenOver | TurnError::GivenUp => Code::Aborted,
-            TurnError::Offset { .. } | TurnError::Unfinished { .. } => Code::InvalidArgument,
+            UploadError::Storage(error) => return error.into(),
+            UploadError::TakenOver | UploadError::GivenUp => Code::Aborted,
+            UploadError::Offset { .. } | UploadError::Unfinished { .. } => Code::InvalidArgument,
         };
         Status::new(code, error.to_string())
     }

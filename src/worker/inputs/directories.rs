@@ -24,7 +24,7 @@ use super::{
 use crate::{
     digest::Digest,
     instance::InstanceName,
-    storage::{self, grpc::Client},
+    storage::{self, Backend},
     worker::{fault::Fault, lru::Lru},
 };
 
@@ -52,7 +52,7 @@ impl DirectoryWalk {
 
 /// Fetches Directories, and keeps those last used.
 pub struct DirectoryCache {
-    storage: Client,
+    storage: Backend,
     /// Of one message, in bytes.
     message_limit: u64,
     /// Of what is kept, and of what one input root may have.
@@ -101,7 +101,7 @@ impl Drop for DirectoryClaim<'_> {
 }
 
 impl DirectoryCache {
-    pub fn new(storage: Client, message_limit: u64, limit: u64) -> Self {
+    pub fn new(storage: Backend, message_limit: u64, limit: u64) -> Self {
         DirectoryCache {
             storage,
             message_limit,

@@ -19,7 +19,7 @@ use crate::{
     digest::Digest,
     path::RelativePath,
     proto::reapi,
-    storage::{self, grpc::Client},
+    storage::{self, Backend},
     worker::{blocking::blocking, command::Command, fault::Fault, task::Task},
 };
 
@@ -28,7 +28,7 @@ const ATTEMPTS: u32 = 3;
 
 /// Makes the input roots of one runner's actions.
 pub struct InputRoots {
-    pub storage: Client,
+    pub storage: Backend,
     pub cache: Arc<FileCache>,
     pub directories: Arc<DirectoryCache>,
     pub store: Arc<RootStore>,

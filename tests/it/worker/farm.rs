@@ -27,7 +27,7 @@ use bb_remote_execution::{
             runner_server::{Runner, RunnerServer},
         },
     },
-    storage::{Content, embedded::Store, grpc, serve},
+    storage::{Backend, Content, embedded::Store, serve},
     worker::{
         availability::Availability,
         execute::{Executor, Phase},
@@ -66,7 +66,7 @@ pub struct Farm {
     /// Cache and build directory.
     pub directory: tempfile::TempDir,
     _store: tempfile::TempDir,
-    pub client: grpc::Client,
+    pub client: Backend,
     pub executor: Arc<Executor>,
     pub cache: Arc<FileCache>,
     pub calls: Calls,
@@ -147,9 +147,9 @@ impl Farm {
         let stop = CancellationToken::new();
         let capabilities = serve::capabilities(false, settings.blob_size);
         let services = Services::default().add(capabilities);
-        let routes = serve::add_to(services, &store).into_routes();
+        let routes = serve::add_to(services, &Backend::Embedded(store.clone())).into_routes();
         let storage = serve(routes, Some(calls.clone()), stop.clone()).await;
-        let client = grpc::Client::connect(&storage, &storage, Default::default());
+        let client = Backend::connect(&storage, &storage, Default::default());
         let failing = Arc::new(Mutex::new(settings.failing));
         let runner = Plain {
             build_directory: directory.path().join("build"),
@@ -327,7 +327,7 @@ pub fn shell(script: &str, outputs: &[&str]) -> Command {
 
 fn executor(
     directory: &Path,
-    client: &grpc::Client,
+    client: &Backend,
     runner: &Endpoint,
     settings: Settings,
 ) -> io::Result<(Arc<Executor>, Arc<FileCache>)> {

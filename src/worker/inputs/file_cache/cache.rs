@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     digest::Digest,
-    storage::grpc::Client,
+    storage::Backend,
     worker::{fault::Fault, lru::Handle},
 };
 
@@ -28,7 +28,7 @@ pub struct CacheLimits {
 pub struct FileCache {
     pub(super) directory: CacheDirectory,
     pub(super) limits: CacheLimits,
-    pub(super) storage: Client,
+    pub(super) storage: Backend,
     pub(super) index: Mutex<Index>,
     /// Held while extra inodes of files are made or removed.
     pub(super) changing_extra_inodes: Mutex<()>,
@@ -45,7 +45,7 @@ pub struct FileCache {
 
 impl FileCache {
     /// Takes up what an earlier worker left. Blocks for a second per million files.
-    pub fn open(path: &Path, limits: CacheLimits, storage: Client) -> io::Result<Self> {
+    pub fn open(path: &Path, limits: CacheLimits, storage: Backend) -> io::Result<Self> {
         let directory = CacheDirectory::open(path)?;
         let reflinks = directory.shares_blocks()?;
         let mut index = Index::default();

@@ -1,0 +1,57 @@
+//! Batches: many small blobs in one call, within limits of bytes and of blobs.
+
+/// Batches of at most `bytes` together and `count` items each, in the order given. One item that is
+/// larger is a batch of its own.
+pub fn split<T>(items: Vec<T>, bytes: u64, count: usize, size: impl Fn(&T) -> u64) -> Vec<Vec<T>> {
+    let mut batches: Vec<Vec<T>> = Vec::new();
+    let mut left = 0;
+    for item in items {
+        let size = size(&item);
+        match batches.last_mut() {
+            Some(last) if size <= left && last.len() < count => {
+                left -= size;
+                last.push(item);
+            }
+            _ => {
+                left = bytes.saturating_sub(size);
+                batches.push(vec![item]);
+            }
+        }
+    }
+    batches
+}
+
+/// Two batches of about the same size, neither of them empty.
+pub fn halve<T>(mut items: Vec<T>, size: impl Fn(&T) -> u64) -> [Vec<T>; 2] {
+    let total: u64 = items.iter().map(&size).sum();
+    let mut before = 0;
+    let middle = items.iter().position(|item| {
+        before += size(item);
+        before > total / 2
+    });
+    let most = items.len().saturating_sub(1).max(1);
+    let later = items.split_off(middle.unwrap_or(most).clamp(1, most));
+    [items, later]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_keep_their_limits_and_the_order() {
+        let size = |item: &u64| *item;
+        let batches = split(vec![1, 2, 3, 9, 1, 1, 1, 1], 5, 3, size);
+        let expected: [&[u64]; 5] = [&[1, 2], &[3], &[9], &[1, 1, 1], &[1]];
+        assert_eq!(batches, expected);
+    }
+
+    #[test]
+    fn halves_are_never_empty() {
+        let size = |item: &u64| *item;
+        assert_eq!(halve(vec![9, 1], size), [vec![9], vec![1]]);
+        assert_eq!(halve(vec![1, 9], size), [vec![1], vec![9]]);
+        assert_eq!(halve(vec![1, 1, 1, 1], size), [vec![1, 1], vec![1, 1]]);
+        assert_eq!(halve(vec![0, 0, 0], size), [vec![0, 0], vec![0]]);
+    }
+}

@@ -1,0 +1,43 @@
+//! What the content of an upload comes from.
+
+use std::{fs::File, io::ErrorKind, os::unix::fs::FileExt, sync::Arc};
+
+use bytes::Bytes;
+
+use super::Error;
+use crate::digest::Digest;
+
+/// The content of a blob that is to be uploaded.
+#[derive(Clone, Debug)]
+pub enum Content {
+    Bytes(Bytes),
+    /// An open file, read from offset 0 with pread(2), up to the digest's size.
+    File(Arc<File>),
+}
+
+impl Content {
+    /// The bytes from `start` to `end`, of what is to be uploaded as `digest`. Blocks for files.
+    pub fn part(&self, digest: &Digest, start: u64, end: u64) -> Result<Bytes, Error> {
+        let short = |length: u64| {
+            Error::Internal(format!(
+                "the content to upload for blob {digest} has only {length} bytes"
+            ))
+        };
+        match self {
+            Content::Bytes(bytes) if (bytes.len() as u64) < end => Err(short(bytes.len() as u64)),
+            Content::Bytes(bytes) => Ok(bytes.slice(start as usize..end as usize)),
+            Content::File(file) => {
+                let mut data = vec![0; (end - start) as usize];
+                match file.read_exact_at(&mut data, start) {
+                    Ok(()) => Ok(data.into()),
+                    Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
+                        Err(short(file.metadata().map_or(0, |metadata| metadata.len())))
+                    }
+                    Err(error) => Err(Error::Internal(format!(
+                        "could not read the content of blob {digest}: {error}"
+                    ))),
+                }
+            }
+        }
+    }
+}

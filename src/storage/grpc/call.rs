@@ -1,0 +1,61 @@
+//! Calls, each of which ends: within its time, or after as many attempts as are worth it.
+
+use std::time::Duration;
+
+use tonic::{Response, Status};
+
+use super::status::{may_be_too_large, wait};
+use crate::{
+    digest::Digest,
+    storage::{Error, retry::Attempts},
+};
+
+/// Calls until there is an answer, or it is no use. Each answer takes no longer than `limit`;
+/// `digest` is what NOT_FOUND is about.
+pub async fn unary<T, F: Future<Output = Result<Response<T>, Status>> + Send>(
+    limit: Duration,
+    digest: Option<&Digest>,
+    call: impl Fn() -> F + Send,
+) -> Result<T, Error> {
+    let mut attempts = Attempts::default();
+    loop {
+        match timely(limit, call()).await {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status) => wait(&mut attempts, &status, digest).await?,
+        }
+    }
+}
+
+/// The same as `unary` for a call that can be made in parts; the inner error is a refusal of its size.
+pub async fn divisible<T, F: Future<Output = Result<Response<T>, Status>> + Send>(
+    limit: Duration,
+    call: impl Fn() -> F + Send,
+) -> Result<Result<T, Status>, Error> {
+    let mut attempts = Attempts::default();
+    loop {
+        match timely(limit, call()).await {
+            Ok(answer) => return Ok(Ok(answer.into_inner())),
+            Err(status) if may_be_too_large(&status) => return Ok(Err(status)),
+            Err(status) => wait(&mut attempts, &status, None).await?,
+        }
+    }
+}
+
+/// Waits for an answer no longer than `limit`.
+pub async fn timely<T>(
+    limit: Duration,
+    answer: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    match tokio::time::timeout(limit, answer).await {
+        Ok(answer) => answer,
+        Err(_) => Err(silent(limit)),
+    }
+}
+
+/// The status of a server that said nothing for so long.
+pub fn silent(limit: Duration) -> Status {
+    Status::deadline_exceeded(format!(
+        "the storage did not answer within {} seconds",
+        limit.as_secs()
+    ))
+}

@@ -1,0 +1,224 @@
+//! Reading one blob by ByteStream, resumed where it was interrupted.
+
+use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
+
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt, stream};
+use tokio::sync::OwnedSemaphorePermit;
+use tonic::{Status, Streaming};
+
+use super::{Client, SMALL, call::timely, status::wait};
+use crate::{
+    digest::{Digest, Hasher},
+    instance::InstanceName,
+    proto::bytestream::{ReadRequest, ReadResponse},
+    resource::ReadName,
+    storage::{BlobStream, Error, blocking, retry::Attempts, verify},
+};
+
+/// The pieces of a blob as its server sends them, from one stream or, after interruptions, several.
+/// Nothing is verified.
+struct PieceReader {
+    client: Client,
+    resource_name: String,
+    digest: Digest,
+    at: u64,
+    end: u64,
+    attempts: Attempts,
+    open: Option<(Streaming<ReadResponse>, OwnedSemaphorePermit)>,
+}
+
+impl PieceReader {
+    /// The next piece; `None` when all of them have come.
+    async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        let silence = self.client.0.timeouts.idle;
+        loop {
+            if self.open.is_none()
+                && let Err(status) = self.open().await
+            {
+                wait(&mut self.attempts, &status, Some(&self.digest)).await?;
+                continue;
+            }
+            let Some((stream, _)) = &mut self.open else {
+                continue;
+            };
+            let status = match timely(silence, stream.message()).await {
+                Ok(Some(message)) => {
+                    self.at += message.data.len() as u64;
+                    if self.at > self.end {
+                        return Err(Error::Internal(format!(
+                            "the CAS sent more than {} bytes for blob {}",
+                            self.end, self.digest
+                        )));
+                    }
+                    return Ok(Some(message.data));
+                }
+                Ok(None) if self.at == self.end => return Ok(None),
+                // How the stream ends says nothing about what has come.
+                Err(_) if self.at == self.end && self.at > 0 => return Ok(None),
+                Ok(None) => Status::aborted(format!(
+                    "the stream ended after {} of {} bytes of blob {}",
+                    self.at,
+                    self.digest.size(),
+                    self.digest
+                )),
+                Err(status) => status,
+            };
+            // Others may stream while this one waits.
+            self.open = None;
+            wait(&mut self.attempts, &status, Some(&self.digest)).await?;
+        }
+    }
+
+    async fn open(&mut self) -> Result<(), Status> {
+        let shared = &self.client.0;
+        // Never closed.
+        let permit = shared.downloads.clone().acquire_owned().await;
+        let permit = permit.map_err(|error| Status::internal(error.to_string()))?;
+        let to_the_end = self.end == self.digest.size();
+        let request = ReadRequest {
+            resource_name: self.resource_name.clone(),
+            read_offset: self.at as i64,
+            read_limit: if to_the_end {
+                0
+            } else {
+                (self.end - self.at) as i64
+            },
+        };
+        let mut client = self.client.bytes();
+        let answer = timely(shared.timeouts.idle, client.read(request)).await?;
+        self.open = Some((answer.into_inner(), permit));
+        Ok(())
+    }
+}
+
+/// What a blob's pieces go into; it starts again from nothing when the content proves wrong.
+enum Sink {
+    Memory(BytesMut),
+    File(Arc<File>),
+}
+
+impl Client {
+    fn reader(
+        &self,
+        instance: &InstanceName,
+        digest: &Digest,
+        start: u64,
+        end: u64,
+    ) -> PieceReader {
+        PieceReader {
+            client: self.clone(),
+            resource_name: ReadName::format(instance, digest),
+            digest: *digest,
+            at: start,
+            end,
+            attempts: Attempts::default(),
+            open: None,
+        }
+    }
+
+    /// Part of a blob, piece by piece. Of a blob as a whole, the last piece comes when all of it has
+    /// been verified; parts are for those who ask to verify.
+    pub fn stream(
+        &self,
+        instance: &InstanceName,
+        digest: &Digest,
+        start: u64,
+        end: u64,
+    ) -> BlobStream {
+        let whole = start == 0 && end == digest.size();
+        let hasher = whole.then(|| digest.function().hasher());
+        let state = (self.reader(instance, digest, start, end), hasher);
+        let pieces = stream::try_unfold(state, |(mut reader, mut hasher)| async move {
+            let Some(data) = reader.next().await? else {
+                return Ok(None);
+            };
+            let digest = reader.digest;
+            if let Some(mut so_far) = hasher.take() {
+                let hashed = data.clone();
+                so_far = blocking(move || {
+                    so_far.update(&hashed);
+                    so_far
+                })
+                .await?;
+                if so_far.size() == digest.size() {
+                    verify(&digest, so_far.finish())?;
+                } else {
+                    hasher = Some(so_far);
+                }
+            }
+            Ok(Some((data, (reader, hasher))))
+        });
+        pieces.boxed()
+    }
+
+    /// Reads a blob by a stream into memory. Whoever asks has said that he can bear as much.
+    pub(super) async fn read_stream(
+        &self,
+        instance: &InstanceName,
+        digest: &Digest,
+    ) -> Result<Bytes, Error> {
+        let sink = Sink::Memory(BytesMut::with_capacity(digest.size() as usize));
+        match self.collect(instance, digest, sink).await? {
+            Sink::Memory(content) => Ok(content.freeze()),
+            Sink::File(_) => Ok(Bytes::new()),
+        }
+    }
+
+    /// Streams a blob into an open, empty file, verified; on error the file's content is undefined.
+    pub async fn read_to_file(
+        &self,
+        instance: &InstanceName,
+        digest: &Digest,
+        file: Arc<File>,
+    ) -> Result<(), Error> {
+        if digest.size() <= SMALL {
+            let content = self.read(instance, digest, SMALL).await?;
+            let written = blocking(move || file.write_all_at(&content, 0)).await?;
+            return written.map_err(Error::of_file);
+        }
+        let sink = Sink::File(file);
+        self.collect(instance, digest, sink).await.map(drop)
+    }
+
+    /// Reads all of a blob, verified; once more from the start when it is corrupt.
+    async fn collect(
+        &self,
+        instance: &InstanceName,
+        digest: &Digest,
+        mut sink: Sink,
+    ) -> Result<Sink, Error> {
+        let mut corrupt_before = false;
+        loop {
+            let mut reader = self.reader(instance, digest, 0, digest.size());
+            let mut hasher = digest.function().hasher();
+            while let Some(data) = reader.next().await? {
+                (sink, hasher) = absorb(sink, hasher, data).await?;
+            }
+            match verify(digest, hasher.finish()) {
+                Ok(()) => return Ok(sink),
+                Err(error) if corrupt_before => return Err(error),
+                Err(_) => corrupt_before = true,
+            }
+            match &mut sink {
+                Sink::Memory(content) => content.clear(),
+                Sink::File(file) => file.set_len(0).map_err(Error::of_file)?,
+            }
+        }
+    }
+}
+
+/// Takes a piece of a large blob, away from the threads that talk to peers.
+async fn absorb(mut sink: Sink, mut hasher: Hasher, data: Bytes) -> Result<(Sink, Hasher), Error> {
+    blocking(move || {
+        match &mut sink {
+            Sink::Memory(content) => content.extend_from_slice(&data),
+            Sink::File(file) => file
+                .write_all_at(&data, hasher.size())
+                .map_err(Error::of_file)?,
+        }
+        hasher.update(&data);
+        Ok((sink, hasher))
+    })
+    .await?
+}

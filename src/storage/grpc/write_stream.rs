@@ -1,0 +1,305 @@
+//! Writing one blob by ByteStream: one of our own, resumed where it was interrupted, or a client's
+//! upload that is passed on as it comes.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{FutureExt, future::BoxFuture, stream};
+use tokio::sync::mpsc;
+use tonic::{Code, Response, Status};
+use uuid::Uuid;
+
+use super::{
+    Client,
+    call::{self, silent, timely},
+    status::{error, wait},
+};
+use crate::{
+    digest::Digest,
+    instance::InstanceName,
+    proto::bytestream::{QueryWriteStatusRequest, WriteRequest, WriteResponse},
+    resource::WriteName,
+    storage::{Content, Error, UploadError, blocking, retry::Attempts},
+};
+
+/// One message of a stream.
+const CHUNK: u64 = 1 << 20;
+
+/// What the server says that it has: `committed_size`.
+type Answer = Result<i64, Status>;
+
+/// One Write under way. A stream that moves is not cut, however slow it is.
+struct WriteCall {
+    messages: mpsc::Sender<WriteRequest>,
+    answer: BoxFuture<'static, Answer>,
+    /// How long the server may take nothing.
+    silence: Duration,
+}
+
+impl WriteCall {
+    fn start<F>(silence: Duration, write: impl FnOnce(mpsc::Receiver<WriteRequest>) -> F) -> Self
+    where
+        F: Future<Output = Result<Response<WriteResponse>, Status>> + Send + 'static,
+    {
+        // What is under way to the peer is bounded by its windows: each message that is taken from
+        // here means that others have arrived.
+        let (messages, taken) = mpsc::channel(1);
+        let answer = write(taken).map(|answer| Ok(answer?.into_inner().committed_size));
+        WriteCall {
+            messages,
+            answer: answer.boxed(),
+            silence,
+        }
+    }
+
+    /// Hands over a message once the one before it is on its way. The error is an answer that has come
+    /// early, or why there is none.
+    async fn send(&mut self, message: WriteRequest) -> Result<(), Answer> {
+        let sent = tokio::time::timeout(self.silence, self.messages.send(message));
+        tokio::select! {
+            biased;
+            answer = &mut self.answer => Err(answer),
+            sent = sent => match sent {
+                Ok(Ok(())) => Ok(()),
+                // Nobody takes any more, so that the answer is on its way.
+                Ok(Err(_)) => Err(timely(self.silence, &mut self.answer).await),
+                Err(_) => Err(Err(silent(self.silence))),
+            },
+        }
+    }
+
+    /// Waits for the answer to all that was sent; `last` is how long the server may look at it.
+    async fn finish(self, last: Duration) -> Answer {
+        let WriteCall {
+            messages, answer, ..
+        } = self;
+        drop(messages);
+        timely(last, answer).await
+    }
+}
+
+impl Client {
+    fn write_call(&self) -> WriteCall {
+        let mut client = self.bytes();
+        WriteCall::start(self.0.timeouts.idle, |taken| async move {
+            let messages = stream::unfold(taken, |mut taken| async move {
+                taken.recv().await.map(|message| (message, taken))
+            });
+            client.write(messages).await
+        })
+    }
+
+    /// How long a server may take after the last byte: some look at all of it before they answer.
+    fn last_silence(&self, digest: &Digest) -> Duration {
+        self.0.timeouts.idle + Duration::from_secs(digest.size() >> 20)
+    }
+
+    /// Uploads a blob by a stream, resumed where it was interrupted.
+    pub(super) async fn write_stream(
+        &self,
+        instance: &InstanceName,
+        digest: Digest,
+        content: Content,
+    ) -> Result<(), Error> {
+        let name = WriteName::format(instance, Uuid::new_v4(), &digest);
+        let mut attempts = Attempts::default();
+        let mut offset = 0;
+        loop {
+            let permit = self.0.uploads.acquire().await;
+            let answer = self.send(&name, digest, &content, offset).await?;
+            drop(permit);
+            let status = match answer {
+                Ok(committed) if is_complete(committed, &digest) => return Ok(()),
+                Ok(committed) => Status::aborted(format!(
+                    "the CAS took {committed} of {} bytes of blob {digest}",
+                    digest.size()
+                )),
+                Err(status) if status.code() == Code::AlreadyExists => return Ok(()),
+                Err(status) => status,
+            };
+            wait(&mut attempts, &status, None).await?;
+            // From the start when the server cannot tell.
+            let committed = self.committed_size(&name).await.unwrap_or(0);
+            offset = committed.min(digest.size());
+        }
+    }
+
+    /// One attempt. The outer error is about our own content.
+    async fn send(
+        &self,
+        name: &str,
+        digest: Digest,
+        content: &Content,
+        offset: u64,
+    ) -> Result<Answer, Error> {
+        let mut call = self.write_call();
+        let mut at = offset;
+        loop {
+            let end = (at + CHUNK).min(digest.size());
+            let data = match content {
+                Content::Bytes(_) => content.part(&digest, at, end)?,
+                Content::File(_) => {
+                    let content = content.clone();
+                    blocking(move || content.part(&digest, at, end)).await??
+                }
+            };
+            let finish_write = end == digest.size();
+            let message = WriteRequest {
+                resource_name: if at == offset {
+                    name.to_owned()
+                } else {
+                    String::new()
+                },
+                write_offset: at as i64,
+                finish_write,
+                data,
+            };
+            if let Err(answer) = call.send(message).await {
+                return Ok(answer);
+            }
+            if finish_write {
+                return Ok(call.finish(self.last_silence(&digest)).await);
+            }
+            at = end;
+        }
+    }
+
+    /// How many bytes of an upload the server has; one attempt.
+    pub async fn committed_size(&self, resource_name: &str) -> Result<u64, Error> {
+        let request = QueryWriteStatusRequest {
+            resource_name: resource_name.to_owned(),
+        };
+        let mut client = self.bytes();
+        let answer = call::timely(self.0.timeouts.call, client.query_write_status(request)).await;
+        let answer = answer.map_err(|status| error(&status, None))?;
+        Ok(u64::try_from(answer.into_inner().committed_size).unwrap_or(0))
+    }
+
+    /// Passes on an upload of a client, who resumes it himself.
+    pub fn forward_upload(&self, resource_name: &str, digest: Digest) -> ForwardedUpload {
+        ForwardedUpload {
+            call: self.write_call(),
+            resource_name: resource_name.to_owned(),
+            digest,
+            received: 0,
+            answer: None,
+            last: self.last_silence(&digest),
+        }
+    }
+}
+
+/// REAPI: the whole size also when the server has it from somebody else, before all of it was sent;
+/// and -1 when the blob is there and was sent compressed, which some servers give always.
+fn is_complete(committed: i64, digest: &Digest) -> bool {
+    committed == -1 || committed == digest.size() as i64
+}
+
+/// A client's upload that is passed on as it comes.
+pub struct ForwardedUpload {
+    call: WriteCall,
+    /// Empty once it has been sent.
+    resource_name: String,
+    digest: Digest,
+    received: u64,
+    /// One that has come early.
+    answer: Option<Answer>,
+    last: Duration,
+}
+
+impl ForwardedUpload {
+    /// Passes on what begins at `offset`.
+    pub async fn write(&mut self, offset: i64, data: Bytes) -> Result<(), UploadError> {
+        self.received = offset as u64 + data.len() as u64;
+        self.send(offset, data, false).await;
+        match &self.answer {
+            Some(Err(status)) => Err(error(status, None).into()),
+            _ => Ok(()),
+        }
+    }
+
+    async fn send(&mut self, offset: i64, data: Bytes, finish_write: bool) {
+        if self.answer.is_some() {
+            return;
+        }
+        let message = WriteRequest {
+            resource_name: std::mem::take(&mut self.resource_name),
+            write_offset: offset,
+            finish_write,
+            data,
+        };
+        self.answer = self.call.send(message).await.err();
+    }
+
+    /// Waits until the server has all of it.
+    pub async fn finish(mut self, finish_write: bool) -> Result<(), UploadError> {
+        if finish_write {
+            self.send(self.received as i64, Bytes::new(), true).await;
+        }
+        let answer = match self.answer {
+            Some(answer) => answer,
+            None => self.call.finish(self.last).await,
+        };
+        match answer {
+            Ok(committed) if is_complete(committed, &self.digest) => Ok(()),
+            Ok(committed) => Err(UploadError::Unfinished {
+                received: u64::try_from(committed).unwrap_or(0),
+                size: self.digest.size(),
+            }),
+            Err(status) if status.code() == Code::AlreadyExists => Ok(()),
+            Err(status) => Err(error(&status, None).into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message() -> WriteRequest {
+        WriteRequest::default()
+    }
+
+    fn committed(committed_size: i64) -> Result<Response<WriteResponse>, Status> {
+        Ok(Response::new(WriteResponse { committed_size }))
+    }
+
+    #[tokio::test]
+    async fn an_upload_may_take_any_time_as_long_as_it_moves() {
+        let silence = Duration::from_secs(1);
+        let slow = |mut taken: mpsc::Receiver<WriteRequest>| async move {
+            while taken.recv().await.is_some() {
+                tokio::time::sleep(silence / 20).await;
+            }
+            committed(30)
+        };
+        let mut call = WriteCall::start(silence, slow);
+        for _ in 0..30 {
+            call.send(message()).await.unwrap();
+        }
+        assert_eq!(call.finish(silence).await.unwrap(), 30);
+    }
+
+    #[tokio::test]
+    async fn an_upload_that_stands_still_is_given_up() {
+        let silence = Duration::from_millis(1);
+        let never = |taken: mpsc::Receiver<WriteRequest>| async move {
+            let _taken = taken;
+            std::future::pending().await
+        };
+        let mut call = WriteCall::start(silence, never);
+        call.send(message()).await.unwrap();
+        let error = call.send(message()).await.unwrap_err();
+        assert_eq!(error.unwrap_err().code(), Code::DeadlineExceeded);
+        // All of it was sent, and no answer comes.
+        let call = WriteCall::start(silence, never);
+        let error = call.finish(silence).await;
+        assert_eq!(error.unwrap_err().code(), Code::DeadlineExceeded);
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_comes_early_ends_the_upload() {
+        let silence = Duration::from_secs(10);
+        let mut call = WriteCall::start(silence, |_| async { committed(7) });
+        assert_eq!(call.send(message()).await.unwrap_err().unwrap(), 7);
+    }
+}

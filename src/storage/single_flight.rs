@@ -1,0 +1,111 @@
+//! Single flight: whoever asks for what somebody is already fetching waits for that one.
+//!
+//! 1. A key has one leader at a time.
+//! 2. A follower gets what its leader finished with, or learns that its leader gave up.
+//! 3. Who keeps results must keep them before the leader is dropped, and look for them under the lock
+//!    under which he joins: then nothing is fetched twice.
+
+use std::{collections::HashMap, hash::Hash, sync::Arc};
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+type Flights<K, V> = Arc<Mutex<HashMap<K, watch::Receiver<Option<V>>>>>;
+
+/// What is being fetched.
+pub struct SingleFlight<K, V>(Flights<K, V>);
+
+pub enum Role<K: Eq + Hash, V> {
+    /// Nobody else fetches it.
+    Leader(Leader<K, V>),
+    Follower(Follower<V>),
+}
+
+/// Whoever fetches. Dropped without having finished, its followers must see for themselves.
+pub struct Leader<K: Eq + Hash, V> {
+    flights: Flights<K, V>,
+    key: K,
+    result: watch::Sender<Option<V>>,
+}
+
+/// Whoever waits for a leader.
+pub struct Follower<V>(watch::Receiver<Option<V>>);
+
+impl<K, V> Default for SingleFlight<K, V> {
+    fn default() -> Self {
+        SingleFlight(Arc::default())
+    }
+}
+
+impl<K: Clone + Eq + Hash, V: Clone> SingleFlight<K, V> {
+    pub fn join(&self, key: K) -> Role<K, V> {
+        let mut flights = self.0.lock();
+        if let Some(result) = flights.get(&key) {
+            return Role::Follower(Follower(result.clone()));
+        }
+        let (result, receiver) = watch::channel(None);
+        flights.insert(key.clone(), receiver);
+        Role::Leader(Leader {
+            flights: self.0.clone(),
+            key,
+            result,
+        })
+    }
+}
+
+impl<K: Eq + Hash, V: Clone> Leader<K, V> {
+    pub fn key(&self) -> &K {
+        &self.key
+    }
+
+    /// For a leader that takes its own result in the way of all others.
+    pub fn follower(&self) -> Follower<V> {
+        Follower(self.result.subscribe())
+    }
+
+    pub fn finish(self, result: V) {
+        self.result.send_replace(Some(result));
+    }
+}
+
+impl<K: Eq + Hash, V> Drop for Leader<K, V> {
+    fn drop(&mut self) {
+        self.flights.lock().remove(&self.key);
+    }
+}
+
+impl<V: Clone> Follower<V> {
+    /// `None` when the leader gave up.
+    pub async fn result(mut self) -> Option<V> {
+        let result = self.0.wait_for(Option::is_some).await.ok()?;
+        result.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn followers_share_their_leader_s_result_and_learn_when_there_is_none() {
+        let flights = SingleFlight::default();
+        let join = || flights.join("blob");
+        let Role::Leader(leader) = join() else {
+            panic!("the first is the leader");
+        };
+        let Role::Follower(early) = join() else {
+            panic!("the second is a follower");
+        };
+        leader.finish("x");
+        assert_eq!(early.result().await, Some("x"));
+        let Role::Leader(leader) = join() else {
+            panic!("a new flight");
+        };
+        let Role::Follower(abandoned) = join() else {
+            panic!("its follower");
+        };
+        drop(leader);
+        assert_eq!(abandoned.result().await, None);
+        assert!(matches!(join(), Role::Leader(_)));
+    }
+}

@@ -1,0 +1,85 @@
+//! Uploads that arrive piece by piece, by a resource name of their client's choice, under which they
+//! go on after an interruption (REAPI: ByteStream's Write).
+
+use std::{sync::Arc, time::Instant};
+
+use bytes::Bytes;
+
+use super::{Error, blocking, embedded, grpc};
+use crate::digest::Digest;
+
+/// A call's part in an upload.
+pub enum Upload {
+    Embedded {
+        store: Arc<embedded::Store>,
+        lease: Arc<embedded::WriteLease>,
+    },
+    Grpc(grpc::ForwardedUpload),
+}
+
+/// Why a call cannot go on; the client must act.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum UploadError {
+    #[error("another call writes to this upload now; use a UUID for each upload")]
+    TakenOver,
+    #[error("this upload has failed, or was given up when space was short; start it again")]
+    GivenUp,
+    #[error(
+        "write_offset is {offset}, but {received} bytes of this upload have been received; go on \
+         there, or start again at 0"
+    )]
+    Offset { offset: i64, received: u64 },
+    #[error(
+        "the stream ended after {received} of {size} bytes, without finish_write; go on at the \
+         committed_size that QueryWriteStatus tells"
+    )]
+    Unfinished { received: u64, size: u64 },
+    #[error(transparent)]
+    Storage(#[from] Error),
+}
+
+impl Upload {
+    pub(super) async fn resume_embedded(
+        store: &Arc<embedded::Store>,
+        resource_name: &str,
+        digest: Digest,
+        offset: i64,
+    ) -> Result<Self, UploadError> {
+        let lease = store.uploads().lease(resource_name, Instant::now())?;
+        let (store, lease) = (store.clone(), Arc::new(lease));
+        let (writer, own) = (lease.clone(), store.clone());
+        blocking(move || writer.begin(&own, digest, offset, Instant::now())).await??;
+        Ok(Upload::Embedded { store, lease })
+    }
+
+    /// Appends parts, each of which begins at its offset.
+    pub async fn write(&mut self, parts: Vec<(i64, Bytes)>) -> Result<(), UploadError> {
+        match self {
+            Upload::Embedded { store, lease } => {
+                let (store, lease) = (store.clone(), lease.clone());
+                let write = move || {
+                    let now = Instant::now();
+                    let mut parts = parts.iter();
+                    parts.try_for_each(|(offset, data)| lease.write(&store, *offset, data, now))
+                };
+                blocking(write).await?
+            }
+            Upload::Grpc(upload) => {
+                for (offset, data) in parts {
+                    upload.write(offset, data).await?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Makes the blob visible. Without `finish_write`, only one of which all has arrived.
+    pub async fn finish(self, digest: Digest, finish_write: bool) -> Result<(), UploadError> {
+        match self {
+            Upload::Embedded { lease, .. } => {
+                blocking(move || lease.finish(&digest, finish_write)).await?
+            }
+            Upload::Grpc(upload) => upload.finish(finish_write).await,
+        }
+    }
+}
