@@ -31,13 +31,13 @@ pub struct Cleaner {
     directories: Vec<PathBuf>,
     command: Vec<String>,
     timeout: Duration,
-    phase: Mutex<Phase>,
+    phase: Mutex<CleanerPhase>,
     /// Told when cleaning is over.
     cleaned: Notify,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Phase {
+enum CleanerPhase {
     Cleaning,
     /// So many actions; none before the first and after the last one.
     Running(usize),
@@ -45,7 +45,7 @@ enum Phase {
 
 /// An action that runs: while it is there, nothing is cleaned.
 #[derive(Debug)]
-pub struct RunningAction<'a>(&'a Cleaner);
+pub struct CleanerGuard<'a>(&'a Cleaner);
 
 impl Cleaner {
     pub fn new(directories: Vec<PathBuf>, command: Vec<String>) -> Self {
@@ -53,13 +53,13 @@ impl Cleaner {
             directories,
             command,
             timeout: COMMAND_TIMEOUT,
-            phase: Mutex::new(Phase::Running(0)),
+            phase: Mutex::new(CleanerPhase::Running(0)),
             cleaned: Notify::new(),
         }
     }
 
     /// `None` when told to stop while others clean.
-    pub fn begin(&self, stop: &StopSignal) -> io::Result<Option<RunningAction<'_>>> {
+    pub fn begin(&self, stop: &StopSignal) -> io::Result<Option<CleanerGuard<'_>>> {
         loop {
             // Before the look, so that no notification is missed.
             let cleaned = self.cleaned.notified();
@@ -67,28 +67,28 @@ impl Cleaner {
                 let mut phase = self.phase.lock();
                 let found = *phase;
                 *phase = match found {
-                    Phase::Cleaning | Phase::Running(0) => Phase::Cleaning,
-                    Phase::Running(count) => Phase::Running(count + 1),
+                    CleanerPhase::Cleaning | CleanerPhase::Running(0) => CleanerPhase::Cleaning,
+                    CleanerPhase::Running(count) => CleanerPhase::Running(count + 1),
                 };
                 found
             };
             match phase {
-                Phase::Cleaning => match stop.block_on(cleaned) {
+                CleanerPhase::Cleaning => match stop.block_on(cleaned) {
                     Some(()) => continue,
                     None => return Ok(None),
                 },
-                Phase::Running(0) => {
+                CleanerPhase::Running(0) => {
                     let result = self.clean();
-                    self.enter(Phase::Running(usize::from(result.is_ok())));
+                    self.enter(CleanerPhase::Running(usize::from(result.is_ok())));
                     result?;
                 }
-                Phase::Running(_) => {}
+                CleanerPhase::Running(_) => {}
             }
-            return Ok(Some(RunningAction(self)));
+            return Ok(Some(CleanerGuard(self)));
         }
     }
 
-    fn enter(&self, phase: Phase) {
+    fn enter(&self, phase: CleanerPhase) {
         *self.phase.lock() = phase;
         self.cleaned.notify_waiters();
     }
@@ -148,16 +148,16 @@ fn about(subject: &str, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{subject}: {error}"))
 }
 
-impl Drop for RunningAction<'_> {
+impl Drop for CleanerGuard<'_> {
     fn drop(&mut self) {
         let cleaner = self.0;
         {
             let mut phase = cleaner.phase.lock();
             *phase = match *phase {
-                Phase::Running(count @ 2..) => Phase::Running(count - 1),
-                _ => Phase::Cleaning,
+                CleanerPhase::Running(count @ 2..) => CleanerPhase::Running(count - 1),
+                _ => CleanerPhase::Cleaning,
             };
-            if *phase != Phase::Cleaning {
+            if *phase != CleanerPhase::Cleaning {
                 return;
             }
         }
@@ -165,7 +165,7 @@ impl Drop for RunningAction<'_> {
             // The next action is refused if it still fails then.
             tracing::warn!(%error, "could not clean up after actions");
         }
-        cleaner.enter(Phase::Running(0));
+        cleaner.enter(CleanerPhase::Running(0));
     }
 }
 
@@ -196,12 +196,12 @@ mod tests {
     #[tokio::test]
     async fn who_waits_while_others_clean_can_be_told_to_stop() {
         let cleaner = cleaner(&[]);
-        *cleaner.phase.lock() = Phase::Cleaning;
+        *cleaner.phase.lock() = CleanerPhase::Cleaning;
         let stop = StopSignal::new().unwrap();
         stop.signal();
         tokio::task::spawn_blocking(move || {
             assert!(cleaner.begin(&stop).unwrap().is_none());
-            cleaner.enter(Phase::Running(0));
+            cleaner.enter(CleanerPhase::Running(0));
             assert!(cleaner.begin(&stop).unwrap().is_some());
         })
         .await

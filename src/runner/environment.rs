@@ -21,8 +21,8 @@ const TEMPORARY: &str = "/tmp";
 
 /// What the runner's configuration adds.
 #[derive(Clone, Debug)]
-pub struct Additions {
-    pub view: View,
+pub struct AddedVariables {
+    pub view: BuildDirectoryView,
     /// TMPDIR, where the worker made a temporary directory.
     pub tmpdir: bool,
     /// PATH, HOME and TZ.
@@ -31,7 +31,7 @@ pub struct Additions {
 
 /// How actions see the build directory, whose absolute path is the text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum View {
+pub enum BuildDirectoryView {
     /// As the host does.
     Whole(String),
     /// The directory that the input root lies in is mounted on it; the temporary directory is /tmp.
@@ -40,13 +40,13 @@ pub enum View {
     InputRoot,
 }
 
-impl View {
+impl BuildDirectoryView {
     /// Of the temporary directory.
     pub fn tmpdir(&self, temporary: &RelativePath, input_root: &RelativePath) -> String {
         match self {
-            View::Whole(directory) => format!("{directory}/{temporary}"),
-            View::InputRoot => TEMPORARY.to_owned(),
-            View::OwnDirectory(directory) => {
+            BuildDirectoryView::Whole(directory) => format!("{directory}/{temporary}"),
+            BuildDirectoryView::InputRoot => TEMPORARY.to_owned(),
+            BuildDirectoryView::OwnDirectory(directory) => {
                 match (temporary.split_last(), input_root.split_last()) {
                     (Some((own, name)), Some((root, _))) if own == root && !own.is_root() => {
                         format!("{directory}/{name}")
@@ -61,10 +61,10 @@ impl View {
     /// Of the home directory, which is `HOME` beside the input root, or else the temporary one.
     pub fn home(&self, temporary: Option<&RelativePath>, input_root: &RelativePath) -> String {
         match (self, input_root.split_last()) {
-            (View::Whole(directory), Some((own, _))) if !own.is_root() => {
+            (BuildDirectoryView::Whole(directory), Some((own, _))) if !own.is_root() => {
                 format!("{directory}/{own}/{HOME}")
             }
-            (View::OwnDirectory(directory), Some((own, _))) if !own.is_root() => {
+            (BuildDirectoryView::OwnDirectory(directory), Some((own, _))) if !own.is_root() => {
                 format!("{directory}/{HOME}")
             }
             _ => match temporary {
@@ -75,7 +75,7 @@ impl View {
     }
 }
 
-impl Additions {
+impl AddedVariables {
     /// Names and values of what `sent` lacks, for a command whose home directory is `home`.
     pub fn to(
         &self,
@@ -112,7 +112,10 @@ mod tests {
     #[test]
     fn directories_are_where_the_action_sees_them() {
         let build = || "/build".to_owned();
-        let (whole, own) = (View::Whole(build()), View::OwnDirectory(build()));
+        let (whole, own) = (
+            BuildDirectoryView::Whole(build()),
+            BuildDirectoryView::OwnDirectory(build()),
+        );
         for (view, input_root, temporary, tmpdir, home) in [
             (&whole, "3/root", "3/tmp", "/build/3/tmp", "/build/3/home"),
             (&own, "3/root", "3/tmp", "/build/tmp", "/build/home"),
@@ -120,7 +123,13 @@ mod tests {
             (&whole, "root", "tmp", "/build/tmp", "/build/tmp"),
             (&own, "root", "tmp", "/build/tmp", "/build/tmp"),
             (&own, "3/root", "4/tmp", "/tmp", "/build/home"),
-            (&View::InputRoot, "3/root", "3/tmp", "/tmp", "/tmp"),
+            (
+                &BuildDirectoryView::InputRoot,
+                "3/root",
+                "3/tmp",
+                "/tmp",
+                "/tmp",
+            ),
         ] {
             let (input_root, temporary) = (path(input_root), path(temporary));
             assert_eq!(view.tmpdir(&temporary, &input_root), tmpdir);

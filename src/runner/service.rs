@@ -3,15 +3,15 @@
 //! 1. Nobody is answered but root and the configured users, as the kernel names them.
 //! 2. A Run that was begun is finished, cleaned up and only then forgotten, whether or not its caller
 //!    still waits: a call that is cancelled kills its action. A caller that did so, and needs the quiet
-//!    that follows, takes the lock of the gate.
+//!    that follows, takes the lock of the action's directory.
 //! 3. A deadline that the caller sends is kept: the command is killed, and DEADLINE_EXCEEDED is the
 //!    answer when nothing of it is left.
-//! 4. Ready means that an action can be started: surroundings for one were made a moment ago. Whatever
+//! 4. Ready means that an action can be started: a sandbox for one was made a moment ago. Whatever
 //!    else keeps this host from running an action is UNAVAILABLE, so that it is tried elsewhere.
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fs, io,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
@@ -23,15 +23,15 @@ use tonic::{Request, Response, Status};
 use tracing::Instrument;
 
 use super::{
-    action::{self, House, RunError},
-    cgroup::Usage,
-    command::{Command, CommandError},
-    deadline,
-    environment::Additions,
-    gate::{self, BuildDirectory, GateError},
-    process::{Cause, Exit},
+    build_directory::{BuildDirectory, first_impassable, impassable_message},
+    environment::AddedVariables,
+    grpc_timeout,
+    run::{self, ActionExit, RunContext, RunError},
+    run_spec::{RunSpec, RunSpecError},
+    sandbox::{CgroupUsage, SandboxError},
+    spawn::EndCause,
     stop::StopSignal,
-    user::Users,
+    users::UserPool,
 };
 use crate::{
     daemon::{self, Peer},
@@ -45,14 +45,14 @@ use crate::{
 };
 
 /// How long a Run waits for a user when all are in use: clean-up after cancelled ones may lag.
-const PATIENCE: Duration = Duration::from_secs(10);
+const USER_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub struct Runner {
-    pub house: Arc<House>,
-    pub users: Arc<Users>,
+pub struct RunnerService {
+    pub context: Arc<RunContext>,
+    pub users: Arc<UserPool>,
     /// User numbers of `allowed_users`; root's is not among them.
     pub allowed: BTreeSet<u32>,
-    pub additions: Additions,
+    pub added_variables: AddedVariables,
     /// Kills all actions.
     pub killing: CancellationToken,
 }
@@ -68,7 +68,7 @@ impl Drop for StopOnDrop {
     }
 }
 
-impl Runner {
+impl RunnerService {
     fn admit<T>(&self, request: &Request<T>) -> Result<(), Status> {
         let who = match request.extensions().get::<Peer>() {
             Some(Peer::Unix { uid: 0, .. }) => return Ok(()),
@@ -81,67 +81,91 @@ impl Runner {
         )))
     }
 
-    /// Whether an action's surroundings can be made; cheap when that was shown a moment ago.
-    async fn check_rooms(&self, build_directory: (u64, u64)) -> Result<(), Status> {
-        let made = match self.house.rooms.is_proven(build_directory) {
-            Some(known) => known,
-            None => self.house.rooms.prove().await,
-        };
-        made.map_err(|error| Status::unavailable(error.to_string()))
-    }
-
     /// `readiness_checking_pathnames`.
-    fn check_paths(&self) -> Result<(), (PathBuf, std::io::Error)> {
-        for path in &self.house.config.readiness_checking_pathnames {
-            if let Err(error) = fs::metadata(path) {
-                return Err((path.clone(), error));
-            }
+    async fn check_paths(&self) -> Result<(), MissingPath> {
+        if self.context.config.readiness_checking_pathnames.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        let context = self.context.clone();
+        let checked = tokio::task::spawn_blocking(move || find_missing(&context)).await;
+        checked.ok().flatten().map_or(Ok(()), Err)
     }
 }
 
+/// One of `readiness_checking_pathnames` that is not there.
+struct MissingPath {
+    path: PathBuf,
+    error: io::Error,
+}
+
+fn find_missing(context: &RunContext) -> Option<MissingPath> {
+    let mut paths = context.config.readiness_checking_pathnames.iter();
+    paths.find_map(|path| {
+        fs::metadata(path).err().map(|error| MissingPath {
+            path: path.clone(),
+            error,
+        })
+    })
+}
+
+/// Whether this host can run actions, and a worker sees the same build directory, where `path` is. Then
+/// whether it is known that a sandbox can be made. Blocks.
+fn check_host(
+    context: &RunContext,
+    path: &str,
+) -> Result<Option<Result<(), SandboxError>>, Status> {
+    if let Some(MissingPath { path, error }) = find_missing(context) {
+        return Err(Status::unavailable(format!("Path {path:?}: {error}")));
+    }
+    let build_directory = &context.config.build_directory;
+    if let Some(directory) = first_impassable(build_directory) {
+        return Err(Status::internal(impassable_message(&directory)));
+    }
+    let build = BuildDirectory::open(build_directory)
+        .map_err(|error| Status::internal(error.to_string()))?;
+    let resolved = RelativePath::resolve(&RelativePath::root(), path, "build directory")
+        .map_err(|error| Status::invalid_argument(error.to_string()))?;
+    let failed = |verb: &str, error: io::Error| {
+        Status::internal(format!(
+            "Failed to {verb} path {path:?} in build directory: {error}; build_directory of \
+             bb_runner.toml ({}) must be the worker's",
+            build_directory.display()
+        ))
+    };
+    if let Some((parent, _)) = resolved.split_last() {
+        build
+            .check(&parent)
+            .map_err(|error| failed("resolve", error))?;
+        build
+            .check(&resolved)
+            .map_err(|error| failed("check existence of", error))?;
+    }
+    let identity = build.identity().map_err(|error| failed("look at", error))?;
+    Ok(context.sandboxes.is_proven(identity))
+}
+
 #[tonic::async_trait]
-impl runner_server::Runner for Runner {
+impl runner_server::Runner for RunnerService {
     async fn check_readiness(
         &self,
         request: Request<CheckReadinessRequest>,
     ) -> Result<Response<()>, Status> {
         self.admit(&request)?;
-        let path = request.into_inner().path;
-        self.check_paths()
-            .map_err(|(path, error)| Status::unavailable(format!("Path {path:?}: {error}")))?;
         if self.users.all_retired() {
             return Err(Status::unavailable(
                 "No users are left, as actions' processes could not be killed; restart bb_runner, \
                  or this host",
             ));
         }
-        let build_directory = &self.house.config.build_directory;
-        if let Some(barrier) = gate::barrier(build_directory) {
-            return Err(Status::internal(barrier_message(&barrier)));
-        }
-        let build = BuildDirectory::open(build_directory)
-            .map_err(|error| Status::internal(error.to_string()))?;
-        let resolved = RelativePath::resolve(&RelativePath::root(), &path, "build directory")
-            .map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let failed = |verb: &str, error: std::io::Error| {
-            Status::internal(format!(
-                "Failed to {verb} path {path:?} in build directory: {error}; build_directory of \
-                 bb_runner.toml ({}) must be the worker's",
-                build_directory.display()
-            ))
+        let path = request.into_inner().path;
+        let context = self.context.clone();
+        let known = tokio::task::spawn_blocking(move || check_host(&context, &path)).await;
+        let known = known.map_err(|error| Status::unavailable(error.to_string()))??;
+        let made = match known {
+            Some(known) => known,
+            None => self.context.sandboxes.prove().await,
         };
-        if let Some((parent, _)) = resolved.split_last() {
-            build
-                .check(&parent)
-                .map_err(|error| failed("resolve", error))?;
-            build
-                .check(&resolved)
-                .map_err(|error| failed("check existence of", error))?;
-        }
-        let identity = build.identity().map_err(|error| failed("look at", error))?;
-        self.check_rooms(identity).await?;
+        made.map_err(|error| Status::unavailable(error.to_string()))?;
         Ok(Response::new(()))
     }
 
@@ -157,19 +181,20 @@ impl runner_server::Runner for Runner {
     }
 }
 
-impl Runner {
+impl RunnerService {
     async fn run_command(
         &self,
         request: Request<RunRequest>,
     ) -> Result<Response<RunResponse>, Status> {
         let deadline =
-            deadline::of(request.metadata()).map(|limit| (Instant::now() + limit, limit));
+            grpc_timeout::of(request.metadata()).map(|limit| (Instant::now() + limit, limit));
         let owns_inputs = metadata::has_private_inputs(&request);
-        let mut command = Command::parse(request.into_inner(), &self.additions).map_err(refused)?;
-        command.owns_inputs = owns_inputs;
+        let mut run =
+            RunSpec::parse(request.into_inner(), &self.added_variables).map_err(refused)?;
+        run.owns_inputs = owns_inputs;
         let user = self
             .users
-            .take(PATIENCE)
+            .take(USER_TIMEOUT)
             .await
             .map_err(|error| Status::unavailable(error.to_string()))?;
         let id = user.id();
@@ -177,9 +202,9 @@ impl Runner {
             .map_err(|error| Status::unavailable(format!("Failed to run: {error}")))?;
         let mut stop_on_drop = StopOnDrop(Some(stop.clone()));
         let (answer, mut answered) = oneshot::channel();
-        let house = self.house.clone();
+        let context = self.context.clone();
         let told = stop.clone();
-        daemon::spawn_blocking(move || action::run(&house, &command, user, &told, answer));
+        daemon::spawn_blocking(move || run::run(&context, &run, user, &told, answer));
         let over = async {
             match deadline {
                 Some((instant, limit)) => {
@@ -203,23 +228,21 @@ impl Runner {
             }
         };
         stop_on_drop.0 = None;
-        if let Ok(Ok(exit)) = &result {
-            tracing::debug!(user = id, cause = ?exit.cause, "command ended");
+        if let Ok(Ok(outcome)) = &result {
+            tracing::debug!(user = id, cause = ?outcome.exit.cause, "command ended");
         }
-        let result = result
-            .unwrap_or_else(|_| Err(RunError::Wait(std::io::Error::other("the thread panicked"))));
-        if !matches!(&result, Ok(exit) if exit.cause == Cause::Code(0))
-            && let Err((path, error)) = self.check_paths()
+        let result =
+            result.unwrap_or_else(|_| Err(RunError::Wait(io::Error::other("the thread panicked"))));
+        if !matches!(&result, Ok(outcome) if outcome.exit.cause == EndCause::Code(0))
+            && let Err(MissingPath { path, error }) = self.check_paths().await
         {
             return Err(Status::unavailable(format!(
                 "One or more required files disappeared during execution: Path {path:?}: {error}"
             )));
         }
         match result {
-            Ok(exit) => Ok(Response::new(response(&exit))),
-            Err(RunError::Stopped | RunError::Gate(GateError::Stopped))
-                if let Some(limit) = exceeded =>
-            {
+            Ok(outcome) => Ok(Response::new(response(&outcome))),
+            Err(RunError::Stopped) if let Some(limit) = exceeded => {
                 Err(Status::deadline_exceeded(format!(
                     "The command did not end within {limit:?}; everything that it had started was killed"
                 )))
@@ -232,7 +255,7 @@ impl Runner {
     }
 }
 
-fn refused(error: CommandError) -> Status {
+fn refused(error: RunSpecError) -> Status {
     Status::invalid_argument(error.to_string())
 }
 
@@ -242,7 +265,7 @@ fn failed(error: RunError) -> Status {
         return Status::invalid_argument(message);
     }
     match error {
-        RunError::Stopped | RunError::Gate(GateError::Stopped) => Status::cancelled(message),
+        RunError::Stopped => Status::cancelled(message),
         RunError::Killed(_) => {
             tracing::warn!(error = message, "an action was lost");
             Status::unavailable(message)
@@ -254,20 +277,13 @@ fn failed(error: RunError) -> Status {
     }
 }
 
-pub fn barrier_message(barrier: &std::path::Path) -> String {
-    format!(
-        "actions' users cannot pass {}; run: chmod o+x {0}",
-        barrier.display()
-    )
-}
-
-fn response(exit: &Exit) -> RunResponse {
-    let (exit_code, termination_signal) = match exit.cause {
-        Cause::Code(code) => (i64::from(code), String::new()),
+fn response(outcome: &ActionExit) -> RunResponse {
+    let (exit_code, termination_signal) = match outcome.exit.cause {
+        EndCause::Code(code) => (i64::from(code), String::new()),
         // As Buildbarn's: an exit code that no process can have.
-        Cause::Signal(signal) => (-1, signal_name(signal)),
+        EndCause::Signal(signal) => (-1, signal_name(signal)),
     };
-    let usage = &exit.usage;
+    let usage = &outcome.exit.usage;
     let time = |time: libc::timeval| {
         Some(prost_types::Duration {
             seconds: time.tv_sec,
@@ -277,7 +293,7 @@ fn response(exit: &Exit) -> RunResponse {
     let usage = PosixResourceUsage {
         user_time: time(usage.ru_utime),
         system_time: time(usage.ru_stime),
-        maximum_resident_set_size: resident(exit),
+        maximum_resident_set_size: resident(outcome),
         page_reclaims: usage.ru_minflt,
         page_faults: usage.ru_majflt,
         swaps: usage.ru_nswap,
@@ -291,7 +307,7 @@ fn response(exit: &Exit) -> RunResponse {
         termination_signal,
     };
     let mut resource_usage = vec![pack(&usage)];
-    resource_usage.extend(exit.group.as_ref().map(group_usage));
+    resource_usage.extend(outcome.cgroup.as_ref().map(cgroup_usage));
     RunResponse {
         exit_code,
         resource_usage,
@@ -300,28 +316,28 @@ fn response(exit: &Exit) -> RunResponse {
 
 /// Bytes. Where the kernel's figure is this daemon's own, the action's is at most that, and at most
 /// what all of its processes had together.
-fn resident(exit: &Exit) -> i64 {
-    let figure = exit.usage.ru_maxrss.saturating_mul(1024);
-    let together = exit.group.and_then(|group| group.memory?.peak);
+fn resident(outcome: &ActionExit) -> i64 {
+    let figure = outcome.exit.usage.ru_maxrss.saturating_mul(1024);
+    let together = outcome.cgroup.and_then(|usage| usage.memory?.peak);
     match together.map(i64::try_from) {
-        Some(Ok(together)) if exit.memory_is_ours => figure.min(together),
+        Some(Ok(together)) if outcome.exit.memory_is_daemons => figure.min(together),
         _ => figure,
     }
 }
 
 /// A google.protobuf.Struct, as Buildbarn has no message for it.
-fn group_usage(usage: &Usage) -> prost_types::Any {
+fn cgroup_usage(usage: &CgroupUsage) -> prost_types::Any {
     use prost_types::value::Kind;
     let mut fields = std::collections::BTreeMap::new();
     let mut tell = |name: &str, kind| {
         fields.insert(name.to_owned(), prost_types::Value { kind: Some(kind) });
     };
     let number = |bytes: u64| Kind::NumberValue(bytes as f64);
-    if let Some(processor) = usage.processor {
+    if let Some(cpu) = usage.cpu {
         for (name, time) in [
-            ("cpu_user_seconds", processor.user),
-            ("cpu_system_seconds", processor.system),
-            ("cpu_throttled_seconds", processor.throttled),
+            ("cpu_user_seconds", cpu.user),
+            ("cpu_system_seconds", cpu.system),
+            ("cpu_throttled_seconds", cpu.throttled),
         ] {
             tell(name, Kind::NumberValue(time.as_secs_f64()));
         }

@@ -87,7 +87,7 @@ pub fn run(arguments: &[String]) {
         return;
     }
     let count = number(0, 1000);
-    println!("Run of /bin/true by a worker's call, gate and logs included");
+    println!("Run of /bin/true by a worker's call, action directory and logs included");
     println!(
         "{:>20} {:>9} {:>9} {:>12} {:>12}",
         "", "p50 ms", "p99 ms", "1: actions/s", "8: actions/s"
@@ -160,7 +160,7 @@ impl Bench {
     async fn drive(&self, count: usize, at_once: usize, arguments: &[&str]) -> Vec<Duration> {
         let mut drivers = Vec::new();
         for slot in 0..at_once {
-            let gate = self.gate(slot);
+            let directory = self.action_directory(slot);
             let request = request(slot, arguments);
             let mut client = self.client.clone();
             drivers.push(tokio::spawn(async move {
@@ -171,7 +171,7 @@ impl Bench {
                     client.run(request).await.unwrap();
                     times.push(began.elapsed());
                     for log in ["stdout", "stderr"] {
-                        fs::remove_file(gate.join(log)).unwrap();
+                        fs::remove_file(directory.join(log)).unwrap();
                     }
                 }
                 times
@@ -184,15 +184,15 @@ impl Bench {
         times
     }
 
-    fn gate(&self, slot: usize) -> PathBuf {
-        let gate = self.directory.path().join("build").join(slot.to_string());
+    fn action_directory(&self, slot: usize) -> PathBuf {
+        let directory = self.directory.path().join("build").join(slot.to_string());
         for (name, mode) in [("", 0o700), ("root", 0o777), ("tmp", 0o777)] {
-            let path = gate.join(name);
+            let path = directory.join(name);
             fs::create_dir_all(&path).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
             chown(&path, Some(self.first + 90), Some(self.first + 90)).unwrap();
         }
-        gate
+        directory
     }
 
     async fn stop(self) {

@@ -1,6 +1,7 @@
 //! The direction of dependencies, as src/ARCHITECTURE.md gives it.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -19,7 +20,7 @@ const PURE: &[&str] = &[
     "worker/slot.rs",
     "worker/health.rs",
     "worker/inputs/plan.rs",
-    "runner/command.rs",
+    "runner/run_spec.rs",
 ];
 
 fn source() -> PathBuf {
@@ -275,5 +276,185 @@ fn every_file_says_what_it_is_for() {
             "{} opens with code",
             path.display()
         );
+    }
+}
+
+/// The runner's modules from the top down: each uses only those after it.
+const RUNNER: &[&str] = &[
+    "deadline",
+    "service",
+    "check",
+    "run",
+    "cleaner",
+    "log_file",
+    "action_directory",
+    "input_ownership",
+    "action_mounts",
+    "root_directory",
+    "build_directory",
+    "run_spec",
+    "environment",
+    "user_range_lock",
+    "sandbox",
+    "spawn",
+    "users",
+    "sweep",
+    "host",
+    "process_status",
+    "grpc_timeout",
+    "stop",
+    "sys",
+];
+
+/// The module of a file: `runner/spawn/mod.rs` is `runner::spawn`.
+fn module_path(path: &Path) -> Vec<String> {
+    let relative = path.strip_prefix(source()).unwrap().with_extension("");
+    let mut names: Vec<String> = relative
+        .iter()
+        .map(|name| name.to_str().unwrap().to_owned())
+        .collect();
+    names.pop_if(|name| name == "mod");
+    names
+}
+
+/// The paths of a use tree, such as `a::{b, c::d}`, with which a text begins.
+fn use_tree(text: &mut &str) -> Vec<Vec<String>> {
+    let name: String = text
+        .chars()
+        .take_while(|c| c.is_alphanumeric() || *c == '_')
+        .collect();
+    *text = &text[name.len()..];
+    if let Some(rest) = text.strip_prefix("::{") {
+        *text = rest;
+        let mut paths = Vec::new();
+        loop {
+            *text = text.trim_start_matches(|c: char| c.is_whitespace() || c == ',');
+            let before = text.len();
+            if text.starts_with('}') || text.is_empty() {
+                *text = text.get(1..).unwrap_or_default();
+                break;
+            }
+            paths.extend(use_tree(text));
+            if text.len() == before {
+                break;
+            }
+        }
+        for path in &mut paths {
+            path.insert(0, name.clone());
+        }
+        return paths;
+    }
+    match text.strip_prefix("::") {
+        Some(rest) if rest.starts_with(|c: char| c.is_alphabetic() || c == '_') => {
+            *text = rest;
+            let mut paths = use_tree(text);
+            for path in &mut paths {
+                path.insert(0, name.clone());
+            }
+            paths
+        }
+        _ => vec![vec![name]],
+    }
+}
+
+/// The modules below `root` that each file there uses; a directory's mod.rs uses all that it declares.
+fn uses(root: &str) -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
+    let files = files(&source().join(root));
+    let modules: BTreeSet<Vec<String>> = files.iter().map(|(path, _)| module_path(path)).collect();
+    let mut uses = BTreeMap::new();
+    for (path, text) in &files {
+        let own = module_path(path);
+        let product = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+        let mut used = BTreeSet::new();
+        let starts = product
+            .match_indices("super::")
+            .chain(product.match_indices("crate::"))
+            .filter(|(at, _)| !product[..*at].ends_with("::"));
+        for (at, _) in starts {
+            for named in use_tree(&mut &product[at..]) {
+                let mut absolute = own.clone();
+                for name in named {
+                    match name.as_str() {
+                        "crate" => absolute.clear(),
+                        "super" => drop(absolute.pop()),
+                        _ => absolute.push(name),
+                    }
+                }
+                while !absolute.is_empty() && !modules.contains(&absolute) {
+                    absolute.pop();
+                }
+                used.insert(absolute);
+            }
+        }
+        for line in product.lines() {
+            if let Some(name) = line
+                .strip_prefix("mod ")
+                .and_then(|it| it.strip_suffix(';'))
+            {
+                used.insert([own.as_slice(), &[name.to_owned()]].concat());
+            }
+        }
+        used.remove(&own);
+        used.remove(&Vec::new());
+        uses.insert(own, used);
+    }
+    uses
+}
+
+/// Modules each of which uses the next one, and the last one the first.
+fn circle(uses: &BTreeMap<Vec<String>, BTreeSet<Vec<String>>>) -> Option<Vec<Vec<String>>> {
+    fn visit(
+        module: &Vec<String>,
+        uses: &BTreeMap<Vec<String>, BTreeSet<Vec<String>>>,
+        path: &mut Vec<Vec<String>>,
+        done: &mut BTreeSet<Vec<String>>,
+    ) -> bool {
+        if let Some(at) = path.iter().position(|it| it == module) {
+            path.drain(..at);
+            return true;
+        }
+        if done.contains(module) {
+            return false;
+        }
+        path.push(module.clone());
+        for used in &uses[module] {
+            if visit(used, uses, path, done) {
+                return true;
+            }
+        }
+        path.pop();
+        done.insert(module.clone());
+        false
+    }
+    let (mut path, mut done) = (Vec::new(), BTreeSet::new());
+    let has_circle = uses
+        .keys()
+        .any(|module| visit(module, uses, &mut path, &mut done));
+    has_circle.then_some(path)
+}
+
+#[test]
+fn no_two_files_of_the_runner_use_each_other() {
+    let uses = uses("runner");
+    assert!(uses.len() > 40 && uses.values().map(BTreeSet::len).sum::<usize>() > 100);
+    assert_eq!(circle(&uses), None);
+}
+
+#[test]
+fn modules_of_the_runner_use_only_what_comes_after_them() {
+    let place = |module: &[String]| {
+        let name = module.get(1)?;
+        let place = RUNNER.iter().position(|it| it == name);
+        Some(place.unwrap_or_else(|| panic!("runner/{name} is in no place")))
+    };
+    for (module, used) in uses("runner") {
+        for used in used {
+            assert!(
+                place(&module) <= place(&used),
+                "{} must not use {}",
+                module.join("::"),
+                used.join("::")
+            );
+        }
     }
 }

@@ -30,7 +30,7 @@ use abis::{AS_ROOT_OF_A_NAMESPACE, OF_USER_NAMESPACES, WAYS};
 use attempts::{ATTEMPTS, Attempt, LIBRARY, VICTIM};
 
 /// The farm of one run, and what is around it.
-struct Scene {
+struct AttackedFarm {
     farm: Farm,
     mark: String,
     /// Below which the farm and its surroundings lie; removed at last.
@@ -45,9 +45,9 @@ struct Scene {
 const SHARED: [&str; 3] = ["/tmp", "/var/tmp", "/dev/shm"];
 const SECRET: &str = "the-host's-secret";
 
-impl Scene {
+impl AttackedFarm {
     /// With these keys of bb_runner.toml's `containment`.
-    async fn set(containment: &str) -> Scene {
+    async fn start(containment: &str) -> Self {
         let parent = tempfile::Builder::new()
             .prefix("bb-escape.")
             .tempdir_in("/srv")
@@ -98,12 +98,12 @@ impl Scene {
             let response = client.run(&task).await;
             assert!(is_ok(&response), "the victim suffered: {response:?}");
         });
-        let gate = until("the victim runs", || {
+        let directory = until("the victim runs", || {
             let entries = fs::read_dir(farm.build_directory()).ok()?;
             entries
                 .flatten()
                 .map(|entry| entry.path())
-                .find(|gate| gate.join("root/ready").exists())
+                .find(|directory| directory.join("root/ready").exists())
         })
         .await;
         let pid = until("the victim is seen", || {
@@ -112,12 +112,16 @@ impl Scene {
         })
         .await;
         words.insert(
-            "gate",
-            gate.file_name().unwrap().to_string_lossy().into_owned(),
+            "slot",
+            directory
+                .file_name()
+                .unwrap()
+                .to_string_lossy()
+                .into_owned(),
         );
-        words.insert("victim", gate.display().to_string());
+        words.insert("victim", directory.display().to_string());
         words.insert("pid", pid.to_string());
-        Scene {
+        AttackedFarm {
             farm,
             mark,
             _parent: parent,
@@ -129,7 +133,7 @@ impl Scene {
     }
 
     /// Whether it got out, and what it said.
-    async fn make(&self, client: &Client, attempt: &Attempt) -> (bool, String) {
+    async fn attempt(&self, client: &Client, attempt: &Attempt) -> (bool, String) {
         let task = with_library(client, attempt.code, &self.words).await;
         let response = client.run(&task).await;
         let said = client.standard_output(&response).await;
@@ -154,15 +158,15 @@ impl Scene {
     }
 
     /// Ends the victim, and looks for what is left.
-    async fn close(mut self) -> Vec<String> {
+    async fn finish(mut self) -> Vec<String> {
         let mut left = Vec::new();
         for daemon in [Daemon::Scheduler, Daemon::Worker, Daemon::Runner] {
             if !self.farm.is_alive(daemon) {
                 left.push(format!("{daemon:?} is gone"));
             }
         }
-        let gate = PathBuf::from(&self.words["victim"]);
-        fs::write(gate.join("root/stop"), "").unwrap();
+        let directory = PathBuf::from(&self.words["victim"]);
+        fs::write(directory.join("root/stop"), "").unwrap();
         if self.victim.await.is_err() {
             left.push("the victim was harmed".to_owned());
         }
@@ -276,17 +280,17 @@ async fn all(
     containment: &str,
     attempts: &[&'static Attempt],
 ) -> (BTreeSet<&'static str>, Vec<String>) {
-    let scene = Scene::set(containment).await;
+    let attacked = AttackedFarm::start(containment).await;
     let next = std::sync::atomic::AtomicUsize::new(0);
     let drive = async || {
-        let client = scene.farm.client();
+        let client = attacked.farm.client();
         let mut escapes = BTreeSet::new();
         loop {
             let index = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let Some(attempt) = attempts.get(index) else {
                 return escapes;
             };
-            let (escaped, said) = scene.make(&client, attempt).await;
+            let (escaped, said) = attacked.attempt(&client, attempt).await;
             if escaped {
                 if containment.is_empty() {
                     eprintln!("{} ({}): {said}", attempt.name, attempt.layer);
@@ -298,9 +302,9 @@ async fn all(
     let (mut escapes, others) = tokio::join!(drive(), drive());
     escapes.extend(others);
     // It serves all the same.
-    let client = scene.farm.client();
+    let client = attacked.farm.client();
     assert!(is_ok(&client.run(&Task::shell("exit 0")).await));
-    (escapes, scene.close().await)
+    (escapes, attacked.finish().await)
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -145,9 +145,9 @@ pub const AS_ROOT_OF_A_NAMESPACE: &[Attempt] = &[
         "own(); assert libc.mount(None, b'/', None, 32 | 4096, None) == 0; write('{open}/x')",
     ),
     attempt(
-        "gate",
+        "action directory",
         "find other slots below one's own",
-        "own(); libc.umount2(b'{build}', 2); os.listdir('{build}/{gate}')",
+        "own(); libc.umount2(b'{build}', 2); os.listdir('{build}/{slot}')",
     ),
     attempt(
         "users",

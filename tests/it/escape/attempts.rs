@@ -5,7 +5,7 @@
 pub struct Attempt {
     pub name: &'static str,
     /// What stops it, by its key in `containment`; or one of those that are always there: `users`,
-    /// `privileges` (no capabilities, no_new_privs, limits), `gate`, `worker`.
+    /// `privileges` (no capabilities, no_new_privs, limits), `action directory`, `worker`.
     pub layer: &'static str,
     pub code: &'static str,
 }
@@ -138,52 +138,60 @@ sys.exit(0)
 pub const ATTEMPTS: &[Attempt] = &[
     // Other slots.
     attempt(
-        "gate",
+        "action directory",
         "read another slot's file",
         "read('{victim}/root/secret')",
     ),
     attempt(
-        "gate",
+        "action directory",
         "write another slot's file",
         "write('{victim}/root/secret')",
     ),
     attempt(
-        "gate",
+        "action directory",
         "list another slot's root",
         "os.listdir('{victim}/root')",
     ),
-    attempt("gate", "list the slots", "os.listdir('{build}')"),
     attempt(
-        "gate",
+        "action directory",
+        "list the slots",
+        "os.listdir('{build}')",
+    ),
+    attempt(
+        "action directory",
         "read another slot's output",
         "read('{victim}/stdout')",
     ),
     attempt(
-        "gate",
+        "action directory",
         "go up and down to another slot",
-        "read('../../{gate}/root/secret')",
+        "read('../../{slot}/root/secret')",
     ),
     attempt(
-        "gate",
+        "action directory",
         "stop another slot's action by its file",
         "write('{victim}/root/stop')",
     ),
     attempt(
-        "gate",
+        "action directory",
         "rename one's input root",
         "os.rename('../root', '../other')",
     ),
     attempt(
-        "gate",
+        "action directory",
         "replace one's standard output",
         "os.unlink('../stdout')",
     ),
     attempt(
-        "gate",
-        "lock one's gate",
+        "action directory",
+        "lock one's action directory",
         "fcntl.flock(os.open('..', os.O_RDONLY), fcntl.LOCK_EX)",
     ),
-    attempt("gate", "leave something in one's gate", "write('../x')"),
+    attempt(
+        "action directory",
+        "leave something in one's action directory",
+        "write('../x')",
+    ),
     attempt(
         "mounts",
         "see that there are other slots",

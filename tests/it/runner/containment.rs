@@ -37,10 +37,10 @@ async fn a_call_that_is_given_up_leaves_nothing_and_its_gate_tells_when() {
     let call = tokio::spawn(async move { client.run(request).await });
     let started = slot.path.join("root/started");
     until("the action has started", || started.exists()).await;
-    let gate = fs::File::open(&slot.path).unwrap();
-    assert!(gate.try_lock().is_err());
+    let directory = fs::File::open(&slot.path).unwrap();
+    assert!(directory.try_lock().is_err());
     call.abort();
-    tokio::task::spawn_blocking(move || gate.lock().unwrap())
+    tokio::task::spawn_blocking(move || directory.lock().unwrap())
         .await
         .unwrap();
     assert_eq!(farm.processes(), [0i32; 0]);
@@ -51,8 +51,8 @@ async fn a_call_that_is_given_up_leaves_nothing_and_its_gate_tells_when() {
     let mut request = tonic::Request::new(slot.request(&["/bin/sh", "-c", script]));
     request.set_timeout(Duration::from_millis(300));
     farm.client.clone().run(request).await.unwrap_err();
-    let gate = fs::File::open(&slot.path).unwrap();
-    tokio::task::spawn_blocking(move || gate.lock().unwrap())
+    let directory = fs::File::open(&slot.path).unwrap();
+    tokio::task::spawn_blocking(move || directory.lock().unwrap())
         .await
         .unwrap();
     assert_eq!(farm.processes(), [0i32; 0]);
@@ -333,7 +333,7 @@ async fn what_is_mounted_on_the_host_later_is_there_and_read_only() {
     let farm = Farm::start().await;
     let directory = tempfile::tempdir_in("/srv").unwrap();
     fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-    until("rooms are ready", || first_processes(&farm).len() > 4).await;
+    until("sandboxes are ready", || first_processes(&farm).len() > 4).await;
     let mounted = Mounted::tmpfs(directory.path().to_owned());
     fs::write(mounted.0.join("file"), "there").unwrap();
     let place = mounted.0.display();
@@ -346,7 +346,7 @@ async fn what_is_mounted_on_the_host_later_is_there_and_read_only() {
     farm.stop().await;
 }
 
-/// The first processes of rooms around this farm's build directory.
+/// The first processes of sandboxes around this farm's build directory.
 fn first_processes(farm: &Farm) -> Vec<i32> {
     let place = farm.build().to_string_lossy().into_owned();
     let mut found = Vec::new();
@@ -408,13 +408,13 @@ async fn an_action_that_is_killed_with_its_namespace_is_the_farms_to_run_again()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rooms_that_were_killed_before_an_action_came_are_passed_over() {
+async fn sandboxes_that_were_killed_before_an_action_came_are_passed_over() {
     if !is_root() {
         return;
     }
     let farm = Farm::start().await;
     // Until there is nothing more to prepare.
-    until("rooms are ready", || first_processes(&farm).len() > 4).await;
+    until("sandboxes are ready", || first_processes(&farm).len() > 4).await;
     for first in first_processes(&farm) {
         kill(first);
     }

@@ -57,8 +57,8 @@ impl runner_server::Runner for Plain {
         let request = request.into_inner();
         let root = self.path(&request.input_root_directory)?;
         let io = |error: std::io::Error| Status::internal(error.to_string());
-        let gate = fs::File::open(root.parent().unwrap_or(&root)).map_err(io)?;
-        gate.lock().map_err(io)?;
+        let locked = fs::File::open(root.parent().unwrap_or(&root)).map_err(io)?;
+        locked.lock().map_err(io)?;
         let log = |text: &str| fs::File::create_new(self.path(text)?).map_err(io);
         let (stdout, stderr) = (log(&request.stdout_path)?, log(&request.stderr_path)?);
         let Some((program, arguments)) = request.arguments.split_first() else {
@@ -80,7 +80,7 @@ impl runner_server::Runner for Plain {
             .wait()
             .await
             .map_err(io)?;
-        drop(gate);
+        drop(locked);
         Ok(Response::new(RunResponse {
             // No code: it was killed by a signal.
             exit_code: status.code().map_or(-1, i64::from),

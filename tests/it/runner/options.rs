@@ -41,8 +41,8 @@ async fn a_command_that_is_stopped_may_say_good_bye() {
     let started = slot.path.join("root/started");
     until("the action has started", || started.exists()).await;
     call.abort();
-    let gate = fs::File::open(&slot.path).unwrap();
-    tokio::task::spawn_blocking(move || gate.lock().unwrap())
+    let directory = fs::File::open(&slot.path).unwrap();
+    tokio::task::spawn_blocking(move || directory.lock().unwrap())
         .await
         .unwrap();
     let stdout = fs::read_to_string(slot.path.join("stdout")).unwrap();

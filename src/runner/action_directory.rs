@@ -1,0 +1,239 @@
+//! An action's directory in the build directory, and the way into it while the action runs.
+//!
+//! The contract with the worker: an action's input root, temporary directory, home directory and logs
+//! lie in one directory of its own, which belongs to the worker and is closed to everybody else (0700).
+//! What is in it may be open to all (0777). A worker that knows of no home directory, as Buildbarn's,
+//! finds one made here.
+//!
+//! 1. While an action runs, and no longer, its directory lets its group pass (0710).
+//! 2. The directory is locked exclusively (flock(2)) from before the first process of an action exists
+//!    until after the last one is gone: whoever holds the lock knows that nothing stirs inside.
+//!
+//! A directory that others may pass already, as Buildbarn's worker makes it, is locked and left as it is.
+
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    fs::{
+        AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, Uid, fchmod, fchown, flock, fstat,
+        mkdirat, statat,
+    },
+    io::Errno,
+};
+
+use super::{
+    build_directory::{BuildDirectory, BuildDirectoryError},
+    environment::HOME,
+    input_ownership,
+    run_spec::RunSpec,
+    stop::StopSignal,
+};
+use crate::path::RelativePath;
+
+/// How long a Run waits for the one before it in the same directory to be cleaned up.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The directory of an action that runs, open to it; closed, and then unlocked, on drop.
+pub struct ActionDirectory {
+    directory: OwnedFd,
+    /// Mode and group before; `None` when it had not to be changed.
+    closed: Option<(Mode, Gid)>,
+}
+
+/// The worker must act, or the administrator.
+#[derive(Debug, thiserror::Error)]
+pub enum ActionDirectoryError {
+    #[error(transparent)]
+    Open(#[from] BuildDirectoryError),
+    #[error("Failed to open directory {path:?} to the action's user: {error}")]
+    Change { path: String, error: io::Error },
+    #[error("Failed to make the action's home directory in {path:?}: {error}")]
+    Home { path: String, error: io::Error },
+    #[error(
+        "Failed to make the action's user the owner of {path:?}: {error}; the worker must have made \
+         all that is in it for this action alone"
+    )]
+    Give { path: String, error: io::Error },
+    #[error(
+        "Directory {path:?} in build directory is still locked by another run, or by the worker, \
+         after {LOCK_TIMEOUT:?}"
+    )]
+    Locked { path: String },
+    #[error("The call was cancelled")]
+    Stopped,
+}
+
+impl ActionDirectory {
+    /// Locks the directory that holds the input root, and lets the group `id` pass.
+    pub fn open(
+        build: &BuildDirectory,
+        run: &RunSpec,
+        id: u32,
+        stop: &StopSignal,
+    ) -> Result<Self, ActionDirectoryError> {
+        let parent = match run.input_root.split_last() {
+            Some((parent, _)) if !parent.is_root() => Some(parent),
+            // No directory around this action alone: only the input root can be locked.
+            _ => None,
+        };
+        let path = parent.as_ref().unwrap_or(&run.input_root);
+        let directory = build.directory(path, OFlags::RDONLY)?;
+        lock(&directory, path, stop)?;
+        let mut opened = ActionDirectory {
+            directory,
+            closed: None,
+        };
+        if run.owns_inputs {
+            opened
+                .give_inputs(build, &run.input_root, id)
+                .map_err(|error| ActionDirectoryError::Give {
+                    path: run.input_root.to_string(),
+                    error,
+                })?;
+        }
+        if parent.is_some() {
+            opened
+                .make_home()
+                .map_err(|error| ActionDirectoryError::Home {
+                    path: path.to_string(),
+                    error,
+                })?;
+            opened
+                .let_pass(id)
+                .map_err(|error| ActionDirectoryError::Change {
+                    path: path.to_string(),
+                    error,
+                })?;
+        }
+        Ok(opened)
+    }
+
+    fn give_inputs(
+        &self,
+        build: &BuildDirectory,
+        input_root: &RelativePath,
+        id: u32,
+    ) -> io::Result<()> {
+        let worker = Uid::from_raw(fstat(&self.directory)?.st_uid);
+        let root = build
+            .directory(input_root, OFlags::RDONLY)
+            .map_err(io::Error::other)?;
+        input_ownership::give(root, worker, id)
+    }
+
+    /// Unless the worker made it, who removes what is in there with everything else.
+    fn make_home(&self) -> io::Result<()> {
+        match mkdirat(&self.directory, HOME, Mode::from_raw_mode(0o777)) {
+            Ok(()) => Ok(()),
+            Err(Errno::EXIST) => {
+                let stat = statat(&self.directory, HOME, AtFlags::SYMLINK_NOFOLLOW)?;
+                match FileType::from_raw_mode(stat.st_mode) {
+                    FileType::Directory => Ok(()),
+                    _ => Err(Errno::NOTDIR.into()),
+                }
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn let_pass(&mut self, id: u32) -> io::Result<()> {
+        let stat = fstat(&self.directory)?;
+        let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
+        if mode.contains(Mode::XOTH) {
+            return Ok(());
+        }
+        self.closed = Some((
+            mode.difference(Mode::RWXG | Mode::RWXO),
+            Gid::from_raw(stat.st_gid),
+        ));
+        fchown(&self.directory, None, Some(Gid::from_raw(id)))?;
+        fchmod(&self.directory, mode.difference(Mode::RWXG) | Mode::XGRP)?;
+        Ok(())
+    }
+}
+
+impl Drop for ActionDirectory {
+    fn drop(&mut self) {
+        if let Some((mode, group)) = self.closed {
+            // First the mode: the old group may have members.
+            let closed = fchmod(&self.directory, mode)
+                .and_then(|()| fchown(&self.directory, None, Some(group)));
+            if let Err(error) = closed {
+                tracing::error!(%error, "could not close the directory of an action again");
+            }
+        }
+        // Explicitly: a process that is being made at this moment may have a copy of the descriptor.
+        let _ = flock(&self.directory, FlockOperation::Unlock);
+    }
+}
+
+fn lock(
+    directory: &OwnedFd,
+    path: &RelativePath,
+    stop: &StopSignal,
+) -> Result<(), ActionDirectoryError> {
+    let deadline = Instant::now() + LOCK_TIMEOUT;
+    let mut pause = Duration::from_micros(200);
+    loop {
+        match flock(directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                if stop.wait(pause) {
+                    return Err(ActionDirectoryError::Stopped);
+                }
+                pause = (pause * 2).min(Duration::from_millis(20));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(ActionDirectoryError::Locked {
+                    path: path.to_string(),
+                });
+            }
+            Err(error) => {
+                return Err(BuildDirectoryError::Directory {
+                    path: path.to_string(),
+                    error: error.into(),
+                }
+                .into());
+            }
+        }
+    }
+}
+
+/// Closes directories that a runner which was killed left open to users of its range.
+pub fn close_all(build_directory: &Path, range: &std::ops::Range<u32>) {
+    let Ok(build) = BuildDirectory::open(build_directory) else {
+        return;
+    };
+    for entry in fs::read_dir(build_directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let Ok(name) = entry.file_name().into_string() else {
+            continue;
+        };
+        let Ok(path) = RelativePath::resolve(&RelativePath::root(), &name, "build directory")
+        else {
+            continue;
+        };
+        let Ok(directory) = build.directory(&path, OFlags::RDONLY) else {
+            continue;
+        };
+        if let Ok(stat) = fstat(&directory)
+            && range.contains(&stat.st_gid)
+        {
+            drop(ActionDirectory {
+                directory,
+                closed: Some((
+                    Mode::from_raw_mode(stat.st_mode & 0o700),
+                    Gid::from_raw(stat.st_gid),
+                )),
+            });
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! The build directory, which a worker lays out actions in.
+//!
+//! Every path is opened beneath it, and through no symbolic link.
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{Mode, OFlags, ResolveFlags, fchmod, fstat, openat2};
+
+use super::{
+    run_spec::LogPath,
+    sandbox::{self, DirectoryId},
+};
+use crate::path::RelativePath;
+
+const BENEATH: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_SYMLINKS)
+    .union(ResolveFlags::NO_MAGICLINKS);
+
+/// The build directory as it is now: a worker may make it anew.
+pub struct BuildDirectory {
+    directory: OwnedFd,
+}
+
+/// The worker must act, or the administrator.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildDirectoryError {
+    #[error("Failed to open build directory {path:?}: {error}")]
+    BuildDirectory { path: PathBuf, error: io::Error },
+    #[error("Failed to open directory {path:?} in build directory: {error}")]
+    Directory { path: String, error: io::Error },
+    #[error("Failed to open {} path {:?}: {}", .log.stream, .log.text, log_reason(.error))]
+    Log { log: LogPath, error: io::Error },
+}
+
+impl BuildDirectoryError {
+    /// Whether the caller sent a path that leads elsewhere.
+    pub fn escapes(&self) -> bool {
+        match self {
+            BuildDirectoryError::BuildDirectory { .. } => false,
+            BuildDirectoryError::Log { error, .. }
+            | BuildDirectoryError::Directory { error, .. } => leads_away(error),
+        }
+    }
+}
+
+fn leads_away(error: &io::Error) -> bool {
+    // openat2(2): `..` or a mount that leads out, and a symbolic link on the way.
+    matches!(error.raw_os_error(), Some(libc::EXDEV | libc::ELOOP))
+}
+
+fn log_reason(error: &io::Error) -> String {
+    if leads_away(error) {
+        "Path resolves to a location outside the build directory".to_owned()
+    } else {
+        error.to_string()
+    }
+}
+
+impl BuildDirectory {
+    pub fn open(path: &Path) -> Result<Self, BuildDirectoryError> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        match rustix::fs::open(path, flags, Mode::empty()) {
+            Ok(directory) => Ok(BuildDirectory { directory }),
+            Err(error) => Err(BuildDirectoryError::BuildDirectory {
+                path: path.to_owned(),
+                error: error.into(),
+            }),
+        }
+    }
+
+    pub fn identity(&self) -> io::Result<DirectoryId> {
+        sandbox::identity(self.directory.as_fd())
+    }
+
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+
+    /// Whether something is at this path; a symbolic link is something.
+    pub fn check(&self, path: &RelativePath) -> io::Result<()> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        openat2(
+            &self.directory,
+            path.to_string(),
+            flags,
+            Mode::empty(),
+            BENEATH,
+        )?;
+        Ok(())
+    }
+
+    pub fn directory(
+        &self,
+        path: &RelativePath,
+        flags: OFlags,
+    ) -> Result<OwnedFd, BuildDirectoryError> {
+        let flags = flags | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        openat2(
+            &self.directory,
+            path.to_string(),
+            flags,
+            Mode::empty(),
+            BENEATH,
+        )
+        .map_err(|error| BuildDirectoryError::Directory {
+            path: path.to_string(),
+            error: error.into(),
+        })
+    }
+
+    /// Makes a log file. The action may open it again, as /dev/stderr; others are kept out by
+    /// the action's directory.
+    pub fn create_log(&self, log: &LogPath) -> Result<OwnedFd, BuildDirectoryError> {
+        let create = || -> rustix::io::Result<OwnedFd> {
+            let (parent, name) = log.path.split_last().ok_or(rustix::io::Errno::ISDIR)?;
+            let parent = openat2(
+                &self.directory,
+                parent.to_string(),
+                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                Mode::empty(),
+                BENEATH,
+            )?;
+            let file = openat2(
+                &parent,
+                name.as_str(),
+                OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC,
+                Mode::from_raw_mode(0o666),
+                BENEATH,
+            )?;
+            // The umask, or a default ACL, may have taken something away; each change of a file
+            // costs as much as making one.
+            if fstat(&file)?.st_mode & 0o777 != 0o666 {
+                fchmod(&file, Mode::from_raw_mode(0o666))?;
+            }
+            Ok(file)
+        };
+        create().map_err(|error| BuildDirectoryError::Log {
+            log: log.clone(),
+            error: error.into(),
+        })
+    }
+}
+
+/// The first directory on the way to the build directory, or itself, that actions cannot pass.
+pub fn first_impassable(build_directory: &Path) -> Option<PathBuf> {
+    let mut ancestors: Vec<_> = build_directory.ancestors().collect();
+    ancestors.reverse();
+    ancestors
+        .into_iter()
+        .find(|directory| {
+            fs::metadata(directory).is_ok_and(|metadata| metadata.mode() & 0o001 == 0)
+        })
+        .map(Path::to_owned)
+}
+
+pub fn impassable_message(directory: &Path) -> String {
+    format!(
+        "actions' users cannot pass {}; run: chmod o+x {0}",
+        directory.display()
+    )
+}

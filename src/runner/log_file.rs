@@ -1,0 +1,64 @@
+//! What a command writes to its standard output and error, kept from filling the disk.
+//!
+//! Commands write to files, not through this daemon. So the files are looked at while a command runs
+//! and cut where they are too long: what comes after the limit is lost, as a last line tells.
+
+use std::{os::fd::OwnedFd, time::Duration};
+
+use rustix::fs::{fstat, ftruncate};
+
+use crate::config::Size;
+
+/// How often to look; a fast writer makes some hundred megabytes meanwhile.
+pub const CHECK_INTERVAL: Duration = Duration::from_millis(100);
+
+#[derive(Debug)]
+pub struct LogFile {
+    pub file: OwnedFd,
+    limit: Size,
+    is_cut: bool,
+}
+
+impl LogFile {
+    /// A `limit` of 0 is none.
+    pub fn new(file: OwnedFd, limit: Size) -> Self {
+        LogFile {
+            file,
+            limit,
+            is_cut: false,
+        }
+    }
+
+    /// Shortens the file, if it is too long.
+    pub fn truncate(&mut self) {
+        let limit = self.limit.get();
+        if limit == 0 {
+            return;
+        }
+        if let Ok(stat) = fstat(&self.file)
+            && stat.st_size as u64 > limit
+        {
+            let _ = ftruncate(&self.file, limit);
+            self.is_cut = true;
+        }
+    }
+
+    /// When nothing writes any more.
+    pub fn finish(&mut self) {
+        self.truncate();
+        if self.is_cut {
+            self.append_line(&format!(
+                "the rest of this output was cut: limits.log_size of bb_runner.toml is {}",
+                self.limit
+            ));
+        }
+    }
+
+    /// A line of the runner's own at the end.
+    pub fn append_line(&self, text: &str) {
+        let line = format!("\nbb_runner: {text}\n");
+        if let Err(error) = rustix::io::write(&self.file, line.as_bytes()) {
+            tracing::warn!(%error, text, "could not write to an action's log");
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! An input root that is the action's `/`, with /proc, /dev and /tmp.
+//!
+//! What has to be there to mount these on is made before the action starts, and removed again when
+//! nothing of the action is left, so that it is no output.
+
+use std::{
+    ffi::{CStr, CString},
+    io,
+    os::fd::OwnedFd,
+};
+
+use rustix::{
+    fs::{AtFlags, FileType, Mode, mkdirat, statat, unlinkat},
+    io::Errno,
+};
+
+use super::spawn::SetupStep;
+
+#[derive(Debug)]
+pub struct RootDirectory {
+    directory: OwnedFd,
+    /// Where it is mounted in the sandbox.
+    place: CString,
+    made: Vec<&'static str>,
+}
+
+/// Copied from the sandbox.
+const COPIED: [&CStr; 2] = [c"/proc", c"/dev"];
+const TEMPORARY: &CStr = c"/tmp";
+
+impl RootDirectory {
+    /// `place` is where the directory will be mounted in the sandbox.
+    pub fn prepare(directory: OwnedFd, place: &CStr) -> io::Result<Self> {
+        let mut root = RootDirectory {
+            directory,
+            place: place.to_owned(),
+            made: Vec::new(),
+        };
+        for name in ["proc", "dev", "tmp"] {
+            match mkdirat(&root.directory, name, Mode::from_raw_mode(0o755)) {
+                Ok(()) => root.made.push(name),
+                Err(Errno::EXIST) => {
+                    let stat = statat(&root.directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+                    if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+                        return Err(io::Error::new(
+                            io::ErrorKind::NotADirectory,
+                            format!("/{name} of the input root must be a directory"),
+                        ));
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(root)
+    }
+
+    /// What makes it the root, when it is mounted.
+    pub fn steps(&self) -> Vec<SetupStep<'static>> {
+        let copies = COPIED.iter().map(|from| SetupStep::CopyMount {
+            from: (*from).to_owned(),
+            to: self.below(from),
+        });
+        let change = SetupStep::ChangeRoot(self.place.clone());
+        copies.chain([change]).collect()
+    }
+
+    /// Where the temporary directory must be mounted.
+    pub fn temporary(&self) -> CString {
+        self.below(TEMPORARY)
+    }
+
+    fn below(&self, path: &CStr) -> CString {
+        // Neither of them has a NUL.
+        CString::new([self.place.to_bytes(), path.to_bytes()].concat()).unwrap_or_default()
+    }
+}
+
+impl Drop for RootDirectory {
+    fn drop(&mut self) {
+        for name in &self.made {
+            // The action may have replaced it, and that is its output then.
+            let _ = unlinkat(&self.directory, *name, AtFlags::REMOVEDIR);
+        }
+    }
+}

@@ -1,0 +1,438 @@
+//! One action, from its command to its last process, as one straight function.
+//!
+//! Where it returns, whatever it returns, no process of the action lives, its directory is closed and
+//! unlocked, and nothing that it made outside of its own directories exists.
+
+use std::{
+    ffi::CString,
+    fs::File,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
+
+use rustix::process::Gid;
+use tokio::sync::oneshot;
+
+use super::{
+    action_directory::{ActionDirectory, ActionDirectoryError},
+    action_mounts::{ActionMounts, ActionMountsError, c_string},
+    build_directory::{BuildDirectory, BuildDirectoryError},
+    cleaner::{Cleaner, CleanerGuard},
+    log_file::{CHECK_INTERVAL, LogFile},
+    run_spec::{Executable, RunSpec},
+    sandbox::{
+        ActionCgroup, CgroupUsage, Layers, MemoryUsage, NamespaceEnd, Sandbox, SandboxError,
+        SandboxPool, SandboxSpec, SeccompFilter,
+    },
+    spawn::{
+        Exit, InheritedState, PathBase, PidNamespaces, Process, SetupStep, SpawnError, SpawnSpec,
+        SpawnStage, WaitEnd,
+    },
+    stop::StopSignal,
+    sweep,
+    users::ActionUser,
+};
+use crate::config::{Size, runner::Config};
+
+/// How long processes that were killed may take to be gone; those that hang in a system call, such
+/// as on a dead network file system, may take forever.
+const KILL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What all actions share.
+#[derive(Debug)]
+pub struct RunContext {
+    pub config: Config,
+    pub sandboxes: SandboxPool,
+    pub null: File,
+    pub inherited: InheritedState,
+    /// The process namespace of this daemon.
+    pub pid_namespace: OwnedFd,
+    pub seccomp_filter: Option<SeccompFilter>,
+    pub groups: Vec<Gid>,
+    pub emulator: Vec<CString>,
+    /// `None` when there is nothing to clean.
+    pub cleaner: Option<Cleaner>,
+}
+
+/// How an action ended.
+#[derive(Clone, Copy)]
+pub struct ActionExit {
+    /// Of its first process.
+    pub exit: Exit,
+    /// Of all of them, where it had a control group.
+    pub cgroup: Option<CgroupUsage>,
+}
+
+/// Why there is no exit code.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error(transparent)]
+    BuildDirectory(#[from] BuildDirectoryError),
+    #[error(transparent)]
+    ActionDirectory(ActionDirectoryError),
+    #[error(transparent)]
+    Mounts(ActionMountsError),
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// The action must be changed.
+    #[error("Cannot find executable {name:?} in search paths {path:?}")]
+    NotFound { name: String, path: String },
+    #[error("Failed to start process: {} {subject:?}: {error}", verb(.stage))]
+    Start {
+        stage: SpawnStage,
+        subject: String,
+        error: io::Error,
+    },
+    #[error("Failed to start process: could not {what}: {error}")]
+    Resources {
+        what: &'static str,
+        error: io::Error,
+    },
+    #[error("Failed to wait for process: {0}")]
+    Wait(io::Error),
+    /// What it had done until then says nothing about it.
+    #[error("The action was killed from outside: {0}")]
+    Killed(&'static str),
+    #[error(
+        "Processes of the action were still there {KILL_TIMEOUT:?} after they were killed; user \
+         {user} is not used again until bb_runner is restarted"
+    )]
+    Unkillable { user: u32 },
+    #[error("The call was cancelled; everything that it had started was killed")]
+    Stopped,
+}
+
+impl From<ActionDirectoryError> for RunError {
+    fn from(error: ActionDirectoryError) -> Self {
+        match error {
+            ActionDirectoryError::Stopped => RunError::Stopped,
+            ActionDirectoryError::Open(error) => RunError::BuildDirectory(error),
+            error => RunError::ActionDirectory(error),
+        }
+    }
+}
+
+impl From<ActionMountsError> for RunError {
+    fn from(error: ActionMountsError) -> Self {
+        match error {
+            ActionMountsError::Open(error) => RunError::BuildDirectory(error),
+            error => RunError::Mounts(error),
+        }
+    }
+}
+
+impl RunError {
+    /// Whether the action itself is at fault, so that it would fail again elsewhere.
+    pub fn is_the_actions(&self) -> bool {
+        match self {
+            RunError::NotFound { .. } => true,
+            RunError::BuildDirectory(error) => error.escapes(),
+            RunError::Start { stage, error, .. } => {
+                matches!(
+                    stage,
+                    SpawnStage::Execute | SpawnStage::Search | SpawnStage::WorkingDirectory
+                ) && matches!(
+                    error.raw_os_error(),
+                    Some(
+                        libc::ENOENT
+                            | libc::ENOTDIR
+                            | libc::EACCES
+                            | libc::EPERM
+                            | libc::EISDIR
+                            | libc::ENOEXEC
+                            | libc::ELOOP
+                            | libc::ENAMETOOLONG
+                            | libc::E2BIG
+                            | libc::ELIBBAD
+                    )
+                )
+            }
+            _ => false,
+        }
+    }
+
+    fn resources(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |error| RunError::Resources { what, error }
+    }
+}
+
+fn verb(stage: &SpawnStage) -> &'static str {
+    match stage {
+        SpawnStage::Namespaces => "enter namespaces for",
+        SpawnStage::Mounts => "mount directories for",
+        SpawnStage::Root => "change the root of",
+        SpawnStage::Session => "begin a session for",
+        SpawnStage::Descriptors => "hand descriptors to",
+        SpawnStage::Limits => "set limits of",
+        SpawnStage::InputRoot => "enter input root directory",
+        SpawnStage::Credentials => "become the user of",
+        SpawnStage::Filter => "filter system calls of",
+        SpawnStage::WorkingDirectory => "chdir",
+        SpawnStage::Search | SpawnStage::Execute => "exec",
+    }
+}
+
+/// Runs a command, on this thread, and answers when nothing of it is left. What can wait is done
+/// after the answer.
+pub fn run(
+    context: &RunContext,
+    run: &RunSpec,
+    user: ActionUser,
+    stop: &StopSignal,
+    answer: oneshot::Sender<Result<ActionExit, RunError>>,
+) {
+    let (result, sandbox) = match begin(context, stop) {
+        Ok((running, build, mut sandbox)) => {
+            let result = run_in(context, run, user.id(), stop, &build, &mut sandbox);
+            // Before anybody learns that the action is over.
+            drop(running);
+            (result, Some(sandbox))
+        }
+        Err(error) => (Err(error), None),
+    };
+    let is_unkillable = matches!(result, Err(RunError::Unkillable { .. }));
+    // The call may be gone.
+    let _ = answer.send(result);
+    drop(sandbox);
+    // Last: whoever has all users back knows that all sandboxes are torn down.
+    if is_unkillable {
+        user.retire();
+    }
+}
+
+/// What an action needs before anything is made for it alone.
+fn begin<'a>(
+    context: &'a RunContext,
+    stop: &StopSignal,
+) -> Result<(Option<CleanerGuard<'a>>, BuildDirectory, Sandbox), RunError> {
+    let running = match &context.cleaner {
+        Some(cleaner) => {
+            let running = cleaner.begin(stop);
+            let running = running.map_err(RunError::resources("clean up before the action"))?;
+            Some(running.ok_or(RunError::Stopped)?)
+        }
+        None => None,
+    };
+    let build = BuildDirectory::open(&context.config.build_directory)?;
+    let identity = build
+        .identity()
+        .map_err(RunError::resources("look at the build directory"))?;
+    let sandbox = match context.sandboxes.try_take(identity) {
+        Some(sandbox) => sandbox,
+        None => stop
+            .block_on(context.sandboxes.take(identity))
+            .ok_or(RunError::Stopped)??,
+    };
+    Ok((running, build, sandbox))
+}
+
+fn run_in(
+    context: &RunContext,
+    run: &RunSpec,
+    user: u32,
+    stop: &StopSignal,
+    build: &BuildDirectory,
+    sandbox: &mut Sandbox,
+) -> Result<ActionExit, RunError> {
+    // Before anything of the action exists, and closed after everything of it is gone.
+    let directory = ActionDirectory::open(build, run, user, stop)?;
+    let limits = &context.config.limits;
+    let mut stdout = LogFile::new(build.create_log(&run.stdout)?, limits.log_size);
+    let mut stderr = LogFile::new(build.create_log(&run.stderr)?, limits.log_size);
+    if let Some(mounts) = &sandbox.mounts {
+        let named = mounts.passwd.name(user, &run.home);
+        named.map_err(RunError::resources("name the action's user"))?;
+    }
+    let sandbox_mounts = sandbox.mounts.as_ref();
+    let mut mounts = ActionMounts::prepare(run, &context.config.root, build, sandbox_mounts)?;
+    let steps = std::mem::take(&mut mounts.steps);
+    let setup: Vec<SetupStep<'_>> = sandbox.setup_steps().chain(steps).collect();
+    let (executables, search) = match &run.executable {
+        Executable::Path(path) => (std::slice::from_ref(path), false),
+        Executable::Search { candidates, .. } => (candidates.as_slice(), true),
+    };
+    let spawned = Process::spawn(&SpawnSpec {
+        arguments: &run.arguments,
+        environment: &run.environment,
+        executables,
+        search,
+        emulator: &context.emulator,
+        working_directory: &c_string(run.working_directory.to_string()),
+        input_root: &mounts.input_root,
+        base: match (&mounts.base, sandbox_mounts) {
+            (Some(path), _) => PathBase::Path(path),
+            (None, Some(mounts)) => PathBase::Directory(mounts.build_directory.as_fd()),
+            (None, None) => PathBase::Directory(build.as_fd()),
+        },
+        streams: [
+            context.null.as_fd(),
+            stdout.file.as_fd(),
+            stderr.file.as_fd(),
+        ],
+        user,
+        groups: &context.groups,
+        process_limit: limits.processes,
+        inherited: context.inherited,
+        cgroup: sandbox.cgroup.as_ref().map(ActionCgroup::as_fd),
+        pid_namespaces: sandbox.init.as_ref().map(|init| PidNamespaces {
+            inside: init.namespace(),
+            daemon: context.pid_namespace.as_fd(),
+        }),
+        setup: &setup,
+        seccomp_filter: context.seccomp_filter.as_ref().map(SeccompFilter::program),
+    });
+    drop(setup);
+    let ended = spawned
+        .map_err(|error| start_error(run, error))
+        .and_then(|process| wait(context, process, stop, [&mut stdout, &mut stderr]));
+
+    // Also when it never started: by now nothing may be left.
+    let Some(namespace) = kill_all(sandbox, user) else {
+        // Whoever waits for the lock must not find that nothing stirs.
+        std::mem::forget(directory);
+        if let Some(network) = &mut sandbox.network {
+            network.retire();
+        }
+        tracing::error!(
+            user,
+            "processes of an action could not be killed; its user is not used again"
+        );
+        return Err(RunError::Unkillable { user });
+    };
+    stdout.finish();
+    stderr.finish();
+    let cgroup = sandbox.cgroup.as_ref().map(ActionCgroup::usage);
+    if let (Ok(_), Some(usage)) = (&ended, &cgroup) {
+        explain_limits(&stderr, usage, limits.processes);
+    }
+    let result = judge(ended, cgroup, namespace);
+    remove_shared(context.sandboxes.spec(), user);
+    drop(mounts);
+    drop(directory);
+    result
+}
+
+/// Waits for the end of an action's first process; that of the others is to come.
+fn wait(
+    context: &RunContext,
+    mut process: Process,
+    stop: &StopSignal,
+    mut logs: [&mut LogFile; 2],
+) -> Result<Exit, RunError> {
+    loop {
+        match process.wait(stop, CHECK_INTERVAL) {
+            WaitEnd::Exited => return process.reap().map_err(RunError::Wait),
+            WaitEnd::Stopped => {
+                let grace = context.config.termination_grace.get();
+                if !grace.is_zero() {
+                    process.terminate(grace);
+                }
+                return Err(RunError::Stopped);
+            }
+            WaitEnd::TimedOut => {
+                for log in &mut logs {
+                    log.truncate();
+                }
+            }
+        }
+    }
+}
+
+/// Kills all processes of an action, by each of the ways that there are to know them; `None` when some
+/// are left. How their namespace ended, if they had one.
+fn kill_all(sandbox: &mut Sandbox, user: u32) -> Option<Option<NamespaceEnd>> {
+    let namespace = match &mut sandbox.init {
+        Some(init) => Some(init.end(KILL_TIMEOUT)?),
+        None => None,
+    };
+    let cgroup = sandbox.cgroup.as_ref();
+    let all_gone = cgroup.is_none_or(|cgroup| cgroup.kill_all(KILL_TIMEOUT))
+        && sweep::kill_processes(user, KILL_TIMEOUT);
+    all_gone.then_some(namespace)
+}
+
+/// Whether what the first process's end says is a result.
+fn judge(
+    ended: Result<Exit, RunError>,
+    cgroup: Option<CgroupUsage>,
+    namespace: Option<NamespaceEnd>,
+) -> Result<ActionExit, RunError> {
+    let memory = cgroup.and_then(|usage| usage.memory);
+    if memory.is_some_and(|memory| memory.is_victim()) {
+        return ended.and(Err(RunError::Killed("this host ran out of memory")));
+    }
+    if namespace == Some(NamespaceEnd::Killed)
+        && !memory.is_some_and(|memory| memory.is_exhausted())
+        && !matches!(ended, Err(RunError::Stopped))
+    {
+        return Err(RunError::Killed(
+            "somebody sent SIGKILL to the first process of its namespace, or to its control group",
+        ));
+    }
+    ended.map(|exit| ActionExit { exit, cgroup })
+}
+
+/// Tells whoever reads the action's output of limits that it has reached.
+fn explain_limits(stderr: &LogFile, usage: &CgroupUsage, processes: u64) {
+    if let Some(memory) = usage.memory.filter(MemoryUsage::is_exhausted) {
+        let peak = memory.peak.map_or_else(String::new, |peak| {
+            format!(" and it used up to {}", Size(peak))
+        });
+        stderr.append_line(&format!(
+            "the action ran out of memory: its limit is {}{peak}",
+            Size(memory.limit.unwrap_or_default())
+        ));
+    }
+    if usage.processes_refused > 0 {
+        stderr.append_line(&format!(
+            "the action could not make more processes: its limit is {processes}"
+        ));
+    }
+}
+
+/// Removes what an action left in what it shares with others, where it has nothing of its own.
+fn remove_shared(spec: &SandboxSpec, user: u32) {
+    if !spec.layers.contains(Layers::MOUNTS) {
+        sweep::remove_files(user, &spec.shared());
+    }
+    if !spec.layers.contains(Layers::IPC) {
+        sweep::remove_ipc(user);
+    }
+}
+
+fn start_error(run: &RunSpec, error: SpawnError) -> RunError {
+    let (stage, error, executable) = match error {
+        SpawnError::Clone(error) => {
+            return RunError::Resources {
+                what: "create a process",
+                error,
+            };
+        }
+        SpawnError::Start {
+            stage,
+            error,
+            executable,
+        } => (stage, error, executable),
+    };
+    let subject = match (stage, &run.executable) {
+        (SpawnStage::Search, Executable::Search { name, path, .. }) => {
+            return RunError::NotFound {
+                name: name.clone(),
+                path: path.clone(),
+            };
+        }
+        (SpawnStage::WorkingDirectory, _) => run.working_directory.to_string(),
+        (SpawnStage::InputRoot, _) => run.input_root.to_string(),
+        (_, Executable::Path(path)) => path.to_string_lossy().into_owned(),
+        (_, Executable::Search { candidates, .. }) => executable
+            .and_then(|index| candidates.get(index))
+            .or(run.arguments.first())
+            .map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
+    };
+    RunError::Start {
+        stage,
+        subject,
+        error,
+    }
+}

@@ -1,0 +1,119 @@
+//! What a control group says of its action.
+
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+/// What a group says of its action at the end: all processes, those that nobody waited for included.
+/// Where a controller is missing, so is what it would tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CgroupUsage {
+    pub cpu: Option<CpuUsage>,
+    pub memory: Option<MemoryUsage>,
+    pub io: Option<IoUsage>,
+    /// How often a process could not be made, as there were too many.
+    pub processes_refused: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuUsage {
+    pub user: Duration,
+    pub system: Duration,
+    /// Time in which something wanted to run and had used up its share.
+    pub throttled: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUsage {
+    /// Bytes; the kernel tells since Linux 5.19.
+    pub peak: Option<u64>,
+    pub limit: Option<u64>,
+    /// Processes that were killed for want of memory: this group's, or the host's.
+    pub killed: u64,
+    /// How often the limit stood in the way.
+    pub refused: u64,
+}
+
+/// Bytes, of all devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IoUsage {
+    pub read: u64,
+    pub written: u64,
+}
+
+impl MemoryUsage {
+    /// The action used more than its limit.
+    pub fn is_exhausted(&self) -> bool {
+        self.killed > 0 && self.refused > 0
+    }
+
+    /// The action was killed since others had used too much.
+    pub fn is_victim(&self) -> bool {
+        self.killed > 0 && self.refused == 0
+    }
+}
+
+impl CgroupUsage {
+    /// Of a group whose files `read` reads; what cannot be read is not told.
+    pub fn read(read: impl Fn(&str) -> Result<String, Errno>) -> Self {
+        let number = |file| read(file).ok()?.trim().parse().ok();
+        CgroupUsage {
+            cpu: read("cpu.stat").ok().map(|text| CpuUsage {
+                user: Duration::from_micros(field(&text, "user_usec")),
+                system: Duration::from_micros(field(&text, "system_usec")),
+                throttled: Duration::from_micros(field(&text, "throttled_usec")),
+            }),
+            memory: read("memory.events").ok().map(|events| MemoryUsage {
+                peak: number("memory.peak"),
+                limit: number("memory.max"),
+                killed: field(&events, "oom_kill"),
+                refused: field(&events, "oom"),
+            }),
+            io: read("io.stat").ok().map(|text| IoUsage::sum(&text)),
+            processes_refused: read("pids.events").map_or(0, |text| field(&text, "max")),
+        }
+    }
+}
+
+impl IoUsage {
+    /// Of `io.stat`: a line for each device.
+    fn sum(text: &str) -> Self {
+        let mut sum = IoUsage::default();
+        for word in text.split_whitespace() {
+            let of = |name| word.strip_prefix(name)?.parse::<u64>().ok();
+            sum.read = sum.read.saturating_add(of("rbytes=").unwrap_or(0));
+            sum.written = sum.written.saturating_add(of("wbytes=").unwrap_or(0));
+        }
+        sum
+    }
+}
+
+/// A number of a flat keyed file; 0 when it is not there.
+fn field(text: &str, name: &str) -> u64 {
+    text.lines()
+        .filter_map(|line| line.split_once(' '))
+        .find(|(key, _)| *key == name)
+        .and_then(|(_, value)| value.trim().parse().ok())
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_found_by_their_whole_names_and_summed_over_devices() {
+        let events = "low 0\nhigh 0\nmax 41\noom 2\noom_kill 3\noom_group_kill 1\n";
+        assert_eq!((field(events, "oom"), field(events, "oom_kill")), (2, 3));
+        assert_eq!(field(events, "missing"), 0);
+        let stat = "254:0 rbytes=4096 wbytes=100 rios=1 wios=1 dbytes=7 dios=0\n\
+                    254:16 rbytes=1 wbytes=1 rios=1 wios=1 dbytes=0 dios=0\n";
+        assert_eq!(
+            IoUsage::sum(stat),
+            IoUsage {
+                read: 4097,
+                written: 101
+            }
+        );
+    }
+}

@@ -1,0 +1,329 @@
+//! The layer `containment.cgroups`: one control group for each action, version 2 (cgroups(7)).
+//!
+//! 1. An action's processes are in its group from their first instruction, and cannot leave it.
+//! 2. An action has ended when its group has no live process (cgroup.events, populated).
+//! 3. Names are unique for the life of a runner; groups that an earlier runner with the same users
+//!    left are killed and removed at start-up.
+//!
+//! Layout, below the daemon's own group, or beside it where it must move out of the way (a group
+//! with controllers for its children has no processes):
+//!
+//! ```text
+//! …/bb-runner.service/daemon/                this daemon
+//! …/bb-runner.service/bb-runner-58000/17/    the 17th action of the runner with users.first = 58000
+//! ```
+
+use std::{
+    fs, io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::{DirBuilderExt, FileExt},
+    },
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use rustix::fs::{AtFlags, Mode, OFlags, openat};
+
+use super::{
+    cgroup_limits::{Setting, UnmetLimit, settings},
+    cgroup_mount::own_cgroup,
+    cgroup_usage::CgroupUsage,
+    error::{CGROUP_STEP, SandboxError},
+    layer::{Layer, Layers, Probe},
+};
+use crate::config::runner::{Config, Demand, Limits};
+
+pub const LAYER: Layer = Layer {
+    layer: Layers::CGROUPS,
+    key: "containment.cgroups",
+    demand: |containment| containment.cgroups,
+    needs: Layers::empty(),
+    probe: Probe::Ask(can_be_had),
+    namespace: None,
+    on: "actions have control groups",
+    off: "actions' processes are found by their users",
+};
+
+/// Where actions' groups are made.
+#[derive(Debug)]
+pub struct ActionCgroups {
+    directory: PathBuf,
+    /// Open, as some threads see control groups read-only; the mount that it was opened by is not.
+    parent: Mutex<Arc<OwnedFd>>,
+    next: AtomicU64,
+    /// Those that were accepted at the start, so that each group must accept them.
+    settings: Vec<Setting>,
+    /// Configured limits that are not kept here.
+    unmet: Vec<UnmetLimit>,
+}
+
+/// What all actions' groups need. The error says why there are none.
+pub fn prepare(config: &Config) -> Result<ActionCgroups, String> {
+    let cgroups = ActionCgroups::find(config.users.first, &config.limits)?;
+    if config.containment.cgroups == Demand::Require {
+        all_kept(&cgroups.unmet)?;
+    }
+    for UnmetLimit { key, reason } in &cgroups.unmet {
+        tracing::warn!("{key} is not kept: {reason}");
+    }
+    Ok(cgroups)
+}
+
+/// Whether there can be groups on this host that keep all limits, wherever the daemon runs; changes
+/// nothing.
+fn can_be_had(config: &Config) -> Result<(), String> {
+    let controllers = own_cgroup()?.mount.join("cgroup.controllers");
+    let available = fs::read_to_string(controllers).unwrap_or_default();
+    let has = |name| available.split_whitespace().any(|found| found == name);
+    let mut unmet: Vec<UnmetLimit> = settings(&config.limits)
+        .into_iter()
+        .filter(|setting| !has(setting.controller()))
+        .filter_map(|setting| setting.unmet(io::ErrorKind::NotFound.into()))
+        .collect();
+    unmet.dedup_by_key(|it| it.key);
+    all_kept(&unmet)
+}
+
+fn all_kept(unmet: &[UnmetLimit]) -> Result<(), String> {
+    let reason = |it: &UnmetLimit| format!("{} cannot be kept: {}", it.key, it.reason);
+    match unmet {
+        [] => Ok(()),
+        _ => Err(unmet.iter().map(reason).collect::<Vec<_>>().join("; ")),
+    }
+}
+
+/// The group of one action; removed on drop, when it should be empty.
+#[derive(Debug)]
+pub struct ActionCgroup {
+    path: PathBuf,
+    parent: Arc<OwnedFd>,
+    directory: OwnedFd,
+    events: fs::File,
+}
+
+impl ActionCgroups {
+    /// Finds the daemon's own group, and makes a place for groups below it. The error says why there is none.
+    fn find(first_user: u32, limits: &Limits) -> Result<Self, String> {
+        let base = leave_for_actions(own_cgroup()?.directory)?;
+        let directory = base.join(format!("bb-runner-{first_user}"));
+        clear(&directory);
+        let parent = make_directory(&directory)
+            .map_err(|error| format!("could not create {}: {error}", directory.display()))?;
+        let mut cgroups = ActionCgroups {
+            directory,
+            parent: Mutex::new(Arc::new(parent)),
+            next: AtomicU64::new(0),
+            settings: Vec::new(),
+            unmet: Vec::new(),
+        };
+        let first = cgroups
+            .try_create()
+            .map_err(|(path, error)| format!("could not use {}: {error}", path.display()))?;
+        for setting in settings(limits) {
+            match setting.apply(&first.path) {
+                Ok(()) => cgroups.settings.push(setting),
+                Err(error) => cgroups.unmet.extend(setting.unmet(error)),
+            }
+        }
+        Ok(cgroups)
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Removes the place for groups, if all of them are gone.
+    pub fn close(&self) {
+        let _ = fs::remove_dir(&self.directory);
+    }
+
+    /// Makes a group for one action.
+    pub fn create(&self) -> Result<ActionCgroup, SandboxError> {
+        self.try_create().map_err(|(path, error)| {
+            SandboxError::at(format!("{CGROUP_STEP} {}", path.display()))(error)
+        })
+    }
+
+    /// The error has the place.
+    fn try_create(&self) -> Result<ActionCgroup, (PathBuf, io::Error)> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let path = self.directory.join(number.to_string());
+        match create_directory(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let parent = make_directory(&self.directory);
+                let parent = parent.map_err(|error| (self.directory.clone(), error))?;
+                *self.parent.lock() = Arc::new(parent);
+                tracing::warn!(directory = %self.directory.display(), "somebody removed the place for actions' control groups; it was made again");
+                create_directory(&path)
+            }
+            result => result,
+        }
+        .map_err(|error| (path.clone(), error))?;
+        let cgroup = ActionCgroup::open(&path, self.parent.lock().clone());
+        let cgroup = cgroup.map_err(|error| (path.clone(), error))?;
+        for setting in &self.settings {
+            let set = setting.apply(&path);
+            set.map_err(|error| (path.join(setting.file), error))?;
+        }
+        Ok(cgroup)
+    }
+}
+
+impl Drop for ActionCgroups {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl ActionCgroup {
+    fn open(path: &Path, parent: Arc<OwnedFd>) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(ActionCgroup {
+            directory: rustix::fs::open(path, flags, Mode::empty())?,
+            events: fs::File::open(path.join("cgroup.events"))?,
+            path: path.to_owned(),
+            parent,
+        })
+    }
+
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+
+    /// By somebody else: nothing can be started in it any more.
+    pub fn is_removed(&self) -> bool {
+        let looked = self.events.read_at(&mut [0; 1], 0);
+        looked.is_err_and(|error| error.raw_os_error() == Some(libc::ENODEV))
+    }
+
+    pub fn usage(&self) -> CgroupUsage {
+        CgroupUsage::read(|name| {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            let file = openat(&self.directory, name, flags, Mode::empty())?;
+            let mut text = [0; 4096];
+            let length = rustix::io::read(&file, &mut text)?;
+            Ok(String::from_utf8_lossy(&text[..length]).into_owned())
+        })
+    }
+
+    /// Kills whatever is in it. False when something was left after this long.
+    pub fn kill_all(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        let mut pause = Duration::from_micros(50);
+        while self.is_populated() {
+            // Again each time: harmless, and cheap beside the processes that it is for.
+            let _ = fs::write(self.path.join("cgroup.kill"), "1");
+            if Instant::now() > deadline {
+                return false;
+            }
+            // The kernel tells of changes no sooner than 10 ms after the last one (poll(2) on
+            // cgroup.events), hence looking.
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(10));
+        }
+        true
+    }
+
+    fn is_populated(&self) -> bool {
+        let mut text = [0; 64];
+        match self.events.read_at(&mut text, 0) {
+            Ok(length) => !text[..length].starts_with(b"populated 0"),
+            // ENODEV: somebody has removed it, which takes that it was empty.
+            Err(error) => error.raw_os_error() != Some(libc::ENODEV),
+        }
+    }
+}
+
+impl Drop for ActionCgroup {
+    fn drop(&mut self) {
+        let name = self.path.file_name().unwrap_or_default();
+        if self.is_removed() {
+            return;
+        }
+        if let Err(error) = rustix::fs::unlinkat(&*self.parent, name, AtFlags::REMOVEDIR) {
+            let _ = fs::write(self.path.join("cgroup.kill"), "1");
+            tracing::warn!(cgroup = %self.path.display(), %error, "could not remove a control group; the next start will");
+        }
+    }
+}
+
+/// Moves this process to `daemon/` where the group is its alone, so that controllers can be enabled.
+fn leave_for_actions(base: PathBuf) -> Result<PathBuf, String> {
+    // Only the root group lacks this file, and it alone may have both processes and controllers.
+    let is_root = !base.join("cgroup.type").exists();
+    if is_root {
+        return Ok(base);
+    }
+    if base.file_name().is_some_and(|name| name == "daemon")
+        && let Some(parent) = base.parent()
+    {
+        enable_controllers(parent);
+        return Ok(parent.to_owned());
+    }
+    let own = std::process::id().to_string();
+    let alone = fs::read_to_string(base.join("cgroup.procs"))
+        .is_ok_and(|processes| processes.split_whitespace().all(|pid| pid == own));
+    if alone {
+        let daemon = base.join("daemon");
+        let _ = create_directory(&daemon);
+        fs::write(daemon.join("cgroup.procs"), &own)
+            .map_err(|error| format!("could not move to {}: {error}", daemon.display()))?;
+        enable_controllers(&base);
+    }
+    Ok(base)
+}
+
+fn enable_controllers(directory: &Path) {
+    let available = fs::read_to_string(directory.join("cgroup.controllers")).unwrap_or_default();
+    for controller in ["pids", "memory", "cpu", "io"] {
+        if available.split_whitespace().any(|name| name == controller) {
+            let _ = fs::write(
+                directory.join("cgroup.subtree_control"),
+                format!("+{controller}"),
+            );
+        }
+    }
+}
+
+/// The place for actions' groups; an open descriptor of it.
+fn make_directory(directory: &Path) -> io::Result<OwnedFd> {
+    match create_directory(directory) {
+        // Another thread was faster.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        result => result?,
+    }
+    enable_controllers(directory);
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(directory, flags, Mode::empty())?)
+}
+
+/// Whatever the umask is: actions must not make groups.
+fn create_directory(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new().mode(0o755).create(path)
+}
+
+/// Kills and removes what an earlier runner left.
+fn clear(directory: &Path) {
+    if !directory.exists() {
+        return;
+    }
+    let _ = fs::write(directory.join("cgroup.kill"), "1");
+    for _ in 0..100 {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                let _ = fs::remove_dir(entry.path());
+            }
+        }
+        if fs::remove_dir(directory).is_ok() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    tracing::warn!(cgroup = %directory.display(), "could not remove what an earlier runner left");
+}

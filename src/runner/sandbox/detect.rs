@@ -1,0 +1,119 @@
+//! Which layers of containment this host allows.
+//!
+//! Each is tried alone when the daemon starts. One that does not work is left out where the
+//! configuration says `auto`, and stops the daemon where it says `require`; a line tells of each.
+
+use super::{
+    builder::try_out,
+    cgroups::{self, ActionCgroups},
+    devices, hidden, hostname, ipc,
+    layer::{Layer, Layers, Probe},
+    mounts, network, processes, seccomp,
+    spec::SandboxSpec,
+};
+use crate::{
+    config::runner::{Config, Demand},
+    daemon::Failure,
+};
+
+/// In an order in which each comes after those that it needs.
+const LAYERS: [Layer; 9] = [
+    cgroups::LAYER,
+    mounts::LAYER,
+    processes::LAYER,
+    ipc::LAYER,
+    hostname::LAYER,
+    network::LAYER,
+    devices::LAYER,
+    hidden::LAYER,
+    seccomp::LAYER,
+];
+
+/// Those that are wanted and work here, and what all control groups need; the log tells of each.
+pub fn detect(config: &Config) -> Result<(Layers, Option<ActionCgroups>), Failure> {
+    let mut found = Layers::empty();
+    let mut cgroups = None;
+    for layer in &LAYERS {
+        let key = layer.key;
+        let missing = match layer.layer {
+            Layers::CGROUPS if is_wanted(config, layer) => cgroups::prepare(config)
+                .map(|prepared| cgroups = Some(prepared))
+                .err(),
+            _ => missing(config, layer, found),
+        };
+        match missing {
+            None => {
+                found |= layer.layer;
+                let directory = match layer.layer {
+                    Layers::CGROUPS => cgroups.as_ref().map(ActionCgroups::directory),
+                    _ => None,
+                };
+                let directory = directory.map(|path| tracing::field::display(path.display()));
+                tracing::info!(directory, "{key} is on: {}", layer.on);
+            }
+            Some(_) if !is_wanted(config, layer) => {
+                tracing::info!("{key} is off: {}", layer.off);
+            }
+            Some(reason) if is_required(config, layer) => return Err(unmet(key, &reason)),
+            Some(reason) => tracing::warn!("{key} is off, since {reason}: {}", layer.off),
+        }
+    }
+    Ok((found, cgroups))
+}
+
+/// A failure for each layer that is required and does not work here.
+pub fn check(config: &Config) -> Vec<Failure> {
+    let mut found = Layers::empty();
+    let mut failures = Vec::new();
+    for layer in &LAYERS {
+        match missing(config, layer, found) {
+            None => found |= layer.layer,
+            Some(reason) if is_required(config, layer) => {
+                failures.push(unmet(layer.key, &reason));
+            }
+            Some(_) => {}
+        }
+    }
+    failures
+}
+
+fn is_wanted(config: &Config, layer: &Layer) -> bool {
+    (layer.demand)(&config.containment) != Demand::Off
+}
+
+fn is_required(config: &Config, layer: &Layer) -> bool {
+    (layer.demand)(&config.containment) == Demand::Require
+}
+
+/// Why there is no such layer, where there are those.
+fn missing(config: &Config, layer: &Layer, found: Layers) -> Option<String> {
+    if !is_wanted(config, layer) {
+        return Some("it is off in the configuration".to_owned());
+    }
+    if !found.contains(layer.needs) {
+        return Some("it needs containment.mounts, which is off".to_owned());
+    }
+    let probed = match layer.probe {
+        Probe::Ask(ask) => ask(config),
+        Probe::Sandbox => try_sandbox(config, layer.layer | layer.needs),
+    };
+    probed.err()
+}
+
+fn try_sandbox(config: &Config, layers: Layers) -> Result<(), String> {
+    let mut config = config.clone();
+    // It may come later, and says nothing about namespaces.
+    if !config.build_directory.is_dir() {
+        config.build_directory = "/tmp".into();
+    }
+    let spec = SandboxSpec::new(&config, layers, None).map_err(|error| error.to_string())?;
+    try_out(&spec).map_err(|error| error.to_string())
+}
+
+/// What is required does not work here.
+fn unmet(key: &'static str, reason: &str) -> Failure {
+    Failure::Configuration {
+        key,
+        message: format!("it is required, but {reason}; let the host allow it, or write \"auto\""),
+    }
+}

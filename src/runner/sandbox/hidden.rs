@@ -1,0 +1,52 @@
+//! The layer `containment.hidden`: paths that actions find empty, such as the daemons' own.
+
+use std::{
+    ffi::CString,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use rustix::mount::mount_bind;
+
+use super::{
+    error::SandboxError,
+    layer::{Layer, Layers, Probe},
+    mount_calls::{c_path, private_tmpfs},
+};
+
+pub const LAYER: Layer = Layer {
+    layer: Layers::HIDDEN,
+    key: "containment.hidden",
+    demand: |containment| containment.hidden,
+    needs: Layers::MOUNTS,
+    probe: Probe::Sandbox,
+    namespace: None,
+    on: "containment.hidden_paths are empty for actions",
+    off: "actions see the daemons' directories and sockets, as far as their permissions let them",
+};
+
+/// Covers paths, on a thread that is in the template; those that lie in what is to be seen as a whole
+/// cannot be covered. What is returned must be made read-only when everything that is to be seen below
+/// it is mounted.
+pub fn prepare_template(
+    paths: &[PathBuf],
+    is_seen: impl Fn(&Path) -> bool,
+) -> Result<Vec<CString>, SandboxError> {
+    let mut covers: Vec<CString> = Vec::new();
+    for path in paths {
+        let Ok(path) = fs::canonicalize(path) else {
+            continue;
+        };
+        if is_seen(&path) {
+            continue;
+        }
+        let step = format!("hide {}", path.display());
+        if path.is_dir() {
+            let cover = private_tmpfs(&path, c"mode=755,size=64k").and_then(|()| c_path(&path));
+            covers.push(cover.map_err(SandboxError::at(step))?);
+        } else {
+            mount_bind("/dev/null", &path).map_err(SandboxError::at(step))?;
+        }
+    }
+    Ok(covers)
+}

@@ -1,0 +1,34 @@
+//! The layer `containment.hostname`: the same name for every host (uts_namespaces(7)).
+
+use std::io;
+
+use nix::sched::CloneFlags;
+use rustix::thread::LinkNameSpaceType;
+
+use super::{
+    layer::{Layer, Layers, Probe},
+    namespace::NamespaceKind,
+};
+
+pub const LAYER: Layer = Layer {
+    layer: Layers::HOSTNAME,
+    key: "containment.hostname",
+    demand: |containment| containment.hostname,
+    needs: Layers::empty(),
+    probe: Probe::Sandbox,
+    namespace: Some(NamespaceKind {
+        flag: CloneFlags::CLONE_NEWUTS,
+        name: "uts",
+        link: LinkNameSpaceType::HostNameAndNISDomainName,
+    }),
+    on: "actions see localhost as the host's name",
+    off: "actions see the host's name",
+};
+
+/// What every host calls itself, and /etc/hosts knows.
+const HOSTNAME: &str = "localhost";
+
+/// On a thread that is in the sandbox's namespace.
+pub fn prepare() -> io::Result<()> {
+    Ok(nix::unistd::sethostname(HOSTNAME)?)
+}

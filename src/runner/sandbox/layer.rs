@@ -1,0 +1,48 @@
+//! What a layer of containment is. Each has a file of its own, with its probe, what it prepares and
+//! what it has an action's process do; `detect` has the table of all.
+
+use bitflags::bitflags;
+
+use super::namespace::NamespaceKind;
+use crate::config::runner::{Config, Containment, Demand};
+
+bitflags! {
+    /// A set of layers.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Layers: u32 {
+        const CGROUPS = 1 << 0;
+        const MOUNTS = 1 << 1;
+        const PROCESSES = 1 << 2;
+        const IPC = 1 << 3;
+        const HOSTNAME = 1 << 4;
+        const NETWORK = 1 << 5;
+        const DEVICES = 1 << 6;
+        const HIDDEN = 1 << 7;
+        const SECCOMP = 1 << 8;
+    }
+}
+
+/// One layer, as the log and `--check` tell of it.
+#[derive(Debug)]
+pub struct Layer {
+    pub layer: Layers,
+    /// In bb_runner.toml.
+    pub key: &'static str,
+    pub demand: fn(&Containment) -> Demand,
+    /// What it is part of.
+    pub needs: Layers,
+    pub probe: Probe,
+    /// What each sandbox gets a new one of, where that is all that is to be made.
+    pub namespace: Option<NamespaceKind>,
+    /// What is so when it is on, and when it is off.
+    pub on: &'static str,
+    pub off: &'static str,
+}
+
+/// How it is found out whether this host allows a layer. The error says why not.
+#[derive(Clone, Copy, Debug)]
+pub enum Probe {
+    /// A sandbox is made that has this layer, and those that it needs, and no others.
+    Sandbox,
+    Ask(fn(&Config) -> Result<(), String>),
+}

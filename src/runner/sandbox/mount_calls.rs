@@ -1,0 +1,88 @@
+//! Mount calls: copies of trees, their attributes, and private file systems.
+//!
+//! The new system calls are used where they exist since Linux 5.12: a tree that is not attached
+//! anywhere belongs to whoever holds it, and vanishes with its descriptor.
+
+use std::{
+    ffi::{CStr, CString},
+    fs, io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
+    path::Path,
+};
+
+use rustix::{
+    fs::CWD,
+    mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree},
+};
+
+use crate::runner::sys::{MountAttributes, mount_setattr};
+
+/// mount_setattr(2); libc lacks its words on glibc.
+pub const READ_ONLY: u64 = 0x1;
+const NO_SET_USER_ID: u64 = 0x2;
+const NO_DEVICES: u64 = 0x4;
+pub const RECURSIVE: u32 = 0x8000;
+
+/// A copy of the mounts from a path down.
+pub fn copy_of_tree(path: &Path) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE;
+    Ok(open_tree(CWD, path, flags)?)
+}
+
+/// A copy of the mount that an open directory is on, from there down: private to whoever mounts it,
+/// without set-user-ID programs and devices.
+pub fn copy_of_directory(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = open_tree(directory, "", flags)?;
+    let attributes = MountAttributes {
+        set: NO_SET_USER_ID | NO_DEVICES,
+        clear: 0,
+        propagation: libc::MS_PRIVATE,
+        user_namespace: 0,
+    };
+    let empty = libc::AT_EMPTY_PATH as u32;
+    mount_setattr(tree.as_fd(), c"", empty, &attributes)?;
+    Ok(tree)
+}
+
+/// Mounts a tree at a path, over whatever is there.
+pub fn attach(tree: &OwnedFd, path: &Path) -> io::Result<()> {
+    move_mount(tree, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    Ok(())
+}
+
+pub fn set_attributes(path: &CStr, set: u64, clear: u64, flags: u32) -> io::Result<()> {
+    let attributes = MountAttributes {
+        set,
+        clear,
+        propagation: 0,
+        user_namespace: 0,
+    };
+    mount_setattr(CWD, path, flags, &attributes)
+}
+
+/// A new, empty file system in memory; `mode` is that of its root, such as `mode=1777`.
+pub fn private_tmpfs(place: &Path, mode: &CStr) -> io::Result<()> {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    Ok(mount("tmpfs", place, "tmpfs", flags, Some(mode))?)
+}
+
+/// Makes a directory to mount something on, if there is none.
+pub fn make_mount_point(path: &Path) -> io::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(path)
+        .or_else(|error| if path.is_dir() { Ok(()) } else { Err(error) })
+}
+
+pub fn c_path(path: &Path) -> io::Result<CString> {
+    Ok(CString::new(path.as_os_str().as_encoded_bytes())?)
+}

@@ -1,0 +1,173 @@
+//! The layer `containment.mounts`: the host's files read-only, and directories of an action's own
+//! (mount_namespaces(7)).
+//!
+//! 1. What all sandboxes have in common is copied from a `template`; what an action may write is made
+//!    anew: shared memory, terminals, temporary directories, /proc.
+//! 2. The action's user has a name in it (`passwd`), as soon as there is a user.
+//! 3. An action's directory is mounted on the build directory when it starts, so that its paths are the
+//!    same in every slot and it sees nobody else's.
+
+use std::{
+    ffi::CString,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use nix::sched::CloneFlags;
+use rustix::{
+    fs::{Mode, OFlags, fstat},
+    thread::LinkNameSpaceType,
+};
+
+use super::{
+    devices,
+    error::SandboxError,
+    layer::{Layer, Layers, Probe},
+    mount_calls::{attach, copy_of_tree, make_mount_point, private_tmpfs},
+    mount_watch::{DirectoryId, HostSnapshot},
+    namespace::{Namespace, NamespaceKind},
+    passwd::PasswdFiles,
+    spec::{SHARED_MEMORY, SandboxSpec},
+    template::{MountTemplate, PrivateDirectory},
+};
+
+pub const LAYER: Layer = Layer {
+    layer: Layers::MOUNTS,
+    key: "containment.mounts",
+    demand: |containment| containment.mounts,
+    needs: Layers::empty(),
+    probe: Probe::Sandbox,
+    namespace: Some(KIND),
+    on: "actions see the host's files read-only, and have their own directories at constant paths",
+    off: "actions share /tmp, /var/tmp and /dev/shm, where what they leave is removed, and write \
+          wherever the host lets every user write",
+};
+
+const KIND: NamespaceKind = NamespaceKind {
+    flag: CloneFlags::CLONE_NEWNS,
+    name: "mnt",
+    link: LinkNameSpaceType::Mount,
+};
+
+/// What one sandbox has mounted.
+#[derive(Debug)]
+pub struct SandboxMounts {
+    /// The build directory as it is inside, and its place there.
+    pub build_directory: OwnedFd,
+    pub place: CString,
+    identity: DirectoryId,
+    /// When it all was so on the host.
+    snapshot: HostSnapshot,
+    /// Where the action's temporary directory must be mounted.
+    pub temporary: Vec<CString>,
+    pub passwd: PasswdFiles,
+}
+
+/// A thread's way to and fro between the daemon's mounts and their template.
+#[derive(Debug)]
+pub struct MountBuilder {
+    host: Namespace,
+    template: Option<MountTemplate>,
+}
+
+impl MountBuilder {
+    /// On a thread that is in the daemon's own mount namespace.
+    pub fn new() -> io::Result<Self> {
+        Ok(MountBuilder {
+            host: Namespace::current(KIND)?,
+            template: None,
+        })
+    }
+
+    /// Moves this thread back.
+    pub fn enter_host(&self) -> Result<(), SandboxError> {
+        let entered = self.host.enter();
+        entered.map_err(SandboxError::at("the host's mounts"))
+    }
+
+    /// Moves this thread from the host's mounts to their template, which is made anew when the host has
+    /// changed.
+    pub fn enter_template(&mut self, spec: &SandboxSpec) -> Result<&MountTemplate, SandboxError> {
+        let hidden: Vec<PathBuf> = spec
+            .hidden
+            .iter()
+            .map(|path| spec.root().join(path.strip_prefix("/").unwrap_or(path)))
+            .collect();
+        let directories = [&spec.build_directory]
+            .into_iter()
+            .chain(&spec.writable)
+            .chain(&hidden)
+            .map(PathBuf::as_path);
+        let now = HostSnapshot::now(&spec.mount_watch, directories);
+        let template = match self.template.take() {
+            Some(template) if template.snapshot == now => template,
+            _ => MountTemplate::make(spec, KIND, now)?,
+        };
+        let entered = template.namespace.enter();
+        entered.map_err(SandboxError::at("template"))?;
+        Ok(self.template.insert(template))
+    }
+}
+
+impl SandboxMounts {
+    /// On a thread that is in a copy of the template.
+    pub fn prepare(spec: &SandboxSpec, template: &MountTemplate) -> Result<Self, SandboxError> {
+        for directory in &template.private {
+            let step = directory.place.to_string_lossy();
+            make_private(directory).map_err(SandboxError::at(step))?;
+        }
+        if spec.layers.contains(Layers::DEVICES) {
+            devices::prepare(spec.terminals)?;
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let build_directory = rustix::fs::open(&*template.place, flags, Mode::empty())
+            .map_err(SandboxError::at("build directory"))?;
+        let scratch = Path::new(SHARED_MEMORY);
+        let has_scratch = template.private.iter().any(|it| it.place == scratch);
+        let passwd = match spec.names_users && has_scratch {
+            true => PasswdFiles::prepare(spec.root(), scratch)
+                .map_err(SandboxError::at("/etc/passwd and /etc/group"))?,
+            false => PasswdFiles::default(),
+        };
+        Ok(SandboxMounts {
+            passwd,
+            identity: identity(build_directory.as_fd())
+                .map_err(SandboxError::at("build directory"))?,
+            snapshot: template.snapshot.clone(),
+            build_directory,
+            place: template.place.clone(),
+            temporary: template.temporary.clone(),
+        })
+    }
+
+    /// Whether the host has this build directory, nothing was mounted since, by the watch's count, and
+    /// no other users were made.
+    pub fn is_current(&self, build_directory: DirectoryId, changes: u64) -> bool {
+        self.identity == build_directory
+            && self.snapshot.has_mounts_of(changes)
+            && self.passwd.is_current()
+    }
+}
+
+fn make_private(directory: &PrivateDirectory) -> io::Result<()> {
+    let trees: Vec<OwnedFd> = directory
+        .keeps
+        .iter()
+        .map(|path| copy_of_tree(path))
+        .collect::<io::Result<_>>()?;
+    private_tmpfs(&directory.place, c"mode=1777")?;
+    for (path, tree) in directory.keeps.iter().zip(&trees) {
+        make_mount_point(path)?;
+        attach(tree, path)?;
+    }
+    Ok(())
+}
+
+pub fn identity(directory: BorrowedFd<'_>) -> io::Result<DirectoryId> {
+    let stat = fstat(directory)?;
+    Ok(DirectoryId {
+        device: stat.st_dev,
+        inode: stat.st_ino,
+    })
+}

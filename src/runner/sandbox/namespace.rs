@@ -1,0 +1,52 @@
+//! Namespaces (namespaces(7)): made by a thread that leaves the daemon's, entered by processes.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use nix::sched::{CloneFlags, setns};
+use rustix::thread::LinkNameSpaceType;
+
+use crate::runner::spawn::SetupStep;
+
+/// A kind of namespace: its flag (unshare(2)), its link in /proc, and what setns(2) expects of that.
+#[derive(Clone, Copy, Debug)]
+pub struct NamespaceKind {
+    pub flag: CloneFlags,
+    pub name: &'static str,
+    pub link: LinkNameSpaceType,
+}
+
+/// An open namespace, which lasts as long as this.
+#[derive(Debug)]
+pub struct Namespace {
+    descriptor: OwnedFd,
+    kind: NamespaceKind,
+}
+
+impl Namespace {
+    pub fn new(descriptor: OwnedFd, kind: NamespaceKind) -> Self {
+        Namespace { descriptor, kind }
+    }
+
+    /// The one that this thread is in.
+    pub fn current(kind: NamespaceKind) -> io::Result<Self> {
+        let path = format!("/proc/thread-self/ns/{}", kind.name);
+        Ok(Namespace::new(fs::File::open(path)?.into(), kind))
+    }
+
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Namespace::new(self.descriptor.try_clone()?, self.kind))
+    }
+
+    /// Moves this thread into it.
+    pub fn enter(&self) -> io::Result<()> {
+        Ok(setns(&self.descriptor, self.kind.flag)?)
+    }
+
+    /// Moves an action's process into it.
+    pub fn setup_step(&self) -> SetupStep<'_> {
+        SetupStep::EnterNamespace(self.descriptor.as_fd(), self.kind.link)
+    }
+}

@@ -1,0 +1,144 @@
+//! The action's user as its programs look it up in /etc/passwd and /etc/group (passwd(5), group(5)):
+//! with the same name on every host and in every slot, so that outputs do not depend on it, and a home
+//! directory.
+//!
+//! 1. Each sandbox has files of its own mounted on these two, in memory and read-only: an entry of the
+//!    action's first, then what its root has there.
+//! 2. The entry is written before the action's first process exists; nobody but root may write them.
+//! 3. When a file that is mounted on is replaced on the host, as useradd(8) does it, the kernel takes
+//!    the mount away everywhere. So a sandbox whose root has others by now is not used.
+//!
+//! A root without such a file does without. So does an input root that is the root: what it holds is
+//! what the client says.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use rustix::mount::mount_bind;
+
+use super::mount_calls::{READ_ONLY, c_path, set_attributes};
+
+/// What the user and its group are called.
+pub const NAME: &str = "build";
+
+#[derive(Clone, Copy, Debug)]
+enum Database {
+    User,
+    Group,
+}
+
+const FILES: [(Database, &str); 2] = [
+    (Database::User, "etc/passwd"),
+    (Database::Group, "etc/group"),
+];
+
+/// The two files of one sandbox. None: its users have no names.
+#[derive(Debug, Default)]
+pub struct PasswdFiles(Vec<PasswdFile>);
+
+#[derive(Debug)]
+struct PasswdFile {
+    database: Database,
+    /// Empty until the action has a user.
+    file: File,
+    /// Of all others.
+    entries: Vec<u8>,
+    /// What it is mounted on, as this daemon sees it, with its device and inode number.
+    below: PathBuf,
+    identity: (u64, u64),
+}
+
+impl PasswdFiles {
+    /// On a thread that is in the sandbox, whose root is `root` for this daemon. `scratch` is a directory
+    /// of the sandbox's in memory, which is left as it is.
+    pub fn prepare(root: &Path, scratch: &Path) -> io::Result<Self> {
+        let mut files = PasswdFiles::default();
+        for (database, name) in FILES {
+            let place = Path::new("/").join(name);
+            // A link leads elsewhere inside of another root than from this daemon.
+            if root != Path::new("/") && place.is_symlink() {
+                continue;
+            }
+            let entries = match fs::read(&place) {
+                Ok(entries) => entries,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            let metadata = fs::metadata(&place)?;
+            let source = scratch.join(".files");
+            let file = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o644)
+                .open(&source)?;
+            mount_bind(&source, &place)?;
+            fs::remove_file(&source)?;
+            set_attributes(&c_path(&place)?, READ_ONLY, 0, 0)?;
+            files.0.push(PasswdFile {
+                database,
+                file,
+                entries,
+                below: root.join(name),
+                identity: (metadata.dev(), metadata.ino()),
+            });
+        }
+        Ok(files)
+    }
+
+    /// Whether the files are still mounted on what the root has.
+    pub fn is_current(&self) -> bool {
+        self.0.iter().all(|entry| {
+            fs::metadata(&entry.below)
+                .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == entry.identity)
+        })
+    }
+
+    /// Gives the user `id`, and the group of that number, its name; once.
+    pub fn name(&self, id: u32, home: &str) -> io::Result<()> {
+        for PasswdFile {
+            database,
+            file,
+            entries,
+            ..
+        } in &self.0
+        {
+            let mut text = line(*database, id, home).into_bytes();
+            text.extend(entries);
+            file.write_all_at(&text, 0)?;
+        }
+        Ok(())
+    }
+}
+
+fn line(database: Database, id: u32, home: &str) -> String {
+    // No path can have these in there.
+    let home = match home.contains([':', '\n']) {
+        true => "/nonexistent",
+        false => home,
+    };
+    match database {
+        Database::User => format!("{NAME}:x:{id}:{id}:Build action:{home}:/bin/sh\n"),
+        Database::Group => format!("{NAME}:x:{id}:\n"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_have_as_many_fields_as_they_must() {
+        for (database, fields) in [(Database::User, 7), (Database::Group, 4)] {
+            for home in ["/build/home", "/a:b/home", "/a\nroot::0:0::/:/bin/sh"] {
+                let line = line(database, 58_003, home);
+                assert_eq!(line.trim_end().split(':').count(), fields, "{line:?}");
+                assert_eq!(line.matches('\n').count(), 1);
+                assert!(line.starts_with("build:x:58003:"));
+            }
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! Sandboxes that wait for actions, made ahead on a thread of its own.
+//!
+//! 1. Who takes one gets one that is usable now, or the reason why the last one could not be made.
+//! 2. After a failure the thread tries again by itself, `RETRY_INTERVAL` later, whether or not
+//!    somebody waits: a shortage that is over is noticed, and one that lasts costs little.
+//! 3. `prove` holds when the last sandbox that was to be made was made, less than `PROOF_AGE` ago; else
+//!    one is made for it. So whoever asks for readiness again and again makes a sandbox each
+//!    `PROOF_AGE` at most.
+//! 4. Whoever waits holds no lock, and can give up at any time.
+
+use std::{
+    collections::VecDeque,
+    io,
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use tokio::sync::watch;
+
+use super::{
+    builder::{Sandbox, SandboxBuilder},
+    error::SandboxError,
+    mount_watch::DirectoryId,
+    spec::SandboxSpec,
+};
+
+/// Sandboxes that wait for actions.
+const PREPARED: usize = 5;
+const RETRY_INTERVAL: Duration = Duration::from_millis(250);
+const PROOF_AGE: Duration = Duration::from_secs(10);
+/// How long it may take to make one, on a host that is busy.
+const BUILD_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Gives out sandboxes that a thread prepares ahead.
+#[derive(Debug)]
+pub struct SandboxPool {
+    spec: Arc<SandboxSpec>,
+    shared: Arc<PoolShared>,
+    builder: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Debug, Default)]
+struct PoolShared {
+    state: Mutex<PoolState>,
+    /// The builder waits here.
+    wanted: Condvar,
+    /// Counts sandboxes that were made or could not be; all others wait here.
+    attempts: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct PoolState {
+    /// The oldest first.
+    ready: VecDeque<Sandbox>,
+    last: Option<BuildAttempt>,
+    is_closed: bool,
+}
+
+#[derive(Debug)]
+struct BuildAttempt {
+    at: Instant,
+    failure: Option<SandboxError>,
+}
+
+impl SandboxPool {
+    pub fn open(spec: SandboxSpec) -> io::Result<Self> {
+        let spec = Arc::new(spec);
+        let shared = Arc::<PoolShared>::default();
+        let builder = std::thread::Builder::new()
+            .name("sandboxes".to_owned())
+            .spawn({
+                let (spec, shared) = (spec.clone(), shared.clone());
+                move || shared.build(&spec)
+            })?;
+        Ok(SandboxPool {
+            spec,
+            shared,
+            builder: Mutex::new(Some(builder)),
+        })
+    }
+
+    pub fn spec(&self) -> &SandboxSpec {
+        &self.spec
+    }
+
+    /// A sandbox around the build directory that has this device and inode number, if one is ready.
+    pub fn try_take(&self, build_directory: DirectoryId) -> Option<Sandbox> {
+        let sandbox = self.shared.pop().ok()??;
+        let changes = self.spec.mount_watch.count();
+        sandbox
+            .is_usable(build_directory, changes)
+            .then_some(sandbox)
+    }
+
+    /// The same, as soon as there is one.
+    pub async fn take(&self, build_directory: DirectoryId) -> Result<Sandbox, SandboxError> {
+        let changes = self.spec.mount_watch.count();
+        // Each of those that are ready may be out of date, as may the one that is in the making.
+        for _ in 0..PREPARED + 2 {
+            let sandbox = self.shared.next().await?;
+            if sandbox.is_usable(build_directory, changes) {
+                return Ok(sandbox);
+            }
+        }
+        Err(SandboxError::other(
+            "build directory",
+            "it is replaced, or sandboxes are killed, all the time",
+        ))
+    }
+
+    /// Whether it is known that a sandbox can be made; `None` when `prove` must find out.
+    pub fn is_proven(&self, build_directory: DirectoryId) -> Option<Result<(), SandboxError>> {
+        let changes = self.spec.mount_watch.count();
+        let state = self.shared.state.lock();
+        let last = state.last.as_ref()?;
+        match &last.failure {
+            // At most `RETRY_INTERVAL` old.
+            Some(failure) => Some(Err(failure.clone())),
+            None if last.at.elapsed() > PROOF_AGE => None,
+            None => {
+                let newest = state.ready.back()?;
+                newest.is_usable(build_directory, changes).then_some(Ok(()))
+            }
+        }
+    }
+
+    /// Makes a sandbox, whatever is ready. The error says why none can be made.
+    pub async fn prove(&self) -> Result<(), SandboxError> {
+        let mut attempts = self.shared.attempts.subscribe();
+        // In place of the oldest one.
+        let oldest = {
+            let mut state = self.shared.state.lock();
+            match state.ready.len() < PREPARED {
+                true => None,
+                false => state.ready.pop_front(),
+            }
+        };
+        // Its end takes a while.
+        tokio::task::spawn_blocking(move || drop(oldest));
+        self.shared.wanted.notify_one();
+        self.shared.await_attempt(&mut attempts).await
+    }
+
+    /// Removes all sandboxes that nobody is in; there will be no others.
+    pub fn close(&self) {
+        let ready = {
+            let mut state = self.shared.state.lock();
+            state.is_closed = true;
+            std::mem::take(&mut state.ready)
+        };
+        self.shared.wanted.notify_one();
+        self.shared.attempts.send_modify(|_| ());
+        drop(ready);
+        if let Some(builder) = self.builder.lock().take() {
+            let _ = builder.join();
+        }
+        if let Some(cgroups) = &self.spec.cgroups {
+            cgroups.close();
+        }
+    }
+}
+
+impl Drop for SandboxPool {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl PoolShared {
+    /// What the thread does, until closed.
+    fn build(&self, spec: &SandboxSpec) {
+        let mut builder = None;
+        let mut state = self.state.lock();
+        while !state.is_closed {
+            if state.ready.len() >= PREPARED {
+                self.wanted.wait(&mut state);
+                continue;
+            }
+            if let Some(BuildAttempt { at, failure }) = &state.last
+                && failure.is_some()
+                && at.elapsed() < RETRY_INTERVAL
+            {
+                let until = *at + RETRY_INTERVAL;
+                self.wanted.wait_until(&mut state, until);
+                continue;
+            }
+            let made = MutexGuard::unlocked(&mut state, || match &mut builder {
+                Some(builder) => SandboxBuilder::build(builder, spec),
+                none => none.insert(SandboxBuilder::new()?).build(spec),
+            });
+            let was_failing = state
+                .last
+                .as_ref()
+                .is_some_and(|last| last.failure.is_some());
+            let failure = match made {
+                Ok(sandbox) => {
+                    state.ready.push_back(sandbox);
+                    None
+                }
+                Err(error) => Some(error),
+            };
+            match &failure {
+                Some(error) if !was_failing => {
+                    tracing::error!("{error}; no action can run until then")
+                }
+                None if was_failing => tracing::info!("sandboxes for actions can be made again"),
+                _ => {}
+            }
+            state.last = Some(BuildAttempt {
+                at: Instant::now(),
+                failure,
+            });
+            self.attempts.send_modify(|attempts| *attempts += 1);
+        }
+        // One that was made while it was closed.
+        let ready = std::mem::take(&mut state.ready);
+        drop(state);
+        drop(ready);
+    }
+
+    /// The oldest, if there is one.
+    fn pop(&self) -> Result<Option<Sandbox>, SandboxError> {
+        let mut state = self.state.lock();
+        if state.is_closed {
+            return Err(SandboxError::other("stop", "bb_runner stops"));
+        }
+        let sandbox = state.ready.pop_front();
+        drop(state);
+        if sandbox.is_some() {
+            self.wanted.notify_one();
+        }
+        Ok(sandbox)
+    }
+
+    /// The oldest, as soon as there is one.
+    async fn next(&self) -> Result<Sandbox, SandboxError> {
+        let mut attempts = self.attempts.subscribe();
+        loop {
+            if let Some(sandbox) = self.pop()? {
+                return Ok(sandbox);
+            }
+            self.await_attempt(&mut attempts).await?;
+        }
+    }
+
+    /// Waits for an attempt that this receiver has not seen.
+    async fn await_attempt(&self, attempts: &mut watch::Receiver<u64>) -> Result<(), SandboxError> {
+        let attempted = tokio::time::timeout(BUILD_TIMEOUT, attempts.changed()).await;
+        if attempted.is_err() {
+            return Err(SandboxError::other(
+                "wait",
+                format!("it was not made within {BUILD_TIMEOUT:?}"),
+            ));
+        }
+        let state = self.state.lock();
+        if state.is_closed {
+            return Err(SandboxError::other("stop", "bb_runner stops"));
+        }
+        match state.last.as_ref().and_then(|last| last.failure.clone()) {
+            Some(failure) => Err(failure),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,290 @@
+//! The layer `containment.seccomp`: a filter of system calls (seccomp(2)). It refuses what builds and
+//! tests never need and what keeps no promise about other users' business: keyrings, BPF, userfaultfd,
+//! mounts, user namespaces (with which they would have mounts and network interfaces of their own, and
+//! so most of the kernel's privileged code), modules, kexec, clocks, performance counters, rings.
+//! `syscalls` is the list, and `bpf` what a filter is written with.
+//!
+//! 1. They fail, as on a kernel that was built without them: programs look for something else.
+//! 2. So do calls that are newer than the list, on every ABI: a program that knows them knows older
+//!    kernels too.
+//! 3. 32-bit programs are filtered by their own numbers, out of the same list. Numbers of the x32 ABI
+//!    and programs of other architectures are refused as a whole.
+//!
+//! Tracing is allowed: sanitizers and debuggers trace their own processes, and others are in other
+//! namespaces and have other users.
+
+mod bpf;
+mod syscalls;
+
+use bpf::{
+    ARCHITECTURE, AT_LEAST, EQUAL, FIRST_ARGUMENT, Fragment, HAS_BITS, NUMBER, answer, choose,
+    load, search,
+};
+use syscalls::{FAMILIES, NEWEST, Rule, SOCKET_MAKERS, SYSTEM_CALLS, SystemCall};
+
+use super::layer::{Layer, Layers, Probe};
+use crate::{config::runner::Config, runner::process_status};
+
+pub const LAYER: Layer = Layer {
+    layer: Layers::SECCOMP,
+    key: "containment.seccomp",
+    demand: |containment| containment.seccomp,
+    needs: Layers::empty(),
+    probe: Probe::Ask(is_built_in),
+    namespace: None,
+    on: "system calls that builds never need are refused",
+    off: "actions may use all system calls",
+};
+
+/// A kernel that was built without it has no such field.
+fn is_built_in(_: &Config) -> Result<(), String> {
+    process_status::bits("Seccomp:")
+        .map(drop)
+        .ok_or_else(|| "this kernel has no seccomp filters".to_owned())
+}
+
+/// A program that decides on each system call.
+#[derive(Debug)]
+pub struct SeccompFilter(Vec<libc::sock_filter>);
+
+/// A way to make system calls: its architecture (linux/audit.h), and how it numbers them.
+type Abi = (u32, fn(&SystemCall) -> Option<u32>);
+
+/// Those of this architecture's kernels.
+#[cfg(target_arch = "x86_64")]
+const ABIS: [Abi; 2] = [
+    (0xc000_003e, |call| call.amd64),
+    (0x4000_0003, |call| call.i386),
+];
+#[cfg(target_arch = "aarch64")]
+const ABIS: [Abi; 1] = [(0xc000_00b7, |call| call.arm64)];
+
+const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
+const fn refuse(errno: i32) -> u32 {
+    libc::SECCOMP_RET_ERRNO | errno as u32
+}
+
+impl SeccompFilter {
+    /// With `user_namespaces`, actions may make some, and use what these are for.
+    pub fn new(user_namespaces: bool) -> Self {
+        let other = vec![answer(refuse(libc::ENOSYS))];
+        let tables = ABIS.iter().rev();
+        let chosen = tables.fold(other, |rest, (architecture, number)| {
+            choose(EQUAL, *architecture, table(user_namespaces, number), rest)
+        });
+        let mut program = vec![load(ARCHITECTURE)];
+        program.extend(chosen);
+        SeccompFilter(program)
+    }
+
+    /// The program, for the kernel.
+    pub fn program(&self) -> &[libc::sock_filter] {
+        &self.0
+    }
+}
+
+/// The fragment for one ABI, whose numbers `number` tells.
+fn table(user_namespaces: bool, number: impl Fn(&SystemCall) -> Option<u32>) -> Fragment {
+    let mut cases: Vec<(u32, Fragment)> = SYSTEM_CALLS
+        .iter()
+        .filter_map(|call| Some((number(call)?, fragment(call.rule, user_namespaces)?)))
+        .collect();
+    cases.sort_by_key(|(number, _)| *number);
+    let mut table = vec![load(NUMBER)];
+    // Here end those of the x32 ABI as well, which start at 2^30.
+    table.extend(choose(
+        AT_LEAST,
+        NEWEST + 1,
+        vec![answer(refuse(libc::ENOSYS))],
+        search(cases),
+    ));
+    table
+}
+
+/// `None` for what is allowed.
+fn fragment(rule: Rule, user_namespaces: bool) -> Option<Fragment> {
+    let one_of = |values: &[u32], is: u32, other: u32| {
+        let last = vec![answer(other)];
+        let found = values.iter().fold(last, |rest, value| {
+            choose(EQUAL, *value, vec![answer(is)], rest)
+        });
+        [vec![load(FIRST_ARGUMENT)], found].concat()
+    };
+    match rule {
+        Rule::Refused(errno) => Some(vec![answer(refuse(errno))]),
+        Rule::ForUserNamespaces(_) | Rule::CloneFlags if user_namespaces => None,
+        Rule::ForUserNamespaces(errno) => Some(vec![answer(refuse(errno))]),
+        Rule::CloneFlags => {
+            let user = libc::CLONE_NEWUSER as u32;
+            let refused = vec![answer(refuse(libc::EPERM))];
+            let tested = choose(HAS_BITS, user, refused, vec![answer(ALLOW)]);
+            Some([vec![load(FIRST_ARGUMENT)], tested].concat())
+        }
+        Rule::AddressFamily => Some(one_of(&FAMILIES, ALLOW, refuse(libc::EPERM))),
+        Rule::SocketCall => Some(one_of(&SOCKET_MAKERS, refuse(libc::ENOSYS), ALLOW)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernel's interpreter would say.
+    fn verdict(filter: &SeccompFilter, architecture: u32, number: u32, argument: u32) -> u32 {
+        let (mut accumulator, mut at) = (0, 0);
+        loop {
+            let step = filter.0[at];
+            at += 1;
+            let code = u32::from(step.code);
+            let taken = match code & 0x07 {
+                libc::BPF_LD => {
+                    accumulator = match step.k {
+                        NUMBER => number,
+                        ARCHITECTURE => architecture,
+                        _ => argument,
+                    };
+                    continue;
+                }
+                libc::BPF_RET => return step.k,
+                _ => match code & 0xf0 {
+                    libc::BPF_JA => {
+                        at += step.k as usize;
+                        continue;
+                    }
+                    EQUAL => accumulator == step.k,
+                    AT_LEAST => accumulator >= step.k,
+                    _ => accumulator & step.k != 0,
+                },
+            };
+            at += usize::from(if taken { step.jt } else { step.jf });
+        }
+    }
+
+    #[test]
+    fn what_is_listed_is_refused_and_everything_older_is_not() {
+        for user_namespaces in [false, true] {
+            let filter = SeccompFilter::new(user_namespaces);
+            for (architecture, numbered) in ABIS {
+                for number in 0..=NEWEST {
+                    let row = SYSTEM_CALLS
+                        .iter()
+                        .find(|call| numbered(call) == Some(number));
+                    let expected = match row.map(|call| call.rule) {
+                        Some(Rule::Refused(errno)) => refuse(errno),
+                        Some(Rule::ForUserNamespaces(errno)) if !user_namespaces => refuse(errno),
+                        _ => ALLOW,
+                    };
+                    let got = verdict(&filter, architecture, number, 0);
+                    assert_eq!(got, expected, "{architecture:x} {number} {row:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_newer_than_the_list_is_absent_on_every_abi() {
+        let filter = SeccompFilter::new(true);
+        let absent = refuse(libc::ENOSYS);
+        for (architecture, _) in ABIS {
+            for number in [NEWEST + 1, 512, 547, 0x4000_0000, 0x4000_00a5, u32::MAX] {
+                assert_eq!(verdict(&filter, architecture, number, 0), absent);
+            }
+        }
+        for architecture in [0, 0x1234, 0x4000_0028] {
+            assert_eq!(verdict(&filter, architecture, 0, 0), absent);
+        }
+    }
+
+    #[test]
+    fn user_namespaces_are_made_only_where_they_are_allowed() {
+        for (allowed, expected) in [(false, refuse(libc::EPERM)), (true, ALLOW)] {
+            let filter = SeccompFilter::new(allowed);
+            for (architecture, numbered) in ABIS {
+                for name in ["clone", "unshare"] {
+                    let row = SYSTEM_CALLS.iter().find(|call| call.name == name);
+                    let number = row.and_then(numbered).unwrap();
+                    let flags = (libc::CLONE_NEWUSER | libc::SIGCHLD) as u32;
+                    assert_eq!(verdict(&filter, architecture, number, flags), expected);
+                    let harmless = (libc::CLONE_VM | libc::SIGCHLD) as u32;
+                    assert_eq!(verdict(&filter, architecture, number, harmless), ALLOW);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sockets_are_of_families_that_a_namespace_holds() {
+        let filter = SeccompFilter::new(true);
+        for (architecture, numbered) in ABIS {
+            for name in ["socket", "socketpair"] {
+                let row = SYSTEM_CALLS.iter().find(|call| call.name == name);
+                let number = row.and_then(numbered).unwrap();
+                for family in 0..60 {
+                    let expected = match FAMILIES.contains(&family) {
+                        true => ALLOW,
+                        false => refuse(libc::EPERM),
+                    };
+                    assert_eq!(verdict(&filter, architecture, number, family), expected);
+                }
+            }
+        }
+        for family in [libc::AF_VSOCK, libc::AF_ALG, libc::AF_TIPC, libc::AF_RDS] {
+            assert!(!FAMILIES.contains(&(family as u32)));
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn a_call_that_carries_others_carries_none_that_is_refused() {
+        let filter = SeccompFilter::new(true);
+        for call in 0..=20 {
+            let expected = match call {
+                1 | 8 => refuse(libc::ENOSYS),
+                _ => ALLOW,
+            };
+            assert_eq!(verdict(&filter, ABIS[1].0, 102, call), expected, "{call}");
+        }
+    }
+
+    /// The kernel's own headers, as Debian's linux-libc-dev installs them, which every linker needs;
+    /// those of arm64 are on every host.
+    #[test]
+    fn numbers_are_those_of_the_kernels_headers() {
+        type Number = fn(&SystemCall) -> Option<u32>;
+        let mut headers: Vec<(&str, Number)> =
+            vec![("/usr/include/asm-generic/unistd.h", |call| call.arm64)];
+        if cfg!(target_arch = "x86_64") {
+            let x86: [(&str, Number); 2] = [
+                ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", |call| {
+                    call.amd64
+                }),
+                ("/usr/include/x86_64-linux-gnu/asm/unistd_32.h", |call| {
+                    call.i386
+                }),
+            ];
+            headers.extend(x86);
+        }
+        for (file, numbered) in headers {
+            let header = std::fs::read_to_string(file).unwrap();
+            let numbers: std::collections::BTreeMap<&str, u32> = header
+                .lines()
+                .filter_map(|line| {
+                    let mut words = line.strip_prefix("#define __NR_")?.split_whitespace();
+                    Some((words.next()?, words.next()?.parse().ok()?))
+                })
+                // How many there are; and those of 32-bit ABIs, in the header that is for all.
+                .filter(|(name, _)| *name != "syscalls")
+                .filter(|(_, number)| !file.contains("generic") || !(403..424).contains(number))
+                .collect();
+            let newest = numbers.values().max().unwrap();
+            assert!(numbers.len() > 250 && *newest <= NEWEST, "{file}: {newest}");
+            for call in SYSTEM_CALLS {
+                let number = numbered(call);
+                // Headers may be older than the list.
+                if number.is_none_or(|number| number <= *newest) {
+                    assert_eq!(numbers.get(call.name).copied(), number, "{file} {call:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! The system calls that actions are refused, by name, with their numbers on each architecture.
+//!
+//! 1. One row is one call: what is refused to native programs is refused to 32-bit ones, and a call
+//!    that only these have is a row too.
+//! 2. From 424 on, a number means the same call on every ABI (Linux 5.1), so that one number, `NEWEST`,
+//!    ends the table for all of them. What is beyond it was never looked at, and is not there.
+//! 3. A call that carries others is refused as far as what it carries would be: rings as a whole,
+//!    socketcall(2), whose arguments lie in memory, where it makes sockets.
+//!
+//! The numbers are those of the kernel's headers, which a test compares: asm/unistd_64.h and
+//! unistd_32.h on x86, and asm-generic/unistd.h, which arm64 has.
+
+/// The last call of this table's kernel, Linux 6.18: file_setattr.
+pub const NEWEST: u32 = 469;
+
+/// One call. `None`: this ABI has no such call.
+#[derive(Clone, Copy, Debug)]
+pub struct SystemCall {
+    /// For the reader, and compared by the tests.
+    #[cfg_attr(not(test), expect(dead_code))]
+    pub name: &'static str,
+    #[cfg_attr(not(any(test, target_arch = "x86_64")), expect(dead_code))]
+    pub amd64: Option<u32>,
+    #[cfg_attr(not(any(test, target_arch = "x86_64")), expect(dead_code))]
+    pub i386: Option<u32>,
+    #[cfg_attr(not(any(test, target_arch = "aarch64")), expect(dead_code))]
+    pub arm64: Option<u32>,
+    pub rule: Rule,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// It fails with this error number.
+    Refused(i32),
+    /// The same; but in a user namespace of the action's own it concerns nobody else, and makes what
+    /// the namespace is for (user_namespaces(7)).
+    ForUserNamespaces(i32),
+    /// Its first argument is a set of CLONE_ flags; a new user namespace is refused.
+    CloneFlags,
+    /// Its first argument is an address family, one of `FAMILIES` or refused.
+    AddressFamily,
+    /// Its first argument is the number of a call, and calls that make sockets are refused.
+    SocketCall,
+}
+
+/// What may be a socket's address family: what network namespaces hold, and programs use. Others
+/// reach a virtual machine's host (vsock), devices of the host, or the kernel's least used code.
+pub const FAMILIES: [u32; 6] = [
+    libc::AF_UNSPEC as u32,
+    libc::AF_UNIX as u32,
+    libc::AF_INET as u32,
+    libc::AF_INET6 as u32,
+    libc::AF_NETLINK as u32,
+    libc::AF_PACKET as u32,
+];
+
+/// linux/net.h: SYS_SOCKET and SYS_SOCKETPAIR.
+pub const SOCKET_MAKERS: [u32; 2] = [1, 8];
+
+use Rule::{ForUserNamespaces, Refused};
+
+const DENIED: Rule = Refused(libc::EPERM);
+/// As on a kernel without it: for calls that are new, optional or obsolete, which programs have a
+/// way around.
+const ABSENT: Rule = Refused(libc::ENOSYS);
+const NAMESPACED: Rule = ForUserNamespaces(libc::EPERM);
+const NAMESPACED_NEW: Rule = ForUserNamespaces(libc::ENOSYS);
+
+/// A call that every architecture has.
+const fn call(name: &'static str, amd64: u32, i386: u32, arm64: u32, rule: Rule) -> SystemCall {
+    SystemCall {
+        name,
+        amd64: Some(amd64),
+        i386: Some(i386),
+        arm64: Some(arm64),
+        rule,
+    }
+}
+
+/// One of those that have the same number everywhere.
+const fn new(name: &'static str, number: u32, rule: Rule) -> SystemCall {
+    call(name, number, number, number, rule)
+}
+
+/// A call of Intel's architectures alone.
+const fn x86(name: &'static str, amd64: Option<u32>, i386: Option<u32>, rule: Rule) -> SystemCall {
+    SystemCall {
+        name,
+        amd64,
+        i386,
+        arm64: None,
+        rule,
+    }
+}
+
+pub const SYSTEM_CALLS: &[SystemCall] = &[
+    // Keyrings.
+    call("add_key", 248, 286, 217, DENIED),
+    call("request_key", 249, 287, 218, DENIED),
+    call("keyctl", 250, 288, 219, DENIED),
+    // Programs in the kernel, its memory faults, counters.
+    call("bpf", 321, 357, 280, DENIED),
+    call("userfaultfd", 323, 374, 282, DENIED),
+    call("perf_event_open", 298, 336, 241, DENIED),
+    // Mounts, roots and namespaces. clone3's flags are in memory, where a filter cannot look.
+    call("mount", 165, 21, 40, NAMESPACED),
+    call("umount2", 166, 52, 39, NAMESPACED),
+    x86("umount", None, Some(22), NAMESPACED),
+    call("pivot_root", 155, 217, 41, NAMESPACED),
+    call("chroot", 161, 61, 51, NAMESPACED),
+    new("open_tree", 428, NAMESPACED),
+    new("move_mount", 429, NAMESPACED),
+    new("fsopen", 430, NAMESPACED),
+    new("fsconfig", 431, NAMESPACED),
+    new("fsmount", 432, NAMESPACED),
+    new("fspick", 433, NAMESPACED),
+    new("mount_setattr", 442, NAMESPACED),
+    new("open_tree_attr", 467, NAMESPACED_NEW),
+    new("statmount", 457, NAMESPACED_NEW),
+    new("listmount", 458, NAMESPACED_NEW),
+    call("setns", 308, 346, 268, NAMESPACED),
+    call("clone", 56, 120, 220, Rule::CloneFlags),
+    call("unshare", 272, 310, 97, Rule::CloneFlags),
+    new("clone3", 435, ABSENT),
+    // Names of the host.
+    call("sethostname", 170, 74, 161, NAMESPACED),
+    call("setdomainname", 171, 121, 162, NAMESPACED),
+    // Disks.
+    call("quotactl", 179, 131, 60, DENIED),
+    new("quotactl_fd", 443, ABSENT),
+    call("swapon", 167, 87, 224, DENIED),
+    call("swapoff", 168, 115, 225, DENIED),
+    // Files by their number instead of their path; what happens to others' files; terminals.
+    call("open_by_handle_at", 304, 342, 265, DENIED),
+    call("fanotify_init", 300, 338, 262, DENIED),
+    call("vhangup", 153, 111, 58, DENIED),
+    // The kernel itself, and the machine.
+    call("init_module", 175, 128, 105, DENIED),
+    call("finit_module", 313, 350, 273, DENIED),
+    call("delete_module", 176, 129, 106, DENIED),
+    call("kexec_load", 246, 283, 104, DENIED),
+    SystemCall {
+        i386: None,
+        ..call("kexec_file_load", 320, 0, 294, DENIED)
+    },
+    call("reboot", 169, 88, 142, DENIED),
+    call("syslog", 103, 103, 116, DENIED),
+    call("acct", 163, 51, 89, DENIED),
+    new("lsm_get_self_attr", 459, ABSENT),
+    new("lsm_set_self_attr", 460, ABSENT),
+    new("lsm_list_modules", 461, ABSENT),
+    x86("iopl", Some(172), Some(110), DENIED),
+    x86("ioperm", Some(173), Some(101), DENIED),
+    x86("vm86", None, Some(166), ABSENT),
+    x86("vm86old", None, Some(113), ABSENT),
+    x86("uselib", Some(134), Some(86), ABSENT),
+    x86("_sysctl", Some(156), Some(149), ABSENT),
+    call("nfsservctl", 180, 169, 42, ABSENT),
+    call("lookup_dcookie", 212, 253, 18, ABSENT),
+    // Clocks.
+    call("settimeofday", 164, 79, 170, DENIED),
+    call("clock_settime", 227, 264, 112, DENIED),
+    call("clock_adjtime", 305, 343, 266, DENIED),
+    call("adjtimex", 159, 124, 171, DENIED),
+    x86("stime", None, Some(25), DENIED),
+    x86("clock_settime64", None, Some(404), DENIED),
+    x86("clock_adjtime64", None, Some(405), DENIED),
+    // Rings in which other calls hide.
+    new("io_uring_setup", 425, DENIED),
+    new("io_uring_enter", 426, DENIED),
+    new("io_uring_register", 427, DENIED),
+    // Its contexts are counted against one number of the whole host's, fs.aio-max-nr.
+    call("io_setup", 206, 245, 0, ABSENT),
+    // Sockets.
+    call("socket", 41, 359, 198, Rule::AddressFamily),
+    call("socketpair", 53, 360, 199, Rule::AddressFamily),
+    x86("socketcall", None, Some(102), Rule::SocketCall),
+];

@@ -1,0 +1,87 @@
+//! What all sandboxes are made from, decided when the daemon starts.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{
+    cgroups::ActionCgroups, devices, init_program::InitProgram, layer::Layers,
+    mount_watch::MountWatch, network::NetworkPool,
+};
+use crate::config::runner::{Config, Root};
+
+/// Where the action's temporary directory appears.
+const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
+pub const SHARED_MEMORY: &str = "/dev/shm";
+
+#[derive(Debug)]
+pub struct SandboxSpec {
+    pub layers: Layers,
+    pub build_directory: PathBuf,
+    pub writable: Vec<PathBuf>,
+    pub hidden: Vec<PathBuf>,
+    /// Existing places of `TEMPORARY`, without symbolic links, each once.
+    pub temporary: Vec<PathBuf>,
+    /// Another tree in place of the host's.
+    pub image: Option<PathBuf>,
+    /// Whether /etc/passwd and /etc/group are to tell the action's user.
+    pub names_users: bool,
+    /// The most pseudo-terminals.
+    pub terminals: u32,
+    pub init: Option<Arc<InitProgram>>,
+    pub networks: NetworkPool,
+    pub cgroups: Option<Arc<ActionCgroups>>,
+    /// Of the host's mounts.
+    pub mount_watch: MountWatch,
+}
+
+impl SandboxSpec {
+    pub fn new(
+        config: &Config,
+        layers: Layers,
+        cgroups: Option<ActionCgroups>,
+    ) -> io::Result<Self> {
+        let image = config.root.image().map(Path::to_owned);
+        let root = image.as_deref().unwrap_or(Path::new("/"));
+        let mut temporary: Vec<PathBuf> = TEMPORARY
+            .iter()
+            .map(|place| root.join(&place[1..]))
+            .filter_map(|place| fs::canonicalize(place).ok())
+            .filter(|place| place.is_dir())
+            .filter_map(|place| Some(Path::new("/").join(place.strip_prefix(root).ok()?)))
+            .collect();
+        temporary.dedup();
+        let init = match layers.contains(Layers::PROCESSES) {
+            true => Some(Arc::new(InitProgram::new()?)),
+            false => None,
+        };
+        Ok(SandboxSpec {
+            layers,
+            build_directory: config.build_directory.clone(),
+            writable: config.writable_directories.clone(),
+            hidden: config.containment.hidden_paths.clone(),
+            temporary,
+            image,
+            names_users: config.root != Root::Input,
+            terminals: devices::terminals(config.users.count),
+            init,
+            networks: NetworkPool::default(),
+            cgroups: cgroups.map(Arc::new),
+            mount_watch: MountWatch::start()?,
+        })
+    }
+
+    /// The directory that actions see as `/`, as this daemon sees it.
+    pub fn root(&self) -> &Path {
+        self.image.as_deref().unwrap_or(Path::new("/"))
+    }
+
+    /// Directories that all actions share when sandboxes have no mounts of their own.
+    pub fn shared(&self) -> Vec<PathBuf> {
+        let mut shared = self.temporary.clone();
+        shared.push(PathBuf::from(SHARED_MEMORY));
+        shared
+    }
+}

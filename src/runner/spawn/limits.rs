@@ -1,0 +1,51 @@
+//! An action's limits for what the kernel counts by user (getrlimit(2)), whatever this daemon was
+//! started with: each action has a user of its own.
+//!
+//! What the kernel counts for nobody is in bb-remote-execution(7), "What is not stopped".
+
+use rustix::{
+    io::Errno,
+    process::{Resource, Rlimit, getrlimit, setrlimit},
+};
+
+/// The most of each, soft and hard.
+const LIMITS: [(Resource, u64); 6] = [
+    (Resource::Core, 0),
+    // Bytes of memory that cannot be swapped, and of POSIX message queues: the kernel's defaults.
+    (Resource::Memlock, 8 << 20),
+    (Resource::Msgqueue, 819_200),
+    // Signals that wait to be delivered, and timers.
+    (Resource::Sigpending, 65_536),
+    // Nobody runs before others.
+    (Resource::Rtprio, 0),
+    (Resource::Nice, 0),
+];
+
+/// What systemd gives to services and sessions (systemd-system.conf(5), DefaultLimitNOFILE=):
+/// programs that use select(2) rely on the first.
+const OPEN_FILES: (u64, u64) = (1024, 524_288);
+
+/// All but that of open files. For a new process (`sys`).
+pub fn limit_resources(processes: u64) -> Result<(), Errno> {
+    for (resource, most) in LIMITS {
+        lower(resource, most, most)?;
+    }
+    lower(Resource::Nproc, processes, processes)
+}
+
+/// For a new process (`sys`), which cannot open more than this afterwards.
+pub fn limit_open_files() -> Result<(), Errno> {
+    lower(Resource::Nofile, OPEN_FILES.0, OPEN_FILES.1)
+}
+
+/// Sets both limits, but raises none.
+fn lower(resource: Resource, soft: u64, hard: u64) -> Result<(), Errno> {
+    let maximum = getrlimit(resource).maximum.unwrap_or(u64::MAX).min(hard);
+    setrlimit(
+        resource,
+        Rlimit {
+            current: Some(soft.min(maximum)),
+            maximum: Some(maximum),
+        },
+    )
+}

@@ -1,0 +1,192 @@
+//! A process as this daemon has it: made, waited for, killed, and what it used.
+//!
+//! 1. Everything that can be prepared is prepared before the process exists.
+//! 2. The process is in its control group from the start (clone3(2), CLONE_INTO_CGROUP).
+//! 3. The thread that makes a process stays until it is gone, since its end would kill the process
+//!    (PR_SET_PDEATHSIG).
+
+use std::{
+    cell::Cell,
+    ffi::{CString, c_char},
+    io,
+    os::fd::OwnedFd,
+    ptr,
+    time::Duration,
+};
+
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::resource::{UsageWho, getrusage},
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Signal, getpid, pidfd_send_signal},
+};
+
+use super::{
+    child::{self, CommandLaunch, SpawnProgress},
+    spec::{SpawnSpec, SpawnStage},
+};
+use crate::runner::{stop::StopSignal, sys};
+
+/// A process that was made and not yet waited for; killed and reaped on drop.
+pub struct Process {
+    pid: libc::pid_t,
+    pidfd: OwnedFd,
+    is_reaped: bool,
+    /// What this daemon used at most when the process was made; KiB.
+    daemon_peak: libc::c_long,
+}
+
+/// Why a wait is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitEnd {
+    Exited,
+    Stopped,
+    TimedOut,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy)]
+pub struct Exit {
+    pub cause: EndCause,
+    pub usage: libc::rusage,
+    /// Whether `usage` has the memory that this daemon used: a process keeps the highest figure of
+    /// what it shared before it executed a program. Then the command's was this at most.
+    pub memory_is_daemons: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndCause {
+    Code(i32),
+    Signal(i32),
+}
+
+/// Why there is no process.
+#[derive(Debug)]
+pub enum SpawnError {
+    /// There is none at all.
+    Clone(io::Error),
+    /// It failed on its way to the command.
+    Start {
+        stage: SpawnStage,
+        error: io::Error,
+        /// Of the candidates.
+        executable: Option<usize>,
+    },
+}
+
+impl Process {
+    pub fn spawn(spec: &SpawnSpec<'_>) -> Result<Self, SpawnError> {
+        let arguments: Vec<Cell<*const c_char>> = spec
+            .emulator
+            .iter()
+            .chain(spec.arguments)
+            .map(|string| string.as_ptr())
+            .chain([ptr::null()])
+            .map(Cell::new)
+            .collect();
+        let environment: Vec<*const c_char> = pointers(spec.environment);
+        let launch = CommandLaunch {
+            spec,
+            arguments: &arguments,
+            environment: &environment,
+            // pid_namespaces(7): a parent outside of one's own is none.
+            parent: spec.pid_namespaces.is_none().then(getpid),
+            progress: Cell::new(SpawnProgress::default()),
+        };
+        // Concerns the children of this thread, and not itself.
+        let kind = CloneFlags::CLONE_NEWPID;
+        if let Some(namespaces) = spec.pid_namespaces {
+            setns(namespaces.inside, kind).map_err(|error| SpawnError::Clone(error.into()))?;
+        }
+        // SAFETY: `main` gets the launch that it wants, which is here until the process needs it no
+        // more, and does what a new process may.
+        let made =
+            unsafe { sys::clone_vfork(child::main, ptr::from_ref(&launch).cast(), 0, spec.cgroup) };
+        if let Some(namespaces) = spec.pid_namespaces
+            && let Err(error) = setns(namespaces.daemon, kind)
+        {
+            tracing::error!(%error, "a thread could not return to its process namespace");
+        }
+        let (pid, pidfd) = made.map_err(SpawnError::Clone)?;
+        let mut process = Process {
+            pid,
+            pidfd,
+            is_reaped: false,
+            daemon_peak: getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| usage.max_rss()),
+        };
+        let progress = launch.progress.get();
+        if progress.errno == 0 {
+            return Ok(process);
+        }
+        let _ = process.reap();
+        Err(SpawnError::Start {
+            stage: progress.stage,
+            error: io::Error::from_raw_os_error(progress.errno),
+            executable: progress.executable,
+        })
+    }
+
+    /// Waits until the process has ended, or should end, or this long.
+    pub fn wait(&self, stop: &StopSignal, timeout: Duration) -> WaitEnd {
+        let timeout = Timespec::try_from(timeout).ok();
+        loop {
+            let mut fds = [
+                PollFd::new(&self.pidfd, PollFlags::IN),
+                PollFd::new(stop, PollFlags::IN),
+            ];
+            match poll(&mut fds, timeout.as_ref()) {
+                Err(Errno::INTR) => continue,
+                Err(error) => {
+                    tracing::error!(%error, "could not wait for a process");
+                    return WaitEnd::Stopped;
+                }
+                Ok(0) => return WaitEnd::TimedOut,
+                Ok(_) if fds[0].revents().is_empty() => return WaitEnd::Stopped,
+                Ok(_) => return WaitEnd::Exited,
+            }
+        }
+    }
+
+    /// Asks the process to end, and gives it this long.
+    pub fn terminate(&self, grace: Duration) {
+        let _ = pidfd_send_signal(&self.pidfd, Signal::TERM);
+        let timeout = Timespec::try_from(grace).ok();
+        let _ = poll(
+            &mut [PollFd::new(&self.pidfd, PollFlags::IN)],
+            timeout.as_ref(),
+        );
+    }
+
+    /// Waits for its end.
+    pub fn reap(&mut self) -> io::Result<Exit> {
+        // Its number is still that of our child, since only this method reaps it, once.
+        self.is_reaped = true;
+        let (status, usage) = sys::wait4(self.pid)?;
+        Ok(Exit {
+            cause: match libc::WIFSIGNALED(status) {
+                true => EndCause::Signal(libc::WTERMSIG(status)),
+                false => EndCause::Code(libc::WEXITSTATUS(status)),
+            },
+            usage,
+            memory_is_daemons: usage.ru_maxrss <= self.daemon_peak,
+        })
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if !self.is_reaped {
+            let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+            let _ = self.reap();
+        }
+    }
+}
+
+/// A null-terminated array, as execve(2) takes it; valid as long as the strings are.
+fn pointers(strings: &[CString]) -> Vec<*const c_char> {
+    let pointers = strings.iter().map(|string| string.as_ptr());
+    pointers.chain([ptr::null()]).collect()
+}

@@ -1,0 +1,167 @@
+//! What is left of an action's user, found by its number: processes, files in directories that all may
+//! write to, and System V IPC objects.
+//!
+//! Processes are looked for after every action, whatever layers of containment there are.
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::{
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, waitpid},
+    },
+    unistd::Pid,
+};
+use rustix::{
+    process::{Gid, Uid, getpriority_user},
+    thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid},
+};
+
+use super::sys;
+
+/// Whether a process or zombie of this user exists; costs less than a microsecond if not.
+fn has_processes(id: u32) -> bool {
+    getpriority_user(Uid::from_raw(id)) != Err(rustix::io::Errno::SRCH)
+}
+
+/// Kills every process of a user, until none is left but zombies, which the init process reaps.
+///
+/// False when some were left after this long.
+pub fn kill_processes(id: u32, timeout: Duration) -> bool {
+    let deadline = Instant::now() + timeout;
+    let mut pause = Duration::from_micros(200);
+    while has_processes(id) {
+        reap_orphans(id);
+        if !any_alive(id) {
+            return true;
+        }
+        kill_all(id);
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(20));
+    }
+    true
+}
+
+/// kill(-1) as that user: all of its processes at one time, so that none can fork away.
+fn kill_all(id: u32) {
+    as_user(id, || {
+        let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
+    });
+}
+
+/// Does something in a process of that user, and waits for it. It may only make system calls that are
+/// async-signal-safe.
+///
+/// That process is a copy of this one, not one that shares its memory: processes of the same user may
+/// be allowed to trace it.
+fn as_user(id: u32, act: impl FnOnce()) {
+    let (user, group) = (Uid::from_raw(id), Gid::from_raw(id));
+    // SAFETY: all that is called makes system calls only; those that change credentials are raw ones,
+    // where glibc's wrappers would talk to threads that the copy does not have.
+    unsafe {
+        sys::fork_and_wait(|| {
+            let is_user = set_thread_groups(&[])
+                .and_then(|()| set_thread_res_gid(group, group, group))
+                .and_then(|()| set_thread_res_uid(user, user, user));
+            if is_user.is_ok() {
+                act();
+            }
+        });
+    }
+}
+
+/// Reaps zombies of this user that are our own children: orphans come to us when this daemon is the
+/// init process of a container.
+fn reap_orphans(id: u32) {
+    if std::process::id() != 1 {
+        return;
+    }
+    for (pid, _) in processes_of(id) {
+        // Those that are not our children are left alone; the first process of the action was reaped
+        // before.
+        let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
+    }
+}
+
+fn any_alive(id: u32) -> bool {
+    processes_of(id).any(|(_, alive)| alive)
+}
+
+/// Process numbers whose real user is `id`, and whether they are more than zombies.
+fn processes_of(id: u32) -> impl Iterator<Item = (i32, bool)> {
+    fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(move |entry| {
+            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+            let status = fs::read_to_string(entry.path().join("status")).ok()?;
+            let field = |name: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+                line.split_ascii_whitespace().next()
+            };
+            let uid: u32 = field("Uid:")?.parse().ok()?;
+            (uid == id).then_some((pid, !matches!(field("State:"), Some("Z" | "X"))))
+        })
+}
+
+/// Removes what a user left in directories that all may write to, when actions have no such
+/// directories of their own.
+pub fn remove_files(id: u32, directories: &[PathBuf]) {
+    for directory in directories {
+        let Ok(entries) = fs::read_dir(directory) else {
+            continue;
+        };
+        for entry in entries.flatten() {
+            // The directory is sticky: only its owner could put something else in this place, and no
+            // process of that owner is left.
+            let Ok(metadata) = fs::symlink_metadata(entry.path()) else {
+                continue;
+            };
+            if metadata.uid() == id {
+                let removed = if metadata.is_dir() {
+                    fs::remove_dir_all(entry.path())
+                } else {
+                    fs::remove_file(entry.path())
+                };
+                if let Err(error) = removed {
+                    tracing::warn!(path = %entry.path().display(), %error, "could not remove what an action left");
+                }
+            }
+        }
+    }
+}
+
+/// Removes the System V IPC objects that a user made, when actions have no IPC namespaces of their own.
+pub fn remove_ipc(id: u32) {
+    let (segments, semaphores, queues) =
+        (made_by(id, "shm"), made_by(id, "sem"), made_by(id, "msg"));
+    if segments.is_empty() && semaphores.is_empty() && queues.is_empty() {
+        return;
+    }
+    // Only their creator may, or whoever could have made a namespace in the first place.
+    as_user(id, || sys::remove_ipc(&segments, &semaphores, &queues));
+}
+
+/// The numbers of the objects of one kind that a user made (sysvipc(7)).
+fn made_by(id: u32, kind: &str) -> Vec<i32> {
+    let table = fs::read_to_string(format!("/proc/sysvipc/{kind}")).unwrap_or_default();
+    let column = |line: &str, index| line.split_whitespace().nth(index).map(str::to_owned);
+    let mut lines = table.lines();
+    let header = lines.next().unwrap_or_default();
+    let Some(creator) = header.split_whitespace().position(|name| name == "cuid") else {
+        return Vec::new();
+    };
+    lines
+        .filter(|line| column(line, creator).and_then(|text| text.parse().ok()) == Some(id))
+        .filter_map(|line| column(line, 1)?.parse().ok())
+        .collect()
+}
