@@ -11,20 +11,81 @@ pub const FIRST_ARGUMENT: u32 = 16;
 
 /// Comparisons of what was loaded last.
 pub const EQUAL: u32 = libc::BPF_JEQ;
-pub const AT_LEAST: u32 = libc::BPF_JGE;
+const AT_LEAST: u32 = libc::BPF_JGE;
 pub const HAS_BITS: u32 = libc::BPF_JSET;
 
-/// Finds a case by halves, and allows what is none: when a filter is installed, the kernel tries all
-/// numbers, to know those that are always allowed.
-pub fn search(mut cases: Vec<(u32, Fragment)>) -> Fragment {
-    if cases.len() > 2 {
-        let high = cases.split_off(cases.len() / 2);
-        return choose(AT_LEAST, high[0].0, search(high), search(cases));
+/// Decides on a number, which was loaded last: each answer holds from its number on, up to the next
+/// one's. The first one's is 0.
+///
+/// One comparison for each but the first, found by halves, and each different answer once: the kernel
+/// compiles the program for every action, and tries all numbers up to about `end`, to know those that are
+/// always allowed.
+pub fn decide<A: Copy + PartialEq>(
+    answers: &[(u32, A)],
+    end: u32,
+    fragment: impl Fn(A) -> Fragment,
+) -> Fragment {
+    let mut comparisons = Vec::new();
+    halve(answers, end, &mut comparisons);
+    let mut ends: Vec<(A, usize)> = Vec::new();
+    let mut rest = Fragment::new();
+    for (_, targets) in &comparisons {
+        for target in targets {
+            if let Target::Answer(answer) = target
+                && !ends.iter().any(|(known, _)| known == answer)
+            {
+                ends.push((*answer, comparisons.len() + rest.len()));
+                rest.extend(fragment(*answer));
+            }
+        }
     }
-    let none = vec![answer(libc::SECCOMP_RET_ALLOW)];
-    cases.into_iter().fold(none, |rest, (number, found)| {
-        choose(EQUAL, number, found, rest)
-    })
+    let place = |target: &Target<A>| match target {
+        Target::Comparison(place) => Some(*place),
+        Target::Answer(answer) => {
+            let end = ends.iter().find(|(known, _)| known == answer)?;
+            Some(end.1)
+        }
+    };
+    let mut program: Fragment = comparisons
+        .iter()
+        .enumerate()
+        .map(|(at, (number, [yes, no]))| {
+            let distance = |target| place(target).and_then(|it| u8::try_from(it - at - 1).ok());
+            match (distance(yes), distance(no)) {
+                (Some(yes), Some(no)) => jump(AT_LEAST, *number, yes, no),
+                _ => unreachable!("the table has more rows than a jump is long"),
+            }
+        })
+        .collect();
+    program.extend(rest);
+    program
+}
+
+/// Where a comparison leads to.
+#[derive(Clone, Copy)]
+enum Target<A> {
+    Comparison(usize),
+    Answer(A),
+}
+
+/// Adds what halves the numbers up to `end`, and then each half of them; where that begins.
+fn halve<A: Copy>(
+    answers: &[(u32, A)],
+    end: u32,
+    comparisons: &mut Vec<(u32, [Target<A>; 2])>,
+) -> Target<A> {
+    let (first, answer) = answers[0];
+    let middle = first.midpoint(end);
+    let nearest = (1..answers.len()).min_by_key(|index| answers[*index].0.abs_diff(middle));
+    let Some((low, high)) = nearest.map(|index| answers.split_at(index)) else {
+        return Target::Answer(answer);
+    };
+    let at = comparisons.len();
+    comparisons.push((high[0].0, [Target::Comparison(at); 2]));
+    let yes = halve(high, end, comparisons);
+    let no = halve(low, high[0].0, comparisons);
+    comparisons[at].1 = [yes, no];
+    Target::Comparison(at)
 }
 
 /// One fragment if the comparison of what was loaded last holds, or else the other one.

@@ -17,8 +17,7 @@ mod bpf;
 mod syscalls;
 
 use bpf::{
-    ARCHITECTURE, AT_LEAST, EQUAL, FIRST_ARGUMENT, Fragment, HAS_BITS, NUMBER, answer, choose,
-    load, search,
+    ARCHITECTURE, EQUAL, FIRST_ARGUMENT, Fragment, HAS_BITS, NUMBER, answer, choose, decide, load,
 };
 use syscalls::{FAMILIES, NEWEST, Rule, SOCKET_MAKERS, SYSTEM_CALLS, SystemCall};
 
@@ -83,26 +82,37 @@ impl SeccompFilter {
     }
 }
 
-/// The fragment for one ABI, whose numbers `number` tells.
-fn table(user_namespaces: bool, number: impl Fn(&SystemCall) -> Option<u32>) -> Fragment {
-    let mut cases: Vec<(u32, Fragment)> = SYSTEM_CALLS
-        .iter()
-        .filter_map(|call| Some((number(call)?, fragment(call.rule, user_namespaces)?)))
-        .collect();
-    cases.sort_by_key(|(number, _)| *number);
-    let mut table = vec![load(NUMBER)];
-    // Here end those of the x32 ABI as well, which start at 2^30.
-    table.extend(choose(
-        AT_LEAST,
-        NEWEST + 1,
-        vec![answer(refuse(libc::ENOSYS))],
-        search(cases),
-    ));
-    table
+/// What is answered to calls of some numbers.
+#[derive(Clone, Copy, PartialEq)]
+enum FilterAnswer {
+    Fixed(u32),
+    ByArgument(Rule),
 }
 
-/// `None` for what is allowed.
-fn fragment(rule: Rule, user_namespaces: bool) -> Option<Fragment> {
+/// The fragment for one ABI, whose numbers `number` tells.
+fn table(user_namespaces: bool, number: impl Fn(&SystemCall) -> Option<u32>) -> Fragment {
+    let mut answers: Vec<(u32, FilterAnswer)> = Vec::new();
+    for it in 0..=NEWEST + 1 {
+        let call = SYSTEM_CALLS.iter().find(|call| number(call) == Some(it));
+        let found = match call.map(|call| call.rule) {
+            // Here end those of the x32 ABI as well, which start at 2^30.
+            _ if it > NEWEST => FilterAnswer::Fixed(refuse(libc::ENOSYS)),
+            None => FilterAnswer::Fixed(ALLOW),
+            Some(Rule::Refused(errno)) => FilterAnswer::Fixed(refuse(errno)),
+            Some(Rule::ForUserNamespaces(_) | Rule::CloneFlags) if user_namespaces => {
+                FilterAnswer::Fixed(ALLOW)
+            }
+            Some(Rule::ForUserNamespaces(errno)) => FilterAnswer::Fixed(refuse(errno)),
+            Some(rule) => FilterAnswer::ByArgument(rule),
+        };
+        if answers.last().is_none_or(|(_, last)| *last != found) {
+            answers.push((it, found));
+        }
+    }
+    [vec![load(NUMBER)], decide(&answers, NEWEST + 2, fragment)].concat()
+}
+
+fn fragment(it: FilterAnswer) -> Fragment {
     let one_of = |values: &[u32], is: u32, other: u32| {
         let last = vec![answer(other)];
         let found = values.iter().fold(last, |rest, value| {
@@ -110,18 +120,24 @@ fn fragment(rule: Rule, user_namespaces: bool) -> Option<Fragment> {
         });
         [vec![load(FIRST_ARGUMENT)], found].concat()
     };
-    match rule {
-        Rule::Refused(errno) => Some(vec![answer(refuse(errno))]),
-        Rule::ForUserNamespaces(_) | Rule::CloneFlags if user_namespaces => None,
-        Rule::ForUserNamespaces(errno) => Some(vec![answer(refuse(errno))]),
-        Rule::CloneFlags => {
+    match it {
+        FilterAnswer::Fixed(verdict) => vec![answer(verdict)],
+        FilterAnswer::ByArgument(Rule::AddressFamily) => {
+            one_of(&FAMILIES, ALLOW, refuse(libc::EPERM))
+        }
+        FilterAnswer::ByArgument(Rule::SocketCall) => {
+            one_of(&SOCKET_MAKERS, refuse(libc::ENOSYS), ALLOW)
+        }
+        FilterAnswer::ByArgument(Rule::CloneFlags) => {
             let user = libc::CLONE_NEWUSER as u32;
             let refused = vec![answer(refuse(libc::EPERM))];
             let tested = choose(HAS_BITS, user, refused, vec![answer(ALLOW)]);
-            Some([vec![load(FIRST_ARGUMENT)], tested].concat())
+            [vec![load(FIRST_ARGUMENT)], tested].concat()
         }
-        Rule::AddressFamily => Some(one_of(&FAMILIES, ALLOW, refuse(libc::EPERM))),
-        Rule::SocketCall => Some(one_of(&SOCKET_MAKERS, refuse(libc::ENOSYS), ALLOW)),
+        // These ask for nothing.
+        FilterAnswer::ByArgument(Rule::Refused(errno) | Rule::ForUserNamespaces(errno)) => {
+            vec![answer(refuse(errno))]
+        }
     }
 }
 
@@ -152,7 +168,7 @@ mod tests {
                         continue;
                     }
                     EQUAL => accumulator == step.k,
-                    AT_LEAST => accumulator >= step.k,
+                    libc::BPF_JGE => accumulator >= step.k,
                     _ => accumulator & step.k != 0,
                 },
             };
@@ -193,6 +209,12 @@ mod tests {
         for architecture in [0, 0x1234, 0x4000_0028] {
             assert_eq!(verdict(&filter, architecture, 0, 0), absent);
         }
+    }
+
+    #[test]
+    fn the_program_has_about_one_step_for_each_row_and_abi() {
+        let rows = SYSTEM_CALLS.len() * ABIS.len();
+        assert!(SeccompFilter::new(false).0.len() < rows * 2);
     }
 
     #[test]
