@@ -4,6 +4,8 @@
 //!    negative. Nothing below the edge checks again.
 //! 2. Two digests of different functions are different, even if their bytes are equal.
 
+#![warn(missing_docs)]
+
 use std::fmt;
 
 use md5::Md5;
@@ -21,16 +23,23 @@ const LONGEST: usize = 64;
 /// REAPI: DigestFunction.Value, those that this farm computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum DigestFunction {
+    /// SHA-256.
     Sha256,
+    /// SHA-1.
     Sha1,
+    /// MD5.
     Md5,
+    /// SHA-384.
     Sha384,
+    /// SHA-512.
     Sha512,
+    /// BLAKE3, with 32 bytes.
     Blake3,
 }
 
 /// Why a digest, as somebody sent it, is none. The sender must act.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "its message says what each of these is")]
 pub enum DigestError {
     #[error("no digest was given")]
     Absent,
@@ -54,6 +63,7 @@ pub enum DigestError {
 }
 
 impl DigestFunction {
+    /// Every function that there is here.
     pub const ALL: [DigestFunction; 6] = [
         DigestFunction::Sha256,
         DigestFunction::Sha1,
@@ -78,6 +88,7 @@ impl DigestFunction {
         }
     }
 
+    /// The function's value in messages.
     pub const fn to_proto(self) -> reapi::digest_function::Value {
         use reapi::digest_function::Value;
         match self {
@@ -140,6 +151,7 @@ impl DigestFunction {
         }
     }
 
+    /// Hashes what is given piece by piece.
     pub fn hasher(self) -> Hasher {
         match self {
             DigestFunction::Sha256 => Hasher(State::Sha256(Sha256::new()), 0),
@@ -151,12 +163,14 @@ impl DigestFunction {
         }
     }
 
+    /// The digest of data that is all there.
     pub fn digest_of(self, data: &[u8]) -> Digest {
         let mut hasher = self.hasher();
         hasher.update(data);
         hasher.finish()
     }
 
+    /// The digest of the empty blob.
     pub fn empty(self) -> Digest {
         self.digest_of(&[])
     }
@@ -181,6 +195,7 @@ enum State {
 }
 
 impl Hasher {
+    /// Hashes the next piece.
     pub fn update(&mut self, data: &[u8]) {
         match &mut self.0 {
             State::Sha256(h) => h.update(data),
@@ -200,6 +215,7 @@ impl Hasher {
         self.1
     }
 
+    /// The digest of all pieces.
     pub fn finish(self) -> Digest {
         let size = self.1;
         match self.0 {
@@ -249,6 +265,7 @@ impl Digest {
         Self::parse_parts(function, &digest.hash, digest.size_bytes)
     }
 
+    /// As `parse_parts`, of a field that must be there.
     pub fn parse_required(
         function: Option<DigestFunction>,
         digest: Option<&reapi::Digest>,
@@ -256,6 +273,7 @@ impl Digest {
         Self::parse(function, digest.ok_or(DigestError::Absent)?)
     }
 
+    /// The digest with this hash and size; its function is `function`, or else what the hash's length says.
     pub fn parse_parts(
         function: Option<DigestFunction>,
         hash: &str,
@@ -286,10 +304,12 @@ impl Digest {
         })
     }
 
+    /// The function that made the hash.
     pub fn function(&self) -> DigestFunction {
         self.function
     }
 
+    /// The hash itself, not in hexadecimal digits.
     pub fn hash_bytes(&self) -> &[u8] {
         &self.hash[..self.function.length()]
     }
@@ -312,6 +332,7 @@ impl Digest {
         self.size == 0 && *self == self.function.empty()
     }
 
+    /// The digest as a message.
     pub fn to_proto(&self) -> reapi::Digest {
         reapi::Digest {
             hash: self.hash_hex(),

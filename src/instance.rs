@@ -1,5 +1,7 @@
 //! Instance names: whose blobs, whose actions, whose workers.
 
+#![warn(missing_docs)]
+
 use std::{fmt, sync::Arc};
 
 use crate::text::shorten;
@@ -21,6 +23,7 @@ pub struct InstanceName(Arc<str>);
 
 /// The sender must act.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "its message says what each of these is")]
 pub enum InstanceNameError {
     #[error("instance name {0:?} starts or ends with a slash, or has two in a row")]
     EmptyComponent(String),
@@ -33,6 +36,7 @@ pub enum InstanceNameError {
 }
 
 impl InstanceName {
+    /// A name, if it is one by REAPI's rules.
     pub fn parse(name: &str) -> Result<Self, InstanceNameError> {
         if name.len() > 1024 {
             return Err(InstanceNameError::TooLong(name.len()));
@@ -53,18 +57,22 @@ impl InstanceName {
         Ok(InstanceName(name.into()))
     }
 
+    /// The name without components.
     pub fn empty() -> Self {
         InstanceName("".into())
     }
 
+    /// The name as it is written: components with slashes between them.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
+    /// Whether it has no components.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
+    /// The components, from the first one on.
     pub fn components(&self) -> impl Iterator<Item = &str> {
         self.0.split('/').filter(|component| !component.is_empty())
     }
@@ -89,6 +97,7 @@ impl InstanceName {
         }
     }
 
+    /// The name that begins with this one and ends with `suffix`.
     pub fn join(&self, suffix: &InstanceName) -> InstanceName {
         match (self.is_empty(), suffix.is_empty()) {
             (true, _) => suffix.clone(),

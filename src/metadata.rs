@@ -1,6 +1,8 @@
 //! Request metadata: what travels in headers beside a message, between this project's daemons or
 //! from its clients.
 
+#![warn(missing_docs)]
+
 use prost::Message;
 use tonic::{Request, metadata::MetadataValue};
 use uuid::Uuid;
@@ -44,12 +46,14 @@ pub fn instance_of<T>(request: &Request<T>) -> Option<InstanceName> {
 pub struct ActionContext {
     /// The hash of the action's digest (REAPI: RequestMetadata.action_id); empty when it is unknown.
     pub action: String,
+    /// A client's operation that waits for the action, if one is known.
     pub operation: Option<Uuid>,
     /// A worker's labels as JSON, as in ExecutedActionMetadata.worker.
     pub worker: Option<String>,
 }
 
 impl ActionContext {
+    /// A request whose headers say all this.
     pub fn request<T>(&self, message: T) -> Request<T> {
         let metadata = RequestMetadata {
             action_id: self.action.clone(),

@@ -3,6 +3,8 @@
 //! Lexical only: that no symbolic link on the disk leads elsewhere either is for those who open
 //! them (`openat2(2)`, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS).
 
+#![warn(missing_docs)]
+
 use std::{fmt, sync::Arc};
 
 use crate::text::shorten;
@@ -17,6 +19,7 @@ pub struct RelativePath(Vec<Component>);
 
 /// The sender must act.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "its message says what each of these is")]
 pub enum PathError {
     #[error("{0:?} is not the name of a directory entry: it is {1}")]
     Component(String, &'static str),
@@ -29,6 +32,7 @@ pub enum PathError {
 }
 
 impl Component {
+    /// The path, if it is one that stays below where it begins.
     pub fn parse(name: &str) -> Result<Self, PathError> {
         let wrong = |reason| Err(PathError::Component(shorten(name), reason));
         match name {
@@ -41,12 +45,14 @@ impl Component {
         }
     }
 
+    /// The component as it is written.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
 impl RelativePath {
+    /// The path of the directory itself.
     pub fn root() -> Self {
         RelativePath(Vec::new())
     }
@@ -75,10 +81,12 @@ impl RelativePath {
         Ok(RelativePath(resolved))
     }
 
+    /// The components, from the outermost one on.
     pub fn components(&self) -> &[Component] {
         &self.0
     }
 
+    /// Whether it has no components.
     pub fn is_root(&self) -> bool {
         self.0.is_empty()
     }
@@ -89,6 +97,7 @@ impl RelativePath {
         Some((RelativePath(parent.to_vec()), name))
     }
 
+    /// The path of `name` in this directory.
     pub fn join(&self, name: Component) -> Self {
         let mut joined = self.0.clone();
         joined.push(name);

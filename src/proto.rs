@@ -5,7 +5,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use prost::{Message, Name};
 use prost_types::{Any, Timestamp};
 
-#[allow(clippy::all, rustdoc::all)]
+#[allow(
+    clippy::all,
+    clippy::allow_attributes,
+    rustdoc::all,
+    reason = "generated code"
+)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/proto.rs"));
 }

@@ -1,5 +1,7 @@
 //! ByteStream resource names (REAPI: ContentAddressableStorage; the service `ByteStream`).
 
+#![warn(missing_docs)]
+
 use uuid::Uuid;
 
 use crate::{
@@ -12,16 +14,20 @@ use crate::{
 /// `[INSTANCE/]blobs/[FUNCTION/]HASH/SIZE`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReadName {
+    /// Whose blob it is.
     pub instance: InstanceName,
+    /// Which blob it is.
     pub digest: Digest,
 }
 
 /// `[INSTANCE/]uploads/UUID/blobs/[FUNCTION/]HASH/SIZE[/ANYTHING]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WriteName {
+    /// Whose blob it is.
     pub instance: InstanceName,
     /// What the client calls this upload. It should be a UUID; any text is taken.
     pub upload: String,
+    /// Which blob it is.
     pub digest: Digest,
 }
 
@@ -30,6 +36,7 @@ pub const LONGEST_NAME: usize = 6 << 10;
 
 /// The sender must act.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "its message says what each of these is")]
 pub enum ResourceNameError {
     #[error("resource name {0:?} is not [INSTANCE/]blobs/[FUNCTION/]HASH/SIZE")]
     NotARead(String),
@@ -50,6 +57,7 @@ pub enum ResourceNameError {
 }
 
 impl ReadName {
+    /// What a resource name says.
     pub fn parse(name: &str) -> Result<Self, ResourceNameError> {
         let parts = split(name)?;
         let Some(at) = parts
@@ -69,12 +77,14 @@ impl ReadName {
         })
     }
 
+    /// The name under which a blob is read.
     pub fn format(instance: &InstanceName, digest: &Digest) -> String {
         join(instance, &blob_name(digest))
     }
 }
 
 impl WriteName {
+    /// What a resource name says.
     pub fn parse(name: &str) -> Result<Self, ResourceNameError> {
         let parts = split(name)?;
         let Some(at) = parts.iter().position(|part| *part == "uploads") else {
@@ -93,6 +103,7 @@ impl WriteName {
         })
     }
 
+    /// The name under which a blob is written.
     pub fn format(instance: &InstanceName, upload: Uuid, digest: &Digest) -> String {
         join(instance, &format!("uploads/{upload}/{}", blob_name(digest)))
     }

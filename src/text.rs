@@ -1,5 +1,7 @@
 //! Texts: what a message shows of one that a peer sent, and bytes as lower-case hexadecimal digits.
 
+#![warn(missing_docs)]
+
 const DIGITS: &[u8; 16] = b"0123456789abcdef";
 
 /// The value of each hexadecimal digit; 0xff for any other byte.

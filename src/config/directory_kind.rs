@@ -45,6 +45,7 @@ pub enum DirectoryKind {
     Ordinary,
 }
 
+/// Whose files lie at `path`, which is absolute and has no `..`.
 pub fn directory_kind(path: &Path) -> DirectoryKind {
     let is = |known: &[&str]| known.iter().any(|known| Path::new(known) == path);
     if is(&SHARED) {

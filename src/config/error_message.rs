@@ -3,7 +3,7 @@
 use super::parse::{ExpectedType, PathStep, ValueError, ValueErrorKind};
 
 /// As written in a file; which one of several is told by the line.
-pub fn dotted(path: &[PathStep]) -> String {
+pub(super) fn dotted(path: &[PathStep]) -> String {
     let steps: Vec<&str> = path
         .iter()
         .filter_map(|step| match step {
@@ -15,7 +15,7 @@ pub fn dotted(path: &[PathStep]) -> String {
 }
 
 /// `"a", "b" or "c"`.
-pub fn one_of(words: &[&str]) -> String {
+pub(super) fn one_of(words: &[&str]) -> String {
     let quoted: Vec<String> = words.iter().map(|word| format!("{word:?}")).collect();
     match quoted.split_last() {
         Some((last, [])) => last.clone(),
@@ -25,7 +25,7 @@ pub fn one_of(words: &[&str]) -> String {
 }
 
 /// `defaults` has every key that there is.
-pub fn message_of(fault: &ValueError, defaults: &toml::Table) -> String {
+pub(super) fn message_of(fault: &ValueError, defaults: &toml::Table) -> String {
     let key = dotted(&fault.path);
     match &fault.kind {
         ValueErrorKind::UnknownKey(known) => unknown_key(&fault.path, known, defaults),

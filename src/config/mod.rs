@@ -6,6 +6,8 @@
 //! 3. All errors are told at once, each with its file, line and key: what is wrong is taken out, and
 //!    the rest is read again.
 
+#![warn(missing_docs, unreachable_pub)]
+
 use std::{
     fmt, fs, io,
     path::{Path, PathBuf},
@@ -52,6 +54,7 @@ impl Diagnostics {
             .collect()
     }
 
+    /// Adds a diagnostic unless the key is `right`.
     pub fn require(&mut self, right: bool, key: &str, message: impl Into<String>) {
         if !right {
             self.add(key, message);
@@ -63,11 +66,14 @@ impl Diagnostics {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Log {
+    /// The least important level that is logged.
     pub level: Level,
 }
 
+/// How important a line of the log is; the names are those of bb-remote-execution(7).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "their names say it")]
 pub enum Level {
     Error,
     Warn,
@@ -79,6 +85,7 @@ pub enum Level {
 
 /// Why there is no configuration. The administrator must act; the text says where and how.
 #[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "its message says what each of these is")]
 pub enum Error {
     #[error("could not read {}: {error}", .path.display())]
     Unreadable { path: PathBuf, error: io::Error },
@@ -140,6 +147,7 @@ pub struct Loaded<C> {
     pub files: Vec<PathBuf>,
     /// What lies among the drop-ins, but is none by its name.
     pub ignored_files: Vec<PathBuf>,
+    /// What is wrong with the files, or with the configuration as a whole.
     pub errors: Vec<Error>,
     /// Every file is TOML, so that nothing but single keys is missing.
     pub is_toml: bool,
@@ -152,6 +160,7 @@ pub struct Loaded<C> {
 pub struct ExplicitKeys<'t>(pub &'t toml::Table);
 
 impl ExplicitKeys<'_> {
+    /// Whether a file gives a dotted key.
     pub fn contains(&self, key: &str) -> bool {
         let mut table = self.0;
         let mut steps = key.split('.').peekable();

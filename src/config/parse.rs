@@ -13,21 +13,21 @@ use toml::Value;
 
 /// One step from a table or an array to what is in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum PathStep {
+pub(super) enum PathStep {
     Key(String),
     Index(usize),
 }
 
 /// Why a value is not what its key takes.
 #[derive(Clone, Debug, PartialEq)]
-pub struct ValueError {
+pub(super) struct ValueError {
     /// From the top of the file to the value, or to the unknown key.
     pub path: Vec<PathStep>,
     pub kind: ValueErrorKind,
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub enum ValueErrorKind {
+pub(super) enum ValueErrorKind {
     /// The last step of the path is no key of its section; these are.
     UnknownKey(&'static [&'static str]),
     /// A string that is none of these.
@@ -42,7 +42,7 @@ pub enum ValueErrorKind {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub enum ExpectedType {
+pub(super) enum ExpectedType {
     Boolean,
     /// From the least to the greatest one.
     Integer(i64, i64),
@@ -68,7 +68,7 @@ impl ValueError {
 }
 
 /// Reads one configuration, or says what is wrong with it first.
-pub fn parse<T: serde::de::DeserializeOwned>(table: &toml::Table) -> Result<T, ValueError> {
+pub(super) fn parse<T: serde::de::DeserializeOwned>(table: &toml::Table) -> Result<T, ValueError> {
     T::deserialize(ValueDeserializer(&Value::Table(table.clone())))
 }
 

@@ -1,5 +1,10 @@
 //! bb_runner.toml, see bb_runner.toml(5).
 
+#![expect(
+    missing_docs,
+    reason = "keys are described in bb_runner.toml(5), as a test sees to"
+)]
+
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};

@@ -1,5 +1,10 @@
 //! bb_scheduler.toml, see bb_scheduler.toml(5).
 
+#![expect(
+    missing_docs,
+    reason = "keys are described in bb_scheduler.toml(5), as a test sees to"
+)]
+
 use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};

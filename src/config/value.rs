@@ -43,10 +43,12 @@ impl Duration {
     /// So that the time in so long is a time.
     const LONGEST: std::time::Duration = std::time::Duration::from_secs(10 * 366 * 24 * 60 * 60);
 
+    /// So many seconds.
     pub const fn seconds(seconds: u64) -> Self {
         Duration(std::time::Duration::from_secs(seconds))
     }
 
+    /// The value as the standard library has it.
     pub fn get(self) -> std::time::Duration {
         self.0
     }
@@ -89,14 +91,17 @@ const UNITS: [(&str, u64); 9] = [
 impl Size {
     const EXPECTED: &str = r#"a size with its unit, such as "10GiB", "64KiB" or "500MB""#;
 
+    /// So many mebibytes.
     pub const fn mib(count: u64) -> Self {
         Size(count << 20)
     }
 
+    /// So many gibibytes.
     pub const fn gib(count: u64) -> Self {
         Size(count << 30)
     }
 
+    /// The number of bytes.
     pub fn get(self) -> u64 {
         self.0
     }
@@ -136,7 +141,9 @@ impl fmt::Display for Size {
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListenAddress {
+    /// An address and a port.
     Tcp(SocketAddr),
+    /// The path of a Unix socket.
     Unix(PathBuf),
 }
 
@@ -185,6 +192,7 @@ impl fmt::Display for ListenAddress {
 pub enum Endpoint {
     /// `host:port`, resolved at each connection.
     Tcp(String),
+    /// The path of a Unix socket.
     Unix(PathBuf),
 }
 

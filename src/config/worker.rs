@@ -1,5 +1,10 @@
 //! bb_worker.toml, see bb_worker.toml(5).
 
+#![expect(
+    missing_docs,
+    reason = "keys are described in bb_worker.toml(5), as a test sees to"
+)]
+
 use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf};
 
 use serde::{Deserialize, Serialize};

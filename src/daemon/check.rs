@@ -23,13 +23,17 @@ use crate::config::{self, Diagnostics, ExplicitKeys, ListenAddress, Loaded, Vali
 /// Whose configuration is looked at, where it lies, and on what host.
 #[derive(Clone, Debug)]
 pub struct Installation {
+    /// The program's name.
     pub program: &'static str,
+    /// Where the configuration lies.
     pub path: PathBuf,
     /// The path is the one that the program's unit uses.
     pub is_default: bool,
     /// The path is the one that this instance of the program's template unit uses.
     pub instance: Option<String>,
+    /// The keys that its files give.
     pub table: toml::Table,
+    /// The units of the host.
     pub units: SystemdUnits,
 }
 
@@ -76,6 +80,7 @@ impl Installation {
         format!("{}.service", self.program.replace('_', "-"))
     }
 
+    /// The keys that its files give, rather than their defaults.
     pub fn explicit_keys(&self) -> ExplicitKeys<'_> {
         ExplicitKeys(&self.table)
     }
@@ -149,6 +154,7 @@ pub struct CheckReport {
 }
 
 impl CheckReport {
+    /// Tells of something that was tried, and works.
     pub fn good(&mut self, what: impl Display) {
         self.good.push(what.to_string());
     }
@@ -158,10 +164,12 @@ impl CheckReport {
         self.notes.push(what.to_string());
     }
 
+    /// Tells of something that was tried, and does not work.
     pub fn fail(&mut self, failure: Failure) {
         self.failures.push(failure);
     }
 
+    /// What does not work, in the order in which it was tried.
     pub fn failures(&self) -> &[Failure] {
         &self.failures
     }
@@ -274,7 +282,7 @@ impl CheckReport {
 }
 
 /// Of an address that does nothing, since systemd listens elsewhere.
-pub fn overridden(address: &ListenAddress, unit: &str, sockets: &str) -> String {
+pub(super) fn overridden(address: &ListenAddress, unit: &str, sockets: &str) -> String {
     format!(
         "{address} is not used, because systemd listens on {sockets} instead, for {unit}; change that \
          with \"systemctl edit {unit}\", and leave this key out"
@@ -282,7 +290,7 @@ pub fn overridden(address: &ListenAddress, unit: &str, sockets: &str) -> String 
 }
 
 /// The whole of `--check`.
-pub fn run<C: Validate>(
+pub(super) fn run<C: Validate>(
     program: &Program,
     installation: &Installation,
     loaded: &Loaded<C>,

@@ -35,7 +35,9 @@ const RESTART_DELAY: Duration = Duration::from_secs(3);
 
 /// What `--help` and `--version` say, and where the configuration is.
 pub struct Program {
+    /// The program's name, which its configuration and its manual have, too.
     pub name: &'static str,
+    /// What it is for, in one line.
     pub about: &'static str,
 }
 

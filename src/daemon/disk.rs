@@ -8,6 +8,7 @@ use crate::config::{Diagnostics, Size};
 /// A file system, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskSpace {
+    /// All of it.
     pub total: u64,
     /// For users who are not root.
     pub available: u64,

@@ -49,14 +49,14 @@ impl Health {
     /// From now on the watchdog calls `check`, on a thread of its own, several times per period.
     /// While it does not return, such as from taking the lock that everything depends on, the
     /// daemon is taken for hung.
-    pub fn add_check(&self, name: &'static str, check: impl Fn() + Send + Sync + 'static) {
+    pub(super) fn add_check(&self, name: &'static str, check: impl Fn() + Send + Sync + 'static) {
         let check = Arc::new(check);
         self.checks.lock().push(LivenessCheck { name, check });
     }
 
     /// A loop that promises to beat within `next`, and after that within what each beat says. When
     /// it is late, the daemon is taken for hung.
-    pub fn add_heartbeat(this: &Arc<Self>, name: String, next: Duration) -> Heartbeat {
+    pub(super) fn add_heartbeat(this: &Arc<Self>, name: String, next: Duration) -> Heartbeat {
         let due = Mutex::new(Instant::now() + next);
         let deadline = Arc::new(Deadline { name, due });
         this.heartbeats.lock().push(deadline.clone());

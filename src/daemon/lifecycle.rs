@@ -46,6 +46,7 @@ impl Status {
 }
 
 impl Lifecycle {
+    /// Of a daemon that is starting.
     pub fn new() -> Self {
         Lifecycle::default()
     }
@@ -55,6 +56,7 @@ impl Lifecycle {
         self.stopping.clone()
     }
 
+    /// Asks the daemon to finish what it does and leave.
     pub fn stop(&self) {
         self.stopping.cancel();
     }

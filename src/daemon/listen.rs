@@ -1,5 +1,10 @@
 //! Listening: sockets of our own or from systemd, their connections, and who is at the other end.
 
+#![expect(
+    unsafe_code,
+    reason = "it takes over the descriptors that systemd passes"
+)]
+
 use std::{
     collections::BTreeMap,
     fs, io,
@@ -27,6 +32,7 @@ use crate::config::ListenAddress;
 /// Who may reach a Unix socket.
 #[derive(Clone, Debug)]
 pub struct SocketPermissions {
+    /// Permission bits (chmod(2)).
     pub mode: u32,
     /// Group number; `None` for the daemon's own.
     pub group: Option<u32>,
@@ -45,11 +51,15 @@ pub(super) enum Socket {
 /// Who is at the other end; in the extensions of each request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
+    /// The other end's address, if the connection still has one.
     Tcp(Option<std::net::SocketAddr>),
     /// As the kernel says (unix(7), SO_PEERCRED).
     Unix {
+        /// The user who made the connection.
         uid: u32,
+        /// The group of that user.
         gid: u32,
+        /// The process that made it.
         pid: Option<i32>,
     },
 }
@@ -286,7 +296,7 @@ impl Socket {
 
 /// A connection that was accepted.
 #[derive(Debug)]
-pub struct AcceptedStream {
+pub(super) struct AcceptedStream {
     stream: Transport,
     arrived: Arc<AtomicU64>,
 }
@@ -306,11 +316,11 @@ impl AcceptedStream {
     }
 
     /// How many bytes have been read from it.
-    pub fn arrived(&self) -> Arc<AtomicU64> {
+    pub(super) fn arrived(&self) -> Arc<AtomicU64> {
         self.arrived.clone()
     }
 
-    pub fn peer(&self) -> Peer {
+    pub(super) fn peer(&self) -> Peer {
         match &self.stream {
             Transport::Tcp(stream) => Peer::Tcp(stream.peer_addr().ok()),
             Transport::Unix(stream) => match stream.peer_cred() {

@@ -9,6 +9,11 @@
 //! 3. Values may come from hostile actions and clients: they are cut at `LONGEST_VALUE`, and in the
 //!    sentence sooner; control characters are escaped there, so that one entry is one line.
 
+#![expect(
+    unsafe_code,
+    reason = "it limits the time that a library's socket blocks"
+)]
+
 use std::{
     collections::BTreeSet,
     fmt::{self, Write},
@@ -64,7 +69,7 @@ pub(super) fn start(program: &'static str, level: config::Level) -> LevelHandle 
 pub(super) struct LevelHandle(Option<reload::Handle<Targets, Registry>>);
 
 impl LevelHandle {
-    pub fn set(&self, level: config::Level) {
+    pub(super) fn set(&self, level: config::Level) {
         if let Some(handle) = &self.0
             && let Err(error) = handle.reload(targets(level))
         {
@@ -338,6 +343,7 @@ struct LogRateState {
 }
 
 impl LogRateLimit {
+    /// At most `burst` lines in each `interval`.
     pub const fn new(burst: u32, interval: Duration) -> Self {
         LogRateLimit {
             burst,

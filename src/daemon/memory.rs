@@ -6,6 +6,8 @@
 //! between back. Other allocators would do so too, at the price of code that the distribution does
 //! not maintain; fewer arenas keep as much.
 
+#![expect(unsafe_code, reason = "it asks the C library's allocator")]
+
 use std::time::Duration;
 
 /// How often is looked.
@@ -15,7 +17,7 @@ const INTERVAL: Duration = Duration::from_secs(30);
 const KEPT: u64 = 32 << 20;
 
 /// Looks from now on, on a thread of its own, since giving back takes milliseconds.
-pub fn start() {
+pub(super) fn start() {
     let thread = std::thread::Builder::new().name("memory".to_owned());
     let started = thread.spawn(|| {
         loop {

@@ -11,6 +11,8 @@
 //! - `server`: gRPC on these, bounded;
 //! - `client`: channels to gRPC peers.
 
+#![warn(missing_docs, unreachable_pub)]
+
 mod check;
 mod cli;
 mod client;
@@ -41,6 +43,7 @@ pub use server::{
 
 /// Why a daemon cannot start, or go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[expect(missing_docs, reason = "its message says what each of these is")]
 pub enum Failure {
     /// The administrator must change this key.
     #[error("{key}: {message}")]

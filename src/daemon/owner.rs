@@ -15,7 +15,7 @@ use crate::config::ListenAddress;
 
 /// A process that has what was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OwnerProcess {
+pub(super) struct OwnerProcess {
     pub pid: u32,
     /// As proc_pid_comm(5) says.
     pub program: String,
@@ -25,7 +25,7 @@ pub struct OwnerProcess {
 
 /// Whether another process is in the way.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Owner {
+pub(super) enum Owner {
     /// systemd, for a unit.
     Systemd,
     Process(OwnerProcess),
@@ -52,7 +52,7 @@ impl fmt::Display for Owner {
 
 impl Owner {
     /// Whether that is the daemon which runs with this configuration.
-    pub fn is_daemon(&self, program: &str, config: &Path, is_default: bool) -> bool {
+    pub(super) fn is_daemon(&self, program: &str, config: &Path, is_default: bool) -> bool {
         match self {
             Owner::Process(owner) if owner.program == program => match &owner.config {
                 Some(other) => is_same_file(other, config),
@@ -63,7 +63,7 @@ impl Owner {
     }
 }
 
-pub fn is_same_file(a: &Path, b: &Path) -> bool {
+pub(super) fn is_same_file(a: &Path, b: &Path) -> bool {
     match (fs::canonicalize(a), fs::canonicalize(b)) {
         (Ok(a), Ok(b)) => a == b,
         _ => a == b,
@@ -72,7 +72,7 @@ pub fn is_same_file(a: &Path, b: &Path) -> bool {
 
 /// Who listens at an address that is in use. Of the processes that this user may not look into, it is
 /// most likely one that `is_expected`.
-pub fn of_listener(address: &ListenAddress, is_expected: impl Fn(&Owner) -> bool) -> Owner {
+pub(super) fn of_listener(address: &ListenAddress, is_expected: impl Fn(&Owner) -> bool) -> Owner {
     match address {
         ListenAddress::Unix(path) => {
             use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -127,7 +127,7 @@ pub fn of_listener(address: &ListenAddress, is_expected: impl Fn(&Owner) -> bool
 }
 
 /// Who has a lock on a file or directory (flock(2)).
-pub fn of_lock(path: &Path) -> Owner {
+pub(super) fn of_lock(path: &Path) -> Owner {
     let found = || {
         let inode = fs::metadata(path).ok()?.ino().to_string();
         let locks = fs::read_to_string("/proc/locks").ok()?;

@@ -22,7 +22,7 @@ pub(super) struct ReloadableConfig<C> {
 
 impl<C: Validate> ReloadableConfig<C> {
     /// Returns one line for `systemctl status`; empty when nothing waits for a restart.
-    pub fn reload(&mut self, level: &LevelHandle) -> String {
+    pub(super) fn reload(&mut self, level: &LevelHandle) -> String {
         let (config, table) = match config::read::<C>(&self.path, self.optional) {
             Ok(loaded) => (loaded.config, loaded.table),
             Err(error) => {

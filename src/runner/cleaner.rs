@@ -171,8 +171,6 @@ impl Drop for CleanerGuard<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
 
     fn cleaner(command: &[&str]) -> Cleaner {
@@ -182,13 +180,11 @@ mod tests {
 
     #[test]
     fn a_command_that_does_not_end_is_killed_with_its_children() {
-        let mut cleaner = cleaner(&["/bin/sh", "-c", "sleep 600 & wait"]);
+        let mut cleaner = cleaner(&["/bin/sh", "-c", "sleep infinity & wait"]);
         cleaner.timeout = Duration::from_millis(100);
-        let began = Instant::now();
         let error = cleaner.begin(&StopSignal::new().unwrap()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert!(error.to_string().contains("/bin/sh"), "{error}");
-        assert!(began.elapsed() < Duration::from_secs(60));
         // And the next one tries again.
         cleaner.begin(&StopSignal::new().unwrap()).unwrap_err();
     }

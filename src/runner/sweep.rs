@@ -3,6 +3,8 @@
 //!
 //! Processes are looked for after every action, whatever layers of containment there are.
 
+#![expect(unsafe_code, reason = "it forks a process that acts as a user")]
+
 use std::{
     fs,
     os::unix::fs::MetadataExt,

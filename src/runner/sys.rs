@@ -6,6 +6,8 @@
 //! leaves them to the thread that waits meanwhile. Of rustix, such a process may call whatever takes
 //! `&CStr` for its paths: the back end that rustix has on Linux makes each call by itself.
 
+#![expect(unsafe_code, reason = "system calls without a safe wrapper are here")]
+
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
     io,
@@ -37,7 +39,7 @@ const STACK_SIZE: usize = 64 << 10;
 
 /// 16-byte aligned, as both ABIs want a stack to be.
 #[repr(align(16))]
-struct Stack(#[allow(dead_code)] [MaybeUninit<u8>; STACK_SIZE]);
+struct Stack(#[expect(dead_code, reason = "it is only memory")] [MaybeUninit<u8>; STACK_SIZE]);
 
 /// Makes a process that shares this one's memory and calls `entry`, while this thread sleeps, like
 /// vfork(2). Returns its number and a pidfd when it has executed a program, or is gone.

@@ -190,7 +190,7 @@ impl ExecutionService {
         let command: reapi::Command = self
             .message(instance, &digest, LARGEST_COMMAND, "command")
             .await?;
-        #[allow(deprecated)]
+        #[expect(deprecated, reason = "clients before REAPI 2.2 fill it")]
         place(command.platform.as_ref())
     }
 

@@ -10,6 +10,7 @@ use crate::digest::Digest;
 /// The content of a blob that is to be uploaded.
 #[derive(Clone, Debug)]
 pub enum Content {
+    /// All of it, in memory.
     Bytes(Bytes),
     /// An open file, read from offset 0 with pread(2), up to the digest's size.
     File(Arc<File>),

@@ -8,6 +8,8 @@
 //! 1. No blob is returned whose content does not match its digest.
 //! 2. The empty blob of every digest function is always present.
 
+#![warn(missing_docs)]
+
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -38,6 +40,7 @@ pub use upload::{Upload, UploadError};
 
 /// Why storage did not do what it was asked; each variant says who must act.
 #[derive(Clone, Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "its message says what each of these is")]
 pub enum Error {
     /// Blobs that are not there. The client uploads them and tries again.
     #[error("{} of the blobs asked for {} not in the Content Addressable Storage, the first being {}", .0.len(), if .0.len() == 1 { "is" } else { "are" }, .0[0])]
@@ -92,7 +95,9 @@ pub type BlobStream = BoxStream<'static, Result<Bytes, Error>>;
 /// Where CAS and AC are. Cheap to clone.
 #[derive(Clone)]
 pub enum Backend {
+    /// The embedded store of this process.
     Embedded(Arc<embedded::Store>),
+    /// Another server's, over gRPC.
     Grpc(grpc::Client),
 }
 
@@ -326,6 +331,7 @@ impl Backend {
         }
     }
 
+    /// Keeps an action's result, in place of an older one.
     pub async fn update_action_result(
         &self,
         instance: &InstanceName,

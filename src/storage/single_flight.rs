@@ -15,9 +15,11 @@ type Flights<K, V> = Arc<Mutex<HashMap<K, watch::Receiver<Option<V>>>>>;
 /// What is being fetched.
 pub struct SingleFlight<K, V>(Flights<K, V>);
 
+/// Who fetches what several ask for.
 pub enum Role<K: Eq + Hash, V> {
     /// Nobody else fetches it.
     Leader(Leader<K, V>),
+    /// Waits for the leader's result.
     Follower(Follower<V>),
 }
 
@@ -38,6 +40,7 @@ impl<K, V> Default for SingleFlight<K, V> {
 }
 
 impl<K: Clone + Eq + Hash, V: Clone> SingleFlight<K, V> {
+    /// Makes the first who asks for a key its leader, and others followers.
     pub fn join(&self, key: K) -> Role<K, V> {
         let mut flights = self.0.lock();
         if let Some(result) = flights.get(&key) {
@@ -54,6 +57,7 @@ impl<K: Clone + Eq + Hash, V: Clone> SingleFlight<K, V> {
 }
 
 impl<K: Eq + Hash, V: Clone> Leader<K, V> {
+    /// What is to be fetched.
     pub fn key(&self) -> &K {
         &self.key
     }
@@ -63,6 +67,7 @@ impl<K: Eq + Hash, V: Clone> Leader<K, V> {
         Follower(self.result.subscribe())
     }
 
+    /// Gives the result to all followers.
     pub fn finish(self, result: V) {
         self.result.send_replace(Some(result));
     }

@@ -10,15 +10,20 @@ use crate::digest::Digest;
 
 /// A call's part in an upload.
 pub enum Upload {
+    /// Into the embedded store.
     Embedded {
+        /// Where the blob will be.
         store: Arc<embedded::Store>,
+        /// The right to write to the upload.
         lease: Arc<embedded::WriteLease>,
     },
+    /// To another server, as it comes.
     Grpc(grpc::ForwardedUpload),
 }
 
 /// Why a call cannot go on; the client must act.
 #[derive(Clone, Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "its message says what each of these is")]
 pub enum UploadError {
     #[error("another call writes to this upload now; use a UUID for each upload")]
     TakenOver,

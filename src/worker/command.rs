@@ -60,7 +60,7 @@ pub enum CommandError {
 }
 
 impl Command {
-    #[allow(deprecated, reason = "clients of REAPI 2.0 fill the older lists")]
+    #[expect(deprecated, reason = "clients of REAPI 2.0 fill the older lists")]
     pub fn parse(command: reapi::Command) -> Result<Self, CommandError> {
         use reapi::command::OutputDirectoryFormat as Format;
         if command.arguments.is_empty() {
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    #[allow(deprecated)]
+    #[expect(deprecated, reason = "clients of REAPI 2.0 use it")]
     fn old_lists_count_only_without_output_paths() {
         let old = reapi::Command {
             output_files: vec!["f".into()],

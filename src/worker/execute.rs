@@ -416,7 +416,7 @@ impl Executor {
 
 /// Puts what was found into the response. When not all of it could be uploaded, what refers to
 /// blobs is left out.
-#[allow(deprecated, reason = "clients of REAPI 2.0 read the older lists")]
+#[expect(deprecated, reason = "clients of REAPI 2.0 read the older lists")]
 fn fill_response(
     found: CollectedOutputs,
     uploaded: Result<(), Fault>,

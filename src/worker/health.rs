@@ -162,7 +162,7 @@ mod tests {
         ActionVerdict::Fault("no sandbox".to_owned())
     }
 
-    #[allow(clippy::disallowed_methods)]
+    #[expect(clippy::disallowed_methods, reason = "tests are not pure")]
     fn start() -> (Health, Instant) {
         (Health::default(), Instant::now())
     }

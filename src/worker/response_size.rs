@@ -65,7 +65,7 @@ fn cut(response: &mut reapi::ExecuteResponse, code: rpc::Code, text: &str) {
     }
 }
 
-#[allow(deprecated, reason = "clients of REAPI 2.0 read the older lists")]
+#[expect(deprecated, reason = "clients of REAPI 2.0 read the older lists")]
 fn is_cut(response: &reapi::ExecuteResponse) -> bool {
     let Some(result) = &response.result else {
         return true;

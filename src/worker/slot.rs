@@ -468,7 +468,7 @@ mod tests {
     impl Stage {
         /// A slot that has asked for work.
         fn asking() -> Stage {
-            #[allow(clippy::disallowed_methods)]
+            #[expect(clippy::disallowed_methods, reason = "tests are not pure")]
             let now = Instant::now();
             let mut stage = Stage {
                 slot: Slot::new(now),

@@ -84,7 +84,7 @@ type Pending<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
 
 /// Serves one slot until `stopping`; then finishes the running action within `drain`, reports it,
 /// and returns.
-#[allow(
+#[expect(
     clippy::too_many_arguments,
     reason = "each is another part of the worker"
 )]

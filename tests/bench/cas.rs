@@ -14,10 +14,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::{Endpoint, ListenAddress},
-    daemon,
+    daemon::{self, Channel},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::{

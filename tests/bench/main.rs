@@ -2,7 +2,7 @@
 //!
 //! usage: cargo bench --bench farm [-- NAME [ARGUMENT...]]
 
-#[allow(dead_code)]
+#[expect(dead_code, reason = "other tests use the rest")]
 #[path = "../harness/mod.rs"]
 mod harness;
 

@@ -11,13 +11,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::{
         Endpoint, ListenAddress,
         runner::{Config, Demand, Network, Users},
     },
-    daemon::{self, Lifecycle},
+    daemon::{self, Channel, Lifecycle},
     proto::runner::{CheckReadinessRequest, RunRequest, runner_client::RunnerClient},
     runner,
 };
@@ -216,7 +215,7 @@ fn request(slot: usize, arguments: &[&str]) -> RunRequest {
 
 /// What could grow, of this process and of the host.
 #[derive(Debug)]
-#[allow(dead_code)]
+#[expect(dead_code, reason = "other tests use the rest")]
 struct Footprint {
     resident_kib: u64,
     descriptors: usize,

@@ -23,10 +23,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::Endpoint,
-    daemon,
+    daemon::{self, Channel},
     proto::{
         reapi::{self, ActionResult, ExecuteRequest, ExecuteResponse, WaitExecutionRequest},
         remoteworker::{

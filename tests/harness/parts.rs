@@ -94,6 +94,9 @@ impl FileSystem {
         let made = quiet(make.arg("-q").args(options).arg(&image));
         let mut mount = Command::new("mount");
         let mounted = made && quiet(mount.args(["-o", "loop,noatime"]).arg(&image).arg(&at));
+        if !mounted {
+            super::skip(&format!("{kind} cannot be made or mounted here"));
+        }
         mounted.then(|| FileSystem { at })
     }
 }

@@ -194,19 +194,17 @@ async fn failures_are_told_as_what_they_are() {
     assert_eq!(response.status.clone().unwrap_or_default().code, 0);
     assert_eq!(response.result.as_ref().unwrap().exit_code, 37);
 
-    let mut slow = Task::shell("echo begun; sleep 60");
+    let mut slow = Task::shell("echo begun; sleep infinity");
     slow.action.timeout = Some(prost_types::Duration {
         seconds: 1,
         nanos: 0,
     });
-    let began = Instant::now();
     let response = client.run(&slow).await;
     assert_eq!(
         response.status.clone().unwrap().code,
         Code::DeadlineExceeded as i32,
         "{response:?}"
     );
-    assert!(began.elapsed() < Duration::from_secs(30));
     assert_eq!(client.standard_output(&response).await, "begun\n");
 
     let response = client.run(&Task::new(&["no-such-program"])).await;

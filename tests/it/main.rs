@@ -1,5 +1,10 @@
 //! One binary for all integration tests, so that there is one link.
 
+#![expect(
+    unsafe_code,
+    reason = "attempts to escape use system calls as they are"
+)]
+
 #[path = "../harness/mod.rs"]
 mod harness;
 

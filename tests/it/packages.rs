@@ -53,7 +53,7 @@ fn shown(page: &str) -> Option<String> {
         }
         return Some(text.into_iter().collect());
     }
-    eprintln!("skipped: there is neither mandoc(1) nor man(1)");
+    crate::harness::skip("there is neither mandoc(1) nor man(1)");
     None
 }
 

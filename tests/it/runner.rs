@@ -20,10 +20,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::{Endpoint, ListenAddress, runner::Config, runner::Mode, runner::Users},
-    daemon::{self, Failure, Lifecycle},
+    daemon::{self, Channel, Failure, Lifecycle},
     proto::{
         resourceusage::PosixResourceUsage,
         runner::{CheckReadinessRequest, RunRequest, RunResponse, runner_client::RunnerClient},
@@ -47,7 +46,7 @@ fn fresh_users() -> u32 {
 fn is_root() -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
-        eprintln!("skipped: running commands as other users takes root");
+        crate::harness::skip("running commands as other users takes root");
     }
     root
 }

@@ -4,10 +4,9 @@
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
-use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::{self, Endpoint, ListenAddress, Size, scheduler::Config},
-    daemon::{self, Failure, Lifecycle},
+    daemon::{self, Channel, Failure, Lifecycle},
     digest::DigestFunction,
     instance::InstanceName,
     metadata::{self, REQUEST_METADATA_HEADER},
@@ -524,7 +523,7 @@ async fn an_old_scheduler_says_that_no_workers_exist_as_the_clients_fault() {
 async fn clients_before_2_2_name_the_platform_in_their_command() {
     let scheduler = Scheduler::start(|_| {}).await;
     let held = scheduler.parked("w").await;
-    #[allow(deprecated)]
+    #[expect(deprecated, reason = "clients of REAPI 2.0 use it")]
     let command = Command {
         platform: Some(linux()),
         ..Default::default()

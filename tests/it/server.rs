@@ -9,10 +9,9 @@ use std::{
     time::Duration,
 };
 
-use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::{Endpoint, ListenAddress},
-    daemon::{self, ServerLimits, Services},
+    daemon::{self, Channel, ServerLimits, Services},
     proto::{
         bytestream::{
             QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse,

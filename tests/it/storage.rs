@@ -2,10 +2,9 @@
 
 use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
-use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
     config::{Endpoint, ListenAddress},
-    daemon,
+    daemon::{self, Channel},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     storage::{

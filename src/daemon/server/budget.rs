@@ -24,7 +24,7 @@ use tokio::sync::Notify;
 const RESERVE_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
-pub struct Budget {
+pub(super) struct Budget {
     total: u64,
     per_connection: u64,
     state: Mutex<BudgetState>,
@@ -41,7 +41,7 @@ struct BudgetState {
 
 /// One connection's part of a budget.
 #[derive(Debug)]
-pub struct ConnectionBudget {
+pub(super) struct ConnectionBudget {
     budget: Arc<Budget>,
     /// Locked after `Budget::state`.
     state: Mutex<ConnectionUse>,
@@ -65,12 +65,12 @@ pub struct BudgetReservation {
 /// There was no room for too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("this server keeps as much for its callers as it may, and had no room for {bytes} bytes more for {} seconds; read the answers of calls that are under way, and try again", RESERVE_TIMEOUT.as_secs())]
-pub struct BudgetExhausted {
+pub(super) struct BudgetExhausted {
     bytes: u64,
 }
 
 impl Budget {
-    pub fn new(total: u64, per_connection: u64) -> Arc<Self> {
+    pub(super) fn new(total: u64, per_connection: u64) -> Arc<Self> {
         Arc::new(Budget {
             total,
             per_connection,
@@ -79,7 +79,7 @@ impl Budget {
         })
     }
 
-    pub fn account(self: &Arc<Self>) -> Arc<ConnectionBudget> {
+    pub(super) fn account(self: &Arc<Self>) -> Arc<ConnectionBudget> {
         Arc::new(ConnectionBudget {
             budget: self.clone(),
             state: Mutex::new(ConnectionUse {
@@ -91,20 +91,20 @@ impl Budget {
     }
 
     /// For how long somebody has been waiting for bytes that others hold.
-    pub fn starved_for(&self, now: Instant) -> Option<Duration> {
+    pub(super) fn starved_for(&self, now: Instant) -> Option<Duration> {
         let since = self.state.lock().starved_since?;
         Some(now.saturating_duration_since(since))
     }
 
     #[cfg(test)]
-    pub fn used(&self) -> u64 {
+    pub(super) fn used(&self) -> u64 {
         self.state.lock().used
     }
 }
 
 impl ConnectionBudget {
     /// Counts bytes, as soon as there is room for them.
-    pub async fn reserve(
+    pub(super) async fn reserve(
         self: &Arc<Self>,
         bytes: u64,
     ) -> Result<BudgetReservation, BudgetExhausted> {
@@ -127,30 +127,30 @@ impl ConnectionBudget {
     }
 
     /// Whether `charge` may be called now.
-    pub fn has_room(&self) -> bool {
+    pub(super) fn has_room(&self) -> bool {
         let shared = self.budget.state.lock();
         self.fits(&shared, self.state.lock().held, 1)
     }
 
     /// Returns when `charge` may be called.
-    pub async fn room(self: Arc<Self>) {
+    pub(super) async fn room(self: Arc<Self>) {
         self.wait(|| self.has_room().then_some(())).await;
     }
 
     /// Counts bytes that are there already.
-    pub fn charge(self: &Arc<Self>, bytes: u64) -> BudgetReservation {
+    pub(super) fn charge(self: &Arc<Self>, bytes: u64) -> BudgetReservation {
         let mut shared = self.budget.state.lock();
         self.take(&mut shared, bytes)
     }
 
     /// For how long this connection has held bytes without any progress.
-    pub fn stalled_for(&self, now: Instant) -> Option<Duration> {
+    pub(super) fn stalled_for(&self, now: Instant) -> Option<Duration> {
         let own = self.state.lock();
         (own.held > 0).then(|| now.saturating_duration_since(own.progress))
     }
 
     /// Counts bytes, if there is room for them now.
-    pub fn try_reserve(self: &Arc<Self>, bytes: u64) -> Option<BudgetReservation> {
+    pub(super) fn try_reserve(self: &Arc<Self>, bytes: u64) -> Option<BudgetReservation> {
         let mut shared = self.budget.state.lock();
         let held = self.state.lock().held;
         self.fits(&shared, held, bytes)

@@ -75,6 +75,7 @@ impl ResponseBudget {
         request.extensions().get().cloned()
     }
 
+    /// Waits for room for so many bytes; an error is the call's answer.
     pub async fn reserve(&self, bytes: u64) -> Result<BudgetReservation, Status> {
         self.0.reserve(bytes).await.map_err(exhausted)
     }
@@ -107,7 +108,7 @@ fn exhausted(error: BudgetExhausted) -> Status {
 }
 
 /// The answer to one request of a connection.
-pub async fn answer(
+pub(super) async fn answer(
     caller: &Arc<ClientConnection>,
     mut routes: Routes,
     mut request: Request<Incoming>,
@@ -345,7 +346,7 @@ impl HttpBody for RequestBody {
 }
 
 /// What a call answers, in pieces that are counted until they are written.
-pub struct ResponseBody {
+pub(super) struct ResponseBody {
     inner: Body,
     account: Arc<ConnectionBudget>,
     room: Option<ResponseReservation>,

@@ -37,7 +37,7 @@ const GOAWAY_GRACE: Duration = Duration::from_secs(2);
 const PREFACE: u64 = 24 + 9;
 
 /// Whose connection it is, and what is counted for it.
-pub struct ClientConnection {
+pub(super) struct ClientConnection {
     pub peer: Peer,
     pub largest_message: u64,
     pub received: Arc<ConnectionBudget>,
@@ -59,7 +59,7 @@ struct CallActivity {
 }
 
 /// A call, until its answer was handed to the connection.
-pub struct ActiveCall {
+pub(super) struct ActiveCall {
     caller: Arc<ClientConnection>,
     _counted: BudgetReservation,
 }
@@ -75,7 +75,7 @@ enum Decision {
 }
 
 impl ClientConnection {
-    pub fn new(
+    pub(super) fn new(
         connection: &AcceptedStream,
         largest_message: u64,
         [received, answers, calls]: [&Arc<Budget>; 3],
@@ -97,7 +97,7 @@ impl ClientConnection {
     }
 
     /// An error tells how many calls are under way.
-    pub fn begin_call(self: &Arc<Self>) -> Result<ActiveCall, u64> {
+    pub(super) fn begin_call(self: &Arc<Self>) -> Result<ActiveCall, u64> {
         let mut activity = self.activity.lock();
         activity.called = true;
         let counted = self.calls.try_reserve(1).ok_or(activity.under_way)?;
@@ -109,16 +109,16 @@ impl ClientConnection {
     }
 
     /// Whether it ever called, and since when it does not. `None` while a call is under way.
-    pub fn idle(&self) -> Option<(bool, Instant)> {
+    pub(super) fn idle(&self) -> Option<(bool, Instant)> {
         let activity = self.activity.lock();
         (activity.under_way == 0).then_some((activity.called, activity.since))
     }
 
-    pub fn is_evicted(&self) -> bool {
+    pub(super) fn is_evicted(&self) -> bool {
         self.evict.is_cancelled()
     }
 
-    pub fn evict(&self) {
+    pub(super) fn evict(&self) {
         self.evict.cancel();
     }
 
@@ -174,7 +174,7 @@ enum Event {
 }
 
 /// Until the connection is closed. When `stopping`, no new call is taken; when `killed`, it ends.
-pub async fn serve(
+pub(super) async fn serve(
     connection: AcceptedStream,
     caller: Arc<ClientConnection>,
     routes: Routes,

@@ -46,22 +46,29 @@ pub use services::Services;
 pub struct ServerLimits {
     /// Bytes of messages that are on their way in, on one connection and on all.
     pub received: u64,
+    /// The same, on one connection.
     pub request_bytes_per_connection: u64,
     /// Bytes of answers that are not written to their connections, on one and on all.
     pub answers: u64,
+    /// The same, on one connection.
     pub response_bytes_per_connection: u64,
+    /// Calls under way on all connections.
     pub calls: u64,
+    /// The same, on one connection.
     pub calls_per_connection: u32,
+    /// Connections that are open.
     pub connections: usize,
     /// Bytes of a message.
     pub largest_message: u64,
     /// Until HTTP/2 has begun.
     pub handshake: Duration,
+    /// Until the first call.
     pub first_call: Duration,
     /// Without a call.
     pub idle: Duration,
     /// Without reading any of what was asked for; and that when others wait for the room.
     pub stalled: Duration,
+    /// The same, when others wait for the room.
     pub stalled_when_short: Duration,
 }
 

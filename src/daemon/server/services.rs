@@ -13,6 +13,7 @@ use tower::Service;
 
 use crate::{daemon::Failure, proto};
 
+/// What a listener is to serve.
 #[derive(Default)]
 pub struct Services {
     routes: Routes,
@@ -20,8 +21,9 @@ pub struct Services {
 }
 
 impl Services {
+    /// Adds a service.
     #[must_use]
-    #[allow(clippy::should_implement_trait, reason = "services are no numbers")]
+    #[expect(clippy::should_implement_trait, reason = "services are no numbers")]
     pub fn add<S>(mut self, service: S) -> Self
     where
         S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>

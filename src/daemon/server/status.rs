@@ -17,7 +17,7 @@ const LONGEST_DETAILS: usize = 4 << 10;
 /// In place of what was left out, percent-encoded.
 const CUT: &[u8] = b"... (shortened)";
 
-pub fn shorten(headers: &mut HeaderMap) {
+pub(super) fn shorten(headers: &mut HeaderMap) {
     if let Some(message) = headers.get(MESSAGE)
         && message.len() > LONGEST_MESSAGE
     {

@@ -14,6 +14,11 @@
 //! 5. It is a program of a few instructions in memory (`init_program`), so that it costs a page or
 //!    two, has nothing of the daemon's, and can do nothing.
 
+#![expect(
+    unsafe_code,
+    reason = "it makes the first process of a namespace, which shares memory until it executes a program"
+)]
+
 use std::{
     cell::Cell,
     ffi::{CStr, c_int, c_void},

@@ -11,6 +11,11 @@
 //! 3. Nothing of the daemon's gets through: no descriptor, signal disposition or mask, session,
 //!    terminal, group, capability, keyring; and no privilege can be had again (no_new_privs).
 
+#![expect(
+    unsafe_code,
+    reason = "it is run by a new process, which shares memory until it executes the command"
+)]
+
 use std::{
     cell::Cell,
     ffi::{CStr, c_char, c_int, c_void},

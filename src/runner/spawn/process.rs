@@ -5,6 +5,11 @@
 //! 3. The thread that makes a process stays until it is gone, since its end would kill the process
 //!    (PR_SET_PDEATHSIG).
 
+#![expect(
+    unsafe_code,
+    reason = "it makes a process, which shares memory until it executes the command"
+)]
+
 use std::{
     cell::Cell,
     ffi::{CString, c_char},

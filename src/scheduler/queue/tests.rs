@@ -128,7 +128,7 @@ fn action(instruction: &Instruction) -> Option<Digest> {
 impl Farm {
     fn new() -> Farm {
         let settings = Settings::from(&crate::config::scheduler::Scheduling::default());
-        #[allow(clippy::disallowed_methods)]
+        #[expect(clippy::disallowed_methods, reason = "tests are not pure")]
         let now = Instant::now();
         Farm {
             queue: Queue::new(settings, now),

@@ -49,6 +49,7 @@ impl Store {
             .then_some(result))
     }
 
+    /// Keeps an action's result, in place of an older one.
     pub fn update_action_result(
         &self,
         instance: &InstanceName,

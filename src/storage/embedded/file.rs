@@ -8,6 +8,8 @@
 //! 2. What is read is checked piece by piece, since a loss of power can leave a file with its
 //!    length but not its content.
 
+#![expect(unsafe_code, reason = "it maps a file that only this process changes")]
+
 use std::{
     fmt::Write,
     fs::{self, File, OpenOptions},

@@ -72,11 +72,19 @@ pub struct Store {
 
 /// A blob that is being read; eviction does not take it away.
 pub enum Blob {
+    /// All of it.
     Small(Bytes),
-    Large { digest: Digest, blob: LargeBlob },
+    /// A file that is read piece by piece.
+    Large {
+        /// Which blob it is.
+        digest: Digest,
+        /// Where it is read.
+        blob: LargeBlob,
+    },
 }
 
 impl Blob {
+    /// The number of bytes.
     pub fn size(&self) -> u64 {
         match self {
             Blob::Small(content) => content.len() as u64,
@@ -125,6 +133,7 @@ impl Store {
         self.space.index.len()
     }
 
+    /// Whether the blob is there.
     pub fn contains(&self, digest: &Digest) -> bool {
         digest.is_empty_blob() || self.find(digest).is_some()
     }

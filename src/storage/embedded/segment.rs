@@ -8,6 +8,8 @@
 //! 2. Bytes that a slot describes never change, and a file is never cut below them: they are
 //!    mapped into memory, and readers hold on to them beyond the segment's removal.
 
+#![expect(unsafe_code, reason = "it maps files that only this process changes")]
+
 use std::{
     fs::{self, File, OpenOptions},
     io,

@@ -36,6 +36,7 @@ const MOST: usize = 2048;
 const SILENCE: Duration = Duration::from_secs(10);
 const SLOWEST: u64 = 64 << 10;
 
+/// The uploads that are under way.
 #[derive(Default)]
 pub struct Uploads {
     next_lease: AtomicU64,

@@ -50,10 +50,14 @@ mod write_stream;
 
 pub use write_stream::ForwardedUpload;
 
+/// How much a client asks for at a time, and how long it waits.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// Downloads at a time.
     pub download_concurrency: NonZeroUsize,
+    /// Uploads at a time.
     pub upload_concurrency: NonZeroUsize,
+    /// How long it waits for what.
     pub timeouts: Timeouts,
 }
 
@@ -198,6 +202,7 @@ impl Client {
         }
     }
 
+    /// Keeps an action's result in the Action Cache.
     pub async fn update_action_result(
         &self,
         instance: &InstanceName,

@@ -387,7 +387,7 @@ pub fn shared(old: &Tree, new: &Tree, budget: &mut u32) -> u64 {
 }
 
 #[cfg(test)]
-#[allow(
+#[expect(
     clippy::disallowed_types,
     reason = "a walk's result is what a tree is built from"
 )]

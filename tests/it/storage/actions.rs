@@ -1,7 +1,7 @@
 //! The Action Cache: a result that is returned names only what is there.
 
-use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
+    daemon::Channel,
     digest::{Digest, DigestFunction},
     proto::reapi::{
         self, ActionResult, Directory, DirectoryNode, FileNode, GetActionResultRequest,

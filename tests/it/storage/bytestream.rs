@@ -1,7 +1,7 @@
 //! ByteStream, call by call.
 
-use bb_remote_execution::daemon::Channel;
 use bb_remote_execution::{
+    daemon::Channel,
     digest::{Digest, DigestFunction},
     proto::bytestream::{
         QueryWriteStatusRequest, ReadRequest, WriteRequest, byte_stream_client::ByteStreamClient,

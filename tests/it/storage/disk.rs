@@ -318,7 +318,7 @@ fn many_writers_and_readers_at_once_lose_nothing_while_room_is_made() {
 #[test]
 fn a_full_disk_is_named_and_the_store_goes_on() {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: a small file system needs root");
+        crate::harness::skip("a small file system needs root");
         return;
     }
     struct Mount(PathBuf);

@@ -452,7 +452,7 @@ async fn after_a_crash_of_the_host_what_was_used_last_is_fetched_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_action_of_another_user_cannot_change_a_cached_file() {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: only root can become another user");
+        crate::harness::skip("only root can become another user");
         return;
     }
     let farm = Farm::start().await;

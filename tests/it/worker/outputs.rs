@@ -15,7 +15,7 @@ use super::{
 };
 
 #[tokio::test(flavor = "multi_thread")]
-#[allow(deprecated)]
+#[expect(deprecated, reason = "clients of REAPI 2.0 use it")]
 async fn each_kind_of_output_is_reported_as_what_it_is() {
     let farm = Farm::start().await;
     let script = "echo f > a/file; echo x > a/program; chmod 100 a/program; mkdir -p a/dir/empty; \
@@ -143,7 +143,7 @@ async fn outputs_outside_of_the_working_directory_and_the_whole_root_can_be_aske
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[allow(deprecated)]
+#[expect(deprecated, reason = "clients of REAPI 2.0 use it")]
 async fn clients_of_the_older_lists_are_served() {
     let farm = Farm::start().await;
     let script = "echo f > out/f; mkdir out/d; ln -s f out/lf; ln -s d out/ld";
@@ -318,7 +318,7 @@ async fn outputs_that_overlap_or_are_named_twice_are_told_each_and_accuse_nobody
         let script =
             format!("mkdir -p d; echo {round} | tee d/x > o; head -c 5000000 /dev/zero > d/y");
         let Some(script) = given_away(&script, &["d", "o"]) else {
-            eprintln!("skipped: only root can give files away");
+            crate::harness::skip("only root can give files away");
             return;
         };
         // The second time, the cache has them.

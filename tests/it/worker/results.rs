@@ -132,7 +132,7 @@ async fn a_cancelled_action_ends_soon_and_leaves_nothing() {
     let farm = Farm::start().await;
     let root = farm.root(&[]).await;
     let task = farm
-        .task(&shell("echo file > f; sleep 100", &["f"]), root)
+        .task(&shell("echo file > f; sleep infinity", &["f"]), root)
         .await;
     let (sender, mut stage) = watch::channel(Phase::FetchingInputs);
     let cancel = CancellationToken::new();
@@ -142,10 +142,8 @@ async fn a_cancelled_action_ends_soon_and_leaves_nothing() {
         .wait_for(|stage| *stage == Phase::Running)
         .await
         .unwrap();
-    let start = Instant::now();
     cancel.cancel();
     let response = running.await.unwrap();
-    assert!(start.elapsed() < Duration::from_secs(50));
     assert_eq!(code(&response), Code::Cancelled);
     assert_eq!(farm.action_result(&task).await, None);
 }
@@ -298,7 +296,7 @@ async fn what_the_runner_says_of_the_action_is_told_to_the_client_and_no_fault_o
 #[tokio::test(flavor = "multi_thread")]
 async fn only_where_a_group_is_configured_may_its_runner_enter_by_itself() {
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("skipped: only root can give directories to any group");
+        crate::harness::skip("only root can give directories to any group");
         return;
     }
     for (group, expected) in [(None, "700 0\n"), (Some(12345), "770 12345\n")] {

@@ -117,7 +117,7 @@ fn cache_with(place: &Path, content: &str) -> Arc<FileCache> {
 fn a_full_disk_costs_one_action_and_no_other() {
     let memory = Path::new("/dev/shm");
     if !nix::unistd::geteuid().is_root() || !memory.is_dir() {
-        eprintln!("skipped: only root can mount a small file system");
+        crate::harness::skip("only root can mount a small file system");
         return;
     }
     let place = tempfile::tempdir_in(memory).unwrap();
@@ -127,7 +127,6 @@ fn a_full_disk_costs_one_action_and_no_other() {
         let inner = place.path().join(options[0]);
         fs::create_dir(&inner).unwrap();
         let Some(mounted) = FileSystem::mount("ext4", 16, &inner, options) else {
-            eprintln!("skipped: no ext4 in a file");
             return;
         };
         let at = &mounted.at;

@@ -18,6 +18,8 @@
 //!    Buildbarn's. Nobody has them open for writing.
 //! 4. Every link and unlink sets the ctime, so that it tells at the next start when a file was used.
 
+#![expect(unsafe_code, reason = "it calls what has no safe wrapper")]
+
 use std::{
     fs::File,
     io::{self, Write},
