@@ -13,7 +13,6 @@ use std::{
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 use parking_lot::Mutex;
-use tokio_util::sync::CancellationToken;
 
 use super::{
     batches::batches,
@@ -24,7 +23,10 @@ use super::{
 use crate::{
     digest::Digest,
     instance::InstanceName,
-    storage::{self, Backend},
+    storage::{
+        self, Backend,
+        single_flight::{Follower, Leader, Role, SingleFlight},
+    },
     worker::{fault::Fault, lru::Lru},
 };
 
@@ -50,6 +52,10 @@ impl DirectoryWalk {
     }
 }
 
+/// Whoever fetches a Directory, and whoever waits for him.
+type FetchLeader = Leader<Digest, ()>;
+type FetchFollower = (Digest, Follower<()>);
+
 /// Fetches Directories, and keeps those last used.
 pub struct DirectoryCache {
     storage: Backend,
@@ -58,6 +64,8 @@ pub struct DirectoryCache {
     /// Of what is kept, and of what one input root may have.
     limit: u64,
     state: Mutex<DirectoryCacheState>,
+    /// Joined under the lock of `state`.
+    flights: SingleFlight<Digest, ()>,
 }
 
 #[derive(Default)]
@@ -67,7 +75,6 @@ struct DirectoryCacheState {
     trees: HashMap<Digest, Weak<Node>>,
     /// From so many on the dead ones are looked for.
     trees_limit: usize,
-    fetching: HashMap<Digest, CancellationToken>,
 }
 
 impl DirectoryCacheState {
@@ -82,24 +89,6 @@ impl DirectoryCacheState {
     }
 }
 
-/// Digests that we fetch; others wait for us.
-struct DirectoryClaim<'a> {
-    directories: &'a DirectoryCache,
-    digests: Vec<Digest>,
-    done: CancellationToken,
-}
-
-impl Drop for DirectoryClaim<'_> {
-    fn drop(&mut self) {
-        let mut state = self.directories.state.lock();
-        for digest in &self.digests {
-            state.fetching.remove(digest);
-        }
-        drop(state);
-        self.done.cancel();
-    }
-}
-
 impl DirectoryCache {
     pub fn new(storage: Backend, message_limit: u64, limit: u64) -> Self {
         DirectoryCache {
@@ -107,6 +96,7 @@ impl DirectoryCache {
             message_limit,
             limit,
             state: Mutex::default(),
+            flights: SingleFlight::default(),
         }
     }
 
@@ -137,9 +127,10 @@ impl DirectoryCache {
             }
             let mut wanted = level.clone();
             while !wanted.is_empty() || beside.is_some() {
-                let (claim, waiting) =
-                    self.claim(std::mem::take(&mut wanted), &mut found, &mut known);
-                let mut digests = claim.digests.clone();
+                let (leaders, followers) =
+                    self.join(std::mem::take(&mut wanted), &mut found, &mut known);
+                let ours: Vec<Digest> = leaders.iter().map(|leader| *leader.key()).collect();
+                let mut digests = ours.clone();
                 let first = beside.take();
                 digests.extend(first);
                 let mut batches = stream::iter(batches(digests, |digest| digest.size()))
@@ -152,7 +143,7 @@ impl DirectoryCache {
                     for (digest, result) in batch.into_iter().zip(results) {
                         if first == Some(digest) && read_beside.is_none() {
                             read_beside = Some(result.clone());
-                            if !claim.digests.contains(&digest) {
+                            if !ours.contains(&digest) {
                                 continue;
                             }
                         }
@@ -172,9 +163,10 @@ impl DirectoryCache {
                     }
                 }
                 drop(batches);
-                drop(claim);
-                for (digest, done) in waiting {
-                    done.cancelled().await;
+                // What they fetched is kept by now.
+                drop(leaders);
+                for (digest, follower) in followers {
+                    follower.result().await;
                     wanted.push(digest);
                 }
             }
@@ -235,15 +227,14 @@ impl DirectoryCache {
 
     /// Sorts digests into those that are here, those that are ours to fetch, and those that
     /// others are fetching.
-    fn claim(
+    fn join(
         &self,
         wanted: Vec<Digest>,
         found: &mut HashMap<Digest, Arc<Directory>>,
         known: &mut HashMap<Digest, Tree>,
-    ) -> (DirectoryClaim<'_>, Vec<(Digest, CancellationToken)>) {
-        let done = CancellationToken::new();
-        let mut digests = Vec::new();
-        let mut waiting = Vec::new();
+    ) -> (Vec<FetchLeader>, Vec<FetchFollower>) {
+        let mut leaders = Vec::new();
+        let mut followers = Vec::new();
         let mut state = self.state.lock();
         for digest in wanted {
             if digest.is_empty_blob() {
@@ -252,20 +243,14 @@ impl DirectoryCache {
                 known.insert(digest, tree);
             } else if let Some(directory) = state.kept.get(&digest) {
                 found.insert(digest, directory.clone());
-            } else if let Some(other) = state.fetching.get(&digest) {
-                waiting.push((digest, other.clone()));
             } else {
-                state.fetching.insert(digest, done.clone());
-                digests.push(digest);
+                match self.flights.join(digest) {
+                    Role::Leader(leader) => leaders.push(leader),
+                    Role::Follower(follower) => followers.push((digest, follower)),
+                }
             }
         }
-        drop(state);
-        let claim = DirectoryClaim {
-            directories: self,
-            digests,
-            done,
-        };
-        (claim, waiting)
+        (leaders, followers)
     }
 
     fn keep(&self, digest: Digest, data: &[u8]) -> Result<Arc<Directory>, Fault> {
