@@ -154,12 +154,12 @@ impl DigestFunction {
     /// Hashes what is given piece by piece.
     pub fn hasher(self) -> Hasher {
         match self {
-            DigestFunction::Sha256 => Hasher(State::Sha256(Sha256::new()), 0),
-            DigestFunction::Sha1 => Hasher(State::Sha1(Sha1::new()), 0),
-            DigestFunction::Md5 => Hasher(State::Md5(Md5::new()), 0),
-            DigestFunction::Sha384 => Hasher(State::Sha384(Sha384::new()), 0),
-            DigestFunction::Sha512 => Hasher(State::Sha512(Sha512::new()), 0),
-            DigestFunction::Blake3 => Hasher(State::Blake3(Box::default()), 0),
+            DigestFunction::Sha256 => Hasher(HashState::Sha256(Sha256::new()), 0),
+            DigestFunction::Sha1 => Hasher(HashState::Sha1(Sha1::new()), 0),
+            DigestFunction::Md5 => Hasher(HashState::Md5(Md5::new()), 0),
+            DigestFunction::Sha384 => Hasher(HashState::Sha384(Sha384::new()), 0),
+            DigestFunction::Sha512 => Hasher(HashState::Sha512(Sha512::new()), 0),
+            DigestFunction::Blake3 => Hasher(HashState::Blake3(Box::default()), 0),
         }
     }
 
@@ -183,9 +183,9 @@ impl fmt::Display for DigestFunction {
 }
 
 /// Computes a digest piece by piece.
-pub struct Hasher(State, u64);
+pub struct Hasher(HashState, u64);
 
-enum State {
+enum HashState {
     Sha256(Sha256),
     Sha1(Sha1),
     Md5(Md5),
@@ -198,12 +198,12 @@ impl Hasher {
     /// Hashes the next piece.
     pub fn update(&mut self, data: &[u8]) {
         match &mut self.0 {
-            State::Sha256(h) => h.update(data),
-            State::Sha1(h) => h.update(data),
-            State::Md5(h) => h.update(data),
-            State::Sha384(h) => h.update(data),
-            State::Sha512(h) => h.update(data),
-            State::Blake3(h) => {
+            HashState::Sha256(h) => h.update(data),
+            HashState::Sha1(h) => h.update(data),
+            HashState::Md5(h) => h.update(data),
+            HashState::Sha384(h) => h.update(data),
+            HashState::Sha512(h) => h.update(data),
+            HashState::Blake3(h) => {
                 h.update(data);
             }
         }
@@ -219,12 +219,14 @@ impl Hasher {
     pub fn finish(self) -> Digest {
         let size = self.1;
         match self.0 {
-            State::Sha256(h) => Digest::new(DigestFunction::Sha256, &h.finalize(), size),
-            State::Sha1(h) => Digest::new(DigestFunction::Sha1, &h.finalize(), size),
-            State::Md5(h) => Digest::new(DigestFunction::Md5, &h.finalize(), size),
-            State::Sha384(h) => Digest::new(DigestFunction::Sha384, &h.finalize(), size),
-            State::Sha512(h) => Digest::new(DigestFunction::Sha512, &h.finalize(), size),
-            State::Blake3(h) => Digest::new(DigestFunction::Blake3, h.finalize().as_bytes(), size),
+            HashState::Sha256(h) => Digest::new(DigestFunction::Sha256, &h.finalize(), size),
+            HashState::Sha1(h) => Digest::new(DigestFunction::Sha1, &h.finalize(), size),
+            HashState::Md5(h) => Digest::new(DigestFunction::Md5, &h.finalize(), size),
+            HashState::Sha384(h) => Digest::new(DigestFunction::Sha384, &h.finalize(), size),
+            HashState::Sha512(h) => Digest::new(DigestFunction::Sha512, &h.finalize(), size),
+            HashState::Blake3(h) => {
+                Digest::new(DigestFunction::Blake3, h.finalize().as_bytes(), size)
+            }
         }
     }
 }

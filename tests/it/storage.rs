@@ -108,7 +108,7 @@ impl Server {
 /// The variable that makes a test binary a server: DIRECTORY,ADDRESS,MAXIMUM_SIZE.
 const SERVE: &str = "BB_TEST_SERVE_STORAGE";
 
-/// No test of its own: what `Child` starts.
+/// No test of its own: what `StoreProcess` starts.
 #[test]
 fn serves_a_store_when_asked_to() {
     let Ok(asked) = std::env::var(SERVE) else {
@@ -126,12 +126,12 @@ fn serves_a_store_when_asked_to() {
 }
 
 /// A store in a process that can be killed.
-pub struct Child {
+pub struct StoreProcess {
     process: std::process::Child,
     pub address: SocketAddr,
 }
 
-impl Child {
+impl StoreProcess {
     pub fn start(directory: &Path, address: SocketAddr, maximum_size: u64) -> Self {
         let _ = std::fs::remove_file(directory.join("address"));
         let mut process = std::process::Command::new(std::env::current_exe().unwrap())
@@ -146,7 +146,7 @@ impl Child {
         loop {
             if let Ok(text) = std::fs::read_to_string(directory.join("address")) {
                 let address = text.parse().unwrap();
-                return Child { process, address };
+                return StoreProcess { process, address };
             }
             assert!(process.try_wait().unwrap().is_none(), "the server is gone");
             std::thread::sleep(Duration::from_millis(5));
@@ -168,7 +168,7 @@ impl Child {
 }
 
 /// kill -9.
-impl Drop for Child {
+impl Drop for StoreProcess {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();

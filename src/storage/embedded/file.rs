@@ -16,13 +16,13 @@ use std::{
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::Arc,
 };
 
 use bytes::Bytes;
 use memmap2::Mmap;
+use walkdir::WalkDir;
 
-use super::index::Key;
+use super::index::IndexKey;
 use crate::text::{parse_hex, push_hex};
 
 /// Bytes per checksum; whoever reads in multiples of it has each byte checked once.
@@ -37,7 +37,7 @@ pub fn footprint(size: u64) -> u64 {
 }
 
 /// `files/AB/KEY-SIZE`, AB being the first byte of the hash.
-pub fn path(directory: &Path, key: &Key, size: u64) -> PathBuf {
+pub fn path(directory: &Path, key: &IndexKey, size: u64) -> PathBuf {
     let bytes = key.to_bytes();
     let mut name = String::with_capacity(90);
     push_hex(&mut name, &bytes[1..2]);
@@ -47,13 +47,13 @@ pub fn path(directory: &Path, key: &Key, size: u64) -> PathBuf {
     directory.join(name)
 }
 
-fn parse_name(name: &str) -> Option<(Key, u64)> {
+fn parse_name(name: &str) -> Option<(IndexKey, u64)> {
     let (key, size) = name.split_once('-')?;
     let mut bytes = [0; 33];
     if !parse_hex(key, &mut bytes) {
         return None;
     }
-    Some((Key::from_bytes(&bytes), size.parse().ok()?))
+    Some((IndexKey::from_bytes(&bytes), size.parse().ok()?))
 }
 
 /// Makes the 256 directories.
@@ -65,20 +65,18 @@ pub fn prepare(directory: &Path) -> io::Result<()> {
 }
 
 /// All large blobs. Names are enough: contents are checked when they are read.
-pub fn list(directory: &Path) -> io::Result<Vec<(Key, u64)>> {
+pub fn list(directory: &Path) -> io::Result<Vec<(IndexKey, u64)>> {
     let mut found = Vec::new();
-    for byte in 0..=255u8 {
-        for entry in fs::read_dir(directory.join(format!("{byte:02x}")))? {
-            if let Some(blob) = entry?.file_name().to_str().and_then(parse_name) {
-                found.push(blob);
-            }
+    for entry in WalkDir::new(directory).min_depth(2).max_depth(2) {
+        if let Some(blob) = entry?.file_name().to_str().and_then(parse_name) {
+            found.push(blob);
         }
     }
     Ok(found)
 }
 
 /// A file that is being written; removed when dropped before it is committed.
-pub struct Draft {
+pub struct BlobFileWriter {
     path: PathBuf,
     file: File,
     size: u64,
@@ -87,13 +85,13 @@ pub struct Draft {
     committed: bool,
 }
 
-impl Draft {
+impl BlobFileWriter {
     pub fn create(path: PathBuf) -> io::Result<Self> {
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)
             .open(&path)?;
-        Ok(Draft {
+        Ok(BlobFileWriter {
             path,
             file,
             size: 0,
@@ -125,7 +123,7 @@ impl Draft {
     }
 
     /// Gives the file its name.
-    pub fn commit(mut self, directory: &Path, key: &Key) -> io::Result<()> {
+    pub fn commit(mut self, directory: &Path, key: &IndexKey) -> io::Result<()> {
         if !self.size.is_multiple_of(PIECE) {
             self.end_piece();
         }
@@ -140,7 +138,7 @@ impl Draft {
     }
 }
 
-impl Drop for Draft {
+impl Drop for BlobFileWriter {
     fn drop(&mut self) {
         if !self.committed {
             let _ = fs::remove_file(&self.path);
@@ -156,13 +154,12 @@ fn checksum_of_trailer(checksums: &[u8], size: u64) -> u32 {
 }
 
 /// An open large blob, which can be read even after it was evicted.
-#[derive(Clone)]
-pub struct LargeBlob {
-    map: Arc<Mmap>,
+pub struct BlobFile {
+    map: Bytes,
     size: u64,
 }
 
-impl LargeBlob {
+impl BlobFile {
     /// An error of kind InvalidData when the file is damaged.
     pub fn open(path: &Path, size: u64) -> io::Result<Self> {
         let damaged = || io::Error::from(io::ErrorKind::InvalidData);
@@ -181,8 +178,8 @@ impl LargeBlob {
         if rest.get(..4) != Some(&expected) || rest.get(4..) != Some(FORMAT) {
             return Err(damaged());
         }
-        Ok(LargeBlob {
-            map: Arc::new(map),
+        Ok(BlobFile {
+            map: Bytes::from_owner(map),
             size,
         })
     }
@@ -207,23 +204,7 @@ impl LargeBlob {
                 return None;
             }
         }
-        Some(Bytes::from_owner(Part {
-            map: self.map.clone(),
-            start: start as usize,
-            end: end as usize,
-        }))
-    }
-}
-
-struct Part {
-    map: Arc<Mmap>,
-    start: usize,
-    end: usize,
-}
-
-impl AsRef<[u8]> for Part {
-    fn as_ref(&self) -> &[u8] {
-        self.map.get(self.start..self.end).unwrap_or_default()
+        Some(self.map.slice(start as usize..end as usize))
     }
 }
 
@@ -238,15 +219,15 @@ mod tests {
         prepare(directory.path()).unwrap();
         let content: Vec<u8> = (0..600_000u32).map(|i| (i % 251) as u8).collect();
         let size = content.len() as u64;
-        let key = Key::blob(&DigestFunction::Sha256.digest_of(&content));
-        let mut draft = Draft::create(directory.path().join("draft")).unwrap();
+        let key = IndexKey::blob(&DigestFunction::Sha256.digest_of(&content));
+        let mut writer = BlobFileWriter::create(directory.path().join("writer")).unwrap();
         for part in content.chunks(100_001) {
-            draft.append(part).unwrap();
+            writer.append(part).unwrap();
         }
-        draft.commit(directory.path(), &key).unwrap();
+        writer.commit(directory.path(), &key).unwrap();
         assert_eq!(list(directory.path()).unwrap(), [(key, size)]);
         let path = path(directory.path(), &key, size);
-        let open = || LargeBlob::open(&path, size);
+        let open = || BlobFile::open(&path, size);
         assert_eq!(open().unwrap().read(0, size).unwrap(), content);
         assert_eq!(
             open().unwrap().read(300_000, 300_007).unwrap(),
@@ -276,9 +257,9 @@ mod tests {
     #[test]
     fn an_abandoned_draft_leaves_nothing() {
         let directory = tempfile::tempdir().unwrap();
-        let mut draft = Draft::create(directory.path().join("draft")).unwrap();
-        draft.append(b"some").unwrap();
-        drop(draft);
+        let mut writer = BlobFileWriter::create(directory.path().join("writer")).unwrap();
+        writer.append(b"some").unwrap();
+        drop(writer);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }

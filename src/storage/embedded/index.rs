@@ -19,7 +19,7 @@ use crate::{
 
 /// A digest function with the first 32 bytes of its hash, or an action with its instance name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Key {
+pub struct IndexKey {
     tag: u8,
     hash: [u8; 32],
 }
@@ -27,7 +27,7 @@ pub struct Key {
 /// On disk; numbers must stay.
 const ACTION_RESULT: u8 = 128;
 
-impl Key {
+impl IndexKey {
     pub fn blob(digest: &Digest) -> Self {
         let tag = match digest.function() {
             DigestFunction::Sha256 => 1,
@@ -41,14 +41,14 @@ impl Key {
         for (to, from) in hash.iter_mut().zip(digest.hash_bytes()) {
             *to = *from;
         }
-        Key { tag, hash }
+        IndexKey { tag, hash }
     }
 
     pub fn action(instance: &InstanceName, action: &Digest) -> Self {
         let name = format!("{instance}\0{action:?}");
-        Key {
+        IndexKey {
             tag: ACTION_RESULT,
-            ..Key::blob(&DigestFunction::Sha256.digest_of(name.as_bytes()))
+            ..IndexKey::blob(&DigestFunction::Sha256.digest_of(name.as_bytes()))
         }
     }
 
@@ -65,7 +65,7 @@ impl Key {
     pub fn from_bytes(bytes: &[u8; 33]) -> Self {
         let mut hash = [0; 32];
         hash.copy_from_slice(&bytes[1..]);
-        Key {
+        IndexKey {
             tag: bytes[0],
             hash,
         }
@@ -82,14 +82,14 @@ impl Key {
     }
 }
 
-impl std::hash::Hash for Key {
+impl std::hash::Hash for IndexKey {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         state.write_u64(self.short());
     }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum Location {
     Segment {
         number: u32,
         slot: u32,
@@ -99,24 +99,24 @@ pub enum Place {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct StoredEntry {
     size: u64,
-    place: Place,
+    place: Location,
     used: AtomicU32,
 }
 
 /// A copy of an entry.
 #[derive(Clone, Copy, Debug)]
-pub struct Found {
-    pub key: Key,
+pub struct IndexEntry {
+    pub key: IndexKey,
     pub size: u64,
-    pub place: Place,
+    pub place: Location,
     pub used: u32,
 }
 
-impl Entry {
-    fn found(&self, key: Key) -> Found {
-        Found {
+impl StoredEntry {
+    fn found(&self, key: IndexKey) -> IndexEntry {
+        IndexEntry {
             key,
             size: self.size,
             place: self.place,
@@ -128,7 +128,7 @@ impl Entry {
 const SHARDS: usize = 64;
 
 pub struct Index {
-    shards: [RwLock<HashMap<Key, Entry>>; SHARDS],
+    shards: [RwLock<HashMap<IndexKey, StoredEntry>>; SHARDS],
 }
 
 impl Index {
@@ -138,12 +138,12 @@ impl Index {
         }
     }
 
-    fn shard(&self, key: &Key) -> &RwLock<HashMap<Key, Entry>> {
+    fn shard(&self, key: &IndexKey) -> &RwLock<HashMap<IndexKey, StoredEntry>> {
         &self.shards[key.shard()]
     }
 
     /// Looks up, and makes recently used as of `now`.
-    pub fn find(&self, key: &Key, now: u32) -> Option<Found> {
+    pub fn find(&self, key: &IndexKey, now: u32) -> Option<IndexEntry> {
         let shard = self.shard(key).read();
         let entry = shard.get(key)?;
         if entry.used.load(Ordering::Relaxed) != now {
@@ -153,8 +153,14 @@ impl Index {
     }
 
     /// What was there before; it is replaced.
-    pub fn insert(&self, key: Key, size: u64, place: Place, used: u32) -> Option<Found> {
-        let entry = Entry {
+    pub fn insert(
+        &self,
+        key: IndexKey,
+        size: u64,
+        place: Location,
+        used: u32,
+    ) -> Option<IndexEntry> {
+        let entry = StoredEntry {
             size,
             place,
             used: AtomicU32::new(used),
@@ -164,7 +170,7 @@ impl Index {
     }
 
     /// False when the entry is no longer what was seen.
-    pub fn relocate(&self, seen: &Found, place: Place) -> bool {
+    pub fn relocate(&self, seen: &IndexEntry, place: Location) -> bool {
         match self.shard(&seen.key).write().get_mut(&seen.key) {
             Some(entry) if entry.place == seen.place => {
                 entry.place = place;
@@ -175,7 +181,7 @@ impl Index {
     }
 
     /// False when the entry is no longer what was seen.
-    pub fn remove(&self, seen: &Found) -> bool {
+    pub fn remove(&self, seen: &IndexEntry) -> bool {
         let mut shard = self.shard(&seen.key).write();
         match shard.get(&seen.key) {
             Some(entry) if entry.place == seen.place => {
@@ -187,7 +193,7 @@ impl Index {
     }
 
     /// Looks up without making it recently used.
-    pub fn peek(&self, key: &Key) -> Option<Found> {
+    pub fn peek(&self, key: &IndexKey) -> Option<IndexEntry> {
         let shard = self.shard(key).read();
         shard.get(key).map(|entry| entry.found(*key))
     }
@@ -196,7 +202,7 @@ impl Index {
         self.shards.iter().map(|shard| shard.read().len()).sum()
     }
 
-    pub fn for_each(&self, mut f: impl FnMut(Found)) {
+    pub fn for_each(&self, mut f: impl FnMut(IndexEntry)) {
         for shard in &self.shards {
             for (key, entry) in shard.read().iter() {
                 f(entry.found(*key));
@@ -206,7 +212,7 @@ impl Index {
 
     /// Removes the least recently used entries, of at least `bytes` bytes together as `weigh` counts
     /// them, and returns them.
-    pub fn evict(&self, bytes: u64, weigh: impl Fn(&Found) -> u64) -> Vec<Found> {
+    pub fn evict(&self, bytes: u64, weigh: impl Fn(&IndexEntry) -> u64) -> Vec<IndexEntry> {
         let mut ages = Vec::new();
         self.for_each(|found| ages.push((found.used, weigh(&found))));
         ages.sort_unstable_by_key(|(used, _)| *used);
@@ -255,15 +261,15 @@ impl Index {
 mod tests {
     use super::*;
 
-    fn key(i: u64) -> Key {
-        Key::blob(&DigestFunction::Sha256.digest_of(&i.to_le_bytes()))
+    fn key(i: u64) -> IndexKey {
+        IndexKey::blob(&DigestFunction::Sha256.digest_of(&i.to_le_bytes()))
     }
 
     #[test]
     fn the_least_recently_used_entries_are_evicted_and_no_more_than_needed() {
         let index = Index::new();
         for i in 0..100 {
-            index.insert(key(i), 10, Place::File, i as u32 / 10);
+            index.insert(key(i), 10, Location::File, i as u32 / 10);
         }
         index.find(&key(3), 50);
         let evicted = index.evict(150, |found| found.size);
@@ -276,11 +282,11 @@ mod tests {
     #[test]
     fn whoever_saw_an_old_place_changes_nothing() {
         let index = Index::new();
-        index.insert(key(1), 1, Place::File, 0);
+        index.insert(key(1), 1, Location::File, 0);
         let seen = index.peek(&key(1)).unwrap();
-        let place = Place::Segment { number: 1, slot: 2 };
+        let place = Location::Segment { number: 1, slot: 2 };
         assert!(index.relocate(&seen, place));
-        assert!(!index.relocate(&seen, Place::File));
+        assert!(!index.relocate(&seen, Location::File));
         assert!(!index.remove(&seen));
         assert_eq!(index.peek(&key(1)).unwrap().place, place);
     }
@@ -288,9 +294,9 @@ mod tests {
     #[test]
     fn actions_differ_by_instance_and_from_blobs() {
         let digest = DigestFunction::Sha256.digest_of(b"x");
-        let of = |name| Key::action(&InstanceName::parse(name).unwrap(), &digest);
+        let of = |name| IndexKey::action(&InstanceName::parse(name).unwrap(), &digest);
         assert_ne!(of("a"), of("b"));
-        assert_ne!(of(""), Key::blob(&digest));
-        assert_eq!(Key::from_bytes(&of("a").to_bytes()), of("a"));
+        assert_ne!(of(""), IndexKey::blob(&digest));
+        assert_eq!(IndexKey::from_bytes(&of("a").to_bytes()), of("a"));
     }
 }

@@ -39,25 +39,29 @@ use bytes::Bytes;
 use futures::{StreamExt, stream};
 
 use self::{
-    file::LargeBlob,
-    index::{Found, Key, Place},
+    file::BlobFile,
+    index::{IndexEntry, IndexKey, Location},
     space::Space,
 };
 use super::{BlobStream, Content, Error, blocking, verify};
 use crate::{daemon::Failure, digest::Digest};
 
-mod actions;
+mod action_results;
+mod append;
+mod blob_writer;
 mod file;
 mod index;
+mod lookup;
+mod maintenance;
 mod open;
 mod recency;
+mod reclaim;
 mod segment;
 mod space;
-mod upload;
 mod uploads;
 
+pub use blob_writer::BlobWriter;
 pub use open::probe;
-pub use upload::Upload;
 pub use uploads::{Uploads, WriteLease};
 
 /// Blobs of at most this size share segments; larger ones are files of their own.
@@ -67,7 +71,7 @@ pub const SMALL: u64 = 64 << 10;
 /// they need.
 pub struct Store {
     space: Arc<Space>,
-    janitor: Option<space::Janitor>,
+    maintenance: Option<maintenance::MaintenanceThread>,
 }
 
 /// A blob that is being read; eviction does not take it away.
@@ -79,7 +83,7 @@ pub enum Blob {
         /// Which blob it is.
         digest: Digest,
         /// Where it is read.
-        blob: LargeBlob,
+        blob: BlobFile,
     },
 }
 
@@ -114,8 +118,8 @@ impl Store {
     /// Opens or creates a store. Takes about half a second for a million blobs.
     pub fn open(directory: &Path, maximum_size: u64) -> Result<Self, Failure> {
         let space = Arc::new(open::open(directory, maximum_size)?);
-        let janitor = Some(space::Janitor::start(space.clone()));
-        Ok(Store { space, janitor })
+        let maintenance = Some(maintenance::MaintenanceThread::start(space.clone()));
+        Ok(Store { space, maintenance })
     }
 
     /// The largest blob that is taken.
@@ -145,11 +149,11 @@ impl Store {
         missing.copied().collect()
     }
 
-    fn find(&self, digest: &Digest) -> Option<Found> {
+    fn find(&self, digest: &Digest) -> Option<IndexEntry> {
         let found = self
             .space
             .index
-            .find(&Key::blob(digest), self.space.now())?;
+            .find(&IndexKey::blob(digest), self.space.now())?;
         (found.size == digest.size()).then_some(found)
     }
 
@@ -161,12 +165,12 @@ impl Store {
         }
         let found = self.find(digest).ok_or_else(missing)?;
         match found.place {
-            Place::Segment { .. } => self
+            Location::Segment { .. } => self
                 .space
                 .content(found)
                 .map(Blob::Small)
                 .ok_or_else(missing),
-            Place::File => match self.space.large(&found) {
+            Location::File => match self.space.large(&found) {
                 Ok(Some(blob)) => Ok(Blob::Large {
                     digest: *digest,
                     blob,
@@ -240,7 +244,7 @@ impl Store {
 
     /// Removes a blob whose content cannot be read, so that it is uploaded again.
     pub fn forget_damaged(&self, digest: &Digest) {
-        if let Some(found) = self.space.index.peek(&Key::blob(digest)) {
+        if let Some(found) = self.space.index.peek(&IndexKey::blob(digest)) {
             self.space.forget_damaged(&found);
         }
     }
@@ -256,10 +260,10 @@ impl Store {
                     return Ok(());
                 }
                 if digest.size() <= SMALL {
-                    small.push((Key::blob(digest), content.clone()));
+                    small.push((IndexKey::blob(digest), content.clone()));
                     return Ok(());
                 }
-                let mut upload = self.upload(*digest)?;
+                let mut upload = self.writer(*digest)?;
                 upload.write(content)?;
                 upload.finish()
             })
@@ -282,7 +286,7 @@ impl Store {
                 Content::Bytes(content) => whole.push((digest, content)),
                 Content::File(_) if self.contains(&digest) => {}
                 Content::File(_) => {
-                    let mut upload = self.upload(digest)?;
+                    let mut upload = self.writer(digest)?;
                     while upload.received() < digest.size() {
                         let start = upload.received();
                         let end = (start + STREAMED).min(digest.size());
@@ -306,15 +310,15 @@ impl Store {
     }
 
     /// Starts to store a blob piece by piece.
-    pub fn upload(&self, digest: Digest) -> Result<Upload, Error> {
-        Upload::start(self.space.clone(), digest)
+    pub fn writer(&self, digest: Digest) -> Result<BlobWriter, Error> {
+        BlobWriter::start(self.space.clone(), digest)
     }
 }
 
 impl Drop for Store {
     fn drop(&mut self) {
-        if let Some(janitor) = self.janitor.take() {
-            janitor.stop();
+        if let Some(maintenance) = self.maintenance.take() {
+            maintenance.stop();
         }
         // They hold on to the space that holds them.
         self.space.uploads.clear();

@@ -15,11 +15,12 @@ use parking_lot::{Mutex, RwLock};
 use rustix::fs::FlockOperation;
 
 use super::{
+    append::ActiveSegment,
     file,
-    index::{Index, Place},
+    index::{Index, Location},
     recency,
     segment::{self, Segment},
-    space::{Head, Space, segment_capacity},
+    space::{Space, segment_capacity},
 };
 use crate::{
     config::Size,
@@ -174,16 +175,16 @@ fn read(directory: &Path, maximum_size: u64, lock: File) -> io::Result<Space> {
         maximum_size,
         index: Index::new(),
         segments: RwLock::new(BTreeMap::new()),
-        head: Mutex::new(None),
+        active: Mutex::new(None),
         used: AtomicU64::new(0),
         written: AtomicU64::new(recency.as_ref().map_or(0, |recency| recency.written)),
         next_segment: AtomicU32::new(0),
         next_upload: AtomicU64::new(0),
         uploads: Default::default(),
-        making_room: Mutex::new(()),
-        growing: Mutex::new(()),
-        naming: std::array::from_fn(|_| Mutex::new(())),
-        wake: Default::default(),
+        reclaiming: Mutex::new(()),
+        segment_creation: Mutex::new(()),
+        file_locks: std::array::from_fn(|_| Mutex::new(())),
+        maintenance: Default::default(),
         _lock: lock,
     };
     let mut latest = space.now();
@@ -202,10 +203,10 @@ fn read(directory: &Path, maximum_size: u64, lock: File) -> io::Result<Space> {
         for (slot, record) in records {
             latest = latest.max(record.used);
             let used = known(record.key.short()).unwrap_or(record.used);
-            let place = Place::Segment { number, slot };
-            space.point_to(record.key, record.size, place, used);
+            let place = Location::Segment { number, slot };
+            space.set_location(record.key, record.size, place, used);
         }
-        let previous = space.head.lock().replace(Head { segment, end });
+        let previous = space.active.lock().replace(ActiveSegment { segment, end });
         if let Some(previous) = previous
             && let Ok(freed) = previous.segment.seal(previous.end)
         {
@@ -219,13 +220,13 @@ fn read(directory: &Path, maximum_size: u64, lock: File) -> io::Result<Space> {
             .used
             .fetch_add(file::footprint(size), Ordering::Relaxed);
         let used = known(key.short()).unwrap_or_else(|| space.now());
-        space.point_to(key, size, Place::File, used);
+        space.set_location(key, size, Location::File, used);
     }
-    if let Some(head) = space.head.lock().as_ref()
-        && head.segment.capacity() > segment_capacity(maximum_size)
+    if let Some(active) = space.active.lock().as_ref()
+        && active.segment.capacity() > segment_capacity(maximum_size)
     {
         tracing::debug!("the last segment is larger than new ones will be");
     }
-    space.make_room();
+    space.reclaim();
     Ok(space)
 }

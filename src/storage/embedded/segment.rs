@@ -15,16 +15,13 @@ use std::{
     io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use bytes::Bytes;
 use memmap2::Mmap;
 
-use super::index::Key;
+use super::index::IndexKey;
 
 pub const SLOT: usize = 64;
 
@@ -34,7 +31,7 @@ const AVERAGE: u64 = 512;
 /// One slot's meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
-    pub key: Key,
+    pub key: IndexKey,
     pub size: u64,
     pub offset: u32,
     pub checksum: u32,
@@ -67,7 +64,7 @@ impl Record {
             return None;
         }
         Some(Record {
-            key: Key::from_bytes(key),
+            key: IndexKey::from_bytes(key),
             size: u64::from_le_bytes(*size),
             offset: u32::from_le_bytes(*offset),
             checksum: u32::from_le_bytes(*content),
@@ -82,7 +79,8 @@ pub struct Segment {
     table_path: PathBuf,
     data: File,
     table: File,
-    contents: Mmap,
+    /// Mapped; readers hold on to parts of it.
+    contents: Bytes,
     slots: Mmap,
     /// Slots that the table's file has.
     slot_count: AtomicU32,
@@ -96,7 +94,7 @@ pub struct Segment {
 
 /// Where the next contents go.
 #[derive(Clone, Copy, Debug)]
-pub struct End {
+pub struct AppendPosition {
     pub offset: u64,
     pub slot: u32,
 }
@@ -211,7 +209,7 @@ impl Segment {
             table_path: table_path.to_owned(),
             data,
             table,
-            contents,
+            contents: Bytes::from_owner(contents),
             slots,
             slot_count,
             live: AtomicU64::new(0),
@@ -274,9 +272,9 @@ impl Segment {
     }
 
     /// All records, by slot, and where the next one goes.
-    pub fn records(&self) -> (Vec<(u32, Record)>, End) {
+    pub fn records(&self) -> (Vec<(u32, Record)>, AppendPosition) {
         let mut records = Vec::new();
-        let mut end = End { offset: 0, slot: 0 };
+        let mut end = AppendPosition { offset: 0, slot: 0 };
         for slot in 0..self.slot_count() {
             let Some(bytes) = self.slot(slot) else {
                 break;
@@ -296,22 +294,23 @@ impl Segment {
     }
 
     /// The content of a slot. `None` when it is damaged.
-    pub fn content(self: &Arc<Self>, record: &Record) -> Option<Bytes> {
+    pub fn content(&self, record: &Record) -> Option<Bytes> {
         let start = record.offset as usize;
         let end = start.checked_add(usize::try_from(record.size).ok()?)?;
         let content = self.contents.get(start..end)?;
         if crc32fast::hash(content) != record.checksum {
             return None;
         }
-        Some(Bytes::from_owner(Part {
-            segment: self.clone(),
-            start,
-            end,
-        }))
+        Some(self.contents.slice(start..end))
     }
 
     /// Writes contents and slots into the part that was reserved for them; gives the slots.
-    pub fn write(&self, end: End, contents: &[(Key, Bytes)], used: u32) -> io::Result<()> {
+    pub fn write(
+        &self,
+        end: AppendPosition,
+        contents: &[(IndexKey, Bytes)],
+        used: u32,
+    ) -> io::Result<()> {
         const GATHERED: usize = 256 << 10;
         let mut slots = Vec::with_capacity(contents.len() * SLOT);
         let mut gathered = Vec::new();
@@ -350,7 +349,7 @@ impl Segment {
     }
 
     /// Gives back the space beyond `end`. Nobody may append any more. Returns the bytes freed.
-    pub fn seal(&self, end: End) -> io::Result<u64> {
+    pub fn seal(&self, end: AppendPosition) -> io::Result<u64> {
         // A mapping beyond its file's end must not be touched; no slot describes contents there, and
         // nobody looks for a slot beyond the count.
         self.slot_count.store(end.slot, Ordering::Release);
@@ -368,30 +367,14 @@ impl Segment {
     }
 }
 
-/// A part of a segment, for as long as somebody reads it.
-struct Part {
-    segment: Arc<Segment>,
-    start: usize,
-    end: usize,
-}
-
-impl AsRef<[u8]> for Part {
-    fn as_ref(&self) -> &[u8] {
-        self.segment
-            .contents
-            .get(self.start..self.end)
-            .unwrap_or_default()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::digest::DigestFunction;
 
-    fn blob(text: &'static str) -> (Key, Bytes) {
+    fn blob(text: &'static str) -> (IndexKey, Bytes) {
         let digest = DigestFunction::Sha256.digest_of(text.as_bytes());
-        (Key::blob(&digest), Bytes::from_static(text.as_bytes()))
+        (IndexKey::blob(&digest), Bytes::from_static(text.as_bytes()))
     }
 
     #[test]
@@ -399,16 +382,20 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let segment = Segment::create(directory.path(), 7, 1 << 16).unwrap();
         segment
-            .write(End { offset: 0, slot: 0 }, &[blob("one"), blob("two")], 5)
+            .write(
+                AppendPosition { offset: 0, slot: 0 },
+                &[blob("one"), blob("two")],
+                5,
+            )
             .unwrap();
         // A slot in between whose writer died.
         segment
-            .write(End { offset: 9, slot: 3 }, &[blob("three")], 6)
+            .write(AppendPosition { offset: 9, slot: 3 }, &[blob("three")], 6)
             .unwrap();
         drop(segment);
 
         assert_eq!(list(directory.path()).unwrap(), [7]);
-        let segment = Arc::new(Segment::open(directory.path(), 7).unwrap());
+        let segment = Segment::open(directory.path(), 7).unwrap();
         let (records, end) = segment.records();
         let slots: Vec<u32> = records.iter().map(|(slot, _)| *slot).collect();
         assert_eq!(slots, [0, 1, 3]);
@@ -428,13 +415,13 @@ mod tests {
     #[test]
     fn a_reader_keeps_what_it_holds_when_the_segment_is_removed() {
         let directory = tempfile::tempdir().unwrap();
-        let segment = Arc::new(Segment::create(directory.path(), 1, 1 << 16).unwrap());
+        let segment = Segment::create(directory.path(), 1, 1 << 16).unwrap();
         segment
-            .write(End { offset: 0, slot: 0 }, &[blob("kept")], 0)
+            .write(AppendPosition { offset: 0, slot: 0 }, &[blob("kept")], 0)
             .unwrap();
         let record = segment.record(0).unwrap();
         let held = segment.content(&record).unwrap();
-        segment.seal(End { offset: 4, slot: 1 }).unwrap();
+        segment.seal(AppendPosition { offset: 4, slot: 1 }).unwrap();
         segment.unlink().unwrap();
         drop(segment);
         assert_eq!(&*held, b"kept");

@@ -22,7 +22,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::{
     super::{Error, UploadError},
-    Store, Upload,
+    BlobWriter, Store,
 };
 use crate::digest::Digest;
 
@@ -30,33 +30,33 @@ use crate::digest::Digest;
 const WAITING_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Uploads, at most: each has a file open, or up to 64 KiB in memory.
-const MOST: usize = 2048;
+const MAXIMUM_UPLOADS: usize = 2048;
 
 /// Without a byte for so long, or slower than this on average, an upload makes no progress.
-const SILENCE: Duration = Duration::from_secs(10);
-const SLOWEST: u64 = 64 << 10;
+const PROGRESS_TIMEOUT: Duration = Duration::from_secs(10);
+const MINIMUM_RATE: u64 = 64 << 10;
 
 /// The uploads that are under way.
 #[derive(Default)]
 pub struct Uploads {
     next_lease: AtomicU64,
-    slots: Mutex<HashMap<String, Slot>>,
+    uploads: Mutex<HashMap<String, SharedUpload>>,
     /// Bytes of all of them.
     received: AtomicU64,
 }
 
-type Slot = Arc<Mutex<State>>;
+type SharedUpload = Arc<Mutex<UploadState>>;
 
 /// Locked while its upload writes to the disk, so only by threads that may block.
-struct State {
+struct UploadState {
     /// The number of the lease that may write; older ones are void.
     lease: u64,
-    upload: Option<Counted>,
-    since: Since,
+    upload: Option<CountedUpload>,
+    phase: UploadPhase,
 }
 
-/// Since when, and when a byte came last.
-enum Since {
+/// UploadPhase when, and when a byte came last.
+enum UploadPhase {
     UnderWay {
         begun: Instant,
         last: Instant,
@@ -66,17 +66,17 @@ enum Since {
 }
 
 /// An upload that counts among all.
-struct Counted {
-    upload: Upload,
-    count: Count,
+struct CountedUpload {
+    upload: BlobWriter,
+    count: ByteCount,
 }
 
-struct Count {
+struct ByteCount {
     uploads: Arc<Uploads>,
     bytes: u64,
 }
 
-impl Drop for Count {
+impl Drop for ByteCount {
     fn drop(&mut self) {
         self.uploads
             .received
@@ -88,7 +88,7 @@ impl Drop for Count {
 pub struct WriteLease {
     uploads: Arc<Uploads>,
     name: String,
-    slot: Slot,
+    shared: SharedUpload,
     number: u64,
 }
 
@@ -96,124 +96,129 @@ impl Uploads {
     /// Gives a new call the right to write.
     pub fn lease(self: &Arc<Self>, name: &str, now: Instant) -> Result<WriteLease, Error> {
         let number = self.next_lease.fetch_add(1, Ordering::Relaxed) + 1;
-        if self.slots.lock().len() >= MOST && !self.give_up_one(now) {
+        if self.uploads.lock().len() >= MAXIMUM_UPLOADS && !self.abandon_one(now) {
             return Err(Error::Full(format!(
-                "{MOST} uploads are under way in this store, which is the most; try again later"
+                "{MAXIMUM_UPLOADS} uploads are under way in this store, which is the most; try again later"
             )));
         }
-        let mut slots = self.slots.lock();
+        let mut uploads = self.uploads.lock();
         let fresh = || {
-            Arc::new(Mutex::new(State {
+            Arc::new(Mutex::new(UploadState {
                 lease: 0,
                 upload: None,
-                since: Since::UnderWay {
+                phase: UploadPhase::UnderWay {
                     begun: now,
                     last: now,
                 },
             }))
         };
-        let slot = slots.entry(name.to_owned()).or_insert_with(fresh).clone();
+        let shared = uploads.entry(name.to_owned()).or_insert_with(fresh).clone();
         Ok(WriteLease {
             uploads: self.clone(),
             name: name.to_owned(),
-            slot,
+            shared,
             number,
         })
     }
 
     /// How much of an upload is there.
     pub fn received(&self, name: &str) -> u64 {
-        let slot = self.slots.lock().get(name).cloned();
-        slot.and_then(|slot| Some(slot.lock().upload.as_ref()?.upload.received()))
+        let shared = self.uploads.lock().get(name).cloned();
+        shared
+            .and_then(|shared| Some(shared.lock().upload.as_ref()?.upload.received()))
             .unwrap_or(0)
     }
 
     /// Drops uploads whose clients have not come back.
     pub fn expire(&self, now: Instant) {
-        let over = |state: &State| match state.since {
-            Since::Waiting(since) => now.saturating_duration_since(since) >= WAITING_TIMEOUT,
-            Since::UnderWay { .. } => false,
+        let over = |state: &UploadState| match state.phase {
+            UploadPhase::Waiting(since) => now.saturating_duration_since(since) >= WAITING_TIMEOUT,
+            UploadPhase::UnderWay { .. } => false,
         };
         // One that is locked is being written to.
-        let is_over = |slot: &Slot| slot.try_lock().is_some_and(|state| over(&state));
-        let mut slots = self.slots.lock();
-        let names: Vec<String> = slots
+        let is_over = |shared: &SharedUpload| shared.try_lock().is_some_and(|state| over(&state));
+        let mut uploads = self.uploads.lock();
+        let names: Vec<String> = uploads
             .iter()
-            .filter(|(_, slot)| is_over(slot))
+            .filter(|(_, shared)| is_over(shared))
             .map(|(name, _)| name.clone())
             .collect();
-        let dropped: Vec<Slot> = names.iter().filter_map(|name| slots.remove(name)).collect();
-        drop(slots);
+        let dropped: Vec<SharedUpload> = names
+            .iter()
+            .filter_map(|name| uploads.remove(name))
+            .collect();
+        drop(uploads);
         // Their files are removed here, while nobody waits for the lock.
         drop(dropped);
     }
 
     /// Drops the upload that nobody writes to for longest, or else one that makes no progress. False
     /// when there is none.
-    pub fn give_up_one(&self, now: Instant) -> bool {
-        let slots = self.slots.lock();
-        let victim = slots
+    pub fn abandon_one(&self, now: Instant) -> bool {
+        let uploads = self.uploads.lock();
+        let victim = uploads
             .iter()
-            .filter_map(|(name, slot)| {
-                let state = slot.try_lock()?;
+            .filter_map(|(name, shared)| {
+                let state = shared.try_lock()?;
                 let received = state.upload.as_ref()?.upload.received();
-                let rank = hopelessness(&state.since, received, now)?;
-                Some((rank, name.clone(), slot.clone()))
+                let rank = abandonment_rank(&state.phase, received, now)?;
+                Some((rank, name.clone(), shared.clone()))
             })
             .max_by_key(|(rank, ..)| *rank);
-        drop(slots);
-        let Some((_, name, slot)) = victim else {
+        drop(uploads);
+        let Some((_, name, shared)) = victim else {
             return false;
         };
         // Somebody may have taken it up in between.
-        let Some(mut state) = slot.try_lock() else {
+        let Some(mut state) = shared.try_lock() else {
             return true;
         };
         let upload = state.upload.take();
-        let waited = matches!(state.since, Since::Waiting(_));
+        let waited = matches!(state.phase, UploadPhase::Waiting(_));
         drop(state);
         if waited {
-            self.remove(&name, &slot);
+            self.remove(&name, &shared);
         }
         tracing::debug!(name, given_up = upload.is_some(), "space is short");
         true
     }
 
-    fn remove(&self, name: &str, slot: &Slot) {
-        let mut slots = self.slots.lock();
-        if slots
+    fn remove(&self, name: &str, shared: &SharedUpload) {
+        let mut uploads = self.uploads.lock();
+        if uploads
             .get(name)
-            .is_some_and(|other| Arc::ptr_eq(other, slot))
+            .is_some_and(|other| Arc::ptr_eq(other, shared))
         {
-            slots.remove(name);
+            uploads.remove(name);
         }
     }
 
     /// Forgets all of them, when their store is closed.
     pub fn clear(&self) {
-        let slots = std::mem::take(&mut *self.slots.lock());
-        for slot in slots.into_values() {
-            slot.lock().upload = None;
+        let uploads = std::mem::take(&mut *self.uploads.lock());
+        for shared in uploads.into_values() {
+            shared.lock().upload = None;
         }
     }
 }
 
 /// Which upload is given up first: the greatest. `None` for one that makes progress.
-fn hopelessness(since: &Since, received: u64, now: Instant) -> Option<(bool, Duration)> {
-    match since {
-        Since::Waiting(since) => Some((true, now.saturating_duration_since(*since))),
-        Since::UnderWay { begun, last } => {
+fn abandonment_rank(phase: &UploadPhase, received: u64, now: Instant) -> Option<(bool, Duration)> {
+    match phase {
+        UploadPhase::Waiting(since) => Some((true, now.saturating_duration_since(*since))),
+        UploadPhase::UnderWay { begun, last } => {
             let age = now.saturating_duration_since(*begun);
             let silence = now.saturating_duration_since(*last);
-            let slow = age >= SILENCE && received < age.as_secs().saturating_mul(SLOWEST);
-            (silence >= SILENCE || slow).then_some((false, silence.max(age / 2)))
+            let slow =
+                age >= PROGRESS_TIMEOUT && received < age.as_secs().saturating_mul(MINIMUM_RATE);
+            (silence >= PROGRESS_TIMEOUT || slow).then_some((false, silence.max(age / 2)))
         }
     }
 }
 
 impl WriteLease {
-    fn lock(&self) -> Result<MutexGuard<'_, State>, UploadError> {
-        let state = self.slot.lock();
+    fn lock(&self) -> Result<MutexGuard<'_, UploadState>, UploadError> {
+        let state = self.shared.lock();
         if state.lease != self.number {
             return Err(UploadError::TakenOver);
         }
@@ -228,20 +233,20 @@ impl WriteLease {
         offset: i64,
         now: Instant,
     ) -> Result<(), UploadError> {
-        let mut state = self.slot.lock();
+        let mut state = self.shared.lock();
         if state.lease > self.number {
             return Err(UploadError::TakenOver);
         }
         state.lease = self.number;
-        state.since = Since::UnderWay {
+        state.phase = UploadPhase::UnderWay {
             begun: now,
             last: now,
         };
         if offset == 0 || state.upload.is_none() {
             state.upload = None;
-            state.upload = Some(Counted {
-                upload: store.upload(digest)?,
-                count: Count {
+            state.upload = Some(CountedUpload {
+                upload: store.writer(digest)?,
+                count: ByteCount {
                     uploads: self.uploads.clone(),
                     bytes: 0,
                 },
@@ -259,7 +264,7 @@ impl WriteLease {
         now: Instant,
     ) -> Result<(), UploadError> {
         let mut state = self.lock()?;
-        if let Since::UnderWay { last, .. } = &mut state.since {
+        if let UploadPhase::UnderWay { last, .. } = &mut state.phase {
             *last = now;
         }
         let counted = state.upload.as_mut().ok_or(UploadError::GivenUp)?;
@@ -286,7 +291,7 @@ impl WriteLease {
             });
         }
         // What it counts is given back when it is stored.
-        if let Some(Counted {
+        if let Some(CountedUpload {
             upload,
             count: _count,
         }) = state.upload.take()
@@ -297,7 +302,7 @@ impl WriteLease {
     }
 }
 
-impl Count {
+impl ByteCount {
     /// Counts bytes that are about to be written.
     fn grow(&mut self, bytes: u64, most: u64, now: Instant) -> Result<(), Error> {
         let all = &self.uploads.received;
@@ -306,7 +311,7 @@ impl Count {
             if others == 0 || others + self.bytes + bytes <= most {
                 break;
             }
-            if !self.uploads.give_up_one(now) {
+            if !self.uploads.abandon_one(now) {
                 return Err(Error::Full(format!(
                     "uploads under way take {} bytes of this store, and may take {most}; try again \
                      later, or raise storage.embedded.maximum_size",
@@ -323,17 +328,17 @@ impl Count {
 impl Drop for WriteLease {
     fn drop(&mut self) {
         // A state that is locked has been taken over.
-        let Some(mut state) = self.slot.try_lock() else {
+        let Some(mut state) = self.shared.try_lock() else {
             return;
         };
         if state.lease != self.number && state.lease != 0 {
             return;
         }
         if state.upload.is_some() {
-            state.since = Since::Waiting(Instant::now());
+            state.phase = UploadPhase::Waiting(Instant::now());
         } else {
             drop(state);
-            self.uploads.remove(&self.name, &self.slot);
+            self.uploads.remove(&self.name, &self.shared);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use tonic::{Request, Response, Status, async_trait};
 
-use super::{digest, instance, room, weight};
+use super::{digest, encoded_size, instance, reserve};
 use crate::{
     daemon::{RequestReservation, ResponseBudget, with_reservation},
     digest::{Digest, DigestFunction},
@@ -30,8 +30,8 @@ impl ActionCache for ActionCacheService {
         let action = digest(request.digest_function, request.action_digest.as_ref())?;
         match self.backend.action_result(&instance, &action).await? {
             Some(result) => {
-                let room = room(answers, weight(&result)).await?;
-                Ok(with_reservation(Response::new(result), room))
+                let reservation = reserve(answers, encoded_size(&result)).await?;
+                Ok(with_reservation(Response::new(result), reservation))
             }
             None => Err(Status::not_found(format!(
                 "action {action} has no result whose outputs are all here"
@@ -58,8 +58,8 @@ impl ActionCache for ActionCacheService {
             .backend
             .update_action_result(&instance, &action, result.clone());
         update.await?;
-        let room = room(answers, weight(&result)).await?;
-        Ok(with_reservation(Response::new(result), room))
+        let reservation = reserve(answers, encoded_size(&result)).await?;
+        Ok(with_reservation(Response::new(result), reservation))
     }
 }
 

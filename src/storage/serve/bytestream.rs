@@ -36,7 +36,7 @@ impl ByteStreamService {
 const CHUNK: u64 = 1 << 20;
 
 /// Messages that are written together; they may be as small as a client likes.
-const MOST_TOGETHER: usize = 256;
+const MAXIMUM_PARTS: usize = 256;
 
 #[async_trait]
 impl ByteStream for ByteStreamService {
@@ -103,7 +103,7 @@ impl ByteStream for ByteStreamService {
                 }
                 length += last.data.len() as u64;
                 finish = last.finish_write;
-                if finish || length >= CHUNK || parts.len() >= MOST_TOGETHER {
+                if finish || length >= CHUNK || parts.len() >= MAXIMUM_PARTS {
                     break;
                 }
                 match stream.message().now_or_never() {

@@ -2,7 +2,7 @@
 
 use tonic::{Request, Response, Status, async_trait, codec::CompressionEncoding};
 
-use super::{MAX_BATCH_TOTAL_SIZE, instance};
+use super::{MAXIMUM_BATCH_SIZE, instance};
 use crate::{
     digest::DigestFunction,
     proto::{
@@ -61,7 +61,7 @@ impl Capabilities for CapabilitiesService {
                     update_enabled: true,
                 }),
                 cache_priority_capabilities: Some(priorities.clone()),
-                max_batch_total_size_bytes: MAX_BATCH_TOTAL_SIZE as i64,
+                max_batch_total_size_bytes: MAXIMUM_BATCH_SIZE as i64,
                 symlink_absolute_path_strategy:
                     reapi::symlink_absolute_path_strategy::Value::Allowed as i32,
                 max_cas_blob_size_bytes: i64::try_from(self.max_blob_size).unwrap_or(i64::MAX),

@@ -6,9 +6,9 @@ use prost::Message;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{
-    LARGEST_ANSWER, MAX_BATCH_TOTAL_SIZE, digest, function, instance, room, status_of,
-    tree::{LARGEST_PAGE, MOST_PER_PAGE, TreeWalk},
-    weight,
+    MAXIMUM_BATCH_SIZE, MAXIMUM_RESPONSE_SIZE, digest, encoded_size, function, instance, reserve,
+    status_of,
+    tree::{MAXIMUM_PAGE_LENGTH, MAXIMUM_PAGE_SIZE, TreeWalk},
 };
 use crate::{
     daemon::{BudgetReservation, RequestReservation, ResponseBudget, with_reservation},
@@ -93,8 +93,8 @@ impl ContentAddressableStorage for CasService {
         let missing = FindMissingBlobsResponse {
             missing_blob_digests: missing.iter().map(Digest::to_proto).collect(),
         };
-        let room = room(answers, weight(&missing)).await?;
-        Ok(with_reservation(Response::new(missing), room))
+        let reservation = reserve(answers, encoded_size(&missing)).await?;
+        Ok(with_reservation(Response::new(missing), reservation))
     }
 
     async fn batch_update_blobs(
@@ -114,14 +114,14 @@ impl ContentAddressableStorage for CasService {
             .requests
             .iter()
             .map(|blob| answer_weight(blob.digest.as_ref(), 0));
-        let room = room(answers, check_answer(answered.sum())?).await?;
+        let reservation = reserve(answers, check_answer(answered.sum())?).await?;
         let responses = self.update(&instance, function, request.requests).await?;
         let mut answer = BatchUpdateBlobsResponse { responses };
-        if weight(&answer) > LARGEST_ANSWER {
+        if encoded_size(&answer) > MAXIMUM_RESPONSE_SIZE {
             let statuses = answer.responses.iter_mut().map(|blob| &mut blob.status);
             statuses.flatten().for_each(leave_out_the_reason);
         }
-        Ok(with_reservation(Response::new(answer), room))
+        Ok(with_reservation(Response::new(answer), reservation))
     }
 
     async fn batch_read_blobs(
@@ -144,10 +144,10 @@ impl ContentAddressableStorage for CasService {
         check_batch(total.fold(0, u64::saturating_add))?;
         let answered = request.digests.iter().zip(&digests);
         let answered = answered.map(|(sent, digest)| answer_weight(Some(sent), digest.size()));
-        let room = room(answers, check_answer(answered.sum())?).await?;
+        let reservation = reserve(answers, check_answer(answered.sum())?).await?;
         let read = self
             .backend
-            .read_many(&instance, &digests, MAX_BATCH_TOTAL_SIZE)
+            .read_many(&instance, &digests, MAXIMUM_BATCH_SIZE)
             .await;
         let response = |(sent, read): (reapi::Digest, Result<Bytes, Error>)| {
             let (data, result) = match read {
@@ -168,11 +168,11 @@ impl ContentAddressableStorage for CasService {
             .map(response)
             .collect();
         let mut answer = BatchReadBlobsResponse { responses };
-        if weight(&answer) > LARGEST_ANSWER {
+        if encoded_size(&answer) > MAXIMUM_RESPONSE_SIZE {
             let statuses = answer.responses.iter_mut().map(|blob| &mut blob.status);
             statuses.flatten().for_each(leave_out_the_reason);
         }
-        Ok(with_reservation(Response::new(answer), room))
+        Ok(with_reservation(Response::new(answer), reservation))
     }
 
     type GetTreeStream = BoxStream<'static, Result<GetTreeResponse, Status>>;
@@ -186,8 +186,8 @@ impl ContentAddressableStorage for CasService {
         let instance = instance(&request.instance_name)?;
         let root = digest(request.digest_function, request.root_digest.as_ref())?;
         let page_size = match usize::try_from(request.page_size) {
-            Ok(0) => MOST_PER_PAGE,
-            Ok(size) => size.min(MOST_PER_PAGE),
+            Ok(0) => MAXIMUM_PAGE_LENGTH,
+            Ok(size) => size.min(MAXIMUM_PAGE_LENGTH),
             Err(_) => {
                 return Err(Status::invalid_argument(format!(
                     "page_size {} is negative",
@@ -202,7 +202,7 @@ impl ContentAddressableStorage for CasService {
             })?,
         };
         let mut walk = TreeWalk::start(self.backend.clone(), instance, root, page_size);
-        let first_room = room(answers.clone(), LARGEST_PAGE).await?;
+        let first_reservation = reserve(answers.clone(), MAXIMUM_PAGE_SIZE).await?;
         // The first page is made before anything is answered, so that its errors are the call's.
         walk.skip(skipped).await?;
         let first = walk.page().await?;
@@ -213,12 +213,15 @@ impl ContentAddressableStorage for CasService {
             if walk.is_done() {
                 return Ok(None);
             }
-            let held = room(answers.clone(), LARGEST_PAGE).await?;
+            let held = reserve(answers.clone(), MAXIMUM_PAGE_SIZE).await?;
             let page = walk.page().await?;
             Ok(Some((page, (walk, answers, held))))
         });
         let pages = stream::once(async { Ok(first) }).chain(rest);
-        Ok(with_reservation(Response::new(pages.boxed()), first_room))
+        Ok(with_reservation(
+            Response::new(pages.boxed()),
+            first_reservation,
+        ))
     }
 
     async fn split_blob(
@@ -241,9 +244,9 @@ impl ContentAddressableStorage for CasService {
 }
 
 fn check_batch(total: u64) -> Result<(), Status> {
-    if total > MAX_BATCH_TOTAL_SIZE {
+    if total > MAXIMUM_BATCH_SIZE {
         return Err(Status::invalid_argument(format!(
-            "a batch of {total} bytes is larger than max_batch_total_size_bytes, which is {MAX_BATCH_TOTAL_SIZE}; make smaller batches, or use ByteStream"
+            "a batch of {total} bytes is larger than max_batch_total_size_bytes, which is {MAXIMUM_BATCH_SIZE}; make smaller batches, or use ByteStream"
         )));
     }
     Ok(())
@@ -264,9 +267,9 @@ fn leave_out_the_reason(status: &mut rpc::Status) {
 }
 
 fn check_answer(weight: u64) -> Result<u64, Status> {
-    if weight > LARGEST_ANSWER {
+    if weight > MAXIMUM_RESPONSE_SIZE {
         return Err(Status::invalid_argument(format!(
-            "the answer for a batch of so many blobs would have {weight} bytes with their digests, and gRPC clients take {LARGEST_ANSWER}; make smaller batches"
+            "the answer for a batch of so many blobs would have {weight} bytes with their digests, and gRPC clients take {MAXIMUM_RESPONSE_SIZE}; make smaller batches"
         )));
     }
     Ok(weight)

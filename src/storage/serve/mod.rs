@@ -37,32 +37,32 @@ mod tree;
 
 /// REAPI: CacheCapabilities.max_batch_total_size_bytes. With its digests a batch stays below 4 MiB,
 /// which many clients take as the largest message.
-pub const MAX_BATCH_TOTAL_SIZE: u64 = (4 << 20) - (256 << 10);
+pub const MAXIMUM_BATCH_SIZE: u64 = (4 << 20) - (256 << 10);
 
 /// gRPC's default for the largest message that a client takes. Of many small blobs it is their digests
 /// that weigh.
-const LARGEST_ANSWER: u64 = 4 << 20;
+const MAXIMUM_RESPONSE_SIZE: u64 = 4 << 20;
 
 /// Large enough for 200,000 digests in one FindMissingBlobs.
-const MAX_MESSAGE_SIZE: usize = 16 << 20;
+const MAXIMUM_REQUEST_SIZE: usize = 16 << 20;
 
 /// Adds CAS, ByteStream and Action Cache.
 pub fn add_to(services: Services, backend: &Backend) -> Services {
     let backend = || backend.clone();
     let cas = ContentAddressableStorageServer::new(CasService { backend: backend() })
         .accept_compressed(CompressionEncoding::Gzip)
-        .max_decoding_message_size(MAX_MESSAGE_SIZE);
+        .max_decoding_message_size(MAXIMUM_REQUEST_SIZE);
     let bytes = ByteStreamServer::new(ByteStreamService { backend: backend() })
         .accept_compressed(CompressionEncoding::Gzip)
-        .max_decoding_message_size(MAX_MESSAGE_SIZE);
+        .max_decoding_message_size(MAXIMUM_REQUEST_SIZE);
     let actions = ActionCacheServer::new(ActionCacheService { backend: backend() })
         .accept_compressed(CompressionEncoding::Gzip)
-        .max_decoding_message_size(MAX_MESSAGE_SIZE);
+        .max_decoding_message_size(MAXIMUM_REQUEST_SIZE);
     services.add(cas).add(bytes).add(actions)
 }
 
 /// Room for an answer; `None` outside of a server of ours.
-async fn room(
+async fn reserve(
     answers: Option<ResponseBudget>,
     bytes: u64,
 ) -> Result<Option<BudgetReservation>, Status> {
@@ -73,7 +73,7 @@ async fn room(
 }
 
 /// Bytes of an answer that is there.
-fn weight(message: &impl Message) -> u64 {
+fn encoded_size(message: &impl Message) -> u64 {
     message.encoded_len() as u64
 }
 

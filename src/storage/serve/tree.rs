@@ -13,17 +13,17 @@ use crate::{
     storage::{Backend, Error},
 };
 
-pub const MOST_PER_PAGE: usize = 10_000;
+pub const MAXIMUM_PAGE_LENGTH: usize = 10_000;
 
 /// A page is ended before its directories are this large together, unless it has only one.
-const PAGE_SIZE: u64 = 2 << 20;
+const TARGET_PAGE_SIZE: u64 = 2 << 20;
 
 /// Larger messages are no Directories that a client could read.
-const LARGEST_DIRECTORY: u64 = 4 << 20;
-pub const LARGEST_PAGE: u64 = LARGEST_DIRECTORY;
+const MAXIMUM_DIRECTORY_SIZE: u64 = 4 << 20;
+pub const MAXIMUM_PAGE_SIZE: u64 = MAXIMUM_DIRECTORY_SIZE;
 
 /// Distinct directories of one tree; a walk keeps 80 bytes for each.
-const MOST_DIRECTORIES: usize = 1 << 20;
+const MAXIMUM_DIRECTORIES: usize = 1 << 20;
 
 /// A walk over a tree, breadth first, each distinct directory once: a directory that occurs in many
 /// places costs no more than one that occurs in one.
@@ -68,7 +68,7 @@ impl TreeWalk {
         let mut directories = Vec::new();
         let mut size = 0;
         while let Some(next) = self.queue.front() {
-            let full = size + next.size() > PAGE_SIZE && !directories.is_empty();
+            let full = size + next.size() > TARGET_PAGE_SIZE && !directories.is_empty();
             if full || directories.len() >= self.page_size {
                 break;
             }
@@ -90,7 +90,7 @@ impl TreeWalk {
 
     async fn read(&self, digest: &Digest) -> Result<Bytes, Error> {
         self.backend
-            .read(&self.instance, digest, LARGEST_DIRECTORY)
+            .read(&self.instance, digest, MAXIMUM_DIRECTORY_SIZE)
             .await
     }
 
@@ -118,9 +118,9 @@ impl TreeWalk {
                 self.queue.push_back(child);
             }
         }
-        if self.seen.len() > MOST_DIRECTORIES {
+        if self.seen.len() > MAXIMUM_DIRECTORIES {
             return Err(Status::invalid_argument(format!(
-                "the tree has more than {MOST_DIRECTORIES} distinct directories"
+                "the tree has more than {MAXIMUM_DIRECTORIES} distinct directories"
             )));
         }
         self.returned += 1;

@@ -12,7 +12,7 @@ use futures::{StreamExt, stream};
 use tonic::{Code, Status};
 use uuid::Uuid;
 
-use super::{ANYWHERE, Child, GIB, Server, content, instance, sha256};
+use super::{ANYWHERE, GIB, Server, StoreProcess, content, instance, sha256};
 
 type Bytes = ByteStreamClient<Channel>;
 
@@ -308,7 +308,7 @@ async fn a_write_of_what_is_there_is_answered_before_all_of_it_is_sent() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_does_not_read_holds_little_of_the_server_s_memory() {
     let directory = tempfile::tempdir().unwrap();
-    let child = Child::start(directory.path(), ANYWHERE, 4 * GIB);
+    let child = StoreProcess::start(directory.path(), ANYWHERE, 4 * GIB);
     let channel = bb_remote_execution::daemon::connect(&child.endpoint());
     let mut client = Bytes::new(channel);
     let data = content(7, 64 << 20);

@@ -20,7 +20,7 @@ use bb_remote_execution::{
     },
 };
 
-use super::{ANYWHERE, Child, GIB, content, instance, sha256};
+use super::{ANYWHERE, GIB, StoreProcess, content, instance, sha256};
 
 const MIB: u64 = 1 << 20;
 
@@ -59,7 +59,7 @@ async fn what_was_acknowledged_survives_kill_9_and_nothing_torn_is_served() {
     let mut acknowledged: BTreeMap<Digest, Vec<u8>> = BTreeMap::new();
     let mut tried = Vec::new();
     for round in 0..5u64 {
-        let child = Child::start(directory.path(), ANYWHERE, GIB);
+        let child = StoreProcess::start(directory.path(), ANYWHERE, GIB);
         let client = Client::connect(&child.endpoint(), &child.endpoint(), Options::default());
         let (sender, mut done) = tokio::sync::mpsc::unbounded_channel();
         let mut writers = Vec::new();

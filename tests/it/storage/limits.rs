@@ -9,7 +9,7 @@ use bb_remote_execution::storage::{
 
 use super::{
     GIB, content, instance,
-    peers::{Manners, with_blobs},
+    peers::{PeerBehaviour, with_blobs},
     sha256,
 };
 
@@ -24,13 +24,13 @@ async fn a_limit_that_was_not_announced_is_found_and_remembered() {
     let blobs: Vec<_> = (0..300).map(|i| content(i, i as usize * 400)).collect();
     let digests: Vec<_> = blobs.iter().map(|data| sha256(data)).collect();
     let name = instance("some/name");
-    for secret_limit in [2 << 20, 300_000] {
-        let manners = Manners {
-            secret_limit,
+    for unannounced_limit in [2 << 20, 300_000] {
+        let behaviour = PeerBehaviour {
+            unannounced_limit,
             committed: -1,
             ..Default::default()
         };
-        let peer = with_blobs(&blobs, manners);
+        let peer = with_blobs(&blobs, behaviour);
         let (client, _stop) = peer.clone().start().await;
         client.upload(&name, contents(&blobs)).await.unwrap();
         assert!(peer.0.refused.swap(0, Ordering::SeqCst) > 0);
@@ -51,11 +51,11 @@ async fn a_limit_that_was_not_announced_is_found_and_remembered() {
 async fn reading_finds_a_limit_that_was_not_announced_too() {
     let blobs: Vec<_> = (0..300).map(|i| content(i, i as usize * 400)).collect();
     let digests: Vec<_> = blobs.iter().map(|data| sha256(data)).collect();
-    let manners = Manners {
-        secret_limit: 2 << 20,
+    let behaviour = PeerBehaviour {
+        unannounced_limit: 2 << 20,
         ..Default::default()
     };
-    let peer = with_blobs(&blobs, manners);
+    let peer = with_blobs(&blobs, behaviour);
     let (client, _stop) = peer.clone().start().await;
     for again in [false, true] {
         let read = client.read_many(&instance(""), &digests, GIB).await;
@@ -71,12 +71,12 @@ async fn reading_finds_a_limit_that_was_not_announced_too() {
 async fn a_blob_that_no_batch_takes_goes_by_a_stream() {
     let blobs = [content(1, 5000), content(2, 5000), content(3, 5000)];
     let digests: Vec<_> = blobs.iter().map(|data| sha256(data)).collect();
-    let manners = Manners {
-        secret_limit: 4000,
+    let behaviour = PeerBehaviour {
+        unannounced_limit: 4000,
         committed: -1,
         ..Default::default()
     };
-    let peer = with_blobs(&blobs, manners);
+    let peer = with_blobs(&blobs, behaviour);
     let (client, _stop) = peer.clone().start().await;
     let name = instance("");
     client.upload(&name, contents(&blobs)).await.unwrap();
@@ -91,11 +91,11 @@ async fn a_blob_that_no_batch_takes_goes_by_a_stream() {
 #[tokio::test(flavor = "multi_thread")]
 async fn more_digests_than_a_peer_takes_are_asked_for_in_parts() {
     let digests: Vec<_> = (0..5000u32).map(|i| sha256(&i.to_le_bytes())).collect();
-    let manners = Manners {
-        secret_limit: 100_000,
+    let behaviour = PeerBehaviour {
+        unannounced_limit: 100_000,
         ..Default::default()
     };
-    let peer = with_blobs(&[], manners);
+    let peer = with_blobs(&[], behaviour);
     let (client, _stop) = peer.clone().start().await;
     for again in [false, true] {
         let missing = client.find_missing(&instance(""), &digests).await;
@@ -109,12 +109,12 @@ async fn more_digests_than_a_peer_takes_are_asked_for_in_parts() {
 async fn what_is_refused_for_another_reason_than_its_size_is_not_taken_apart_for_long() {
     let blobs: Vec<_> = (0..300).map(|i| content(i, 1000)).collect();
     let digests: Vec<_> = blobs.iter().map(|data| sha256(data)).collect();
-    let manners = Manners {
+    let behaviour = PeerBehaviour {
         fail: 1_000_000.into(),
         status: Some(tonic::Code::InvalidArgument),
         ..Default::default()
     };
-    let peer = with_blobs(&blobs, manners);
+    let peer = with_blobs(&blobs, behaviour);
     let (client, _stop) = peer.clone().start().await;
     let name = instance("");
     let error = client.upload(&name, contents(&blobs)).await.unwrap_err();
@@ -129,12 +129,12 @@ async fn what_is_refused_for_another_reason_than_its_size_is_not_taken_apart_for
 #[tokio::test(flavor = "multi_thread")]
 async fn a_peer_that_does_not_say_what_it_can_is_asked_once_and_used() {
     let data = content(1, 1000);
-    let manners = Manners {
-        taciturn: true,
+    let behaviour = PeerBehaviour {
+        never_says_capabilities: true,
         committed: -1,
         ..Default::default()
     };
-    let peer = with_blobs(std::slice::from_ref(&data), manners);
+    let peer = with_blobs(std::slice::from_ref(&data), behaviour);
     let options = Options {
         timeouts: Timeouts {
             capabilities: Duration::from_millis(100),
@@ -156,7 +156,7 @@ async fn a_peer_that_does_not_say_what_it_can_is_asked_once_and_used() {
     for slot in slots.collect::<Vec<_>>() {
         slot.await.unwrap();
     }
-    assert_eq!(peer.0.asked.load(Ordering::SeqCst), 1);
+    assert_eq!(peer.0.capability_calls.load(Ordering::SeqCst), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -171,12 +171,12 @@ async fn a_stream_is_cut_when_it_stands_still_and_not_when_it_is_slow() {
         ..Default::default()
     };
     // Ten pieces, which together take longer than any pause may.
-    let manners = Manners {
+    let behaviour = PeerBehaviour {
         pause: Duration::from_millis(150),
         silent_streams: 1.into(),
         ..Default::default()
     };
-    let peer = with_blobs(std::slice::from_ref(&data), manners);
+    let peer = with_blobs(std::slice::from_ref(&data), behaviour);
     let (client, _stop) = peer.clone().start_with(options).await;
     let read = client.read(&instance(""), &digest, GIB).await;
     assert_eq!(read.unwrap(), data);

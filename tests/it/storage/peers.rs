@@ -41,20 +41,20 @@ use futures::stream::{self, BoxStream, StreamExt};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming, async_trait, service::Routes};
 
-use super::{ANYWHERE, Child, GIB, content, instance, sha256};
+use super::{ANYWHERE, GIB, StoreProcess, content, instance, sha256};
 
 /// How a peer misbehaves.
 #[derive(Default)]
-pub struct Manners {
+pub struct PeerBehaviour {
     pub max_batch: i64,
     /// What it takes in one call without having announced it; 0 is everything.
-    pub secret_limit: usize,
+    pub unannounced_limit: usize,
     /// Calls that it refused for their size.
     pub refused: AtomicUsize,
     /// It never says what it can.
-    pub taciturn: bool,
+    pub never_says_capabilities: bool,
     /// How often it was asked what it can.
-    pub asked: AtomicUsize,
+    pub capability_calls: AtomicUsize,
     /// Streams that were opened, and so many of them say nothing.
     pub streams: AtomicUsize,
     pub silent_streams: AtomicUsize,
@@ -74,7 +74,7 @@ pub struct Manners {
 }
 
 #[derive(Clone)]
-pub struct Peer(pub Arc<Manners>);
+pub struct Peer(pub Arc<PeerBehaviour>);
 
 impl Peer {
     pub async fn start(self) -> (Client, CancellationToken) {
@@ -102,8 +102,8 @@ impl Peer {
     }
 
     /// As bb_storage does with its maximum_message_size_bytes.
-    fn take_size(&self, size: usize) -> Result<(), Status> {
-        let limit = self.0.secret_limit;
+    fn check_size(&self, size: usize) -> Result<(), Status> {
+        let limit = self.0.unannounced_limit;
         if limit == 0 || size <= limit {
             return Ok(());
         }
@@ -144,7 +144,7 @@ impl ContentAddressableStorage for Peer {
         request: Request<FindMissingBlobsRequest>,
     ) -> Result<Response<FindMissingBlobsResponse>, Status> {
         self.fail()?;
-        self.take_size(prost::Message::encoded_len(request.get_ref()))?;
+        self.check_size(prost::Message::encoded_len(request.get_ref()))?;
         Ok(Response::new(FindMissingBlobsResponse {
             missing_blob_digests: request.into_inner().blob_digests,
         }))
@@ -156,7 +156,7 @@ impl ContentAddressableStorage for Peer {
     ) -> Result<Response<BatchUpdateBlobsResponse>, Status> {
         self.fail()?;
         let size = prost::Message::encoded_len(request.get_ref());
-        self.take_size(size)?;
+        self.check_size(size)?;
         self.0.largest_batch.fetch_max(size, Ordering::SeqCst);
         let responses = request.into_inner().requests.into_iter();
         Ok(Response::new(BatchUpdateBlobsResponse {
@@ -177,7 +177,7 @@ impl ContentAddressableStorage for Peer {
         tokio::time::sleep(self.0.delay).await;
         self.fail()?;
         let total: i64 = request.get_ref().digests.iter().map(|d| d.size_bytes).sum();
-        self.take_size(total as usize)?;
+        self.check_size(total as usize)?;
         let digests = request.into_inner().digests.into_iter();
         let mut responses: Vec<_> = digests
             .map(|digest| {
@@ -292,8 +292,8 @@ impl Capabilities for Peer {
         &self,
         _: Request<GetCapabilitiesRequest>,
     ) -> Result<Response<ServerCapabilities>, Status> {
-        self.0.asked.fetch_add(1, Ordering::SeqCst);
-        if self.0.taciturn {
+        self.0.capability_calls.fetch_add(1, Ordering::SeqCst);
+        if self.0.never_says_capabilities {
             std::future::pending::<()>().await;
         }
         Ok(Response::new(ServerCapabilities {
@@ -306,12 +306,12 @@ impl Capabilities for Peer {
     }
 }
 
-pub fn with_blobs(blobs: &[Vec<u8>], manners: Manners) -> Peer {
+pub fn with_blobs(blobs: &[Vec<u8>], behaviour: PeerBehaviour) -> Peer {
     let blobs = blobs
         .iter()
         .map(|data| (sha256(data), data.clone()))
         .collect();
-    Peer(Arc::new(Manners { blobs, ..manners }))
+    Peer(Arc::new(PeerBehaviour { blobs, ..behaviour }))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -319,7 +319,7 @@ async fn identical_reads_at_once_are_one_call() {
     let small = content(1, 1000);
     let peer = with_blobs(
         std::slice::from_ref(&small),
-        Manners {
+        PeerBehaviour {
             delay: Duration::from_millis(300),
             ..Default::default()
         },
@@ -364,7 +364,7 @@ async fn a_wrong_content_is_asked_for_once_more_and_never_returned() {
         for (corrupt, good) in [(1, true), (5, false)] {
             let peer = with_blobs(
                 std::slice::from_ref(&data),
-                Manners {
+                PeerBehaviour {
                     corrupt: corrupt.into(),
                     ..Default::default()
                 },
@@ -388,7 +388,7 @@ async fn what_may_pass_is_tried_again_and_what_will_not_is_not() {
     for data in &blobs {
         let peer = with_blobs(
             &blobs,
-            Manners {
+            PeerBehaviour {
                 fail: 2.into(),
                 committed: data.len() as i64,
                 ..Default::default()
@@ -404,7 +404,7 @@ async fn what_may_pass_is_tried_again_and_what_will_not_is_not() {
 
         let peer = with_blobs(
             &blobs,
-            Manners {
+            PeerBehaviour {
                 fail: 1000.into(),
                 status: Some(tonic::Code::PermissionDenied),
                 ..Default::default()
@@ -423,7 +423,7 @@ async fn batches_stay_below_what_the_server_announces() {
     for (max_batch, largest) in [(0, 4 << 20), (64 << 10, 64 << 10), (1 << 30, 4 << 20)] {
         let peer = with_blobs(
             &blobs,
-            Manners {
+            PeerBehaviour {
                 max_batch,
                 // As some servers answer always.
                 committed: -1,
@@ -451,7 +451,7 @@ async fn batches_stay_below_what_the_server_announces() {
 #[tokio::test(flavor = "multi_thread")]
 async fn each_missing_blob_is_told_on_its_own() {
     let there = content(1, 100);
-    let peer = with_blobs(std::slice::from_ref(&there), Manners::default());
+    let peer = with_blobs(std::slice::from_ref(&there), PeerBehaviour::default());
     let (client, _stop) = peer.start().await;
     let digests = [
         sha256(b"x"),
@@ -476,7 +476,7 @@ async fn each_missing_blob_is_told_on_its_own() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_is_killed_and_started_again_is_not_noticed() {
     let directory = tempfile::tempdir().unwrap();
-    let mut child = Child::start(directory.path(), ANYWHERE, GIB);
+    let mut child = StoreProcess::start(directory.path(), ANYWHERE, GIB);
     let address = child.address;
     let client = Client::connect(&child.endpoint(), &child.endpoint(), Options::default());
     let stop = CancellationToken::new();
@@ -514,7 +514,7 @@ async fn a_store_that_is_killed_and_started_again_is_not_noticed() {
         tokio::time::sleep(Duration::from_millis(300)).await;
         drop(child);
         tokio::time::sleep(Duration::from_millis(300)).await;
-        child = Child::start(directory.path(), address, GIB);
+        child = StoreProcess::start(directory.path(), address, GIB);
     }
     stop.cancel();
     for worker in workers {
@@ -528,6 +528,6 @@ async fn a_peer_that_is_no_cas_is_told_apart() {
     let client = Client::connect(&nowhere, &nowhere, Options::default());
     let error = client.probe().await.unwrap_err();
     assert!(error.to_string().contains("/nonexistent/socket"), "{error}");
-    let (client, _stop) = with_blobs(&[], Manners::default()).start().await;
+    let (client, _stop) = with_blobs(&[], PeerBehaviour::default()).start().await;
     client.probe().await.unwrap();
 }

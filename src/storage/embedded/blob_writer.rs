@@ -5,48 +5,48 @@ use bytes::Bytes;
 use super::{
     super::{Error, verify},
     SMALL,
-    file::{self, Draft},
-    index::Key,
-    space::{Reservation, Space},
+    file::{self, BlobFileWriter},
+    index::IndexKey,
+    space::{Space, SpaceReservation},
 };
 use crate::digest::{Digest, Hasher};
 use std::sync::Arc;
 
 /// Dropped before it is finished, it leaves nothing.
-pub struct Upload {
+pub struct BlobWriter {
     space: Arc<Space>,
     digest: Digest,
     hasher: Hasher,
-    content: Content,
+    content: BlobBuffer,
 }
 
-enum Content {
+enum BlobBuffer {
     Small(Vec<u8>),
     Large {
-        draft: Draft,
-        reservation: Reservation,
+        writer: BlobFileWriter,
+        reservation: SpaceReservation,
     },
 }
 
 /// Space is taken in steps, as bytes arrive: what a client announces is no reason to evict.
 const STEP: u64 = 4 << 20;
 
-impl Upload {
+impl BlobWriter {
     pub(super) fn start(space: Arc<Space>, digest: Digest) -> Result<Self, Error> {
         let limit = space.maximum_blob_size();
         if digest.size() > limit {
             return Err(Error::TooLarge { digest, limit });
         }
         let content = if digest.size() <= SMALL {
-            Content::Small(Vec::new())
+            BlobBuffer::Small(Vec::new())
         } else {
-            Content::Large {
-                draft: Draft::create(space.fresh_upload_path())
+            BlobBuffer::Large {
+                writer: BlobFileWriter::create(space.fresh_upload_path())
                     .map_err(|error| space.write_error(error))?,
                 reservation: space.reserve(0)?,
             }
         };
-        Ok(Upload {
+        Ok(BlobWriter {
             space,
             digest,
             hasher: digest.function().hasher(),
@@ -69,14 +69,17 @@ impl Upload {
             )));
         }
         match &mut self.content {
-            Content::Small(content) => content.extend_from_slice(data),
-            Content::Large { draft, reservation } => {
+            BlobBuffer::Small(content) => content.extend_from_slice(data),
+            BlobBuffer::Large {
+                writer,
+                reservation,
+            } => {
                 let total = file::footprint(self.digest.size());
                 if size > reservation.bytes() {
                     let wanted = (size + STEP).min(total);
                     reservation.grow(wanted - reservation.bytes())?;
                 }
-                draft
+                writer
                     .append(data)
                     .map_err(|error| self.space.write_error(error))?;
             }
@@ -95,18 +98,18 @@ impl Upload {
             )));
         }
         verify(&self.digest, self.hasher.finish())?;
-        let key = Key::blob(&self.digest);
+        let key = IndexKey::blob(&self.digest);
         match self.content {
-            Content::Small(content) if content.is_empty() => Ok(()),
-            Content::Small(content) => self.space.store_small(&[(key, Bytes::from(content))]),
-            Content::Large {
-                draft,
+            BlobBuffer::Small(content) if content.is_empty() => Ok(()),
+            BlobBuffer::Small(content) => self.space.store_small(&[(key, Bytes::from(content))]),
+            BlobBuffer::Large {
+                writer,
                 mut reservation,
             } => {
                 let rest = file::footprint(received).saturating_sub(reservation.bytes());
                 reservation.grow(rest)?;
                 self.space
-                    .commit_large(draft, key, received)
+                    .commit_large(writer, key, received)
                     .map_err(|error| self.space.write_error(error))?;
                 reservation.keep();
                 Ok(())

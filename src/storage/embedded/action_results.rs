@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use bytes::Bytes;
 use prost::Message;
 
-use super::{super::Error, Store, index::Key};
+use super::{super::Error, Store, index::IndexKey};
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
@@ -14,10 +14,10 @@ use crate::{
 };
 
 /// A Tree or Directory beyond this is not read: the result counts as incomplete.
-const LARGEST_MESSAGE: u64 = 64 << 20;
+const MAXIMUM_MESSAGE_SIZE: u64 = 64 << 20;
 
 /// Directories below an output directory's root.
-const MOST_DIRECTORIES: usize = 1 << 20;
+const MAXIMUM_DIRECTORIES: usize = 1 << 20;
 
 /// Why a result is not returned.
 struct Incomplete;
@@ -29,7 +29,7 @@ impl Store {
         instance: &InstanceName,
         action: &Digest,
     ) -> Result<Option<ActionResult>, Error> {
-        let key = Key::action(instance, action);
+        let key = IndexKey::action(instance, action);
         let Some(content) = self
             .space
             .index
@@ -58,7 +58,7 @@ impl Store {
     ) -> Result<(), Error> {
         let content = Bytes::from(result.encode_to_vec());
         self.space
-            .store_small(&[(Key::action(instance, action), content)])
+            .store_small(&[(IndexKey::action(instance, action), content)])
     }
 
     fn check_complete(
@@ -106,7 +106,7 @@ impl Store {
             if !seen.insert(parsed) {
                 continue;
             }
-            if seen.len() > MOST_DIRECTORIES {
+            if seen.len() > MAXIMUM_DIRECTORIES {
                 return Err(Incomplete);
             }
             let directory: reapi::Directory = self.read_message(function, &digest)?;
@@ -136,7 +136,7 @@ impl Store {
     ) -> Result<M, Incomplete> {
         let digest = Digest::parse(Some(function), digest).map_err(|_| Incomplete)?;
         let content = self
-            .read(&digest, LARGEST_MESSAGE)
+            .read(&digest, MAXIMUM_MESSAGE_SIZE)
             .map_err(|_| Incomplete)?;
         M::decode(content).map_err(|_| Incomplete)
     }

@@ -1,0 +1,225 @@
+//! Small contents are appended to the active segment, which a new one replaces when it is full.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use bytes::Bytes;
+
+use super::{
+    super::Error,
+    file,
+    index::{IndexEntry, IndexKey, Location},
+    segment::{self, AppendPosition, Segment},
+    space::Space,
+};
+
+/// The segment that contents are appended to.
+pub struct ActiveSegment {
+    pub segment: Arc<Segment>,
+    pub end: AppendPosition,
+}
+
+/// A segment that somebody writes to.
+struct SegmentWrite(Arc<Segment>);
+
+impl Drop for SegmentWrite {
+    fn drop(&mut self) {
+        self.0.end_writing();
+    }
+}
+
+/// Where the space of a new segment comes from.
+#[derive(Clone, Copy)]
+pub(super) enum SpaceSource {
+    /// From what all may use, after making room if need be.
+    Shared,
+    /// From what the limit leaves to whoever makes room.
+    Reserve,
+}
+
+impl ActiveSegment {
+    fn fits(&self, size: u64) -> bool {
+        self.end.offset + size <= self.segment.capacity()
+            && self.end.slot < self.segment.slot_count()
+    }
+
+    /// Reserves room for as many contents as fit. `None` when the first does not.
+    fn take(
+        &mut self,
+        contents: &[(IndexKey, Bytes)],
+    ) -> Option<(SegmentWrite, AppendPosition, usize, u64)> {
+        let at = self.end;
+        let mut count = 0;
+        for (_, content) in contents {
+            let size = content.len() as u64;
+            if !self.fits(size) {
+                break;
+            }
+            self.end = AppendPosition {
+                offset: self.end.offset + size,
+                slot: self.end.slot + 1,
+            };
+            count += 1;
+        }
+        if count == 0 {
+            return None;
+        }
+        self.segment.begin_writing();
+        let writing = SegmentWrite(self.segment.clone());
+        Some((writing, at, count, self.end.offset - at.offset))
+    }
+}
+
+impl Space {
+    /// Stores contents that proved right. On an error some of them may have been stored.
+    pub fn store_small(&self, contents: &[(IndexKey, Bytes)]) -> Result<(), Error> {
+        self.append(contents, SpaceSource::Shared, |places| {
+            let now = self.now();
+            for ((key, content), place) in contents.iter().zip(places) {
+                self.set_location(*key, content.len() as u64, *place, now);
+            }
+        })
+    }
+
+    /// Makes the index point to a content that has been written.
+    pub fn set_location(&self, key: IndexKey, size: u64, place: Location, used: u32) {
+        self.count_live(place, size);
+        if let Some(old) = self.index.insert(key, size, place, used) {
+            self.discount_live(&old);
+            match old.place {
+                // Somebody else wrote the same file.
+                Location::File => self.give_back(file::footprint(size)),
+                // An older action result must not come back when the store is opened again after
+                // the newer one was evicted.
+                Location::Segment { number, slot } if key.is_action_result() => {
+                    if let Some(segment) = self.segment(number) {
+                        let _ = segment.erase(slot);
+                    }
+                }
+                Location::Segment { .. } => {}
+            }
+        }
+    }
+
+    pub(super) fn count_live(&self, place: Location, size: u64) {
+        if let Location::Segment { number, .. } = place
+            && let Some(segment) = self.segment(number)
+        {
+            segment.add_live(size);
+        }
+    }
+
+    pub(super) fn discount_live(&self, found: &IndexEntry) {
+        if let Location::Segment { number, .. } = found.place
+            && let Some(segment) = self.segment(number)
+        {
+            segment.remove_live(found.size);
+        }
+    }
+
+    pub(super) fn segment(&self, number: u32) -> Option<Arc<Segment>> {
+        self.segments.read().get(&number).cloned()
+    }
+
+    /// Appends, and tells the places of what has been appended as far as it went well.
+    pub(super) fn append(
+        &self,
+        contents: &[(IndexKey, Bytes)],
+        source: SpaceSource,
+        appended: impl FnOnce(&[Location]),
+    ) -> Result<(), Error> {
+        let mut places = Vec::with_capacity(contents.len());
+        // Until the index points to what was written.
+        let mut writing = Vec::new();
+        let mut rest = contents;
+        let result = loop {
+            if rest.is_empty() {
+                break Ok(());
+            }
+            match self.append_some(rest, source, &mut places) {
+                Ok((count, still)) => {
+                    writing.push(still);
+                    rest = rest.get(count..).unwrap_or_default();
+                }
+                Err(error) => break Err(error),
+            }
+        };
+        appended(&places);
+        result
+    }
+
+    /// Appends as many contents as fit into one segment, at least one.
+    fn append_some(
+        &self,
+        contents: &[(IndexKey, Bytes)],
+        source: SpaceSource,
+        places: &mut Vec<Location>,
+    ) -> Result<(usize, SegmentWrite), Error> {
+        let first = contents
+            .first()
+            .map_or(0, |(_, content)| content.len() as u64);
+        let (writing, at, count, length) = loop {
+            let mut active = self.active.lock();
+            if let Some(reserved) = active.as_mut().and_then(|active| active.take(contents)) {
+                break reserved;
+            }
+            drop(active);
+            self.replace_active(first, source)?;
+        };
+        self.written.fetch_add(length, Ordering::Relaxed);
+        let some = contents.get(..count).unwrap_or_default();
+        writing
+            .0
+            .write(at, some, self.now())
+            .map_err(|error| self.write_error(error))?;
+        places.extend((at.slot..).take(count).map(|slot| Location::Segment {
+            number: writing.0.number,
+            slot,
+        }));
+        Ok((count, writing))
+    }
+
+    /// Puts a new segment in place of a full one; it has room for a content of this size.
+    fn replace_active(&self, size: u64, source: SpaceSource) -> Result<(), Error> {
+        let capacity = self.segment_capacity().max(size);
+        let footprint = segment::footprint(capacity);
+        match source {
+            SpaceSource::Shared => self.take(footprint)?,
+            SpaceSource::Reserve => {
+                self.used.fetch_add(footprint, Ordering::Relaxed);
+            }
+        }
+        let _alone = self.segment_creation.lock();
+        let fits = self
+            .active
+            .lock()
+            .as_ref()
+            .is_some_and(|active| active.fits(size));
+        if fits {
+            // Somebody else was first.
+            self.give_back(footprint);
+            return Ok(());
+        }
+        let number = self.next_segment.fetch_add(1, Ordering::Relaxed);
+        let segment = match Segment::create(&self.segments_directory(), number, capacity) {
+            Ok(segment) => Arc::new(segment),
+            Err(error) => {
+                self.give_back(footprint);
+                return Err(self.write_error(error));
+            }
+        };
+        self.segments.write().insert(number, segment.clone());
+        let mut active = self.active.lock();
+        let old = active.replace(ActiveSegment {
+            segment,
+            end: AppendPosition { offset: 0, slot: 0 },
+        });
+        drop(active);
+        if let Some(old) = old {
+            match old.segment.seal(old.end) {
+                Ok(freed) => self.give_back(freed),
+                Err(error) => tracing::warn!(%error, "could not cut a full segment"),
+            }
+        }
+        Ok(())
+    }
+}

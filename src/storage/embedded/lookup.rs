@@ -1,0 +1,120 @@
+//! Contents by their index entries; what is damaged is removed.
+
+use std::{fs, io, sync::atomic::Ordering};
+
+use bytes::Bytes;
+use parking_lot::MutexGuard;
+
+use super::{
+    super::Error,
+    file::{self, BlobFile, BlobFileWriter},
+    index::{IndexEntry, IndexKey, Location},
+    space::Space,
+};
+
+impl Space {
+    /// The content of an entry in a segment. `None` when it is gone or damaged.
+    pub fn content(&self, mut found: IndexEntry) -> Option<Bytes> {
+        loop {
+            let Location::Segment { number, slot } = found.place else {
+                return None;
+            };
+            let content = self.segment(number).and_then(|segment| {
+                let record = segment.record(slot)?;
+                (record.key == found.key && record.size == found.size)
+                    .then(|| segment.content(&record))?
+            });
+            if content.is_some() {
+                return content;
+            }
+            // Perhaps it was moved in between.
+            let again = self.index.peek(&found.key)?;
+            if again.place == found.place {
+                self.forget_damaged(&found);
+                return None;
+            }
+            found = again;
+        }
+    }
+
+    /// `None` when it is gone or damaged.
+    pub fn large(&self, found: &IndexEntry) -> Result<Option<BlobFile>, Error> {
+        let path = file::path(&self.files(), &found.key, found.size);
+        for _ in 0..2 {
+            match BlobFile::open(&path, found.size) {
+                Ok(blob) => return Ok(Some(blob)),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::InvalidData => break,
+                    // Evicted just now, and perhaps uploaded again.
+                    io::ErrorKind::NotFound if self.index.peek(&found.key).is_none() => {
+                        return Ok(None);
+                    }
+                    io::ErrorKind::NotFound => {}
+                    _ => {
+                        return Err(Error::Internal(format!(
+                            "could not read {}: {error}",
+                            path.display()
+                        )));
+                    }
+                },
+            }
+        }
+        self.forget_damaged(found);
+        Ok(None)
+    }
+
+    /// Removes an entry whose content is not what it should be.
+    pub fn forget_damaged(&self, found: &IndexEntry) {
+        if !self.index.remove(found) {
+            return;
+        }
+        match found.place {
+            Location::Segment { number, slot } => {
+                self.discount_live(found);
+                if let Some(segment) = self.segment(number) {
+                    let _ = segment.erase(slot);
+                }
+                tracing::error!(
+                    segment = number,
+                    slot,
+                    "removed a blob that was damaged on disk"
+                );
+            }
+            Location::File => {
+                let path = file::path(&self.files(), &found.key, found.size);
+                self.unlink_large(found);
+                tracing::error!(path = %path.display(), "removed a blob that was damaged on disk");
+            }
+        }
+    }
+
+    /// Gives a file that was written its name, and an entry.
+    pub fn commit_large(&self, writer: BlobFileWriter, key: IndexKey, size: u64) -> io::Result<()> {
+        let _lock = self.file_lock(&key);
+        writer.commit(&self.files(), &key)?;
+        self.written.fetch_add(size, Ordering::Relaxed);
+        self.set_location(key, size, Location::File, self.now());
+        Ok(())
+    }
+
+    /// Removes the file of an entry that has been removed.
+    pub(super) fn unlink_large(&self, found: &IndexEntry) {
+        let _lock = self.file_lock(&found.key);
+        self.give_back(file::footprint(found.size));
+        if self.index.peek(&found.key).is_some() {
+            // It was uploaded again in between; the file is the new one.
+            return;
+        }
+        let path = file::path(&self.files(), &found.key, found.size);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::error!(path = %path.display(), %error, "could not remove a blob");
+            }
+            _ => {}
+        }
+    }
+
+    fn file_lock(&self, key: &IndexKey) -> MutexGuard<'_, ()> {
+        self.file_locks[key.short() as usize % self.file_locks.len()].lock()
+    }
+}

@@ -1,0 +1,96 @@
+//! The thread that makes room before anybody has to wait for it, and saves recency now and then.
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::{recency, space::Space};
+
+/// Wakes the thread.
+#[derive(Default)]
+pub struct MaintenanceSignal {
+    state: Mutex<MaintenanceState>,
+    changed: Condvar,
+}
+
+impl MaintenanceSignal {
+    pub fn space_is_short(&self) {
+        self.state.lock().space_is_short = true;
+        self.changed.notify_all();
+    }
+
+    fn stop(&self) {
+        self.state.lock().stopping = true;
+        self.changed.notify_all();
+    }
+}
+
+#[derive(Default)]
+struct MaintenanceState {
+    space_is_short: bool,
+    stopping: bool,
+}
+
+pub struct MaintenanceThread {
+    space: Arc<Space>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl MaintenanceThread {
+    pub fn start(space: Arc<Space>) -> Self {
+        let own = space.clone();
+        let thread = std::thread::Builder::new()
+            .name("storage".to_owned())
+            .spawn(move || own.maintain())
+            .inspect_err(|error| tracing::error!(%error, "could not start a thread"))
+            .ok();
+        MaintenanceThread { space, thread }
+    }
+
+    pub fn stop(self) {
+        self.space.maintenance.stop();
+        if let Some(thread) = self.thread {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Space {
+    fn maintain(&self) {
+        const ROUND: Duration = Duration::from_secs(10);
+        const ROUNDS_PER_SAVING: u32 = 30;
+        let mut rounds = 0;
+        loop {
+            let mut state = self.maintenance.state.lock();
+            let quiet = !state.stopping
+                && !state.space_is_short
+                && self
+                    .maintenance
+                    .changed
+                    .wait_for(&mut state, ROUND)
+                    .timed_out();
+            let stopping = state.stopping;
+            state.space_is_short = false;
+            drop(state);
+            if quiet {
+                // So that order in time shows even when nothing is written.
+                self.written.fetch_add(self.tick(), Ordering::Relaxed);
+                rounds += 1;
+            }
+            if stopping || rounds >= ROUNDS_PER_SAVING {
+                rounds = 0;
+                if let Err(error) = recency::save(self) {
+                    tracing::warn!(%error, "could not save when blobs were used");
+                }
+            }
+            if stopping {
+                return;
+            }
+            self.uploads.expire(Instant::now());
+            self.reclaim();
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Making room: uploads that nobody continues are given up, entries evicted, segments compacted.
+
+use std::{sync::Arc, time::Instant};
+
+use super::{
+    super::Error,
+    append::SpaceSource,
+    file,
+    index::{IndexEntry, Location},
+    segment::{self, Segment},
+    space::Space,
+};
+
+impl Space {
+    /// Gives up uploads that nobody continues, then evicts and compacts until a sixteenth of the space
+    /// is free.
+    pub fn reclaim(&self) {
+        let _alone = self.reclaiming.lock();
+        let limit = self.limit();
+        while self.used() > limit / 32 * 31 && self.uploads.abandon_one(Instant::now()) {}
+        if self.used() <= limit / 32 * 31 {
+            return;
+        }
+        self.evict(limit / 8 * 7);
+        while self.used() > limit / 16 * 15 && self.compact_one() {}
+    }
+
+    /// Removes entries until what remains could be packed into `target` bytes.
+    fn evict(&self, target: u64) {
+        let segments = self.segments.read();
+        let dead: u64 = segments.values().map(|segment| segment.dead()).sum();
+        drop(segments);
+        let packed = self.used().saturating_sub(dead);
+        let evicted = self
+            .index
+            .evict(packed.saturating_sub(target), |found| match found.place {
+                Location::Segment { .. } => segment::weight(found.size),
+                Location::File => file::footprint(found.size),
+            });
+        for found in &evicted {
+            match found.place {
+                Location::Segment { .. } => self.discount_live(found),
+                Location::File => self.unlink_large(found),
+            }
+        }
+        tracing::debug!(count = evicted.len(), "evicted");
+    }
+
+    /// Moves what is live out of the segment with most dead space, and removes it. False when
+    /// there is none from which anything could be gained.
+    fn compact_one(&self) -> bool {
+        let head = self.active.lock().as_ref().map(|head| head.segment.number);
+        let victim = self
+            .segments
+            .read()
+            .values()
+            .filter(|segment| Some(segment.number) != head && !segment.is_being_written())
+            .max_by_key(|segment| segment.dead())
+            .cloned();
+        let Some(victim) = victim else {
+            return false;
+        };
+        if victim.dead() <= victim.disk() / 16 {
+            return false;
+        }
+        if let Err(error) = self.empty_segment(&victim) {
+            tracing::error!(%error, "could not compact a segment");
+            return false;
+        }
+        self.segments.write().remove(&victim.number);
+        if let Err(error) = victim.unlink() {
+            tracing::error!(%error, "could not remove a segment");
+            return false;
+        }
+        self.give_back(victim.disk());
+        true
+    }
+
+    fn empty_segment(&self, victim: &Arc<Segment>) -> Result<(), Error> {
+        const AT_ONCE: u64 = 1 << 20;
+        let mut seen = Vec::new();
+        let mut contents = Vec::new();
+        let mut length = 0;
+        let (records, _) = victim.records();
+        let count = records.len();
+        for (i, (slot, record)) in records.into_iter().enumerate() {
+            let place = Location::Segment {
+                number: victim.number,
+                slot,
+            };
+            if let Some(found) = self.index.peek(&record.key)
+                && found.place == place
+            {
+                match victim.content(&record) {
+                    Some(content) => {
+                        length += record.size;
+                        contents.push((record.key, content));
+                        seen.push(found);
+                    }
+                    None => self.forget_damaged(&found),
+                }
+            }
+            if length >= AT_ONCE || i + 1 == count {
+                self.append(&contents, SpaceSource::Reserve, |places| {
+                    for (found, place) in seen.iter().zip(places) {
+                        self.count_live(*place, found.size);
+                        if self.index.relocate(found, *place) {
+                            victim.remove_live(found.size);
+                        } else {
+                            self.discount_live(&IndexEntry {
+                                place: *place,
+                                ..*found
+                            });
+                        }
+                    }
+                })?;
+                (seen, contents, length) = (Vec::new(), Vec::new(), 0);
+            }
+        }
+        Ok(())
+    }
+}
