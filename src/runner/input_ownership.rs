@@ -1,8 +1,8 @@
 //! Input files of an action's own: its user becomes the owner of everything in its input root, so that
 //! it may change modes and times too.
 //!
-//! 1. Only what belongs to the owner of the action's directory, who is the worker, changes hands, and no file that
-//!    has another name: a file of the worker's cache would be everybody's.
+//! 1. Only what belongs to the owner of the action's directory, who is the worker, changes hands, and
+//!    no file that has another name: a file of the worker's cache would be everybody's.
 //! 2. Each entry is opened first, and then asked and changed through its descriptor, so that nobody
 //!    can put another one in its place.
 

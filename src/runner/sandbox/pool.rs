@@ -264,3 +264,22 @@ impl PoolShared {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_waits_for_a_sandbox_can_give_up_and_holds_no_lock() {
+        let shared = PoolShared::default();
+        let mut waiting = pin!(shared.next());
+        let soon = Duration::from_millis(1);
+        assert!(tokio::time::timeout(soon, &mut waiting).await.is_err());
+        shared.state.try_lock().unwrap().is_closed = true;
+        shared.attempts.send_modify(|_| ());
+        let error = waiting.await.unwrap_err();
+        assert!(error.to_string().contains("bb_runner stops"), "{error}");
+    }
+}

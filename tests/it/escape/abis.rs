@@ -181,10 +181,14 @@ pub const AS_ROOT_OF_A_NAMESPACE: &[Attempt] = &[
     ),
     attempt(
         "network",
-        "raise an interface of the room's",
+        "raise an interface of the sandbox's",
         "own(); s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); fcntl.ioctl(s, 0x8914, struct.pack('16sH14x', b'lo', 0))",
     ),
-    attempt("users", "rename the room", "own(); socket.sethostname('x')"),
+    attempt(
+        "users",
+        "rename the sandbox",
+        "own(); socket.sethostname('x')",
+    ),
     attempt(
         "users",
         "write to a kernel setting as root of a namespace",

@@ -84,11 +84,11 @@ async fn only_the_configured_users_may_call() {
     let (ready, run) = call_as(farm.first + WORKER).await;
     ready.unwrap();
     assert_eq!(run.code(), Code::InvalidArgument);
-    for stranger in [farm.first, farm.first + WORKER + 1, 65_534] {
-        let (ready, run) = call_as(stranger).await;
+    for other_user in [farm.first, farm.first + WORKER + 1, 65_534] {
+        let (ready, run) = call_as(other_user).await;
         for status in [ready.unwrap_err(), run] {
             assert_eq!(status.code(), Code::PermissionDenied);
-            assert!(status.message().contains(&stranger.to_string()));
+            assert!(status.message().contains(&other_user.to_string()));
             assert!(status.message().contains("allowed_users"));
         }
     }
