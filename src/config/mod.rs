@@ -5,6 +5,10 @@
 //!    merged key by key; anything else replaces what came before, arrays as a whole.
 //! 3. All errors are told at once, each with its file, line and key: what is wrong is taken out, and
 //!    the rest is read again.
+//!
+//! To read in this order: this file; `runner`, `scheduler` and `worker`, the three programs' keys, with
+//! `value` (what is written in them) and `directory_kind`; `parse`, which keeps the facts of an error,
+//! and `error_message`, which tells them; `print`.
 
 #![warn(missing_docs, unreachable_pub)]
 

@@ -1,7 +1,7 @@
 //! bb_scheduler: queues the actions of clients, and hands them to workers.
 //!
-//! `queue` decides, `shared` lets calls meet in it, `service` speaks the protocols, `observer` tells
-//! what goes on.
+//! In the order to read it: `queue` decides, `shared_queue` lets calls meet in it, `service` speaks the
+//! protocols, `worker_log` tells what goes on.
 
 use tonic::codec::CompressionEncoding;
 

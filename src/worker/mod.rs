@@ -1,4 +1,10 @@
 //! The worker: lays out input roots, has a runner run commands in them, uploads their outputs.
+//!
+//! In the order to read it: `execute` is one action, from `task` and `command` by `inputs` and
+//! `runner_client` to `outputs`, `response_size` and `completion_log`; `fault` is why it has no result.
+//! `slot` is the worker protocol, and `slot_loop` performs it; `health` and `availability` say whether a
+//! slot may take work; `setup`, `status_line` and `probe` are the daemon around it. `beneath`,
+//! `removal`, `attributes`, `blocking` and `lru` are for files.
 
 use std::sync::Arc;
 

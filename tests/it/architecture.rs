@@ -266,6 +266,27 @@ fn all_is_served_by_one_server_and_called_by_one_client() {
 }
 
 #[test]
+fn the_map_has_a_line_for_every_module_and_no_other() {
+    let text = fs::read_to_string(source().join("ARCHITECTURE.md")).unwrap();
+    let (_, map) = text.split_once("## The map").unwrap();
+    let (map, _) = map.split_once("\n## ").unwrap();
+    let named: Vec<&str> = map
+        .lines()
+        .filter_map(|line| line.strip_prefix("- `")?.split_once("`: "))
+        .map(|(path, _)| path)
+        .collect();
+    let mut there: Vec<String> = files(&source())
+        .into_iter()
+        .map(|(path, _)| path.strip_prefix(source()).unwrap().display().to_string())
+        .filter(|path| path != "lib.rs" && !path.starts_with("bin/"))
+        .collect();
+    there.sort();
+    let mut sorted = named.clone();
+    sorted.sort_unstable();
+    assert_eq!(sorted, there);
+}
+
+#[test]
 fn every_file_says_what_it_is_for() {
     for (path, text) in files(&source()) {
         if path.starts_with(source().join("bin")) || path.ends_with("src/lib.rs") {

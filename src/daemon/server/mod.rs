@@ -6,7 +6,11 @@
 //!    listeners have theirs. The one that has been idle for longest gives way to a new one.
 //! 3. Whatever a status says fits into everybody's headers (`status`).
 //!
-//! No tower layer of tonic's own server could keep (1) and (2): it does not let go of connections.
+//! To read in this order: this file accepts connections; `connection` is one of them, `call` one call on
+//! it; `services` are what is called.
+//!
+//! tonic's own server could not keep (1) and (2): none of its connections can be told to go away, or be
+//! cut, by itself.
 
 use std::{
     collections::BTreeMap,
