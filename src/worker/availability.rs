@@ -7,14 +7,14 @@ use tokio::sync::watch;
 
 use super::{
     fault::Fault,
-    health::{ActionVerdict, Health, HealthChange},
+    health::{ActionVerdict, HealthChange, HostHealth},
 };
 use crate::text::shorten;
 
 pub struct Availability {
     /// For messages.
     runner: String,
-    health: Mutex<Health>,
+    health: Mutex<HostHealth>,
     /// Before this no slot asks for work.
     paused: watch::Sender<Instant>,
 }

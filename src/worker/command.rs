@@ -42,7 +42,7 @@ pub enum OutputKind {
 
 /// The client must act.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum CommandError {
+pub enum InvalidCommand {
     #[error("the command has no arguments")]
     NoArguments,
     #[error("{0} of the command has a NUL character in it")]
@@ -61,25 +61,25 @@ pub enum CommandError {
 
 impl Command {
     #[expect(deprecated, reason = "clients of REAPI 2.0 fill the older lists")]
-    pub fn parse(command: reapi::Command) -> Result<Self, CommandError> {
+    pub fn parse(command: reapi::Command) -> Result<Self, InvalidCommand> {
         use reapi::command::OutputDirectoryFormat as Format;
         if command.arguments.is_empty() {
-            return Err(CommandError::NoArguments);
+            return Err(InvalidCommand::NoArguments);
         }
         if command.arguments.iter().any(|text| text.contains('\0')) {
-            return Err(CommandError::Nul("an argument"));
+            return Err(InvalidCommand::Nul("an argument"));
         }
         let mut environment = BTreeMap::new();
         for variable in command.environment_variables {
             if variable.name.is_empty() || variable.name.contains('=') {
-                return Err(CommandError::VariableName(variable.name));
+                return Err(InvalidCommand::VariableName(variable.name));
             }
             if variable.name.contains('\0') || variable.value.contains('\0') {
-                return Err(CommandError::Nul("an environment variable"));
+                return Err(InvalidCommand::Nul("an environment variable"));
             }
             // REAPI wants them sorted, which changes nothing for us; twice is ambiguous.
             if environment.contains_key(&variable.name) {
-                return Err(CommandError::DuplicateVariable(variable.name));
+                return Err(InvalidCommand::DuplicateVariable(variable.name));
             }
             environment.insert(variable.name, variable.value);
         }
@@ -88,7 +88,7 @@ impl Command {
             &command.working_directory,
             "input root",
         )
-        .map_err(CommandError::WorkingDirectory)?;
+        .map_err(InvalidCommand::WorkingDirectory)?;
         // REAPI: output_files and output_directories are ignored when output_paths is set.
         let declared = match command.output_paths.is_empty() {
             false => vec![(command.output_paths, OutputKind::Any)],
@@ -101,14 +101,14 @@ impl Command {
         for (texts, kind) in declared {
             for text in texts {
                 let path = RelativePath::resolve(&working_directory, &text, "input root")
-                    .map_err(CommandError::Output)?;
+                    .map_err(InvalidCommand::Output)?;
                 outputs.push(Output { text, path, kind });
             }
         }
         let store_directories = match Format::try_from(command.output_directory_format) {
             Ok(Format::TreeOnly) => false,
             Ok(Format::DirectoryOnly | Format::TreeAndDirectory) => true,
-            Err(_) => return Err(CommandError::Format(command.output_directory_format)),
+            Err(_) => return Err(InvalidCommand::Format(command.output_directory_format)),
         };
         Ok(Command {
             arguments: command.arguments,
@@ -165,16 +165,16 @@ mod tests {
         assert_eq!(parse("", "").unwrap(), ".");
         assert!(matches!(
             parse("a", "../../b"),
-            Err(CommandError::Output(_))
+            Err(InvalidCommand::Output(_))
         ));
-        assert!(matches!(parse("a", "/b"), Err(CommandError::Output(_))));
+        assert!(matches!(parse("a", "/b"), Err(InvalidCommand::Output(_))));
         assert!(matches!(
             parse("..", "b"),
-            Err(CommandError::WorkingDirectory(_))
+            Err(InvalidCommand::WorkingDirectory(_))
         ));
         assert!(matches!(
             parse("/a", "b"),
-            Err(CommandError::WorkingDirectory(_))
+            Err(InvalidCommand::WorkingDirectory(_))
         ));
     }
 
@@ -231,14 +231,17 @@ mod tests {
         assert!(with(&["B", "A"]).is_ok());
         assert!(matches!(
             with(&["A", "A"]),
-            Err(CommandError::DuplicateVariable(_))
+            Err(InvalidCommand::DuplicateVariable(_))
         ));
-        assert!(matches!(with(&[""]), Err(CommandError::VariableName(_))));
-        assert!(matches!(with(&["A=B"]), Err(CommandError::VariableName(_))));
-        assert!(matches!(with(&["A\0"]), Err(CommandError::Nul(_))));
+        assert!(matches!(with(&[""]), Err(InvalidCommand::VariableName(_))));
+        assert!(matches!(
+            with(&["A=B"]),
+            Err(InvalidCommand::VariableName(_))
+        ));
+        assert!(matches!(with(&["A\0"]), Err(InvalidCommand::Nul(_))));
         assert_eq!(
             Command::parse(reapi::Command::default()),
-            Err(CommandError::NoArguments)
+            Err(InvalidCommand::NoArguments)
         );
     }
 }

@@ -25,7 +25,7 @@ use super::{
     inputs::{InputRoot, InputRoots, LOCK_TIMEOUT},
     outputs::{self, CollectedOutputs, Collector},
     response_size, runner_client,
-    task::Task,
+    task::AssignedTask,
 };
 use crate::{
     config::worker::{Inputs, Outputs},
@@ -44,7 +44,7 @@ const READINESS_TIMEOUT: Duration = Duration::from_secs(30);
 const UPLOAD_GRACE: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
+pub enum ExecutionPhase {
     FetchingInputs,
     Running,
     UploadingOutputs,
@@ -81,11 +81,11 @@ impl Executor {
     pub async fn execute(
         &self,
         slot: usize,
-        task: Task,
-        stage: &watch::Sender<Phase>,
+        task: AssignedTask,
+        phase: &watch::Sender<ExecutionPhase>,
         cancel: &CancellationToken,
     ) -> reapi::ExecuteResponse {
-        stage.send_replace(Phase::FetchingInputs);
+        phase.send_replace(ExecutionPhase::FetchingInputs);
         let mut metadata = reapi::ExecutedActionMetadata {
             worker: self.workers.get(slot).cloned().unwrap_or_default(),
             queued_timestamp: task.queued_timestamp,
@@ -99,7 +99,7 @@ impl Executor {
         };
         let began = self.availability.begin(slot);
         let fault = self
-            .run_and_collect(&task, stage, cancel, &mut metadata, &mut response)
+            .run_and_collect(&task, phase, cancel, &mut metadata, &mut response)
             .await
             .err();
         self.availability.ended(began, fault.as_ref());
@@ -118,8 +118,8 @@ impl Executor {
     /// Fills in what there is to tell, on failure too.
     async fn run_and_collect(
         &self,
-        task: &Task,
-        stage: &watch::Sender<Phase>,
+        task: &AssignedTask,
+        phase: &watch::Sender<ExecutionPhase>,
         cancel: &CancellationToken,
         metadata: &mut reapi::ExecutedActionMetadata,
         response: &mut reapi::ExecuteResponse,
@@ -131,7 +131,7 @@ impl Executor {
         };
         metadata.input_fetch_completed_timestamp = now();
 
-        stage.send_replace(Phase::Running);
+        phase.send_replace(ExecutionPhase::Running);
         let mut client = self.runner.clone();
         let context = ActionContext {
             action: task.digest.hash_hex(),
@@ -191,7 +191,7 @@ impl Executor {
             }));
         }
 
-        stage.send_replace(Phase::UploadingOutputs);
+        phase.send_replace(ExecutionPhase::UploadingOutputs);
         metadata.output_upload_start_timestamp = now();
         let timeout = self.outputs.timeout.get();
         let uploaded = tokio::select! {
@@ -234,7 +234,7 @@ impl Executor {
     fn take_answer(
         &self,
         ended: RunOutcome,
-        task: &Task,
+        task: &AssignedTask,
         metadata: &mut reapi::ExecutedActionMetadata,
         response: &mut reapi::ExecuteResponse,
     ) -> Result<(), Fault> {
@@ -277,7 +277,7 @@ impl Executor {
     /// Collects outputs, and uploads them meanwhile.
     async fn upload(
         &self,
-        task: &Task,
+        task: &AssignedTask,
         command: Command,
         mut root: InputRoot,
         cancel: &CancellationToken,
@@ -329,7 +329,7 @@ impl Executor {
     }
 
     /// Keeps a good result for everybody, or a bad one for whoever follows the link.
-    async fn record(&self, task: &Task, response: &mut reapi::ExecuteResponse) {
+    async fn record(&self, task: &AssignedTask, response: &mut reapi::ExecuteResponse) {
         let succeeded =
             response.status.is_none() && response.result.as_ref().is_some_and(|r| r.exit_code == 0);
         let action = &task.digest;
@@ -369,7 +369,7 @@ impl Executor {
 
     fn link(
         &self,
-        task: &Task,
+        task: &AssignedTask,
         what: &str,
         kind: &str,
         digest: &Digest,

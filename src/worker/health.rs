@@ -21,7 +21,7 @@ const TRIAL: Duration = Duration::from_secs(60);
 const WAIT: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
-pub struct Health {
+pub struct HostHealth {
     state: ServiceState,
     /// In a row.
     faults: u32,
@@ -63,9 +63,9 @@ pub enum HealthChange {
     Recovered,
 }
 
-impl Default for Health {
+impl Default for HostHealth {
     fn default() -> Self {
-        Health {
+        HostHealth {
             state: ServiceState::Serving,
             faults: 0,
             reason: String::new(),
@@ -74,7 +74,7 @@ impl Default for Health {
     }
 }
 
-impl Health {
+impl HostHealth {
     /// A slot has begun an execution.
     pub fn began(&mut self, now: Instant, slot: usize) {
         if let ServiceState::Trying {
@@ -102,7 +102,7 @@ impl Health {
             }
             ActionVerdict::Ran => {
                 let was_out = self.faults >= OUT_OF_SERVICE;
-                *self = Health::default();
+                *self = HostHealth::default();
                 match was_out {
                     true => HealthChange::Recovered,
                     false => HealthChange::None,
@@ -163,8 +163,8 @@ mod tests {
     }
 
     #[expect(clippy::disallowed_methods, reason = "tests are not pure")]
-    fn start() -> (Health, Instant) {
-        (Health::default(), Instant::now())
+    fn start() -> (HostHealth, Instant) {
+        (HostHealth::default(), Instant::now())
     }
 
     #[test]

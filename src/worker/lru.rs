@@ -265,7 +265,7 @@ mod tests {
     use super::*;
 
     #[derive(Clone, Debug)]
-    enum Step {
+    enum LruStep {
         Insert(u8, u64),
         Get(u8),
         Pin(u8),
@@ -274,14 +274,14 @@ mod tests {
         Evict(u64),
     }
 
-    fn step() -> impl Strategy<Value = Step> {
+    fn step() -> impl Strategy<Value = LruStep> {
         prop_oneof![
-            (0..20u8, 0..9u64).prop_map(|(k, w)| Step::Insert(k, w)),
-            (0..20u8).prop_map(Step::Get),
-            (0..20u8).prop_map(Step::Pin),
-            (0..8usize).prop_map(Step::Unpin),
-            (0..20u8).prop_map(Step::Remove),
-            (0..60u64).prop_map(Step::Evict),
+            (0..20u8, 0..9u64).prop_map(|(k, w)| LruStep::Insert(k, w)),
+            (0..20u8).prop_map(LruStep::Get),
+            (0..20u8).prop_map(LruStep::Pin),
+            (0..8usize).prop_map(LruStep::Unpin),
+            (0..20u8).prop_map(LruStep::Remove),
+            (0..60u64).prop_map(LruStep::Evict),
         ]
     }
 
@@ -301,16 +301,16 @@ mod tests {
             let mut handles: Vec<(u8, Handle)> = Vec::new();
             for step in steps {
                 match step {
-                    Step::Insert(key, weight) => {
+                    LruStep::Insert(key, weight) => {
                         lru.insert(key, key, weight);
                         if touch(&mut list, key).is_none() {
                             list.push((key, weight, 0));
                         }
                     }
-                    Step::Get(key) => {
+                    LruStep::Get(key) => {
                         prop_assert_eq!(lru.get(&key).is_some(), touch(&mut list, key).is_some());
                     }
-                    Step::Pin(key) => {
+                    LruStep::Pin(key) => {
                         let handle = lru.pin(&key);
                         let pins = touch(&mut list, key);
                         prop_assert_eq!(handle.is_some(), pins.is_some());
@@ -319,7 +319,7 @@ mod tests {
                             handles.push((key, handle));
                         }
                     }
-                    Step::Unpin(n) => {
+                    LruStep::Unpin(n) => {
                         if n < handles.len() {
                             let (key, handle) = handles.remove(n);
                             lru.unpin(handle);
@@ -329,12 +329,12 @@ mod tests {
                             }
                         }
                     }
-                    Step::Remove(key) => {
+                    LruStep::Remove(key) => {
                         let before = list.len();
                         list.retain(|e| e.0 != key || e.2 > 0);
                         prop_assert_eq!(lru.remove(&key).is_some(), list.len() < before);
                     }
-                    Step::Evict(limit) => {
+                    LruStep::Evict(limit) => {
                         let evicted: Vec<u8> =
                             lru.evict(|weight, _| weight > limit).into_iter().map(|e| e.0).collect();
                         let mut expected = Vec::new();

@@ -16,11 +16,11 @@ use tracing::{Instrument, Span};
 use super::{
     availability::NotReady,
     completion_log,
-    execute::{Executor, Phase},
+    execute::{ExecutionPhase, Executor},
     response_size,
-    slot::{self, Answer, Desired, Report, Slot, Step},
+    slot::{self, Answer, Desired, Slot, SlotReport, SlotStep},
     status_line::StatusLine,
-    task::Task,
+    task::AssignedTask,
 };
 use crate::{
     daemon::{self, Channel, Heartbeat},
@@ -74,7 +74,7 @@ const SYNCHRONIZE_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 
 struct Execution {
     result: JoinHandle<Box<ExecuteResponse>>,
-    stage: watch::Receiver<Phase>,
+    phase: watch::Receiver<ExecutionPhase>,
     cancel: CancellationToken,
     /// An execution ends with its slot.
     _guard: DropGuard,
@@ -100,7 +100,7 @@ pub async fn run(
 ) {
     let client =
         OperationQueueClient::new(channel).max_decoding_message_size(MAXIMUM_RESPONSE_SIZE);
-    let mut state: Slot<Result<Task, Box<ExecuteResponse>>, Box<ExecuteResponse>> =
+    let mut state: Slot<Result<AssignedTask, Box<ExecuteResponse>>, Box<ExecuteResponse>> =
         Slot::new(Instant::now());
     let mut told_to_stop = false;
     let mut call: Pending<Result<SynchronizeResponse, Status>> = None;
@@ -112,10 +112,10 @@ pub async fn run(
     loop {
         heartbeat.beat(DECISION_TIMEOUT);
         let until = match state.next(Instant::now()) {
-            Step::Call(report) => {
-                let stage = execution.as_ref().map(|e| *e.stage.borrow());
+            SlotStep::Call(report) => {
+                let phase = execution.as_ref().map(|e| *e.phase.borrow());
                 let instance = instance.as_ref();
-                let request = request(&identity, report, stage, instance);
+                let request = request(&identity, report, phase, instance);
                 let mut client = client.clone();
                 call = Some(Box::pin(async move {
                     client
@@ -125,30 +125,30 @@ pub async fn run(
                 }));
                 continue;
             }
-            Step::HangUp => {
+            SlotStep::AbortCall => {
                 call = None;
                 continue;
             }
-            Step::Start(task) => {
+            SlotStep::Start(task) => {
                 instance = task.as_ref().ok().map(|task| task.instance.clone());
                 execution = Some(start(executor.clone(), status_line.clone(), slot, task));
                 continue;
             }
-            Step::Cancel => {
+            SlotStep::Cancel => {
                 if let Some(execution) = &execution {
                     execution.cancel.cancel();
                 }
                 continue;
             }
-            Step::CheckReadiness => {
+            SlotStep::CheckReadiness => {
                 let executor = executor.clone();
                 readiness = Some(Box::pin(
                     async move { executor.check_readiness(slot).await },
                 ));
                 continue;
             }
-            Step::Leave => return,
-            Step::Wait(until) => until,
+            SlotStep::Exit => return,
+            SlotStep::Wait(until) => until,
         };
         heartbeat.beat(match until {
             Some(until) => until.saturating_duration_since(Instant::now()) + DECISION_TIMEOUT,
@@ -231,9 +231,9 @@ fn start(
     executor: Arc<Executor>,
     status_line: Arc<StatusLine>,
     slot: usize,
-    task: Result<Task, Box<ExecuteResponse>>,
+    task: Result<AssignedTask, Box<ExecuteResponse>>,
 ) -> Execution {
-    let (sender, stage) = watch::channel(Phase::FetchingInputs);
+    let (sender, phase) = watch::channel(ExecutionPhase::FetchingInputs);
     let cancel = CancellationToken::new();
     let cancelled = cancel.clone();
     let span = match &task {
@@ -258,7 +258,7 @@ fn start(
     };
     Execution {
         result: tokio::spawn(work.instrument(span)),
-        stage,
+        phase,
         _guard: cancel.clone().drop_guard(),
         cancel,
     }
@@ -299,8 +299,8 @@ async fn sleep_until(until: Option<Instant>) {
 
 fn request(
     identity: &Identity,
-    report: Report<Box<ExecuteResponse>>,
-    stage: Option<Phase>,
+    report: SlotReport<Box<ExecuteResponse>>,
+    phase: Option<ExecutionPhase>,
     instance: Option<&InstanceName>,
 ) -> tonic::Request<SynchronizeRequest> {
     use current_state::WorkerState;
@@ -319,11 +319,11 @@ fn request(
         slot::Activity::Started(digest) => executing(digest, ExecutionState::Started(())),
         slot::Activity::Executing(digest) => executing(
             digest,
-            match stage {
+            match phase {
                 None => ExecutionState::Started(()),
-                Some(Phase::FetchingInputs) => ExecutionState::FetchingInputs(()),
-                Some(Phase::Running) => ExecutionState::Running(()),
-                Some(Phase::UploadingOutputs) => ExecutionState::UploadingOutputs(()),
+                Some(ExecutionPhase::FetchingInputs) => ExecutionState::FetchingInputs(()),
+                Some(ExecutionPhase::Running) => ExecutionState::Running(()),
+                Some(ExecutionPhase::UploadingOutputs) => ExecutionState::UploadingOutputs(()),
             },
         ),
         slot::Activity::Completed(digest, response) => {
@@ -350,7 +350,7 @@ fn answer_of(
     identity: &Identity,
     response: SynchronizeResponse,
     now: Instant,
-) -> Answer<Result<Task, Box<ExecuteResponse>>> {
+) -> Answer<Result<AssignedTask, Box<ExecuteResponse>>> {
     use desired_state::WorkerState;
     let busy;
     let desired = match response.desired_state.and_then(|state| state.worker_state) {
@@ -367,7 +367,7 @@ fn answer_of(
             let digest = executing.action_digest.clone().unwrap_or_default();
             Desired::Executing(
                 digest,
-                Task::parse(&identity.instance_name_prefix, executing),
+                AssignedTask::parse(&identity.instance_name_prefix, executing),
             )
         }
     };

@@ -26,7 +26,7 @@ struct Conditions {
 }
 
 /// An action that runs.
-pub struct RunningAction<'a>(&'a StatusLine);
+pub struct RunningCount<'a>(&'a StatusLine);
 
 impl StatusLine {
     pub fn new(scheduler: &impl ToString, slots: usize) -> Self {
@@ -37,9 +37,9 @@ impl StatusLine {
         }
     }
 
-    pub fn run(&self) -> RunningAction<'_> {
+    pub fn run(&self) -> RunningCount<'_> {
         self.state.lock().running += 1;
-        RunningAction(self)
+        RunningCount(self)
     }
 
     pub fn failed(&self, code: tonic::Code, error: &str, now: SystemTime) {
@@ -134,7 +134,7 @@ impl StatusLine {
     }
 }
 
-impl Drop for RunningAction<'_> {
+impl Drop for RunningCount<'_> {
     fn drop(&mut self) {
         self.0.state.lock().running -= 1;
     }

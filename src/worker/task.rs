@@ -19,7 +19,7 @@ use crate::{
 
 /// One action to run. Its Command and inputs are yet to be fetched.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Task {
+pub struct AssignedTask {
     /// Where the action's blobs and its result are.
     pub instance: InstanceName,
     /// Of all digests in the action, too.
@@ -36,7 +36,7 @@ pub struct Task {
     pub operation: Option<Uuid>,
 }
 
-impl Task {
+impl AssignedTask {
     /// The task, for a worker that serves `prefix`; or what to answer instead of running it.
     pub fn parse(
         prefix: &InstanceName,
@@ -69,7 +69,7 @@ impl Task {
             .as_ref()
             .and_then(proto::duration)
             .ok_or_else(|| refuse("the action's timeout is absent or negative".to_owned()))?;
-        Ok(Task {
+        Ok(AssignedTask {
             instance: prefix.join(&suffix),
             function: digest.function(),
             digest,
@@ -102,7 +102,7 @@ mod tests {
     #[test]
     fn the_instance_name_is_the_prefix_and_the_suffix() {
         let prefix = InstanceName::parse("a").unwrap();
-        let task = Task::parse(&prefix, executing()).unwrap();
+        let task = AssignedTask::parse(&prefix, executing()).unwrap();
         assert_eq!(task.instance.as_str(), "a/b/c");
         assert_eq!(task.timeout, Duration::from_secs(60));
         assert_eq!(task.digest, DigestFunction::Sha256.digest_of(b"action"));
@@ -121,7 +121,7 @@ mod tests {
         for change in broken {
             let mut executing = executing();
             change(&mut executing);
-            let response = Task::parse(&InstanceName::empty(), executing).unwrap_err();
+            let response = AssignedTask::parse(&InstanceName::empty(), executing).unwrap_err();
             let status = response.status.unwrap();
             assert_eq!(status.code, rpc::Code::InvalidArgument as i32, "{status:?}");
         }

@@ -134,6 +134,115 @@ fn modules_import_only_what_lies_below_them() {
     }
 }
 
+/// The modules below a directory of the sources by their paths, with their texts but not their tests'.
+fn modules_below(directory: &str) -> BTreeMap<String, String> {
+    let files = files(&source().join(directory)).into_iter();
+    let modules = files.filter_map(|(path, text)| {
+        let path = path.strip_prefix(source()).unwrap().with_extension("");
+        let name = path.to_str().unwrap().replace('/', "::");
+        let name = name.strip_suffix("::mod").unwrap_or(&name).to_owned();
+        let code: Vec<&str> = text
+            .lines()
+            .take_while(|line| !line.starts_with("#[cfg(test)]"))
+            .map(|line| line.split("//").next().unwrap())
+            .collect();
+        (!name.ends_with("::tests")).then(|| (name, code.join("\n")))
+    });
+    modules.collect()
+}
+
+/// The single paths of a tree of them, `a::{b, c::{d, e}}`.
+fn expand(tree: &str) -> Vec<String> {
+    let tree = tree.trim();
+    let Some((prefix, rest)) = tree.split_once('{') else {
+        return vec![tree.to_owned()];
+    };
+    let (mut depth, mut start, mut paths) = (0, 0, Vec::new());
+    let members = rest.strip_suffix('}').unwrap_or(rest);
+    for (at, c) in members.char_indices().chain([(members.len(), ',')]) {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                let expanded = expand(&members[start..at]).into_iter();
+                let expanded = expanded.filter(|path| !path.is_empty());
+                paths.extend(expanded.map(|path| format!("{prefix}{path}")));
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    paths
+}
+
+/// What a module names: in its imports, and from the root of the crate or the module above elsewhere.
+fn paths_in(code: &str) -> Vec<String> {
+    let mut paths = Vec::new();
+    for statement in code.split(';') {
+        let import = statement.rsplit_once("use ").filter(|(before, _)| {
+            let line = before.lines().last().unwrap_or_default().trim();
+            line.is_empty() || line.starts_with("pub")
+        });
+        match import {
+            Some((_, tree)) => paths.extend(expand(tree)),
+            None => {
+                let words = statement.split(|c: char| !c.is_alphanumeric() && !"_:".contains(c));
+                let absolute =
+                    |word: &&str| word.starts_with("crate::") || word.starts_with("super::");
+                paths.extend(words.filter(absolute).map(str::to_owned));
+            }
+        }
+    }
+    paths
+}
+
+/// Which of the modules a path in one of them leads to.
+fn module_of(path: &str, from: &str, modules: &BTreeMap<String, String>) -> Option<String> {
+    let mut at: Vec<&str> = from.split("::").collect();
+    let mut rest = path.split("::").map(str::trim).peekable();
+    match *rest.peek()? {
+        "crate" => at.clear(),
+        "super" | "self" => {}
+        child if modules.contains_key(&format!("{from}::{child}")) => {}
+        _ => return None,
+    }
+    for part in rest {
+        match part {
+            "crate" | "self" => {}
+            "super" => drop(at.pop()),
+            name => at.push(name),
+        }
+    }
+    while !at.is_empty() && !modules.contains_key(&at.join("::")) {
+        at.pop();
+    }
+    Some(at.join("::")).filter(|module| !module.is_empty() && module != from)
+}
+
+/// A module of several files is read from its `mod.rs` on, which names what is in it; so what is in it
+/// does not import from there.
+#[test]
+fn the_workers_modules_import_one_another_in_no_circle() {
+    let modules = modules_below("worker");
+    let mut imports: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for (name, code) in &modules {
+        let paths = paths_in(code);
+        let named = paths
+            .iter()
+            .filter_map(|path| module_of(path, name, &modules));
+        imports.insert(name, named.collect());
+    }
+    assert!(imports.values().map(BTreeSet::len).sum::<usize>() > modules.len());
+    loop {
+        let left: BTreeSet<String> = imports.keys().map(|name| (*name).to_owned()).collect();
+        imports.retain(|_, imported| imported.iter().any(|name| left.contains(name)));
+        if imports.len() == left.len() {
+            break;
+        }
+    }
+    assert!(imports.is_empty(), "in circles, or above one: {imports:#?}");
+}
+
 #[test]
 fn every_module_has_a_layer() {
     for entry in fs::read_dir(source()).unwrap() {

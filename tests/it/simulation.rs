@@ -36,7 +36,7 @@ use bb_remote_execution::{
         Request as QueueRequest, Settings, SizeClassQueueKey, Stage, SynchronizeAnswer, TICK,
         WorkerActivity, WorkerId, WorkerReport,
     },
-    worker::slot::{Activity, Answer, Desired, Report, Slot, Step},
+    worker::slot::{Activity, Answer, Desired, Slot, SlotReport, SlotStep},
 };
 use prost::Message;
 use uuid::Uuid;
@@ -58,7 +58,7 @@ enum Event {
         generation: u32,
         worker: usize,
         call: u64,
-        report: Report<RunResult>,
+        report: SlotReport<RunResult>,
         /// Whose the reported action is.
         instance: Option<InstanceName>,
         /// A duplicate: nobody hears the answer.
@@ -545,7 +545,7 @@ impl World {
         worker: usize,
         life: u32,
         call: u64,
-        report: Report<RunResult>,
+        report: SlotReport<RunResult>,
         instance: Option<InstanceName>,
         ghost: bool,
     ) {
@@ -793,7 +793,7 @@ impl World {
                 return;
             };
             match slot.next(now) {
-                Step::Call(report) => {
+                SlotStep::Call(report) => {
                     let asks = report.activity == Activity::Idle && !report.prefer_being_idle;
                     if asks && now < self.workers[worker].paused {
                         self.fail("a paused slot asks for work");
@@ -816,9 +816,9 @@ impl World {
                     };
                     self.send_call(worker, life, call, report, instance);
                 }
-                Step::HangUp => self.hang_up(worker),
-                Step::Start(work) => self.start(worker, work),
-                Step::Cancel => {
+                SlotStep::AbortCall => self.hang_up(worker),
+                SlotStep::Start(work) => self.start(worker, work),
+                SlotStep::Cancel => {
                     let Some(running) = &mut self.workers[worker].running else {
                         self.fail("a slot cancels nothing");
                     };
@@ -827,19 +827,19 @@ impl World {
                     let delay = self.random.up_to(5_000);
                     self.after(delay, Event::Finished { worker, life, run });
                 }
-                Step::CheckReadiness => {
+                SlotStep::CheckReadiness => {
                     let ok = self.healed || self.random.chance(90);
                     let delay = self.random.up_to(50);
                     self.after(delay, Event::Ready { worker, life, ok });
                 }
-                Step::Wait(until) => {
+                SlotStep::Wait(until) => {
                     if until.is_some_and(|until| until <= now) {
                         self.fail("a slot waits for what has passed");
                     }
                     self.workers[worker].wake = until;
                     return;
                 }
-                Step::Leave => {
+                SlotStep::Exit => {
                     if self.workers[worker].running.is_some() {
                         self.fail("a slot leaves while it runs something");
                     }
@@ -859,7 +859,7 @@ impl World {
         worker: usize,
         life: u32,
         call: u64,
-        report: Report<RunResult>,
+        report: SlotReport<RunResult>,
         instance: Option<InstanceName>,
     ) {
         let generation = self.generation;
@@ -878,7 +878,7 @@ impl World {
         }
         if !self.healed && self.random.chance(4) {
             let (delay, ghost) = (self.delay(), self.number());
-            let report = Report {
+            let report = SlotReport {
                 activity: match &report.activity {
                     Activity::Idle => Activity::Idle,
                     Activity::Started(digest) => Activity::Started(digest.clone()),

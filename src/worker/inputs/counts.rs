@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use super::{plan::Plan, tree::Node};
+use super::{plan::LayOutPlan, tree::Node};
 
 /// What was done since the start.
 #[derive(Debug, Default)]
@@ -38,7 +38,7 @@ impl std::fmt::Display for LayOutCounts {
 }
 
 impl LayOutCounts {
-    pub fn add<P>(&self, tree: &Node, plan: &Plan<P>) {
+    pub fn add<P>(&self, tree: &Node, plan: &LayOutPlan<P>) {
         let add = |count: &AtomicU64, more: u64| {
             count.fetch_add(more, Ordering::Relaxed);
         };

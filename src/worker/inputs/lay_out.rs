@@ -18,7 +18,7 @@ use super::{
     file_cache::{FileCache, FileKey, InputFileKind, LinkMode, PinnedFiles},
     inodes::Inodes,
     kept::{self, DirectoryFd, KeptDirectory, KeptRoot},
-    plan::{self, Child, Made, Origin, Plan, Rewrite, Source},
+    plan::{self, Child, LayOutPlan, Made, Origin, Rewrite, Source},
     pool::{Pool, StashedTree},
     tree::Tree,
 };
@@ -105,7 +105,7 @@ impl<'a> LayOutContext<'a> {
     pub fn perform(
         &self,
         root: KeptRoot,
-        mut plan: Plan<StashedTree>,
+        mut plan: LayOutPlan<StashedTree>,
         pinned: PinnedFiles,
         keep: bool,
         link_mode: LinkMode,
@@ -169,7 +169,7 @@ fn make(parent: BorrowedFd<'_>, name: &str) -> Result<(), LayOutError> {
 impl<'a> LayOut<'a> {
     fn new(
         context: LayOutContext<'a>,
-        plan: Plan<StashedTree>,
+        plan: LayOutPlan<StashedTree>,
         pinned: PinnedFiles,
         inodes: Inodes,
         keep: bool,

@@ -39,13 +39,25 @@
 //!   most one link for each whose content the root has elsewhere: less than making the subtree.
 //!
 //! Roots of reflinks and roots of hard links do not become one another, nor lend one another
-//! subtrees.
-//! Where actions are to have input files of their own, each root is made anew, of copies: then the
+//! subtrees. Where actions are to have input files of their own, each root is made anew, of copies: then the
 //! runner makes the action's user their owner, and nothing of the root is kept.
 //!
-//! `plan` says what changes, `lay_out` does it, `verify` reverts what the action did, `pool` keeps
-//! what waits. Verification happens in the background. How many roots wait for it is bounded;
-//! beyond that, actions wait.
+//! Verification happens in the background. How many roots wait for it is bounded; beyond that, actions
+//! wait.
+//!
+//! To be read in this order:
+//!
+//! - `prepare` is the whole way from a task to its root.
+//! - `directory` is a Directory message, `tree` a Merkle tree of them; `directories` fetches them.
+//! - `file_cache` has the input files.
+//! - `plan` says how one tree becomes another.
+//! - `planned_root` chooses a root and lays it out: `lay_out` performs the plan, `files` makes the files
+//!   in it, `inodes` knows which inodes of cached files a root has.
+//! - `input_root` is what an action has; `action_directory` lies around it.
+//! - `root_store` is what roots share, and cleans them: `verify` reverts what the action did, by what is
+//!   known of a root that is `kept`.
+//! - `pool` has what waits, `deletion` what is removed; `retention`, `ctime` and `free_space` tell
+//!   whether roots may be kept, and commands started; `counts` is for the log.
 
 mod action_directory;
 mod batches;

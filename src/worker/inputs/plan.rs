@@ -40,11 +40,11 @@ pub enum Child {
 /// Where a whole subtree comes from that was not in this place before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// From the pool: which of `Plan::taken`.
+    /// From the pool: which of `LayOutPlan::taken`.
     Stashed(u32),
     /// From elsewhere in the root: its number among what is removed.
     Moved(u32),
-    /// Which of `Plan::made`.
+    /// Which of `LayOutPlan::made`.
     Made(u32),
 }
 
@@ -60,7 +60,7 @@ pub struct Rewrite {
     pub dropped_files: Vec<u32>,
     pub dropped_symlinks: Vec<u32>,
     pub dropped_children: Vec<Dropped>,
-    /// Which of `Plan::links` is the first that is new in this directory.
+    /// Which of `LayOutPlan::links` is the first that is new in this directory.
     pub first_link: usize,
     cost: u64,
 }
@@ -76,14 +76,14 @@ pub struct Dropped {
 #[derive(Debug)]
 pub struct Made {
     pub node: Tree,
-    /// Which of `Plan::links` is the first in this directory.
+    /// Which of `LayOutPlan::links` is the first in this directory.
     pub first_link: usize,
     /// For each directory in it.
     pub children: Vec<Origin>,
 }
 
 #[derive(Debug)]
-pub struct Plan<P> {
+pub struct LayOutPlan<P> {
     /// `None` when the root is as wanted.
     pub rewrite: Option<Rewrite>,
     pub made: Vec<Made>,
@@ -106,7 +106,7 @@ pub fn resolve<P>(
     old: &Tree,
     mut rewrite: Option<Rewrite>,
     take: &mut dyn FnMut(&Digest) -> Option<P>,
-) -> Plan<P> {
+) -> LayOutPlan<P> {
     let mut resolver = Resolver::new(take);
     if let Some(rewrite) = &mut rewrite {
         resolver.number(old, rewrite);
@@ -256,7 +256,7 @@ struct Resolver<'a, P> {
     take: &'a mut dyn FnMut(&Digest) -> Option<P>,
     /// Numbers of dropped subtrees that nobody has asked for yet.
     moved: BTreeMap<Digest, Vec<u32>>,
-    plan: Plan<P>,
+    plan: LayOutPlan<P>,
 }
 
 impl<'a, P> Resolver<'a, P> {
@@ -264,7 +264,7 @@ impl<'a, P> Resolver<'a, P> {
         Resolver {
             take,
             moved: BTreeMap::new(),
-            plan: Plan {
+            plan: LayOutPlan {
                 rewrite: None,
                 made: Vec::new(),
                 taken: Vec::new(),
@@ -343,7 +343,7 @@ impl<'a, P> Resolver<'a, P> {
 }
 
 /// A plan to make all of `node` from nothing: the first directory is it.
-pub fn fresh<P>(node: &Tree) -> Plan<P> {
+pub fn fresh<P>(node: &Tree) -> LayOutPlan<P> {
     let mut nothing = |_: &Digest| None;
     let mut resolver = Resolver::new(&mut nothing);
     resolver.origin(node);
@@ -404,37 +404,44 @@ mod tests {
     use crate::digest::DigestFunction;
 
     #[derive(Clone, Debug)]
-    enum Entry {
+    enum TestEntry {
         File(u8),
         Link(u8),
-        Directory(BTreeMap<u8, Entry>),
+        Directory(BTreeMap<u8, TestEntry>),
     }
 
-    fn entries() -> impl Strategy<Value = BTreeMap<u8, Entry>> {
+    fn entries() -> impl Strategy<Value = BTreeMap<u8, TestEntry>> {
         let leaf = prop_oneof![
-            (0..4u8).prop_map(Entry::File),
-            (0..2u8).prop_map(Entry::Link)
+            (0..4u8).prop_map(TestEntry::File),
+            (0..2u8).prop_map(TestEntry::Link)
         ];
         let entry = leaf.prop_recursive(4, 40, 6, |below| {
-            prop::collection::btree_map(0..6u8, below, 0..6).prop_map(Entry::Directory)
+            prop::collection::btree_map(0..6u8, below, 0..6).prop_map(TestEntry::Directory)
         });
         prop::collection::btree_map(0..6u8, entry, 0..6)
     }
 
-    fn add(entries: &BTreeMap<u8, Entry>, found: &mut HashMap<Digest, Arc<Directory>>) -> Digest {
+    fn add(
+        entries: &BTreeMap<u8, TestEntry>,
+        found: &mut HashMap<Digest, Arc<Directory>>,
+    ) -> Digest {
         let mut directory = Directory::default();
         for (name, entry) in entries {
             let name = Component::parse(&name.to_string()).unwrap();
             match entry {
-                Entry::File(content) => directory.files.push(FileEntry {
+                TestEntry::File(content) => directory.files.push(FileEntry {
                     name,
                     key: FileKey {
                         digest: DigestFunction::Sha256.digest_of(&[*content]),
                         executable: false,
                     },
                 }),
-                Entry::Link(target) => directory.symlinks.push((name, target.to_string().into())),
-                Entry::Directory(below) => directory.directories.push((name, add(below, found))),
+                TestEntry::Link(target) => {
+                    directory.symlinks.push((name, target.to_string().into()))
+                }
+                TestEntry::Directory(below) => {
+                    directory.directories.push((name, add(below, found)))
+                }
             }
         }
         let digest = DigestFunction::Sha256.digest_of(format!("{directory:?}").as_bytes());
@@ -442,7 +449,7 @@ mod tests {
         digest
     }
 
-    fn tree_of(entries: &BTreeMap<u8, Entry>) -> Tree {
+    fn tree_of(entries: &BTreeMap<u8, TestEntry>) -> Tree {
         let mut found = HashMap::new();
         let root = add(entries, &mut found);
         tree::build(root, &found, &HashMap::new()).unwrap().0
@@ -450,7 +457,7 @@ mod tests {
 
     /// What performing a plan leaves, as digests of whole directories.
     struct Performed<'a> {
-        plan: &'a Plan<Tree>,
+        plan: &'a LayOutPlan<Tree>,
         dropped: Vec<Option<Tree>>,
     }
 

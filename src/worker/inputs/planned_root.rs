@@ -15,7 +15,7 @@ use super::{
     input_root::InputRoot,
     kept::{self, KeptDirectory},
     lay_out::LayOutError,
-    plan::Plan,
+    plan::LayOutPlan,
     pool::{IdleRoot, StashedTree},
     root_store::RootStore,
     tree::Tree,
@@ -31,7 +31,7 @@ pub struct PlannedRoot {
     store: Arc<RootStore>,
     tree: Tree,
     /// `None` only while it is performed or dropped.
-    work: Option<(IdleRoot, Plan<StashedTree>)>,
+    work: Option<(IdleRoot, LayOutPlan<StashedTree>)>,
     /// Whether the root is kept after its action.
     keep: bool,
     link_mode: LinkMode,

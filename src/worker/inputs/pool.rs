@@ -30,7 +30,7 @@ use super::{
     deletion::{self, DeletionQueue},
     file_cache::LinkMode,
     kept::{self, DirectoryFd, KeptDirectory, KeptRoot},
-    plan::{self, Plan},
+    plan::{self, LayOutPlan},
     tree::Tree,
 };
 use crate::{digest::Digest, worker::beneath::open_child};
@@ -241,7 +241,7 @@ impl Pool {
         new: &Tree,
         link_mode: LinkMode,
         may_take: bool,
-    ) -> Plan<StashedTree> {
+    ) -> LayOutPlan<StashedTree> {
         let mut waiting = self.waiting.lock();
         let rewrite = plan::compare(old, new, &|digest| {
             may_take && waiting.has(link_mode, digest)

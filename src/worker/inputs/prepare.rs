@@ -20,7 +20,7 @@ use crate::{
     path::RelativePath,
     proto::reapi,
     storage::{self, Backend},
-    worker::{blocking::blocking, command::Command, fault::Fault, task::Task},
+    worker::{blocking::blocking, command::Command, fault::Fault, task::AssignedTask},
 };
 
 /// Files that vanish from the cache again and again are a broken disk.
@@ -38,7 +38,7 @@ pub struct InputRoots {
 }
 
 /// How far a thread came that fetches nothing.
-enum Attempt {
+enum LayOutAttempt {
     LaidOut(Box<InputRoot>),
     /// Some of its files are to be fetched.
     Incomplete(Box<PlannedRoot>, PinnedFiles),
@@ -46,7 +46,7 @@ enum Attempt {
 
 impl InputRoots {
     /// The command of a task, and a root that has all that it wants.
-    pub async fn prepare(&self, task: &Task) -> Result<(Command, InputRoot), Fault> {
+    pub async fn prepare(&self, task: &AssignedTask) -> Result<(Command, InputRoot), Fault> {
         let (command, tree) = self.fetch(task).await?;
         let parents = Arc::new(command.output_parents());
         let mut attempts = 0;
@@ -87,7 +87,7 @@ impl InputRoots {
     }
 
     /// The command and all directories. When some are missing, all that is missing is told at once.
-    async fn fetch(&self, task: &Task) -> Result<(Command, Tree), Fault> {
+    async fn fetch(&self, task: &AssignedTask) -> Result<(Command, Tree), Fault> {
         let digest = |field: &str, digest: Option<&reapi::Digest>| {
             Digest::parse_required(Some(task.function), digest)
                 .map_err(|error| Fault::Invalid(format!("{field} of the action is wrong: {error}")))
@@ -114,7 +114,12 @@ impl InputRoots {
     }
 
     /// It will not run, so nothing is fetched; but the client learns of every missing file too.
-    async fn missing(&self, task: &Task, walk: &DirectoryWalk, command: Option<Digest>) -> Fault {
+    async fn missing(
+        &self,
+        task: &AssignedTask,
+        walk: &DirectoryWalk,
+        command: Option<Digest>,
+    ) -> Fault {
         let mut missing = walk.missing.clone();
         missing.extend(command);
         let absent = self.cache.absent(walk.files());
@@ -136,7 +141,7 @@ impl InputRoots {
     /// fetched, one thread does it all.
     async fn lay_out(
         &self,
-        task: &Task,
+        task: &AssignedTask,
         tree: &Tree,
         parents: &Arc<BTreeSet<RelativePath>>,
     ) -> Result<InputRoot, PrepareError> {
@@ -148,13 +153,13 @@ impl InputRoots {
             let pinned = planned.pin()?;
             match pinned.is_complete() {
                 true => perform(planned, pinned, &all_parents, group)
-                    .map(|root| Attempt::LaidOut(Box::new(root))),
-                false => Ok(Attempt::Incomplete(Box::new(planned), pinned)),
+                    .map(|root| LayOutAttempt::LaidOut(Box::new(root))),
+                false => Ok(LayOutAttempt::Incomplete(Box::new(planned), pinned)),
             }
         });
         let (planned, mut pinned) = match attempt.await?? {
-            Attempt::LaidOut(root) => return Ok(*root),
-            Attempt::Incomplete(planned, pinned) => (planned, pinned),
+            LayOutAttempt::LaidOut(root) => return Ok(*root),
+            LayOutAttempt::Incomplete(planned, pinned) => (planned, pinned),
         };
         self.cache
             .fetch(&task.instance, &mut pinned)
@@ -166,7 +171,7 @@ impl InputRoots {
     }
 
     /// Brings files into the cache again that should have been there.
-    async fn restore(&self, task: &Task, vanished: Vec<FileKey>) -> Result<(), Fault> {
+    async fn restore(&self, task: &AssignedTask, vanished: Vec<FileKey>) -> Result<(), Fault> {
         tracing::warn!(
             files = vanished.len(),
             "files vanished from the cache; fetching them again"

@@ -12,13 +12,13 @@ use rustix::{
     io::Errno,
 };
 
-use super::{Blobs, Collector, Output, read_link, unreadable};
+use super::collector::{Blobs, Collector, read_link, unreadable};
 use crate::{
     digest::Digest,
     proto::reapi,
     storage::Content,
     text::shorten,
-    worker::{beneath, fault::Fault, inputs::directory::MAXIMUM_DEPTH},
+    worker::{beneath, command::Output, fault::Fault, inputs::directory::MAXIMUM_DEPTH},
 };
 
 /// One level of an output directory.

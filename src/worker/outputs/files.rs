@@ -13,12 +13,16 @@ use std::{
 use bytes::Bytes;
 use rustix::fs::{AtFlags, FileType, Stat};
 
-use super::{Blobs, Collector, Output, OutputKind, hashing, unreadable};
+use super::{
+    collector::{Blobs, Collector, InodeId, OpenedOutput, unreadable},
+    hashing,
+};
 use crate::{
     digest::Digest,
     storage::Content,
     worker::{
         beneath,
+        command::{Output, OutputKind},
         fault::Fault,
         inputs::file_cache::{self, FileKey},
     },
@@ -29,21 +33,6 @@ const LARGE: i64 = 4 << 20;
 /// Of one batch.
 const BATCH_BYTES: usize = 8 << 20;
 const BATCH_FILES: usize = 64;
-
-/// Device and inode number.
-pub type InodeId = (u64, u64);
-
-/// A regular file, before it is read.
-pub struct OpenedOutput {
-    file: Arc<File>,
-    inode: InodeId,
-    size: u64,
-    executable: bool,
-    /// It may be met again, under another name or as part of another output.
-    may_return: bool,
-    /// Nobody can make it differ from its digest any more.
-    sealed: bool,
-}
 
 impl<S: FnMut(Blobs)> Collector<'_, S> {
     /// A regular file: its digest, and whether anybody may execute it. It stays in the cache.

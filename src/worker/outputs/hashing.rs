@@ -7,7 +7,7 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use super::ReadDeadline;
+use super::bounds::ReadDeadline;
 use crate::{
     digest::{Digest, DigestFunction},
     worker::fault::Fault,

@@ -30,13 +30,13 @@ use bb_remote_execution::{
     storage::{Backend, Content, embedded::Store, serve},
     worker::{
         availability::Availability,
-        execute::{Executor, Phase},
+        execute::{ExecutionPhase, Executor},
         inputs::{
             InputRoots, RootStore,
             directories::DirectoryCache,
             file_cache::{CacheLimits, FileCache},
         },
-        task::Task,
+        task::AssignedTask,
     },
 };
 use prost::Message;
@@ -265,7 +265,7 @@ impl Farm {
         unreachable!("the root comes last")
     }
 
-    pub async fn task(&self, command: &Command, root: reapi::Digest) -> Task {
+    pub async fn task(&self, command: &Command, root: reapi::Digest) -> AssignedTask {
         let command = self.upload_message(command).await;
         self.task_of(Action {
             command_digest: Some(command),
@@ -274,8 +274,8 @@ impl Farm {
         })
     }
 
-    pub fn task_of(&self, action: Action) -> Task {
-        Task {
+    pub fn task_of(&self, action: Action) -> AssignedTask {
+        AssignedTask {
             instance: InstanceName::empty(),
             function: FUNCTION,
             digest: FUNCTION.digest_of(&action.encode_to_vec()),
@@ -287,10 +287,10 @@ impl Farm {
         }
     }
 
-    pub async fn execute(&self, task: Task) -> ExecuteResponse {
-        let (stage, _) = watch::channel(Phase::FetchingInputs);
+    pub async fn execute(&self, task: AssignedTask) -> ExecuteResponse {
+        let (phase, _) = watch::channel(ExecutionPhase::FetchingInputs);
         let cancel = CancellationToken::new();
-        self.executor.execute(0, task, &stage, &cancel).await
+        self.executor.execute(0, task, &phase, &cancel).await
     }
 
     /// Runs a script in a root of these files.
@@ -305,7 +305,7 @@ impl Farm {
         self.execute(task).await
     }
 
-    pub async fn action_result(&self, task: &Task) -> Option<reapi::ActionResult> {
+    pub async fn action_result(&self, task: &AssignedTask) -> Option<reapi::ActionResult> {
         self.client
             .action_result(&task.instance, &task.digest)
             .await

@@ -6,7 +6,7 @@ use bb_remote_execution::{
     config::{self, Endpoint, worker},
     daemon::Failure,
     proto::{cas::HistoricalExecuteResponse, reapi, rpc::Code},
-    worker::execute::Phase,
+    worker::execute::ExecutionPhase,
 };
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -134,12 +134,12 @@ async fn a_cancelled_action_ends_soon_and_leaves_nothing() {
     let task = farm
         .task(&shell("echo file > f; sleep infinity", &["f"]), root)
         .await;
-    let (sender, mut stage) = watch::channel(Phase::FetchingInputs);
+    let (sender, mut stage) = watch::channel(ExecutionPhase::FetchingInputs);
     let cancel = CancellationToken::new();
     let (executor, token, before) = (farm.executor.clone(), cancel.clone(), task.clone());
     let running = tokio::spawn(async move { executor.execute(0, before, &sender, &token).await });
     stage
-        .wait_for(|stage| *stage == Phase::Running)
+        .wait_for(|stage| *stage == ExecutionPhase::Running)
         .await
         .unwrap();
     cancel.cancel();
@@ -158,7 +158,7 @@ async fn stages_come_in_their_order() {
             root,
         )
         .await;
-    let (sender, mut stage) = watch::channel(Phase::FetchingInputs);
+    let (sender, mut stage) = watch::channel(ExecutionPhase::FetchingInputs);
     let watching = tokio::spawn(async move {
         let mut seen = Vec::new();
         while stage.changed().await.is_ok() {
@@ -173,8 +173,14 @@ async fn stages_come_in_their_order() {
     assert_eq!(response.status, None);
     drop(sender);
     let seen = watching.await.unwrap();
-    let after = &seen[seen.iter().position(|s| *s == Phase::Running).unwrap()..];
-    assert_eq!(after, [Phase::Running, Phase::UploadingOutputs]);
+    let after = &seen[seen
+        .iter()
+        .position(|s| *s == ExecutionPhase::Running)
+        .unwrap()..];
+    assert_eq!(
+        after,
+        [ExecutionPhase::Running, ExecutionPhase::UploadingOutputs]
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use super::{
     counts::VerificationCounts,
     directory::{self, CacheDirectory},
-    index::{CachedFile, Index},
+    index::{CacheIndex, CachedFile},
     key::FileKey,
     watch::ChangeWatch,
 };
@@ -29,7 +29,7 @@ pub struct FileCache {
     pub(super) directory: CacheDirectory,
     pub(super) limits: CacheLimits,
     pub(super) storage: Backend,
-    pub(super) index: Mutex<Index>,
+    pub(super) index: Mutex<CacheIndex>,
     /// Held while extra inodes of files are made or removed.
     pub(super) changing_extra_inodes: Mutex<()>,
     /// Lets go of kept input roots; `false` when there are none.
@@ -48,7 +48,7 @@ impl FileCache {
     pub fn open(path: &Path, limits: CacheLimits, storage: Backend) -> io::Result<Self> {
         let directory = CacheDirectory::open(path)?;
         let reflinks = directory.shares_blocks()?;
-        let mut index = Index::default();
+        let mut index = CacheIndex::default();
         for found in directory.scan()? {
             let file = CachedFile {
                 inode: found.inode,

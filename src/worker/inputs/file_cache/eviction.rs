@@ -5,7 +5,7 @@ use std::io;
 use super::{
     cache::{CacheLimits, FileCache},
     directory::is_full,
-    index::{FileClaim, Index},
+    index::{CacheIndex, FileClaim},
     key::FileKey,
 };
 
@@ -14,7 +14,7 @@ const MINIMUM_FREE_INODES: u64 = 1_000;
 /// How often files are evicted for one that a full disk does not take.
 pub(super) const ATTEMPTS: u32 = 4;
 
-impl Index {
+impl CacheIndex {
     fn is_over(&self, limits: CacheLimits) -> bool {
         self.files.weight() > limits.bytes || self.inodes() > limits.files
     }

@@ -22,7 +22,7 @@ pub struct CachedFile {
 }
 
 #[derive(Default)]
-pub struct Index {
+pub struct CacheIndex {
     pub files: Lru<FileKey, CachedFile>,
     extra: ExtraInodes,
     /// Inodes in input roots that are not the cache's.
@@ -55,14 +55,14 @@ pub struct InProgress {
 
 /// Keys that we change; others wait for us.
 pub struct FileClaim<'a> {
-    index: &'a Mutex<Index>,
+    index: &'a Mutex<CacheIndex>,
     pub number: u64,
     pub keys: Vec<FileKey>,
     done: CancellationToken,
 }
 
 impl<'a> FileClaim<'a> {
-    pub fn new(index: &'a Mutex<Index>) -> Self {
+    pub fn new(index: &'a Mutex<CacheIndex>) -> Self {
         let mut locked = index.lock();
         locked.claims += 1;
         FileClaim {
@@ -73,7 +73,7 @@ impl<'a> FileClaim<'a> {
         }
     }
 
-    pub fn add(&mut self, index: &mut Index, key: FileKey) {
+    pub fn add(&mut self, index: &mut CacheIndex, key: FileKey) {
         let in_progress = InProgress {
             claim: self.number,
             done: self.done.clone(),
@@ -95,7 +95,7 @@ impl Drop for FileClaim<'_> {
     }
 }
 
-impl Index {
+impl CacheIndex {
     /// Inodes on disk that are the cache's or in kept input roots.
     pub fn inodes(&self) -> u64 {
         self.files.len() as u64 + self.extra_inodes()
