@@ -5,20 +5,20 @@
 //!    so that the action can be tried elsewhere first; the while doubles with each fault in a row.
 //! 2. Of actions that ran together, only the first fault counts, and no success of one that began
 //!    before a fault tells that it is over.
-//! 3. After `OUT_OF_SERVICE` faults in a row one slot alone takes an action, and the others when that
-//!    went well, or has run for `TRIAL`.
+//! 3. After `OUT_OF_SERVICE_FAULTS` faults in a row one slot alone takes an action, and the others when that
+//!    went well, or has run for `TRIAL_DURATION`.
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 use std::time::{Duration, Instant};
 
 /// Faults in a row.
-const OUT_OF_SERVICE: u32 = 3;
-const FIRST_PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-const TRIAL: Duration = Duration::from_secs(60);
+const OUT_OF_SERVICE_FAULTS: u32 = 3;
+const INITIAL_PAUSE: Duration = Duration::from_secs(1);
+const MAXIMUM_PAUSE: Duration = Duration::from_secs(60);
+const TRIAL_DURATION: Duration = Duration::from_secs(60);
 /// How often slots ask that wait for the one that tries.
-const WAIT: Duration = Duration::from_secs(2);
+const TRIAL_POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 #[derive(Debug)]
 pub struct HostHealth {
@@ -83,7 +83,7 @@ impl HostHealth {
         } = &mut self.state
             && *trying == slot
         {
-            *until = Some(now + TRIAL);
+            *until = Some(now + TRIAL_DURATION);
         }
     }
 
@@ -101,7 +101,7 @@ impl HostHealth {
                 HealthChange::None
             }
             ActionVerdict::Ran => {
-                let was_out = self.faults >= OUT_OF_SERVICE;
+                let was_out = self.faults >= OUT_OF_SERVICE_FAULTS;
                 *self = HostHealth::default();
                 match was_out {
                     true => HealthChange::Recovered,
@@ -112,13 +112,13 @@ impl HostHealth {
                 self.faults += 1;
                 self.reason = reason;
                 self.counted = Some(now);
-                let pause = FIRST_PAUSE.saturating_mul(1 << (self.faults - 1).min(16));
-                let until = now + pause.min(LONGEST_PAUSE);
+                let pause = INITIAL_PAUSE.saturating_mul(1 << (self.faults - 1).min(16));
+                let until = now + pause.min(MAXIMUM_PAUSE);
                 self.state = ServiceState::Paused { until };
                 HealthChange::Pause {
                     until,
                     faults: self.faults,
-                    out_of_service: self.faults >= OUT_OF_SERVICE,
+                    out_of_service: self.faults >= OUT_OF_SERVICE_FAULTS,
                 }
             }
         }
@@ -129,15 +129,15 @@ impl HostHealth {
         match self.state {
             ServiceState::Serving => Ok(()),
             ServiceState::Paused { until } if now < until => Err(until),
-            ServiceState::Paused { .. } if self.faults >= OUT_OF_SERVICE => {
+            ServiceState::Paused { .. } if self.faults >= OUT_OF_SERVICE_FAULTS => {
                 self.state = ServiceState::Trying { slot, until: None };
                 Ok(())
             }
             ServiceState::Trying { slot: other, .. } if other == slot => Ok(()),
-            ServiceState::Trying { until: None, .. } => Err(now + WAIT),
+            ServiceState::Trying { until: None, .. } => Err(now + TRIAL_POLL_INTERVAL),
             ServiceState::Trying {
                 until: Some(until), ..
-            } if now < until => Err(until.min(now + WAIT)),
+            } if now < until => Err(until.min(now + TRIAL_POLL_INTERVAL)),
             ServiceState::Paused { .. } | ServiceState::Trying { .. } => {
                 self.state = ServiceState::Serving;
                 Ok(())
@@ -147,7 +147,7 @@ impl HostHealth {
 
     /// For the status line: how many faults in a row, and the last one; `None` while in service.
     pub fn out_of_service(&self) -> Option<(u32, &str)> {
-        (self.faults >= OUT_OF_SERVICE && self.state != ServiceState::Serving)
+        (self.faults >= OUT_OF_SERVICE_FAULTS && self.state != ServiceState::Serving)
             .then_some((self.faults, self.reason.as_str()))
     }
 }
@@ -209,13 +209,13 @@ mod tests {
     #[test]
     fn out_of_service_one_slot_tries_and_the_others_follow_when_it_went_well() {
         let (mut health, mut now) = start();
-        for _ in 0..OUT_OF_SERVICE {
+        for _ in 0..OUT_OF_SERVICE_FAULTS {
             health.ended(now, now, fault());
-            now += LONGEST_PAUSE;
+            now += MAXIMUM_PAUSE;
         }
         assert!(health.out_of_service().is_some());
         assert_eq!(health.admit(now, 7), Ok(()));
-        assert_eq!(health.admit(now, 8), Err(now + WAIT));
+        assert_eq!(health.admit(now, 8), Err(now + TRIAL_POLL_INTERVAL));
         assert_eq!(health.admit(now, 7), Ok(()));
         // What began long ago is no news, what a client is to answer for neither.
         let before = now - 600 * SECOND;
@@ -227,7 +227,7 @@ mod tests {
             health.ended(now, now, ActionVerdict::Neither),
             HealthChange::None
         );
-        assert_eq!(health.admit(now, 8), Err(now + WAIT));
+        assert_eq!(health.admit(now, 8), Err(now + TRIAL_POLL_INTERVAL));
         assert_eq!(
             health.ended(now, now, ActionVerdict::Ran),
             HealthChange::Recovered
@@ -239,21 +239,21 @@ mod tests {
     #[test]
     fn a_trial_that_runs_for_long_keeps_no_other_slot_waiting() {
         let (mut health, mut now) = start();
-        for _ in 0..OUT_OF_SERVICE {
+        for _ in 0..OUT_OF_SERVICE_FAULTS {
             health.ended(now, now, fault());
-            now += LONGEST_PAUSE;
+            now += MAXIMUM_PAUSE;
         }
         assert_eq!(health.admit(now, 7), Ok(()));
         // It may get nothing to do for long.
         now += 600 * SECOND;
         assert!(health.admit(now, 8).is_err());
         health.began(now, 6);
-        assert!(health.admit(now + TRIAL, 8).is_err());
+        assert!(health.admit(now + TRIAL_DURATION, 8).is_err());
         health.began(now, 7);
-        assert!(health.admit(now + TRIAL - SECOND, 8).is_err());
-        assert_eq!(health.admit(now + TRIAL, 8), Ok(()));
+        assert!(health.admit(now + TRIAL_DURATION - SECOND, 8).is_err());
+        assert_eq!(health.admit(now + TRIAL_DURATION, 8), Ok(()));
         // Yet the next fault finds that it was never well.
-        let change = health.ended(now + TRIAL, now + TRIAL, fault());
+        let change = health.ended(now + TRIAL_DURATION, now + TRIAL_DURATION, fault());
         assert!(matches!(
             change,
             HealthChange::Pause {

@@ -1,10 +1,15 @@
 //! The worker: lays out input roots, has a runner run commands in them, uploads their outputs.
 //!
-//! In the order to read it: `execute` is one action, from `task` and `command` by `inputs` and
-//! `runner_client` to `outputs`, `response_size` and `completion_log`; `fault` is why it has no result.
-//! `slot` is the worker protocol, and `slot_loop` performs it; `health` and `availability` say whether a
-//! slot may take work; `setup`, `status_line` and `probe` are the daemon around it. `beneath`,
-//! `removal`, `attributes`, `blocking` and `lru` are for files.
+//! To be read in this order:
+//!
+//! - `slot_loop` serves one slot as `slot`, which is pure, says; `task` is what a scheduler asks for.
+//! - `execute` is one action, in order: `inputs` makes its root, `runner_client` knows of its runner,
+//!   `outputs` collects what it left, `response_size` and `completion_log` tell of it; `command` is what
+//!   it runs, and `fault` why it has no result.
+//! - `availability` says whether slots take work, as `health`, which is pure, decides.
+//! - `setup` is a worker's start, `probe` what `--check` tries, `status_line` what systemctl shows.
+//! - `beneath`, `removal` and `attributes` handle what actions may have made; `blocking` has threads for
+//!   it; `lru` is for caches.
 
 use std::sync::Arc;
 

@@ -74,16 +74,16 @@ impl LayOut<'_> {
             .map(|(i, file)| (i, inodes.take(file, 0)))
             .collect();
         drop(inodes);
-        let place = kept.place.clone();
+        let fd = kept.fd.clone();
         for (i, number) in &others {
             let file = &kept.node.directory.files[*i];
             let (name, link) = (file.name.as_str(), &mut kept.files.list[*i]);
             self.choose(&file.key, link, *number)?;
-            rustix::fs::unlinkat(&*place, name, AtFlags::empty()).map_err(at(name))?;
-            self.link(place.as_fd(), &file.key, name, link, buffer)?;
+            rustix::fs::unlinkat(&*fd, name, AtFlags::empty()).map_err(at(name))?;
+            self.link(fd.as_fd(), &file.key, name, link, buffer)?;
         }
         if !others.is_empty() {
-            kept.baseline = Some(kept::settle(place.as_fd()).map_err(at("."))?.1);
+            kept.baseline = Some(kept::record_baseline(fd.as_fd()).map_err(at("."))?.1);
         }
         for child in &mut kept.children {
             self.take_inodes(child, buffer)?;

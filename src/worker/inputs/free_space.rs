@@ -112,7 +112,7 @@ impl FreeSpace {
         (self.minimum_free / FULL_PART).min(FULL_AT_MOST)
     }
 
-    fn look(&self) {
+    fn take_sample(&self) {
         let full = |free: Free| free.bytes < self.full_size() || free.inodes < FULL_INODES;
         if self.minimum_free > 0 && self.free().is_ok_and(full) {
             self.full.fetch_add(1, Ordering::SeqCst);
@@ -144,7 +144,7 @@ impl FreeSpace {
 impl RunningCommand {
     /// What there is to say when the disk was, or is, full.
     pub fn fault(&self) -> Option<Fault> {
-        self.space.look();
+        self.space.take_sample();
         if self.space.full.load(Ordering::SeqCst) == self.full_before {
             return None;
         }
@@ -166,7 +166,7 @@ fn sample(space: &Weak<FreeSpace>, commands: &Commands) {
         }
         drop(running);
         match space.upgrade() {
-            Some(space) => space.look(),
+            Some(space) => space.take_sample(),
             None => return,
         }
         std::thread::sleep(INTERVAL);

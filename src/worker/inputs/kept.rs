@@ -89,7 +89,7 @@ pub struct KeptRoot {
 /// A directory as the worker left it.
 pub struct KeptDirectory {
     pub node: Tree,
-    pub place: Arc<DirectoryFd>,
+    pub fd: Arc<DirectoryFd>,
     pub inode: u64,
     /// `None` when it must be read, whatever its ctime is.
     pub baseline: Option<Baseline>,
@@ -128,9 +128,9 @@ fn baseline(stat: &Stat) -> Result<Baseline, Errno> {
 
 /// Ends the worker's changes to a directory: sets its mtime, then looks at it (I6). Returns inode
 /// number and baseline.
-pub fn settle(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
+pub fn record_baseline(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
     set_mtime(directory)?;
-    look(directory)
+    read_baseline(directory)
 }
 
 pub fn set_mtime(directory: BorrowedFd<'_>) -> Result<(), Errno> {
@@ -145,7 +145,7 @@ pub fn set_mtime(directory: BorrowedFd<'_>) -> Result<(), Errno> {
     rustix::fs::utimensat(directory, ".", &times, AtFlags::empty())
 }
 
-pub fn look(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
+pub fn read_baseline(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
     let stat = rustix::fs::fstat(directory)?;
     Ok((stat.st_ino, baseline(&stat)?))
 }
@@ -167,7 +167,7 @@ impl Inodes {
 impl KeptDirectory {
     /// Whether nobody changed the list of entries since the worker did (I6), as far as a look tells.
     pub fn is_untouched(&self) -> bool {
-        let looked = look(self.place.as_fd());
+        let looked = read_baseline(self.fd.as_fd());
         looked.is_ok_and(|(inode, now)| inode == self.inode && Some(now) == self.baseline)
     }
 }

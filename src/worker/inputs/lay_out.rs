@@ -152,9 +152,9 @@ impl<'a> LayOutContext<'a> {
         let inodes_before = std::mem::take(inodes);
         let lay_out = LayOut::new(*self, plan, pinned, inodes_before, true, link_mode);
         make(parent, name)?;
-        let place = self.pool.open_directory(parent, name).map_err(at(name))?;
+        let fd = self.pool.open_directory(parent, name).map_err(at(name))?;
         let mut buffer = String::new();
-        lay_out.fill(0, Arc::new(place), &mut buffer)?;
+        lay_out.fill(0, Arc::new(fd), &mut buffer)?;
         lay_out.work(&mut buffer);
         lay_out.outcome()?;
         *inodes = lay_out.inodes.into_inner();
@@ -242,17 +242,17 @@ impl<'a> LayOut<'a> {
         mut rewrite: Rewrite,
     ) -> Result<PrunedDirectory, LayOutError> {
         let directory = kept.node.directory.clone();
-        let place = kept.place.clone();
+        let fd = kept.fd.clone();
         for &i in &rewrite.dropped_files {
             if let InputFileKind::HardLink(file, number) = kept.files.list[i as usize].kind() {
                 self.inodes.lock().free(file, number);
             }
             let name = directory.files[i as usize].name.as_str();
-            rustix::fs::unlinkat(&*place, name, AtFlags::empty()).map_err(at(name))?;
+            rustix::fs::unlinkat(&*fd, name, AtFlags::empty()).map_err(at(name))?;
         }
         for &i in &rewrite.dropped_symlinks {
             let name = directory.symlinks[i as usize].0.as_str();
-            rustix::fs::unlinkat(&*place, name, AtFlags::empty()).map_err(at(name))?;
+            rustix::fs::unlinkat(&*fd, name, AtFlags::empty()).map_err(at(name))?;
         }
         let mut children: Vec<Option<KeptDirectory>> = std::mem::take(&mut kept.children)
             .into_iter()
@@ -265,13 +265,13 @@ impl<'a> LayOut<'a> {
                 continue;
             };
             if child.node.entries == 0 {
-                rustix::fs::unlinkat(&*place, name, AtFlags::REMOVEDIR).map_err(at(name))?;
+                rustix::fs::unlinkat(&*fd, name, AtFlags::REMOVEDIR).map_err(at(name))?;
                 continue;
             }
             let stashed = self
                 .context
                 .pool
-                .stash(place.as_fd(), name, child, self.link_mode)
+                .stash(fd.as_fd(), name, child, self.link_mode)
                 .map_err(at(name))?;
             self.dropped.lock()[dropped.number as usize] = Some(stashed);
         }
@@ -312,7 +312,7 @@ impl<'a> LayOut<'a> {
             rewrite,
             children,
         } = half;
-        let place = kept.place.clone();
+        let fd = kept.fd.clone();
         let directory = rewrite.node.directory.clone();
         let new = |source: &Source| *source == Source::New;
         let wanted = directory.files.iter().zip(&rewrite.files);
@@ -322,7 +322,7 @@ impl<'a> LayOut<'a> {
         let keys = wanted.clone().map(|file| file.key);
         let mut fresh = self.take_files(rewrite.first_link, keys)?;
         for (file, link) in wanted.zip(&mut fresh.list) {
-            self.link(place.as_fd(), &file.key, file.name.as_str(), link, buffer)?;
+            self.link(fd.as_fd(), &file.key, file.name.as_str(), link, buffer)?;
         }
         let mut added = std::mem::take(&mut fresh.list).into_iter();
         let old = std::mem::take(&mut kept.files.list);
@@ -336,7 +336,7 @@ impl<'a> LayOut<'a> {
         for ((name, target), source) in directory.symlinks.iter().zip(&rewrite.symlinks) {
             symlinks.push(match source {
                 Source::Kept(i) => kept.symlinks[*i as usize],
-                Source::New => make_symlink(place.as_fd(), name.as_str(), target)?,
+                Source::New => make_symlink(fd.as_fd(), name.as_str(), target)?,
             });
         }
         kept.symlinks = symlinks.into();
@@ -347,7 +347,7 @@ impl<'a> LayOut<'a> {
             let name = name.as_str();
             match child {
                 PrunedChild::Kept(kept) => stays.push(LaidOutChild::Kept(kept)),
-                PrunedChild::New(origin) => stays.push(self.bring(&place, name, origin)?),
+                PrunedChild::New(origin) => stays.push(self.bring(&fd, name, origin)?),
                 PrunedChild::Pruned(half) => {
                     below.push((stays.len(), half));
                     // A place for it.
@@ -355,9 +355,9 @@ impl<'a> LayOut<'a> {
                 }
             }
         }
-        let (_, baseline) = kept::settle(place.as_fd()).map_err(at("."))?;
+        let (_, baseline) = kept::record_baseline(fd.as_fd()).map_err(at("."))?;
         kept.baseline = Some(baseline);
-        self.enqueue(&place, &directory.directories, &stays);
+        self.enqueue(&fd, &directory.directories, &stays);
         for (i, half) in below {
             stays[i] = LaidOutChild::Partial(Box::new(self.add(*half, buffer)?));
         }
@@ -370,13 +370,13 @@ impl<'a> LayOut<'a> {
     /// A subtree comes to its place, or at least its directory.
     fn bring(
         &self,
-        place: &DirectoryFd,
+        fd: &DirectoryFd,
         name: &str,
         origin: Origin,
     ) -> Result<LaidOutChild, LayOutError> {
         let stashed = match origin {
             Origin::Made(i) => {
-                make(place.as_fd(), name)?;
+                make(fd.as_fd(), name)?;
                 return Ok(LaidOutChild::Made(i));
             }
             Origin::Stashed(i) => self.taken.lock()[i as usize].take(),
@@ -387,14 +387,14 @@ impl<'a> LayOut<'a> {
         let kept = self
             .context
             .pool
-            .unstash(stashed, place.as_fd(), name)
+            .unstash(stashed, fd.as_fd(), name)
             .map_err(at(name))?;
         Ok(LaidOutChild::Kept(kept))
     }
 
     fn enqueue(
         &self,
-        place: &Arc<DirectoryFd>,
+        fd: &Arc<DirectoryFd>,
         names: &[(crate::path::Component, crate::digest::Digest)],
         stays: &[LaidOutChild],
     ) {
@@ -403,7 +403,7 @@ impl<'a> LayOut<'a> {
             .zip(names)
             .filter_map(|(stay, (name, _))| match stay {
                 LaidOutChild::Made(i) if *i != u32::MAX => {
-                    Some((place.clone(), *i, name.as_str().to_owned()))
+                    Some((fd.clone(), *i, name.as_str().to_owned()))
                 }
                 _ => None,
             })
@@ -437,7 +437,7 @@ impl<'a> LayOut<'a> {
                 .pool
                 .open_directory(&*parent, &name)
                 .map_err(at(&name))
-                .and_then(|place| self.fill(made, Arc::new(place), buffer));
+                .and_then(|fd| self.fill(made, Arc::new(fd), buffer));
             let mut queue = self.queue.lock();
             queue.working -= 1;
             match filled {
@@ -456,7 +456,7 @@ impl<'a> LayOut<'a> {
     fn fill(
         &self,
         made: u32,
-        place: Arc<DirectoryFd>,
+        fd: Arc<DirectoryFd>,
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
         let Made {
@@ -467,29 +467,29 @@ impl<'a> LayOut<'a> {
         let directory = &node.directory;
         let mut stays = Vec::with_capacity(children.len());
         for (origin, (name, _)) in children.iter().zip(&directory.directories) {
-            stays.push(self.bring(&place, name.as_str(), *origin)?);
+            stays.push(self.bring(&fd, name.as_str(), *origin)?);
         }
         let keys = directory.files.iter().map(|file| file.key);
         let mut files = match self.take_files(*first_link, keys) {
             Ok(files) => files,
             Err(error) => {
-                self.enqueue(&place, &directory.directories, &stays);
+                self.enqueue(&fd, &directory.directories, &stays);
                 return Err(error);
             }
         };
         for (file, link) in directory.files.iter().zip(&mut files.list) {
-            self.link(place.as_fd(), &file.key, file.name.as_str(), link, buffer)?;
+            self.link(fd.as_fd(), &file.key, file.name.as_str(), link, buffer)?;
         }
         let mut symlinks = Vec::with_capacity(directory.symlinks.len());
         for (name, target) in &directory.symlinks {
-            symlinks.push(make_symlink(place.as_fd(), name.as_str(), target)?);
+            symlinks.push(make_symlink(fd.as_fd(), name.as_str(), target)?);
         }
-        let (inode, baseline) = kept::settle(place.as_fd()).map_err(at("."))?;
-        self.enqueue(&place, &directory.directories, &stays);
+        let (inode, baseline) = kept::record_baseline(fd.as_fd()).map_err(at("."))?;
+        self.enqueue(&fd, &directory.directories, &stays);
         if self.keep {
             let kept = KeptDirectory {
                 node: node.clone(),
-                place,
+                fd,
                 inode,
                 baseline: Some(baseline),
                 files,

@@ -183,8 +183,8 @@ fn make_below(root: &mut KeptDirectory, path: &RelativePath) -> Result<(), (Stri
         .cloned()
         .fold(RelativePath::root(), |path, name| path.join(name));
     at.baseline = None;
-    let place = at.place.clone();
-    let made = beneath::make_directories(place.as_fd(), &rest);
+    let fd = at.fd.clone();
+    let made = beneath::make_directories(fd.as_fd(), &rest);
     made.map_err(|(component, error)| (component.as_str().to_owned(), error))?;
-    kept::set_mtime(place.as_fd()).map_err(|error| (path.to_string(), error))
+    kept::set_mtime(fd.as_fd()).map_err(|error| (path.to_string(), error))
 }

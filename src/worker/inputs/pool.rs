@@ -337,7 +337,7 @@ impl Pool {
             ..
         } = stashed;
         rustix::fs::renameat(&self.stash_directory, &from, parent, name)?;
-        let (inode, baseline) = kept::look(kept.place.as_fd())?;
+        let (inode, baseline) = kept::read_baseline(kept.fd.as_fd())?;
         if inode != kept.inode {
             return Err(Errno::STALE);
         }

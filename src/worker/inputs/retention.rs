@@ -12,7 +12,7 @@ const PAUSE: Duration = Duration::from_secs(10 * 60);
 pub struct Retention {
     /// Never, where changes of directories do not show.
     possible: bool,
-    distrust: Mutex<Suspension>,
+    suspension: Mutex<Suspension>,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -26,17 +26,17 @@ impl Retention {
     pub fn new(possible: bool) -> Self {
         Retention {
             possible,
-            distrust: Mutex::default(),
+            suspension: Mutex::default(),
         }
     }
 
     pub fn is_active(&self, now: Instant) -> bool {
-        let mut distrust = self.distrust.lock();
-        match distrust.until {
+        let mut suspension = self.suspension.lock();
+        match suspension.until {
             Some(until) if now < until => false,
             Some(_) => {
-                distrust.until = None;
-                drop(distrust);
+                suspension.until = None;
+                drop(suspension);
                 tracing::info!("input roots are kept again");
                 self.possible
             }
@@ -46,11 +46,11 @@ impl Retention {
 
     /// An action could have changed anything.
     pub fn suspend(&self, now: Instant) {
-        let mut distrust = self.distrust.lock();
-        distrust.actions += 1;
-        let actions = distrust.actions;
-        if distrust.until.replace(now + PAUSE).is_none() {
-            drop(distrust);
+        let mut suspension = self.suspension.lock();
+        suspension.actions += 1;
+        let actions = suspension.actions;
+        if suspension.until.replace(now + PAUSE).is_none() {
+            drop(suspension);
             tracing::error!(
                 actions,
                 "an action ran as root or as the worker's own user: until {} after the last such action each input root is made anew; let the runner use other users",
@@ -61,12 +61,12 @@ impl Retention {
 
     /// For the status line; `None` while roots are kept, or never are.
     pub fn suspension(&self, now: Instant) -> Option<String> {
-        let distrust = *self.distrust.lock();
-        let left = distrust.until?.checked_duration_since(now)?;
+        let suspension = *self.suspension.lock();
+        let left = suspension.until?.checked_duration_since(now)?;
         Some(format!(
             "input roots are made anew for {} more, as {} actions ran as root or as the worker's own user",
             humantime::format_duration(Duration::from_secs(left.as_secs())),
-            distrust.actions
+            suspension.actions
         ))
     }
 }

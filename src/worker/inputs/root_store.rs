@@ -174,13 +174,13 @@ impl RootStore {
     fn make_root(&self) -> io::Result<IdleRoot> {
         let name = self.pool.next_name();
         let action_directory = ActionDirectory::create(self.pool.build_directory(), name)?;
-        let place = self
+        let fd = self
             .pool
             .open_directory(&action_directory.directory, INPUT_ROOT)?;
-        let (inode, baseline) = kept::settle(place.as_fd())?;
+        let (inode, baseline) = kept::record_baseline(fd.as_fd())?;
         let top = KeptDirectory {
             node: Node::empty(),
-            place: Arc::new(place),
+            fd: Arc::new(fd),
             inode,
             baseline: Some(baseline),
             files: InputFiles::none(&self.cache),

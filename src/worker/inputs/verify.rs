@@ -102,24 +102,24 @@ impl Verification<'_> {
 
     /// Makes a subdirectory again that is itself as it should be, but too large to be used.
     fn replace(&mut self, kept: &mut KeptDirectory, child: usize) -> io::Result<()> {
-        let place = kept.place.clone();
+        let fd = kept.fd.clone();
         let name = kept.node.directory.directories[child].0.clone();
         self.context
             .pool
             .deletions
-            .try_delete(&*place, name.as_str())?;
+            .try_delete(&*fd, name.as_str())?;
         self.make_child_again(kept, child)?;
-        kept.baseline = Some(kept::settle(place.as_fd())?.1);
+        kept.baseline = Some(kept::record_baseline(fd.as_fd())?.1);
         Ok(())
     }
 
     /// It is not in its place any more.
     fn make_child_again(&mut self, kept: &mut KeptDirectory, child: usize) -> io::Result<()> {
-        let place = kept.place.clone();
+        let fd = kept.fd.clone();
         let name = kept.node.directory.directories[child].0.as_str();
         let gone = &mut kept.children[child];
         self.inodes.free_all(gone);
-        let (parent, inodes) = (place.as_fd(), &mut *self.inodes);
+        let (parent, inodes) = (fd.as_fd(), &mut *self.inodes);
         let made = self
             .context
             .make_again(parent, name, &gone.node, inodes, self.link_mode);
@@ -128,15 +128,15 @@ impl Verification<'_> {
     }
 
     fn repair(&mut self, kept: &mut KeptDirectory) -> io::Result<DirectoryCondition> {
-        let place = kept.place.clone();
-        let stat = rustix::fs::fstat(&*place)?;
+        let fd = kept.fd.clone();
+        let stat = rustix::fs::fstat(&*fd)?;
         if stat.st_ino != kept.inode || stat.st_nlink == 0 {
             return Err(Errno::STALE.into());
         }
         if kept::is_oversized(&stat, &kept.node.directory) {
             return Ok(DirectoryCondition::Oversized);
         }
-        let directory = open_child(&*place, ".")?;
+        let directory = open_child(&*fd, ".")?;
         let mut entries = Dir::read_from(&directory)?;
         let mut rounds = 0;
         let seen = loop {
@@ -152,7 +152,7 @@ impl Verification<'_> {
         };
         self.add_missing(kept, &seen)?;
         attributes::remove_all(directory.as_fd())?;
-        let (inode, baseline) = kept::settle(place.as_fd())?;
+        let (inode, baseline) = kept::record_baseline(fd.as_fd())?;
         if inode != kept.inode {
             return Err(Errno::STALE.into());
         }
@@ -256,7 +256,7 @@ impl Verification<'_> {
 
     fn add_missing(&mut self, kept: &mut KeptDirectory, seen: &SeenEntries) -> io::Result<()> {
         let directory = kept.node.directory.clone();
-        let place = kept.place.clone();
+        let fd = kept.fd.clone();
         let mut buffer = String::new();
         for (at, file) in directory.files.iter().enumerate() {
             if seen.files[at] {
@@ -264,7 +264,7 @@ impl Verification<'_> {
             }
             let (name, link) = (file.name.as_str(), &mut kept.files.list[at]);
             let instead = |file, full| self.inodes.instead(file, full);
-            let (cache, directory) = (self.context.cache, place.as_fd());
+            let (cache, directory) = (self.context.cache, fd.as_fd());
             let linked = files::link(
                 cache,
                 &file.key,
@@ -282,7 +282,7 @@ impl Verification<'_> {
         }
         for (at, (name, target)) in directory.symlinks.iter().enumerate() {
             if !seen.symlinks[at] {
-                let made = lay_out::make_symlink(place.as_fd(), name.as_str(), target);
+                let made = lay_out::make_symlink(fd.as_fd(), name.as_str(), target);
                 kept.symlinks[at] = made.map_err(into_io)?;
             }
         }

@@ -13,6 +13,8 @@
 //! 7. Every inode counts: cached files, their extra inodes, and files of kept input roots that have
 //!    inodes of their own.
 //!
+//! Locks are taken in this order: modifications, extra inodes, index.
+//!
 //! To be read in this order:
 //!
 //! - `key` identifies a file; `directory` has the files on disk; `watch` hears of what others change.

@@ -56,7 +56,7 @@ pub struct Verifier {
     /// Of `Lru::next`.
     place: usize,
     /// Extra inodes of the last file that are yet to be read.
-    further: Option<(FileKey, u32)>,
+    extra_inodes: Option<(FileKey, u32)>,
     reading: Option<FileBeingRead>,
     buffer: Vec<u8>,
 }
@@ -66,7 +66,7 @@ impl Verifier {
         Verifier {
             cache: Arc::downgrade(cache),
             place: 0,
-            further: None,
+            extra_inodes: None,
             reading: None,
             buffer: vec![0; BUFFER],
         }
@@ -115,13 +115,13 @@ impl Verifier {
                 reading.hasher.size(),
             );
             match read {
-                Ok(0) => cache.judge(reading, None),
+                Ok(0) => cache.check_digest(reading, None),
                 Ok(length) => {
                     reading.hasher.update(&self.buffer[..length]);
                     rest -= length as u64;
                     self.reading = Some(reading);
                 }
-                Err(error) => cache.judge(reading, Some(error)),
+                Err(error) => cache.check_digest(reading, Some(error)),
             }
         }
         Portion::Read
@@ -130,15 +130,15 @@ impl Verifier {
     /// Which file comes now, and which of its inodes; `None` after the last one.
     fn next(&mut self, cache: &FileCache) -> Option<(FileKey, u32)> {
         let index = cache.index.lock();
-        if let Some((key, number)) = self.further.take()
+        if let Some((key, number)) = self.extra_inodes.take()
             && number < index.copies(&key)
         {
-            self.further = Some((key, number + 1));
+            self.extra_inodes = Some((key, number + 1));
             return Some((key, number));
         }
         let (key, _, place) = index.files.next(self.place)?;
         self.place = place;
-        self.further = Some((*key, 1));
+        self.extra_inodes = Some((*key, 1));
         Some((*key, 0))
     }
 }
@@ -153,7 +153,7 @@ impl FileCache {
         let file = self.directory.open_copy(&key, number).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
         if !directory::is_as_made(&stat, &key, rustix::process::geteuid().as_raw()) {
-            self.wrong(&key, number, "has another size, mode, owner or mtime");
+            self.report_wrong(&key, number, "has another size, mode, owner or mtime");
             return None;
         }
         Some(FileBeingRead {
@@ -165,7 +165,7 @@ impl FileCache {
     }
 
     /// Of a file that was read to its end, or to an error.
-    fn judge(&self, reading: FileBeingRead, error: Option<io::Error>) {
+    fn check_digest(&self, reading: FileBeingRead, error: Option<io::Error>) {
         let FileBeingRead {
             key, file, hasher, ..
         } = reading;
@@ -178,8 +178,8 @@ impl FileCache {
         match error {
             None if found == key.digest => {}
             _ if gone || !self.knows(&key, reading.inode) => {}
-            None => self.wrong(&key, 0, &format!("has the content {found}")),
-            Some(error) => self.wrong(&key, 0, &format!("cannot be read: {error}")),
+            None => self.report_wrong(&key, 0, &format!("has the content {found}")),
+            Some(error) => self.report_wrong(&key, 0, &format!("cannot be read: {error}")),
         }
     }
 
@@ -191,17 +191,17 @@ impl FileCache {
     }
 
     /// A file that may have been used is wrong.
-    fn wrong(&self, key: &FileKey, number: u32, what: &str) {
+    fn report_wrong(&self, key: &FileKey, number: u32, what: &str) {
         self.verified.wrong.fetch_add(1, Ordering::Relaxed);
         let path = self.directory.path_of(key);
-        let further = match number {
+        let suffix = match number {
             0 => String::new(),
             number => format!(".{number}"),
         };
         self.report_modified(
             &[*key],
             &format!(
-                "a cached file is not what it was, by a fault of the disk or the memory, or because somebody wrote to it: {}{further} {what}",
+                "a cached file is not what it was, by a fault of the disk or the memory, or because somebody wrote to it: {}{suffix} {what}",
                 path.display()
             ),
         );
