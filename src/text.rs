@@ -1,4 +1,4 @@
-//! Texts: what a message shows of one that a peer sent, and bytes as lower-case hexadecimal digits.
+//! Texts: what a message shows of one that a peer sent, lists of words, and bytes as lower-case hexadecimal digits.
 
 #![warn(missing_docs)]
 
@@ -24,6 +24,16 @@ pub fn shorten(text: &str) -> String {
     let mut shown: String = text.chars().take(SHOWN).collect();
     shown.push('…');
     shown
+}
+
+/// Lists words for a message: `"a", "b" or "c"`.
+pub fn one_of(words: &[&str]) -> String {
+    let quoted: Vec<String> = words.iter().map(|word| format!("{word:?}")).collect();
+    match quoted.split_last() {
+        Some((last, [])) => last.clone(),
+        Some((last, others)) => format!("{} or {last}", others.join(", ")),
+        None => String::new(),
+    }
 }
 
 /// Appends two digits for each byte.

@@ -1,6 +1,7 @@
 //! Messages about a wrong value: which key has it, what it is, and what to write instead.
 
 use super::parse::{ExpectedType, PathStep, ValueError, ValueErrorKind};
+use crate::text::one_of;
 
 /// As written in a file; which one of several is told by the line.
 pub(super) fn dotted(path: &[PathStep]) -> String {
@@ -12,16 +13,6 @@ pub(super) fn dotted(path: &[PathStep]) -> String {
         })
         .collect();
     steps.join(".")
-}
-
-/// `"a", "b" or "c"`.
-pub(super) fn one_of(words: &[&str]) -> String {
-    let quoted: Vec<String> = words.iter().map(|word| format!("{word:?}")).collect();
-    match quoted.split_last() {
-        Some((last, [])) => last.clone(),
-        Some((last, others)) => format!("{} or {last}", others.join(", ")),
-        None => String::new(),
-    }
 }
 
 /// `defaults` has every key that there is.

@@ -247,7 +247,7 @@ impl<'de> Deserializer<'de> for ValueDeserializer<'_> {
     ) -> Result<V::Value, ValueError> {
         match self.0 {
             Value::String(word) => visitor.visit_enum(VariantName(word)),
-            _ => Err(self.type_error(ExpectedType::Other(super::error_message::one_of(variants)))),
+            _ => Err(self.type_error(ExpectedType::Other(crate::text::one_of(variants)))),
         }
     }
 

@@ -13,9 +13,9 @@ use std::{
 
 use super::{
     Failure,
-    cli::{EX_CONFIG, Program},
     logging::print_error,
     owner::{self, Owner},
+    process::{EX_CONFIG, Program},
     systemd_unit::SystemdUnits,
 };
 use crate::config::{self, Diagnostics, ExplicitKeys, ListenAddress, Loaded, Validate};

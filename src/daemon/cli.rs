@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -18,28 +18,17 @@ use nix::{
 use sd_notify::NotifyState;
 
 use super::{
-    CheckReport, Failure, Installation, Lifecycle, check, health,
-    lifecycle::notify,
-    listen,
+    CheckReport, Failure, Installation, Lifecycle, check, health, listen,
     logging::{self, print_error},
     memory,
+    process::{EX_CONFIG, Program, notify},
     reload::ReloadableConfig,
 };
 use crate::config::{self, Diagnostics, Loaded, Log, Validate};
 
-pub(super) const EX_CONFIG: u8 = 78;
-
 /// Calls that wait in a socket of systemd's make it start a daemon again at once. Five starts in ten
 /// seconds are too many for it, and it gives up for good (systemd.unit(5), StartLimitBurst=).
 const RESTART_DELAY: Duration = Duration::from_secs(3);
-
-/// What `--help` and `--version` say, and where the configuration is.
-pub struct Program {
-    /// The program's name, which its configuration and its manual have, too.
-    pub name: &'static str,
-    /// What it is for, in one line.
-    pub about: &'static str,
-}
 
 #[derive(Parser)]
 #[command(disable_help_subcommand = true)]
@@ -62,12 +51,12 @@ struct Cli {
     reload: Option<i32>,
 
     #[command(subcommand)]
-    command: Option<Command>,
+    command: Option<Subcommand>,
 }
 
 /// What a program does instead of serving.
-#[derive(Clone, Copy, Subcommand)]
-enum Command {
+#[derive(Clone, Copy, clap::Subcommand)]
+enum Subcommand {
     /// Check the configuration, directories, sockets and peers, say what to change, and exit
     Check,
     /// Print every key with its value and where that comes from, and exit
@@ -81,11 +70,11 @@ enum Command {
 
 impl Cli {
     /// Flags came before commands, and do the same.
-    fn into_command(self) -> Result<Option<Command>, clap::Error> {
+    fn into_command(self) -> Result<Option<Subcommand>, clap::Error> {
         let flag = match (self.check, self.print_config, self.reload) {
-            (true, ..) => Some(Command::Check),
-            (_, true, _) => Some(Command::PrintConfig),
-            (.., pid) => pid.map(|pid| Command::Reload { pid }),
+            (true, ..) => Some(Subcommand::Check),
+            (_, true, _) => Some(Subcommand::PrintConfig),
+            (.., pid) => pid.map(|pid| Subcommand::Reload { pid }),
         };
         match (flag, self.command) {
             (Some(_), Some(_)) => Err(clap::Error::raw(
@@ -117,7 +106,7 @@ pub fn main<C: Validate + 'static>(
     };
     let loaded = config::examine::<C>(&path, optional);
     let installation = Installation::of(program.name, &path, &loaded).with_units_in(directory);
-    if let Some(Command::Check) = command {
+    if let Some(Subcommand::Check) = command {
         return check::run(&program, &installation, &loaded, warnings, probe);
     }
     if !loaded.errors.is_empty() {
@@ -130,12 +119,12 @@ pub fn main<C: Validate + 'static>(
         return ExitCode::from(EX_CONFIG);
     }
     match command {
-        Some(Command::PrintConfig) => {
+        Some(Subcommand::PrintConfig) => {
             print!("{}", config::effective(&path, &loaded));
             ExitCode::SUCCESS
         }
-        Some(Command::Reload { pid }) => ask_to_reload(&program, pid),
-        Some(Command::Check) | None => {
+        Some(Subcommand::Reload { pid }) => ask_to_reload(&program, pid),
+        Some(Subcommand::Check) | None => {
             let mut diagnostics = Diagnostics::default();
             warnings(&loaded.config, &installation, &mut diagnostics);
             serve(&program, &path, optional, loaded, log_of, diagnostics, run)
@@ -204,7 +193,7 @@ fn serve<C: Validate + 'static>(
 }
 
 /// The file that `--config` names, and what the program is to do.
-fn parse(program: &Program, default: &Path) -> (Option<PathBuf>, Option<Command>) {
+fn parse(program: &Program, default: &Path) -> (Option<PathBuf>, Option<Subcommand>) {
     // For those who make packages; shells need not complete it.
     let completions = clap::Arg::new("completions")
         .long("completions")

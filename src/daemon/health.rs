@@ -19,7 +19,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
-use super::lifecycle::notify;
+use super::process::notify;
 
 /// What the watchdog looks at.
 #[derive(Default)]

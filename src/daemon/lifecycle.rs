@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     health::{Health, Heartbeat},
     logging::LevelHandle,
+    process::notify,
     reload::ReloadableConfig,
 };
 use crate::config::Validate;
@@ -159,9 +160,4 @@ impl Lifecycle {
             notify(&[NotifyState::Ready, NotifyState::Status(&shown)]);
         }
     }
-}
-
-/// Tells systemd, if there is one that listens.
-pub(super) fn notify(states: &[NotifyState<'_>]) {
-    let _ = sd_notify::notify(states);
 }

@@ -6,7 +6,7 @@
 //! - `lifecycle`: ready, status, reload (`reload`) and stop;
 //! - `health`: whether the daemon works, for systemd's watchdog;
 //! - `logging`: sentences with fields for the journal or standard error, and each action's span;
-//! - `process` and `memory`: limits of the process, and memory that it gives back;
+//! - `process` and `memory`: its name, exit code and limits, and memory that it gives back;
 //! - `listen`: sockets, of systemd's or of its own;
 //! - `server`: gRPC on these, bounded;
 //! - `client`: channels to gRPC peers.
@@ -29,13 +29,13 @@ mod server;
 mod systemd_unit;
 
 pub use check::{CheckReport, Installation, SHIPPED_STOP_TIMEOUT};
-pub use cli::{Program, main};
+pub use cli::main;
 pub use client::{Channel, connect};
 pub use health::Heartbeat;
 pub use lifecycle::Lifecycle;
 pub use listen::{Listener, Peer, SocketPermissions, listen};
 pub use logging::{LogRateLimit, action_span, spawn_blocking};
-pub use process::{boot_id, raise_file_limit};
+pub use process::{Program, boot_id, raise_file_limit};
 pub use server::{
     BudgetReservation, RequestReservation, ResponseBudget, ServerLimits, Services, serve,
     serve_within, with_reservation,

@@ -1,6 +1,24 @@
-//! What a daemon asks of its own process and of the boot that it runs in.
+//! What a daemon is as a process: its name, its exit code, its limits, the boot that it runs in, and
+//! what it tells systemd.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use sd_notify::NotifyState;
+
+/// The configuration must be changed first (sysexits(3)).
+pub(super) const EX_CONFIG: u8 = 78;
+
+/// What `--help` and `--version` say, and where the configuration is.
+pub struct Program {
+    /// The program's name, which its configuration and its manual have, too.
+    pub name: &'static str,
+    /// What it is for, in one line.
+    pub about: &'static str,
+}
+
+/// Tells systemd, if there is one that listens.
+pub(super) fn notify(states: &[NotifyState<'_>]) {
+    let _ = sd_notify::notify(states);
+}
 
 /// Which boot of the host this is (random(4)). Units that hide /proc/sys pass it on as BB_BOOT_ID
 /// (systemd.unit(5), `%b`), without hyphens.

@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-type Leader = single_flight::Leader<FlightKey, Result<Bytes, Error>>;
+type ReadLeader = single_flight::Leader<FlightKey, Result<Bytes, Error>>;
 
 impl single_flight::Leader<FlightKey, Result<Bytes, Error>> {
     fn digest(&self) -> &Digest {
@@ -54,7 +54,7 @@ impl Client {
         let batch_size = self.batch_size(instance).await;
         // More than one round only if somebody who fetched for us gave up.
         while !open.is_empty() {
-            let mut leaders: Vec<Leader> = Vec::new();
+            let mut leaders: Vec<ReadLeader> = Vec::new();
             let mut own: Vec<(usize, Follower<_>)> = Vec::new();
             let mut followers = Vec::new();
             for i in open.drain(..) {
@@ -79,13 +79,13 @@ impl Client {
     }
 
     /// Lets every leader finish.
-    async fn fetch(&self, instance: &InstanceName, leaders: Vec<Leader>, batch_size: u64) {
-        let fits = |leader: &Leader| {
+    async fn fetch(&self, instance: &InstanceName, leaders: Vec<ReadLeader>, batch_size: u64) {
+        let fits = |leader: &ReadLeader| {
             leader.digest().size() <= SMALL.min(batch_size.saturating_sub(OVERHEAD))
         };
         let (small, large): (Vec<_>, Vec<_>) = leaders.into_iter().partition(fits);
         let mut fetches = FuturesUnordered::new();
-        let size = |leader: &Leader| leader.digest().size() + OVERHEAD;
+        let size = |leader: &ReadLeader| leader.digest().size() + OVERHEAD;
         for batch in batch::split(small, batch_size, usize::MAX, size) {
             fetches.push(futures::future::Either::Left(
                 self.read_batch(instance, batch),
@@ -101,8 +101,8 @@ impl Client {
     }
 
     /// One batch; in halves, and at last by streams, when the server does not take it.
-    async fn read_batch(&self, instance: &InstanceName, leaders: Vec<Leader>) {
-        let size = |leader: &Leader| leader.digest().size();
+    async fn read_batch(&self, instance: &InstanceName, leaders: Vec<ReadLeader>) {
+        let size = |leader: &ReadLeader| leader.digest().size();
         let mut refused = false;
         // The most that went through at once.
         let mut accepted = 0;
@@ -145,8 +145,8 @@ impl Client {
     async fn read_batch_once(
         &self,
         instance: &InstanceName,
-        mut leaders: Vec<Leader>,
-    ) -> Option<(Vec<Leader>, Status)> {
+        mut leaders: Vec<ReadLeader>,
+    ) -> Option<(Vec<ReadLeader>, Status)> {
         let mut attempts = Attempts::default();
         let mut corrupt_before = false;
         while let Some(first) = leaders.first() {
@@ -155,7 +155,7 @@ impl Client {
                 .into_iter()
                 .partition(|leader| leader.digest().function() == function);
             leaders = same;
-            let rest: Vec<Leader> = other;
+            let rest: Vec<ReadLeader> = other;
             let request = BatchReadBlobsRequest {
                 instance_name: instance.to_string(),
                 digests: leaders

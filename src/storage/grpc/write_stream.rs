@@ -26,12 +26,12 @@ use crate::{
 const CHUNK: u64 = 1 << 20;
 
 /// What the server says that it has: `committed_size`.
-type Answer = Result<i64, Status>;
+type WriteAnswer = Result<i64, Status>;
 
 /// One Write under way. A stream that moves is not cut, however slow it is.
 struct WriteCall {
     messages: mpsc::Sender<WriteRequest>,
-    answer: BoxFuture<'static, Answer>,
+    answer: BoxFuture<'static, WriteAnswer>,
     /// How long the server may take nothing.
     silence: Duration,
 }
@@ -54,7 +54,7 @@ impl WriteCall {
 
     /// Hands over a message once the one before it is on its way. The error is an answer that has come
     /// early, or why there is none.
-    async fn send(&mut self, message: WriteRequest) -> Result<(), Answer> {
+    async fn send(&mut self, message: WriteRequest) -> Result<(), WriteAnswer> {
         let sent = tokio::time::timeout(self.silence, self.messages.send(message));
         tokio::select! {
             biased;
@@ -69,7 +69,7 @@ impl WriteCall {
     }
 
     /// Waits for the answer to all that was sent; `last` is how long the server may look at it.
-    async fn finish(self, last: Duration) -> Answer {
+    async fn finish(self, last: Duration) -> WriteAnswer {
         let WriteCall {
             messages, answer, ..
         } = self;
@@ -131,7 +131,7 @@ impl Client {
         digest: Digest,
         content: &Content,
         offset: u64,
-    ) -> Result<Answer, Error> {
+    ) -> Result<WriteAnswer, Error> {
         let mut call = self.write_call();
         let mut at = offset;
         loop {
@@ -202,7 +202,7 @@ pub struct ForwardedUpload {
     digest: Digest,
     received: u64,
     /// One that has come early.
-    answer: Option<Answer>,
+    answer: Option<WriteAnswer>,
     last: Duration,
 }
 
