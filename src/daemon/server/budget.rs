@@ -133,7 +133,7 @@ impl ConnectionBudget {
     }
 
     /// Returns when `charge` may be called.
-    pub(super) async fn room(self: Arc<Self>) {
+    pub(super) async fn wait_for_space(self: Arc<Self>) {
         self.wait(|| self.has_room().then_some(())).await;
     }
 

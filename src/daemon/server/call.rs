@@ -84,12 +84,12 @@ impl ResponseBudget {
 /// Counts an answer until it is written.
 pub fn with_reservation<T>(
     mut response: tonic::Response<T>,
-    room: Option<BudgetReservation>,
+    reservation: Option<BudgetReservation>,
 ) -> tonic::Response<T> {
-    if let Some(room) = room {
+    if let Some(reservation) = reservation {
         response
             .extensions_mut()
-            .insert(ResponseReservation(Arc::new(room)));
+            .insert(ResponseReservation(Arc::new(reservation)));
     }
     response
 }
@@ -145,7 +145,7 @@ pub(super) async fn answer(
             account: caller.received.clone(),
             received,
             framing: MessageFraming::Header(Vec::new()),
-            room: None,
+            reservation: None,
             waiting: None,
             timer: Box::pin(tokio::time::sleep(PAUSE_TIMEOUT)),
         })
@@ -167,8 +167,8 @@ pub(super) async fn answer(
         Err(never) => match never {},
     };
     status::shorten(&mut head.headers);
-    let room = head.extensions.remove::<ResponseReservation>();
-    let body = ResponseBody::new(caller, body, room, Some(under_way));
+    let reservation = head.extensions.remove::<ResponseReservation>();
+    let body = ResponseBody::new(caller, body, reservation, Some(under_way));
     Response::from_parts(head, body)
 }
 
@@ -262,7 +262,7 @@ struct RequestBody {
     received: RequestReservation,
     framing: MessageFraming,
     /// Waits for room for the message that begins in `waiting`.
-    room: PendingFuture<Result<BudgetReservation, BudgetExhausted>>,
+    reservation: PendingFuture<Result<BudgetReservation, BudgetExhausted>>,
     waiting: Option<Bytes>,
     timer: Pin<Box<Sleep>>,
 }
@@ -299,11 +299,11 @@ impl HttpBody for RequestBody {
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.get_mut();
         loop {
-            if let Some(room) = &mut this.room {
-                let room = ready!(room.as_mut().poll(context));
-                this.room = None;
-                match room {
-                    Ok(room) => this.received.0.lock().message = Some(room),
+            if let Some(reservation) = &mut this.reservation {
+                let reservation = ready!(reservation.as_mut().poll(context));
+                this.reservation = None;
+                match reservation {
+                    Ok(reservation) => this.received.0.lock().message = Some(reservation),
                     Err(error) => return Poll::Ready(Some(Err(exhausted(error)))),
                 }
             }
@@ -334,7 +334,7 @@ impl HttpBody for RequestBody {
                 // What came before it has been taken.
                 this.received.0.lock().message = None;
                 let account = this.account.clone();
-                this.room = Some(Box::pin(async move { account.reserve(begun).await }));
+                this.reservation = Some(Box::pin(async move { account.reserve(begun).await }));
             }
             this.waiting = Some(data);
         }
@@ -349,7 +349,7 @@ impl HttpBody for RequestBody {
 pub(super) struct ResponseBody {
     inner: Body,
     account: Arc<ConnectionBudget>,
-    room: Option<ResponseReservation>,
+    reservation: Option<ResponseReservation>,
     waiting: PendingFuture<()>,
     rest: Option<(Bytes, Arc<BudgetReservation>)>,
     _under_way: Option<ActiveCall>,
@@ -358,12 +358,12 @@ pub(super) struct ResponseBody {
 /// A piece of an answer. All pieces share their memory, which is free when the last one is written.
 struct Chunk {
     data: Bytes,
-    room: Arc<BudgetReservation>,
+    reservation: Arc<BudgetReservation>,
 }
 
 impl Drop for Chunk {
     fn drop(&mut self) {
-        self.room.progressed();
+        self.reservation.progressed();
     }
 }
 
@@ -377,13 +377,13 @@ impl ResponseBody {
     fn new(
         caller: &ClientConnection,
         inner: Body,
-        room: Option<ResponseReservation>,
+        reservation: Option<ResponseReservation>,
         under_way: Option<ActiveCall>,
     ) -> Self {
         ResponseBody {
             inner,
             account: caller.answers.clone(),
-            room,
+            reservation,
             waiting: None,
             rest: None,
             _under_way: under_way,
@@ -391,12 +391,12 @@ impl ResponseBody {
     }
 
     fn next_chunk(&mut self) -> Option<Bytes> {
-        let (data, room) = self.rest.as_mut()?;
-        let (data, room) = match data.len() > CHUNK_SIZE {
-            true => (data.split_to(CHUNK_SIZE), room.clone()),
+        let (data, reservation) = self.rest.as_mut()?;
+        let (data, reservation) = match data.len() > CHUNK_SIZE {
+            true => (data.split_to(CHUNK_SIZE), reservation.clone()),
             false => self.rest.take()?,
         };
-        Some(Bytes::from_owner(Chunk { data, room }))
+        Some(Bytes::from_owner(Chunk { data, reservation }))
     }
 }
 
@@ -412,9 +412,9 @@ impl HttpBody for ResponseBody {
         if let Some(piece) = this.next_chunk() {
             return Poll::Ready(Some(Ok(Frame::data(piece))));
         }
-        if this.room.is_none() {
+        if this.reservation.is_none() {
             if this.waiting.is_none() && !this.account.has_room() {
-                this.waiting = Some(Box::pin(this.account.clone().room()));
+                this.waiting = Some(Box::pin(this.account.clone().wait_for_space()));
             }
             if let Some(waiting) = &mut this.waiting {
                 ready!(waiting.as_mut().poll(context));
@@ -428,9 +428,9 @@ impl HttpBody for ResponseBody {
         let frame = match frame.into_data() {
             Ok(data) if data.is_empty() => Frame::data(data),
             Ok(data) => {
-                let room = Arc::new(this.account.charge(data.len() as u64));
-                this.room = None;
-                this.rest = Some((data, room));
+                let reservation = Arc::new(this.account.charge(data.len() as u64));
+                this.reservation = None;
+                this.rest = Some((data, reservation));
                 Frame::data(this.next_chunk().unwrap_or_default())
             }
             Err(frame) => match frame.into_trailers() {
