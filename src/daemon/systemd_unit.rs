@@ -165,14 +165,16 @@ fn stream(text: &str) -> Option<ListenAddress> {
 mod tests {
     use super::*;
 
+    fn write_below(root: &Path, path: &str, text: &str) {
+        let path = root.join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
     #[test]
     fn units_are_read_with_their_drop_ins_as_systemd_does() {
         let root = tempfile::tempdir().unwrap();
-        let write = |path: &str, text: &str| {
-            let path = root.path().join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        };
+        let write = |path: &str, text: &str| write_below(root.path(), path, text);
         let units = SystemdUnits::of(root.path());
         assert!(!units.are_in_use());
         assert_eq!(units.stop_timeout("x.service"), None);
@@ -211,11 +213,7 @@ mod tests {
     #[test]
     fn an_instance_is_read_from_its_template() {
         let root = tempfile::tempdir().unwrap();
-        let write = |path: &str, text: &str| {
-            let path = root.path().join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        };
+        let write = |path: &str, text: &str| write_below(root.path(), path, text);
         let units = SystemdUnits::of(root.path());
         assert_eq!(units.listens("x@a.socket"), None);
         write(
