@@ -9,6 +9,7 @@ use prost_types::{Any, Timestamp};
     clippy::all,
     clippy::allow_attributes,
     rustdoc::all,
+    unreachable_pub,
     reason = "generated code"
 )]
 mod generated {

@@ -10,7 +10,7 @@
 //! `value` (what is written in them) and `directory_kind`; `parse`, which keeps the facts of an error,
 //! and `error_message`, which tells them; `print`.
 
-#![warn(missing_docs, unreachable_pub)]
+#![warn(missing_docs)]
 
 use std::{
     fmt, fs, io,

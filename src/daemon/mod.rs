@@ -11,7 +11,7 @@
 //! - `server`: gRPC on these, bounded;
 //! - `client`: channels to gRPC peers.
 
-#![warn(missing_docs, unreachable_pub)]
+#![warn(missing_docs)]
 
 mod check;
 mod cli;

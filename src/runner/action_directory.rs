@@ -39,7 +39,7 @@ use crate::path::RelativePath;
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The directory of an action that runs, open to it; closed, and then unlocked, on drop.
-pub struct ActionDirectory {
+pub(super) struct ActionDirectory {
     directory: OwnedFd,
     /// Mode and group before; `None` when it had not to be changed.
     closed: Option<(Mode, Gid)>,
@@ -47,7 +47,7 @@ pub struct ActionDirectory {
 
 /// The worker must act, or the administrator.
 #[derive(Debug, thiserror::Error)]
-pub enum ActionDirectoryError {
+pub(super) enum ActionDirectoryError {
     #[error(transparent)]
     Open(#[from] BuildDirectoryError),
     #[error("Failed to open directory {path:?} to the action's user: {error}")]
@@ -70,7 +70,7 @@ pub enum ActionDirectoryError {
 
 impl ActionDirectory {
     /// Locks the directory that holds the input root, and lets the group `id` pass.
-    pub fn open(
+    pub(super) fn open(
         build: &BuildDirectory,
         run: &RunSpec,
         id: u32,
@@ -205,7 +205,7 @@ fn lock(
 }
 
 /// Closes directories that a runner which was killed left open to users of its range.
-pub fn close_all(build_directory: &Path, range: &std::ops::Range<u32>) {
+pub(super) fn close_all(build_directory: &Path, range: &std::ops::Range<u32>) {
     let Ok(build) = BuildDirectory::open(build_directory) else {
         return;
     };

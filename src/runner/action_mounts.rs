@@ -18,7 +18,7 @@ use super::{
 use crate::{config::runner::Root, path::RelativePath};
 
 #[derive(Debug)]
-pub struct ActionMounts {
+pub(super) struct ActionMounts {
     /// Where the input root's path starts; `None`: at the build directory.
     pub base: Option<CString>,
     /// Below `base`.
@@ -29,7 +29,7 @@ pub struct ActionMounts {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum ActionMountsError {
+pub(super) enum ActionMountsError {
     #[error(transparent)]
     Open(#[from] BuildDirectoryError),
     #[error("Failed to start process: could not {what}: {error}")]
@@ -41,7 +41,7 @@ pub enum ActionMountsError {
 
 impl ActionMounts {
     /// In a sandbox without mounts, everything is where the host has it.
-    pub fn prepare(
+    pub(super) fn prepare(
         run: &RunSpec,
         root: &Root,
         build: &BuildDirectory,
@@ -108,6 +108,6 @@ fn attach(tree: OwnedFd, place: &CStr) -> SetupStep<'static> {
 }
 
 /// Of a path that was parsed, and so has no NUL.
-pub fn c_string(text: String) -> CString {
+pub(super) fn c_string(text: String) -> CString {
     CString::new(text).unwrap_or_default()
 }

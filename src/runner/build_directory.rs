@@ -24,13 +24,13 @@ const BENEATH: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_MAGICLINKS);
 
 /// The build directory as it is now: a worker may make it anew.
-pub struct BuildDirectory {
+pub(super) struct BuildDirectory {
     directory: OwnedFd,
 }
 
 /// The worker must act, or the administrator.
 #[derive(Debug, thiserror::Error)]
-pub enum BuildDirectoryError {
+pub(super) enum BuildDirectoryError {
     #[error("Failed to open build directory {path:?}: {error}")]
     BuildDirectory { path: PathBuf, error: io::Error },
     #[error("Failed to open directory {path:?} in build directory: {error}")]
@@ -41,7 +41,7 @@ pub enum BuildDirectoryError {
 
 impl BuildDirectoryError {
     /// Whether the caller sent a path that leads elsewhere.
-    pub fn escapes(&self) -> bool {
+    pub(super) fn escapes(&self) -> bool {
         match self {
             BuildDirectoryError::BuildDirectory { .. } => false,
             BuildDirectoryError::Log { error, .. }
@@ -64,7 +64,7 @@ fn log_reason(error: &io::Error) -> String {
 }
 
 impl BuildDirectory {
-    pub fn open(path: &Path) -> Result<Self, BuildDirectoryError> {
+    pub(super) fn open(path: &Path) -> Result<Self, BuildDirectoryError> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         match rustix::fs::open(path, flags, Mode::empty()) {
             Ok(directory) => Ok(BuildDirectory { directory }),
@@ -75,16 +75,16 @@ impl BuildDirectory {
         }
     }
 
-    pub fn identity(&self) -> io::Result<DirectoryId> {
+    pub(super) fn identity(&self) -> io::Result<DirectoryId> {
         sandbox::identity(self.directory.as_fd())
     }
 
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
     }
 
     /// Whether something is at this path; a symbolic link is something.
-    pub fn check(&self, path: &RelativePath) -> io::Result<()> {
+    pub(super) fn check(&self, path: &RelativePath) -> io::Result<()> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         openat2(
             &self.directory,
@@ -96,7 +96,7 @@ impl BuildDirectory {
         Ok(())
     }
 
-    pub fn directory(
+    pub(super) fn directory(
         &self,
         path: &RelativePath,
         flags: OFlags,
@@ -117,7 +117,7 @@ impl BuildDirectory {
 
     /// Makes a log file. The action may open it again, as /dev/stderr; others are kept out by
     /// the action's directory.
-    pub fn create_log(&self, log: &LogPath) -> Result<OwnedFd, BuildDirectoryError> {
+    pub(super) fn create_log(&self, log: &LogPath) -> Result<OwnedFd, BuildDirectoryError> {
         let create = || -> rustix::io::Result<OwnedFd> {
             let (parent, name) = log.path.split_last().ok_or(rustix::io::Errno::ISDIR)?;
             let parent = openat2(
@@ -149,7 +149,7 @@ impl BuildDirectory {
 }
 
 /// The first directory on the way to the build directory, or itself, that actions cannot pass.
-pub fn first_impassable(build_directory: &Path) -> Option<PathBuf> {
+pub(super) fn first_impassable(build_directory: &Path) -> Option<PathBuf> {
     let mut ancestors: Vec<_> = build_directory.ancestors().collect();
     ancestors.reverse();
     ancestors
@@ -160,7 +160,7 @@ pub fn first_impassable(build_directory: &Path) -> Option<PathBuf> {
         .map(Path::to_owned)
 }
 
-pub fn impassable_message(directory: &Path) -> String {
+pub(super) fn impassable_message(directory: &Path) -> String {
     format!(
         "actions' users cannot pass {}; run: chmod o+x {0}",
         directory.display()

@@ -101,7 +101,7 @@ fn check_cleaning(config: &Config, diagnostics: &mut Diagnostics) {
 }
 
 /// A directory that would be emptied although the host cannot be without what is there, or a person.
-pub fn vital_directory(config: &Config) -> Option<Failure> {
+pub(super) fn vital_directory(config: &Config) -> Option<Failure> {
     let homes = homes();
     config
         .clean_temporary_directories

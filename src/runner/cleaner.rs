@@ -27,7 +27,7 @@ use super::stop::StopSignal;
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
 
 #[derive(Debug)]
-pub struct Cleaner {
+pub(super) struct Cleaner {
     directories: Vec<PathBuf>,
     command: Vec<String>,
     timeout: Duration,
@@ -45,10 +45,10 @@ enum CleanerPhase {
 
 /// An action that runs: while it is there, nothing is cleaned.
 #[derive(Debug)]
-pub struct CleanerGuard<'a>(&'a Cleaner);
+pub(super) struct CleanerGuard<'a>(&'a Cleaner);
 
 impl Cleaner {
-    pub fn new(directories: Vec<PathBuf>, command: Vec<String>) -> Self {
+    pub(super) fn new(directories: Vec<PathBuf>, command: Vec<String>) -> Self {
         Cleaner {
             directories,
             command,
@@ -59,7 +59,7 @@ impl Cleaner {
     }
 
     /// `None` when told to stop while others clean.
-    pub fn begin(&self, stop: &StopSignal) -> io::Result<Option<CleanerGuard<'_>>> {
+    pub(super) fn begin(&self, stop: &StopSignal) -> io::Result<Option<CleanerGuard<'_>>> {
         loop {
             // Before the look, so that no notification is missed.
             let cleaned = self.cleaned.notified();

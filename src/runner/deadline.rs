@@ -34,13 +34,13 @@ const MAXIMUM_REQUEST: usize = 16 << 20;
 
 /// The runner's service, whose deadlines it keeps itself.
 #[derive(Clone)]
-pub struct DeadlineService {
+pub(super) struct DeadlineService {
     runner: Arc<RunnerService>,
     calls: RunnerServer<RunnerService>,
 }
 
 impl DeadlineService {
-    pub fn new(runner: RunnerService) -> Self {
+    pub(super) fn new(runner: RunnerService) -> Self {
         let runner = Arc::new(runner);
         DeadlineService {
             calls: RunnerServer::from_arc(runner.clone())

@@ -13,15 +13,15 @@ use std::collections::BTreeMap;
 use crate::path::RelativePath;
 
 /// As systemd gives it to services (systemd.exec(5)).
-pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(super) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// In the directory that the input root lies in.
-pub const HOME: &str = "home";
+pub(super) const HOME: &str = "home";
 /// Where there is no such directory that an action sees.
 const TEMPORARY: &str = "/tmp";
 
 /// What the runner's configuration adds.
 #[derive(Clone, Debug)]
-pub struct AddedVariables {
+pub(super) struct AddedVariables {
     pub view: BuildDirectoryView,
     /// TMPDIR, where the worker made a temporary directory.
     pub tmpdir: bool,
@@ -31,7 +31,7 @@ pub struct AddedVariables {
 
 /// How actions see the build directory, whose absolute path is the text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum BuildDirectoryView {
+pub(super) enum BuildDirectoryView {
     /// As the host does.
     Whole(String),
     /// The directory that the input root lies in is mounted on it; the temporary directory is /tmp.
@@ -42,7 +42,7 @@ pub enum BuildDirectoryView {
 
 impl BuildDirectoryView {
     /// Of the temporary directory.
-    pub fn tmpdir(&self, temporary: &RelativePath, input_root: &RelativePath) -> String {
+    pub(super) fn tmpdir(&self, temporary: &RelativePath, input_root: &RelativePath) -> String {
         match self {
             BuildDirectoryView::Whole(directory) => format!("{directory}/{temporary}"),
             BuildDirectoryView::InputRoot => TEMPORARY.to_owned(),
@@ -59,7 +59,11 @@ impl BuildDirectoryView {
     }
 
     /// Of the home directory, which is `HOME` beside the input root, or else the temporary one.
-    pub fn home(&self, temporary: Option<&RelativePath>, input_root: &RelativePath) -> String {
+    pub(super) fn home(
+        &self,
+        temporary: Option<&RelativePath>,
+        input_root: &RelativePath,
+    ) -> String {
         match (self, input_root.split_last()) {
             (BuildDirectoryView::Whole(directory), Some((own, _))) if !own.is_root() => {
                 format!("{directory}/{own}/{HOME}")
@@ -77,7 +81,7 @@ impl BuildDirectoryView {
 
 impl AddedVariables {
     /// Names and values of what `sent` lacks, for a command whose home directory is `home`.
-    pub fn to(
+    pub(super) fn to(
         &self,
         sent: &BTreeMap<String, String>,
         home: &str,

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use tonic::metadata::MetadataMap;
 
-pub const HEADER: &str = "grpc-timeout";
+pub(super) const HEADER: &str = "grpc-timeout";
 
 /// How long the caller waits from now on; `None` when it does not say.
 ///
 /// gRPC over HTTP/2, "Timeout": at most eight digits and a unit.
-pub fn of(metadata: &MetadataMap) -> Option<Duration> {
+pub(super) fn of(metadata: &MetadataMap) -> Option<Duration> {
     let text = metadata.get(HEADER)?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {

@@ -20,7 +20,7 @@ const CAPABILITIES: [(u32, &str); 8] = [
 ];
 const NAMESPACES: usize = 2;
 
-pub fn check_capabilities() -> Result<(), Failure> {
+pub(super) fn check_capabilities() -> Result<(), Failure> {
     let missing = missing_capabilities(0);
     // Without those for namespaces, actions can be run, with less around them.
     let vital =
@@ -49,7 +49,7 @@ fn missing_capabilities(from: usize) -> Vec<&'static str> {
         .collect()
 }
 
-pub fn check_users(config: &Config) -> Result<(), Failure> {
+pub(super) fn check_users(config: &Config) -> Result<(), Failure> {
     let range = config.users.range();
     let own = nix::unistd::getuid().as_raw();
     let (allowed, _) = resolve_users(&config.allowed_users);
@@ -75,7 +75,7 @@ pub fn check_users(config: &Config) -> Result<(), Failure> {
 }
 
 /// Numbers of those that exist, and the names of the others.
-pub fn resolve_users(names: &[String]) -> (BTreeSet<u32>, Vec<String>) {
+pub(super) fn resolve_users(names: &[String]) -> (BTreeSet<u32>, Vec<String>) {
     let mut known = BTreeSet::new();
     let mut unknown = Vec::new();
     for name in names {
@@ -92,7 +92,7 @@ pub fn resolve_users(names: &[String]) -> (BTreeSet<u32>, Vec<String>) {
     (known, unknown)
 }
 
-pub fn unknown_user(name: String) -> Failure {
+pub(super) fn unknown_user(name: String) -> Failure {
     Failure::Configuration {
         key: "allowed_users",
         message: format!(
@@ -116,14 +116,14 @@ fn group(key: &'static str, name: &str) -> Result<u32, Failure> {
     })
 }
 
-pub fn resolve_groups(names: &[String]) -> Result<Vec<u32>, Failure> {
+pub(super) fn resolve_groups(names: &[String]) -> Result<Vec<u32>, Failure> {
     names
         .iter()
         .map(|name| group("additional_groups", name))
         .collect()
 }
 
-pub fn socket_group(config: &Config) -> Result<Option<u32>, Failure> {
+pub(super) fn socket_group(config: &Config) -> Result<Option<u32>, Failure> {
     match config.socket_group.as_str() {
         "" => Ok(None),
         name => group("socket_group", name).map(Some),

@@ -10,10 +10,10 @@ use rustix::fs::{fstat, ftruncate};
 use crate::config::Size;
 
 /// How often to look; a fast writer makes some hundred megabytes meanwhile.
-pub const CHECK_INTERVAL: Duration = Duration::from_millis(100);
+pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
-pub struct LogFile {
+pub(super) struct LogFile {
     pub file: OwnedFd,
     limit: Size,
     is_cut: bool,
@@ -21,7 +21,7 @@ pub struct LogFile {
 
 impl LogFile {
     /// A `limit` of 0 is none.
-    pub fn new(file: OwnedFd, limit: Size) -> Self {
+    pub(super) fn new(file: OwnedFd, limit: Size) -> Self {
         LogFile {
             file,
             limit,
@@ -30,7 +30,7 @@ impl LogFile {
     }
 
     /// Shortens the file, if it is too long.
-    pub fn truncate(&mut self) {
+    pub(super) fn truncate(&mut self) {
         let limit = self.limit.get();
         if limit == 0 {
             return;
@@ -44,7 +44,7 @@ impl LogFile {
     }
 
     /// When nothing writes any more.
-    pub fn finish(&mut self) {
+    pub(super) fn finish(&mut self) {
         self.truncate();
         if self.is_cut {
             self.append_line(&format!(
@@ -55,7 +55,7 @@ impl LogFile {
     }
 
     /// A line of the runner's own at the end.
-    pub fn append_line(&self, text: &str) {
+    pub(super) fn append_line(&self, text: &str) {
         let line = format!("\nbb_runner: {text}\n");
         if let Err(error) = rustix::io::write(&self.file, line.as_bytes()) {
             tracing::warn!(%error, text, "could not write to an action's log");

@@ -17,7 +17,7 @@ use rustix::{
 use super::spawn::SetupStep;
 
 #[derive(Debug)]
-pub struct RootDirectory {
+pub(super) struct RootDirectory {
     directory: OwnedFd,
     /// Where it is mounted in the sandbox.
     place: CString,
@@ -30,7 +30,7 @@ const TEMPORARY: &CStr = c"/tmp";
 
 impl RootDirectory {
     /// `place` is where the directory will be mounted in the sandbox.
-    pub fn prepare(directory: OwnedFd, place: &CStr) -> io::Result<Self> {
+    pub(super) fn prepare(directory: OwnedFd, place: &CStr) -> io::Result<Self> {
         let mut root = RootDirectory {
             directory,
             place: place.to_owned(),
@@ -55,7 +55,7 @@ impl RootDirectory {
     }
 
     /// What makes it the root, when it is mounted.
-    pub fn steps(&self) -> Vec<SetupStep<'static>> {
+    pub(super) fn steps(&self) -> Vec<SetupStep<'static>> {
         let copies = COPIED.iter().map(|from| SetupStep::CopyMount {
             from: (*from).to_owned(),
             to: self.below(from),
@@ -65,7 +65,7 @@ impl RootDirectory {
     }
 
     /// Where the temporary directory must be mounted.
-    pub fn temporary(&self) -> CString {
+    pub(super) fn temporary(&self) -> CString {
         self.below(TEMPORARY)
     }
 

@@ -41,7 +41,7 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What all actions share.
 #[derive(Debug)]
-pub struct RunContext {
+pub(super) struct RunContext {
     pub config: Config,
     pub sandboxes: SandboxPool,
     pub null: File,
@@ -57,7 +57,7 @@ pub struct RunContext {
 
 /// How an action ended.
 #[derive(Clone, Copy)]
-pub struct ActionExit {
+pub(super) struct ActionExit {
     /// Of its first process.
     pub exit: Exit,
     /// Of all of them, where it had a control group.
@@ -66,7 +66,7 @@ pub struct ActionExit {
 
 /// Why there is no exit code.
 #[derive(Debug, thiserror::Error)]
-pub enum RunError {
+pub(super) enum RunError {
     #[error(transparent)]
     BuildDirectory(#[from] BuildDirectoryError),
     #[error(transparent)]
@@ -124,7 +124,7 @@ impl From<ActionMountsError> for RunError {
 
 impl RunError {
     /// Whether the action itself is at fault, so that it would fail again elsewhere.
-    pub fn is_the_actions(&self) -> bool {
+    pub(super) fn is_the_actions(&self) -> bool {
         match self {
             RunError::NotFound { .. } => true,
             RunError::BuildDirectory(error) => error.escapes(),
@@ -175,7 +175,7 @@ fn verb(stage: &SpawnStage) -> &'static str {
 
 /// Runs a command, on this thread, and answers when nothing of it is left. What can wait is done
 /// after the answer.
-pub fn run(
+pub(super) fn run(
     context: &RunContext,
     run: &RunSpec,
     user: ActionUser,

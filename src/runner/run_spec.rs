@@ -24,7 +24,7 @@ const MAXIMUM_NAME: usize = 255;
 const MAXIMUM_PATH: usize = 4095;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RunSpec {
+pub(super) struct RunSpec {
     pub arguments: Vec<CString>,
     /// `NAME=VALUE`: exactly what was sent, after what the runner adds.
     pub environment: Vec<CString>,
@@ -45,7 +45,7 @@ pub struct RunSpec {
 
 /// Where the executable may be; relative paths start at the working directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Executable {
+pub(super) enum Executable {
     /// argv[0] has a slash, and is this path.
     Path(CString),
     /// argv[0] is a name, to be found at the first of these that can be executed.
@@ -58,7 +58,7 @@ pub enum Executable {
 
 /// A log file that the runner makes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LogPath {
+pub(super) struct LogPath {
     pub stream: OutputStream,
     /// As the worker wrote it.
     pub text: String,
@@ -66,14 +66,14 @@ pub struct LogPath {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OutputStream {
+pub(super) enum OutputStream {
     Stdout,
     Stderr,
 }
 
 /// The sender must act. The texts are Buildbarn's where it has one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum RunSpecError {
+pub(super) enum RunSpecError {
     #[error("Insufficient number of command arguments")]
     NoArguments,
     #[error("Failed to start process: {0} contains a NUL character")]
@@ -95,13 +95,13 @@ pub enum RunSpecError {
 
 /// Which string is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum RunSpecPart {
+pub(super) enum RunSpecPart {
     Argument(usize),
     Variable(String),
 }
 
 impl RunSpec {
-    pub fn parse(
+    pub(super) fn parse(
         mut request: RunRequest,
         additions: &AddedVariables,
     ) -> Result<Self, RunSpecError> {

@@ -47,7 +47,7 @@ use crate::{
 /// How long a Run waits for a user when all are in use: clean-up after cancelled ones may lag.
 const USER_TIMEOUT: Duration = Duration::from_secs(10);
 
-pub struct RunnerService {
+pub(super) struct RunnerService {
     pub context: Arc<RunContext>,
     pub users: Arc<UserPool>,
     /// User numbers of `allowed_users`; root's is not among them.

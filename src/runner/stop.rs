@@ -12,13 +12,13 @@ use tokio_util::sync::CancellationToken;
 
 /// One Run's; all clones are told at once.
 #[derive(Clone, Debug)]
-pub struct StopSignal {
+pub(super) struct StopSignal {
     event: Arc<OwnedFd>,
     token: CancellationToken,
 }
 
 impl StopSignal {
-    pub fn new() -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(StopSignal {
             event: Arc::new(event),
@@ -26,14 +26,14 @@ impl StopSignal {
         })
     }
 
-    pub fn signal(&self) {
+    pub(super) fn signal(&self) {
         self.token.cancel();
         // Fails only when it was signalled 2^64 times.
         let _ = rustix::io::write(&*self.event, &1u64.to_ne_bytes());
     }
 
     /// Waits at most this long. Whether the signal came.
-    pub fn wait(&self, timeout: Duration) -> bool {
+    pub(super) fn wait(&self, timeout: Duration) -> bool {
         let timeout = Timespec::try_from(timeout).ok();
         let mut fds = [PollFd::new(&*self.event, PollFlags::IN)];
         matches!(poll(&mut fds, timeout.as_ref()), Ok(1..))
@@ -41,7 +41,7 @@ impl StopSignal {
 
     /// What the future gives, or `None` when the signal comes first. Blocks this thread, which is one
     /// of the runtime's that may block.
-    pub fn block_on<F: Future>(&self, future: F) -> Option<F::Output> {
+    pub(super) fn block_on<F: Future>(&self, future: F) -> Option<F::Output> {
         tokio::runtime::Handle::current().block_on(self.token.run_until_cancelled(future))
     }
 }

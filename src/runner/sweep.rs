@@ -34,7 +34,7 @@ fn has_processes(id: u32) -> bool {
 /// Kills every process of a user, until none is left but zombies, which the init process reaps.
 ///
 /// False when some were left after this long.
-pub fn kill_processes(id: u32, timeout: Duration) -> bool {
+pub(super) fn kill_processes(id: u32, timeout: Duration) -> bool {
     let deadline = Instant::now() + timeout;
     let mut pause = Duration::from_micros(200);
     while has_processes(id) {
@@ -117,7 +117,7 @@ fn processes_of(id: u32) -> impl Iterator<Item = (i32, bool)> {
 
 /// Removes what a user left in directories that all may write to, when actions have no such
 /// directories of their own.
-pub fn remove_files(id: u32, directories: &[PathBuf]) {
+pub(super) fn remove_files(id: u32, directories: &[PathBuf]) {
     for directory in directories {
         let Ok(entries) = fs::read_dir(directory) else {
             continue;
@@ -143,7 +143,7 @@ pub fn remove_files(id: u32, directories: &[PathBuf]) {
 }
 
 /// Removes the System V IPC objects that a user made, when actions have no IPC namespaces of their own.
-pub fn remove_ipc(id: u32) {
+pub(super) fn remove_ipc(id: u32) {
     let (segments, semaphores, queues) =
         (made_by(id, "shm"), made_by(id, "sem"), made_by(id, "msg"));
     if segments.is_empty() && semaphores.is_empty() && queues.is_empty() {

@@ -31,7 +31,7 @@ macro_rules! call {
 }
 
 /// Where a process begins that shares its maker's memory; it never returns.
-pub type ProcessEntry = unsafe extern "C" fn(*const c_void) -> !;
+pub(super) type ProcessEntry = unsafe extern "C" fn(*const c_void) -> !;
 
 /// clone(2); libc cuts this one down to an int.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -50,7 +50,7 @@ struct Stack(#[expect(dead_code, reason = "it is only memory")] [MaybeUninit<u8>
 ///
 /// `entry` does only what a new process may (see this file), and what `argument` points to lives and
 /// is left alone by other threads until then.
-pub unsafe fn clone_vfork(
+pub(super) unsafe fn clone_vfork(
     entry: ProcessEntry,
     argument: *const c_void,
     flags: c_int,
@@ -165,7 +165,7 @@ unsafe fn clone3(
 ///
 /// `act` makes system calls that are async-signal-safe, and nothing else (fork(2)): the copy has only
 /// one of this process's threads.
-pub unsafe fn fork_and_wait(act: impl FnOnce()) {
+pub(super) unsafe fn fork_and_wait(act: impl FnOnce()) {
     // SAFETY: as the caller promises; and the copy leaves by _exit.
     unsafe {
         match libc::fork() {
@@ -183,7 +183,7 @@ pub unsafe fn fork_and_wait(act: impl FnOnce()) {
 }
 
 /// Waits for the end of a child that nobody else waits for: its wait status and what it used.
-pub fn wait4(pid: libc::pid_t) -> io::Result<(c_int, libc::rusage)> {
+pub(super) fn wait4(pid: libc::pid_t) -> io::Result<(c_int, libc::rusage)> {
     let mut status = 0;
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
     loop {
@@ -201,7 +201,7 @@ pub fn wait4(pid: libc::pid_t) -> io::Result<(c_int, libc::rusage)> {
 
 /// struct mount_attr of mount_setattr(2), which libc lacks on glibc.
 #[repr(C)]
-pub struct MountAttributes {
+pub(super) struct MountAttributes {
     pub set: u64,
     pub clear: u64,
     pub propagation: u64,
@@ -209,7 +209,7 @@ pub struct MountAttributes {
 }
 
 /// Changes attributes of a mount, or of all below it (mount_setattr(2)).
-pub fn mount_setattr(
+pub(super) fn mount_setattr(
     directory: BorrowedFd<'_>,
     path: &CStr,
     flags: u32,
@@ -233,7 +233,7 @@ pub fn mount_setattr(
 }
 
 /// Switches on the loopback interface of this socket's network namespace (netdevice(7)).
-pub fn raise_loopback(socket: BorrowedFd<'_>) -> io::Result<()> {
+pub(super) fn raise_loopback(socket: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: all zeros are a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_name[0] = b'l' as c_char;
@@ -248,7 +248,7 @@ pub fn raise_loopback(socket: BorrowedFd<'_>) -> io::Result<()> {
 
 /// Removes System V IPC objects: shared memory, semaphores, message queues (svipc(7)). May be called
 /// in the copy that `fork_and_wait` makes.
-pub fn remove_ipc(segments: &[c_int], semaphores: &[c_int], queues: &[c_int]) {
+pub(super) fn remove_ipc(segments: &[c_int], semaphores: &[c_int], queues: &[c_int]) {
     // SAFETY: take numbers; IPC_RMID uses no buffer.
     unsafe {
         for &object in segments {
@@ -270,7 +270,7 @@ pub fn remove_ipc(segments: &[c_int], semaphores: &[c_int], queues: &[c_int]) {
 /// # Safety
 ///
 /// Both arrays are null-terminated, and what they point to are strings.
-pub unsafe fn execve(
+pub(super) unsafe fn execve(
     path: &CStr,
     arguments: *const *const c_char,
     environment: *const *const c_char,
@@ -284,7 +284,7 @@ pub unsafe fn execve(
 
 /// Executes an open program without arguments and environment, under the given name; returns only the
 /// reason why not.
-pub fn execute_file(program: BorrowedFd<'_>, name: &CStr) -> Errno {
+pub(super) fn execute_file(program: BorrowedFd<'_>, name: &CStr) -> Errno {
     let arguments = [name.as_ptr(), ptr::null()];
     let environment: [*const c_char; 1] = [ptr::null()];
     // SAFETY: both arrays are null-terminated and live during the call.
@@ -301,13 +301,13 @@ pub fn execute_file(program: BorrowedFd<'_>, name: &CStr) -> Errno {
     failed.err().unwrap_or(Errno::INVAL)
 }
 
-pub fn exit(status: c_int) -> ! {
+pub(super) fn exit(status: c_int) -> ! {
     // SAFETY: takes a number; runs none of this daemon's exit handlers.
     unsafe { libc::_exit(status) }
 }
 
 /// Closes all descriptors from this number on when a program is executed.
-pub fn close_on_exec_from(first: RawFd) -> Result<(), Errno> {
+pub(super) fn close_on_exec_from(first: RawFd) -> Result<(), Errno> {
     // SAFETY: takes numbers, and closes nothing yet.
     unsafe {
         call!(
@@ -325,7 +325,7 @@ pub fn close_on_exec_from(first: RawFd) -> Result<(), Errno> {
 /// # Safety
 ///
 /// The table of descriptors is this process's own, and nothing uses what it has under that number.
-pub unsafe fn pass_only(descriptor: BorrowedFd<'_>, number: RawFd) -> Result<(), Errno> {
+pub(super) unsafe fn pass_only(descriptor: BorrowedFd<'_>, number: RawFd) -> Result<(), Errno> {
     // SAFETY: as the caller promises.
     unsafe {
         if descriptor.as_raw_fd() != number {
@@ -338,17 +338,17 @@ pub unsafe fn pass_only(descriptor: BorrowedFd<'_>, number: RawFd) -> Result<(),
 }
 
 /// The last signal, and bytes of a set of them, as the kernel counts (signal(7)).
-pub const LAST_SIGNAL: c_int = 64;
+pub(super) const LAST_SIGNAL: c_int = 64;
 const SIGNAL_SET_SIZE: usize = 8;
 
 #[derive(Clone, Copy)]
-pub enum Disposition {
+pub(super) enum Disposition {
     Default,
     Ignore,
 }
 
 /// What a signal does to this process (rt_sigaction(2)).
-pub fn set_disposition(signal: c_int, disposition: Disposition) -> Result<(), Errno> {
+pub(super) fn set_disposition(signal: c_int, disposition: Disposition) -> Result<(), Errno> {
     // struct sigaction as the kernel takes it: the handler first, on every architecture.
     let handler = match disposition {
         Disposition::Default => libc::SIG_DFL,
@@ -369,7 +369,7 @@ pub fn set_disposition(signal: c_int, disposition: Disposition) -> Result<(), Er
 }
 
 /// Lets all signals through (rt_sigprocmask(2)).
-pub fn unblock_signals() -> Result<(), Errno> {
+pub(super) fn unblock_signals() -> Result<(), Errno> {
     let none = 0u64;
     // SAFETY: the set lives during the call, and nobody asks for the old one.
     unsafe {
@@ -388,14 +388,14 @@ pub fn unblock_signals() -> Result<(), Errno> {
 const KEYCTL_JOIN_SESSION_KEYRING: c_int = 1;
 
 /// A new session keyring that belongs to nobody else (session-keyring(7)).
-pub fn join_new_session_keyring() -> Result<(), Errno> {
+pub(super) fn join_new_session_keyring() -> Result<(), Errno> {
     // SAFETY: takes numbers.
     unsafe { call!(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, 0)? };
     Ok(())
 }
 
 /// Filters this process's system calls from now on (seccomp(2)).
-pub fn install_seccomp_filter(filter: &[libc::sock_filter]) -> Result<(), Errno> {
+pub(super) fn install_seccomp_filter(filter: &[libc::sock_filter]) -> Result<(), Errno> {
     let program = libc::sock_fprog {
         len: filter.len() as u16,
         filter: filter.as_ptr().cast_mut(),

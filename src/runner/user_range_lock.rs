@@ -29,12 +29,12 @@ const NAME: &str = "users.lock";
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Held while the runner lives.
-pub struct UserRangeLock {
+pub(super) struct UserRangeLock {
     _files: Vec<File>,
 }
 
 #[derive(Debug, thiserror::Error)]
-pub enum UserRangeError {
+pub(super) enum UserRangeError {
     #[error("another bb_runner on this host uses some of the users {} to {}", .0.start, .0.end - 1)]
     Taken(Range<u32>),
     #[error("could not lock {DIRECTORY}/{NAME}: {0}")]
@@ -42,7 +42,7 @@ pub enum UserRangeError {
 }
 
 impl UserRangeLock {
-    pub async fn take(range: &Range<u32>) -> Result<Self, UserRangeError> {
+    pub(super) async fn take(range: &Range<u32>) -> Result<Self, UserRangeError> {
         let mut files = vec![open(Path::new(DIRECTORY))?];
         let groups = cgroup_mount_point().map(|root| root.join("cgroup.procs"));
         let groups = groups.map(|path| OpenOptions::new().read(true).write(true).open(path));

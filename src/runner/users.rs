@@ -22,7 +22,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::config::runner;
 
 #[derive(Debug)]
-pub struct UserPool {
+pub(super) struct UserPool {
     free: Mutex<VecDeque<u32>>,
     /// One for each in `free`.
     permits: Arc<Semaphore>,
@@ -32,7 +32,7 @@ pub struct UserPool {
 
 /// A user (and group, of the same number) that is one action's own.
 #[derive(Debug)]
-pub struct ActionUser {
+pub(super) struct ActionUser {
     id: u32,
     pool: Arc<UserPool>,
     // Dropped after `drop` has put the number back.
@@ -44,10 +44,10 @@ pub struct ActionUser {
 #[error(
     "all {0} users are in use; give users.count of bb_runner.toml at least the sum of all workers' concurrency"
 )]
-pub struct AllUsersInUse(u32);
+pub(super) struct AllUsersInUse(u32);
 
 impl UserPool {
-    pub fn new(config: &runner::Users) -> Arc<Self> {
+    pub(super) fn new(config: &runner::Users) -> Arc<Self> {
         let range = config.range();
         Arc::new(UserPool {
             permits: Arc::new(Semaphore::new(range.len())),
@@ -58,7 +58,10 @@ impl UserPool {
     }
 
     /// Waits for a user that nobody has.
-    pub async fn take(self: &Arc<Self>, timeout: Duration) -> Result<ActionUser, AllUsersInUse> {
+    pub(super) async fn take(
+        self: &Arc<Self>,
+        timeout: Duration,
+    ) -> Result<ActionUser, AllUsersInUse> {
         let permit = tokio::time::timeout(timeout, self.permits.clone().acquire_owned()).await;
         let all_in_use = || AllUsersInUse(self.range.len() as u32);
         let Ok(Ok(permit)) = permit else {
@@ -73,7 +76,7 @@ impl UserPool {
     }
 
     /// Users that an action has now.
-    pub fn in_use(&self) -> usize {
+    pub(super) fn in_use(&self) -> usize {
         (self.usable() as usize).saturating_sub(self.permits.available_permits())
     }
 
@@ -82,12 +85,12 @@ impl UserPool {
         self.range.len() as u32 - self.retired.load(Ordering::Relaxed)
     }
 
-    pub fn all_retired(&self) -> bool {
+    pub(super) fn all_retired(&self) -> bool {
         self.usable() == 0
     }
 
     /// Waits until every user was given back, so that no action runs.
-    pub async fn all_back(&self, timeout: Duration) -> bool {
+    pub(super) async fn all_back(&self, timeout: Duration) -> bool {
         let all = self.usable();
         tokio::time::timeout(timeout, self.permits.acquire_many(all))
             .await
@@ -97,12 +100,12 @@ impl UserPool {
 
 impl ActionUser {
     /// Both uid and gid.
-    pub fn id(&self) -> u32 {
+    pub(super) fn id(&self) -> u32 {
         self.id
     }
 
     /// Never to be given out again by this runner.
-    pub fn retire(mut self) {
+    pub(super) fn retire(mut self) {
         if let Some(permit) = self.permit.take() {
             permit.forget();
             self.pool.retired.fetch_add(1, Ordering::Relaxed);

@@ -48,7 +48,7 @@ use crate::{
 const LARGEST_COMMAND: u64 = 16 << 20;
 
 /// What clients call.
-pub struct ExecutionService {
+pub(super) struct ExecutionService {
     pub queue: Arc<SharedQueue>,
     pub storage: Backend,
     pub scheduling: config::scheduler::Scheduling,
@@ -56,7 +56,7 @@ pub struct ExecutionService {
 }
 
 /// What workers call.
-pub struct OperationQueueService {
+pub(super) struct OperationQueueService {
     pub queue: Arc<SharedQueue>,
     pub idle_interval: Duration,
     pub stopping: CancellationToken,

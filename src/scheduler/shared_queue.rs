@@ -16,7 +16,7 @@ use super::queue::{
 type Held = oneshot::Sender<Instruction>;
 type Watch = watch::Sender<Progress>;
 
-pub struct SharedQueue {
+pub(super) struct SharedQueue {
     state: Mutex<QueueAndClock>,
     /// The next deadline is sooner than the one slept for.
     sooner: Notify,
@@ -30,7 +30,7 @@ struct QueueAndClock {
 }
 
 /// A stream's place among the waiters of an operation; leaves it when dropped.
-pub struct Waiter {
+pub(super) struct Waiter {
     shared: Arc<SharedQueue>,
     pub attached: AttachedWaiter<Watch>,
     pub news: watch::Receiver<Progress>,
@@ -43,7 +43,7 @@ struct HeldCallGuard<'a> {
 }
 
 impl SharedQueue {
-    pub fn new(settings: Settings) -> Arc<Self> {
+    pub(super) fn new(settings: Settings) -> Arc<Self> {
         let now = Instant::now();
         Arc::new(SharedQueue {
             state: Mutex::new(QueueAndClock {
@@ -100,12 +100,12 @@ impl SharedQueue {
         result
     }
 
-    pub fn look<T>(&self, look: impl FnOnce(&Queue<Held, Watch>) -> T) -> T {
+    pub(super) fn look<T>(&self, look: impl FnOnce(&Queue<Held, Watch>) -> T) -> T {
         look(&self.state.lock().queue)
     }
 
     /// What became of all that came, for the log.
-    pub fn log_totals(&self) {
+    pub(super) fn log_totals(&self) {
         let (totals, counts) = self.look(|queue| (queue.totals(), queue.counts()));
         tracing::info!(
             operations = totals.operations,
@@ -117,12 +117,12 @@ impl SharedQueue {
     }
 
     /// Returns as soon as nobody decides.
-    pub fn wait_for_lock(&self) {
+    pub(super) fn wait_for_lock(&self) {
         drop(self.state.lock());
     }
 
     /// Lets deadlines pass; never returns.
-    pub async fn run_timers(&self) {
+    pub(super) async fn run_timers(&self) {
         loop {
             let alarm = {
                 let mut state = self.state.lock();
@@ -139,7 +139,7 @@ impl SharedQueue {
         }
     }
 
-    pub fn execute(self: &Arc<Self>, request: Request) -> Result<Waiter, NoWorkers> {
+    pub(super) fn execute(self: &Arc<Self>, request: Request) -> Result<Waiter, NoWorkers> {
         let name = Uuid::new_v4();
         let (watch, _) = watch::channel(Progress {
             version: 0,
@@ -150,7 +150,7 @@ impl SharedQueue {
     }
 
     /// `None` when there is no such operation.
-    pub fn wait(self: &Arc<Self>, operation: Uuid) -> Option<Waiter> {
+    pub(super) fn wait(self: &Arc<Self>, operation: Uuid) -> Option<Waiter> {
         let attached = self.decide(|queue, _| queue.wait(operation))?;
         Some(self.waiter(attached))
     }
@@ -165,7 +165,7 @@ impl SharedQueue {
 
     /// One call of a worker, until it has an answer. `None` when `idle_wait` was cut short because
     /// the scheduler stops.
-    pub async fn synchronize(
+    pub(super) async fn synchronize(
         &self,
         key: &SizeClassQueueKey,
         caller: &Caller,
@@ -203,7 +203,7 @@ impl QueueAndClock {
 
 impl Waiter {
     /// The newest that there is.
-    pub fn progress(&self) -> Progress {
+    pub(super) fn progress(&self) -> Progress {
         let news = self.news.borrow();
         match news.version > self.attached.progress.version {
             true => news.clone(),

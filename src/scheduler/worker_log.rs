@@ -96,7 +96,7 @@ fn log_change(key: &SizeClassQueueKey, worker: &WorkerId, change: &Change) {
 }
 
 /// Never returns. `serving` says where.
-pub async fn run(queue: &SharedQueue, lifecycle: &Lifecycle, serving: &str) {
+pub(super) async fn run(queue: &SharedQueue, lifecycle: &Lifecycle, serving: &str) {
     let mut before = WorkerOverview::default();
     let mut last = String::new();
     loop {

@@ -20,7 +20,7 @@ const DELAYS: ExponentialBuilder = ExponentialBuilder::new()
 
 /// Whether a call that failed may succeed later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Transience {
+pub(super) enum Transience {
     Permanent,
     /// Permanent when it is said again and again.
     Doubtful,
@@ -28,7 +28,7 @@ pub enum Transience {
 }
 
 /// The attempts at one call.
-pub struct Attempts {
+pub(super) struct Attempts {
     failures: u32,
     first_failure: Option<Instant>,
     delays: <ExponentialBuilder as BackoffBuilder>::Backoff,
@@ -46,7 +46,7 @@ impl Default for Attempts {
 
 impl Attempts {
     /// Counts a failure, and waits before the next attempt. False when there should be none.
-    pub async fn wait(&mut self, transience: Transience) -> bool {
+    pub(super) async fn wait(&mut self, transience: Transience) -> bool {
         let most = match transience {
             Transience::Permanent => return false,
             Transience::Doubtful => BELIEVED_AFTER,

@@ -10,7 +10,7 @@ const LIST_SIZE: usize = 64 << 10;
 const SHORT_LIST_SIZE: usize = 512;
 
 /// Whether there is none but those that only the kernel's security modules may set.
-pub fn has_none(fd: BorrowedFd<'_>) -> bool {
+pub(super) fn has_none(fd: BorrowedFd<'_>) -> bool {
     let mut list = [0; SHORT_LIST_SIZE];
     match rustix::fs::flistxattr(fd, &mut list[..]) {
         Ok(length) => names(&list[..length]).next().is_none(),
@@ -19,7 +19,7 @@ pub fn has_none(fd: BorrowedFd<'_>) -> bool {
 }
 
 /// Removes all but those that only the kernel's security modules may set.
-pub fn remove_all(fd: BorrowedFd<'_>) -> io::Result<()> {
+pub(super) fn remove_all(fd: BorrowedFd<'_>) -> io::Result<()> {
     let mut list = vec![0; LIST_SIZE];
     let length = match rustix::fs::flistxattr(fd, &mut list[..]) {
         Ok(length) => length,

@@ -6,7 +6,7 @@ use super::fault::Fault;
 use crate::daemon;
 
 /// Runs `work` on a thread that may block. `what` reads as "could not WHAT", should it panic.
-pub async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     what: &str,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Fault> {
@@ -16,7 +16,7 @@ pub async fn blocking<T: Send + 'static>(
 }
 
 /// Runs `work` without waiting for it; at once where there is no runtime.
-pub fn in_background(work: impl FnOnce() + Send + 'static) {
+pub(super) fn in_background(work: impl FnOnce() + Send + 'static) {
     match Handle::try_current() {
         Ok(runtime) => drop(runtime.spawn_blocking(work)),
         Err(_) => work(),

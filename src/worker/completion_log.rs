@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// A failure of the farm is a warning; one of the action or its client is nobody's business here.
-pub fn log_completion(slot: usize, instance: &InstanceName, response: &ExecuteResponse) {
+pub(super) fn log_completion(slot: usize, instance: &InstanceName, response: &ExecuteResponse) {
     let result = response.result.clone().unwrap_or_default();
     let metadata = result.execution_metadata.unwrap_or_default();
     let fetch_ms = between(

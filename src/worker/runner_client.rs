@@ -14,7 +14,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Waits for an answer, whatever it is.
-pub async fn answers(runner: &RunnerClient<Channel>) -> bool {
+pub(super) async fn answers(runner: &RunnerClient<Channel>) -> bool {
     let deadline = tokio::time::Instant::now() + TIMEOUT;
     while tokio::time::Instant::now() < deadline {
         let mut client = runner.clone();
@@ -31,7 +31,7 @@ pub async fn answers(runner: &RunnerClient<Channel>) -> bool {
 }
 
 /// Whether a status is the peer's own, rather than what became of the connection.
-pub fn is_answer(status: &Status) -> bool {
+pub(super) fn is_answer(status: &Status) -> bool {
     std::error::Error::source(status).is_none()
 }
 
@@ -39,7 +39,7 @@ pub fn is_answer(status: &Status) -> bool {
 /// again. tonic says so of one for which there was no connection (`ConnectError`), and hyper of a
 /// request that it gives up with its connection (`Error::is_canceled`); of one that was on its way it
 /// says something else, and a peer's own status has no source.
-pub fn was_never_sent(status: &Status) -> bool {
+pub(super) fn was_never_sent(status: &Status) -> bool {
     let mut error = std::error::Error::source(status);
     while let Some(cause) = error {
         if cause.is::<tonic::ConnectError>() {

@@ -23,7 +23,7 @@ use crate::{
     storage::{Backend, grpc},
 };
 
-pub fn connect_storage(config: &Config) -> Backend {
+pub(super) fn connect_storage(config: &Config) -> Backend {
     Backend::connect(
         &config.storage.cas,
         &config.storage.action_cache,
@@ -36,9 +36,9 @@ pub fn connect_storage(config: &Config) -> Backend {
 }
 
 /// The file cache and the build directory.
-pub type OpenedDirectories = (Arc<FileCache>, Arc<RootStore>);
+pub(super) type OpenedDirectories = (Arc<FileCache>, Arc<RootStore>);
 
-pub async fn open_directories(
+pub(super) async fn open_directories(
     config: &Config,
     slots: usize,
     storage: &Backend,
@@ -92,7 +92,7 @@ fn directory_failure(key: &'static str, path: &Path, error: &io::Error) -> Failu
 }
 
 /// Files of the cache are linked into build directories. Neither needs to be there yet.
-pub fn one_file_system(cache: &Path, build: &Path) -> Result<(), Failure> {
+pub(super) fn one_file_system(cache: &Path, build: &Path) -> Result<(), Failure> {
     let device = |path| std::fs::metadata(nearest_directory(path)).map(|metadata| metadata.dev());
     match (device(cache), device(build)) {
         (Ok(a), Ok(b)) if a != b => Err(Failure::Configuration {
@@ -109,7 +109,7 @@ pub fn one_file_system(cache: &Path, build: &Path) -> Result<(), Failure> {
 }
 
 /// The number of `runners.group`.
-pub fn group_of(runner: &Runner) -> Result<Option<u32>, Failure> {
+pub(super) fn group_of(runner: &Runner) -> Result<Option<u32>, Failure> {
     let name = runner.group.as_str();
     if name.is_empty() {
         return Ok(None);
@@ -131,7 +131,7 @@ pub fn group_of(runner: &Runner) -> Result<Option<u32>, Failure> {
 }
 
 /// One for each slot. Their labels differ in `thread`, as with Buildbarn's worker.
-pub fn identities(runner: &Runner) -> Result<Vec<Identity>, Failure> {
+pub(super) fn identities(runner: &Runner) -> Result<Vec<Identity>, Failure> {
     let instance_name_prefix =
         InstanceName::parse(&runner.instance_name_prefix).map_err(|error| {
             Failure::Configuration {
@@ -172,7 +172,7 @@ pub fn identities(runner: &Runner) -> Result<Vec<Identity>, Failure> {
 }
 
 /// What a start would remove is a worker's.
-pub fn check_own(build: &Path) -> Result<(), Failure> {
+pub(super) fn check_own(build: &Path) -> Result<(), Failure> {
     match foreign_entry(build) {
         None => Ok(()),
         Some(entry) => Err(Failure::Configuration {

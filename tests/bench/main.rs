@@ -2,6 +2,8 @@
 //!
 //! usage: cargo bench --bench farm [-- NAME [ARGUMENT...]]
 
+#![expect(unreachable_pub, reason = "nobody imports from a benchmark")]
+
 #[expect(dead_code, reason = "other tests use the rest")]
 #[path = "../harness/mod.rs"]
 mod harness;

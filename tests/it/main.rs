@@ -4,6 +4,7 @@
     unsafe_code,
     reason = "attempts to escape use system calls as they are"
 )]
+#![expect(unreachable_pub, reason = "nobody imports from a test program")]
 
 #[path = "../harness/mod.rs"]
 mod harness;

@@ -30,7 +30,7 @@ const UNSHARED: [Layer; 3] = [mounts::LAYER, ipc::LAYER, hostname::LAYER];
 
 /// One action's surroundings. Dropped in this order: processes first.
 #[derive(Debug)]
-pub struct Sandbox {
+pub(crate) struct Sandbox {
     pub init: Option<InitProcess>,
     /// All but the process namespace, which is `init`'s.
     namespaces: Vec<Namespace>,
@@ -40,13 +40,13 @@ pub struct Sandbox {
 }
 
 /// Makes sandboxes, on one thread.
-pub struct SandboxBuilder {
+pub(super) struct SandboxBuilder {
     mounts: MountBuilder,
 }
 
 impl SandboxBuilder {
     /// For this thread, which can do nothing else from now on.
-    pub fn new() -> Result<Self, SandboxError> {
+    pub(super) fn new() -> Result<Self, SandboxError> {
         // Working and root directory are those of all threads, until then.
         unshare(CloneFlags::CLONE_FS).map_err(SandboxError::at("unshare"))?;
         Ok(SandboxBuilder {
@@ -54,7 +54,7 @@ impl SandboxBuilder {
         })
     }
 
-    pub fn build(&mut self, spec: &SandboxSpec) -> Result<Sandbox, SandboxError> {
+    pub(super) fn build(&mut self, spec: &SandboxSpec) -> Result<Sandbox, SandboxError> {
         let has = |layer| spec.layers.contains(layer);
         if has(Layers::MOUNTS) {
             self.mounts.enter_host()?;
@@ -118,7 +118,7 @@ impl SandboxBuilder {
 impl Sandbox {
     /// Whether it is around the host as it is, and nobody has killed its first process or removed its
     /// control group.
-    pub fn is_usable(&self, build_directory: DirectoryId, changes: u64) -> bool {
+    pub(crate) fn is_usable(&self, build_directory: DirectoryId, changes: u64) -> bool {
         let mounts = self.mounts.as_ref();
         mounts.is_none_or(|mounts| mounts.is_current(build_directory, changes))
             && self.init.as_ref().is_none_or(InitProcess::is_alive)
@@ -126,13 +126,13 @@ impl Sandbox {
     }
 
     /// What brings an action's process into it, but for its process namespace and control group.
-    pub fn setup_steps(&self) -> impl Iterator<Item = SetupStep<'_>> {
+    pub(crate) fn setup_steps(&self) -> impl Iterator<Item = SetupStep<'_>> {
         self.namespaces.iter().map(Namespace::setup_step)
     }
 }
 
 /// Whether a sandbox can be made.
-pub fn try_out(spec: &SandboxSpec) -> Result<(), SandboxError> {
+pub(super) fn try_out(spec: &SandboxSpec) -> Result<(), SandboxError> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()
             .name("sandbox".to_owned())

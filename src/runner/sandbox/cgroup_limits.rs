@@ -9,7 +9,7 @@ const PERIOD: u64 = 100_000;
 
 /// What is written to which file of a group, for which limit.
 #[derive(Clone, Debug)]
-pub struct Setting {
+pub(super) struct Setting {
     pub file: &'static str,
     value: String,
     key: &'static str,
@@ -17,13 +17,13 @@ pub struct Setting {
 
 /// A configured limit that is not kept here.
 #[derive(Clone, Debug)]
-pub struct UnmetLimit {
+pub(super) struct UnmetLimit {
     pub key: &'static str,
     pub reason: String,
 }
 
 /// What `limits` mean for a group.
-pub fn settings(limits: &Limits) -> Vec<Setting> {
+pub(super) fn settings(limits: &Limits) -> Vec<Setting> {
     let mut settings = Vec::new();
     let mut set = |key, file, value| settings.push(Setting { file, value, key });
     set("limits.processes", "pids.max", limits.processes.to_string());
@@ -42,11 +42,11 @@ pub fn settings(limits: &Limits) -> Vec<Setting> {
 }
 
 impl Setting {
-    pub fn controller(&self) -> &'static str {
+    pub(super) fn controller(&self) -> &'static str {
         self.file.split('.').next().unwrap_or(self.file)
     }
 
-    pub fn apply(&self, group: &Path) -> io::Result<()> {
+    pub(super) fn apply(&self, group: &Path) -> io::Result<()> {
         // Not made where there is none: a file system of another kind would take it.
         let mut file = fs::OpenOptions::new()
             .write(true)
@@ -55,7 +55,7 @@ impl Setting {
     }
 
     /// Why the limit is not kept, if that must be told.
-    pub fn unmet(&self, error: io::Error) -> Option<UnmetLimit> {
+    pub(super) fn unmet(&self, error: io::Error) -> Option<UnmetLimit> {
         let is_missing = error.kind() == io::ErrorKind::NotFound;
         let reason = match (self.file, is_missing) {
             // Then processes are limited for each user (setrlimit(2)).

@@ -6,16 +6,16 @@ use std::{
 };
 
 /// Where control groups are mounted; the same directory for all runners that can touch each other's.
-pub fn mount_point() -> Option<PathBuf> {
+pub(crate) fn mount_point() -> Option<PathBuf> {
     own_cgroup().ok().map(|group| group.mount)
 }
 
-pub struct OwnCgroup {
+pub(super) struct OwnCgroup {
     pub mount: PathBuf,
     pub directory: PathBuf,
 }
 
-pub fn own_cgroup() -> Result<OwnCgroup, String> {
+pub(super) fn own_cgroup() -> Result<OwnCgroup, String> {
     let read = |path: &str| {
         fs::read_to_string(path).map_err(|error| format!("could not read {path}: {error}"))
     };

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 /// What a group says of its action at the end: all processes, those that nobody waited for included.
 /// Where a controller is missing, so is what it would tell.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct CgroupUsage {
+pub(crate) struct CgroupUsage {
     pub cpu: Option<CpuUsage>,
     pub memory: Option<MemoryUsage>,
     pub io: Option<IoUsage>,
@@ -16,7 +16,7 @@ pub struct CgroupUsage {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CpuUsage {
+pub(crate) struct CpuUsage {
     pub user: Duration,
     pub system: Duration,
     /// Time in which something wanted to run and had used up its share.
@@ -24,7 +24,7 @@ pub struct CpuUsage {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MemoryUsage {
+pub(crate) struct MemoryUsage {
     /// Bytes; the kernel tells since Linux 5.19.
     pub peak: Option<u64>,
     pub limit: Option<u64>,
@@ -36,26 +36,26 @@ pub struct MemoryUsage {
 
 /// Bytes, of all devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct IoUsage {
+pub(crate) struct IoUsage {
     pub read: u64,
     pub written: u64,
 }
 
 impl MemoryUsage {
     /// The action used more than its limit.
-    pub fn is_exhausted(&self) -> bool {
+    pub(crate) fn is_exhausted(&self) -> bool {
         self.killed > 0 && self.refused > 0
     }
 
     /// The action was killed since others had used too much.
-    pub fn is_victim(&self) -> bool {
+    pub(crate) fn is_victim(&self) -> bool {
         self.killed > 0 && self.refused == 0
     }
 }
 
 impl CgroupUsage {
     /// Of a group whose files `read` reads; what cannot be read is not told.
-    pub fn read(read: impl Fn(&str) -> Result<String, Errno>) -> Self {
+    pub(crate) fn read(read: impl Fn(&str) -> Result<String, Errno>) -> Self {
         let number = |file| read(file).ok()?.trim().parse().ok();
         CgroupUsage {
             cpu: read("cpu.stat").ok().map(|text| CpuUsage {

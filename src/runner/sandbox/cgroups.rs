@@ -39,7 +39,7 @@ use super::{
 };
 use crate::config::runner::{Config, Demand, Limits};
 
-pub const LAYER: Layer = Layer {
+pub(super) const LAYER: Layer = Layer {
     layer: Layers::CGROUPS,
     key: "containment.cgroups",
     demand: |containment| containment.cgroups,
@@ -52,7 +52,7 @@ pub const LAYER: Layer = Layer {
 
 /// Where actions' groups are made.
 #[derive(Debug)]
-pub struct ActionCgroups {
+pub(crate) struct ActionCgroups {
     directory: PathBuf,
     /// Open, as some threads see control groups read-only; the mount that it was opened by is not.
     parent: Mutex<Arc<OwnedFd>>,
@@ -64,7 +64,7 @@ pub struct ActionCgroups {
 }
 
 /// What all actions' groups need. The error says why there are none.
-pub fn prepare(config: &Config) -> Result<ActionCgroups, String> {
+pub(super) fn prepare(config: &Config) -> Result<ActionCgroups, String> {
     let cgroups = ActionCgroups::find(config.users.first, &config.limits)?;
     if config.containment.cgroups == Demand::Require {
         all_kept(&cgroups.unmet)?;
@@ -100,7 +100,7 @@ fn all_kept(unmet: &[UnmetLimit]) -> Result<(), String> {
 
 /// The group of one action; removed on drop, when it should be empty.
 #[derive(Debug)]
-pub struct ActionCgroup {
+pub(crate) struct ActionCgroup {
     path: PathBuf,
     parent: Arc<OwnedFd>,
     directory: OwnedFd,
@@ -134,17 +134,17 @@ impl ActionCgroups {
         Ok(cgroups)
     }
 
-    pub fn directory(&self) -> &Path {
+    pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
 
     /// Removes the place for groups, if all of them are gone.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         let _ = fs::remove_dir(&self.directory);
     }
 
     /// Makes a group for one action.
-    pub fn create(&self) -> Result<ActionCgroup, SandboxError> {
+    pub(crate) fn create(&self) -> Result<ActionCgroup, SandboxError> {
         self.try_create().map_err(|(path, error)| {
             SandboxError::at(format!("{CGROUP_STEP} {}", path.display()))(error)
         })
@@ -192,17 +192,17 @@ impl ActionCgroup {
         })
     }
 
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
     }
 
     /// By somebody else: nothing can be started in it any more.
-    pub fn is_removed(&self) -> bool {
+    pub(crate) fn is_removed(&self) -> bool {
         let looked = self.events.read_at(&mut [0; 1], 0);
         looked.is_err_and(|error| error.raw_os_error() == Some(libc::ENODEV))
     }
 
-    pub fn usage(&self) -> CgroupUsage {
+    pub(crate) fn usage(&self) -> CgroupUsage {
         CgroupUsage::read(|name| {
             let flags = OFlags::RDONLY | OFlags::CLOEXEC;
             let file = openat(&self.directory, name, flags, Mode::empty())?;
@@ -213,7 +213,7 @@ impl ActionCgroup {
     }
 
     /// Kills whatever is in it. False when something was left after this long.
-    pub fn kill_all(&self, timeout: Duration) -> bool {
+    pub(crate) fn kill_all(&self, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
         let mut pause = Duration::from_micros(50);
         while self.is_populated() {

@@ -30,7 +30,7 @@ const LAYERS: [Layer; 9] = [
 ];
 
 /// Those that are wanted and work here, and what all control groups need; the log tells of each.
-pub fn detect(config: &Config) -> Result<(Layers, Option<ActionCgroups>), Failure> {
+pub(crate) fn detect(config: &Config) -> Result<(Layers, Option<ActionCgroups>), Failure> {
     let mut found = Layers::empty();
     let mut cgroups = None;
     for layer in &LAYERS {
@@ -62,7 +62,7 @@ pub fn detect(config: &Config) -> Result<(Layers, Option<ActionCgroups>), Failur
 }
 
 /// A failure for each layer that is required and does not work here.
-pub fn check(config: &Config) -> Vec<Failure> {
+pub(crate) fn check(config: &Config) -> Vec<Failure> {
     let mut found = Layers::empty();
     let mut failures = Vec::new();
     for layer in &LAYERS {

@@ -24,7 +24,7 @@ use super::{
     mount_calls::{READ_ONLY, private_tmpfs, set_attributes},
 };
 
-pub const LAYER: Layer = Layer {
+pub(super) const LAYER: Layer = Layer {
     layer: Layers::DEVICES,
     key: "containment.devices",
     demand: |containment| containment.devices,
@@ -46,7 +46,7 @@ const LINKS: [(&str, &str); 5] = [
 ];
 
 /// Makes the /dev of all sandboxes, on a thread that is in their template: shm and pts are empty.
-pub fn prepare_template() -> Result<(), SandboxError> {
+pub(super) fn prepare_template() -> Result<(), SandboxError> {
     let dev = Path::new("/dev");
     let mut originals: Vec<(&str, OwnedFd)> = Vec::new();
     for name in DEVICES {
@@ -75,7 +75,7 @@ pub fn prepare_template() -> Result<(), SandboxError> {
 }
 
 /// Gives one sandbox so many terminals, on a thread that is in it.
-pub fn prepare(terminals: u32) -> Result<(), SandboxError> {
+pub(super) fn prepare(terminals: u32) -> Result<(), SandboxError> {
     let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
     let options = format!("newinstance,ptmxmode=0666,mode=0620,gid=5,max={terminals}");
     let options = CString::new(options).unwrap_or_default();
@@ -87,7 +87,7 @@ pub fn prepare(terminals: u32) -> Result<(), SandboxError> {
 const TERMINALS: (u32, u32) = (8, 64);
 
 /// How many pseudo-terminals one action may have (pts(4): kernel.pty).
-pub fn terminals(users: u32) -> u32 {
+pub(super) fn terminals(users: u32) -> u32 {
     let number = |name| {
         let text = fs::read_to_string(format!("/proc/sys/kernel/pty/{name}")).ok()?;
         text.trim().parse::<u32>().ok()

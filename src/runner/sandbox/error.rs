@@ -3,26 +3,26 @@
 use std::{io, sync::Arc};
 
 /// Where a control group could not be made.
-pub const CGROUP_STEP: &str = "control group";
+pub(super) const CGROUP_STEP: &str = "control group";
 
 /// The administrator must act, or there is a shortage on this host.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("could not prepare a sandbox for the action: {step}: {error}{}", remedy(.step, .error))]
-pub struct SandboxError {
+pub(crate) struct SandboxError {
     step: String,
     error: Arc<io::Error>,
 }
 
 impl SandboxError {
     /// Makes one of what went wrong at a step.
-    pub fn at<E: Into<io::Error>>(step: impl Into<String>) -> impl FnOnce(E) -> Self {
+    pub(crate) fn at<E: Into<io::Error>>(step: impl Into<String>) -> impl FnOnce(E) -> Self {
         |error| SandboxError {
             step: step.into(),
             error: Arc::new(error.into()),
         }
     }
 
-    pub fn other(step: &str, reason: impl Into<String>) -> Self {
+    pub(crate) fn other(step: &str, reason: impl Into<String>) -> Self {
         SandboxError::at(step)(io::Error::other(reason.into()))
     }
 }

@@ -14,7 +14,7 @@ use super::{
     mount_calls::{c_path, private_tmpfs},
 };
 
-pub const LAYER: Layer = Layer {
+pub(super) const LAYER: Layer = Layer {
     layer: Layers::HIDDEN,
     key: "containment.hidden",
     demand: |containment| containment.hidden,
@@ -28,7 +28,7 @@ pub const LAYER: Layer = Layer {
 /// Covers paths, on a thread that is in the template; those that lie in what is to be seen as a whole
 /// cannot be covered. What is returned must be made read-only when everything that is to be seen below
 /// it is mounted.
-pub fn prepare_template(
+pub(super) fn prepare_template(
     paths: &[PathBuf],
     is_seen: impl Fn(&Path) -> bool,
 ) -> Result<Vec<CString>, SandboxError> {

@@ -10,7 +10,7 @@ use super::{
     namespace::NamespaceKind,
 };
 
-pub const LAYER: Layer = Layer {
+pub(super) const LAYER: Layer = Layer {
     layer: Layers::HOSTNAME,
     key: "containment.hostname",
     demand: |containment| containment.hostname,
@@ -29,6 +29,6 @@ pub const LAYER: Layer = Layer {
 const HOSTNAME: &str = "localhost";
 
 /// On a thread that is in the sandbox's namespace.
-pub fn prepare() -> io::Result<()> {
+pub(super) fn prepare() -> io::Result<()> {
     Ok(nix::unistd::sethostname(HOSTNAME)?)
 }

@@ -8,7 +8,7 @@ use std::{
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 /// The descriptor at whose end it ends.
-pub const LIFE: RawFd = 3;
+pub(super) const LIFE: RawFd = 3;
 
 /// read(LIFE, …, 1), exit(0).
 #[cfg(target_arch = "x86_64")]
@@ -45,10 +45,10 @@ const HEADERS: u64 = 64 + 56;
 
 /// The program, ready to be executed.
 #[derive(Debug)]
-pub struct InitProgram(OwnedFd);
+pub(crate) struct InitProgram(OwnedFd);
 
 impl InitProgram {
-    pub fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         // Kernels before 6.3 do not know the flag that says it may be executed, nor forbid it.
         let memory = memfd_create(c"bb-init", flags | MemfdFlags::EXEC)

@@ -9,7 +9,7 @@ use super::{
     namespace::NamespaceKind,
 };
 
-pub const LAYER: Layer = Layer {
+pub(super) const LAYER: Layer = Layer {
     layer: Layers::IPC,
     key: "containment.ipc",
     demand: |containment| containment.ipc,

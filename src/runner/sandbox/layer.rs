@@ -24,7 +24,7 @@ bitflags! {
 
 /// One layer, as the log and `--check` tell of it.
 #[derive(Debug)]
-pub struct Layer {
+pub(super) struct Layer {
     pub layer: Layers,
     /// In bb_runner.toml.
     pub key: &'static str,
@@ -41,7 +41,7 @@ pub struct Layer {
 
 /// How it is found out whether this host allows a layer. The error says why not.
 #[derive(Clone, Copy, Debug)]
-pub enum Probe {
+pub(super) enum Probe {
     /// A sandbox is made that has this layer, and those that it needs, and no others.
     Sandbox,
     Ask(fn(&Config) -> Result<(), String>),

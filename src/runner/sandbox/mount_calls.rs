@@ -21,13 +21,13 @@ use rustix::{
 use crate::runner::sys::{MountAttributes, mount_setattr};
 
 /// mount_setattr(2); libc lacks its words on glibc.
-pub const READ_ONLY: u64 = 0x1;
+pub(super) const READ_ONLY: u64 = 0x1;
 const NO_SET_USER_ID: u64 = 0x2;
 const NO_DEVICES: u64 = 0x4;
-pub const RECURSIVE: u32 = 0x8000;
+pub(super) const RECURSIVE: u32 = 0x8000;
 
 /// A copy of the mounts from a path down.
-pub fn copy_of_tree(path: &Path) -> io::Result<OwnedFd> {
+pub(super) fn copy_of_tree(path: &Path) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_RECURSIVE;
@@ -36,7 +36,7 @@ pub fn copy_of_tree(path: &Path) -> io::Result<OwnedFd> {
 
 /// A copy of the mount that an open directory is on, from there down: private to whoever mounts it,
 /// without set-user-ID programs and devices.
-pub fn copy_of_directory(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+pub(crate) fn copy_of_directory(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
@@ -53,12 +53,12 @@ pub fn copy_of_directory(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 }
 
 /// Mounts a tree at a path, over whatever is there.
-pub fn attach(tree: &OwnedFd, path: &Path) -> io::Result<()> {
+pub(super) fn attach(tree: &OwnedFd, path: &Path) -> io::Result<()> {
     move_mount(tree, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     Ok(())
 }
 
-pub fn set_attributes(path: &CStr, set: u64, clear: u64, flags: u32) -> io::Result<()> {
+pub(super) fn set_attributes(path: &CStr, set: u64, clear: u64, flags: u32) -> io::Result<()> {
     let attributes = MountAttributes {
         set,
         clear,
@@ -69,13 +69,13 @@ pub fn set_attributes(path: &CStr, set: u64, clear: u64, flags: u32) -> io::Resu
 }
 
 /// A new, empty file system in memory; `mode` is that of its root, such as `mode=1777`.
-pub fn private_tmpfs(place: &Path, mode: &CStr) -> io::Result<()> {
+pub(super) fn private_tmpfs(place: &Path, mode: &CStr) -> io::Result<()> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV;
     Ok(mount("tmpfs", place, "tmpfs", flags, Some(mode))?)
 }
 
 /// Makes a directory to mount something on, if there is none.
-pub fn make_mount_point(path: &Path) -> io::Result<()> {
+pub(super) fn make_mount_point(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o755)
@@ -83,6 +83,6 @@ pub fn make_mount_point(path: &Path) -> io::Result<()> {
         .or_else(|error| if path.is_dir() { Ok(()) } else { Err(error) })
 }
 
-pub fn c_path(path: &Path) -> io::Result<CString> {
+pub(super) fn c_path(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_encoded_bytes())?)
 }

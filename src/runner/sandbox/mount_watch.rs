@@ -8,18 +8,18 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// Counts changes of this daemon's mounts.
 #[derive(Debug)]
-pub struct MountWatch(Mutex<(fs::File, u64)>);
+pub(crate) struct MountWatch(Mutex<(fs::File, u64)>);
 
 /// The host at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostSnapshot {
+pub(crate) struct HostSnapshot {
     changes: u64,
     directories: Vec<Option<DirectoryId>>,
 }
 
 /// Which directory this is, whatever its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DirectoryId {
+pub(crate) struct DirectoryId {
     pub device: u64,
     pub inode: u64,
 }
@@ -35,12 +35,12 @@ impl DirectoryId {
 
 impl MountWatch {
     /// On a thread that is in the daemon's own mount namespace.
-    pub fn start() -> io::Result<Self> {
+    pub(crate) fn start() -> io::Result<Self> {
         let table = fs::File::open("/proc/thread-self/mountinfo")?;
         Ok(MountWatch(Mutex::new((table, 0))))
     }
 
-    pub fn count(&self) -> u64 {
+    pub(crate) fn count(&self) -> u64 {
         let (table, count) = &mut *self.0.lock();
         // proc_pid_mountinfo(5): an open table is an exceptional condition once after each change.
         let mut fds = [PollFd::new(&*table, PollFlags::PRI)];
@@ -53,7 +53,7 @@ impl MountWatch {
 
 impl HostSnapshot {
     /// On a thread that is in the daemon's own mount namespace.
-    pub fn now<'a>(watch: &MountWatch, directories: impl Iterator<Item = &'a Path>) -> Self {
+    pub(crate) fn now<'a>(watch: &MountWatch, directories: impl Iterator<Item = &'a Path>) -> Self {
         // First: what changes meanwhile is a change.
         let changes = watch.count();
         HostSnapshot {
@@ -63,7 +63,7 @@ impl HostSnapshot {
     }
 
     /// Whether nothing was mounted since, by the watch's count.
-    pub fn has_mounts_of(&self, changes: u64) -> bool {
+    pub(crate) fn has_mounts_of(&self, changes: u64) -> bool {
         self.changes >= changes
     }
 }

@@ -32,7 +32,7 @@ use super::{
     template::{MountTemplate, PrivateDirectory},
 };
 
-pub const LAYER: Layer = Layer {
+pub(super) const LAYER: Layer = Layer {
     layer: Layers::MOUNTS,
     key: "containment.mounts",
     demand: |containment| containment.mounts,
@@ -52,7 +52,7 @@ const KIND: NamespaceKind = NamespaceKind {
 
 /// What one sandbox has mounted.
 #[derive(Debug)]
-pub struct SandboxMounts {
+pub(crate) struct SandboxMounts {
     /// The build directory as it is inside, and its place there.
     pub build_directory: OwnedFd,
     pub place: CString,
@@ -66,14 +66,14 @@ pub struct SandboxMounts {
 
 /// A thread's way to and fro between the daemon's mounts and their template.
 #[derive(Debug)]
-pub struct MountBuilder {
+pub(super) struct MountBuilder {
     host: Namespace,
     template: Option<MountTemplate>,
 }
 
 impl MountBuilder {
     /// On a thread that is in the daemon's own mount namespace.
-    pub fn new() -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         Ok(MountBuilder {
             host: Namespace::current(KIND)?,
             template: None,
@@ -81,14 +81,17 @@ impl MountBuilder {
     }
 
     /// Moves this thread back.
-    pub fn enter_host(&self) -> Result<(), SandboxError> {
+    pub(super) fn enter_host(&self) -> Result<(), SandboxError> {
         let entered = self.host.enter();
         entered.map_err(SandboxError::at("the host's mounts"))
     }
 
     /// Moves this thread from the host's mounts to their template, which is made anew when the host has
     /// changed.
-    pub fn enter_template(&mut self, spec: &SandboxSpec) -> Result<&MountTemplate, SandboxError> {
+    pub(super) fn enter_template(
+        &mut self,
+        spec: &SandboxSpec,
+    ) -> Result<&MountTemplate, SandboxError> {
         let hidden: Vec<PathBuf> = spec
             .hidden
             .iter()
@@ -112,7 +115,10 @@ impl MountBuilder {
 
 impl SandboxMounts {
     /// On a thread that is in a copy of the template.
-    pub fn prepare(spec: &SandboxSpec, template: &MountTemplate) -> Result<Self, SandboxError> {
+    pub(crate) fn prepare(
+        spec: &SandboxSpec,
+        template: &MountTemplate,
+    ) -> Result<Self, SandboxError> {
         for directory in &template.private {
             let step = directory.place.to_string_lossy();
             make_private(directory).map_err(SandboxError::at(step))?;
@@ -143,7 +149,7 @@ impl SandboxMounts {
 
     /// Whether the host has this build directory, nothing was mounted since, by the watch's count, and
     /// no other users were made.
-    pub fn is_current(&self, build_directory: DirectoryId, changes: u64) -> bool {
+    pub(crate) fn is_current(&self, build_directory: DirectoryId, changes: u64) -> bool {
         self.identity == build_directory
             && self.snapshot.has_mounts_of(changes)
             && self.passwd.is_current()
@@ -164,7 +170,7 @@ fn make_private(directory: &PrivateDirectory) -> io::Result<()> {
     Ok(())
 }
 
-pub fn identity(directory: BorrowedFd<'_>) -> io::Result<DirectoryId> {
+pub(crate) fn identity(directory: BorrowedFd<'_>) -> io::Result<DirectoryId> {
     let stat = fstat(directory)?;
     Ok(DirectoryId {
         device: stat.st_dev,

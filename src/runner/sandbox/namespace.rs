@@ -12,7 +12,7 @@ use crate::runner::spawn::SetupStep;
 
 /// A kind of namespace: its flag (unshare(2)), its link in /proc, and what setns(2) expects of that.
 #[derive(Clone, Copy, Debug)]
-pub struct NamespaceKind {
+pub(crate) struct NamespaceKind {
     pub flag: CloneFlags,
     pub name: &'static str,
     pub link: LinkNameSpaceType,
@@ -20,33 +20,33 @@ pub struct NamespaceKind {
 
 /// An open namespace, which lasts as long as this.
 #[derive(Debug)]
-pub struct Namespace {
+pub(crate) struct Namespace {
     descriptor: OwnedFd,
     kind: NamespaceKind,
 }
 
 impl Namespace {
-    pub fn new(descriptor: OwnedFd, kind: NamespaceKind) -> Self {
+    pub(crate) fn new(descriptor: OwnedFd, kind: NamespaceKind) -> Self {
         Namespace { descriptor, kind }
     }
 
     /// The one that this thread is in.
-    pub fn current(kind: NamespaceKind) -> io::Result<Self> {
+    pub(crate) fn current(kind: NamespaceKind) -> io::Result<Self> {
         let path = format!("/proc/thread-self/ns/{}", kind.name);
         Ok(Namespace::new(fs::File::open(path)?.into(), kind))
     }
 
-    pub fn try_clone(&self) -> io::Result<Self> {
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
         Ok(Namespace::new(self.descriptor.try_clone()?, self.kind))
     }
 
     /// Moves this thread into it.
-    pub fn enter(&self) -> io::Result<()> {
+    pub(crate) fn enter(&self) -> io::Result<()> {
         Ok(setns(&self.descriptor, self.kind.flag)?)
     }
 
     /// Moves an action's process into it.
-    pub fn setup_step(&self) -> SetupStep<'_> {
+    pub(crate) fn setup_step(&self) -> SetupStep<'_> {
         SetupStep::EnterNamespace(self.descriptor.as_fd(), self.kind.link)
     }
 }

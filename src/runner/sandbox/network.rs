@@ -21,7 +21,7 @@ use super::{
 };
 use crate::runner::sys;
 
-pub const LAYER: Layer = Layer {
+pub(super) const LAYER: Layer = Layer {
     layer: Layers::NETWORK,
     key: "containment.network",
     demand: |containment| containment.network.demand(),
@@ -40,18 +40,18 @@ const KIND: NamespaceKind = NamespaceKind {
 
 /// Those that nobody has.
 #[derive(Clone, Debug, Default)]
-pub struct NetworkPool(Arc<Mutex<Vec<Namespace>>>);
+pub(crate) struct NetworkPool(Arc<Mutex<Vec<Namespace>>>);
 
 /// One that is lent; given back on drop.
 #[derive(Debug)]
-pub struct LentNetwork {
+pub(crate) struct LentNetwork {
     namespace: Option<Namespace>,
     pool: NetworkPool,
 }
 
 impl NetworkPool {
     /// One that nobody else has. This thread is in it then.
-    pub fn enter_one(&self) -> io::Result<LentNetwork> {
+    pub(crate) fn enter_one(&self) -> io::Result<LentNetwork> {
         let kept = self.0.lock().pop();
         let namespace = match kept {
             Some(namespace) => {
@@ -69,7 +69,7 @@ impl NetworkPool {
 
 impl LentNetwork {
     /// Another descriptor of it.
-    pub fn namespace(&self) -> io::Result<Namespace> {
+    pub(crate) fn namespace(&self) -> io::Result<Namespace> {
         match &self.namespace {
             Some(namespace) => namespace.try_clone(),
             None => Err(io::ErrorKind::NotFound.into()),
@@ -77,7 +77,7 @@ impl LentNetwork {
     }
 
     /// Not to be lent again: something of the action may live.
-    pub fn retire(&mut self) {
+    pub(crate) fn retire(&mut self) {
         self.namespace = None;
     }
 }

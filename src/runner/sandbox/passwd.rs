@@ -23,7 +23,7 @@ use rustix::mount::mount_bind;
 use super::mount_calls::{READ_ONLY, c_path, set_attributes};
 
 /// What the user and its group are called.
-pub const NAME: &str = "build";
+pub(super) const NAME: &str = "build";
 
 #[derive(Clone, Copy, Debug)]
 enum Database {
@@ -38,7 +38,7 @@ const FILES: [(Database, &str); 2] = [
 
 /// The two files of one sandbox. None: its users have no names.
 #[derive(Debug, Default)]
-pub struct PasswdFiles(Vec<PasswdFile>);
+pub(crate) struct PasswdFiles(Vec<PasswdFile>);
 
 #[derive(Debug)]
 struct PasswdFile {
@@ -55,7 +55,7 @@ struct PasswdFile {
 impl PasswdFiles {
     /// On a thread that is in the sandbox, whose root is `root` for this daemon. `scratch` is a directory
     /// of the sandbox's in memory, which is left as it is.
-    pub fn prepare(root: &Path, scratch: &Path) -> io::Result<Self> {
+    pub(crate) fn prepare(root: &Path, scratch: &Path) -> io::Result<Self> {
         let mut files = PasswdFiles::default();
         for (database, name) in FILES {
             let place = Path::new("/").join(name);
@@ -90,7 +90,7 @@ impl PasswdFiles {
     }
 
     /// Whether the files are still mounted on what the root has.
-    pub fn is_current(&self) -> bool {
+    pub(crate) fn is_current(&self) -> bool {
         self.0.iter().all(|entry| {
             fs::metadata(&entry.below)
                 .is_ok_and(|metadata| (metadata.dev(), metadata.ino()) == entry.identity)
@@ -98,7 +98,7 @@ impl PasswdFiles {
     }
 
     /// Gives the user `id`, and the group of that number, its name; once.
-    pub fn name(&self, id: u32, home: &str) -> io::Result<()> {
+    pub(crate) fn name(&self, id: u32, home: &str) -> io::Result<()> {
         for PasswdFile {
             database,
             file,

@@ -35,7 +35,7 @@ const BUILD_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Gives out sandboxes that a thread prepares ahead.
 #[derive(Debug)]
-pub struct SandboxPool {
+pub(crate) struct SandboxPool {
     spec: Arc<SandboxSpec>,
     shared: Arc<PoolShared>,
     builder: Mutex<Option<JoinHandle<()>>>,
@@ -65,7 +65,7 @@ struct BuildAttempt {
 }
 
 impl SandboxPool {
-    pub fn open(spec: SandboxSpec) -> io::Result<Self> {
+    pub(crate) fn open(spec: SandboxSpec) -> io::Result<Self> {
         let spec = Arc::new(spec);
         let shared = Arc::<PoolShared>::default();
         let builder = std::thread::Builder::new()
@@ -81,12 +81,12 @@ impl SandboxPool {
         })
     }
 
-    pub fn spec(&self) -> &SandboxSpec {
+    pub(crate) fn spec(&self) -> &SandboxSpec {
         &self.spec
     }
 
     /// A sandbox around the build directory that has this device and inode number, if one is ready.
-    pub fn try_take(&self, build_directory: DirectoryId) -> Option<Sandbox> {
+    pub(crate) fn try_take(&self, build_directory: DirectoryId) -> Option<Sandbox> {
         let sandbox = self.shared.pop().ok()??;
         let changes = self.spec.mount_watch.count();
         sandbox
@@ -95,7 +95,7 @@ impl SandboxPool {
     }
 
     /// The same, as soon as there is one.
-    pub async fn take(&self, build_directory: DirectoryId) -> Result<Sandbox, SandboxError> {
+    pub(crate) async fn take(&self, build_directory: DirectoryId) -> Result<Sandbox, SandboxError> {
         let changes = self.spec.mount_watch.count();
         // Each of those that are ready may be out of date, as may the one that is in the making.
         for _ in 0..PREPARED + 2 {
@@ -111,7 +111,10 @@ impl SandboxPool {
     }
 
     /// Whether it is known that a sandbox can be made; `None` when `prove` must find out.
-    pub fn is_proven(&self, build_directory: DirectoryId) -> Option<Result<(), SandboxError>> {
+    pub(crate) fn is_proven(
+        &self,
+        build_directory: DirectoryId,
+    ) -> Option<Result<(), SandboxError>> {
         let changes = self.spec.mount_watch.count();
         let state = self.shared.state.lock();
         let last = state.last.as_ref()?;
@@ -127,7 +130,7 @@ impl SandboxPool {
     }
 
     /// Makes a sandbox, whatever is ready. The error says why none can be made.
-    pub async fn prove(&self) -> Result<(), SandboxError> {
+    pub(crate) async fn prove(&self) -> Result<(), SandboxError> {
         let mut attempts = self.shared.attempts.subscribe();
         // In place of the oldest one.
         let oldest = {
@@ -144,7 +147,7 @@ impl SandboxPool {
     }
 
     /// Removes all sandboxes that nobody is in; there will be no others.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         let ready = {
             let mut state = self.shared.state.lock();
             state.is_closed = true;

@@ -49,7 +49,7 @@ use super::{
 };
 use crate::runner::{spawn::give_up_privileges, sys};
 
-pub const LAYER: Layer = Layer {
+pub(super) const LAYER: Layer = Layer {
     layer: Layers::PROCESSES,
     key: "containment.processes",
     demand: |containment| containment.processes,
@@ -73,7 +73,7 @@ const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The first process of a namespace, which is killed on drop.
 #[derive(Debug)]
-pub struct InitProcess {
+pub(crate) struct InitProcess {
     pidfd: OwnedFd,
     namespace: OwnedFd,
     /// It ends when it is told to here, or when this is closed.
@@ -83,7 +83,7 @@ pub struct InitProcess {
 
 /// How a namespace ended; nothing is left in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum NamespaceEnd {
+pub(crate) enum NamespaceEnd {
     Told,
     /// Somebody else killed the first process, and so all others.
     Killed,
@@ -105,7 +105,7 @@ struct InitLaunch<'a> {
 impl InitProcess {
     /// In a process namespace of its own and in the other namespaces of this thread, whose /proc it
     /// mounts. With a control group, the namespace of that one, to be entered by processes, comes too.
-    pub fn start(
+    pub(crate) fn start(
         program: &InitProgram,
         cgroup: Option<BorrowedFd<'_>>,
     ) -> io::Result<(Self, Option<Namespace>)> {
@@ -153,18 +153,18 @@ impl InitProcess {
     }
 
     /// To be joined by the parent of a process (pid_namespaces(7)).
-    pub fn namespace(&self) -> BorrowedFd<'_> {
+    pub(crate) fn namespace(&self) -> BorrowedFd<'_> {
         self.namespace.as_fd()
     }
 
-    pub fn is_alive(&self) -> bool {
+    pub(crate) fn is_alive(&self) -> bool {
         self.end.is_none() && !self.ends_within(Duration::ZERO)
     }
 
     /// Kills everything in the namespace. `None` when something was left after this long.
     ///
     /// It is told to end rather than killed, so that its status says whether somebody else did that.
-    pub fn end(&mut self, timeout: Duration) -> Option<NamespaceEnd> {
+    pub(crate) fn end(&mut self, timeout: Duration) -> Option<NamespaceEnd> {
         if self.end.is_some() {
             return self.end;
         }
@@ -204,7 +204,7 @@ impl Drop for InitProcess {
 }
 
 /// The process namespace of this daemon.
-pub fn daemon_namespace() -> io::Result<OwnedFd> {
+pub(crate) fn daemon_namespace() -> io::Result<OwnedFd> {
     Ok(fs::File::open("/proc/self/ns/pid")?.into())
 }
 

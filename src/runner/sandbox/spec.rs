@@ -14,10 +14,10 @@ use crate::config::runner::{Config, Root};
 
 /// Where the action's temporary directory appears.
 const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
-pub const SHARED_MEMORY: &str = "/dev/shm";
+pub(super) const SHARED_MEMORY: &str = "/dev/shm";
 
 #[derive(Debug)]
-pub struct SandboxSpec {
+pub(crate) struct SandboxSpec {
     pub layers: Layers,
     pub build_directory: PathBuf,
     pub writable: Vec<PathBuf>,
@@ -38,7 +38,7 @@ pub struct SandboxSpec {
 }
 
 impl SandboxSpec {
-    pub fn new(
+    pub(crate) fn new(
         config: &Config,
         layers: Layers,
         cgroups: Option<ActionCgroups>,
@@ -74,12 +74,12 @@ impl SandboxSpec {
     }
 
     /// The directory that actions see as `/`, as this daemon sees it.
-    pub fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &Path {
         self.image.as_deref().unwrap_or(Path::new("/"))
     }
 
     /// Directories that all actions share when sandboxes have no mounts of their own.
-    pub fn shared(&self) -> Vec<PathBuf> {
+    pub(crate) fn shared(&self) -> Vec<PathBuf> {
         let mut shared = self.temporary.clone();
         shared.push(PathBuf::from(SHARED_MEMORY));
         shared

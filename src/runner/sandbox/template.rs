@@ -37,7 +37,7 @@ use super::{
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// The namespace, and what is to be done in a copy of it.
 #[derive(Debug)]
-pub struct MountTemplate {
+pub(crate) struct MountTemplate {
     pub namespace: Namespace,
     pub snapshot: HostSnapshot,
     pub private: Vec<PrivateDirectory>,
@@ -49,14 +49,14 @@ pub struct MountTemplate {
 
 /// A directory that is new and empty in each sandbox, but for those mounts.
 #[derive(Debug)]
-pub struct PrivateDirectory {
+pub(crate) struct PrivateDirectory {
     pub place: PathBuf,
     pub keeps: Vec<PathBuf>,
 }
 
 impl MountTemplate {
     /// On a thread that is in the daemon's own mount namespace; leaves it in the template.
-    pub fn make(
+    pub(crate) fn make(
         spec: &SandboxSpec,
         kind: NamespaceKind,
         snapshot: HostSnapshot,

@@ -45,7 +45,7 @@ use super::{
 use crate::runner::sys;
 
 /// What the process needs, which lives until it has executed the command.
-pub struct CommandLaunch<'a> {
+pub(super) struct CommandLaunch<'a> {
     pub spec: &'a SpawnSpec<'a>,
     /// Null-terminated, as execve(2) takes it, as is the environment. With an emulator, the executable
     /// is put in after its arguments.
@@ -58,7 +58,7 @@ pub struct CommandLaunch<'a> {
 
 /// How far it came. `errno` is 0 as long as nothing failed.
 #[derive(Clone, Copy, Default)]
-pub struct SpawnProgress {
+pub(super) struct SpawnProgress {
     pub stage: SpawnStage,
     pub errno: c_int,
     /// The one that was found.
@@ -70,7 +70,7 @@ pub struct SpawnProgress {
 /// # Safety
 ///
 /// `argument` is a `CommandLaunch`. Runs in a process of its own.
-pub unsafe extern "C" fn main(argument: *const c_void) -> ! {
+pub(super) unsafe extern "C" fn main(argument: *const c_void) -> ! {
     // SAFETY: as the caller promises; the thread that made it sleeps.
     let launch = unsafe { &*argument.cast::<CommandLaunch<'_>>() };
     let errno = match prepare(launch) {
@@ -179,7 +179,7 @@ fn become_user(spec: &SpawnSpec<'_>) -> Result<(), Errno> {
 }
 
 /// Empties the sets of capabilities, for good. For a new process (`sys`).
-pub fn give_up_privileges() -> Result<(), Errno> {
+pub(crate) fn give_up_privileges() -> Result<(), Errno> {
     let none = CapabilitySet::empty();
     let sets = CapabilitySets {
         effective: none,

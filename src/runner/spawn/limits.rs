@@ -26,7 +26,7 @@ const LIMITS: [(Resource, u64); 6] = [
 const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
 /// All but that of open files. For a new process (`sys`).
-pub fn limit_resources(processes: u64) -> Result<(), Errno> {
+pub(super) fn limit_resources(processes: u64) -> Result<(), Errno> {
     for (resource, most) in LIMITS {
         lower(resource, most, most)?;
     }
@@ -34,7 +34,7 @@ pub fn limit_resources(processes: u64) -> Result<(), Errno> {
 }
 
 /// For a new process (`sys`), which cannot open more than this afterwards.
-pub fn limit_open_files() -> Result<(), Errno> {
+pub(super) fn limit_open_files() -> Result<(), Errno> {
     lower(Resource::Nofile, OPEN_FILES.0, OPEN_FILES.1)
 }
 

@@ -12,6 +12,6 @@ mod limits;
 mod process;
 mod spec;
 
-pub use child::give_up_privileges;
-pub use process::{EndCause, Exit, Process, SpawnError, WaitEnd};
-pub use spec::{InheritedState, PathBase, PidNamespaces, SetupStep, SpawnSpec, SpawnStage};
+pub(super) use child::give_up_privileges;
+pub(super) use process::{EndCause, Exit, Process, SpawnError, WaitEnd};
+pub(super) use spec::{InheritedState, PathBase, PidNamespaces, SetupStep, SpawnSpec, SpawnStage};

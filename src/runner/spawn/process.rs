@@ -36,7 +36,7 @@ use super::{
 use crate::runner::{stop::StopSignal, sys};
 
 /// A process that was made and not yet waited for; killed and reaped on drop.
-pub struct Process {
+pub(crate) struct Process {
     pid: libc::pid_t,
     pidfd: OwnedFd,
     is_reaped: bool,
@@ -46,7 +46,7 @@ pub struct Process {
 
 /// Why a wait is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WaitEnd {
+pub(crate) enum WaitEnd {
     Exited,
     Stopped,
     TimedOut,
@@ -54,7 +54,7 @@ pub enum WaitEnd {
 
 /// How a process ended.
 #[derive(Clone, Copy)]
-pub struct Exit {
+pub(crate) struct Exit {
     pub cause: EndCause,
     pub usage: libc::rusage,
     /// Whether `usage` has the memory that this daemon used: a process keeps the highest figure of
@@ -63,14 +63,14 @@ pub struct Exit {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EndCause {
+pub(crate) enum EndCause {
     Code(i32),
     Signal(i32),
 }
 
 /// Why there is no process.
 #[derive(Debug)]
-pub enum SpawnError {
+pub(crate) enum SpawnError {
     /// There is none at all.
     Clone(io::Error),
     /// It failed on its way to the command.
@@ -83,7 +83,7 @@ pub enum SpawnError {
 }
 
 impl Process {
-    pub fn spawn(spec: &SpawnSpec<'_>) -> Result<Self, SpawnError> {
+    pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<Self, SpawnError> {
         let arguments: Vec<Cell<*const c_char>> = spec
             .emulator
             .iter()
@@ -135,7 +135,7 @@ impl Process {
     }
 
     /// Waits until the process has ended, or should end, or this long.
-    pub fn wait(&self, stop: &StopSignal, timeout: Duration) -> WaitEnd {
+    pub(crate) fn wait(&self, stop: &StopSignal, timeout: Duration) -> WaitEnd {
         let timeout = Timespec::try_from(timeout).ok();
         loop {
             let mut fds = [
@@ -156,7 +156,7 @@ impl Process {
     }
 
     /// Asks the process to end, and gives it this long.
-    pub fn terminate(&self, grace: Duration) {
+    pub(crate) fn terminate(&self, grace: Duration) {
         let _ = pidfd_send_signal(&self.pidfd, Signal::TERM);
         let timeout = Timespec::try_from(grace).ok();
         let _ = poll(
@@ -166,7 +166,7 @@ impl Process {
     }
 
     /// Waits for its end.
-    pub fn reap(&mut self) -> io::Result<Exit> {
+    pub(crate) fn reap(&mut self) -> io::Result<Exit> {
         // Its number is still that of our child, since only this method reaps it, once.
         self.is_reaped = true;
         let (status, usage) = sys::wait4(self.pid)?;

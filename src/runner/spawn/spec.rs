@@ -14,7 +14,7 @@ use rustix::{
 };
 
 /// A process to be made. All descriptors are numbered 3 or above.
-pub struct SpawnSpec<'a> {
+pub(crate) struct SpawnSpec<'a> {
     pub arguments: &'a [CString],
     pub environment: &'a [CString],
     pub executables: &'a [CString],
@@ -45,7 +45,7 @@ pub struct SpawnSpec<'a> {
 
 /// Where the path of an input root starts.
 #[derive(Clone, Copy)]
-pub enum PathBase<'a> {
+pub(crate) enum PathBase<'a> {
     /// A directory of the namespaces that are entered.
     Directory(BorrowedFd<'a>),
     /// A path in them, when everything is mounted.
@@ -54,14 +54,14 @@ pub enum PathBase<'a> {
 
 /// The process namespace that the process is to be in, and the one that this daemon is in.
 #[derive(Clone, Copy)]
-pub struct PidNamespaces<'a> {
+pub(crate) struct PidNamespaces<'a> {
     pub inside: BorrowedFd<'a>,
     pub daemon: BorrowedFd<'a>,
 }
 
 /// What this daemon has and its child would keep; bit sets.
 #[derive(Clone, Copy, Debug)]
-pub struct InheritedState {
+pub(crate) struct InheritedState {
     /// Signal 1 is bit 0.
     pub ignored_signals: u64,
     pub bounding_capabilities: u64,
@@ -69,7 +69,7 @@ pub struct InheritedState {
 
 /// One thing that the process does before it loses its privileges.
 #[derive(Debug)]
-pub enum SetupStep<'a> {
+pub(crate) enum SetupStep<'a> {
     EnterNamespace(BorrowedFd<'a>, LinkNameSpaceType),
     /// Mounts a tree that is attached nowhere.
     AttachMount {
@@ -87,7 +87,7 @@ pub enum SetupStep<'a> {
 
 /// How far a process has come, in this order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum SpawnStage {
+pub(crate) enum SpawnStage {
     #[default]
     Namespaces,
     Mounts,

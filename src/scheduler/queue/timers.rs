@@ -28,28 +28,28 @@ pub(super) struct Timers {
 }
 
 impl Timers {
-    pub fn set(&mut self, timer: Timer, at: Instant) {
+    pub(super) fn set(&mut self, timer: Timer, at: Instant) {
         self.clear(&timer);
         self.deadlines.insert(timer.clone(), at);
         self.order.insert((at, timer));
     }
 
-    pub fn clear(&mut self, timer: &Timer) {
+    pub(super) fn clear(&mut self, timer: &Timer) {
         if let Some((timer, old)) = self.deadlines.remove_entry(timer) {
             self.order.remove(&(old, timer));
         }
     }
 
-    pub fn get(&self, timer: &Timer) -> Option<Instant> {
+    pub(super) fn get(&self, timer: &Timer) -> Option<Instant> {
         self.deadlines.get(timer).copied()
     }
 
-    pub fn next(&self) -> Option<Instant> {
+    pub(super) fn next(&self) -> Option<Instant> {
         self.order.first().map(|(at, _)| *at)
     }
 
     /// Takes one that is due.
-    pub fn pop(&mut self, now: Instant) -> Option<Timer> {
+    pub(super) fn pop(&mut self, now: Instant) -> Option<Timer> {
         if self.order.first()?.0 > now {
             return None;
         }
@@ -58,7 +58,7 @@ impl Timers {
         Some(timer)
     }
 
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.order.len()
     }
 }

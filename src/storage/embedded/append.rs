@@ -13,7 +13,7 @@ use super::{
 };
 
 /// The segment that contents are appended to.
-pub struct ActiveSegment {
+pub(super) struct ActiveSegment {
     pub segment: Arc<Segment>,
     pub end: AppendPosition,
 }
@@ -71,7 +71,7 @@ impl ActiveSegment {
 
 impl Space {
     /// Stores contents that proved right. On an error some of them may have been stored.
-    pub fn store_small(&self, contents: &[(IndexKey, Bytes)]) -> Result<(), Error> {
+    pub(super) fn store_small(&self, contents: &[(IndexKey, Bytes)]) -> Result<(), Error> {
         self.append(contents, SpaceSource::Shared, |places| {
             let now = self.now();
             for ((key, content), place) in contents.iter().zip(places) {
@@ -81,7 +81,7 @@ impl Space {
     }
 
     /// Makes the index point to a content that has been written.
-    pub fn set_location(&self, key: IndexKey, size: u64, place: Location, used: u32) {
+    pub(super) fn set_location(&self, key: IndexKey, size: u64, place: Location, used: u32) {
         self.count_live(place, size);
         if let Some(old) = self.index.insert(key, size, place, used) {
             self.discount_live(&old);

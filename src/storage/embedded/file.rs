@@ -26,18 +26,18 @@ use super::index::IndexKey;
 use crate::text::{parse_hex, push_hex};
 
 /// Bytes per checksum; whoever reads in multiples of it has each byte checked once.
-pub const PIECE: u64 = 256 << 10;
+pub(super) const PIECE: u64 = 256 << 10;
 
 const FORMAT: &[u8; 8] = b"bbblob01";
 
 /// Bytes on disk.
-pub fn footprint(size: u64) -> u64 {
+pub(super) fn footprint(size: u64) -> u64 {
     const BLOCK: u64 = 4096;
     (size + 4 * size.div_ceil(PIECE) + 12).next_multiple_of(BLOCK)
 }
 
 /// `files/AB/KEY-SIZE`, AB being the first byte of the hash.
-pub fn path(directory: &Path, key: &IndexKey, size: u64) -> PathBuf {
+pub(super) fn path(directory: &Path, key: &IndexKey, size: u64) -> PathBuf {
     let bytes = key.to_bytes();
     let mut name = String::with_capacity(90);
     push_hex(&mut name, &bytes[1..2]);
@@ -57,7 +57,7 @@ fn parse_name(name: &str) -> Option<(IndexKey, u64)> {
 }
 
 /// Makes the 256 directories.
-pub fn prepare(directory: &Path) -> io::Result<()> {
+pub(super) fn prepare(directory: &Path) -> io::Result<()> {
     for byte in 0..=255u8 {
         fs::create_dir_all(directory.join(format!("{byte:02x}")))?;
     }
@@ -65,7 +65,7 @@ pub fn prepare(directory: &Path) -> io::Result<()> {
 }
 
 /// All large blobs. Names are enough: contents are checked when they are read.
-pub fn list(directory: &Path) -> io::Result<Vec<(IndexKey, u64)>> {
+pub(super) fn list(directory: &Path) -> io::Result<Vec<(IndexKey, u64)>> {
     let mut found = Vec::new();
     for entry in WalkDir::new(directory).min_depth(2).max_depth(2) {
         if let Some(blob) = entry?.file_name().to_str().and_then(parse_name) {
@@ -76,7 +76,7 @@ pub fn list(directory: &Path) -> io::Result<Vec<(IndexKey, u64)>> {
 }
 
 /// A file that is being written; removed when dropped before it is committed.
-pub struct BlobFileWriter {
+pub(super) struct BlobFileWriter {
     path: PathBuf,
     file: File,
     size: u64,
@@ -86,7 +86,7 @@ pub struct BlobFileWriter {
 }
 
 impl BlobFileWriter {
-    pub fn create(path: PathBuf) -> io::Result<Self> {
+    pub(super) fn create(path: PathBuf) -> io::Result<Self> {
         let file = OpenOptions::new()
             .write(true)
             .create_new(true)
@@ -101,7 +101,7 @@ impl BlobFileWriter {
         })
     }
 
-    pub fn append(&mut self, mut data: &[u8]) -> io::Result<()> {
+    pub(super) fn append(&mut self, mut data: &[u8]) -> io::Result<()> {
         self.file.write_all_at(data, self.size)?;
         while !data.is_empty() {
             let room = (PIECE - self.size % PIECE) as usize;
@@ -123,7 +123,7 @@ impl BlobFileWriter {
     }
 
     /// Gives the file its name.
-    pub fn commit(mut self, directory: &Path, key: &IndexKey) -> io::Result<()> {
+    pub(super) fn commit(mut self, directory: &Path, key: &IndexKey) -> io::Result<()> {
         if !self.size.is_multiple_of(PIECE) {
             self.end_piece();
         }

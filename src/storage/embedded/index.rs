@@ -19,7 +19,7 @@ use crate::{
 
 /// A digest function with the first 32 bytes of its hash, or an action with its instance name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct IndexKey {
+pub(super) struct IndexKey {
     tag: u8,
     hash: [u8; 32],
 }
@@ -28,7 +28,7 @@ pub struct IndexKey {
 const ACTION_RESULT: u8 = 128;
 
 impl IndexKey {
-    pub fn blob(digest: &Digest) -> Self {
+    pub(super) fn blob(digest: &Digest) -> Self {
         let tag = match digest.function() {
             DigestFunction::Sha256 => 1,
             DigestFunction::Sha1 => 2,
@@ -44,7 +44,7 @@ impl IndexKey {
         IndexKey { tag, hash }
     }
 
-    pub fn action(instance: &InstanceName, action: &Digest) -> Self {
+    pub(super) fn action(instance: &InstanceName, action: &Digest) -> Self {
         let name = format!("{instance}\0{action:?}");
         IndexKey {
             tag: ACTION_RESULT,
@@ -52,17 +52,17 @@ impl IndexKey {
         }
     }
 
-    pub fn is_action_result(&self) -> bool {
+    pub(super) fn is_action_result(&self) -> bool {
         self.tag == ACTION_RESULT
     }
 
-    pub fn to_bytes(self) -> [u8; 33] {
+    pub(super) fn to_bytes(self) -> [u8; 33] {
         let mut bytes = [self.tag; 33];
         bytes[1..].copy_from_slice(&self.hash);
         bytes
     }
 
-    pub fn from_bytes(bytes: &[u8; 33]) -> Self {
+    pub(super) fn from_bytes(bytes: &[u8; 33]) -> Self {
         let mut hash = [0; 32];
         hash.copy_from_slice(&bytes[1..]);
         IndexKey {
@@ -72,7 +72,7 @@ impl IndexKey {
     }
 
     /// Tells keys apart well enough for recency.
-    pub fn short(&self) -> u64 {
+    pub(super) fn short(&self) -> u64 {
         let [a, b, c, d, e, f, g, h, ..] = self.hash;
         u64::from_le_bytes([a, b, c, d, e, f, g, h]) ^ u64::from(self.tag)
     }
@@ -89,7 +89,7 @@ impl std::hash::Hash for IndexKey {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Location {
+pub(super) enum Location {
     Segment {
         number: u32,
         slot: u32,
@@ -107,7 +107,7 @@ struct StoredEntry {
 
 /// A copy of an entry.
 #[derive(Clone, Copy, Debug)]
-pub struct IndexEntry {
+pub(super) struct IndexEntry {
     pub key: IndexKey,
     pub size: u64,
     pub place: Location,
@@ -127,12 +127,12 @@ impl StoredEntry {
 
 const SHARDS: usize = 64;
 
-pub struct Index {
+pub(super) struct Index {
     shards: [RwLock<HashMap<IndexKey, StoredEntry>>; SHARDS],
 }
 
 impl Index {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Index {
             shards: std::array::from_fn(|_| RwLock::default()),
         }
@@ -143,7 +143,7 @@ impl Index {
     }
 
     /// Looks up, and makes recently used as of `now`.
-    pub fn find(&self, key: &IndexKey, now: u32) -> Option<IndexEntry> {
+    pub(super) fn find(&self, key: &IndexKey, now: u32) -> Option<IndexEntry> {
         let shard = self.shard(key).read();
         let entry = shard.get(key)?;
         if entry.used.load(Ordering::Relaxed) != now {
@@ -153,7 +153,7 @@ impl Index {
     }
 
     /// What was there before; it is replaced.
-    pub fn insert(
+    pub(super) fn insert(
         &self,
         key: IndexKey,
         size: u64,
@@ -170,7 +170,7 @@ impl Index {
     }
 
     /// False when the entry is no longer what was seen.
-    pub fn relocate(&self, seen: &IndexEntry, place: Location) -> bool {
+    pub(super) fn relocate(&self, seen: &IndexEntry, place: Location) -> bool {
         match self.shard(&seen.key).write().get_mut(&seen.key) {
             Some(entry) if entry.place == seen.place => {
                 entry.place = place;
@@ -181,7 +181,7 @@ impl Index {
     }
 
     /// False when the entry is no longer what was seen.
-    pub fn remove(&self, seen: &IndexEntry) -> bool {
+    pub(super) fn remove(&self, seen: &IndexEntry) -> bool {
         let mut shard = self.shard(&seen.key).write();
         match shard.get(&seen.key) {
             Some(entry) if entry.place == seen.place => {
@@ -193,16 +193,16 @@ impl Index {
     }
 
     /// Looks up without making it recently used.
-    pub fn peek(&self, key: &IndexKey) -> Option<IndexEntry> {
+    pub(super) fn peek(&self, key: &IndexKey) -> Option<IndexEntry> {
         let shard = self.shard(key).read();
         shard.get(key).map(|entry| entry.found(*key))
     }
 
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.shards.iter().map(|shard| shard.read().len()).sum()
     }
 
-    pub fn for_each(&self, mut f: impl FnMut(IndexEntry)) {
+    pub(super) fn for_each(&self, mut f: impl FnMut(IndexEntry)) {
         for shard in &self.shards {
             for (key, entry) in shard.read().iter() {
                 f(entry.found(*key));
@@ -212,7 +212,7 @@ impl Index {
 
     /// Removes the least recently used entries, of at least `bytes` bytes together as `weigh` counts
     /// them, and returns them.
-    pub fn evict(&self, bytes: u64, weigh: impl Fn(&IndexEntry) -> u64) -> Vec<IndexEntry> {
+    pub(super) fn evict(&self, bytes: u64, weigh: impl Fn(&IndexEntry) -> u64) -> Vec<IndexEntry> {
         let mut ages = Vec::new();
         self.for_each(|found| ages.push((found.used, weigh(&found))));
         ages.sort_unstable_by_key(|(used, _)| *used);

@@ -14,7 +14,7 @@ use super::{
 
 impl Space {
     /// The content of an entry in a segment. `None` when it is gone or damaged.
-    pub fn content(&self, mut found: IndexEntry) -> Option<Bytes> {
+    pub(super) fn content(&self, mut found: IndexEntry) -> Option<Bytes> {
         loop {
             let Location::Segment { number, slot } = found.place else {
                 return None;
@@ -38,7 +38,7 @@ impl Space {
     }
 
     /// `None` when it is gone or damaged.
-    pub fn large(&self, found: &IndexEntry) -> Result<Option<BlobFile>, Error> {
+    pub(super) fn large(&self, found: &IndexEntry) -> Result<Option<BlobFile>, Error> {
         let path = file::path(&self.files(), &found.key, found.size);
         for _ in 0..2 {
             match BlobFile::open(&path, found.size) {
@@ -64,7 +64,7 @@ impl Space {
     }
 
     /// Removes an entry whose content is not what it should be.
-    pub fn forget_damaged(&self, found: &IndexEntry) {
+    pub(super) fn forget_damaged(&self, found: &IndexEntry) {
         if !self.index.remove(found) {
             return;
         }
@@ -89,7 +89,12 @@ impl Space {
     }
 
     /// Gives a file that was written its name, and an entry.
-    pub fn commit_large(&self, writer: BlobFileWriter, key: IndexKey, size: u64) -> io::Result<()> {
+    pub(super) fn commit_large(
+        &self,
+        writer: BlobFileWriter,
+        key: IndexKey,
+        size: u64,
+    ) -> io::Result<()> {
         let _lock = self.file_lock(&key);
         writer.commit(&self.files(), &key)?;
         self.written.fetch_add(size, Ordering::Relaxed);

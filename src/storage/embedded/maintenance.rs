@@ -11,13 +11,13 @@ use super::{recency, space::Space};
 
 /// Wakes the thread.
 #[derive(Default)]
-pub struct MaintenanceSignal {
+pub(super) struct MaintenanceSignal {
     state: Mutex<MaintenanceState>,
     changed: Condvar,
 }
 
 impl MaintenanceSignal {
-    pub fn space_is_short(&self) {
+    pub(super) fn space_is_short(&self) {
         self.state.lock().space_is_short = true;
         self.changed.notify_all();
     }
@@ -34,13 +34,13 @@ struct MaintenanceState {
     stopping: bool,
 }
 
-pub struct MaintenanceThread {
+pub(super) struct MaintenanceThread {
     space: Arc<Space>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl MaintenanceThread {
-    pub fn start(space: Arc<Space>) -> Self {
+    pub(super) fn start(space: Arc<Space>) -> Self {
         let own = space.clone();
         let thread = std::thread::Builder::new()
             .name("storage".to_owned())
@@ -50,7 +50,7 @@ impl MaintenanceThread {
         MaintenanceThread { space, thread }
     }
 
-    pub fn stop(self) {
+    pub(super) fn stop(self) {
         self.space.maintenance.stop();
         if let Some(thread) = self.thread {
             let _ = thread.join();

@@ -127,7 +127,7 @@ fn check_format(directory: &Path) -> Result<bool, Failure> {
     }
 }
 
-pub fn open(directory: &Path, maximum_size: u64) -> Result<Space, Failure> {
+pub(super) fn open(directory: &Path, maximum_size: u64) -> Result<Space, Failure> {
     let trouble = |error: io::Error| {
         failure(format!(
             "could not open the store in {}: {error}",

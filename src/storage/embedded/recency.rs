@@ -16,13 +16,13 @@ use super::space::Space;
 /// Its first words; then come 12 bytes for each entry, then a checksum.
 const FORMAT: &[u8; 8] = b"bbrecen1";
 
-pub struct Recency {
+pub(super) struct Recency {
     /// The clock.
     pub written: u64,
     pub used: HashMap<u64, u32>,
 }
 
-pub fn save(space: &Space) -> io::Result<()> {
+pub(super) fn save(space: &Space) -> io::Result<()> {
     let path = space.directory.join("recency");
     let temporary = space.directory.join("recency.new");
     let mut file = Summed {
@@ -60,7 +60,7 @@ impl Summed {
 }
 
 /// `None` when there is none, or it is damaged.
-pub fn load(directory: &Path) -> Option<Recency> {
+pub(super) fn load(directory: &Path) -> Option<Recency> {
     let bytes = fs::read(directory.join("recency")).ok()?;
     let (content, checksum) = bytes.split_last_chunk::<4>()?;
     if crc32fast::hash(content) != u32::from_le_bytes(*checksum) {

@@ -14,7 +14,7 @@ use super::{
 impl Space {
     /// Gives up uploads that nobody continues, then evicts and compacts until a sixteenth of the space
     /// is free.
-    pub fn reclaim(&self) {
+    pub(super) fn reclaim(&self) {
         let _alone = self.reclaiming.lock();
         let limit = self.limit();
         while self.used() > limit / 32 * 31 && self.uploads.abandon_one(Instant::now()) {}

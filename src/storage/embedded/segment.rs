@@ -23,14 +23,14 @@ use memmap2::Mmap;
 
 use super::index::IndexKey;
 
-pub const SLOT: usize = 64;
+pub(super) const SLOT: usize = 64;
 
 /// Slots are reserved for contents of this size on average; smaller ones fill a segment earlier.
 const AVERAGE: u64 = 512;
 
 /// One slot's meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Record {
+pub(super) struct Record {
     pub key: IndexKey,
     pub size: u64,
     pub offset: u32,
@@ -73,7 +73,7 @@ impl Record {
     }
 }
 
-pub struct Segment {
+pub(super) struct Segment {
     pub number: u32,
     data_path: PathBuf,
     table_path: PathBuf,
@@ -94,7 +94,7 @@ pub struct Segment {
 
 /// Where the next contents go.
 #[derive(Clone, Copy, Debug)]
-pub struct AppendPosition {
+pub(super) struct AppendPosition {
     pub offset: u64,
     pub slot: u32,
 }
@@ -107,7 +107,7 @@ fn paths(directory: &Path, number: u32) -> (PathBuf, PathBuf) {
 }
 
 /// The numbers of all segments in a directory, ascending. Halves of pairs are removed.
-pub fn list(directory: &Path) -> io::Result<Vec<u32>> {
+pub(super) fn list(directory: &Path) -> io::Result<Vec<u32>> {
     let mut numbers = Vec::new();
     for entry in fs::read_dir(directory)? {
         let name = entry?.file_name();
@@ -139,12 +139,12 @@ fn remove(path: &Path) -> io::Result<()> {
 }
 
 /// Bytes of both files of a segment that holds `capacity` bytes.
-pub fn footprint(capacity: u64) -> u64 {
+pub(super) fn footprint(capacity: u64) -> u64 {
     capacity + slots_for(capacity) * SLOT as u64
 }
 
 /// Bytes that a content of this size takes, with its slot.
-pub fn weight(size: u64) -> u64 {
+pub(super) fn weight(size: u64) -> u64 {
     size + SLOT as u64
 }
 
@@ -154,7 +154,7 @@ fn slots_for(capacity: u64) -> u64 {
 
 impl Segment {
     /// A new, empty segment; its space is allocated, so that a full disk is met here.
-    pub fn create(directory: &Path, number: u32, capacity: u64) -> io::Result<Self> {
+    pub(super) fn create(directory: &Path, number: u32, capacity: u64) -> io::Result<Self> {
         let (data_path, table_path) = paths(directory, number);
         let created = Self::create_files(number, capacity, &data_path, &table_path);
         if created.is_err() {
@@ -184,7 +184,7 @@ impl Segment {
         Self::map(number, data_path, table_path, data, table)
     }
 
-    pub fn open(directory: &Path, number: u32) -> io::Result<Self> {
+    pub(super) fn open(directory: &Path, number: u32) -> io::Result<Self> {
         let (data_path, table_path) = paths(directory, number);
         let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
         let (data, table) = (open(&data_path)?, open(&table_path)?);
@@ -218,48 +218,48 @@ impl Segment {
         })
     }
 
-    pub fn capacity(&self) -> u64 {
+    pub(super) fn capacity(&self) -> u64 {
         self.contents.len() as u64
     }
 
-    pub fn slot_count(&self) -> u32 {
+    pub(super) fn slot_count(&self) -> u32 {
         self.slot_count.load(Ordering::Acquire)
     }
 
-    pub fn live(&self) -> u64 {
+    pub(super) fn live(&self) -> u64 {
         self.live.load(Ordering::Relaxed)
     }
 
-    pub fn disk(&self) -> u64 {
+    pub(super) fn disk(&self) -> u64 {
         self.disk.load(Ordering::Relaxed)
     }
 
     /// Bytes that moving to another segment would gain.
-    pub fn dead(&self) -> u64 {
+    pub(super) fn dead(&self) -> u64 {
         self.disk().saturating_sub(self.live())
     }
 
-    pub fn add_live(&self, size: u64) {
+    pub(super) fn add_live(&self, size: u64) {
         self.live.fetch_add(weight(size), Ordering::Relaxed);
     }
 
-    pub fn remove_live(&self, size: u64) {
+    pub(super) fn remove_live(&self, size: u64) {
         self.live.fetch_sub(weight(size), Ordering::Relaxed);
     }
 
-    pub fn begin_writing(&self) {
+    pub(super) fn begin_writing(&self) {
         self.writers.fetch_add(1, Ordering::AcqRel);
     }
 
-    pub fn end_writing(&self) {
+    pub(super) fn end_writing(&self) {
         self.writers.fetch_sub(1, Ordering::AcqRel);
     }
 
-    pub fn is_being_written(&self) -> bool {
+    pub(super) fn is_being_written(&self) -> bool {
         self.writers.load(Ordering::Acquire) != 0
     }
 
-    pub fn record(&self, slot: u32) -> Option<Record> {
+    pub(super) fn record(&self, slot: u32) -> Option<Record> {
         Record::from_bytes(self.slot(slot)?)
     }
 
@@ -272,7 +272,7 @@ impl Segment {
     }
 
     /// All records, by slot, and where the next one goes.
-    pub fn records(&self) -> (Vec<(u32, Record)>, AppendPosition) {
+    pub(super) fn records(&self) -> (Vec<(u32, Record)>, AppendPosition) {
         let mut records = Vec::new();
         let mut end = AppendPosition { offset: 0, slot: 0 };
         for slot in 0..self.slot_count() {
@@ -294,7 +294,7 @@ impl Segment {
     }
 
     /// The content of a slot. `None` when it is damaged.
-    pub fn content(&self, record: &Record) -> Option<Bytes> {
+    pub(super) fn content(&self, record: &Record) -> Option<Bytes> {
         let start = record.offset as usize;
         let end = start.checked_add(usize::try_from(record.size).ok()?)?;
         let content = self.contents.get(start..end)?;
@@ -305,7 +305,7 @@ impl Segment {
     }
 
     /// Writes contents and slots into the part that was reserved for them; gives the slots.
-    pub fn write(
+    pub(super) fn write(
         &self,
         end: AppendPosition,
         contents: &[(IndexKey, Bytes)],
@@ -343,13 +343,13 @@ impl Segment {
     }
 
     /// Forgets a record, also for those who open the store later.
-    pub fn erase(&self, slot: u32) -> io::Result<()> {
+    pub(super) fn erase(&self, slot: u32) -> io::Result<()> {
         self.table
             .write_all_at(&[0; SLOT], u64::from(slot) * SLOT as u64)
     }
 
     /// Gives back the space beyond `end`. Nobody may append any more. Returns the bytes freed.
-    pub fn seal(&self, end: AppendPosition) -> io::Result<u64> {
+    pub(super) fn seal(&self, end: AppendPosition) -> io::Result<u64> {
         // A mapping beyond its file's end must not be touched; no slot describes contents there, and
         // nobody looks for a slot beyond the count.
         self.slot_count.store(end.slot, Ordering::Release);
@@ -361,7 +361,7 @@ impl Segment {
     }
 
     /// Removes the files; readers keep what they hold.
-    pub fn unlink(&self) -> io::Result<()> {
+    pub(super) fn unlink(&self) -> io::Result<()> {
         remove(&self.table_path)?;
         remove(&self.data_path)
     }

@@ -38,7 +38,7 @@ use super::{
 use crate::config::Size;
 
 /// What all of an open store share.
-pub struct Space {
+pub(super) struct Space {
     pub directory: PathBuf,
     pub maximum_size: u64,
     pub index: Index,
@@ -60,23 +60,23 @@ pub struct Space {
 }
 
 /// Bytes that are counted as used; given back when dropped, unless kept.
-pub struct SpaceReservation {
+pub(super) struct SpaceReservation {
     space: Arc<Space>,
     bytes: u64,
 }
 
 impl SpaceReservation {
-    pub fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    pub fn grow(&mut self, bytes: u64) -> Result<(), Error> {
+    pub(super) fn grow(&mut self, bytes: u64) -> Result<(), Error> {
         self.space.take(bytes)?;
         self.bytes += bytes;
         Ok(())
     }
 
-    pub fn keep(mut self) {
+    pub(super) fn keep(mut self) {
         self.bytes = 0;
     }
 }
@@ -88,7 +88,7 @@ impl Drop for SpaceReservation {
 }
 
 impl Space {
-    pub fn segment_capacity(&self) -> u64 {
+    pub(super) fn segment_capacity(&self) -> u64 {
         segment_capacity(self.maximum_size)
     }
 
@@ -98,24 +98,24 @@ impl Space {
             .saturating_sub(2 * segment::footprint(self.segment_capacity()))
     }
 
-    pub fn maximum_blob_size(&self) -> u64 {
+    pub(super) fn maximum_blob_size(&self) -> u64 {
         self.limit() / 4 * 3
     }
 
-    pub fn used(&self) -> u64 {
+    pub(super) fn used(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
     }
 
     /// The clock of recency ticks 4,096 times while the store is filled once.
-    pub fn now(&self) -> u32 {
+    pub(super) fn now(&self) -> u32 {
         (self.written.load(Ordering::Relaxed) / self.tick()) as u32
     }
 
-    pub fn tick(&self) -> u64 {
+    pub(super) fn tick(&self) -> u64 {
         (self.maximum_size / 4096).max(1)
     }
 
-    pub fn files(&self) -> PathBuf {
+    pub(super) fn files(&self) -> PathBuf {
         self.directory.join("files")
     }
 
@@ -123,13 +123,13 @@ impl Space {
         self.directory.join("segments")
     }
 
-    pub fn fresh_upload_path(&self) -> PathBuf {
+    pub(super) fn fresh_upload_path(&self) -> PathBuf {
         let number = self.next_upload.fetch_add(1, Ordering::Relaxed);
         self.directory.join("uploads").join(number.to_string())
     }
 
     /// What a failed write means.
-    pub fn write_error(&self, error: io::Error) -> Error {
+    pub(super) fn write_error(&self, error: io::Error) -> Error {
         match error.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT) => Error::Full(format!(
                 "the file system of {} is full, of which this store uses {}; free some space there, or lower storage.embedded.maximum_size, which is {}",
@@ -144,7 +144,7 @@ impl Space {
         }
     }
 
-    pub fn reserve(self: &Arc<Self>, bytes: u64) -> Result<SpaceReservation, Error> {
+    pub(super) fn reserve(self: &Arc<Self>, bytes: u64) -> Result<SpaceReservation, Error> {
         self.take(bytes)?;
         Ok(SpaceReservation {
             space: self.clone(),
@@ -183,7 +183,7 @@ impl Space {
     }
 }
 
-pub fn segment_capacity(maximum_size: u64) -> u64 {
+pub(super) fn segment_capacity(maximum_size: u64) -> u64 {
     // No more than 8,192 segments, each of which is two mappings (vm.max_map_count is 65,530).
     let most = (64 << 20).max(maximum_size / 8192);
     (maximum_size / 64).clamp(4 * SMALL, most)

@@ -12,7 +12,7 @@ use crate::{
 
 /// Calls until there is an answer, or it is no use. Each answer takes no longer than `limit`;
 /// `digest` is what NOT_FOUND is about.
-pub async fn unary<T, F: Future<Output = Result<Response<T>, Status>> + Send>(
+pub(super) async fn unary<T, F: Future<Output = Result<Response<T>, Status>> + Send>(
     limit: Duration,
     digest: Option<&Digest>,
     call: impl Fn() -> F + Send,
@@ -27,7 +27,7 @@ pub async fn unary<T, F: Future<Output = Result<Response<T>, Status>> + Send>(
 }
 
 /// The same as `unary` for a call that can be made in parts; the inner error is a refusal of its size.
-pub async fn divisible<T, F: Future<Output = Result<Response<T>, Status>> + Send>(
+pub(super) async fn divisible<T, F: Future<Output = Result<Response<T>, Status>> + Send>(
     limit: Duration,
     call: impl Fn() -> F + Send,
 ) -> Result<Result<T, Status>, Error> {
@@ -42,7 +42,7 @@ pub async fn divisible<T, F: Future<Output = Result<Response<T>, Status>> + Send
 }
 
 /// Waits for an answer no longer than `limit`.
-pub async fn timely<T>(
+pub(super) async fn timely<T>(
     limit: Duration,
     answer: impl Future<Output = Result<T, Status>>,
 ) -> Result<T, Status> {
@@ -53,7 +53,7 @@ pub async fn timely<T>(
 }
 
 /// The status of a server that said nothing for so long.
-pub fn silent(limit: Duration) -> Status {
+pub(super) fn silent(limit: Duration) -> Status {
     Status::deadline_exceeded(format!(
         "the storage did not answer within {} seconds",
         limit.as_secs()

@@ -22,7 +22,7 @@ const DEFAULT_DIGESTS: u64 = 20_000;
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
 #[derive(Debug)]
-pub struct CallLimits {
+pub(super) struct CallLimits {
     announcement: tokio::sync::Mutex<Announcement>,
     batch_size: AtomicU64,
     blob_size: AtomicU64,
@@ -50,7 +50,7 @@ impl Default for CallLimits {
 impl CallLimits {
     /// Learns what the peer announces, unless that is known: bytes of one batch and of one blob, where
     /// 0 is no limit. `ask` gets them; one call at a time does, and the others wait for its answer.
-    pub async fn announced(&self, ask: impl Future<Output = Result<(i64, i64), Status>>) {
+    pub(super) async fn announced(&self, ask: impl Future<Output = Result<(i64, i64), Status>>) {
         let mut announcement = self.announcement.lock().await;
         if let Announcement::NotYet(not_before) = *announcement
             && not_before.is_none_or(|at| at <= Instant::now())
@@ -70,19 +70,19 @@ impl CallLimits {
     }
 
     /// Bytes of the largest blob; the most there is while none is announced.
-    pub fn blob_size(&self) -> u64 {
+    pub(super) fn blob_size(&self) -> u64 {
         self.blob_size.load(Ordering::Relaxed)
     }
 
     /// Bytes of blobs that fit into one batch, each with its overhead.
-    pub fn batch_size(&self) -> u64 {
+    pub(super) fn batch_size(&self) -> u64 {
         let limit = self.batch_size.load(Ordering::Relaxed);
         // Room for the message's own fields, such as a long instance name.
         limit - (limit / 64).min(8 << 10)
     }
 
     /// A larger batch was refused, and so many bytes of blobs were the most that went through.
-    pub fn learn_batch_size(&self, size: u64) {
+    pub(super) fn learn_batch_size(&self, size: u64) {
         let before = self.batch_size.fetch_min(size, Ordering::Relaxed);
         if size < before {
             tracing::info!(
@@ -93,12 +93,12 @@ impl CallLimits {
     }
 
     /// Digests of one FindMissingBlobs.
-    pub fn digests(&self) -> usize {
+    pub(super) fn digests(&self) -> usize {
         usize::try_from(self.digests.load(Ordering::Relaxed)).unwrap_or(usize::MAX)
     }
 
     /// More digests were refused, and so many were the most that went through.
-    pub fn learn_digests(&self, count: usize) {
+    pub(super) fn learn_digests(&self, count: usize) {
         self.digests.fetch_min(count as u64, Ordering::Relaxed);
     }
 }

@@ -13,7 +13,7 @@ use crate::{
 
 /// Waits before the next attempt at a call that failed. The error of the call when there should be
 /// none; `digest` is what NOT_FOUND is about.
-pub async fn wait(
+pub(super) async fn wait(
     attempts: &mut Attempts,
     status: &Status,
     digest: Option<&Digest>,
@@ -36,7 +36,7 @@ fn transience(status: &Status) -> Transience {
 }
 
 /// Whether one blob of a batch should be asked for again, whose status this is.
-pub fn may_pass(status: &Status) -> bool {
+pub(super) fn may_pass(status: &Status) -> bool {
     matches!(
         status.code(),
         Code::Unavailable | Code::Aborted | Code::ResourceExhausted
@@ -47,7 +47,7 @@ pub fn may_pass(status: &Status) -> bool {
 ///
 /// gRPC libraries refuse large messages with RESOURCE_EXHAUSTED, as others refuse when a disk is
 /// full; they are told apart by their words.
-pub fn may_be_too_large(status: &Status) -> bool {
+pub(super) fn may_be_too_large(status: &Status) -> bool {
     if is_of_the_connection(status) {
         return false;
     }
@@ -71,7 +71,7 @@ fn is_of_the_connection(status: &Status) -> bool {
 }
 
 /// What a status means to whoever called. `digest` is what NOT_FOUND is about.
-pub fn error(status: &Status, digest: Option<&Digest>) -> Error {
+pub(super) fn error(status: &Status, digest: Option<&Digest>) -> Error {
     let text = describe(status);
     if is_of_the_connection(status) {
         return Error::Unavailable(text);

@@ -14,7 +14,7 @@ use crate::{
     text::shorten,
 };
 
-pub struct ActionCacheService {
+pub(super) struct ActionCacheService {
     pub backend: Backend,
 }
 

@@ -21,7 +21,7 @@ use crate::{
     storage::Backend,
 };
 
-pub struct ByteStreamService {
+pub(super) struct ByteStreamService {
     pub backend: Backend,
 }
 

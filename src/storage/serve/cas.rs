@@ -28,7 +28,7 @@ use crate::{
     storage::{Backend, Error},
 };
 
-pub struct CasService {
+pub(super) struct CasService {
     pub backend: Backend,
 }
 

@@ -13,21 +13,21 @@ use crate::{
     storage::{Backend, Error},
 };
 
-pub const MAXIMUM_PAGE_LENGTH: usize = 10_000;
+pub(super) const MAXIMUM_PAGE_LENGTH: usize = 10_000;
 
 /// A page is ended before its directories are this large together, unless it has only one.
 const TARGET_PAGE_SIZE: u64 = 2 << 20;
 
 /// Larger messages are no Directories that a client could read.
 const MAXIMUM_DIRECTORY_SIZE: u64 = 4 << 20;
-pub const MAXIMUM_PAGE_SIZE: u64 = MAXIMUM_DIRECTORY_SIZE;
+pub(super) const MAXIMUM_PAGE_SIZE: u64 = MAXIMUM_DIRECTORY_SIZE;
 
 /// Distinct directories of one tree; a walk keeps 80 bytes for each.
 const MAXIMUM_DIRECTORIES: usize = 1 << 20;
 
 /// A walk over a tree, breadth first, each distinct directory once: a directory that occurs in many
 /// places costs no more than one that occurs in one.
-pub struct TreeWalk {
+pub(super) struct TreeWalk {
     backend: Backend,
     instance: InstanceName,
     function: DigestFunction,
@@ -39,7 +39,12 @@ pub struct TreeWalk {
 }
 
 impl TreeWalk {
-    pub fn start(backend: Backend, instance: InstanceName, root: Digest, page_size: usize) -> Self {
+    pub(super) fn start(
+        backend: Backend,
+        instance: InstanceName,
+        root: Digest,
+        page_size: usize,
+    ) -> Self {
         TreeWalk {
             backend,
             instance,
@@ -52,19 +57,19 @@ impl TreeWalk {
         }
     }
 
-    pub fn is_done(&self) -> bool {
+    pub(super) fn is_done(&self) -> bool {
         self.queue.is_empty()
     }
 
     /// Passes over what earlier pages had.
-    pub async fn skip(&mut self, count: usize) -> Result<(), Status> {
+    pub(super) async fn skip(&mut self, count: usize) -> Result<(), Status> {
         while self.returned < count && !self.is_done() {
             self.step().await?;
         }
         Ok(())
     }
 
-    pub async fn page(&mut self) -> Result<GetTreeResponse, Status> {
+    pub(super) async fn page(&mut self) -> Result<GetTreeResponse, Status> {
         let mut directories = Vec::new();
         let mut size = 0;
         while let Some(next) = self.queue.front() {

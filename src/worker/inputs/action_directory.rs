@@ -19,10 +19,10 @@ pub const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two attempts to take the lock.
 const MAXIMUM_PAUSE: Duration = Duration::from_millis(100);
 
-pub const INPUT_ROOT: &str = "root";
+pub(super) const INPUT_ROOT: &str = "root";
 const PARTS: [&str; 4] = [INPUT_ROOT, "tmp", "server_logs", "home"];
 
-pub struct ActionDirectory {
+pub(super) struct ActionDirectory {
     /// In the build directory.
     pub name: String,
     pub directory: OwnedFd,
@@ -30,7 +30,7 @@ pub struct ActionDirectory {
 }
 
 impl ActionDirectory {
-    pub fn create(build_directory: BorrowedFd<'_>, name: String) -> io::Result<Self> {
+    pub(super) fn create(build_directory: BorrowedFd<'_>, name: String) -> io::Result<Self> {
         rustix::fs::mkdirat(build_directory, &name, Mode::from_raw_mode(0o700))?;
         let directory = open_child(build_directory, &name)?;
         for part in PARTS {
@@ -45,20 +45,20 @@ impl ActionDirectory {
     }
 
     /// Gives it another name, so that a call that arrives late at the runner finds nothing.
-    pub fn rename(&mut self, build_directory: BorrowedFd<'_>, name: String) {
+    pub(super) fn rename(&mut self, build_directory: BorrowedFd<'_>, name: String) {
         let renamed = rustix::fs::renameat(build_directory, &self.name, build_directory, &name);
         if renamed.is_ok() {
             self.name = name;
         }
     }
 
-    pub fn open_to(&self, group: u32) -> Result<(), Errno> {
+    pub(super) fn open_to(&self, group: u32) -> Result<(), Errno> {
         rustix::fs::fchown(&self.directory, None, Some(Gid::from_raw(group)))?;
         rustix::fs::fchmod(&self.directory, Mode::from_raw_mode(0o770))
     }
 
     /// Removes all but the input root. `false` when it cannot be told from a used one.
-    pub fn empty(&self) -> io::Result<bool> {
+    pub(super) fn empty(&self) -> io::Result<bool> {
         let mut entries = Dir::read_from(&self.directory)?;
         while let Some(entry) = entries.read() {
             let entry = entry?;
@@ -89,7 +89,7 @@ impl ActionDirectory {
 
 /// Takes the lock of an action's directory, which the runner holds for as long as a process of the action
 /// lives (I5). `false` when that takes longer than `LOCK_TIMEOUT`.
-pub fn lock(directory: BorrowedFd<'_>) -> bool {
+pub(super) fn lock(directory: BorrowedFd<'_>) -> bool {
     let (began, mut pause) = (Instant::now(), Duration::from_millis(1));
     while rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive).is_err() {
         if began.elapsed() > LOCK_TIMEOUT {
@@ -101,7 +101,7 @@ pub fn lock(directory: BorrowedFd<'_>) -> bool {
     true
 }
 
-pub fn unlock(directory: BorrowedFd<'_>) {
+pub(super) fn unlock(directory: BorrowedFd<'_>) {
     let _ = rustix::fs::flock(directory, FlockOperation::Unlock);
 }
 

@@ -7,6 +7,6 @@ const BATCH_SIZE: u64 = 3 << 20;
 const BATCH_BLOBS: usize = 1_000;
 
 /// Groups that can each be read into memory by one call.
-pub fn batches<T>(items: Vec<T>, size: impl Fn(&T) -> u64) -> Vec<Vec<T>> {
+pub(super) fn batches<T>(items: Vec<T>, size: impl Fn(&T) -> u64) -> Vec<Vec<T>> {
     batch::split(items, BATCH_SIZE, BATCH_BLOBS, size)
 }

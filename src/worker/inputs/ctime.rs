@@ -13,7 +13,7 @@ use crate::worker::beneath::open_child;
 const CHANGES: u32 = 1_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CtimeResolution {
+pub(super) enum CtimeResolution {
     /// Every change after a look has another ctime.
     Fine,
     /// Changes within one tick may have the same ctime, so that what was changed just before an
@@ -24,7 +24,7 @@ pub enum CtimeResolution {
 }
 
 /// Tries it in a directory of its own.
-pub fn probe(build: BorrowedFd<'_>) -> io::Result<CtimeResolution> {
+pub(super) fn probe(build: BorrowedFd<'_>) -> io::Result<CtimeResolution> {
     // statfs(2): ext4, xfs, btrfs, tmpfs.
     const KNOWN: [u32; 4] = [0xEF53, 0x5846_5342, 0x9123_683E, 0x0102_1994];
     let kind = rustix::fs::fstatfs(build)?.f_type as u32;

@@ -19,7 +19,7 @@ use rustix::{
 
 use crate::worker::{beneath::open_child, removal};
 
-pub struct DeletionQueue {
+pub(super) struct DeletionQueue {
     path: PathBuf,
     directory: Arc<OwnedFd>,
     sequence: AtomicU64,
@@ -33,7 +33,7 @@ const WAITING: u64 = 1_000;
 
 impl DeletionQueue {
     /// What is in it already is emptied too.
-    pub fn open(directory: OwnedFd, path: &Path) -> io::Result<Self> {
+    pub(super) fn open(directory: OwnedFd, path: &Path) -> io::Result<Self> {
         let (names, thrown) = channel::<String>();
         let directory = Arc::new(directory);
         let waiting = Arc::new(AtomicU64::new(0));
@@ -68,13 +68,13 @@ impl DeletionQueue {
     }
 
     /// Moves an entry of a directory here. On failure it stays, and the log says so.
-    pub fn delete(&self, parent: impl AsFd, name: &str) {
+    pub(super) fn delete(&self, parent: impl AsFd, name: &str) {
         if let Err(error) = self.try_delete(parent, name) {
             tracing::error!(%name, %error, "could not move a used directory to those that are deleted");
         }
     }
 
-    pub fn try_delete<P: rustix::path::Arg>(
+    pub(super) fn try_delete<P: rustix::path::Arg>(
         &self,
         parent: impl AsFd,
         name: P,
@@ -89,25 +89,29 @@ impl DeletionQueue {
     }
 
     /// Moves an entry of a directory here, under the name that is returned.
-    pub fn take<P: rustix::path::Arg>(&self, parent: impl AsFd, name: P) -> Result<String, Errno> {
+    pub(super) fn take<P: rustix::path::Arg>(
+        &self,
+        parent: impl AsFd,
+        name: P,
+    ) -> Result<String, Errno> {
         let to = self.sequence.fetch_add(1, Ordering::Relaxed).to_string();
         rustix::fs::renameat(parent, name, &*self.directory, &to)?;
         Ok(to)
     }
 
     /// Whether something waits to be removed, or is being removed.
-    pub fn is_busy(&self) -> bool {
+    pub(super) fn is_busy(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
     }
 
-    pub fn remove_later(&self, name: String) {
+    pub(super) fn remove_later(&self, name: String) {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         let _ = self.names.lock().send(name);
     }
 }
 
 /// The names of a directory's entries.
-pub fn list(directory: &OwnedFd) -> io::Result<Vec<std::ffi::CString>> {
+pub(super) fn list(directory: &OwnedFd) -> io::Result<Vec<std::ffi::CString>> {
     let mut names = Vec::new();
     let mut entries = Dir::read_from(directory)?;
     while let Some(entry) = entries.read() {

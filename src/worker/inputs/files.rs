@@ -13,7 +13,7 @@ use crate::worker::lru::Handle;
 
 /// Makes one file of a root; with another inode, which `other` tells instead of a full one, when that
 /// has all links that it can have.
-pub fn link(
+pub(super) fn link(
     cache: &FileCache,
     key: &FileKey,
     link: &mut InputFile,
@@ -35,7 +35,11 @@ pub fn link(
 impl LayOut<'_> {
     /// Between removals and additions: what leaves the root frees its inodes, and subtrees that come
     /// into it take theirs. Where the root has such an inode already, the subtree's file gets another.
-    pub fn settle_inodes(&self, moved: &[u32], buffer: &mut String) -> Result<(), LayOutError> {
+    pub(super) fn settle_inodes(
+        &self,
+        moved: &[u32],
+        buffer: &mut String,
+    ) -> Result<(), LayOutError> {
         if self.link_mode != LinkMode::HardLink {
             return Ok(());
         }
@@ -93,7 +97,7 @@ impl LayOut<'_> {
 
     /// Takes the pinned files of one directory, each as an inode that the root does not have yet. The
     /// first that is not empty is at `first`.
-    pub fn take_files(
+    pub(super) fn take_files(
         &self,
         first: usize,
         keys: impl Iterator<Item = FileKey> + Clone,
@@ -144,7 +148,7 @@ impl LayOut<'_> {
         }
     }
 
-    pub fn link(
+    pub(super) fn link(
         &self,
         directory: BorrowedFd<'_>,
         key: &FileKey,

@@ -23,7 +23,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::{config::Size, worker::fault::Fault};
 
 /// Between two looks at it.
-pub const INTERVAL: Duration = Duration::from_millis(50);
+pub(super) const INTERVAL: Duration = Duration::from_millis(50);
 /// With less free than this part of `minimum_free`, and no more than this, a write may have failed.
 const FULL_PART: u64 = 8;
 const FULL_AT_MOST: u64 = 64 << 20;
@@ -31,7 +31,7 @@ const FULL_AT_MOST: u64 = 64 << 20;
 const MINIMUM_FREE_INODES: u64 = 1_000;
 const FULL_INODES: u64 = 16;
 
-pub struct FreeSpace {
+pub(super) struct FreeSpace {
     path: PathBuf,
     directory: OwnedFd,
     minimum_free: u64,
@@ -49,13 +49,13 @@ struct Commands {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Free {
+pub(super) struct Free {
     pub bytes: u64,
     pub inodes: u64,
 }
 
 /// A command that runs.
-pub struct RunningCommand {
+pub(super) struct RunningCommand {
     space: Arc<FreeSpace>,
     full_before: u64,
 }
@@ -73,7 +73,11 @@ impl Drop for FreeSpace {
 }
 
 impl FreeSpace {
-    pub fn new(path: PathBuf, directory: OwnedFd, minimum_free: u64) -> io::Result<Arc<Self>> {
+    pub(super) fn new(
+        path: PathBuf,
+        directory: OwnedFd,
+        minimum_free: u64,
+    ) -> io::Result<Arc<Self>> {
         let space = Arc::new(FreeSpace {
             path,
             directory,
@@ -91,7 +95,7 @@ impl FreeSpace {
     }
 
     /// Bytes and inodes that unprivileged users can still take.
-    pub fn free(&self) -> io::Result<Free> {
+    pub(super) fn free(&self) -> io::Result<Free> {
         let stat = rustix::fs::fstatvfs(&self.directory)?;
         Ok(Free {
             bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
@@ -103,7 +107,7 @@ impl FreeSpace {
         })
     }
 
-    pub fn suffices(&self, free: Free) -> bool {
+    pub(super) fn suffices(&self, free: Free) -> bool {
         self.minimum_free == 0
             || (free.bytes >= self.minimum_free && free.inodes >= MINIMUM_FREE_INODES)
     }
@@ -120,7 +124,7 @@ impl FreeSpace {
     }
 
     /// What there is to say to an action for which this is not enough.
-    pub fn shortage(&self, free: Free) -> Fault {
+    pub(super) fn shortage(&self, free: Free) -> Fault {
         Fault::Contended(format!(
             "the file system of {} on the worker's host has {} bytes and {} inodes free, but an action is to find {} (cache.minimum_free in bb_worker.toml) and {MINIMUM_FREE_INODES} inodes; make room there",
             self.path.display(),
@@ -131,7 +135,7 @@ impl FreeSpace {
     }
 
     /// Watches until what is returned is dropped.
-    pub fn watch(self: &Arc<Self>) -> RunningCommand {
+    pub(super) fn watch(self: &Arc<Self>) -> RunningCommand {
         *self.commands.running.lock() += 1;
         self.commands.changed.notify_all();
         RunningCommand {
@@ -143,7 +147,7 @@ impl FreeSpace {
 
 impl RunningCommand {
     /// What there is to say when the disk was, or is, full.
-    pub fn fault(&self) -> Option<Fault> {
+    pub(super) fn fault(&self) -> Option<Fault> {
         self.space.take_sample();
         if self.space.full.load(Ordering::SeqCst) == self.full_before {
             return None;

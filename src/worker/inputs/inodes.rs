@@ -14,7 +14,7 @@ const BITS: u32 = u64::BITS;
 
 /// Numbers of inodes, by the cached file.
 #[derive(Default)]
-pub struct Inodes {
+pub(super) struct Inodes {
     /// Files of which the first inode is taken: nearly all are in this set alone, which is small.
     first: HashSet<Handle>,
     /// Those from 1 on; a file of which none is taken is not there.
@@ -31,7 +31,7 @@ struct Numbers {
 
 impl Inodes {
     /// The lowest number that is not taken, from `least` on; takes it.
-    pub fn take(&mut self, file: Handle, least: u32) -> u32 {
+    pub(super) fn take(&mut self, file: Handle, least: u32) -> u32 {
         if least == 0 && self.first.insert(file) {
             return 0;
         }
@@ -42,7 +42,7 @@ impl Inodes {
     }
 
     /// Takes this one; `false` when it is taken already.
-    pub fn take_this(&mut self, file: Handle, number: u32) -> bool {
+    pub(super) fn take_this(&mut self, file: Handle, number: u32) -> bool {
         match number {
             0 => self.first.insert(file),
             number => self.further.entry(file).or_default().insert(number - 1),
@@ -50,13 +50,13 @@ impl Inodes {
     }
 
     /// Another one instead of one that is full: the next that is not taken.
-    pub fn instead(&mut self, file: Handle, full: u32) -> u32 {
+    pub(super) fn instead(&mut self, file: Handle, full: u32) -> u32 {
         let number = self.take(file, full + 1);
         self.free(file, full);
         number
     }
 
-    pub fn free(&mut self, file: Handle, number: u32) {
+    pub(super) fn free(&mut self, file: Handle, number: u32) {
         if number == 0 {
             self.first.remove(&file);
         } else if let Some(numbers) = self.further.get_mut(&file)

@@ -21,7 +21,7 @@ use super::{
 };
 
 /// Of every directory in an input root, and of every input file: 2000-01-01T00:00:00Z.
-pub const MTIME: i64 = 946_684_800;
+pub(super) const MTIME: i64 = 946_684_800;
 /// Bytes that a directory may take whatever is in it.
 const DIRECTORY_SIZE: u64 = 256 << 10;
 /// Bytes that an entry may take besides its name: those of ext4 take 8 and padding, in blocks of which
@@ -29,13 +29,13 @@ const DIRECTORY_SIZE: u64 = 256 << 10;
 const ENTRY_SIZE: u64 = 24;
 
 /// An open directory (O_PATH), counted as long as it is open.
-pub struct DirectoryFd {
+pub(super) struct DirectoryFd {
     fd: OwnedFd,
     open: Arc<AtomicU64>,
 }
 
 impl DirectoryFd {
-    pub fn new(fd: OwnedFd, open: &Arc<AtomicU64>) -> Self {
+    pub(super) fn new(fd: OwnedFd, open: &Arc<AtomicU64>) -> Self {
         open.fetch_add(1, Ordering::Relaxed);
         DirectoryFd {
             fd,
@@ -43,7 +43,11 @@ impl DirectoryFd {
         }
     }
 
-    pub fn open(parent: impl AsFd, name: &str, open: &Arc<AtomicU64>) -> Result<Self, Errno> {
+    pub(super) fn open(
+        parent: impl AsFd,
+        name: &str,
+        open: &Arc<AtomicU64>,
+    ) -> Result<Self, Errno> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(parent, name, flags, Mode::empty())?;
         Ok(Self::new(fd, open))
@@ -64,7 +68,7 @@ impl Drop for DirectoryFd {
 
 /// When a directory was last changed, by the worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Baseline {
+pub(super) struct Baseline {
     seconds: i64,
     nanoseconds: i64,
     links: u64,
@@ -72,13 +76,13 @@ pub struct Baseline {
 
 impl Baseline {
     /// Whether it is so old that even a clock that moves in steps has moved since.
-    pub fn is_before(&self, seconds: i64) -> bool {
+    pub(super) fn is_before(&self, seconds: i64) -> bool {
         self.seconds < seconds
     }
 }
 
 /// A whole root as the worker left it.
-pub struct KeptRoot {
+pub(super) struct KeptRoot {
     pub top: KeptDirectory,
     /// Those that its files have.
     pub inodes: Inodes,
@@ -87,7 +91,7 @@ pub struct KeptRoot {
 }
 
 /// A directory as the worker left it.
-pub struct KeptDirectory {
+pub(super) struct KeptDirectory {
     pub node: Tree,
     pub fd: Arc<DirectoryFd>,
     pub inode: u64,
@@ -101,13 +105,13 @@ pub struct KeptDirectory {
 }
 
 /// Owner and mode of a directory that the worker made.
-pub fn is_as_made(stat: &Stat, mode: u32) -> bool {
+pub(super) fn is_as_made(stat: &Stat, mode: u32) -> bool {
     stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_mode & 0o7777 == mode
 }
 
 /// Whether somebody had far more entries in a directory than it is to have. Directories never shrink
 /// on ext4, so that whoever lists it would read all that room.
-pub fn is_oversized(stat: &Stat, wanted: &Directory) -> bool {
+pub(super) fn is_oversized(stat: &Stat, wanted: &Directory) -> bool {
     let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
     // Few are larger, so that the names of few are summed up.
     size > DIRECTORY_SIZE && size > DIRECTORY_SIZE + wanted.size_on_disk(ENTRY_SIZE) * 2
@@ -128,12 +132,12 @@ fn baseline(stat: &Stat) -> Result<Baseline, Errno> {
 
 /// Ends the worker's changes to a directory: sets its mtime, then looks at it (I6). Returns inode
 /// number and baseline.
-pub fn record_baseline(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
+pub(super) fn record_baseline(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
     set_mtime(directory)?;
     read_baseline(directory)
 }
 
-pub fn set_mtime(directory: BorrowedFd<'_>) -> Result<(), Errno> {
+pub(super) fn set_mtime(directory: BorrowedFd<'_>) -> Result<(), Errno> {
     let time = Timespec {
         tv_sec: MTIME,
         tv_nsec: 0,
@@ -145,14 +149,14 @@ pub fn set_mtime(directory: BorrowedFd<'_>) -> Result<(), Errno> {
     rustix::fs::utimensat(directory, ".", &times, AtFlags::empty())
 }
 
-pub fn read_baseline(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
+pub(super) fn read_baseline(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
     let stat = rustix::fs::fstat(directory)?;
     Ok((stat.st_ino, baseline(&stat)?))
 }
 
 impl Inodes {
     /// What is in a directory and beneath it is no part of the root any more.
-    pub fn free_all(&mut self, kept: &KeptDirectory) {
+    pub(super) fn free_all(&mut self, kept: &KeptDirectory) {
         for link in &kept.files.list {
             if let InputFileKind::HardLink(file, number) = link.kind() {
                 self.free(file, number);
@@ -166,7 +170,7 @@ impl Inodes {
 
 impl KeptDirectory {
     /// Whether nobody changed the list of entries since the worker did (I6), as far as a look tells.
-    pub fn is_untouched(&self) -> bool {
+    pub(super) fn is_untouched(&self) -> bool {
         let looked = read_baseline(self.fd.as_fd());
         looked.is_ok_and(|(inode, now)| inode == self.inode && Some(now) == self.baseline)
     }

@@ -27,14 +27,14 @@ use super::{
 const WORTH_A_THREAD: usize = 500;
 
 /// Why a plan could not be performed.
-pub enum LayOutError {
+pub(super) enum LayOutError {
     /// Gone from the cache.
     Vanished(Vec<FileKey>),
     /// At this name.
     Disk(String, io::Error),
 }
 
-pub fn at(name: &str) -> impl FnOnce(rustix::io::Errno) -> LayOutError {
+pub(super) fn at(name: &str) -> impl FnOnce(rustix::io::Errno) -> LayOutError {
     move |error| LayOutError::Disk(name.to_owned(), error.into())
 }
 
@@ -66,13 +66,13 @@ enum PrunedChild {
 
 /// What all roots are laid out with.
 #[derive(Clone, Copy)]
-pub struct LayOutContext<'a> {
+pub(super) struct LayOutContext<'a> {
     pub pool: &'a Pool,
     pub cache: &'a Arc<FileCache>,
     pub threads: usize,
 }
 
-pub struct LayOut<'a> {
+pub(super) struct LayOut<'a> {
     pub context: LayOutContext<'a>,
     /// Whether the root is kept, and so what is made is remembered.
     keep: bool,
@@ -90,7 +90,7 @@ pub struct LayOut<'a> {
 }
 
 #[derive(Default)]
-pub struct JobQueue {
+pub(super) struct JobQueue {
     /// The last first: so only the ancestors of what is worked on must be open.
     jobs: Vec<(Arc<DirectoryFd>, u32, String)>,
     /// Threads that may yet add jobs.
@@ -102,7 +102,7 @@ pub struct JobQueue {
 impl<'a> LayOutContext<'a> {
     /// Turns a root into another one. What was dropped goes to the pool. When not to `keep`, no
     /// model comes back, and no more directories are open than must be.
-    pub fn perform(
+    pub(super) fn perform(
         &self,
         root: KeptRoot,
         mut plan: LayOutPlan<StashedTree>,
@@ -138,7 +138,7 @@ impl<'a> LayOutContext<'a> {
     }
 
     /// Makes a directory that an action removed, with all that is in it.
-    pub fn make_again(
+    pub(super) fn make_again(
         &self,
         parent: BorrowedFd<'_>,
         name: &str,
@@ -506,7 +506,7 @@ impl<'a> LayOut<'a> {
 }
 
 /// Returns its inode number.
-pub fn make_symlink(
+pub(super) fn make_symlink(
     directory: BorrowedFd<'_>,
     name: &str,
     target: &str,

@@ -97,12 +97,12 @@ pub struct LayOutPlan<P> {
 }
 
 /// How `old` becomes `new`; `None` when they are equal. `has` tells whether the pool has a subtree.
-pub fn compare(old: &Tree, new: &Tree, has: &dyn Fn(&Digest) -> bool) -> Option<Rewrite> {
+pub(super) fn compare(old: &Tree, new: &Tree, has: &dyn Fn(&Digest) -> bool) -> Option<Rewrite> {
     (old.digest != new.digest).then(|| diff(old, new, has))
 }
 
 /// Settles where everything comes from; `take` takes a subtree out of the pool.
-pub fn resolve<P>(
+pub(super) fn resolve<P>(
     old: &Tree,
     mut rewrite: Option<Rewrite>,
     take: &mut dyn FnMut(&Digest) -> Option<P>,
@@ -343,7 +343,7 @@ impl<'a, P> Resolver<'a, P> {
 }
 
 /// A plan to make all of `node` from nothing: the first directory is it.
-pub fn fresh<P>(node: &Tree) -> LayOutPlan<P> {
+pub(super) fn fresh<P>(node: &Tree) -> LayOutPlan<P> {
     let mut nothing = |_: &Digest| None;
     let mut resolver = Resolver::new(&mut nothing);
     resolver.origin(node);
@@ -351,7 +351,7 @@ pub fn fresh<P>(node: &Tree) -> LayOutPlan<P> {
 }
 
 /// How many entries two trees share in the same places, looking at no more than `budget` directories.
-pub fn shared(old: &Tree, new: &Tree, budget: &mut u32) -> u64 {
+pub(super) fn shared(old: &Tree, new: &Tree, budget: &mut u32) -> u64 {
     if Arc::ptr_eq(old, new) || old.digest == new.digest {
         return new.entries + 1;
     }

@@ -43,7 +43,7 @@ const MAXIMUM_STASHED: usize = 10_000;
 const COMPARED_DIRECTORIES: u32 = 200;
 
 /// A root that no action has.
-pub struct IdleRoot {
+pub(super) struct IdleRoot {
     pub action_directory: ActionDirectory,
     pub kept: KeptRoot,
     /// Of the pool, when it was made.
@@ -51,13 +51,13 @@ pub struct IdleRoot {
 }
 
 impl IdleRoot {
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.kept.top.node.entries == 0
     }
 }
 
 /// A subtree, beside the roots.
-pub struct StashedTree {
+pub(super) struct StashedTree {
     pub kept: KeptDirectory,
     /// How its files were made.
     link_mode: LinkMode,
@@ -66,7 +66,7 @@ pub struct StashedTree {
     generation: u64,
 }
 
-pub struct Pool {
+pub(super) struct Pool {
     /// Locked for as long as this worker runs.
     build_directory: OwnedFd,
     stash_directory: OwnedFd,
@@ -164,7 +164,7 @@ impl Waiting {
 impl Pool {
     /// Moves away and then removes what an earlier worker left. EWOULDBLOCK when another worker uses
     /// the directory.
-    pub fn open(path: &Path, slots: usize) -> io::Result<Self> {
+    pub(super) fn open(path: &Path, slots: usize) -> io::Result<Self> {
         std::fs::create_dir_all(path)?;
         let build_directory = open_child(rustix::fs::CWD, path)?;
         rustix::fs::flock(&build_directory, FlockOperation::NonBlockingLockExclusive)?;
@@ -201,27 +201,31 @@ impl Pool {
         })
     }
 
-    pub fn build_directory(&self) -> BorrowedFd<'_> {
+    pub(super) fn build_directory(&self) -> BorrowedFd<'_> {
         self.build_directory.as_fd()
     }
 
-    pub fn generation(&self) -> u64 {
+    pub(super) fn generation(&self) -> u64 {
         self.generation.load(Ordering::SeqCst)
     }
 
     /// A name that nothing in the build directory has had.
-    pub fn next_name(&self) -> String {
+    pub(super) fn next_name(&self) -> String {
         self.sequence.fetch_add(1, Ordering::Relaxed).to_string()
     }
 
     /// A directory of a root, counted for as long as it is open.
-    pub fn open_directory(&self, parent: impl AsFd, name: &str) -> Result<DirectoryFd, Errno> {
+    pub(super) fn open_directory(
+        &self,
+        parent: impl AsFd,
+        name: &str,
+    ) -> Result<DirectoryFd, Errno> {
         DirectoryFd::open(parent, name, &self.open_directories)
     }
 
     /// The one that suits `wanted` best, or any empty one. Waits while too many are being cleaned;
     /// `None` when one is to be made.
-    pub fn take_root(&self, wanted: Option<(LinkMode, &Tree)>) -> Option<IdleRoot> {
+    pub(super) fn take_root(&self, wanted: Option<(LinkMode, &Tree)>) -> Option<IdleRoot> {
         let mut waiting = self.waiting.lock();
         loop {
             if let Some(root) = waiting.take_root(wanted) {
@@ -235,7 +239,7 @@ impl Pool {
     }
 
     /// What must be done to `old` to make `new` of it; takes stashed subtrees that help, if any may.
-    pub fn plan(
+    pub(super) fn plan(
         &self,
         old: &Tree,
         new: &Tree,
@@ -253,7 +257,7 @@ impl Pool {
     }
 
     /// A root that no action has any more, and whose files are as its model says.
-    pub fn return_root(&self, root: IdleRoot) {
+    pub(super) fn return_root(&self, root: IdleRoot) {
         let mut waiting = self.waiting.lock();
         let gone = self.put_root(&mut waiting, root);
         drop(waiting);
@@ -273,17 +277,17 @@ impl Pool {
     }
 
     /// One more root is cleaned, until `end_cleaning`.
-    pub fn begin_cleaning(&self) {
+    pub(super) fn begin_cleaning(&self) {
         self.waiting.lock().cleaning += 1;
     }
 
-    pub fn is_cleaning(&self) -> bool {
+    pub(super) fn is_cleaning(&self) -> bool {
         self.waiting.lock().cleaning > 0
     }
 
     /// A root was cleaned; `None` when it is not used again. Tells whether there are fewer roots than
     /// slots.
-    pub fn end_cleaning(&self, root: Option<IdleRoot>) -> bool {
+    pub(super) fn end_cleaning(&self, root: Option<IdleRoot>) -> bool {
         let mut gone = Vec::new();
         let mut waiting = self.waiting.lock();
         waiting.cleaning -= 1;
@@ -300,13 +304,13 @@ impl Pool {
         lacks
     }
 
-    pub fn delete(&self, action_directory: ActionDirectory) {
+    pub(super) fn delete(&self, action_directory: ActionDirectory) {
         self.deletions
             .delete(&self.build_directory, &action_directory.name);
     }
 
     /// Moves a verified subtree out of a root.
-    pub fn stash(
+    pub(super) fn stash(
         &self,
         parent: BorrowedFd<'_>,
         name: &str,
@@ -325,7 +329,7 @@ impl Pool {
 
     /// Moves a stashed subtree into a root. A rename sets the ctime of what is renamed, so that its
     /// baseline is new (I6); what is below is as it was.
-    pub fn unstash(
+    pub(super) fn unstash(
         &self,
         stashed: StashedTree,
         parent: BorrowedFd<'_>,
@@ -345,7 +349,7 @@ impl Pool {
         Ok(kept)
     }
 
-    pub fn keep_stashed(&self, stashed: impl IntoIterator<Item = StashedTree>) {
+    pub(super) fn keep_stashed(&self, stashed: impl IntoIterator<Item = StashedTree>) {
         for stashed in stashed {
             // Looked at under the lock: whoever forgets all counts up first, and then empties the pool.
             let mut waiting = self.waiting.lock();
@@ -360,12 +364,12 @@ impl Pool {
         }
     }
 
-    pub fn delete_stashed(&self, stashed: StashedTree) {
+    pub(super) fn delete_stashed(&self, stashed: StashedTree) {
         self.deletions.delete(&self.stash_directory, &stashed.name);
     }
 
     /// Lets go of something that is kept, a subtree first; `false` when there is nothing.
-    pub fn reclaim(&self) -> bool {
+    pub(super) fn reclaim(&self) -> bool {
         let mut waiting = self.waiting.lock();
         if let Some(stashed) = waiting.take_oldest() {
             drop(waiting);
@@ -385,14 +389,14 @@ impl Pool {
     }
 
     /// All that is kept is thrown away, and what is in use will be (I7).
-    pub fn invalidate_all(&self) {
+    pub(super) fn invalidate_all(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
         while self.reclaim() {}
     }
 
     /// Lets go of what is kept until so many more directories may be open; `false` when that is not
     /// enough.
-    pub fn reserve(&self, directories: u64) -> bool {
+    pub(super) fn reserve(&self, directories: u64) -> bool {
         loop {
             let open = self.open_directories.load(Ordering::Relaxed);
             if open.saturating_add(directories) <= self.maximum_open {

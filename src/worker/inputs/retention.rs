@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 /// After the last action that could have changed anything.
 const PAUSE: Duration = Duration::from_secs(10 * 60);
 
-pub struct Retention {
+pub(super) struct Retention {
     /// Never, where changes of directories do not show.
     possible: bool,
     suspension: Mutex<Suspension>,
@@ -23,14 +23,14 @@ struct Suspension {
 }
 
 impl Retention {
-    pub fn new(possible: bool) -> Self {
+    pub(super) fn new(possible: bool) -> Self {
         Retention {
             possible,
             suspension: Mutex::default(),
         }
     }
 
-    pub fn is_active(&self, now: Instant) -> bool {
+    pub(super) fn is_active(&self, now: Instant) -> bool {
         let mut suspension = self.suspension.lock();
         match suspension.until {
             Some(until) if now < until => false,
@@ -45,7 +45,7 @@ impl Retention {
     }
 
     /// An action could have changed anything.
-    pub fn suspend(&self, now: Instant) {
+    pub(super) fn suspend(&self, now: Instant) {
         let mut suspension = self.suspension.lock();
         suspension.actions += 1;
         let actions = suspension.actions;
@@ -60,7 +60,7 @@ impl Retention {
     }
 
     /// For the status line; `None` while roots are kept, or never are.
-    pub fn suspension(&self, now: Instant) -> Option<String> {
+    pub(super) fn suspension(&self, now: Instant) -> Option<String> {
         let suspension = *self.suspension.lock();
         let left = suspension.until?.checked_duration_since(now)?;
         Some(format!(

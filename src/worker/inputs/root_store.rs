@@ -52,7 +52,7 @@ pub struct RootStore {
 }
 
 /// What is known of a root that an action had.
-pub struct UsedRoot {
+pub(super) struct UsedRoot {
     /// `None` when it is not used again.
     pub kept: Option<KeptRoot>,
     /// Of the pool, when it was made.

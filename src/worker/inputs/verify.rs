@@ -48,7 +48,7 @@ struct Verification<'a> {
 
 /// What became of a directory that the worker keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DirectoryCondition {
+pub(super) enum DirectoryCondition {
     Good,
     /// Others had so many entries in it that it is not worth being read any more.
     Oversized,
@@ -64,7 +64,7 @@ struct SeenEntries {
 /// Repairs a root. `started` is when the action could begin (seconds since the epoch): baselines from
 /// about then are not trusted on kernels whose clock is coarse. On error nothing is known of the root
 /// (I7). `Oversized` is about the root itself; what is so beneath it is made again.
-pub fn verify_root(
+pub(super) fn verify_root(
     context: &LayOutContext<'_>,
     root: &mut KeptRoot,
     fine_ctime: bool,

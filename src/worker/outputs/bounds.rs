@@ -12,12 +12,12 @@ use tokio_util::sync::CancellationToken;
 use crate::{config::Size, text::shorten, worker::fault::Fault};
 
 /// Files, directories and symbolic links of one action's outputs.
-pub const MAXIMUM_ENTRIES: u64 = 2_000_000;
+pub(super) const MAXIMUM_ENTRIES: u64 = 2_000_000;
 /// Of all Directory messages of one action's outputs, which are in memory until their Tree is whole.
 const MAXIMUM_DIRECTORIES_SIZE: u64 = 256 << 20;
 /// Clients receive messages of 4 MiB unless they were told otherwise (gRPC's default). The lists of
 /// outputs leave room for the rest of an ExecuteResponse, and for the Operation around it.
-pub const MAXIMUM_LISTS_SIZE: u64 = (4 << 20) - (256 << 10);
+pub(super) const MAXIMUM_LISTS_SIZE: u64 = (4 << 20) - (256 << 10);
 
 /// What one action's outputs may come to.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +32,7 @@ pub struct OutputLimits {
 }
 
 /// What is left of the limits.
-pub struct Bounds<'a> {
+pub(super) struct Bounds<'a> {
     limits: OutputLimits,
     cancel: &'a CancellationToken,
     size: u64,
@@ -43,7 +43,7 @@ pub struct Bounds<'a> {
 }
 
 impl<'a> Bounds<'a> {
-    pub fn new(limits: OutputLimits, cancel: &'a CancellationToken) -> Self {
+    pub(super) fn new(limits: OutputLimits, cancel: &'a CancellationToken) -> Self {
         Bounds {
             limits,
             cancel,
@@ -56,7 +56,7 @@ impl<'a> Bounds<'a> {
     }
 
     /// Whether there is no point in going on.
-    pub fn are_exceeded(&self) -> bool {
+    pub(super) fn are_exceeded(&self) -> bool {
         self.exceeded
     }
 
@@ -66,7 +66,7 @@ impl<'a> Bounds<'a> {
     }
 
     /// Whether there is time left.
-    pub fn check_time(&mut self) -> Result<(), Fault> {
+    pub(super) fn check_time(&mut self) -> Result<(), Fault> {
         match self.time().check() {
             Ok(()) => Ok(()),
             Err(fault) => self.exceed(fault),
@@ -74,7 +74,7 @@ impl<'a> Bounds<'a> {
     }
 
     /// For whoever reads a file piece by piece.
-    pub fn time(&self) -> ReadDeadline<'a> {
+    pub(super) fn time(&self) -> ReadDeadline<'a> {
         ReadDeadline {
             cancel: self.cancel,
             timeout: self.limits.timeout,
@@ -83,7 +83,7 @@ impl<'a> Bounds<'a> {
     }
 
     /// A file that is to be read.
-    pub fn add_file(&mut self, size: u64, text: &str) -> Result<(), Fault> {
+    pub(super) fn add_file(&mut self, size: u64, text: &str) -> Result<(), Fault> {
         if size > self.limits.blob_size {
             return Err(Fault::Invalid(format!(
                 "output {:?} has {size} bytes, but the Content Addressable Storage takes no blob of more than {} bytes",
@@ -104,12 +104,12 @@ impl<'a> Bounds<'a> {
     }
 
     /// A file that was counted and not read.
-    pub fn give_back(&mut self, size: u64) {
+    pub(super) fn give_back(&mut self, size: u64) {
         self.size = self.size.saturating_sub(size);
     }
 
     /// An entry of an output directory.
-    pub fn add_entry(&mut self) -> Result<(), Fault> {
+    pub(super) fn add_entry(&mut self) -> Result<(), Fault> {
         self.entries += 1;
         match self.entries > MAXIMUM_ENTRIES {
             false => Ok(()),
@@ -120,7 +120,7 @@ impl<'a> Bounds<'a> {
     }
 
     /// A part of a Directory message.
-    pub fn add_to_directory(&mut self, size: usize) -> Result<(), Fault> {
+    pub(super) fn add_to_directory(&mut self, size: usize) -> Result<(), Fault> {
         self.directories = self.directories.saturating_add(size as u64);
         match self.directories > MAXIMUM_DIRECTORIES_SIZE {
             false => Ok(()),
@@ -132,7 +132,7 @@ impl<'a> Bounds<'a> {
     }
 
     /// An element of the lists of outputs in the result.
-    pub fn add_to_lists(&mut self, size: usize) -> Result<(), Fault> {
+    pub(super) fn add_to_lists(&mut self, size: usize) -> Result<(), Fault> {
         // Its tag and length.
         self.lists = self.lists.saturating_add(size as u64 + 6);
         match self.lists > MAXIMUM_LISTS_SIZE {
@@ -148,14 +148,14 @@ impl<'a> Bounds<'a> {
 
 /// Until when files are read.
 #[derive(Clone, Copy)]
-pub struct ReadDeadline<'a> {
+pub(super) struct ReadDeadline<'a> {
     cancel: &'a CancellationToken,
     timeout: Duration,
     deadline: Instant,
 }
 
 impl ReadDeadline<'_> {
-    pub fn check(&self) -> Result<(), Fault> {
+    pub(super) fn check(&self) -> Result<(), Fault> {
         if self.cancel.is_cancelled() {
             return Err(Fault::Cancelled);
         }

@@ -18,7 +18,7 @@ use crate::{
     worker::{fault::Fault, inputs::file_cache::FileCache},
 };
 
-pub type Blobs = Vec<(Digest, Content)>;
+pub(super) type Blobs = Vec<(Digest, Content)>;
 
 /// What goes into the ActionResult.
 #[derive(Default)]
@@ -64,10 +64,10 @@ pub struct Collector<'a, S> {
 }
 
 /// Device and inode number.
-pub type InodeId = (u64, u64);
+pub(super) type InodeId = (u64, u64);
 
 /// A regular file, before it is read.
-pub struct OpenedOutput {
+pub(super) struct OpenedOutput {
     pub file: Arc<File>,
     pub inode: InodeId,
     pub size: u64,
@@ -110,7 +110,7 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
     }
 }
 
-pub fn unreadable(output: &str, error: Errno) -> Fault {
+pub(super) fn unreadable(output: &str, error: Errno) -> Fault {
     match error {
         Errno::ACCESS | Errno::PERM => Fault::Precondition(format!(
             "could not read output {output:?}: {error}; the command must leave it readable, or the worker needs CAP_DAC_READ_SEARCH"
@@ -119,7 +119,11 @@ pub fn unreadable(output: &str, error: Errno) -> Fault {
     }
 }
 
-pub fn read_link(directory: BorrowedFd<'_>, name: &str, text: &str) -> Result<String, Fault> {
+pub(super) fn read_link(
+    directory: BorrowedFd<'_>,
+    name: &str,
+    text: &str,
+) -> Result<String, Fault> {
     let target = rustix::fs::readlinkat(directory, name, Vec::new())
         .map_err(|error| unreadable(text, error))?;
     target.into_string().map_err(|target| {

@@ -14,12 +14,12 @@ use crate::{
 };
 
 /// Read at a time; a file of up to this size is in the buffer afterwards.
-pub const BUFFER: usize = 64 << 10;
+pub(super) const BUFFER: usize = 64 << 10;
 const THREADS: usize = 8;
 
 /// Reads a file, and no more of it than its `size`. Tells its length too when all of it is in
 /// `buffer`.
-pub fn hash(
+pub(super) fn hash(
     file: &File,
     size: u64,
     function: DigestFunction,
@@ -54,7 +54,7 @@ pub fn hash(
 }
 
 /// Of files with their sizes, in their order; `None` for those that could not be read.
-pub fn hash_all(
+pub(super) fn hash_all(
     files: &[(&File, u64)],
     function: DigestFunction,
     time: ReadDeadline<'_>,

@@ -1,18 +1,18 @@
 //! Programs of the classic Berkeley packet filter, as seccomp(2) runs them on struct seccomp_data.
 
 /// Some steps of a program; they always end in a verdict.
-pub type Fragment = Vec<libc::sock_filter>;
+pub(super) type Fragment = Vec<libc::sock_filter>;
 
 /// Places in struct seccomp_data.
-pub const NUMBER: u32 = 0;
-pub const ARCHITECTURE: u32 = 4;
+pub(super) const NUMBER: u32 = 0;
+pub(super) const ARCHITECTURE: u32 = 4;
 /// Its lower half, which is all that the kernel reads of an int or of flags.
-pub const FIRST_ARGUMENT: u32 = 16;
+pub(super) const FIRST_ARGUMENT: u32 = 16;
 
 /// Comparisons of what was loaded last.
-pub const EQUAL: u32 = libc::BPF_JEQ;
+pub(super) const EQUAL: u32 = libc::BPF_JEQ;
 const AT_LEAST: u32 = libc::BPF_JGE;
-pub const HAS_BITS: u32 = libc::BPF_JSET;
+pub(super) const HAS_BITS: u32 = libc::BPF_JSET;
 
 /// Decides on a number, which was loaded last: each answer holds from its number on, up to the next
 /// one's. The first one's is 0.
@@ -20,7 +20,7 @@ pub const HAS_BITS: u32 = libc::BPF_JSET;
 /// One comparison for each but the first, found by halves, and each different answer once: the kernel
 /// compiles the program for every action, and tries all numbers up to about `end`, to know those that are
 /// always allowed.
-pub fn decide<A: Copy + PartialEq>(
+pub(super) fn decide<A: Copy + PartialEq>(
     answers: &[(u32, A)],
     end: u32,
     fragment: impl Fn(A) -> Fragment,
@@ -89,7 +89,7 @@ fn halve<A: Copy>(
 }
 
 /// One fragment if the comparison of what was loaded last holds, or else the other one.
-pub fn choose(comparison: u32, k: u32, yes: Fragment, no: Fragment) -> Fragment {
+pub(super) fn choose(comparison: u32, k: u32, yes: Fragment, no: Fragment) -> Fragment {
     let mut fragment = match u8::try_from(yes.len()) {
         Ok(length) => vec![jump(comparison, k, 0, length)],
         // Only unconditional jumps go farther.
@@ -103,11 +103,11 @@ pub fn choose(comparison: u32, k: u32, yes: Fragment, no: Fragment) -> Fragment 
     fragment
 }
 
-pub const fn load(place: u32) -> libc::sock_filter {
+pub(super) const fn load(place: u32) -> libc::sock_filter {
     statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, place)
 }
 
-pub const fn answer(verdict: u32) -> libc::sock_filter {
+pub(super) const fn answer(verdict: u32) -> libc::sock_filter {
     statement(libc::BPF_RET | libc::BPF_K, verdict)
 }
 

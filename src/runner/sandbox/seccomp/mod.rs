@@ -24,7 +24,7 @@ use syscalls::{FAMILIES, NEWEST, Rule, SOCKET_MAKERS, SYSTEM_CALLS, SystemCall};
 use super::layer::{Layer, Layers, Probe};
 use crate::{config::runner::Config, runner::process_status};
 
-pub const LAYER: Layer = Layer {
+pub(super) const LAYER: Layer = Layer {
     layer: Layers::SECCOMP,
     key: "containment.seccomp",
     demand: |containment| containment.seccomp,
@@ -44,7 +44,7 @@ fn is_built_in(_: &Config) -> Result<(), String> {
 
 /// A program that decides on each system call.
 #[derive(Debug)]
-pub struct SeccompFilter(Vec<libc::sock_filter>);
+pub(crate) struct SeccompFilter(Vec<libc::sock_filter>);
 
 /// A way to make system calls: its architecture (linux/audit.h), and how it numbers them.
 type Abi = (u32, fn(&SystemCall) -> Option<u32>);
@@ -65,7 +65,7 @@ const fn refuse(errno: i32) -> u32 {
 
 impl SeccompFilter {
     /// With `user_namespaces`, actions may make some, and use what these are for.
-    pub fn new(user_namespaces: bool) -> Self {
+    pub(crate) fn new(user_namespaces: bool) -> Self {
         let other = vec![answer(refuse(libc::ENOSYS))];
         let tables = ABIS.iter().rev();
         let chosen = tables.fold(other, |rest, (architecture, number)| {
@@ -77,7 +77,7 @@ impl SeccompFilter {
     }
 
     /// The program, for the kernel.
-    pub fn program(&self) -> &[libc::sock_filter] {
+    pub(crate) fn program(&self) -> &[libc::sock_filter] {
         &self.0
     }
 }

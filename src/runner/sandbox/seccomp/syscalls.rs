@@ -11,11 +11,11 @@
 //! unistd_32.h on x86, and asm-generic/unistd.h, which arm64 has.
 
 /// The last call of this table's kernel, Linux 6.18: file_setattr.
-pub const NEWEST: u32 = 469;
+pub(super) const NEWEST: u32 = 469;
 
 /// One call. `None`: this ABI has no such call.
 #[derive(Clone, Copy, Debug)]
-pub struct SystemCall {
+pub(super) struct SystemCall {
     /// For the reader, and compared by the tests.
     #[cfg_attr(not(test), expect(dead_code))]
     pub name: &'static str,
@@ -29,7 +29,7 @@ pub struct SystemCall {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rule {
+pub(super) enum Rule {
     /// It fails with this error number.
     Refused(i32),
     /// The same; but in a user namespace of the action's own it concerns nobody else, and makes what
@@ -45,7 +45,7 @@ pub enum Rule {
 
 /// What may be a socket's address family: what network namespaces hold, and programs use. Others
 /// reach a virtual machine's host (vsock), devices of the host, or the kernel's least used code.
-pub const FAMILIES: [u32; 6] = [
+pub(super) const FAMILIES: [u32; 6] = [
     libc::AF_UNSPEC as u32,
     libc::AF_UNIX as u32,
     libc::AF_INET as u32,
@@ -55,7 +55,7 @@ pub const FAMILIES: [u32; 6] = [
 ];
 
 /// linux/net.h: SYS_SOCKET and SYS_SOCKETPAIR.
-pub const SOCKET_MAKERS: [u32; 2] = [1, 8];
+pub(super) const SOCKET_MAKERS: [u32; 2] = [1, 8];
 
 use Rule::{ForUserNamespaces, Refused};
 
@@ -93,7 +93,7 @@ const fn x86(name: &'static str, amd64: Option<u32>, i386: Option<u32>, rule: Ru
     }
 }
 
-pub const SYSTEM_CALLS: &[SystemCall] = &[
+pub(super) const SYSTEM_CALLS: &[SystemCall] = &[
     // Keyrings.
     call("add_key", 248, 286, 217, DENIED),
     call("request_key", 249, 287, 218, DENIED),

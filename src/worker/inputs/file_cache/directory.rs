@@ -56,7 +56,7 @@ fn mode(executable: bool) -> Mode {
 /// Key, copy, inode number, last use as in `ScannedFile`.
 type Scanned = (FileKey, u32, u64, (bool, i64, i64));
 
-pub struct CacheDirectory {
+pub(super) struct CacheDirectory {
     path: PathBuf,
     /// Locked for as long as this worker runs.
     _lock: OwnedFd,
@@ -66,7 +66,7 @@ pub struct CacheDirectory {
 }
 
 /// A file that was there at start.
-pub struct ScannedFile {
+pub(super) struct ScannedFile {
     pub key: FileKey,
     /// Of the first copy.
     pub inode: u64,
@@ -84,7 +84,7 @@ impl ScannedFile {
 }
 
 /// A file being written; removed on drop unless published.
-pub struct IncomingFile {
+pub(super) struct IncomingFile {
     directory: Arc<OwnedFd>,
     /// Empty once published.
     name: String,
@@ -102,7 +102,7 @@ impl Drop for IncomingFile {
 impl CacheDirectory {
     /// Makes what is not there, and removes what was being written. EWOULDBLOCK when another
     /// worker uses the directory.
-    pub fn open(path: &Path) -> io::Result<Self> {
+    pub(super) fn open(path: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(path)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let directory = rustix::fs::open(path, flags, Mode::empty())?;
@@ -133,23 +133,23 @@ impl CacheDirectory {
         Ok(files)
     }
 
-    pub fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Of the first copy.
-    pub fn path_of(&self, key: &FileKey) -> PathBuf {
+    pub(super) fn path_of(&self, key: &FileKey) -> PathBuf {
         let mut name = String::new();
         key.write_name(0, &mut name);
         self.path.join(format!("{:02x}", key.shard())).join(name)
     }
 
-    pub fn shards(&self) -> &[OwnedFd] {
+    pub(super) fn shards(&self) -> &[OwnedFd] {
         &self.shards
     }
 
     /// What is there, the longest unused first. Removes what nobody can use.
-    pub fn scan(&self) -> io::Result<Vec<ScannedFile>> {
+    pub(super) fn scan(&self) -> io::Result<Vec<ScannedFile>> {
         // A directory's inodes are read one by one: two threads take half of the time.
         let (low, high) = std::thread::scope(|scope| {
             let low = scope.spawn(|| self.scan_shards(0..SHARDS / 2));
@@ -198,7 +198,7 @@ impl CacheDirectory {
     }
 
     /// Whether size, mode, owner and mtime of the first copy are right; also when it is not there.
-    pub fn is_as_made(&self, key: &FileKey) -> bool {
+    pub(super) fn is_as_made(&self, key: &FileKey) -> bool {
         let mut name = String::new();
         key.write_name(0, &mut name);
         let shard = &self.shards[key.shard()];
@@ -237,7 +237,7 @@ impl CacheDirectory {
         Ok(files)
     }
 
-    pub fn create(&self) -> io::Result<IncomingFile> {
+    pub(super) fn create(&self) -> io::Result<IncomingFile> {
         let name = self.sequence.fetch_add(1, Ordering::Relaxed).to_string();
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = rustix::fs::openat(&*self.incoming, &name, flags, Mode::from_raw_mode(0o600))?;
@@ -249,7 +249,12 @@ impl CacheDirectory {
     }
 
     /// Makes a written and verified file the n-th copy of `key`; tells its inode number.
-    pub fn publish(&self, mut incoming: IncomingFile, key: &FileKey, copy: u32) -> io::Result<u64> {
+    pub(super) fn publish(
+        &self,
+        mut incoming: IncomingFile,
+        key: &FileKey,
+        copy: u32,
+    ) -> io::Result<u64> {
         finish(incoming.file.as_fd(), key.executable)?;
         let inode = rustix::fs::fstat(&incoming.file)?.st_ino;
         let mut name = String::new();
@@ -265,14 +270,14 @@ impl CacheDirectory {
     }
 
     /// Writes a file whose content is known to match its digest.
-    pub fn write(&self, key: &FileKey, content: &[u8]) -> io::Result<u64> {
+    pub(super) fn write(&self, key: &FileKey, content: &[u8]) -> io::Result<u64> {
         let incoming = self.create()?;
         (&*incoming.file).write_all(content)?;
         self.publish(incoming, key, 0)
     }
 
     /// Links the n-th copy of `key` into a directory.
-    pub fn link(
+    pub(super) fn link(
         &self,
         key: &FileKey,
         copy: u32,
@@ -286,7 +291,7 @@ impl CacheDirectory {
     }
 
     /// Makes a sealed file the first copy of `key`, by a further link to it.
-    pub fn adopt(
+    pub(super) fn adopt(
         &self,
         key: &FileKey,
         directory: BorrowedFd<'_>,
@@ -301,14 +306,14 @@ impl CacheDirectory {
 
     /// Makes another inode with the content of `source`, sharing its blocks where the file system
     /// can.
-    pub fn duplicate(&self, source: &File, key: &FileKey, copy: u32) -> io::Result<u64> {
+    pub(super) fn duplicate(&self, source: &File, key: &FileKey, copy: u32) -> io::Result<u64> {
         let incoming = self.create()?;
         copy_content(source, &incoming.file, key.digest.size())?;
         self.publish(incoming, key, copy)
     }
 
     /// Bytes and inodes that unprivileged users can still take on the file system.
-    pub fn free(&self) -> io::Result<(u64, u64)> {
+    pub(super) fn free(&self) -> io::Result<(u64, u64)> {
         let stat = rustix::fs::fstatvfs(&*self.incoming)?;
         // Some file systems have no fixed number of inodes, and say 0.
         let inodes = match stat.f_files {
@@ -319,13 +324,13 @@ impl CacheDirectory {
     }
 
     /// Whether copies share blocks on this file system.
-    pub fn shares_blocks(&self) -> io::Result<bool> {
+    pub(super) fn shares_blocks(&self) -> io::Result<bool> {
         let (one, other) = (self.create()?, self.create()?);
         (&*one.file).write_all(&[0; 4096])?;
         Ok(reflink_copy::reflink_file(&one.file, &other.file).is_ok())
     }
 
-    pub fn open_copy(&self, key: &FileKey, copy: u32) -> io::Result<File> {
+    pub(super) fn open_copy(&self, key: &FileKey, copy: u32) -> io::Result<File> {
         let mut name = String::new();
         key.write_name(copy, &mut name);
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -334,7 +339,7 @@ impl CacheDirectory {
     }
 
     /// Removes all copies of a file.
-    pub fn remove(&self, key: &FileKey, copies: u32) -> io::Result<()> {
+    pub(super) fn remove(&self, key: &FileKey, copies: u32) -> io::Result<()> {
         // The last copy first, so that a worker killed in between leaves no gap.
         for copy in (0..copies).rev() {
             self.remove_copy(key, copy)?;
@@ -342,7 +347,7 @@ impl CacheDirectory {
         Ok(())
     }
 
-    pub fn remove_copy(&self, key: &FileKey, copy: u32) -> io::Result<()> {
+    pub(super) fn remove_copy(&self, key: &FileKey, copy: u32) -> io::Result<()> {
         let mut name = String::new();
         key.write_name(copy, &mut name);
         match rustix::fs::unlinkat(&self.shards[key.shard()], &name, AtFlags::empty()) {
@@ -354,7 +359,7 @@ impl CacheDirectory {
 
 /// Who may write to a file of an input root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WriteAccess {
+pub(super) enum WriteAccess {
     Nobody,
     Everybody,
 }
@@ -375,7 +380,7 @@ fn create(
 
 /// Makes a file of its own in a directory, with the content of a cached one, sharing its blocks where
 /// the file system can; tells its inode number. Whoever `access` says may write to it.
-pub fn copy(
+pub(super) fn copy(
     source: &File,
     key: &FileKey,
     directory: BorrowedFd<'_>,
@@ -389,7 +394,7 @@ pub fn copy(
 }
 
 /// Makes an empty file in a directory; tells its inode number.
-pub fn make_empty(
+pub(super) fn make_empty(
     directory: BorrowedFd<'_>,
     name: &str,
     executable: bool,
@@ -409,7 +414,7 @@ pub fn is_the_workers(stat: &rustix::fs::Stat) -> bool {
         && stat.st_uid == rustix::process::geteuid().as_raw()
 }
 
-pub fn is_as_made(stat: &rustix::fs::Stat, key: &FileKey, owner: u32) -> bool {
+pub(super) fn is_as_made(stat: &rustix::fs::Stat, key: &FileKey, owner: u32) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
         && u64::try_from(stat.st_size) == Ok(key.digest.size())
         && stat.st_mode & 0o7777 == mode(key.executable).as_raw_mode()
@@ -417,7 +422,7 @@ pub fn is_as_made(stat: &rustix::fs::Stat, key: &FileKey, owner: u32) -> bool {
         && stat.st_uid == owner
 }
 
-pub fn is_full(error: &io::Error) -> bool {
+pub(super) fn is_full(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded

@@ -14,7 +14,7 @@ use crate::worker::lru::{Handle, Lru};
 
 /// A file on disk.
 #[derive(Clone, Copy)]
-pub struct CachedFile {
+pub(super) struct CachedFile {
     /// The number of its first inode.
     pub inode: u64,
     /// Whether its content was read by this worker.
@@ -22,7 +22,7 @@ pub struct CachedFile {
 }
 
 #[derive(Default)]
-pub struct CacheIndex {
+pub(super) struct CacheIndex {
     pub files: Lru<FileKey, CachedFile>,
     extra: ExtraInodes,
     /// Inodes in input roots that are not the cache's.
@@ -47,14 +47,14 @@ struct ExtraInode {
 }
 
 /// Somebody fetches, evicts or removes a file.
-pub struct InProgress {
+pub(super) struct InProgress {
     /// The number of his claim.
     pub claim: u64,
     pub done: CancellationToken,
 }
 
 /// Keys that we change; others wait for us.
-pub struct FileClaim<'a> {
+pub(super) struct FileClaim<'a> {
     index: &'a Mutex<CacheIndex>,
     pub number: u64,
     pub keys: Vec<FileKey>,
@@ -62,7 +62,7 @@ pub struct FileClaim<'a> {
 }
 
 impl<'a> FileClaim<'a> {
-    pub fn new(index: &'a Mutex<CacheIndex>) -> Self {
+    pub(super) fn new(index: &'a Mutex<CacheIndex>) -> Self {
         let mut locked = index.lock();
         locked.claims += 1;
         FileClaim {
@@ -73,7 +73,7 @@ impl<'a> FileClaim<'a> {
         }
     }
 
-    pub fn add(&mut self, index: &mut CacheIndex, key: FileKey) {
+    pub(super) fn add(&mut self, index: &mut CacheIndex, key: FileKey) {
         let in_progress = InProgress {
             claim: self.number,
             done: self.done.clone(),
@@ -97,22 +97,22 @@ impl Drop for FileClaim<'_> {
 
 impl CacheIndex {
     /// Inodes on disk that are the cache's or in kept input roots.
-    pub fn inodes(&self) -> u64 {
+    pub(super) fn inodes(&self) -> u64 {
         self.files.len() as u64 + self.extra_inodes()
     }
 
     /// Inodes beside the first ones of cached files.
-    pub fn extra_inodes(&self) -> u64 {
+    pub(super) fn extra_inodes(&self) -> u64 {
         self.extra.count + self.own_inodes
     }
 
     /// How many inodes a file has.
-    pub fn copies(&self, key: &FileKey) -> u32 {
+    pub(super) fn copies(&self, key: &FileKey) -> u32 {
         1 + self.extra.of.get(key).map_or(0, |of| of.len() as u32)
     }
 
     /// What a pinned file is in an input root that is yet to be made.
-    pub fn input_file(&self, kind: InputFileKind) -> InputFile {
+    pub(super) fn input_file(&self, kind: InputFileKind) -> InputFile {
         let inode = match kind {
             InputFileKind::Empty => None,
             InputFileKind::Own(handle) | InputFileKind::HardLink(handle, _) => {
@@ -123,7 +123,7 @@ impl CacheIndex {
     }
 
     /// A file is in an input root no more.
-    pub fn release(&mut self, file: &InputFile) {
+    pub(super) fn release(&mut self, file: &InputFile) {
         match file.kind() {
             InputFileKind::Empty => self.own_inodes -= 1,
             InputFileKind::Own(handle) => {
@@ -137,7 +137,7 @@ impl CacheIndex {
         }
     }
 
-    pub fn add_extra(&mut self, key: &FileKey, inode: u64) {
+    pub(super) fn add_extra(&mut self, key: &FileKey, inode: u64) {
         let of = self.extra.of.entry(*key).or_default();
         of.push(ExtraInode { inode, links: 0 });
         self.extra.count += 1;
@@ -146,7 +146,7 @@ impl CacheIndex {
     }
 
     /// Forgets all but the first inode of a file; tells how many there were in all.
-    pub fn take_extra(&mut self, key: &FileKey) -> u32 {
+    pub(super) fn take_extra(&mut self, key: &FileKey) -> u32 {
         let of = self.extra.of.remove(key).unwrap_or_default();
         self.extra.count -= of.len() as u64;
         self.extra.idle -= of.iter().filter(|inode| inode.links == 0).count() as u64;
@@ -155,13 +155,13 @@ impl CacheIndex {
         1 + of.len() as u32
     }
 
-    pub fn has_extra(&self, key: &FileKey, inode: u64) -> bool {
+    pub(super) fn has_extra(&self, key: &FileKey, inode: u64) -> bool {
         let of = self.extra.of.get(key);
         of.is_some_and(|of| of.iter().any(|known| known.inode == inode))
     }
 
     /// One more file of a kept root is the n-th inode of a file; tells its inode number.
-    pub fn link_extra(&mut self, key: &FileKey, number: u32) -> Option<u64> {
+    pub(super) fn link_extra(&mut self, key: &FileKey, number: u32) -> Option<u64> {
         let of = self.extra.of.get_mut(key)?;
         let inode = of.get_mut(number as usize - 1)?;
         self.extra.idle -= u64::from(inode.links == 0);
@@ -169,7 +169,7 @@ impl CacheIndex {
         Some(inode.inode)
     }
 
-    pub fn unlink_extra(&mut self, handle: Handle, number: u32, inode: u64) {
+    pub(super) fn unlink_extra(&mut self, handle: Handle, number: u32, inode: u64) {
         if number == 0 {
             return;
         }
@@ -188,7 +188,7 @@ impl CacheIndex {
     }
 
     /// Forgets extra inodes that are no file of a kept root.
-    pub fn take_idle(&mut self) -> Vec<(FileKey, u32)> {
+    pub(super) fn take_idle(&mut self) -> Vec<(FileKey, u32)> {
         let mut idle = Vec::new();
         if self.extra.idle == 0 {
             return idle;

@@ -21,7 +21,7 @@ use super::key::FileKey;
 
 /// What was changed since the last look.
 #[derive(Debug, PartialEq)]
-pub enum ChangedFiles {
+pub(super) enum ChangedFiles {
     /// In `contents`, or, in what `attributes` has, modes, owners or times alone.
     Files {
         contents: Vec<FileKey>,
@@ -31,10 +31,10 @@ pub enum ChangedFiles {
     Unknown,
 }
 
-pub struct ChangeWatch(OwnedFd);
+pub(super) struct ChangeWatch(OwnedFd);
 
 impl ChangeWatch {
-    pub fn new(shards: &[OwnedFd]) -> io::Result<Self> {
+    pub(super) fn new(shards: &[OwnedFd]) -> io::Result<Self> {
         let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
         for shard in shards {
             let path = format!("/proc/self/fd/{}", shard.as_raw_fd());
@@ -45,7 +45,7 @@ impl ChangeWatch {
     }
 
     /// Does not wait.
-    pub fn changed(&self) -> ChangedFiles {
+    pub(super) fn changed(&self) -> ChangedFiles {
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = Reader::new(&self.0, &mut buffer);
         let (mut contents, mut attributes) = (Vec::new(), Vec::new());
