@@ -1,14 +1,16 @@
 //! bb_scheduler: queues the actions of clients, and hands them to workers.
 //!
-//! In the order to read it: `queue` decides, `shared_queue` lets calls meet in it, `service` speaks the
-//! protocols, `worker_log` tells what goes on.
+//! In the order to read it: `queue` decides, `shared_queue` lets calls meet in it; `execution` serves
+//! clients and `workers` serves workers, with the refusals of `status`; `worker_log` tells what goes on.
 
 use tonic::codec::CompressionEncoding;
 
+mod execution;
 pub mod queue;
-mod service;
 mod shared_queue;
+mod status;
 mod worker_log;
+mod workers;
 
 use crate::{
     config::{
@@ -122,7 +124,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         clients.address(),
         workers.address()
     );
-    let execution = ExecutionServer::new(service::ExecutionService {
+    let execution = ExecutionServer::new(execution::ExecutionService {
         queue: queue.clone(),
         storage: storage.clone(),
         scheduling: config.scheduling.clone(),
@@ -130,7 +132,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     })
     .accept_compressed(CompressionEncoding::Gzip)
     .max_decoding_message_size(LARGEST_REQUEST);
-    let operations = OperationQueueServer::new(service::OperationQueueService {
+    let operations = OperationQueueServer::new(workers::OperationQueueService {
         queue: queue.clone(),
         idle_interval: config.scheduling.idle_worker_synchronization_interval.get(),
         stopping: stopping.clone(),

@@ -1,5 +1,4 @@
-//! The services: Execution for clients, OperationQueue for workers. Here messages
-//! become the queue's types, and those messages.
+//! The Execution service: what clients ask becomes operations of the queue, and those streams.
 
 use std::{
     pin::Pin,
@@ -11,37 +10,28 @@ use futures::{Stream, stream};
 use prost::{Message, Name};
 use prost_types::Any;
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Request, Response, Status};
 use tracing::Instrument;
 use uuid::Uuid;
 
 use super::{
-    queue::{
-        self, Caller, DesiredWorkerState, EncodedResponse, Invocation, NoWorkers, Platform,
-        Progress, QueuedAction, ReportedAction, ReportedDigest, SizeClassQueueKey, Stage,
-        WorkerActivity, WorkerId,
-    },
+    queue::{self, EncodedResponse, Invocation, Platform, Progress, QueuedAction, Stage},
     shared_queue::{SharedQueue, Waiter},
+    status::{self, invalid},
 };
 use crate::{
     config,
     daemon::{self, LogRateLimit, Peer},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
-    metadata::{self, REQUEST_METADATA_HEADER},
+    metadata::REQUEST_METADATA_HEADER,
     proto::{
         self,
         longrunning::{self, Operation},
         reapi::{self, execution_stage::Value as StageValue},
-        remoteworker::{
-            DesiredState, SynchronizeRequest, SynchronizeResponse, current_state,
-            current_state::executing::ExecutionState, desired_state,
-            operation_queue_server::OperationQueue,
-        },
         rpc,
     },
-    resource::missing_blobs,
-    storage::{self, Backend},
+    storage::Backend,
 };
 
 /// Commands may be longer than Actions; only those of clients before REAPI 2.2 are read.
@@ -52,13 +42,6 @@ pub(super) struct ExecutionService {
     pub queue: Arc<SharedQueue>,
     pub storage: Backend,
     pub scheduling: config::scheduler::Scheduling,
-    pub stopping: CancellationToken,
-}
-
-/// What workers call.
-pub(super) struct OperationQueueService {
-    pub queue: Arc<SharedQueue>,
-    pub idle_interval: Duration,
     pub stopping: CancellationToken,
 }
 
@@ -143,13 +126,13 @@ impl ExecutionService {
                 target_id: metadata.target_id,
             }),
         };
-        let waiter = self.queue.execute(queued).map_err(no_workers)?;
+        let waiter = self.queue.execute(queued).map_err(status::no_workers)?;
         Ok(Response::new(self.watch(waiter)))
     }
 
     fn refuse_when_stopping(&self) -> Result<(), Status> {
         match self.stopping.is_cancelled() {
-            true => Err(stopping()),
+            true => Err(status::stopping()),
             false => Ok(()),
         }
     }
@@ -165,7 +148,7 @@ impl ExecutionService {
             .storage
             .read(instance, digest, limit)
             .await
-            .map_err(|error| storage_status(&format!("Failed to obtain {what}"), error))?;
+            .map_err(|error| status::storage(&format!("Failed to obtain {what}"), error))?;
         M::decode(data)
             .map_err(|error| invalid(format!("Failed to obtain {what}: blob {digest}: {error}")))
     }
@@ -225,7 +208,7 @@ impl ExecutionService {
                     () = tokio::time::sleep(interval) => false,
                 };
                 if stops {
-                    return Some((Err(self::stopping()), None));
+                    return Some((Err(status::stopping()), None));
                 }
             }
             let progress = waiter.progress();
@@ -366,188 +349,4 @@ fn request_metadata(header: Option<bytes::Bytes>) -> (Vec<Any>, reapi::RequestMe
             (vec![any], metadata)
         }
     }
-}
-
-#[tonic::async_trait]
-impl OperationQueue for OperationQueueService {
-    async fn synchronize(
-        &self,
-        request: Request<SynchronizeRequest>,
-    ) -> Result<Response<SynchronizeResponse>, Status> {
-        // Whatever a worker brings is for the scheduler that comes next: this one's clients are
-        // gone.
-        if self.stopping.is_cancelled() {
-            return Err(stopping());
-        }
-        let instance = metadata::instance_of(&request);
-        let peer = peer_of(&request);
-        let (queue_key, id, report) = parse_worker(request.into_inner(), instance)?;
-        let caller = Caller { id, peer };
-        let idle_wait = random_below(self.idle_interval);
-        let instruction = self
-            .queue
-            .synchronize(
-                &queue_key,
-                &caller,
-                report,
-                idle_wait,
-                self.stopping.cancelled(),
-            )
-            .await
-            .map_err(refused)?
-            .ok_or_else(stopping)?;
-        if let DesiredWorkerState::Execute {
-            action: queued,
-            operation,
-            ..
-        } = &instruction.desired
-        {
-            let worker = serde_json::to_string(caller.id.labels()).ok();
-            let action = queued.digest.hash_hex();
-            daemon::action_span(&action, Some(*operation), worker.as_deref()).in_scope(|| {
-                tracing::debug!(
-                    instance = queued.instance.as_str(),
-                    target = queued.target_id,
-                    "handed to a worker"
-                );
-            });
-        }
-        Ok(Response::new(synchronize_response(instruction)))
-    }
-}
-
-fn refused(refusal: queue::Refusal) -> Status {
-    match &refusal {
-        queue::Refusal::AlreadySynchronizing { news, .. }
-        | queue::Refusal::Executing { news, .. } => {
-            if *news {
-                tracing::warn!("refused a worker: {refusal}");
-            }
-            Status::resource_exhausted(refusal.to_string())
-        }
-        queue::Refusal::SizeClass { .. } => invalid(refusal),
-    }
-}
-
-/// The other end of the connection.
-fn peer_of<T>(request: &Request<T>) -> Arc<str> {
-    match request.extensions().get::<Peer>() {
-        Some(Peer::Tcp(Some(address))) => address.to_string().into(),
-        Some(Peer::Unix {
-            pid: Some(pid),
-            uid,
-            ..
-        }) => format!("process {pid} of user {uid}").into(),
-        Some(Peer::Unix { uid, .. }) => format!("user {uid}").into(),
-        Some(Peer::Tcp(None)) | None => "an unknown address".into(),
-    }
-}
-
-fn parse_worker(
-    request: SynchronizeRequest,
-    instance: Option<InstanceName>,
-) -> Result<(SizeClassQueueKey, WorkerId, queue::WorkerReport), Status> {
-    let prefix = InstanceName::parse(&request.instance_name_prefix).map_err(invalid)?;
-    let platform = Platform::parse(request.platform.as_ref()).map_err(invalid)?;
-    let state = request
-        .current_state
-        .and_then(|state| state.worker_state)
-        .ok_or_else(|| invalid("The worker does not say what it does: current_state is absent"))?;
-    let activity = match state {
-        current_state::WorkerState::Idle(()) => WorkerActivity::Idle,
-        current_state::WorkerState::Executing(executing) => {
-            let digest = Digest::parse_required(None, executing.action_digest.as_ref()).map_err(
-                |error| invalid(format!("Invalid digest of the worker's action: {error}")),
-            )?;
-            let action = ReportedAction {
-                digest: ReportedDigest::from(&digest),
-                instance,
-            };
-            match executing.execution_state {
-                Some(ExecutionState::Completed(response)) => {
-                    WorkerActivity::Completed(action, Arc::new(EncodedResponse::new(&response)))
-                }
-                Some(_) => WorkerActivity::Executing(action),
-                None => {
-                    return Err(invalid("The worker does not say how far its action is"));
-                }
-            }
-        }
-    };
-    let key = SizeClassQueueKey {
-        platform,
-        prefix,
-        size_class: request.size_class,
-    };
-    let report = queue::WorkerReport {
-        activity,
-        prefer_being_idle: request.prefer_being_idle,
-    };
-    Ok((key, WorkerId::new(request.worker_id), report))
-}
-
-fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse {
-    use desired_state::WorkerState;
-    let state = match instruction.desired {
-        DesiredWorkerState::Unchanged => None,
-        DesiredWorkerState::Idle => Some(WorkerState::Idle(())),
-        DesiredWorkerState::Execute {
-            action: queued,
-            suffix,
-            operation,
-        } => {
-            let trace = metadata::traceparent(operation);
-            Some(WorkerState::Executing(desired_state::Executing {
-                action_digest: Some(queued.digest.to_proto()),
-                action: Some(queued.action.clone()),
-                queued_timestamp: Some(queued.queued_timestamp),
-                auxiliary_metadata: queued.auxiliary_metadata.clone(),
-                instance_name_suffix: suffix.as_str().to_owned(),
-                digest_function: queued.digest.function().to_proto() as i32,
-                w3c_trace_context: [(metadata::TRACEPARENT.to_owned(), trace)].into(),
-            }))
-        }
-    };
-    SynchronizeResponse {
-        next_synchronization_at: Some(proto::timestamp(SystemTime::now() + instruction.next)),
-        desired_state: state.map(|state| DesiredState {
-            worker_state: Some(state),
-        }),
-    }
-}
-
-fn random_below(limit: Duration) -> Duration {
-    limit.mul_f64(fastrand::f64())
-}
-
-fn invalid(error: impl ToString) -> Status {
-    Status::invalid_argument(error.to_string())
-}
-
-fn stopping() -> Status {
-    Status::unavailable("The scheduler is stopping; its successor takes up what workers run")
-}
-
-fn no_workers(error: NoWorkers) -> Status {
-    match error.transient {
-        true => Status::unavailable(error.to_string()),
-        false => Status::failed_precondition(error.to_string()),
-    }
-}
-
-fn storage_status(prefix: &str, error: storage::Error) -> Status {
-    use storage::Error;
-    let message = format!("{prefix}: {error}");
-    let code = match &error {
-        Error::Missing(digests) => {
-            let status = missing_blobs(message, digests);
-            let details = status.encode_to_vec().into();
-            return Status::with_details(Code::FailedPrecondition, status.message, details);
-        }
-        Error::TooLarge { .. } | Error::Invalid(_) => rpc::Code::InvalidArgument,
-        Error::Unavailable(_) => rpc::Code::Unavailable,
-        Error::Full(_) => rpc::Code::ResourceExhausted,
-        Error::Corrupt { .. } | Error::Internal(_) => rpc::Code::Internal,
-    };
-    Status::new(Code::from_i32(code as i32), message)
 }

@@ -1,0 +1,178 @@
+//! The OperationQueue service: what workers report, and what they are told to do.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+use super::{
+    queue::{
+        self, Caller, DesiredWorkerState, EncodedResponse, Platform, ReportedAction,
+        ReportedDigest, SizeClassQueueKey, WorkerActivity, WorkerId,
+    },
+    shared_queue::SharedQueue,
+    status::{self, invalid},
+};
+use crate::{
+    daemon::{self, Peer},
+    digest::Digest,
+    instance::InstanceName,
+    metadata,
+    proto::{
+        self,
+        remoteworker::{
+            DesiredState, SynchronizeRequest, SynchronizeResponse, current_state,
+            current_state::executing::ExecutionState, desired_state,
+            operation_queue_server::OperationQueue,
+        },
+    },
+};
+
+/// What workers call.
+pub(super) struct OperationQueueService {
+    pub queue: Arc<SharedQueue>,
+    pub idle_interval: Duration,
+    pub stopping: CancellationToken,
+}
+
+#[tonic::async_trait]
+impl OperationQueue for OperationQueueService {
+    async fn synchronize(
+        &self,
+        request: Request<SynchronizeRequest>,
+    ) -> Result<Response<SynchronizeResponse>, Status> {
+        // Whatever a worker brings is for the scheduler that comes next: this one's clients are
+        // gone.
+        if self.stopping.is_cancelled() {
+            return Err(status::stopping());
+        }
+        let instance = metadata::instance_of(&request);
+        let peer = peer_of(&request);
+        let (queue_key, id, report) = parse_worker(request.into_inner(), instance)?;
+        let caller = Caller { id, peer };
+        let idle_wait = random_below(self.idle_interval);
+        let instruction = self
+            .queue
+            .synchronize(
+                &queue_key,
+                &caller,
+                report,
+                idle_wait,
+                self.stopping.cancelled(),
+            )
+            .await
+            .map_err(status::refused)?
+            .ok_or_else(status::stopping)?;
+        if let DesiredWorkerState::Execute {
+            action: queued,
+            operation,
+            ..
+        } = &instruction.desired
+        {
+            let worker = serde_json::to_string(caller.id.labels()).ok();
+            let action = queued.digest.hash_hex();
+            daemon::action_span(&action, Some(*operation), worker.as_deref()).in_scope(|| {
+                tracing::debug!(
+                    instance = queued.instance.as_str(),
+                    target = queued.target_id,
+                    "handed to a worker"
+                );
+            });
+        }
+        Ok(Response::new(synchronize_response(instruction)))
+    }
+}
+
+/// The other end of the connection.
+fn peer_of<T>(request: &Request<T>) -> Arc<str> {
+    match request.extensions().get::<Peer>() {
+        Some(Peer::Tcp(Some(address))) => address.to_string().into(),
+        Some(Peer::Unix {
+            pid: Some(pid),
+            uid,
+            ..
+        }) => format!("process {pid} of user {uid}").into(),
+        Some(Peer::Unix { uid, .. }) => format!("user {uid}").into(),
+        Some(Peer::Tcp(None)) | None => "an unknown address".into(),
+    }
+}
+
+fn parse_worker(
+    request: SynchronizeRequest,
+    instance: Option<InstanceName>,
+) -> Result<(SizeClassQueueKey, WorkerId, queue::WorkerReport), Status> {
+    let prefix = InstanceName::parse(&request.instance_name_prefix).map_err(invalid)?;
+    let platform = Platform::parse(request.platform.as_ref()).map_err(invalid)?;
+    let state = request
+        .current_state
+        .and_then(|state| state.worker_state)
+        .ok_or_else(|| invalid("The worker does not say what it does: current_state is absent"))?;
+    let activity = match state {
+        current_state::WorkerState::Idle(()) => WorkerActivity::Idle,
+        current_state::WorkerState::Executing(executing) => {
+            let digest = Digest::parse_required(None, executing.action_digest.as_ref()).map_err(
+                |error| invalid(format!("Invalid digest of the worker's action: {error}")),
+            )?;
+            let action = ReportedAction {
+                digest: ReportedDigest::from(&digest),
+                instance,
+            };
+            match executing.execution_state {
+                Some(ExecutionState::Completed(response)) => {
+                    WorkerActivity::Completed(action, Arc::new(EncodedResponse::new(&response)))
+                }
+                Some(_) => WorkerActivity::Executing(action),
+                None => {
+                    return Err(invalid("The worker does not say how far its action is"));
+                }
+            }
+        }
+    };
+    let key = SizeClassQueueKey {
+        platform,
+        prefix,
+        size_class: request.size_class,
+    };
+    let report = queue::WorkerReport {
+        activity,
+        prefer_being_idle: request.prefer_being_idle,
+    };
+    Ok((key, WorkerId::new(request.worker_id), report))
+}
+
+fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse {
+    use desired_state::WorkerState;
+    let state = match instruction.desired {
+        DesiredWorkerState::Unchanged => None,
+        DesiredWorkerState::Idle => Some(WorkerState::Idle(())),
+        DesiredWorkerState::Execute {
+            action: queued,
+            suffix,
+            operation,
+        } => {
+            let trace = metadata::traceparent(operation);
+            Some(WorkerState::Executing(desired_state::Executing {
+                action_digest: Some(queued.digest.to_proto()),
+                action: Some(queued.action.clone()),
+                queued_timestamp: Some(queued.queued_timestamp),
+                auxiliary_metadata: queued.auxiliary_metadata.clone(),
+                instance_name_suffix: suffix.as_str().to_owned(),
+                digest_function: queued.digest.function().to_proto() as i32,
+                w3c_trace_context: [(metadata::TRACEPARENT.to_owned(), trace)].into(),
+            }))
+        }
+    };
+    SynchronizeResponse {
+        next_synchronization_at: Some(proto::timestamp(SystemTime::now() + instruction.next)),
+        desired_state: state.map(|state| DesiredState {
+            worker_state: Some(state),
+        }),
+    }
+}
+
+fn random_below(limit: Duration) -> Duration {
+    limit.mul_f64(fastrand::f64())
+}
