@@ -8,6 +8,7 @@ use tonic::codec::CompressionEncoding;
 mod execution;
 pub mod queue;
 mod shared_queue;
+pub mod size_class;
 mod status;
 mod worker_log;
 mod workers;

@@ -17,6 +17,7 @@ const DAEMONS: &[&str] = &["scheduler", "worker", "runner"];
 /// These have no I/O, clock, randomness, lock or `HashMap`; .clippy.toml lists what that means.
 const PURE: &[&str] = &[
     "scheduler/queue",
+    "scheduler/size_class",
     "worker/slot.rs",
     "worker/health.rs",
     "worker/inputs/plan.rs",

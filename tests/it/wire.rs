@@ -10,8 +10,8 @@ use std::{
 };
 
 use bb_remote_execution::proto::{
-    DESCRIPTORS, auth, buildqueuestate, cas, completedactionlogger, pack, reapi, remoteworker,
-    resourceusage, rpc, runner, unpack,
+    DESCRIPTORS, auth, buildqueuestate, cas, completedactionlogger, iscc, pack, reapi,
+    remoteworker, resourceusage, rpc, runner, unpack,
 };
 use prost::Message;
 use prost_types::{
@@ -309,6 +309,48 @@ fn what_is_stored_and_logged_is_as_published() {
         }),
     };
     golden(historical.clone(), &format!("0a06 {DIGEST} 1a02 1001"));
+    use iscc::previous_execution::Outcome;
+    let execution = |outcome| iscc::PreviousExecution {
+        outcome: Some(outcome),
+    };
+    let duration = |seconds| prost_types::Duration { seconds, nanos: 0 };
+    let statistics = iscc::PreviousExecutionStats {
+        size_classes: BTreeMap::from([(
+            7,
+            iscc::PerSizeClassStats {
+                previous_executions: vec![
+                    execution(Outcome::Failed(())),
+                    execution(Outcome::TimedOut(duration(1))),
+                    execution(Outcome::Succeeded(duration(2))),
+                ],
+                initial_page_rank_probability: 1.0,
+            },
+        )]),
+        last_seen_failure: Some(prost_types::Timestamp {
+            seconds: 3,
+            nanos: 0,
+        }),
+    };
+    let encoded = "0a1d 0807 1219 0a020a00 0a0412020801 0a041a020802 19 000000000000f03f \
+                   1202 0803";
+    golden(statistics.clone(), encoded);
+    golden(
+        iscc::GetPreviousExecutionStatsRequest {
+            instance_name: "i".to_owned(),
+            reduced_action_digest: Some(digest()),
+            digest_function: reapi::digest_function::Value::Blake3 as i32,
+        },
+        &format!("0a0169 1206 {DIGEST} 1809"),
+    );
+    golden(
+        iscc::UpdatePreviousExecutionStatsRequest {
+            instance_name: "i".to_owned(),
+            reduced_action_digest: Some(digest()),
+            previous_execution_stats: Some(statistics),
+            digest_function: reapi::digest_function::Value::Blake3 as i32,
+        },
+        &format!("0a0169 1206 {DIGEST} 1a23 {encoded} 2009"),
+    );
     golden(
         completedactionlogger::CompletedAction {
             historical_execute_response: Some(historical),
