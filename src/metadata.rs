@@ -20,6 +20,9 @@ const PRIVATE: &str = "private";
 /// Buildbarn's worker does not say, and its scheduler does not ask.
 const INSTANCE_HEADER: &str = "bb-instance-name-bin";
 
+/// Between this project's worker and scheduler: which one of the worker's calls this is.
+const CALL_HEADER: &str = "bb-call";
+
 /// W3C Trace Context: in a header, and among desired_state.Executing.w3c_trace_context.
 pub const TRACEPARENT: &str = "traceparent";
 
@@ -46,8 +49,8 @@ pub fn instance_of<T>(request: &Request<T>) -> Option<InstanceName> {
 pub struct ActionContext {
     /// The hash of the action's digest (REAPI: RequestMetadata.action_id); empty when it is unknown.
     pub action: String,
-    /// A client's operation that waits for the action, if one is known.
-    pub operation: Option<Uuid>,
+    /// Which handing-out of the action, if that is known.
+    pub attempt: Option<Attempt>,
     /// A worker's labels as JSON, as in ExecutedActionMetadata.worker.
     pub worker: Option<String>,
 }
@@ -63,15 +66,13 @@ impl ActionContext {
         let headers = request.metadata_mut();
         let value = MetadataValue::from_bytes(&metadata.encode_to_vec());
         headers.insert_bin(REQUEST_METADATA_HEADER, value);
-        if let Some(operation) = self.operation
-            && let Ok(value) = traceparent(operation).parse()
-        {
-            headers.insert(TRACEPARENT, value);
-        }
         if let Some(worker) = &self.worker
             && worker.len() <= LONGEST_WORKER
         {
             headers.insert_bin(WORKER_HEADER, MetadataValue::from_bytes(worker.as_bytes()));
+        }
+        if let Some(attempt) = self.attempt {
+            attempt.attach_to(&mut request);
         }
         request
     }
@@ -83,29 +84,80 @@ impl ActionContext {
         let metadata = bytes(REQUEST_METADATA_HEADER)
             .and_then(|data| RequestMetadata::decode(data).ok())
             .unwrap_or_default();
-        let trace = headers
-            .get(TRACEPARENT)
-            .and_then(|value| value.to_str().ok());
         ActionContext {
             action: metadata.action_id,
-            operation: trace.and_then(operation_of),
+            attempt: Attempt::of(request),
             worker: bytes(WORKER_HEADER).and_then(|data| String::from_utf8(data.into()).ok()),
         }
     }
 }
 
-/// An operation as a trace, which is not recorded (W3C Trace Context, version 00): the name of an
-/// operation is a trace's ID, and its second half that of the span that caused the call.
-pub fn traceparent(operation: Uuid) -> String {
-    let (_, span) = operation.as_u64_pair();
-    format!("00-{}-{span:016x}-00", operation.simple())
+/// One handing-out of a task, as a trace that is not recorded (W3C Trace Context, version 00): the
+/// operation that it is done for is the trace, and the attempt its span.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Attempt {
+    /// A client's operation that waits for the task.
+    pub operation: Uuid,
+    /// A number that no other attempt has; not 0.
+    pub number: u64,
 }
 
-/// The operation whose trace it is.
-pub fn operation_of(traceparent: &str) -> Option<Uuid> {
-    let (_version, rest) = traceparent.split_once('-')?;
-    let (trace, _) = rest.split_once('-')?;
-    Uuid::try_parse(trace).ok().filter(|trace| !trace.is_nil())
+impl Attempt {
+    /// The attempt that a `traceparent` names.
+    pub fn parse(traceparent: &str) -> Option<Self> {
+        let mut parts = traceparent.split('-').skip(1);
+        let operation = Uuid::try_parse(parts.next()?).ok()?;
+        let number = u64::from_str_radix(parts.next()?, 16).ok()?;
+        (!operation.is_nil() && number != 0).then_some(Attempt { operation, number })
+    }
+
+    /// Names the attempt in a header.
+    pub fn attach_to<T>(self, request: &mut Request<T>) {
+        if let Ok(value) = self.to_string().parse() {
+            request.metadata_mut().insert(TRACEPARENT, value);
+        }
+    }
+
+    /// The attempt that `attach_to` named.
+    pub fn of<T>(request: &Request<T>) -> Option<Self> {
+        Self::parse(request.metadata().get(TRACEPARENT)?.to_str().ok()?)
+    }
+}
+
+impl std::fmt::Display for Attempt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "00-{}-{:016x}-00", self.operation.simple(), self.number)
+    }
+}
+
+/// One of the Synchronize calls of a slot. A slot that numbers its calls leaves one unanswered when it
+/// has news, so that it can be held while the slot executes: the one of the highest number counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct WorkerCall {
+    /// Chosen at random when the slot starts.
+    pub session: u64,
+    /// Ascending within a session.
+    pub number: u64,
+}
+
+impl WorkerCall {
+    /// Numbers a call in a header.
+    pub fn attach_to<T>(self, request: &mut Request<T>) {
+        let value = format!("{:016x}-{}", self.session, self.number);
+        if let Ok(value) = value.parse() {
+            request.metadata_mut().insert(CALL_HEADER, value);
+        }
+    }
+
+    /// The call that `attach_to` numbered; `None` for workers that do not number theirs.
+    pub fn of<T>(request: &Request<T>) -> Option<Self> {
+        let value = request.metadata().get(CALL_HEADER)?.to_str().ok()?;
+        let (session, number) = value.split_once('-')?;
+        Some(WorkerCall {
+            session: u64::from_str_radix(session, 16).ok()?,
+            number: number.parse().ok()?,
+        })
+    }
 }
 
 /// Says that nobody else has the files in the input root, so that they may become the action's.
@@ -125,29 +177,46 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_operation_survives_as_a_trace() {
-        let operation = Uuid::from_u128(0x1234_5678_9abc_4def_8123_4567_89ab_cdef);
-        let text = traceparent(operation);
+    fn an_attempt_survives_as_a_trace() {
+        let attempt = Attempt {
+            operation: Uuid::from_u128(0x1234_5678_9abc_4def_8123_4567_89ab_cdef),
+            number: 0xabc,
+        };
+        let text = attempt.to_string();
         assert_eq!(
             text,
-            "00-123456789abc4def8123456789abcdef-8123456789abcdef-00"
+            "00-123456789abc4def8123456789abcdef-0000000000000abc-00"
         );
-        assert_eq!(operation_of(&text), Some(operation));
+        assert_eq!(Attempt::parse(&text), Some(attempt));
         for bad in [
             "",
             "00",
             "00-0-0-00",
             "00-00000000000000000000000000000000-1-00",
+            "00-123456789abc4def8123456789abcdef-0000000000000000-00",
+            "00-123456789abc4def8123456789abcdef-10000000000000000-00",
         ] {
-            assert_eq!(operation_of(bad), None, "{bad:?}");
+            assert_eq!(Attempt::parse(bad), None, "{bad:?}");
         }
+    }
+
+    #[test]
+    fn a_call_of_a_worker_survives_in_a_header() {
+        let call = WorkerCall {
+            session: u64::MAX,
+            number: 7,
+        };
+        let mut request = Request::new(());
+        assert_eq!(WorkerCall::of(&request), None);
+        call.attach_to(&mut request);
+        assert_eq!(WorkerCall::of(&request), Some(call));
     }
 
     #[test]
     fn a_request_says_for_which_action_it_is_made() {
         let context = ActionContext {
             action: "abc".to_owned(),
-            operation: Some(Uuid::from_u128(7)),
+            attempt: Attempt::parse("00-00000000000000000000000000000007-0000000000000001-00"),
             worker: Some("{\"hostname\":\"ä\"}".to_owned()),
         };
         assert_eq!(ActionContext::of(&context.request(())), context);

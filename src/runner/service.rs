@@ -173,10 +173,14 @@ impl runner_server::Runner for RunnerService {
         self.admit(&request)?;
         let ActionContext {
             action,
-            operation,
+            attempt,
             worker,
         } = ActionContext::of(&request);
-        let span = daemon::action_span(&action, operation, worker.as_deref());
+        let span = daemon::action_span(
+            &action,
+            attempt.map(|attempt| attempt.operation),
+            worker.as_deref(),
+        );
         self.run_command(request).instrument(span).await
     }
 }

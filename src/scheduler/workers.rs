@@ -153,7 +153,11 @@ fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse 
             suffix,
             operation,
         } => {
-            let trace = metadata::traceparent(operation);
+            let attempt = metadata::Attempt {
+                operation,
+                number: 1,
+            };
+            let trace = attempt.to_string();
             Some(WorkerState::Executing(desired_state::Executing {
                 action_digest: Some(queued.digest.to_proto()),
                 action: Some(queued.action.clone()),

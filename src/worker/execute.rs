@@ -135,7 +135,7 @@ impl Executor {
         let mut client = self.runner.clone();
         let context = ActionContext {
             action: task.digest.hash_hex(),
-            operation: task.operation,
+            attempt: task.attempt,
             worker: Some(metadata.worker.clone()),
         };
         let request = || {

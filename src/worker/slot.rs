@@ -1,7 +1,8 @@
 //! One slot's side of the worker protocol, PURE: what to say to the scheduler, when, and what to do
 //! about its answers.
 //!
-//! 1. At most one call is in flight, and at most one execution is under way.
+//! 1. At most one execution is under way, and of at most one call the answer is waited for: one that
+//!    reports an execution may be held by the scheduler, and is left when there is a result.
 //! 2. A result is kept until a scheduler has answered the call that carried it.
 //! 3. Nothing is started before the execution before it has returned.
 //! 4. An idle slot asks for work only after a readiness check that passed.
@@ -109,6 +110,8 @@ pub enum SlotStep<T, R> {
     Call(SlotReport<R>),
     /// Drop the call that is in flight.
     AbortCall,
+    /// Let the call that is in flight go on, but ignore its answer.
+    LeaveCall,
     /// Start this; then tell `finished`.
     Start(T),
     /// Cancel the execution; it still tells `finished`.
@@ -205,6 +208,14 @@ impl<T, R: Clone> Slot<T, R> {
             }
             SlotState::Starting { .. } => return self.start(),
             _ => {}
+        }
+        if matches!(self.state, SlotState::Finished { .. })
+            && self
+                .call
+                .take_if(|call| call.kind == ReportKind::Executing)
+                .is_some()
+        {
+            return SlotStep::LeaveCall;
         }
         if let Some(call) = &self.call {
             // The scheduler holds calls that ask for work; a slot that leaves must not wait for it.

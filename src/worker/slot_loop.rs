@@ -25,7 +25,7 @@ use super::{
 use crate::{
     daemon::{self, Channel, Heartbeat},
     instance::InstanceName,
-    metadata,
+    metadata::{self, Attempt, WorkerCall},
     proto::{
         self,
         reapi::{ExecuteResponse, Platform},
@@ -69,6 +69,8 @@ enum SlotEvent {
 
 /// How long a slot may take to decide what is next, even on a host that is overloaded.
 const DECISION_TIMEOUT: Duration = Duration::from_secs(60);
+/// A call that the slot left is answered as soon as the scheduler has the next one.
+const LEFT_CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long it may hear nothing from the scheduler, which chooses how long it holds a call.
 const SYNCHRONIZE_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -78,6 +80,12 @@ struct Execution {
     cancel: CancellationToken,
     /// An execution ends with its slot.
     _guard: DropGuard,
+}
+
+/// What reports say of the action besides its digest.
+struct StartedTask {
+    instance: InstanceName,
+    attempt: Option<Attempt>,
 }
 
 type Pending<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
@@ -107,15 +115,19 @@ pub async fn run(
     let mut readiness: Pending<Result<(), NotReady>> = None;
     let mut paused = executor.availability.paused();
     let mut execution: Option<Execution> = None;
-    // Of what was started last, until its result has been taken.
-    let mut instance: Option<InstanceName> = None;
+    // What was started last, until its result has been taken.
+    let mut started: Option<StartedTask> = None;
+    let mut number = WorkerCall {
+        session: fastrand::u64(..),
+        number: 0,
+    };
     loop {
         heartbeat.beat(DECISION_TIMEOUT);
         let until = match state.next(Instant::now()) {
             SlotStep::Call(report) => {
                 let phase = execution.as_ref().map(|e| *e.phase.borrow());
-                let instance = instance.as_ref();
-                let request = request(&identity, report, phase, instance);
+                number.number += 1;
+                let request = request(&identity, report, phase, started.as_ref(), number);
                 let mut client = client.clone();
                 call = Some(Box::pin(async move {
                     client
@@ -129,8 +141,17 @@ pub async fn run(
                 call = None;
                 continue;
             }
+            SlotStep::LeaveCall => {
+                if let Some(call) = call.take() {
+                    tokio::spawn(tokio::time::timeout(LEFT_CALL_TIMEOUT, call));
+                }
+                continue;
+            }
             SlotStep::Start(task) => {
-                instance = task.as_ref().ok().map(|task| task.instance.clone());
+                started = task.as_ref().ok().map(|task| StartedTask {
+                    instance: task.instance.clone(),
+                    attempt: task.attempt,
+                });
                 execution = Some(start(executor.clone(), status_line.clone(), slot, task));
                 continue;
             }
@@ -239,7 +260,11 @@ fn start(
     let span = match &task {
         Ok(task) => {
             let worker = executor.workers.get(slot).map(String::as_str);
-            daemon::action_span(&task.digest.hash_hex(), task.operation, worker)
+            daemon::action_span(
+                &task.digest.hash_hex(),
+                task.attempt.map(|attempt| attempt.operation),
+                worker,
+            )
         }
         Err(_) => Span::none(),
     };
@@ -301,7 +326,8 @@ fn request(
     identity: &Identity,
     report: SlotReport<Box<ExecuteResponse>>,
     phase: Option<ExecutionPhase>,
-    instance: Option<&InstanceName>,
+    last: Option<&StartedTask>,
+    number: WorkerCall,
 ) -> tonic::Request<SynchronizeRequest> {
     use current_state::WorkerState;
     let executing = |digest, state| {
@@ -340,8 +366,12 @@ fn request(
         }),
         prefer_being_idle: report.prefer_being_idle,
     });
-    if let Some(instance) = instance.filter(|_| started) {
-        metadata::set_instance(&mut request, instance);
+    number.attach_to(&mut request);
+    if let Some(task) = last.filter(|_| started) {
+        metadata::set_instance(&mut request, &task.instance);
+        if let Some(attempt) = task.attempt {
+            attempt.attach_to(&mut request);
+        }
     }
     request
 }

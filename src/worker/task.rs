@@ -3,12 +3,11 @@
 use std::time::Duration;
 
 use prost_types::{Any, Timestamp};
-use uuid::Uuid;
 
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
-    metadata,
+    metadata::{self, Attempt},
     proto::{
         self,
         reapi::{Action, ExecuteResponse},
@@ -32,8 +31,8 @@ pub struct AssignedTask {
     pub queued_timestamp: Option<Timestamp>,
     /// Comes before the worker's own in ExecutedActionMetadata.auxiliary_metadata.
     pub auxiliary_metadata: Vec<Any>,
-    /// Of a client that waits for the task, if the scheduler tells.
-    pub operation: Option<Uuid>,
+    /// Which handing-out of the task this is, if the scheduler tells.
+    pub attempt: Option<Attempt>,
 }
 
 impl AssignedTask {
@@ -57,10 +56,10 @@ impl AssignedTask {
             .map_err(|error| refuse(error.to_string()))?;
         let digest = Digest::parse_required(function, executing.action_digest.as_ref())
             .map_err(|error| refuse(error.to_string()))?;
-        let operation = executing
+        let attempt = executing
             .w3c_trace_context
             .get(metadata::TRACEPARENT)
-            .and_then(|trace| metadata::operation_of(trace));
+            .and_then(|trace| Attempt::parse(trace));
         let action = executing
             .action
             .ok_or_else(|| refuse("no action was given".to_owned()))?;
@@ -77,7 +76,7 @@ impl AssignedTask {
             timeout,
             queued_timestamp: executing.queued_timestamp,
             auxiliary_metadata: executing.auxiliary_metadata,
-            operation,
+            attempt,
         })
     }
 }

@@ -817,6 +817,7 @@ impl World {
                     self.send_call(worker, life, call, report, instance);
                 }
                 SlotStep::AbortCall => self.hang_up(worker),
+                SlotStep::LeaveCall => self.workers[worker].call = None,
                 SlotStep::Start(work) => self.start(worker, work),
                 SlotStep::Cancel => {
                     let Some(running) = &mut self.workers[worker].running else {

@@ -259,3 +259,26 @@ fn a_scheduler_that_does_not_hold_calls_is_not_called_in_a_loop() {
     assert_eq!(fixture.steps(), []);
     assert_eq!(fixture.pass(SECOND).steps(), [SlotStep::CheckReadiness]);
 }
+
+#[test]
+fn a_result_does_not_wait_for_a_call_that_is_held() {
+    let mut fixture = Fixture::executing();
+    fixture.now += 10 * SECOND;
+    assert_eq!(fixture.steps(), [call(Activity::Executing(action("x")))]);
+    fixture.now += SECOND;
+    fixture.slot.finished(fixture.now, "done", true);
+    assert_eq!(
+        fixture.steps(),
+        [
+            SlotStep::LeaveCall,
+            call(Activity::Completed(action("x"), "done"))
+        ]
+    );
+    // Told while it is held.
+    let mut fixture = Fixture::executing();
+    fixture.now += 10 * SECOND;
+    assert_eq!(fixture.steps(), [call(Activity::Executing(action("x")))]);
+    fixture.now += SECOND;
+    fixture.answer(Desired::Idle, 0);
+    assert_eq!(fixture.steps(), [SlotStep::Cancel]);
+}

@@ -283,7 +283,7 @@ impl Farm {
             timeout: Duration::from_secs(60),
             queued_timestamp: None,
             auxiliary_metadata: Vec::new(),
-            operation: None,
+            attempt: None,
         }
     }
 
