@@ -51,8 +51,9 @@ impl OperationQueue for OperationQueueService {
         }
         let instance = metadata::instance_of(&request);
         let peer = peer_of(&request);
+        let call = metadata::WorkerCall::of(&request);
         let (queue_key, id, report) = parse_worker(request.into_inner(), instance)?;
-        let caller = Caller { id, peer };
+        let caller = Caller { id, peer, call };
         let idle_wait = random_below(self.idle_interval);
         let instruction = self
             .queue

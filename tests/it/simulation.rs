@@ -29,6 +29,7 @@ use std::{
 use bb_remote_execution::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
+    metadata::WorkerCall,
     proto::{self, reapi, rpc},
     scheduler::queue::{
         Caller, Clock, Counts, DesiredWorkerState, Effect, EncodedResponse, HeldCall, Instruction,
@@ -58,6 +59,8 @@ enum Event {
         generation: u32,
         worker: usize,
         call: u64,
+        /// That of the call which this is, or is a duplicate of.
+        number: u64,
         report: SlotReport<RunResult>,
         /// Whose the reported action is.
         instance: Option<InstanceName>,
@@ -544,7 +547,7 @@ impl World {
         &mut self,
         worker: usize,
         life: u32,
-        call: u64,
+        (call, number): (u64, u64),
         report: SlotReport<RunResult>,
         instance: Option<InstanceName>,
         ghost: bool,
@@ -584,6 +587,10 @@ impl World {
         let caller = Caller {
             id,
             peer: format!("{worker}, life {life}").into(),
+            call: Some(WorkerCall {
+                session: (worker as u64) << 32 | u64::from(life),
+                number,
+            }),
         };
         let decided = self.queue.synchronize(now, &key, &caller, said, call, wait);
         match decided {
@@ -896,6 +903,7 @@ impl World {
                     generation,
                     worker,
                     call: ghost,
+                    number: call,
                     report,
                     instance: instance.clone(),
                     ghost: true,
@@ -909,6 +917,7 @@ impl World {
                 generation,
                 worker,
                 call,
+                number: call,
                 report,
                 instance,
                 ghost: false,
@@ -1177,6 +1186,7 @@ impl World {
                 generation,
                 worker,
                 call,
+                number,
                 report,
                 instance,
                 ghost,
@@ -1186,7 +1196,7 @@ impl World {
                 let life = self.workers[worker].life;
                 let ghost = ghost || self.broken.contains(&call);
                 if generation == self.generation {
-                    self.call(worker, life, call, report, instance, ghost);
+                    self.call(worker, life, (call, number), report, instance, ghost);
                 } else if !ghost {
                     self.answer(worker, life, call, None);
                 }

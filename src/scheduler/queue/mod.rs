@@ -51,7 +51,7 @@ pub use listing::{OperationRow, QueueRow, WorkerRow};
 pub use types::*;
 pub use workers::{HeldCall, SynchronizeAnswer};
 
-use crate::{digest::Digest, instance::InstanceName, proto::rpc};
+use crate::{digest::Digest, instance::InstanceName, metadata::WorkerCall, proto::rpc};
 use order::{IdleSynchronizingWorkers, Position, QueuedTasks};
 use timers::{Timer, Timers};
 
@@ -108,6 +108,8 @@ struct Worker<C> {
     id: WorkerId,
     /// Whom its last call that was not refused came from.
     peer: Arc<str>,
+    /// The latest of its calls, if it numbers them.
+    latest_call: Option<WorkerCall>,
     /// While it is busy: by then it has called again, if it is still there.
     overdue: Instant,
     /// Who was refused last, since it was not that one.

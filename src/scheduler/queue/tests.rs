@@ -50,6 +50,7 @@ fn caller_at(name: &str, peer: &str) -> Caller {
     Caller {
         id: worker(name),
         peer: peer.into(),
+        call: None,
     }
 }
 

@@ -10,6 +10,7 @@ use crate::{
     config::scheduler::Scheduling,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
+    metadata::WorkerCall,
     proto::{self, reapi, rpc},
 };
 
@@ -143,6 +144,8 @@ pub struct Caller {
     pub id: WorkerId,
     /// An address, for people and for telling callers apart.
     pub peer: Arc<str>,
+    /// Which of its calls this is; Buildbarn's workers do not say.
+    pub call: Option<WorkerCall>,
 }
 
 /// Where a worker takes its work from: a size-class queue.

@@ -45,6 +45,10 @@ impl<C, W: Clone> Queue<C, W> {
     ) -> Result<SynchronizeAnswer, Refusal> {
         let queue = self.size_class_queue(key)?;
         let (number, is_new) = self.worker(now, queue, caller);
+        if self.is_outdated(number, caller) {
+            // The worker does not wait for the answer any more.
+            return Ok(SynchronizeAnswer::Now(GO_IDLE));
+        }
         self.admit(now, number, caller, &report.activity)?;
         let Some(worker) = self.workers.get(&number) else {
             return Ok(SynchronizeAnswer::Now(GO_IDLE));
@@ -156,6 +160,16 @@ impl<C, W: Clone> Queue<C, W> {
         }
     }
 
+    /// Whether a later call of the same worker came before this one, or this one came twice.
+    fn is_outdated(&self, number: WorkerNumber, caller: &Caller) -> bool {
+        let (Some(worker), Some(call)) = (self.workers.get(&number), caller.call) else {
+            return false;
+        };
+        worker
+            .latest_call
+            .is_some_and(|latest| latest.session == call.session && latest.number >= call.number)
+    }
+
     /// Refuses a call that is not of the worker whose name it bears, as far as that can be told: one
     /// that waits does not call, and one that executes something says so.
     fn admit(
@@ -194,6 +208,7 @@ impl<C, W: Clone> Queue<C, W> {
         };
         if admitted {
             worker.peer = caller.peer.clone();
+            worker.latest_call = caller.call;
             return Ok(());
         }
         let caller = caller.peer.clone();
@@ -269,6 +284,7 @@ impl<C, W: Clone> Queue<C, W> {
                         queue,
                         id: id.clone(),
                         peer: caller.peer.clone(),
+                        latest_call: None,
                         overdue: now,
                         refused: None,
                         state: WorkerState::Idle,
