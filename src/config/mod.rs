@@ -25,6 +25,7 @@ mod parse;
 mod print;
 pub mod runner;
 pub mod scheduler;
+pub mod size_classes;
 mod value;
 pub mod worker;
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Diagnostics, DirectoryKind, Duration, Endpoint, ListenAddress, Log, Size, Validate,
-    directory_kind, path_error,
+    directory_kind, path_error, size_classes::SizeClasses,
 };
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -45,6 +45,8 @@ pub struct Storage {
     /// Both are embedded or both are not; see `Validate`.
     pub cas: StorageLocation,
     pub action_cache: StorageLocation,
+    /// Used where size classes are feedback-driven.
+    pub initial_size_class_cache: StorageLocation,
     pub embedded: Embedded,
 }
 
@@ -90,6 +92,7 @@ pub struct Scheduling {
     pub maximum_message_size: Size,
     /// For actions that ask for no platform property, where no worker offers the empty platform.
     pub default_platform: BTreeMap<String, String>,
+    pub size_classes: SizeClasses,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -120,6 +123,7 @@ impl Default for Storage {
         Storage {
             cas: StorageLocation::Embedded,
             action_cache: StorageLocation::Embedded,
+            initial_size_class_cache: StorageLocation::Embedded,
             embedded: Embedded::default(),
         }
     }
@@ -148,6 +152,7 @@ impl Default for Scheduling {
             worker_task_retry_count: 9,
             maximum_message_size: Size::mib(2),
             default_platform: BTreeMap::from([("OSFamily".to_owned(), "linux".to_owned())]),
+            size_classes: SizeClasses::default(),
         }
     }
 }
@@ -197,6 +202,14 @@ impl Validate for Config {
         );
         self.storage.check(&self.clients.listen, diagnostics);
         self.scheduling.validate(diagnostics);
+        let embedded = |place: &StorageLocation| *place == StorageLocation::Embedded;
+        diagnostics.require(
+            !self.scheduling.size_classes.feedback_driven
+                || !embedded(&self.storage.initial_size_class_cache)
+                || embedded(&self.storage.cas),
+            "storage.initial_size_class_cache",
+            "there is no embedded store, since storage.cas is an endpoint, and scheduling.size_classes.feedback_driven needs one of the two; write where the storage is, such as \"grpc://storage.example:8981\"",
+        );
     }
 }
 
@@ -215,6 +228,10 @@ impl Storage {
         for (key, place) in [
             ("storage.cas", &self.cas),
             ("storage.action_cache", &self.action_cache),
+            (
+                "storage.initial_size_class_cache",
+                &self.initial_size_class_cache,
+            ),
         ] {
             if let StorageLocation::Endpoint(endpoint) = place {
                 diagnostics.require(
@@ -325,5 +342,6 @@ impl Scheduling {
             "scheduling.default_platform",
             "a property needs a name, as in { OSFamily = \"linux\" }",
         );
+        self.size_classes.validate(diagnostics);
     }
 }

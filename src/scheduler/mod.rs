@@ -1,7 +1,8 @@
 //! bb_scheduler: queues the actions of clients, and hands them to workers.
 //!
 //! In the order to read it: `queue` decides, `shared_queue` lets calls meet in it; `execution` serves
-//! clients and `workers` serves workers, with the refusals of `status`; `worker_log` tells what goes on.
+//! clients and `workers` serves workers, with the refusals of `status`; `worker_log` tells what goes on;
+//! `size_class` chooses among workers of several sizes, by what `statistics_store` keeps.
 
 use tonic::codec::CompressionEncoding;
 
@@ -9,6 +10,7 @@ mod execution;
 pub mod queue;
 mod shared_queue;
 pub mod size_class;
+pub mod statistics_store;
 mod status;
 mod worker_log;
 mod workers;
@@ -26,10 +28,11 @@ use crate::{
         reapi::execution_server::ExecutionServer,
         remoteworker::operation_queue_server::OperationQueueServer,
     },
-    storage::{self, Backend},
+    storage::{self, Backend, InitialSizeClassCache},
 };
 use queue::Settings;
 use shared_queue::SharedQueue;
+use statistics_store::StatisticsStore;
 
 pub const PROGRAM: Program = Program {
     name: "bb_scheduler",
@@ -117,6 +120,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         })??;
     let stopping = lifecycle.stopping();
     let drain = config.shutdown.drain_timeout.get();
+    let cache = &config.storage.initial_size_class_cache;
+    let statistics = StatisticsStore::new(InitialSizeClassCache::open(cache, &storage));
     let queue = SharedQueue::new(Settings::from(&config.scheduling));
     let clients = daemon::listen("clients", "clients.listen", &config.clients.listen, None)?;
     let workers = daemon::listen("workers", "workers.listen", &config.workers.listen, None)?;
@@ -161,6 +166,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     lifecycle.ready(&status);
     let ended = tokio::select! {
         () = queue.run_timers() => Ok(()),
+        () = statistics.run() => Ok(()),
         () = worker_log::run(&queue, &lifecycle, &status) => Ok(()),
         served = async {
             tokio::try_join!(
@@ -176,5 +182,6 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         } => served.map(|_| ()),
     };
     queue.log_totals();
+    statistics.write_all().await;
     ended
 }

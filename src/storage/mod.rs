@@ -30,12 +30,14 @@ pub mod batch;
 mod content;
 pub mod embedded;
 pub mod grpc;
+mod initial_size_class_cache;
 mod retry;
 pub mod serve;
 pub mod single_flight;
 mod upload;
 
 pub use content::Content;
+pub use initial_size_class_cache::InitialSizeClassCache;
 pub use upload::{Upload, UploadError};
 
 /// Why storage did not do what it was asked; each variant says who must act.

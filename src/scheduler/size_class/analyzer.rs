@@ -7,10 +7,13 @@ use std::{
 
 use super::{
     feedback::{Feedback, FeedbackDriven},
+    page_rank::PageRank,
     selector::Selector,
     statistics::{Statistics, StatisticsKey},
 };
-use crate::{digest::DigestFunction, instance::InstanceName, proto::reapi};
+use crate::{
+    config::size_classes::SizeClasses, digest::DigestFunction, instance::InstanceName, proto::reapi,
+};
 
 /// How size classes are chosen, as the configuration says.
 #[derive(Clone, Debug, Default)]
@@ -21,6 +24,27 @@ pub enum Analyzer {
     Fallback,
     /// By what earlier executions of the same command on the same platform came to.
     FeedbackDriven(Arc<FeedbackDriven>),
+}
+
+impl From<&SizeClasses> for Analyzer {
+    fn from(config: &SizeClasses) -> Self {
+        if !config.feedback_driven {
+            return Analyzer::Fallback;
+        }
+        let page_rank = config.page_rank.then(|| PageRank {
+            acceptable_execution_time_increase_exponent: config
+                .acceptable_execution_time_increase_exponent,
+            smaller_size_class_execution_timeout_multiplier: config
+                .smaller_size_class_execution_timeout_multiplier,
+            minimum_execution_timeout: config.minimum_execution_timeout.get(),
+            maximum_convergence_error: config.maximum_convergence_error,
+        });
+        Analyzer::FeedbackDriven(Arc::new(FeedbackDriven {
+            failure_cache_duration: config.failure_cache_duration.get(),
+            history_size: config.history_size,
+            page_rank,
+        }))
+    }
 }
 
 impl Analyzer {

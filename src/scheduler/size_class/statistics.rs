@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Actions of one key are alike: equal commands on equal platforms, whatever their inputs.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StatisticsKey {
     /// Of the action.
     pub instance: InstanceName,

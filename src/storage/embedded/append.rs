@@ -90,7 +90,7 @@ impl Space {
                 Location::File => self.give_back(file::footprint(size)),
                 // An older action result must not come back when the store is opened again after
                 // the newer one was evicted.
-                Location::Segment { number, slot } if key.is_action_result() => {
+                Location::Segment { number, slot } if key.is_mutable() => {
                     if let Some(segment) = self.segment(number) {
                         let _ = segment.erase(slot);
                     }

@@ -17,7 +17,8 @@ use crate::{
     instance::InstanceName,
 };
 
-/// A digest function with the first 32 bytes of its hash, or an action with its instance name.
+/// A digest function with the first 32 bytes of its hash; or an action with its instance name, for its
+/// result or for what is known of its executions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct IndexKey {
     tag: u8,
@@ -26,6 +27,7 @@ pub(super) struct IndexKey {
 
 /// On disk; numbers must stay.
 const ACTION_RESULT: u8 = 128;
+const PREVIOUS_EXECUTION_STATS: u8 = 129;
 
 impl IndexKey {
     pub(super) fn blob(digest: &Digest) -> Self {
@@ -45,15 +47,24 @@ impl IndexKey {
     }
 
     pub(super) fn action(instance: &InstanceName, action: &Digest) -> Self {
+        IndexKey::named(ACTION_RESULT, instance, action)
+    }
+
+    pub(super) fn previous_execution_stats(instance: &InstanceName, reduced: &Digest) -> Self {
+        IndexKey::named(PREVIOUS_EXECUTION_STATS, instance, reduced)
+    }
+
+    fn named(tag: u8, instance: &InstanceName, action: &Digest) -> Self {
         let name = format!("{instance}\0{action:?}");
         IndexKey {
-            tag: ACTION_RESULT,
+            tag,
             ..IndexKey::blob(&DigestFunction::Sha256.digest_of(name.as_bytes()))
         }
     }
 
-    pub(super) fn is_action_result(&self) -> bool {
-        self.tag == ACTION_RESULT
+    /// Whether it has one content after another, unlike a blob.
+    pub(super) fn is_mutable(&self) -> bool {
+        matches!(self.tag, ACTION_RESULT | PREVIOUS_EXECUTION_STATS)
     }
 
     pub(super) fn to_bytes(self) -> [u8; 33] {

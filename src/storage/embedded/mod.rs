@@ -51,6 +51,7 @@ mod append;
 mod blob_writer;
 mod file;
 mod index;
+mod initial_size_class_cache;
 mod lookup;
 mod maintenance;
 mod open;

@@ -41,6 +41,7 @@ use crate::{
 
 mod call;
 mod find;
+mod initial_size_class_cache;
 mod limits;
 mod read;
 mod read_stream;
@@ -48,6 +49,7 @@ mod status;
 mod write;
 mod write_stream;
 
+pub use initial_size_class_cache::InitialSizeClassCacheClient;
 pub use write_stream::ForwardedUpload;
 
 /// How much a client asks for at a time, and how long it waits.

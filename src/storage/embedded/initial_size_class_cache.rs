@@ -1,0 +1,33 @@
+//! What earlier executions of actions came to. It is kept and evicted like a blob; a loss costs a few
+//! executions on workers of another size.
+
+use bytes::Bytes;
+use prost::Message;
+
+use super::{super::Error, Store, index::IndexKey};
+use crate::{digest::Digest, instance::InstanceName, proto::iscc::PreviousExecutionStats};
+
+impl Store {
+    /// An encoded PreviousExecutionStats; `None` when there is none.
+    pub fn previous_execution_stats(
+        &self,
+        instance: &InstanceName,
+        reduced_action: &Digest,
+    ) -> Option<Bytes> {
+        let key = IndexKey::previous_execution_stats(instance, reduced_action);
+        let found = self.space.index.find(&key, self.space.now())?;
+        self.space.content(found)
+    }
+
+    /// In place of what was there.
+    pub fn update_previous_execution_stats(
+        &self,
+        instance: &InstanceName,
+        reduced_action: &Digest,
+        stats: &PreviousExecutionStats,
+    ) -> Result<(), Error> {
+        let key = IndexKey::previous_execution_stats(instance, reduced_action);
+        let content = Bytes::from(stats.encode_to_vec());
+        self.space.store_small(&[(key, content)])
+    }
+}
