@@ -7,7 +7,7 @@
 //!    the rest is read again.
 //!
 //! To read in this order: this file; `runner`, `scheduler` and `worker`, the three programs' keys, with
-//! `value` (what is written in them) and `directory_kind`; `parse`, which keeps the facts of an error,
+//! `value` (what is written in them), `tls` and `directory_kind`; `parse`, which keeps the facts of an error,
 //! and `error_message`, which tells them; `print`.
 
 #![warn(missing_docs)]
@@ -26,6 +26,7 @@ mod print;
 pub mod runner;
 pub mod scheduler;
 pub mod size_classes;
+pub mod tls;
 mod value;
 pub mod worker;
 

@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Diagnostics, DirectoryKind, Duration, Endpoint, ListenAddress, Log, Size, Validate,
-    directory_kind, path_error, size_classes::SizeClasses,
+    directory_kind, path_error,
+    size_classes::SizeClasses,
+    tls::{ClientTls, ServerTls},
 };
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -30,6 +32,7 @@ pub struct Config {
 pub struct Clients {
     /// Ignored for a socket that systemd passes under the name `clients`.
     pub listen: ListenAddress,
+    pub tls: ServerTls,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -37,6 +40,7 @@ pub struct Clients {
 pub struct Workers {
     /// Ignored for a socket that systemd passes under the name `workers`.
     pub listen: ListenAddress,
+    pub tls: ServerTls,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -47,6 +51,8 @@ pub struct Storage {
     pub action_cache: StorageLocation,
     /// Used where size classes are feedback-driven.
     pub initial_size_class_cache: StorageLocation,
+    /// For endpoints that speak TLS.
+    pub tls: ClientTls,
     pub embedded: Embedded,
 }
 
@@ -106,6 +112,7 @@ impl Default for Clients {
     fn default() -> Self {
         Clients {
             listen: ListenAddress::Tcp(([127, 0, 0, 1], 8980).into()),
+            tls: ServerTls::default(),
         }
     }
 }
@@ -114,6 +121,7 @@ impl Default for Workers {
     fn default() -> Self {
         Workers {
             listen: ListenAddress::Tcp(([127, 0, 0, 1], 8983).into()),
+            tls: ServerTls::default(),
         }
     }
 }
@@ -124,6 +132,7 @@ impl Default for Storage {
             cas: StorageLocation::Embedded,
             action_cache: StorageLocation::Embedded,
             initial_size_class_cache: StorageLocation::Embedded,
+            tls: ClientTls::default(),
             embedded: Embedded::default(),
         }
     }
@@ -200,6 +209,8 @@ impl Validate for Config {
                 self.clients.listen
             ),
         );
+        self.clients.tls.validate("clients.tls", diagnostics);
+        self.workers.tls.validate("workers.tls", diagnostics);
         self.storage.check(&self.clients.listen, diagnostics);
         self.scheduling.validate(diagnostics);
         let embedded = |place: &StorageLocation| *place == StorageLocation::Embedded;
@@ -241,6 +252,19 @@ impl Storage {
                 );
             }
         }
+        let places = [
+            &self.cas,
+            &self.action_cache,
+            &self.initial_size_class_cache,
+        ];
+        let endpoints: Vec<&Endpoint> = places
+            .into_iter()
+            .filter_map(|place| match place {
+                StorageLocation::Embedded => None,
+                StorageLocation::Endpoint(endpoint) => Some(endpoint),
+            })
+            .collect();
+        self.tls.validate("storage.tls", &endpoints, diagnostics);
         let directory = &self.embedded.directory;
         if let Some(reason) = path_error(directory) {
             diagnostics.add("storage.embedded.directory", reason);

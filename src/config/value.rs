@@ -192,12 +192,14 @@ impl fmt::Display for ListenAddress {
 pub enum Endpoint {
     /// `host:port`, resolved at each connection.
     Tcp(String),
+    /// The same, with TLS.
+    Tls(String),
     /// The path of a Unix socket.
     Unix(PathBuf),
 }
 
 impl Endpoint {
-    const EXPECTED: &str = r#"an endpoint, such as "grpc://storage.example:8980" or "unix:/run/bb-runner/runner.sock""#;
+    const EXPECTED: &str = r#"an endpoint, such as "grpc://storage.example:8980", "grpcs://storage.example:8980" for TLS, or "unix:/run/bb-runner/runner.sock""#;
 }
 
 impl Endpoint {
@@ -205,7 +207,7 @@ impl Endpoint {
     pub fn is_at(&self, address: &ListenAddress) -> bool {
         match (self, address) {
             (Endpoint::Unix(a), ListenAddress::Unix(b)) => a == b,
-            (Endpoint::Tcp(authority), ListenAddress::Tcp(address)) => {
+            (Endpoint::Tcp(authority) | Endpoint::Tls(authority), ListenAddress::Tcp(address)) => {
                 let Some((host, port)) = authority.rsplit_once(':') else {
                     return false;
                 };
@@ -232,12 +234,10 @@ impl FromStr for Endpoint {
             return absolute(path).map(Endpoint::Unix);
         }
         let refuse = || format!("{text:?} is no endpoint; write {}", Self::EXPECTED);
-        if text.starts_with("grpcs://") {
-            return Err(format!(
-                "{text:?}: TLS is not supported; use grpc:// on a private network, or through a tunnel"
-            ));
-        }
-        let authority = text.strip_prefix("grpc://").unwrap_or(text);
+        let (authority, is_tls) = match text.strip_prefix("grpcs://") {
+            Some(authority) => (authority, true),
+            None => (text.strip_prefix("grpc://").unwrap_or(text), false),
+        };
         let (host, port) = authority.rsplit_once(':').ok_or_else(refuse)?;
         let bracketed = host.starts_with('[') && host.ends_with(']');
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
@@ -245,7 +245,11 @@ impl FromStr for Endpoint {
             return Err(refuse());
         }
         port.parse::<u16>().map_err(|_| refuse())?;
-        Ok(Endpoint::Tcp(authority.to_owned()))
+        let authority = authority.to_owned();
+        Ok(match is_tls {
+            true => Endpoint::Tls(authority),
+            false => Endpoint::Tcp(authority),
+        })
     }
 }
 
@@ -253,6 +257,7 @@ impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Endpoint::Tcp(authority) => write!(f, "grpc://{authority}"),
+            Endpoint::Tls(authority) => write!(f, "grpcs://{authority}"),
             Endpoint::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }
@@ -283,7 +288,12 @@ mod tests {
         for text in ["127.0.0.1:8980", "[::1]:8980", "unix:/run/x.sock"] {
             assert_eq!(text.parse::<ListenAddress>().unwrap().to_string(), text);
         }
-        for text in ["grpc://host:1", "grpc://[::1]:8980", "unix:/run/x.sock"] {
+        for text in [
+            "grpc://host:1",
+            "grpc://[::1]:8980",
+            "grpcs://host:1",
+            "unix:/run/x.sock",
+        ] {
             assert_eq!(text.parse::<Endpoint>().unwrap().to_string(), text);
         }
     }
@@ -303,7 +313,7 @@ mod tests {
             ("unix:x".parse::<ListenAddress>().unwrap_err(), "unix:/"),
             ("host".parse::<Endpoint>().unwrap_err(), "grpc://"),
             ("http://host:1/".parse::<Endpoint>().unwrap_err(), "grpc://"),
-            ("grpcs://host:1".parse::<Endpoint>().unwrap_err(), "TLS"),
+            ("grpcs://host".parse::<Endpoint>().unwrap_err(), "grpcs://"),
         ] {
             assert!(error.contains(example), "{error}");
         }

@@ -10,7 +10,8 @@ use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Diagnostics, DirectoryKind, Duration, Endpoint, Log, Size, Validate, directory_kind, path_error,
+    Diagnostics, DirectoryKind, Duration, Endpoint, Log, Size, Validate, directory_kind,
+    path_error, tls::ClientTls,
 };
 
 /// As many as a runner has users for.
@@ -34,6 +35,7 @@ pub struct Config {
 #[serde(default, deny_unknown_fields)]
 pub struct Scheduler {
     pub endpoint: Endpoint,
+    pub tls: ClientTls,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -41,6 +43,7 @@ pub struct Scheduler {
 pub struct Storage {
     pub cas: Endpoint,
     pub action_cache: Endpoint,
+    pub tls: ClientTls,
     /// Of all slots together.
     pub download_concurrency: NonZeroUsize,
     pub upload_concurrency: NonZeroUsize,
@@ -135,6 +138,7 @@ impl Default for Scheduler {
     fn default() -> Self {
         Scheduler {
             endpoint: Endpoint::Tcp("127.0.0.1:8983".to_owned()),
+            tls: ClientTls::default(),
         }
     }
 }
@@ -145,6 +149,7 @@ impl Default for Storage {
         Storage {
             cas: embedded.clone(),
             action_cache: embedded,
+            tls: ClientTls::default(),
             download_concurrency: NonZeroUsize::new(32).expect("not zero"),
             upload_concurrency: NonZeroUsize::new(32).expect("not zero"),
             maximum_message_size: Size::mib(16),
@@ -225,6 +230,9 @@ impl Validate for Config {
             "build_directory",
             "it must be neither inside nor around cache.directory, since it is emptied at start-up",
         );
+        self.scheduler
+            .tls
+            .validate("scheduler.tls", &[&self.scheduler.endpoint], diagnostics);
         self.cache.validate(diagnostics);
         self.storage.validate(diagnostics);
         diagnostics.require(
@@ -290,6 +298,8 @@ impl Cache {
 
 impl Storage {
     fn validate(&self, diagnostics: &mut Diagnostics) {
+        let endpoints = [&self.cas, &self.action_cache];
+        self.tls.validate("storage.tls", &endpoints, diagnostics);
         for (key, concurrency) in [
             ("storage.download_concurrency", self.download_concurrency),
             ("storage.upload_concurrency", self.upload_concurrency),

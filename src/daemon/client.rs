@@ -12,6 +12,7 @@ use http::{Request, Response, Uri};
 use tonic::{Status, body::Body, transport};
 use tower::Service;
 
+use super::tls::{self, Credentials, TlsConnector};
 use crate::config::Endpoint;
 
 // A 4 MiB chunk in flight needs no round trip on a loopback or a LAN.
@@ -41,7 +42,13 @@ pub struct Channel {
 
 /// A channel to a peer; nothing is connected yet.
 pub fn connect(endpoint: &Endpoint) -> Channel {
+    connect_with(endpoint, &Credentials::default())
+}
+
+/// The same with whom to trust, and who calls.
+pub fn connect_with(endpoint: &Endpoint, credentials: &Credentials) -> Channel {
     let address = match endpoint {
+        Endpoint::Tls(authority) => format!("https://{authority}"),
         Endpoint::Tcp(authority) => format!("http://{authority}"),
         Endpoint::Unix(path) => format!("unix:{}", path.display()),
     };
@@ -49,11 +56,11 @@ pub fn connect(endpoint: &Endpoint) -> Channel {
     let transport = transport::Endpoint::from_shared(address)
         .unwrap_or_else(|_| transport::Endpoint::from_static("http://0.0.0.0:0"));
     let transport = match endpoint {
-        Endpoint::Tcp(_) => transport,
+        Endpoint::Tcp(_) | Endpoint::Tls(_) => transport,
         // For the :authority header.
         Endpoint::Unix(_) => transport.origin(Uri::from_static("http://localhost")),
     };
-    let inner = transport
+    let transport = transport
         .connect_timeout(Duration::from_secs(10))
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -61,8 +68,14 @@ pub fn connect(endpoint: &Endpoint) -> Channel {
         .http2_keep_alive_interval(Duration::from_secs(60))
         .keep_alive_timeout(Duration::from_secs(20))
         .http2_max_concurrent_reset_streams(RESET_STREAMS)
-        .http2_max_local_error_reset_streams(None)
-        .connect_lazy();
+        .http2_max_local_error_reset_streams(None);
+    let inner = match endpoint {
+        Endpoint::Tls(authority) => {
+            let connector = TlsConnector::new(authority, credentials.tls());
+            transport.connect_with_connector_lazy(connector)
+        }
+        Endpoint::Tcp(_) | Endpoint::Unix(_) => transport.connect_lazy(),
+    };
     Channel {
         inner,
         endpoint: endpoint.to_string().into(),
@@ -91,6 +104,12 @@ impl Service<Request<Body>> for Channel {
 /// The status of a call that got no answer. tonic's own text leaves out where to it could not connect.
 fn failed(endpoint: &str, error: transport::Error) -> Status {
     let causes = || std::iter::successors(error.source(), |cause| (*cause).source());
+    // A server looks at our certificate after our side of the handshake.
+    if let Some(text) = tls::explain(&error) {
+        let mut status = Status::unavailable(format!("could not connect to {endpoint}: {text}"));
+        status.set_source(Arc::new(error));
+        return status;
+    }
     // From the handshake on, errors are hyper's.
     if causes().any(|cause| cause.is::<hyper::Error>()) {
         return Status::from_error(error.into());

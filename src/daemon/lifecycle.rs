@@ -12,17 +12,21 @@ use super::{
     logging::LevelHandle,
     process::notify,
     reload::ReloadableConfig,
+    reloadable::Refresh,
 };
 use crate::config::Validate;
 
 /// How old the line of `systemctl status` can be.
 const STATUS_INTERVAL: Duration = Duration::from_secs(2);
+/// How often files are looked at that may change.
+const REFRESH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Tells a daemon once to stop, and systemd when the daemon is ready. Clones are handles of the same
 /// daemon's.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Lifecycle {
     stopping: CancellationToken,
+    files: Arc<Mutex<Vec<Arc<dyn Refresh>>>>,
     status: Arc<Mutex<Status>>,
     pub(super) health: Arc<Health>,
 }
@@ -104,8 +108,24 @@ impl Lifecycle {
         Health::add_heartbeat(&self.health, name.into(), next)
     }
 
+    /// Has files read again when they change, and at each reload.
+    pub(super) fn keep_fresh(&self, files: Arc<dyn Refresh>) {
+        self.files.lock().push(files);
+    }
+
+    /// Reads files that have changed; `is_asked` when somebody waits for it.
+    pub async fn refresh(&self, is_asked: bool) {
+        let files = self.files.lock().clone();
+        if !files.is_empty() {
+            let look = move || files.iter().for_each(|files| files.refresh(is_asked));
+            // Its end is all that is waited for.
+            let _ = tokio::task::spawn_blocking(look).await;
+        }
+    }
+
     /// Obeys signals until the runtime ends: the first SIGTERM or SIGINT asks the daemon to finish, a
-    /// second one ends it at once, and SIGHUP reads the configuration again.
+    /// second one ends it at once, and SIGHUP reads the configuration again. Files that change
+    /// by themselves are read again, too.
     pub(super) async fn obey_signals<C: Validate>(
         self,
         mut config: ReloadableConfig<C>,
@@ -122,15 +142,18 @@ impl Lifecycle {
         enum Signal {
             Stop,
             Reload,
+            Look,
         }
         loop {
             let signal = tokio::select! {
                 _ = terminate.recv() => Signal::Stop,
                 _ = interrupt.recv() => Signal::Stop,
                 _ = hang_up.recv() => Signal::Reload,
+                () = tokio::time::sleep(REFRESH_INTERVAL) => Signal::Look,
             };
             match signal {
-                Signal::Reload => self.reload(&mut config, &level),
+                Signal::Look => self.refresh(false).await,
+                Signal::Reload => self.reload(&mut config, &level).await,
                 Signal::Stop if !self.stopping.is_cancelled() => {
                     tracing::info!("stopping");
                     notify(&[NotifyState::Stopping]);
@@ -145,10 +168,11 @@ impl Lifecycle {
     }
 
     /// Says RELOADING=1 and READY=1 around it (sd_notify(3)).
-    fn reload<C: Validate>(&self, config: &mut ReloadableConfig<C>, level: &LevelHandle) {
+    async fn reload<C: Validate>(&self, config: &mut ReloadableConfig<C>, level: &LevelHandle) {
         if let Ok(now) = NotifyState::monotonic_usec_now() {
             notify(&[NotifyState::Reloading, now]);
         }
+        self.refresh(true).await;
         let reload = config.reload(level);
         let shown = {
             let mut status = self.status.lock();

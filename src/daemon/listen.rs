@@ -25,8 +25,12 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
 };
+use tokio_rustls::server::TlsStream;
 
-use super::{Failure, owner};
+use super::{
+    Failure, PeerCertificate, owner,
+    tls::{ServerTls, TlsAcceptor},
+};
 use crate::config::ListenAddress;
 
 /// Who may reach a Unix socket.
@@ -41,6 +45,7 @@ pub struct SocketPermissions {
 /// One service's sockets: one of our own, or all that a unit's ListenStream= lines made.
 pub struct Listener {
     sockets: Vec<Socket>,
+    tls: Option<ServerTls>,
 }
 
 pub(super) enum Socket {
@@ -100,13 +105,14 @@ pub fn listen(
     if let Some(passed) = passed {
         let sockets = passed.into_iter().map(adopt).collect::<io::Result<_>>();
         return sockets
-            .map(|sockets| Listener { sockets })
+            .map(|sockets| Listener { sockets, tls: None })
             .map_err(|error| Failure::Environment {
                 message: format!("could not use a socket {name:?} that systemd passed: {error}"),
             });
     }
     let opened = open(address, permissions).map(|socket| Listener {
         sockets: vec![socket],
+        tls: None,
     });
     opened.map_err(|error| not_listening(key, address, &error))
 }
@@ -256,6 +262,17 @@ impl Listener {
         addresses.join(" and ")
     }
 
+    /// The same with TLS, if there is any. Unix sockets stay without: who is at their other end is
+    /// told by the kernel, and what passes them no network sees.
+    #[must_use]
+    pub fn with_tls(self, tls: Option<ServerTls>) -> Self {
+        Listener { tls, ..self }
+    }
+
+    pub(super) fn acceptor(&self) -> Option<TlsAcceptor> {
+        self.tls.as_ref().map(ServerTls::acceptor)
+    }
+
     pub(super) fn into_sockets(self) -> Vec<Socket> {
         self.sockets
     }
@@ -305,6 +322,7 @@ pub(super) struct AcceptedStream {
 enum Transport {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Tls(Box<TlsStream<TcpStream>>),
 }
 
 impl AcceptedStream {
@@ -320,9 +338,36 @@ impl AcceptedStream {
         self.arrived.clone()
     }
 
+    pub(super) fn is_tcp(&self) -> bool {
+        matches!(self.stream, Transport::Tcp(_))
+    }
+
+    /// The first bytes of what has arrived, which stay there to be read. Waits for one of them.
+    pub(super) async fn peek(&self, into: &mut [u8]) -> io::Result<usize> {
+        match &self.stream {
+            Transport::Tcp(stream) => stream.peek(into).await,
+            Transport::Unix(_) | Transport::Tls(_) => Ok(0),
+        }
+    }
+
+    /// The same connection after a handshake, and what its peer showed.
+    pub(super) async fn encrypt(
+        self,
+        acceptor: &TlsAcceptor,
+    ) -> io::Result<(Self, Option<PeerCertificate>)> {
+        let AcceptedStream { stream, arrived } = self;
+        let Transport::Tcp(stream) = stream else {
+            return Ok((AcceptedStream { stream, arrived }, None));
+        };
+        let (stream, certificate) = acceptor.accept(stream).await?;
+        let stream = Transport::Tls(Box::new(stream));
+        Ok((AcceptedStream { stream, arrived }, certificate))
+    }
+
     pub(super) fn peer(&self) -> Peer {
         match &self.stream {
             Transport::Tcp(stream) => Peer::Tcp(stream.peer_addr().ok()),
+            Transport::Tls(stream) => Peer::Tcp(stream.get_ref().0.peer_addr().ok()),
             Transport::Unix(stream) => match stream.peer_cred() {
                 Ok(credentials) => Peer::Unix {
                     uid: credentials.uid(),
@@ -351,6 +396,7 @@ impl AsyncRead for AcceptedStream {
         let read = match &mut this.stream {
             Transport::Tcp(stream) => Pin::new(stream).poll_read(context, buffer),
             Transport::Unix(stream) => Pin::new(stream).poll_read(context, buffer),
+            Transport::Tls(stream) => Pin::new(stream).poll_read(context, buffer),
         };
         let arrived = buffer.filled().len() - before;
         this.arrived.fetch_add(arrived as u64, Ordering::Relaxed);
@@ -367,6 +413,7 @@ impl AsyncWrite for AcceptedStream {
         match &mut self.get_mut().stream {
             Transport::Tcp(stream) => Pin::new(stream).poll_write(context, data),
             Transport::Unix(stream) => Pin::new(stream).poll_write(context, data),
+            Transport::Tls(stream) => Pin::new(stream).poll_write(context, data),
         }
     }
 
@@ -374,6 +421,7 @@ impl AsyncWrite for AcceptedStream {
         match &mut self.get_mut().stream {
             Transport::Tcp(stream) => Pin::new(stream).poll_flush(context),
             Transport::Unix(stream) => Pin::new(stream).poll_flush(context),
+            Transport::Tls(stream) => Pin::new(stream).poll_flush(context),
         }
     }
 
@@ -381,6 +429,7 @@ impl AsyncWrite for AcceptedStream {
         match &mut self.get_mut().stream {
             Transport::Tcp(stream) => Pin::new(stream).poll_shutdown(context),
             Transport::Unix(stream) => Pin::new(stream).poll_shutdown(context),
+            Transport::Tls(stream) => Pin::new(stream).poll_shutdown(context),
         }
     }
 
@@ -392,6 +441,7 @@ impl AsyncWrite for AcceptedStream {
         match &mut self.get_mut().stream {
             Transport::Tcp(stream) => Pin::new(stream).poll_write_vectored(context, data),
             Transport::Unix(stream) => Pin::new(stream).poll_write_vectored(context, data),
+            Transport::Tls(stream) => Pin::new(stream).poll_write_vectored(context, data),
         }
     }
 

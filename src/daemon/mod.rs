@@ -7,8 +7,10 @@
 //! - `health`: whether the daemon works, for systemd's watchdog;
 //! - `logging`: sentences with fields for the journal or standard error, and each action's span;
 //! - `process` and `memory`: its name, exit code and limits, and memory that it gives back;
+//! - `reloadable`: files that are read again when they change;
 //! - `listen`: sockets, of systemd's or of its own;
-//! - `server`: gRPC on these, bounded;
+//! - `tls`: certificates, of listeners and of clients;
+//! - `server`: gRPC on listeners, bounded;
 //! - `client`: channels to gRPC peers.
 
 #![warn(missing_docs)]
@@ -25,12 +27,14 @@ mod memory;
 mod owner;
 mod process;
 mod reload;
+mod reloadable;
 mod server;
 mod systemd_unit;
+mod tls;
 
 pub use check::{CheckReport, Installation, SHIPPED_STOP_TIMEOUT};
 pub use cli::main;
-pub use client::{Channel, connect};
+pub use client::{Channel, connect, connect_with};
 pub use health::Heartbeat;
 pub use lifecycle::Lifecycle;
 pub use listen::{Listener, Peer, SocketPermissions, listen};
@@ -39,6 +43,10 @@ pub use process::{Program, boot_id, raise_file_limit};
 pub use server::{
     BudgetReservation, RequestReservation, ResponseBudget, ServerLimits, Services, serve,
     serve_within, with_reservation,
+};
+pub use tls::{
+    Credentials, PeerCertificate, ServerTls, check_client, check_server, server_tls, warn_client,
+    warn_server,
 };
 
 /// Why a daemon cannot start, or go on.

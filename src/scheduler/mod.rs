@@ -21,7 +21,8 @@ use crate::{
         scheduler::{Config, StorageLocation},
     },
     daemon::{
-        self, CheckReport, Failure, Installation, Lifecycle, Program, ServerLimits, Services,
+        self, CheckReport, Credentials, Failure, Installation, Lifecycle, Program, ServerLimits,
+        Services,
     },
     instance::InstanceName,
     proto::{
@@ -51,6 +52,9 @@ pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut 
     for (name, unit, key, address) in sockets(config) {
         installation.check_socket(name, unit, key, address, diagnostics);
     }
+    daemon::warn_server("clients.tls", &config.clients.tls, diagnostics);
+    daemon::warn_server("workers.tls", &config.workers.tls, diagnostics);
+    daemon::warn_client("storage.tls", &config.storage.tls, diagnostics);
     if config.storage.cas == StorageLocation::Embedded {
         let embedded = &config.storage.embedded;
         let key = "storage.embedded.maximum_size";
@@ -81,6 +85,9 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     for (_, unit, key, address) in sockets(config) {
         report.try_address(installation, unit, key, address);
     }
+    daemon::check_server("clients.tls", &config.clients.tls, report);
+    daemon::check_server("workers.tls", &config.workers.tls, report);
+    daemon::check_client("storage.tls", &config.storage.tls, report);
     let mut failures = Backend::probe(&config.storage).await;
     let what = match &config.storage.cas {
         StorageLocation::Embedded => {
@@ -112,19 +119,30 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
 /// Runs until told to stop.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     daemon::raise_file_limit();
+    let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?;
     let place = config.storage.clone();
-    let storage = tokio::task::spawn_blocking(move || Backend::open(&place))
-        .await
-        .map_err(|error| Failure::Environment {
-            message: format!("could not open the store: {error}"),
-        })??;
+    let storage = tokio::task::spawn_blocking({
+        let credentials = credentials.clone();
+        move || Backend::open(&place, credentials)
+    })
+    .await
+    .map_err(|error| Failure::Environment {
+        message: format!("could not open the store: {error}"),
+    })??;
     let stopping = lifecycle.stopping();
     let drain = config.shutdown.drain_timeout.get();
     let cache = &config.storage.initial_size_class_cache;
-    let statistics = StatisticsStore::new(InitialSizeClassCache::open(cache, &storage));
+    let statistics =
+        StatisticsStore::new(InitialSizeClassCache::open(cache, &storage, &credentials));
     let queue = SharedQueue::new(Settings::from(&config.scheduling));
-    let clients = daemon::listen("clients", "clients.listen", &config.clients.listen, None)?;
-    let workers = daemon::listen("workers", "workers.listen", &config.workers.listen, None)?;
+    let clients =
+        daemon::listen("clients", "clients.listen", &config.clients.listen, None)?.with_tls(
+            daemon::server_tls("clients.tls", &config.clients.tls, &lifecycle)?,
+        );
+    let workers =
+        daemon::listen("workers", "workers.listen", &config.workers.listen, None)?.with_tls(
+            daemon::server_tls("workers.tls", &config.workers.tls, &lifecycle)?,
+        );
     let status = format!(
         "serving clients on {}, workers on {}",
         clients.address(),

@@ -356,8 +356,12 @@ mod tests {
             },
             ..Default::default()
         };
-        let backend = Backend::open(&storage).unwrap();
-        InitialSizeClassCache::open(&config::StorageLocation::Embedded, &backend)
+        let backend = Backend::open(&storage, Default::default()).unwrap();
+        InitialSizeClassCache::open(
+            &config::StorageLocation::Embedded,
+            &backend,
+            &Default::default(),
+        )
     }
 
     fn executions(statistics: &Statistics) -> usize {
@@ -450,7 +454,8 @@ mod tests {
         let InitialSizeClassCache::Embedded(store) = embedded(directory.path()) else {
             panic!("not embedded");
         };
-        let cache = InitialSizeClassCache::open(&nobody, &Backend::Embedded(store));
+        let cache =
+            InitialSizeClassCache::open(&nobody, &Backend::Embedded(store), &Default::default());
         let store = StatisticsStore::new(cache);
         assert!(store.read(&key(1)).await.is_none());
         store.apply(update(key(1), 1));

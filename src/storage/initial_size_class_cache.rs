@@ -8,8 +8,8 @@ use prost::Message;
 
 use super::{Backend, Error, blocking, embedded, grpc};
 use crate::{
-    config::scheduler::StorageLocation, digest::Digest, instance::InstanceName,
-    proto::iscc::PreviousExecutionStats,
+    config::scheduler::StorageLocation, daemon::Credentials, digest::Digest,
+    instance::InstanceName, proto::iscc::PreviousExecutionStats,
 };
 
 /// Where it is. Cheap to clone.
@@ -25,11 +25,11 @@ pub enum InitialSizeClassCache {
 
 impl InitialSizeClassCache {
     /// Connects at the first call. The embedded one is where the blobs are, if these are embedded.
-    pub fn open(location: &StorageLocation, backend: &Backend) -> Self {
+    pub fn open(location: &StorageLocation, backend: &Backend, credentials: &Credentials) -> Self {
         const TIMEOUT: Duration = Duration::from_secs(60);
         match (location, backend) {
             (StorageLocation::Endpoint(endpoint), _) => InitialSizeClassCache::Grpc(
-                grpc::InitialSizeClassCacheClient::connect(endpoint, TIMEOUT),
+                grpc::InitialSizeClassCacheClient::connect(endpoint, credentials, TIMEOUT),
             ),
             (StorageLocation::Embedded, Backend::Embedded(store)) => {
                 InitialSizeClassCache::Embedded(store.clone())

@@ -20,7 +20,7 @@ use crate::{
         Endpoint,
         scheduler::{self as config, StorageLocation},
     },
-    daemon::{self, Failure},
+    daemon::{self, Credentials, Failure},
     digest::Digest,
     instance::InstanceName,
     proto::reapi::ActionResult,
@@ -110,7 +110,7 @@ impl Backend {
     }
 
     /// Opens the embedded store, which blocks for up to a few seconds, or prepares to connect.
-    pub fn open(config: &config::Storage) -> Result<Self, Failure> {
+    pub fn open(config: &config::Storage, credentials: Credentials) -> Result<Self, Failure> {
         let embedded = || {
             let size = config.embedded.maximum_size.0;
             let store = embedded::Store::open(&config.embedded.directory, size)?;
@@ -135,9 +135,14 @@ impl Backend {
             Ok(Backend::Embedded(Arc::new(store)))
         };
         match (&config.cas, &config.action_cache) {
-            (StorageLocation::Endpoint(cas), StorageLocation::Endpoint(action_cache)) => Ok(
-                Backend::Grpc(grpc::Client::connect(cas, action_cache, Default::default())),
-            ),
+            (StorageLocation::Endpoint(cas), StorageLocation::Endpoint(action_cache)) => {
+                let options = grpc::Options {
+                    credentials,
+                    ..Default::default()
+                };
+                let client = grpc::Client::connect(cas, action_cache, options);
+                Ok(Backend::Grpc(client))
+            }
             // The configuration's check refuses a mixture.
             _ => embedded(),
         }
@@ -147,7 +152,11 @@ impl Backend {
     pub async fn probe(config: &config::Storage) -> Vec<Failure> {
         match (&config.cas, &config.action_cache) {
             (StorageLocation::Endpoint(cas), StorageLocation::Endpoint(action_cache)) => {
-                let client = grpc::Client::connect(cas, action_cache, Default::default());
+                let options = grpc::Options {
+                    credentials: Credentials::of("storage.tls", &config.tls),
+                    ..Default::default()
+                };
+                let client = grpc::Client::connect(cas, action_cache, options);
                 match client.probe().await {
                     Ok(()) => Vec::new(),
                     Err(error) => vec![Failure::Configuration {

@@ -25,7 +25,7 @@ use self::{
 };
 use crate::{
     config::worker::{Config, Inputs, Runner},
-    daemon::{self, Failure, Lifecycle, Program},
+    daemon::{self, Credentials, Failure, Lifecycle, Program},
     proto::runner::runner_client::RunnerClient,
 };
 
@@ -65,7 +65,8 @@ const START_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     daemon::raise_file_limit();
     let slots: usize = config.runners.iter().map(Runner::slots).sum();
-    let storage = setup::connect_storage(&config);
+    let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?;
+    let storage = setup::connect_storage(&config, credentials);
     let (cache, store) = setup::open_directories(&config, slots, &storage).await?;
     let (files, bytes) = cache.usage();
     tracing::info!(files, bytes, directory = %cache.path().display(), "opened the cache");
@@ -87,7 +88,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         config.storage.maximum_message_size.get(),
         config.cache.maximum_directories_size.get(),
     ));
-    let scheduler = daemon::connect(&config.scheduler.endpoint);
+    let credentials = Credentials::open("scheduler.tls", &config.scheduler.tls, &lifecycle)?;
+    let scheduler = daemon::connect_with(&config.scheduler.endpoint, &credentials);
     let mut executors = Vec::new();
     let status_line = Arc::new(StatusLine::new(&config.scheduler.endpoint, slots));
     let mut clients = tokio::task::JoinSet::new();

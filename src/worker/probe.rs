@@ -9,7 +9,7 @@ use crate::{
         worker::{Config, Runner},
     },
     daemon::{
-        self, CheckReport, Failure, Installation,
+        self, CheckReport, Credentials, Failure, Installation,
         disk::{self, blocking_path, nearest_directory},
     },
     proto::{
@@ -30,6 +30,8 @@ pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut 
         config::Duration::seconds(0),
         diagnostics,
     );
+    daemon::warn_client("scheduler.tls", &config.scheduler.tls, diagnostics);
+    daemon::warn_client("storage.tls", &config.storage.tls, diagnostics);
     let cache = &config.cache;
     for (key, size) in [
         ("cache.maximum_size", cache.maximum_size),
@@ -146,7 +148,11 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
             wrong,
         );
     }
-    let mut scheduler = OperationQueueClient::new(daemon::connect(&config.scheduler.endpoint));
+    daemon::check_client("scheduler.tls", &config.scheduler.tls, report);
+    daemon::check_client("storage.tls", &config.storage.tls, report);
+    let credentials = Credentials::of("scheduler.tls", &config.scheduler.tls);
+    let channel = daemon::connect_with(&config.scheduler.endpoint, &credentials);
+    let mut scheduler = OperationQueueClient::new(channel);
     // A worker that says nothing of itself is refused, which shows that a scheduler is there.
     let call = scheduler.synchronize(SynchronizeRequest::default());
     let wrong = match tokio::time::timeout(TIMEOUT, call).await {
@@ -175,7 +181,8 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
         ),
         wrong,
     );
-    let storage = connect_storage(config);
+    let credentials = Credentials::of("storage.tls", &config.storage.tls);
+    let storage = connect_storage(config, credentials);
     let wrong = match tokio::time::timeout(TIMEOUT, storage.answers()).await {
         Ok(Ok(())) => None,
         Ok(Err(error)) => Some(Failure::Configuration {

@@ -17,19 +17,20 @@ use super::{
 };
 use crate::{
     config::worker::{Config, Runner},
-    daemon::{Failure, disk::nearest_directory},
+    daemon::{Credentials, Failure, disk::nearest_directory},
     instance::InstanceName,
     proto::reapi::{Platform, platform::Property},
     storage::{Backend, grpc},
 };
 
-pub(super) fn connect_storage(config: &Config) -> Backend {
+pub(super) fn connect_storage(config: &Config, credentials: Credentials) -> Backend {
     Backend::connect(
         &config.storage.cas,
         &config.storage.action_cache,
         grpc::Options {
             download_concurrency: config.storage.download_concurrency,
             upload_concurrency: config.storage.upload_concurrency,
+            credentials,
             ..Default::default()
         },
     )

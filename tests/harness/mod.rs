@@ -16,7 +16,8 @@ use std::{
 };
 
 use bb_remote_execution::{
-    daemon::{self, Channel},
+    config::{Endpoint, tls::ClientTls},
+    daemon::{self, Channel, Credentials},
     digest::DigestFunction,
     proto::{
         longrunning::{Operation, operation},
@@ -31,7 +32,10 @@ use bb_remote_execution::{
 };
 use prost::Message;
 
+use pki::{Authority, Leaf};
+
 pub mod parts;
+pub mod pki;
 
 pub const SCHEDULER_USER: u32 = 57_997;
 pub const WORKER_USER: u32 = 57_998;
@@ -54,6 +58,15 @@ pub struct Farm {
     /// The first of its own range of users, which no other farm on this host may share.
     users: u32,
     _users_claim: fs::File,
+    /// What clients are known by, where the farm speaks TLS.
+    certificates: Option<ClientTls>,
+}
+
+/// What is added to the configurations of a farm.
+struct Files {
+    scheduler: String,
+    worker: String,
+    certificates: Option<ClientTls>,
 }
 
 /// Users that each farm has for its actions.
@@ -125,6 +138,70 @@ impl Farm {
         scheduler_extra: &str,
         runner_extra: impl FnOnce(&Path) -> String,
     ) -> Farm {
+        let files = Files {
+            scheduler: scheduler_extra.to_owned(),
+            worker: String::new(),
+            certificates: None,
+        };
+        Farm::start_of(parent, slots, files, runner_extra).await
+    }
+
+    /// With TLS and certificates, in files of `pki`, on all sides: clients are `CN=client`, workers
+    /// `CN=worker`.
+    pub async fn start_encrypted(
+        parent: &Path,
+        slots: usize,
+        pki: &Path,
+        scheduler_extra: &str,
+    ) -> Farm {
+        fs::set_permissions(pki, fs::Permissions::from_mode(0o755)).unwrap();
+        let authority = Authority::new(pki, "authority");
+        let issue = |name: &str, owner: u32| {
+            let leaf = Leaf {
+                name,
+                ..Leaf::default()
+            };
+            let pair = authority.issue(pki, name, &leaf);
+            chown(&pair.key, Some(owner), Some(owner)).unwrap();
+            pair
+        };
+        let server = issue("server", SCHEDULER_USER);
+        let (worker, client) = (issue("worker", WORKER_USER), issue("client", 0));
+        let authority = authority.certificate;
+        let (ca, show) = (authority.display(), |path: &Path| {
+            path.display().to_string()
+        });
+        let mut files = Files {
+            scheduler: scheduler_extra.to_owned(),
+            worker: String::new(),
+            certificates: Some(ClientTls {
+                ca: authority.clone(),
+                certificate: client.certificate,
+                key: client.key,
+                server_name: String::new(),
+            }),
+        };
+        for port in ["clients", "workers"] {
+            let (certificate, key) = (show(&server.certificate), show(&server.key));
+            files.scheduler += &format!(
+                "\n[{port}.tls]\ncertificate = \"{certificate}\"\nkey = \"{key}\"\nclient_ca = \"{ca}\"\n"
+            );
+        }
+        for peer in ["scheduler", "storage"] {
+            let (certificate, key) = (show(&worker.certificate), show(&worker.key));
+            files.worker += &format!(
+                "{peer}.tls = {{ ca = \"{ca}\", certificate = \"{certificate}\", key = \"{key}\" }}\n"
+            );
+        }
+        Farm::start_of(parent, slots, files, |_| String::new()).await
+    }
+
+    async fn start_of(
+        parent: &Path,
+        slots: usize,
+        files: Files,
+        runner_extra: impl FnOnce(&Path) -> String,
+    ) -> Farm {
         let directory = tempfile::Builder::new()
             .prefix("bb-farm.")
             .tempdir_in(parent)
@@ -162,9 +239,10 @@ impl Farm {
             workers: ports + 1,
             users,
             _users_claim: users_claim,
+            certificates: files.certificates.clone(),
         };
         let runner_extra = runner_extra(farm.path());
-        farm.configure(slots, scheduler_extra, &runner_extra);
+        farm.configure(slots, &files, &runner_extra);
         for daemon in [Daemon::Scheduler, Daemon::Runner, Daemon::Worker] {
             farm.spawn(daemon);
         }
@@ -172,7 +250,13 @@ impl Farm {
         farm
     }
 
-    fn configure(&self, slots: usize, scheduler_extra: &str, runner_extra: &str) {
+    fn configure(&self, slots: usize, files: &Files, runner_extra: &str) {
+        let scheduler_extra = &files.scheduler;
+        let worker_extra = &files.worker;
+        let scheme = match files.certificates {
+            None => "grpc",
+            Some(_) => "grpcs",
+        };
         let root = self.path().display();
         let (clients, workers, users) = (self.clients, self.workers, self.users);
         let write = |name: &str, text: String| fs::write(self.path().join(name), text).unwrap();
@@ -198,9 +282,9 @@ impl Farm {
             "bb_worker.toml",
             format!(
                 "build_directory = \"{root}/worker/build\"\n\
-                 scheduler.endpoint = \"grpc://127.0.0.1:{workers}\"\n\
-                 storage.cas = \"grpc://127.0.0.1:{clients}\"\n\
-                 storage.action_cache = \"grpc://127.0.0.1:{clients}\"\n\
+                 scheduler.endpoint = \"{scheme}://127.0.0.1:{workers}\"\n\
+                 storage.cas = \"{scheme}://127.0.0.1:{clients}\"\n\
+                 storage.action_cache = \"{scheme}://127.0.0.1:{clients}\"\n{worker_extra}\
                  cache.directory = \"{root}/worker/cache\"\n\
                  [[runners]]\n\
                  endpoint = \"unix:{root}/runner.sock\"\n\
@@ -330,7 +414,17 @@ impl Farm {
     }
 
     pub fn client(&self) -> Client {
-        Client::connect(&format!("127.0.0.1:{}", self.clients))
+        let address = format!("127.0.0.1:{}", self.clients);
+        match &self.certificates {
+            None => Client::connect(&address),
+            Some(certificates) => Client {
+                channel: daemon::connect_with(
+                    &Endpoint::Tls(address),
+                    &Credentials::of("tls", certificates),
+                ),
+                instance: String::new(),
+            },
+        }
     }
 
     pub fn log(&self, name: &str) -> String {

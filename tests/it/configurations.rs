@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::harness::{Daemon, Farm, is_root};
+use crate::harness::{
+    Daemon, Farm, is_root,
+    pki::{Authority, Leaf},
+};
 
 /// What is to be said, and done. The words are those that tell an administrator what is wrong.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +44,60 @@ const SCHEDULER: &[Row] = &[
     (
         "scheduling.idle_worker_synchronization_interval = \"1s\"",
         Good,
+    ),
+    (
+        "clients.tls = { certificate = \"{dir}/server.pem\", key = \"{dir}/server.key\", client_ca = \"{dir}/ca.pem\" }",
+        Good,
+    ),
+    (
+        "clients.tls.certificate = \"{dir}/server.pem\"",
+        Refused("of no use without clients.tls.key"),
+    ),
+    (
+        "workers.tls = { certificate = \"{dir}/server.pem\", key = \"{dir}/late.key\" }",
+        Refused("late.key: it is not the key of the certificate in"),
+    ),
+    (
+        "workers.tls = { certificate = \"{dir}/file\", key = \"{dir}/late.key\" }",
+        Refused("it has no certificate in PEM"),
+    ),
+    (
+        "clients.tls = { certificate = \"{dir}/server.pem\", key = \"{dir}/none\" }",
+        Refused("/none: could not be read: No such file"),
+    ),
+    (
+        "clients.tls = { certificate = \"{dir}/late.pem\", key = \"{dir}/late.key\" }",
+        Warned("late.pem: the certificate of \"OU=Builds,CN=localhost\" has expired at 20"),
+    ),
+    (
+        "clients.tls = { certificate = \"{dir}/early.pem\", key = \"{dir}/early.key\" }",
+        Warned("is not valid before 20"),
+    ),
+    (
+        "clients.tls = { certificate = \"{dir}/nameless.pem\", key = \"{dir}/nameless.key\" }",
+        Warned("it names no host (subjectAltName)"),
+    ),
+    (
+        "clients.tls = { certificate = \"{dir}/server.pem\", key = \"{dir}/open.key\" }",
+        Warned(
+            "open.key: its mode is 0644, so that everybody on this host can use the key; chmod o= ",
+        ),
+    ),
+    (
+        "clients.tls.client_ca = \"{dir}/ca.pem\"",
+        Refused("set clients.tls.certificate too"),
+    ),
+    (
+        "clients.tls = { certificate = \"server.pem\", key = \"server.key\" }",
+        Refused("must begin with /"),
+    ),
+    (
+        "storage.tls.ca = \"{dir}/ca.pem\"",
+        Refused("write \"grpcs://\" in place of \"grpc://\""),
+    ),
+    (
+        "clients.tls.client_certificates = \"maybe\"",
+        Refused("\"required\" or \"optional\""),
     ),
     ("shutdown.drain_timeout = \"0s\"", Good),
     ("shutdown.drain_timeout = \"80s\"", Good),
@@ -842,6 +899,23 @@ fn of_each_configuration_of_the_scheduler_check_says_what_a_start_makes_of_it() 
          storage.embedded.directory = \"{dir}/storage\"\nstorage.embedded.maximum_size = \"32MiB\"\n"
     );
     fs::write(path.join("bb_scheduler.toml"), text).unwrap();
+    let authority = Authority::new(path, "ca");
+    for (name, valid, names) in [
+        ("server", (-60, 86400), &["localhost"][..]),
+        ("late", (-7200, -3600), &["localhost"]),
+        ("early", (3600, 7200), &["localhost"]),
+        ("nameless", (-60, 86400), &[]),
+    ] {
+        let leaf = Leaf {
+            valid,
+            alternative_names: names,
+            ..Default::default()
+        };
+        authority.issue(path, name, &leaf);
+    }
+    fs::copy(path.join("server.key"), path.join("open.key")).unwrap();
+    let open = fs::Permissions::from_mode(0o644);
+    fs::set_permissions(path.join("open.key"), open).unwrap();
     let trial = Trial {
         program: env!("CARGO_BIN_EXE_bb_scheduler"),
         directory: path,

@@ -22,5 +22,6 @@ mod scheduler;
 mod server;
 mod simulation;
 mod storage;
+mod tls;
 mod wire;
 mod worker;

@@ -178,6 +178,14 @@ fn refuse(caller: &ClientConnection, status: Status) -> Response<ResponseBody> {
     response.map(|body| ResponseBody::new(caller, body, None, None))
 }
 
+/// The answer to every call of a connection that is served nothing.
+pub(super) fn refuse_connection(
+    caller: &ClientConnection,
+    why: &'static str,
+) -> Response<ResponseBody> {
+    refuse(caller, Status::failed_precondition(why))
+}
+
 /// As HTTP/2 counts them (RFC 9113, section 6.5.2).
 fn weight(headers: &HeaderMap) -> u64 {
     let length = |(name, value): (&http::HeaderName, &http::HeaderValue)| {

@@ -5,15 +5,16 @@
 //!    and connect again at their next call.
 //! 2. A connection whose peer does not read what it asked for is closed: nothing else gives back what
 //!    is kept for it. That is sooner when others wait for the room.
-//! 3. Whether a peer is still there is asked by PING; one that is not is hyper's to close.
+//! 3. A connection whose peer has shown a certificate is closed when that has expired.
+//! 4. Whether a peer is still there is asked by PING; one that is not is hyper's to close.
 
 use std::{
     pin::pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use hyper::{server::conn::http2, service::service_fn};
@@ -26,19 +27,26 @@ use super::{
     ServerLimits,
     budget::{Budget, BudgetReservation, ConnectionBudget},
     call,
+    opening::{self, OpenedConnection},
 };
-use crate::daemon::{Peer, listen::AcceptedStream};
+use crate::daemon::{
+    LogRateLimit, Peer, PeerCertificate, listen::AcceptedStream, tls::TlsAcceptor,
+};
 
 /// How often a connection is looked at.
 const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// What a client has to read GOAWAY and to close the connection by itself.
 const GOAWAY_GRACE: Duration = Duration::from_secs(2);
+/// Lines about connections on which HTTP/2 did not begin.
+static REFUSALS: LogRateLimit = LogRateLimit::new(20, Duration::from_secs(10));
 /// The preface of HTTP/2, and the head of the frame that follows it.
 const PREFACE: u64 = 24 + 9;
 
 /// Whose connection it is, and what is counted for it.
 pub(super) struct ClientConnection {
     pub peer: Peer,
+    /// What it has shown in a handshake.
+    pub certificate: OnceLock<PeerCertificate>,
     pub largest_message: u64,
     pub received: Arc<ConnectionBudget>,
     pub answers: Arc<ConnectionBudget>,
@@ -82,6 +90,7 @@ impl ClientConnection {
     ) -> Arc<Self> {
         Arc::new(ClientConnection {
             peer: connection.peer(),
+            certificate: OnceLock::new(),
             largest_message,
             received: received.account(),
             answers: answers.account(),
@@ -138,6 +147,11 @@ impl ClientConnection {
         {
             return Decision::Abort("its peer does not read what it asked for");
         }
+        if let Some(certificate) = self.certificate.get()
+            && certificate.not_after < SystemTime::now()
+        {
+            return Decision::CloseGracefully;
+        }
         let Some((called, since)) = self.idle() else {
             return Decision::Keep;
         };
@@ -173,22 +187,72 @@ enum Event {
     Look,
 }
 
+/// The connection when it can be used; `None` when it is over already.
+async fn open(
+    connection: AcceptedStream,
+    caller: &ClientConnection,
+    acceptor: Option<TlsAcceptor>,
+    limit: Duration,
+    [stopping, killed]: [&CancellationToken; 2],
+) -> Option<OpenedConnection> {
+    let opening = opening::open(connection, acceptor.as_ref());
+    let opened = tokio::select! {
+        opened = tokio::time::timeout(limit, opening) => opened,
+        () = killed.cancelled() => return None,
+        () = stopping.cancelled() => return None,
+        () = caller.evict.cancelled() => return None,
+    };
+    let reason = match opened {
+        Ok(Ok(opened)) => return Some(opened),
+        Ok(Err(reason)) => reason,
+        Err(_) => "its peer does not speak HTTP/2, or not at all".to_owned(),
+    };
+    if let Some(lines_withheld) = REFUSALS.admit(Instant::now()) {
+        tracing::info!(peer = ?caller.peer, reason, lines_withheld, "closed a connection");
+    }
+    None
+}
+
 /// Until the connection is closed. When `stopping`, no new call is taken; when `killed`, it ends.
+/// `opened` is called as soon as HTTP/2 can begin.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "they are what one connection is served with"
+)]
 pub(super) async fn serve(
     connection: AcceptedStream,
     caller: Arc<ClientConnection>,
+    acceptor: Option<TlsAcceptor>,
+    opened: impl FnOnce(),
     routes: Routes,
     limits: Arc<ServerLimits>,
     answers: Arc<Budget>,
     stopping: CancellationToken,
     killed: CancellationToken,
 ) {
+    let ends = [&stopping, &killed];
+    let opening = open(connection, &caller, acceptor, limits.handshake, ends).await;
+    let (connection, refusal) = match opening {
+        None => return,
+        Some(OpenedConnection::Refused(connection, why)) => (connection, Some(why)),
+        Some(OpenedConnection::Served(connection, certificate)) => {
+            if let Some(certificate) = certificate {
+                // It is set here alone.
+                let _ = caller.certificate.set(certificate);
+            }
+            (connection, None)
+        }
+    };
+    opened();
     let service = {
         let caller = caller.clone();
         service_fn(move |request| {
             let (caller, routes) = (caller.clone(), routes.clone());
             async move {
-                Ok::<_, std::convert::Infallible>(call::answer(&caller, routes, request).await)
+                Ok::<_, std::convert::Infallible>(match refusal {
+                    None => call::answer(&caller, routes, request).await,
+                    Some(why) => call::refuse_connection(&caller, why),
+                })
             }
         })
     };

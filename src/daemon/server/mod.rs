@@ -6,8 +6,8 @@
 //!    listeners have theirs. The one that has been idle for longest gives way to a new one.
 //! 3. Whatever a status says fits into everybody's headers (`status`).
 //!
-//! To read in this order: this file accepts connections; `connection` is one of them, `call` one call on
-//! it; `services` are what is called.
+//! To read in this order: this file accepts connections; `opening` is how one begins, `connection` what
+//! it is then, `call` one call on it; `services` are what is called.
 //!
 //! tonic's own server could not keep (1) and (2): none of its connections can be told to go away, or be
 //! cut, by itself.
@@ -33,11 +33,13 @@ use super::{
     Failure,
     listen::{AcceptedStream, Listener, Socket},
     process,
+    tls::TlsAcceptor,
 };
 
 mod budget;
 mod call;
 mod connection;
+mod opening;
 mod services;
 mod status;
 
@@ -62,9 +64,11 @@ pub struct ServerLimits {
     pub calls_per_connection: u32,
     /// Connections that are open.
     pub connections: usize,
+    /// Those of them on which neither TLS nor HTTP/2 has begun; the oldest gives way.
+    pub half_open: usize,
     /// Bytes of a message.
     pub largest_message: u64,
-    /// Until HTTP/2 has begun.
+    /// Until TLS and HTTP/2 have begun.
     pub handshake: Duration,
     /// Until the first call.
     pub first_call: Duration,
@@ -88,6 +92,7 @@ impl Default for ServerLimits {
             calls: 50_000,
             calls_per_connection: 10_000,
             connections: connection_limit(),
+            half_open: 1000,
             largest_message: 16 << 20,
             handshake: Duration::from_secs(10),
             first_call: Duration::from_secs(60),
@@ -144,7 +149,9 @@ struct Server {
     received: Arc<Budget>,
     answers: Arc<Budget>,
     calls: Arc<Budget>,
+    acceptor: Option<TlsAcceptor>,
     open: Mutex<BTreeMap<u64, Arc<ClientConnection>>>,
+    half_open: Mutex<BTreeMap<u64, Arc<ClientConnection>>>,
     next: AtomicU64,
     ended: Notify,
     tasks: TaskTracker,
@@ -176,7 +183,9 @@ pub async fn serve_within(
         answers: Budget::new(limits.answers, limits.response_bytes_per_connection),
         calls: Budget::new(limits.calls, u64::from(limits.calls_per_connection)),
         limits: Arc::new(limits),
+        acceptor: listener.acceptor(),
         open: Mutex::default(),
+        half_open: Mutex::default(),
         next: AtomicU64::new(0),
         ended: Notify::new(),
         tasks: TaskTracker::new(),
@@ -260,6 +269,7 @@ impl Server {
         let caller = ClientConnection::new(&connection, self.limits.largest_message, budgets);
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         self.open.lock().insert(number, caller.clone());
+        self.insert_half_open(number, &caller);
         let server = self.clone();
         self.tasks.spawn(async move {
             let open = ConnectionGuard { server, number };
@@ -267,6 +277,8 @@ impl Server {
             connection::serve(
                 connection,
                 caller,
+                server.acceptor.clone(),
+                || drop(server.half_open.lock().remove(&number)),
                 server.routes.clone(),
                 server.limits.clone(),
                 server.answers.clone(),
@@ -278,6 +290,18 @@ impl Server {
     }
 }
 
+impl Server {
+    fn insert_half_open(&self, number: u64, caller: &Arc<ClientConnection>) {
+        let mut half_open = self.half_open.lock();
+        half_open.insert(number, caller.clone());
+        if half_open.len() > self.limits.half_open
+            && let Some((_, oldest)) = half_open.pop_first()
+        {
+            oldest.evict();
+        }
+    }
+}
+
 /// A connection's place.
 struct ConnectionGuard {
     server: Arc<Server>,
@@ -286,6 +310,7 @@ struct ConnectionGuard {
 
 impl Drop for ConnectionGuard {
     fn drop(&mut self) {
+        self.server.half_open.lock().remove(&self.number);
         self.server.open.lock().remove(&self.number);
         self.server.ended.notify_waiters();
     }

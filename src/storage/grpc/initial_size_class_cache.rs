@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::call;
 use crate::{
     config::Endpoint,
-    daemon::{self, Channel},
+    daemon::{self, Channel, Credentials},
     digest::Digest,
     instance::InstanceName,
     proto::iscc::{
@@ -26,9 +26,9 @@ pub struct InitialSizeClassCacheClient {
 
 impl InitialSizeClassCacheClient {
     /// Connects at the first call, so that it never fails here.
-    pub fn connect(endpoint: &Endpoint, timeout: Duration) -> Self {
+    pub fn connect(endpoint: &Endpoint, credentials: &Credentials, timeout: Duration) -> Self {
         InitialSizeClassCacheClient {
-            stub: Stub::new(daemon::connect(endpoint)),
+            stub: Stub::new(daemon::connect_with(endpoint, credentials)),
             timeout,
         }
     }

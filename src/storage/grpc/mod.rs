@@ -25,7 +25,7 @@ use self::limits::CallLimits;
 use super::{Error, single_flight::SingleFlight};
 use crate::{
     config::Endpoint,
-    daemon::{self, Channel},
+    daemon::{self, Channel, Credentials},
     digest::Digest,
     instance::InstanceName,
     proto::{
@@ -61,6 +61,8 @@ pub struct Options {
     pub upload_concurrency: NonZeroUsize,
     /// How long it waits for what.
     pub timeouts: Timeouts,
+    /// Whom it trusts, and who it is.
+    pub credentials: Credentials,
 }
 
 /// How long a peer may be silent.
@@ -91,6 +93,7 @@ impl Default for Options {
             download_concurrency: CALLS,
             upload_concurrency: CALLS,
             timeouts: Timeouts::default(),
+            credentials: Credentials::default(),
         }
     }
 }
@@ -130,9 +133,11 @@ impl Client {
     pub fn connect(cas: &Endpoint, action_cache: &Endpoint, options: Options) -> Self {
         let permits = |n: NonZeroUsize| Semaphore::new(n.get().min(Semaphore::MAX_PERMITS));
         Client(Arc::new(ClientState {
-            cas: (0..CONNECTIONS).map(|_| daemon::connect(cas)).collect(),
+            cas: (0..CONNECTIONS)
+                .map(|_| daemon::connect_with(cas, &options.credentials))
+                .collect(),
             next: AtomicUsize::new(0),
-            action_cache: daemon::connect(action_cache),
+            action_cache: daemon::connect_with(action_cache, &options.credentials),
             limits: CallLimits::default(),
             timeouts: options.timeouts,
             downloads: Arc::new(permits(options.download_concurrency)),
