@@ -15,8 +15,12 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::{
-    queue::{self, EncodedResponse, Invocation, Platform, Progress, QueuedAction, Stage},
+    queue::{
+        self, EncodedResponse, InvocationKey, InvocationKeys, Platform, Progress, QueuedAction,
+        Stage,
+    },
     shared_queue::{SharedQueue, Waiter},
+    size_class::Analyzer,
     status::{self, invalid},
 };
 use crate::{
@@ -101,7 +105,7 @@ impl ExecutionService {
         let function = DigestFunction::from_proto(request.digest_function).map_err(invalid)?;
         let digest = Digest::parse_required(function, request.action_digest.as_ref())
             .map_err(|error| invalid(format!("Invalid action digest: {error}")))?;
-        let mut action: reapi::Action = self
+        let action: reapi::Action = self
             .message(
                 &instance,
                 &digest,
@@ -111,22 +115,33 @@ impl ExecutionService {
             .await?;
         let platform = self.platform(&instance, &digest, &action).await?;
         let timeout = self.timeout(action.timeout.as_ref())?;
-        action.timeout = Some(proto::proto_duration(timeout));
         let (auxiliary_metadata, metadata) = request_metadata(header);
+        let invocation = Any {
+            type_url: reapi::RequestMetadata::type_url(),
+            value: reapi::RequestMetadata {
+                tool_invocation_id: metadata.tool_invocation_id,
+                ..Default::default()
+            }
+            .encode_to_vec(),
+        };
         let queued = queue::Request {
+            name: Uuid::new_v4(),
+            resumes: false,
             platform,
             priority: request.execution_policy.map_or(0, |policy| policy.priority),
-            invocation: Invocation(metadata.tool_invocation_id.into()),
-            action: Arc::new(QueuedAction {
+            invocation: InvocationKeys::new([InvocationKey::new(&invocation)]),
+            skip_cache_lookup: request.skip_cache_lookup,
+            selector: Analyzer::Fallback.selector(timeout, None, SystemTime::now()),
+            action: Arc::new(QueuedAction::new(
                 instance,
                 digest,
                 action,
+                timeout,
                 auxiliary_metadata,
-                queued_timestamp: proto::timestamp(SystemTime::now()),
-                target_id: metadata.target_id,
-            }),
+                proto::timestamp(SystemTime::now()),
+            )),
         };
-        let waiter = self.queue.execute(queued).map_err(status::no_workers)?;
+        let waiter = self.queue.execute(queued).map_err(status::not_queued)?;
         Ok(Response::new(self.watch(waiter)))
     }
 
@@ -272,7 +287,7 @@ impl RefusalLog {
 /// A failure of the farm is a warning, with its reason and its worker; one of the action or its client
 /// is nobody's business here.
 fn log_completion(operation: Uuid, queued: &QueuedAction, outcome: &EncodedResponse) {
-    let (instance, target) = (queued.instance.as_str(), queued.target_id.as_str());
+    let (instance, target) = (queued.instance.as_str(), queued.target_id());
     let worker = Some(outcome.worker.as_str()).filter(|worker| !worker.is_empty());
     let span = daemon::action_span(&queued.digest.hash_hex(), Some(operation), worker);
     let _entered = span.enter();

@@ -10,9 +10,15 @@ use tokio::sync::{Notify, oneshot, watch};
 use uuid::Uuid;
 
 use super::queue::{
-    AttachedWaiter, Caller, Clock, Effect, HeldCall, Instruction, NoWorkers, Progress, Queue,
-    Refusal, Request, Settings, SizeClassQueueKey, Stage, SynchronizeAnswer, TICK, WorkerReport,
+    AttachedWaiter, Caller, Clock, Drain, DrainRefusal, Effect, EncodedResponse, ExecuteRefusal,
+    Explanation, HeldCall, Instruction, KillRefusal, OperationFilter, OperationRow, Page, Progress,
+    Queue, Refusal, Request, Settings, SizeClassQueueKey, Stage, SynchronizeAnswer, TICK,
+    UnknownOperation, UnknownQueue, WorkerPattern, WorkerReport,
 };
+
+/// Operations that are looked at under one lock.
+const PIECE: usize = 256;
+
 type Held = oneshot::Sender<Instruction>;
 type Watch = watch::Sender<Progress>;
 
@@ -20,6 +26,8 @@ pub(super) struct SharedQueue {
     state: Mutex<QueueAndClock>,
     /// The next deadline is sooner than the one slept for.
     sooner: Notify,
+    /// Those to keep for the next scheduler, with their version.
+    drains: watch::Sender<(u64, Vec<Drain>)>,
 }
 
 struct QueueAndClock {
@@ -52,6 +60,7 @@ impl SharedQueue {
                 alarm: None,
             }),
             sooner: Notify::new(),
+            drains: watch::Sender::new((0, Vec::new())),
         })
     }
 
@@ -88,6 +97,17 @@ impl SharedQueue {
                         let newer = progress.version > current.version;
                         if newer {
                             *current = progress;
+                        }
+                        newer
+                    });
+                }
+                // Nobody keeps them yet.
+                Effect::Learned(_) => {}
+                Effect::KeepDrains { version, drains } => {
+                    self.drains.send_if_modified(|current| {
+                        let newer = version > current.0;
+                        if newer {
+                            *current = (version, drains);
                         }
                         newer
                     });
@@ -139,13 +159,12 @@ impl SharedQueue {
         }
     }
 
-    pub(super) fn execute(self: &Arc<Self>, request: Request) -> Result<Waiter, NoWorkers> {
-        let name = Uuid::new_v4();
+    pub(super) fn execute(self: &Arc<Self>, request: Request) -> Result<Waiter, ExecuteRefusal> {
         let (watch, _) = watch::channel(Progress {
             version: 0,
             stage: Stage::Queued,
         });
-        let attached = self.decide(|queue, now| queue.execute(now, name, request, watch))?;
+        let attached = self.decide(|queue, now| queue.execute(now, request, watch))?;
         Ok(self.waiter(attached))
     }
 
@@ -190,6 +209,101 @@ impl SharedQueue {
                 Ok(Some(instruction))
             }
             () = stopping => Ok(None),
+        }
+    }
+}
+
+#[expect(dead_code, reason = "verbs of services that are not served yet")]
+impl SharedQueue {
+    /// With the queue's time, which deadlines are in.
+    pub(super) fn look_now<T>(&self, look: impl FnOnce(&Queue<Held, Watch>, Instant) -> T) -> T {
+        let mut state = self.state.lock();
+        let (now, _) = state.clock.look(Instant::now());
+        look(&state.queue, now)
+    }
+
+    pub(super) fn cancel(&self, operation: Uuid) -> Result<(), UnknownOperation> {
+        self.decide(|queue, now| queue.cancel(now, operation))
+    }
+
+    pub(super) fn kill_operation(
+        &self,
+        operation: Uuid,
+        response: Arc<EncodedResponse>,
+    ) -> Result<(), UnknownOperation> {
+        self.decide(|queue, now| queue.kill_operation(now, operation, response))
+    }
+
+    pub(super) fn kill_queued(
+        &self,
+        key: &SizeClassQueueKey,
+        response: Arc<EncodedResponse>,
+    ) -> Result<(), KillRefusal> {
+        self.decide(|queue, now| queue.kill_queued(now, key, response))
+    }
+
+    pub(super) fn add_drain(&self, drain: Drain) -> Result<(), DrainRefusal> {
+        self.decide(|queue, now| queue.add_drain(now, drain))
+    }
+
+    pub(super) fn remove_drain(
+        &self,
+        key: &SizeClassQueueKey,
+        pattern: &WorkerPattern,
+    ) -> Result<(), UnknownQueue> {
+        self.decide(|queue, now| queue.remove_drain(now, key, pattern))
+    }
+
+    /// The drains to keep for the next scheduler, with their version; each change is told.
+    pub(super) fn drains(&self) -> watch::Receiver<(u64, Vec<Drain>)> {
+        self.drains.subscribe()
+    }
+
+    /// Workers that match take no new work; returns when what they execute now has ended.
+    pub(super) async fn terminate_workers(&self, pattern: &WorkerPattern) {
+        let executing = self.decide(|queue, now| queue.terminate(now, pattern));
+        for task in executing {
+            let mut news = task.watch.subscribe();
+            // The queue forgets it.
+            drop(task.watch);
+            let _ = news.wait_for(|news| news.version > task.version).await;
+        }
+    }
+
+    /// `None` when there is no such operation.
+    pub(super) fn explain(&self, operation: Uuid) -> Option<Explanation> {
+        self.look_now(|queue, now| queue.explain(now, operation))
+    }
+
+    /// Operations by name, from the first one after `after`. The queue is looked at piece by piece, so
+    /// that nobody waits for long.
+    pub(super) async fn list_operations(
+        &self,
+        after: Option<Uuid>,
+        filter: &OperationFilter,
+        page_size: usize,
+    ) -> Page<OperationRow> {
+        let mut page = Page {
+            rows: Vec::new(),
+            start_index: 0,
+            total: 0,
+        };
+        let mut last = None;
+        loop {
+            let rows = self.look(|queue| queue.operations(last).take(PIECE).collect::<Vec<_>>());
+            let Some(end) = rows.last().map(|row| row.name) else {
+                return page;
+            };
+            last = Some(end);
+            for row in rows.into_iter().filter(|row| filter.admits(row)) {
+                page.total += 1;
+                if after.is_some_and(|after| row.name <= after) {
+                    page.start_index += 1;
+                } else if page.rows.len() < page_size {
+                    page.rows.push(row);
+                }
+            }
+            tokio::task::yield_now().await;
         }
     }
 }

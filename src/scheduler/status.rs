@@ -3,7 +3,7 @@
 use prost::Message;
 use tonic::{Code, Status};
 
-use super::queue::{self, NoWorkers};
+use super::queue::{self, ExecuteRefusal};
 use crate::{proto::rpc, resource::missing_blobs, storage};
 
 pub(super) fn refused(refusal: queue::Refusal) -> Status {
@@ -16,6 +16,7 @@ pub(super) fn refused(refusal: queue::Refusal) -> Status {
             Status::resource_exhausted(refusal.to_string())
         }
         queue::Refusal::SizeClass { .. } => invalid(refusal),
+        queue::Refusal::TooMany { .. } => Status::resource_exhausted(refusal.to_string()),
     }
 }
 
@@ -27,10 +28,13 @@ pub(super) fn stopping() -> Status {
     Status::unavailable("The scheduler is stopping; its successor takes up what workers run")
 }
 
-pub(super) fn no_workers(error: NoWorkers) -> Status {
-    match error.transient {
-        true => Status::unavailable(error.to_string()),
-        false => Status::failed_precondition(error.to_string()),
+pub(super) fn not_queued(refusal: ExecuteRefusal) -> Status {
+    match &refusal {
+        ExecuteRefusal::NoWorkers(error) if error.transient => {
+            Status::unavailable(refusal.to_string())
+        }
+        ExecuteRefusal::NoWorkers(_) => Status::failed_precondition(refusal.to_string()),
+        ExecuteRefusal::QueueFull(_) => Status::resource_exhausted(refusal.to_string()),
     }
 }
 

@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use super::{
-    queue::{Queue, SizeClassQueueKey, WorkerId},
+    queue::{Queue, SizeClassQueueKey, WorkerFilter, WorkerId},
     shared_queue::SharedQueue,
 };
 use crate::daemon::Lifecycle;
@@ -34,10 +34,12 @@ enum Change {
 impl WorkerOverview {
     fn of<C, W: Clone>(queue: &Queue<C, W>) -> Self {
         let mut view = WorkerOverview::default();
-        for row in queue.queues() {
-            view.queued += row.queued;
-            for worker in queue.workers_of(&row.key) {
-                view.executing += usize::from(!worker.operations.is_empty());
+        let queues = queue.platform_queues();
+        for row in queues.iter().flat_map(|queue| &queue.size_classes) {
+            view.queued += row.root.queued_directly + row.root.queued_indirectly;
+            let workers = queue.workers(&row.key, &WorkerFilter::All, None, usize::MAX);
+            for worker in workers.into_iter().flat_map(|page| page.rows) {
+                view.executing += usize::from(worker.operation.is_some());
                 let mut labels = worker.id.labels().clone();
                 labels.remove(SLOT_LABEL);
                 let worker = (row.key.clone(), WorkerId::new(labels));

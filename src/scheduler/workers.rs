@@ -52,7 +52,8 @@ impl OperationQueue for OperationQueueService {
         let instance = metadata::instance_of(&request);
         let peer = peer_of(&request);
         let call = metadata::WorkerCall::of(&request);
-        let (queue_key, id, report) = parse_worker(request.into_inner(), instance)?;
+        let attempt = metadata::Attempt::of(&request);
+        let (queue_key, id, report) = parse_worker(request.into_inner(), instance, attempt)?;
         let caller = Caller { id, peer, call };
         let idle_wait = random_below(self.idle_interval);
         let instruction = self
@@ -69,19 +70,21 @@ impl OperationQueue for OperationQueueService {
             .ok_or_else(status::stopping)?;
         if let DesiredWorkerState::Execute {
             action: queued,
-            operation,
+            attempt,
             ..
         } = &instruction.desired
         {
             let worker = serde_json::to_string(caller.id.labels()).ok();
             let action = queued.digest.hash_hex();
-            daemon::action_span(&action, Some(*operation), worker.as_deref()).in_scope(|| {
-                tracing::debug!(
-                    instance = queued.instance.as_str(),
-                    target = queued.target_id,
-                    "handed to a worker"
-                );
-            });
+            daemon::action_span(&action, Some(attempt.operation), worker.as_deref()).in_scope(
+                || {
+                    tracing::debug!(
+                        instance = queued.instance.as_str(),
+                        target = queued.target_id(),
+                        "handed to a worker"
+                    );
+                },
+            );
         }
         Ok(Response::new(synchronize_response(instruction)))
     }
@@ -104,6 +107,7 @@ fn peer_of<T>(request: &Request<T>) -> Arc<str> {
 fn parse_worker(
     request: SynchronizeRequest,
     instance: Option<InstanceName>,
+    attempt: Option<metadata::Attempt>,
 ) -> Result<(SizeClassQueueKey, WorkerId, queue::WorkerReport), Status> {
     let prefix = InstanceName::parse(&request.instance_name_prefix).map_err(invalid)?;
     let platform = Platform::parse(request.platform.as_ref()).map_err(invalid)?;
@@ -120,6 +124,7 @@ fn parse_worker(
             let action = ReportedAction {
                 digest: ReportedDigest::from(&digest),
                 instance,
+                attempt,
             };
             match executing.execution_state {
                 Some(ExecutionState::Completed(response)) => {
@@ -152,18 +157,16 @@ fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse 
         DesiredWorkerState::Execute {
             action: queued,
             suffix,
-            operation,
+            attempt,
+            timeout,
         } => {
-            let attempt = metadata::Attempt {
-                operation,
-                number: 1,
-            };
+            let (action, auxiliary_metadata) = queued.for_worker(timeout);
             let trace = attempt.to_string();
             Some(WorkerState::Executing(desired_state::Executing {
                 action_digest: Some(queued.digest.to_proto()),
-                action: Some(queued.action.clone()),
+                action: Some(action),
                 queued_timestamp: Some(queued.queued_timestamp),
-                auxiliary_metadata: queued.auxiliary_metadata.clone(),
+                auxiliary_metadata,
                 instance_name_suffix: suffix.as_str().to_owned(),
                 digest_function: queued.digest.function().to_proto() as i32,
                 w3c_trace_context: [(metadata::TRACEPARENT.to_owned(), trace)].into(),

@@ -23,20 +23,22 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bb_remote_execution::{
+    config::scheduler::Scheduling,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     metadata::WorkerCall,
     proto::{self, reapi, rpc},
     scheduler::queue::{
-        Caller, Clock, Counts, DesiredWorkerState, Effect, EncodedResponse, HeldCall, Instruction,
-        Invocation, Platform, Progress, Queue, QueuedAction, ReportedAction, ReportedDigest,
-        Request as QueueRequest, Settings, SizeClassQueueKey, Stage, SynchronizeAnswer, TICK,
-        WorkerActivity, WorkerId, WorkerReport,
+        Caller, Clock, Counts, DesiredWorkerState, Effect, EncodedResponse, ExecuteRefusal,
+        HeldCall, Instruction, InvocationKey, InvocationKeys, Platform, Progress, Queue,
+        QueuedAction, ReportedAction, ReportedDigest, Request as QueueRequest, Settings,
+        SizeClassQueueKey, Stage, SynchronizeAnswer, TICK, WorkerActivity, WorkerId, WorkerReport,
     },
+    scheduler::size_class::Analyzer,
     worker::slot::{Activity, Answer, Desired, Slot, SlotReport, SlotStep},
 };
 use prost::Message;
@@ -274,6 +276,7 @@ impl World {
             default_platform: random
                 .chance(50)
                 .then(|| platform(&[("OSFamily", "linux")])),
+            ..Settings::from(&Scheduling::default())
         };
         let platforms = [
             platform(&[("OSFamily", "linux")]),
@@ -467,6 +470,7 @@ impl World {
                     self.held.remove(&call);
                     self.answer(worker, life, call, Some(instruction));
                 }
+                Effect::Learned(_) | Effect::KeepDrains { .. } => {}
                 Effect::Tell { watch, progress } => {
                     let told: Vec<u64> = self
                         .streams
@@ -561,6 +565,7 @@ impl World {
                 &Digest::parse(None, digest).expect("the echo of a digest"),
             ),
             instance: instance.clone(),
+            attempt: None,
         };
         let unwilling = report.prefer_being_idle;
         let executes = matches!(report.activity, Activity::Executing(_));
@@ -668,32 +673,39 @@ impl World {
     fn execute(&mut self, stream: u64, request: usize, ghost: bool) {
         let asked = &self.requests[request];
         let (digest, do_not_cache) = self.actions[asked.action];
-        let queued = QueueRequest {
-            platform: asked.platform.clone(),
-            priority: asked.priority,
-            invocation: Invocation(asked.client.to_string().into()),
-            action: Arc::new(QueuedAction {
-                instance: asked.instance.clone(),
-                digest,
-                action: reapi::Action {
-                    do_not_cache,
-                    ..Default::default()
-                },
-                auxiliary_metadata: Vec::new(),
-                queued_timestamp: prost_types::Timestamp {
-                    seconds: self.last as i64,
-                    nanos: 0,
-                },
-                target_id: String::new(),
-            }),
+        let action = reapi::Action {
+            do_not_cache,
+            ..Default::default()
         };
-        let name = Uuid::from_u64_pair(self.random.next(), self.random.next());
+        let arrival = prost_types::Timestamp {
+            seconds: self.last as i64,
+            nanos: 0,
+        };
+        let client = asked.client.to_string();
+        let queued = QueueRequest {
+            resumes: false,
+            platform: asked.platform.clone(),
+            selector: Analyzer::Fallback.selector(MINUTE, None, SystemTime::UNIX_EPOCH),
+            priority: asked.priority,
+            invocation: InvocationKeys::new([InvocationKey::from_bytes(client.as_bytes())]),
+            skip_cache_lookup: false,
+            action: Arc::new(QueuedAction::new(
+                asked.instance.clone(),
+                digest,
+                action,
+                MINUTE,
+                Vec::new(),
+                arrival,
+            )),
+            name: Uuid::from_u64_pair(self.random.next(), self.random.next()),
+        };
+        let name = queued.name;
         let (watch, parked) = (
             self.number(),
             self.queue.counts().idle_synchronizing_workers,
         );
         let now = self.look();
-        let attached = self.queue.execute(now, name, queued, watch);
+        let attached = self.queue.execute(now, queued, watch);
         match attached {
             Ok(attached) => {
                 let joined = attached.watch != watch;
@@ -719,7 +731,10 @@ impl World {
             }
             Err(error) => {
                 let why = Why::NoWorkers {
-                    transient: error.transient,
+                    transient: match error {
+                        ExecuteRefusal::NoWorkers(error) => error.transient,
+                        ExecuteRefusal::QueueFull(_) => true,
+                    },
                 };
                 self.refuse(stream, request, why);
             }

@@ -5,8 +5,9 @@ use std::{collections::BTreeMap, sync::Arc, time::Instant};
 use uuid::Uuid;
 
 use super::{
-    ForeignAction, NoWorkers, Operation, Progress, Queue, QueuedAction, ReportedDigest, Request,
-    Task, TaskNumber, TaskState, Timer, WorkerNumber, WorkerState,
+    EncodedResponse, ExecuteRefusal, ForeignAction, KillRefusal, NoWorkers, Operation, Progress,
+    Queue, QueuedAction, ReportedDigest, Request, SizeClassQueueKey, Task, TaskNumber, TaskState,
+    Timer, UnknownOperation, UnknownQueue, WorkerNumber, WorkerState,
 };
 use crate::{proto::rpc, text::shorten};
 
@@ -23,17 +24,73 @@ pub struct AttachedWaiter<W> {
 }
 
 impl<C, W: Clone> Queue<C, W> {
-    /// Queues an action, or joins its task that is under way. `operation` is a fresh name; it and
-    /// `watch` are used where there is nothing to join.
+    /// Queues an action, or joins its task that is under way. The request's name and `watch` are used
+    /// where there is nothing to join.
     pub fn execute(
         &mut self,
         now: Instant,
+        request: Request,
+        watch: W,
+    ) -> Result<AttachedWaiter<W>, ExecuteRefusal> {
+        Ok(self.queue_or_join(now, request, watch)?)
+    }
+
+    /// The client's operation ends at once with CANCELLED.
+    pub fn cancel(&mut self, now: Instant, operation: Uuid) -> Result<(), UnknownOperation> {
+        let response = EncodedResponse::failure(
+            rpc::Code::Cancelled,
+            "The operation was cancelled".to_owned(),
+        );
+        self.kill_operation(now, operation, Arc::new(response))
+    }
+
+    /// All who wait for the operation's task get this response, unless it is completed.
+    pub fn kill_operation(
+        &mut self,
+        now: Instant,
         operation: Uuid,
+        response: Arc<EncodedResponse>,
+    ) -> Result<(), UnknownOperation> {
+        let operation = self.operations.get(&operation).ok_or(UnknownOperation)?;
+        let task = operation.task;
+        let found = self.tasks.get(&task);
+        if found.is_some_and(|task| !matches!(task.state, TaskState::Completed(_))) {
+            self.complete(now, task, response);
+        }
+        Ok(())
+    }
+
+    /// All that is queued in a size-class queue without workers gets this response.
+    pub fn kill_queued(
+        &mut self,
+        now: Instant,
+        key: &SizeClassQueueKey,
+        response: Arc<EncodedResponse>,
+    ) -> Result<(), KillRefusal> {
+        let queue = self
+            .queues
+            .values()
+            .find(|queue| *queue.key == *key)
+            .ok_or(UnknownQueue)?;
+        if !queue.workers.is_empty() {
+            return Err(KillRefusal::HasWorkers);
+        }
+        let tasks: Vec<TaskNumber> = queue.queued_tasks.iter().collect();
+        for task in tasks {
+            self.complete(now, task, response.clone());
+        }
+        Ok(())
+    }
+
+    fn queue_or_join(
+        &mut self,
+        now: Instant,
         request: Request,
         watch: W,
     ) -> Result<AttachedWaiter<W>, NoWorkers> {
+        let operation = request.name;
         let action = &request.action;
-        let cacheable = !action.action.do_not_cache;
+        let cacheable = !action.do_not_cache;
         let key = (action.instance.clone(), action.digest);
         if cacheable && let Some(task) = self.in_flight.get(&key).copied() {
             let name = self.join(task, operation, &request);

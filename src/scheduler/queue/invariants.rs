@@ -173,7 +173,7 @@ impl<C, W: Clone> Queue<C, W> {
             let in_flight = self.in_flight.get(&key) == Some(number);
             let completed = matches!(task.state, TaskState::Completed(_));
             ensure(
-                in_flight == (!completed && !task.action.action.do_not_cache),
+                in_flight == (!completed && !task.action.do_not_cache),
                 "a task is in flight if and only if it is cacheable and not completed",
             )?;
         }

@@ -33,24 +33,49 @@ use std::{
 
 use uuid::Uuid;
 
+mod action;
 mod clients;
 mod clock;
+mod drains;
+mod explain;
 mod invariants;
 mod listing;
 mod order;
+mod platform;
+mod refusal;
+mod report;
+mod settings;
 #[cfg(test)]
 mod tests;
 mod timers;
-mod types;
 mod workers;
 
+pub use crate::metadata::Attempt;
+pub use action::{
+    EncodedResponse, InvocationKey, InvocationKeys, Progress, QueuedAction, Request, Stage,
+};
 pub use clients::AttachedWaiter;
 pub use clock::{Clock, TICK};
+pub use drains::{Drain, ExecutingWorker};
+pub use explain::Explanation;
 pub use invariants::{Counts, Totals};
-pub use listing::{OperationRow, QueueRow, WorkerRow};
-pub use types::*;
+pub use listing::{
+    InvocationFilter, InvocationRow, OperationFilter, OperationRow, Page, PlatformQueueRow,
+    QueuedCursor, SizeClassQueueRow, StageKind, WorkerFilter, WorkerRow,
+};
+pub use platform::{Platform, SizeClassQueueKey, UnsortedPlatform};
+pub use refusal::{
+    DrainRefusal, ExecuteRefusal, KillRefusal, NoWorkers, QueueFull, Refusal, UnknownInvocation,
+    UnknownOperation, UnknownQueue,
+};
+pub use report::{
+    Caller, DesiredWorkerState, Instruction, ReportedAction, ReportedDigest, WorkerActivity,
+    WorkerId, WorkerPattern, WorkerReport,
+};
+pub use settings::{Limits, PredeclaredQueue, Settings};
 pub use workers::{HeldCall, SynchronizeAnswer};
 
+use super::size_class::StatisticsUpdate;
 use crate::{digest::Digest, instance::InstanceName, metadata::WorkerCall, proto::rpc};
 use order::{IdleSynchronizingWorkers, Position, QueuedTasks};
 use timers::{Timer, Timers};
@@ -81,6 +106,9 @@ pub struct Queue<C, W> {
     /// Results of workers that we did not know, for clients that will ask again.
     unclaimed: BTreeMap<ForeignAction, Arc<EncodedResponse>>,
     foreign_actions: BTreeSet<(ForeignAction, WorkerNumber)>,
+    /// When each was added.
+    drains: BTreeMap<(SizeClassQueueKey, WorkerPattern), prost_types::Timestamp>,
+    drains_version: u64,
     timers: Timers,
     effects: Vec<Effect<C, W>>,
     last_number: u64,
@@ -94,6 +122,10 @@ pub enum Effect<C, W> {
     Answer { call: C, instruction: Instruction },
     /// Tell those who wait for a task.
     Tell { watch: W, progress: Progress },
+    /// What is to be remembered of an action.
+    Learned(StatisticsUpdate),
+    /// What is drained is to be the same after a restart. A higher version is later.
+    KeepDrains { version: u64, drains: Vec<Drain> },
 }
 
 struct SizeClassQueue {
@@ -152,7 +184,7 @@ struct Task<W> {
     arrival: u64,
     /// How often a worker that had it claimed not to have it.
     retries: u32,
-    operations: BTreeMap<Invocation, Uuid>,
+    operations: BTreeMap<InvocationKeys, Uuid>,
     state: TaskState,
     version: u64,
     watch: W,
@@ -169,7 +201,7 @@ enum TaskState {
 
 struct Operation {
     task: TaskNumber,
-    invocation: Invocation,
+    invocation: InvocationKeys,
     priority: i32,
     waiters: u32,
 }
@@ -187,6 +219,8 @@ impl<C, W: Clone> Queue<C, W> {
             in_flight: BTreeMap::new(),
             unclaimed: BTreeMap::new(),
             foreign_actions: BTreeSet::new(),
+            drains: BTreeMap::new(),
+            drains_version: 0,
             timers: Timers::default(),
             effects: Vec::new(),
             last_number: 0,
@@ -271,12 +305,21 @@ impl<C, W: Clone> Queue<C, W> {
         self.workers.get_mut(&worker)?.state = WorkerState::Executing { task, given_to };
         self.advance(task, TaskState::Executing(worker));
         let next = self.expect_busy(now, worker);
+        let number = self
+            .settings
+            .first_attempt
+            .wrapping_add(self.number())
+            .max(1);
         let task = self.tasks.get(&task)?;
         Some(Instruction {
             desired: DesiredWorkerState::Execute {
                 action: task.action.clone(),
                 suffix: task.suffix.clone(),
-                operation: task.operations.values().next().copied().unwrap_or_default(),
+                attempt: Attempt {
+                    operation: task.operations.values().next().copied().unwrap_or_default(),
+                    number,
+                },
+                timeout: task.action.timeout,
             },
             next,
         })

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use prost::Message;
@@ -13,6 +13,7 @@ use super::*;
 use crate::{
     digest::DigestFunction,
     proto::{reapi, rpc},
+    scheduler::size_class::Analyzer,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -62,6 +63,7 @@ fn reported(instance: &str, action: &str) -> ReportedAction {
     ReportedAction {
         digest: (&digest(action)).into(),
         instance: Some(InstanceName::parse(instance).unwrap()),
+        attempt: None,
     }
 }
 
@@ -70,19 +72,36 @@ fn request(action: &str) -> Request {
 }
 
 fn request_of(instance: &str, action: &str) -> Request {
+    request_for(instance, digest(action), false)
+}
+
+fn request_for(instance: &str, digest: Digest, do_not_cache: bool) -> Request {
+    let action = reapi::Action {
+        do_not_cache,
+        ..Default::default()
+    };
+    let timeout = 60 * SECOND;
     Request {
-        action: Arc::new(QueuedAction {
-            instance: InstanceName::parse(instance).unwrap(),
-            digest: digest(action),
-            action: reapi::Action::default(),
-            auxiliary_metadata: Vec::new(),
-            queued_timestamp: Default::default(),
-            target_id: String::new(),
-        }),
+        name: Uuid::nil(),
+        resumes: false,
+        action: Arc::new(QueuedAction::new(
+            InstanceName::parse(instance).unwrap(),
+            digest,
+            action,
+            timeout,
+            Vec::new(),
+            Default::default(),
+        )),
         platform: linux(),
+        selector: Analyzer::Fallback.selector(timeout, None, SystemTime::UNIX_EPOCH),
         priority: 0,
-        invocation: Invocation::default(),
+        invocation: InvocationKeys::default(),
+        skip_cache_lookup: false,
     }
+}
+
+fn invocation(name: &str) -> InvocationKeys {
+    InvocationKeys::new([InvocationKey::from_bytes(name.as_bytes())])
 }
 
 fn idle() -> WorkerReport {
@@ -149,6 +168,7 @@ impl Farm {
                 Effect::Tell { watch, progress } => {
                     self.told.insert(watch, progress.stage);
                 }
+                Effect::Learned(_) | Effect::KeepDrains { .. } => {}
             }
         }
         self.queue.check_invariants().unwrap();
@@ -164,10 +184,17 @@ impl Farm {
         self.now = end;
     }
 
-    fn execute(&mut self, request: Request, watch: u32) -> Result<AttachedWaiter<u32>, NoWorkers> {
+    fn execute(
+        &mut self,
+        request: Request,
+        watch: u32,
+    ) -> Result<AttachedWaiter<u32>, ExecuteRefusal> {
         self.names += 1;
-        let name = Uuid::from_u128(self.names);
-        let attached = self.queue.execute(self.now, name, request, watch);
+        let request = Request {
+            name: Uuid::from_u128(self.names),
+            ..request
+        };
+        let attached = self.queue.execute(self.now, request, watch);
         self.perform();
         attached
     }
@@ -234,7 +261,7 @@ fn the_most_urgent_then_the_oldest_task_comes_first() {
     // Someone else wants the last one soon.
     let urgent = Request {
         priority: -1,
-        invocation: Invocation("other".into()),
+        invocation: invocation("other"),
         ..request("last")
     };
     farm.execute(urgent, 0).unwrap();
@@ -273,15 +300,14 @@ fn equal_actions_share_a_task_unless_they_may_not() {
     let first = farm.execute(request("x"), 1).unwrap();
     let same = farm.execute(request("x"), 2).unwrap();
     let other = Request {
-        invocation: Invocation("other".into()),
+        invocation: invocation("other"),
         ..request("x")
     };
     let other = farm.execute(other, 3).unwrap();
     assert_eq!((same.operation, same.watch), (first.operation, 1));
     assert_ne!(other.operation, first.operation);
     assert_eq!(other.watch, 1);
-    let mut uncacheable = request("x");
-    Arc::make_mut(&mut uncacheable.action).action.do_not_cache = true;
+    let uncacheable = request_for("", digest("x"), true);
     let alone = farm.execute(uncacheable, 4).unwrap();
     assert_eq!((alone.watch, alone.progress.stage), (4, Stage::Queued));
     let mut elsewhere = request("x");
@@ -473,7 +499,10 @@ fn unknown_platforms_are_unavailable_at_first_and_then_an_error_that_lists_what_
             platform: plan9.clone(),
             ..request("x")
         };
-        farm.execute(request, 1).unwrap_err()
+        match farm.execute(request, 1).unwrap_err() {
+            ExecuteRefusal::NoWorkers(error) => error,
+            full => panic!("{full}"),
+        }
     };
     assert!(ask(&mut farm).transient);
     farm.pass(15 * 60 * SECOND);
@@ -523,7 +552,7 @@ fn a_queue_without_workers_goes_after_a_quarter_of_an_hour_with_what_waits_in_it
         "{message}"
     );
     assert_eq!(farm.queue.counts().queues, 0);
-    assert_eq!(farm.queue.queues().count(), 0);
+    assert_eq!(farm.queue.platform_queues().len(), 0);
 }
 
 #[test]
@@ -532,13 +561,12 @@ fn whoever_looks_at_the_queue_sees_what_there_is() {
     farm.held("a", idle(), 1);
     let attached = farm.execute(request("x"), 1).unwrap();
     farm.execute(request("y"), 2).unwrap();
-    let queues: Vec<_> = farm.queue.queues().collect();
-    assert_eq!(
-        (queues.len(), queues[0].workers, queues[0].queued),
-        (1, 1, 1)
-    );
-    let workers: Vec<_> = farm.queue.workers_of(&key("")).collect();
-    assert_eq!(workers[0].operations, [attached.operation]);
+    let platforms = farm.queue.platform_queues();
+    let queue = &platforms[0].size_classes[0];
+    assert_eq!((queue.workers, queue.root.queued_directly), (1, 1));
+    let workers = farm.queue.workers(&key(""), &WorkerFilter::All, None, 9);
+    let row = workers.unwrap().rows.remove(0);
+    assert_eq!(row.operation.unwrap().name, attached.operation);
     let operations: Vec<_> = farm.queue.operations(None).collect();
     assert_eq!(operations.len(), 2);
     assert_eq!(operations[0].worker, Some(worker("a")));
@@ -643,6 +671,7 @@ fn an_action_of_blake3_is_found_by_the_report_of_its_worker() {
         activity: WorkerActivity::Executing(ReportedAction {
             digest: (&blake3).into(),
             instance: Some(InstanceName::empty()),
+            attempt: None,
         }),
         prefer_being_idle: false,
     };

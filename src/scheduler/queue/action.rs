@@ -1,0 +1,205 @@
+//! What clients ask for, and what they hear.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use prost::{Message, Name};
+use prost_types::{Any, Timestamp};
+use uuid::Uuid;
+
+use super::Platform;
+use crate::{
+    digest::Digest,
+    instance::InstanceName,
+    proto::{self, reapi, remoteworker::desired_state::Executing, rpc},
+    scheduler::size_class::Selector,
+};
+
+/// Whose actions share with others at one level of the invocation tree: an encoded
+/// google.protobuf.Any, which the queue does not look into.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct InvocationKey(Arc<[u8]>);
+
+impl InvocationKey {
+    pub fn new(any: &Any) -> Self {
+        InvocationKey(any.encode_to_vec().into())
+    }
+
+    pub fn from_bytes(any: &[u8]) -> Self {
+        InvocationKey(any.into())
+    }
+
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Empty when the bytes are no Any.
+    pub fn any(&self) -> Any {
+        Any::decode(self.as_bytes()).unwrap_or_default()
+    }
+}
+
+impl fmt::Debug for InvocationKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\"{}\"", self.as_bytes().escape_ascii())
+    }
+}
+
+/// Keys of all levels of the invocation tree, outermost first. Without any, all actions of a
+/// size-class queue are in one line.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct InvocationKeys(Arc<[InvocationKey]>);
+
+impl InvocationKeys {
+    pub fn new(keys: impl IntoIterator<Item = InvocationKey>) -> Self {
+        InvocationKeys(keys.into_iter().collect())
+    }
+
+    pub fn as_slice(&self) -> &[InvocationKey] {
+        &self.0
+    }
+}
+
+impl Default for InvocationKeys {
+    fn default() -> Self {
+        InvocationKeys::new([])
+    }
+}
+
+/// What a worker is handed. The messages in it are kept encoded, as there may be a million.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QueuedAction {
+    pub instance: InstanceName,
+    pub digest: Digest,
+    pub do_not_cache: bool,
+    /// The action's own, or the default.
+    pub timeout: Duration,
+    pub queued_timestamp: Timestamp,
+    /// An `Executing` that has the action and the auxiliary metadata.
+    encoded: Box<[u8]>,
+}
+
+impl QueuedAction {
+    /// `timeout` takes the place of the action's.
+    pub fn new(
+        instance: InstanceName,
+        digest: Digest,
+        action: reapi::Action,
+        timeout: Duration,
+        auxiliary_metadata: Vec<Any>,
+        queued_timestamp: Timestamp,
+    ) -> Self {
+        QueuedAction {
+            instance,
+            digest,
+            do_not_cache: action.do_not_cache,
+            timeout,
+            queued_timestamp,
+            encoded: Executing {
+                action: Some(reapi::Action {
+                    timeout: None,
+                    ..action
+                }),
+                auxiliary_metadata,
+                ..Default::default()
+            }
+            .encode_to_vec()
+            .into(),
+        }
+    }
+
+    fn decode(&self) -> Executing {
+        Executing::decode(&*self.encoded).unwrap_or_default()
+    }
+
+    /// The action and the auxiliary metadata, for a worker that has so long.
+    pub fn for_worker(&self, timeout: Duration) -> (reapi::Action, Vec<Any>) {
+        let Executing {
+            action,
+            auxiliary_metadata,
+            ..
+        } = self.decode();
+        let action = reapi::Action {
+            timeout: Some(proto::proto_duration(timeout)),
+            do_not_cache: self.do_not_cache,
+            ..action.unwrap_or_default()
+        };
+        (action, auxiliary_metadata)
+    }
+
+    /// What its client said of itself; empty when it said nothing.
+    pub fn request_metadata(&self) -> reapi::RequestMetadata {
+        let metadata = self.decode().auxiliary_metadata.into_iter();
+        let mut of_type = metadata.filter(|any| any.type_url == reapi::RequestMetadata::type_url());
+        of_type
+            .next()
+            .and_then(|any| reapi::RequestMetadata::decode(&*any.value).ok())
+            .unwrap_or_default()
+    }
+
+    /// RequestMetadata.target_id, for those who look at the queue.
+    pub fn target_id(&self) -> String {
+        self.request_metadata().target_id
+    }
+}
+
+/// What a client asks for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// What its operation is called, unless it joins one of its invocation.
+    pub name: Uuid,
+    /// The name is that of an operation that a scheduler before this one had: what a worker brings of
+    /// it is its own, whatever `skip_cache_lookup` says.
+    pub resumes: bool,
+    pub action: Arc<QueuedAction>,
+    pub platform: Platform,
+    /// Chooses the size class.
+    pub selector: Selector,
+    /// Lower is earlier (REAPI: ExecutionPolicy).
+    pub priority: i32,
+    pub invocation: InvocationKeys,
+    /// It is given no result that was there before it asked (REAPI: ExecuteRequest).
+    pub skip_cache_lookup: bool,
+}
+
+/// How a task ended: an ExecuteResponse, encoded once for all who wait.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EncodedResponse {
+    pub response: Vec<u8>,
+    /// Of the response's status.
+    pub code: i32,
+    /// Who says so: ExecutedActionMetadata.worker.
+    pub worker: String,
+}
+
+impl EncodedResponse {
+    pub fn new(response: &reapi::ExecuteResponse) -> Self {
+        let result = response.result.as_ref();
+        let metadata = result.and_then(|result| result.execution_metadata.as_ref());
+        EncodedResponse {
+            response: response.encode_to_vec(),
+            code: response.status.as_ref().map_or(0, |status| status.code),
+            worker: metadata.map_or_else(String::new, |metadata| metadata.worker.clone()),
+        }
+    }
+
+    pub fn failure(code: rpc::Code, message: String) -> Self {
+        EncodedResponse::new(&reapi::ExecuteResponse {
+            status: Some(proto::status(code, message)),
+            ..Default::default()
+        })
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stage {
+    Queued,
+    Executing,
+    Completed(Arc<EncodedResponse>),
+}
+
+/// What those who wait for a task see. A higher version is later news.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Progress {
+    pub version: u64,
+    pub stage: Stage,
+}
