@@ -10,6 +10,8 @@ mod harness;
 
 mod actions;
 mod cas;
+mod noop;
+mod queue;
 mod roots;
 mod runs;
 mod soak;
@@ -28,6 +30,8 @@ fn main() {
     for (benchmark, run) in [
         ("actions", actions::run as fn(&[String])),
         ("cas", cas::run),
+        ("noop", noop::run),
+        ("queue", queue::run),
         ("roots", roots::run),
         ("runs", runs::run),
         ("soak", soak::run),
@@ -39,7 +43,9 @@ fn main() {
         }
     }
     if !known {
-        eprintln!("no benchmark {name:?}; there are: actions, cas, roots, runs, soak, stream");
+        eprintln!(
+            "no benchmark {name:?}; there are: actions, cas, noop, queue, roots, runs, soak, stream"
+        );
         std::process::exit(2);
     }
 }

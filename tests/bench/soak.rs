@@ -40,7 +40,7 @@ use crate::harness::{Client, digest_of, finished, parts::Random};
 
 mod scheduler;
 
-use scheduler::{Scheduler, resident};
+pub use scheduler::{Scheduler, resident, resident_kib};
 
 /// The longest time between an Execute and its result.
 const STUCK: Duration = Duration::from_secs(120);
@@ -260,7 +260,7 @@ async fn feed(client: Client, count: u64, sender: tokio::sync::mpsc::Sender<reap
     }
 }
 
-fn linux() -> reapi::Platform {
+pub fn linux() -> reapi::Platform {
     reapi::Platform {
         properties: vec![reapi::platform::Property {
             name: "OSFamily".to_owned(),

@@ -74,6 +74,36 @@ impl Scheduler {
         scheduler
     }
 
+    /// As after a crash: killed, and started again where it was.
+    pub fn kill_and_start(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let config = self.directory.path().join("bb_scheduler.toml");
+        let text = fs::read_to_string(&config).unwrap();
+        let text = text
+            .replace(
+                "clients.listen = \"127.0.0.1:0\"",
+                &format!("clients.listen = \"{}\"", self.clients),
+            )
+            .replace(
+                "workers.listen = \"127.0.0.1:0\"",
+                &format!("workers.listen = \"{}\"", self.workers),
+            );
+        fs::write(&config, text).unwrap();
+        let log = fs::File::options()
+            .append(true)
+            .open(self.directory.path().join("log"))
+            .unwrap();
+        self.child = Command::new(env!("CARGO_BIN_EXE_bb_scheduler"))
+            .arg("--config")
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+    }
+
     fn signal(&self, signal: nix::sys::signal::Signal) {
         let pid = nix::unistd::Pid::from_raw(self.child.id() as i32);
         nix::sys::signal::kill(pid, signal).unwrap();
@@ -105,8 +135,17 @@ impl Drop for Scheduler {
 
 /// In MiB (proc(5), status).
 pub fn resident(pid: u32, key: &str) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    kib(&pid.to_string(), key) / 1024
+}
+
+/// Of this process.
+pub fn resident_kib() -> u64 {
+    kib("self", "VmRSS:")
+}
+
+fn kib(process: &str, key: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let line = status.lines().find(|line| line.starts_with(key));
     let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
-    kib.unwrap_or(0) / 1024
+    kib.unwrap_or(0)
 }
