@@ -10,6 +10,7 @@ pub mod resource;
 pub mod text;
 
 // Services.
+pub mod auth;
 pub mod config;
 pub mod daemon;
 pub mod storage;

@@ -7,7 +7,7 @@
 //!    the rest is read again.
 //!
 //! To read in this order: this file; `runner`, `scheduler` and `worker`, the three programs' keys, with
-//! `value` (what is written in them), `tls` and `directory_kind`; `parse`, which keeps the facts of an error,
+//! `value` (what is written in them), `tls`, `grants` and `directory_kind`; `parse`, which keeps the facts of an error,
 //! and `error_message`, which tells them; `print`.
 
 #![warn(missing_docs)]
@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 mod directory_kind;
 mod error_message;
+pub mod grants;
 mod parse;
 mod print;
 pub mod runner;

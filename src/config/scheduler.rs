@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Diagnostics, DirectoryKind, Duration, Endpoint, ListenAddress, Log, Size, Validate,
-    directory_kind, path_error,
+    directory_kind,
+    grants::{self, Grant},
+    path_error,
     size_classes::SizeClasses,
     tls::{ClientTls, ServerTls},
 };
@@ -21,6 +23,8 @@ use super::{
 pub struct Config {
     pub clients: Clients,
     pub workers: Workers,
+    /// Who may do what; empty for everybody and everything.
+    pub grants: Vec<Grant>,
     pub storage: Storage,
     pub scheduling: Scheduling,
     pub shutdown: Shutdown,
@@ -211,6 +215,9 @@ impl Validate for Config {
         );
         self.clients.tls.validate("clients.tls", diagnostics);
         self.workers.tls.validate("workers.tls", diagnostics);
+        let asks = |tls: &ServerTls| !tls.client_ca.as_os_str().is_empty();
+        let has_certificates = asks(&self.clients.tls) || asks(&self.workers.tls);
+        grants::validate(&self.grants, has_certificates, diagnostics);
         self.storage.check(&self.clients.listen, diagnostics);
         self.scheduling.validate(diagnostics);
         let embedded = |place: &StorageLocation| *place == StorageLocation::Embedded;

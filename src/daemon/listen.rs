@@ -28,7 +28,7 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 use super::{
-    Failure, PeerCertificate, owner,
+    Failure, PeerCertificate, Policy, owner,
     tls::{ServerTls, TlsAcceptor},
 };
 use crate::config::ListenAddress;
@@ -46,6 +46,7 @@ pub struct SocketPermissions {
 pub struct Listener {
     sockets: Vec<Socket>,
     tls: Option<ServerTls>,
+    policy: Policy,
 }
 
 pub(super) enum Socket {
@@ -105,15 +106,12 @@ pub fn listen(
     if let Some(passed) = passed {
         let sockets = passed.into_iter().map(adopt).collect::<io::Result<_>>();
         return sockets
-            .map(|sockets| Listener { sockets, tls: None })
+            .map(Listener::of)
             .map_err(|error| Failure::Environment {
                 message: format!("could not use a socket {name:?} that systemd passed: {error}"),
             });
     }
-    let opened = open(address, permissions).map(|socket| Listener {
-        sockets: vec![socket],
-        tls: None,
-    });
+    let opened = open(address, permissions).map(|socket| Listener::of(vec![socket]));
     opened.map_err(|error| not_listening(key, address, &error))
 }
 
@@ -267,6 +265,25 @@ impl Listener {
     #[must_use]
     pub fn with_tls(self, tls: Option<ServerTls>) -> Self {
         Listener { tls, ..self }
+    }
+
+    /// The same with what callers may do.
+    #[must_use]
+    pub fn with_policy(self, policy: &Policy) -> Self {
+        let policy = policy.clone();
+        Listener { policy, ..self }
+    }
+
+    fn of(sockets: Vec<Socket>) -> Self {
+        Listener {
+            sockets,
+            tls: None,
+            policy: Policy::default(),
+        }
+    }
+
+    pub(super) fn policy(&self) -> Policy {
+        self.policy.clone()
     }
 
     pub(super) fn acceptor(&self) -> Option<TlsAcceptor> {

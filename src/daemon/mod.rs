@@ -41,8 +41,8 @@ pub use listen::{Listener, Peer, SocketPermissions, listen};
 pub use logging::{LogRateLimit, action_span, spawn_blocking};
 pub use process::{Program, boot_id, raise_file_limit};
 pub use server::{
-    BudgetReservation, RequestReservation, ResponseBudget, ServerLimits, Services, serve,
-    serve_within, with_reservation,
+    Access, BudgetReservation, Policy, RequestReservation, ResponseBudget, ServerLimits, Services,
+    serve, serve_within, warn_grants, with_reservation,
 };
 pub use tls::{
     Credentials, PeerCertificate, ServerTls, check_client, check_server, server_tls, warn_client,

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     config,
-    daemon::{self, LogRateLimit, Peer},
+    daemon::{self, Access, LogRateLimit, Peer},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     metadata::REQUEST_METADATA_HEADER,
@@ -78,6 +78,7 @@ impl reapi::execution_server::Execution for ExecutionService {
         request: Request<reapi::WaitExecutionRequest>,
     ) -> Result<Response<Operations>, Status> {
         self.refuse_when_stopping()?;
+        let access = Access::of(&request);
         let name = request.into_inner().name;
         let waiter = Uuid::try_parse(&name)
             .ok()
@@ -86,6 +87,7 @@ impl reapi::execution_server::Execution for ExecutionService {
                 let name = crate::text::shorten(&name);
                 Status::not_found(format!("Operation with name {name:?} not found"))
             })?;
+        access.require(&waiter.attached.action.instance)?;
         Ok(Response::new(self.watch(waiter)))
     }
 }
@@ -100,8 +102,10 @@ impl ExecutionService {
             .metadata()
             .get_bin(REQUEST_METADATA_HEADER)
             .and_then(|value| value.to_bytes().ok());
+        let access = Access::of(&request);
         let request = request.into_inner();
         let instance = InstanceName::parse(&request.instance_name).map_err(invalid)?;
+        access.require(&instance)?;
         let function = DigestFunction::from_proto(request.digest_function).map_err(invalid)?;
         let digest = Digest::parse_required(function, request.action_digest.as_ref())
             .map_err(|error| invalid(format!("Invalid action digest: {error}")))?;

@@ -21,8 +21,8 @@ use crate::{
         scheduler::{Config, StorageLocation},
     },
     daemon::{
-        self, CheckReport, Credentials, Failure, Installation, Lifecycle, Program, ServerLimits,
-        Services,
+        self, CheckReport, Credentials, Failure, Installation, Lifecycle, Policy, Program,
+        ServerLimits, Services,
     },
     instance::InstanceName,
     proto::{
@@ -52,6 +52,7 @@ pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut 
     for (name, unit, key, address) in sockets(config) {
         installation.check_socket(name, unit, key, address, diagnostics);
     }
+    daemon::warn_grants(&config.grants, diagnostics);
     daemon::warn_server("clients.tls", &config.clients.tls, diagnostics);
     daemon::warn_server("workers.tls", &config.workers.tls, diagnostics);
     daemon::warn_client("storage.tls", &config.storage.tls, diagnostics);
@@ -135,14 +136,21 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let statistics =
         StatisticsStore::new(InitialSizeClassCache::open(cache, &storage, &credentials));
     let queue = SharedQueue::new(Settings::from(&config.scheduling));
-    let clients =
-        daemon::listen("clients", "clients.listen", &config.clients.listen, None)?.with_tls(
-            daemon::server_tls("clients.tls", &config.clients.tls, &lifecycle)?,
-        );
-    let workers =
-        daemon::listen("workers", "workers.listen", &config.workers.listen, None)?.with_tls(
-            daemon::server_tls("workers.tls", &config.workers.tls, &lifecycle)?,
-        );
+    let policy = Policy::new(&config.grants);
+    let clients = daemon::listen("clients", "clients.listen", &config.clients.listen, None)?
+        .with_tls(daemon::server_tls(
+            "clients.tls",
+            &config.clients.tls,
+            &lifecycle,
+        )?)
+        .with_policy(&policy);
+    let workers = daemon::listen("workers", "workers.listen", &config.workers.listen, None)?
+        .with_tls(daemon::server_tls(
+            "workers.tls",
+            &config.workers.tls,
+            &lifecycle,
+        )?)
+        .with_policy(&policy);
     let status = format!(
         "serving clients on {}, workers on {}",
         clients.address(),

@@ -17,7 +17,7 @@ use super::{
     status::{self, invalid},
 };
 use crate::{
-    daemon::{self, Peer},
+    daemon::{self, Access, Peer},
     digest::Digest,
     instance::InstanceName,
     metadata,
@@ -50,10 +50,11 @@ impl OperationQueue for OperationQueueService {
             return Err(status::stopping());
         }
         let instance = metadata::instance_of(&request);
-        let peer = peer_of(&request);
+        let (peer, access) = (peer_of(&request), Access::of(&request));
         let call = metadata::WorkerCall::of(&request);
         let attempt = metadata::Attempt::of(&request);
         let (queue_key, id, report) = parse_worker(request.into_inner(), instance, attempt)?;
+        access.require(&queue_key.prefix)?;
         let caller = Caller { id, peer, call };
         let idle_wait = random_below(self.idle_interval);
         let instruction = self

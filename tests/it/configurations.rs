@@ -99,6 +99,30 @@ const SCHEDULER: &[Row] = &[
         "clients.tls.client_certificates = \"maybe\"",
         Refused("\"required\" or \"optional\""),
     ),
+    (
+        "[[grants]]\nwho = [\"user:root\", \"anyone\"]\nmay = [\"execute\"]\nwhere = [\"a/b\"]",
+        Good,
+    ),
+    (
+        "[[grants]]\nwho = [\"cn:x\"]\nmay = [\"execute\"]",
+        Refused("\"cn:x\" can match nobody, since no port asks for certificates"),
+    ),
+    (
+        "[[grants]]\nwho = [\"user:nobody-has-this-name\"]\nmay = [\"execute\"]",
+        Warned("this host has no user of that name"),
+    ),
+    (
+        "[[grants]]\nwho = [\"name:x\"]\nmay = [\"execute\"]",
+        Refused("is no attribute of callers; write \"user\", \"group\""),
+    ),
+    (
+        "[[grants]]\nwho = [\"anyone\"]\nmay = [\"exekute\"]",
+        Refused("did you mean \"execute\"?"),
+    ),
+    (
+        "[[grants]]\nwho = [\"anyone\"]\nmay = [\"see\"]\n[[grants]]\nwho = [\"uid:0\"]\nmay = [\"see\"]",
+        Refused("number 1 decides all that this one says"),
+    ),
     ("shutdown.drain_timeout = \"0s\"", Good),
     ("shutdown.drain_timeout = \"80s\"", Good),
     ("clients.listen = \"unix:{dir}/clients.sock\"", Good),

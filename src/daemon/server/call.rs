@@ -123,6 +123,11 @@ pub(super) async fn answer(
             return refuse(caller, Status::resource_exhausted(text));
         }
     };
+    let identity = caller.identity.get().cloned().unwrap_or_default();
+    let access = match caller.policy.admit(request.uri().path(), &identity) {
+        Ok(access) => access,
+        Err(status) => return refuse(caller, status),
+    };
     let weight = CALL_OVERHEAD + weight(request.headers());
     let headers = match caller.received.reserve(weight).await {
         Ok(headers) => headers,
@@ -134,6 +139,8 @@ pub(super) async fn answer(
         message: None,
     })));
     request.extensions_mut().insert(caller.peer);
+    request.extensions_mut().insert(identity);
+    request.extensions_mut().insert(access.clone());
     request.extensions_mut().insert(received.clone());
     request
         .extensions_mut()
@@ -166,6 +173,12 @@ pub(super) async fn answer(
         Ok(response) => response.into_parts(),
         Err(never) => match never {},
     };
+    // An answer that is a failure has its status in its head.
+    if !head.headers.contains_key("grpc-status")
+        && let Err(status) = access.check_asked()
+    {
+        return refuse(caller, status);
+    }
     status::shorten(&mut head.headers);
     let reservation = head.extensions.remove::<ResponseReservation>();
     let body = ResponseBody::new(caller, body, reservation, Some(under_way));

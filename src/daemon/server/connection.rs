@@ -25,12 +25,14 @@ use tonic::service::Routes;
 
 use super::{
     ServerLimits,
+    access::{self, Policy},
     budget::{Budget, BudgetReservation, ConnectionBudget},
     call,
     opening::{self, OpenedConnection},
 };
-use crate::daemon::{
-    LogRateLimit, Peer, PeerCertificate, listen::AcceptedStream, tls::TlsAcceptor,
+use crate::{
+    auth::Identity,
+    daemon::{LogRateLimit, Peer, PeerCertificate, listen::AcceptedStream, tls::TlsAcceptor},
 };
 
 /// How often a connection is looked at.
@@ -46,7 +48,10 @@ const PREFACE: u64 = 24 + 9;
 pub(super) struct ClientConnection {
     pub peer: Peer,
     /// What it has shown in a handshake.
-    pub certificate: OnceLock<PeerCertificate>,
+    certificate: OnceLock<PeerCertificate>,
+    /// Who it is; set before it calls.
+    pub identity: OnceLock<Arc<Identity>>,
+    pub policy: Policy,
     pub largest_message: u64,
     pub received: Arc<ConnectionBudget>,
     pub answers: Arc<ConnectionBudget>,
@@ -86,11 +91,14 @@ impl ClientConnection {
     pub(super) fn new(
         connection: &AcceptedStream,
         largest_message: u64,
+        policy: Policy,
         [received, answers, calls]: [&Arc<Budget>; 3],
     ) -> Arc<Self> {
         Arc::new(ClientConnection {
             peer: connection.peer(),
             certificate: OnceLock::new(),
+            identity: OnceLock::new(),
+            policy,
             largest_message,
             received: received.account(),
             answers: answers.account(),
@@ -243,6 +251,9 @@ pub(super) async fn serve(
             (connection, None)
         }
     };
+    let identity = access::identify(&caller.peer, caller.certificate.get());
+    // It is set here alone.
+    let _ = caller.identity.set(Arc::new(identity));
     opened();
     let service = {
         let caller = caller.clone();

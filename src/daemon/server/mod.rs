@@ -7,7 +7,7 @@
 //! 3. Whatever a status says fits into everybody's headers (`status`).
 //!
 //! To read in this order: this file accepts connections; `opening` is how one begins, `connection` what
-//! it is then, `call` one call on it; `services` are what is called.
+//! it is then, `call` one call on it, `access` whether it is allowed; `services` are what is called.
 //!
 //! tonic's own server could not keep (1) and (2): none of its connections can be told to go away, or be
 //! cut, by itself.
@@ -36,6 +36,7 @@ use super::{
     tls::TlsAcceptor,
 };
 
+mod access;
 mod budget;
 mod call;
 mod connection;
@@ -43,6 +44,7 @@ mod opening;
 mod services;
 mod status;
 
+pub use access::{Access, Policy, warn_grants};
 pub use budget::BudgetReservation;
 pub use call::{RequestReservation, ResponseBudget, with_reservation};
 pub use services::Services;
@@ -150,6 +152,7 @@ struct Server {
     answers: Arc<Budget>,
     calls: Arc<Budget>,
     acceptor: Option<TlsAcceptor>,
+    policy: Policy,
     open: Mutex<BTreeMap<u64, Arc<ClientConnection>>>,
     half_open: Mutex<BTreeMap<u64, Arc<ClientConnection>>>,
     next: AtomicU64,
@@ -184,6 +187,7 @@ pub async fn serve_within(
         calls: Budget::new(limits.calls, u64::from(limits.calls_per_connection)),
         limits: Arc::new(limits),
         acceptor: listener.acceptor(),
+        policy: listener.policy(),
         open: Mutex::default(),
         half_open: Mutex::default(),
         next: AtomicU64::new(0),
@@ -266,7 +270,8 @@ impl Server {
 
     fn start(self: &Arc<Self>, connection: AcceptedStream) {
         let budgets = [&self.received, &self.answers, &self.calls];
-        let caller = ClientConnection::new(&connection, self.limits.largest_message, budgets);
+        let (largest, policy) = (self.limits.largest_message, self.policy.clone());
+        let caller = ClientConnection::new(&connection, largest, policy, budgets);
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         self.open.lock().insert(number, caller.clone());
         self.insert_half_open(number, &caller);

@@ -161,7 +161,12 @@ impl Client {
             )),
             Ok(_) => Ok(()),
             // An instance name may be demanded, which is not known here; it did answer.
-            Err(status) if matches!(status.code(), Code::InvalidArgument | Code::NotFound) => {
+            Err(status)
+                if matches!(
+                    status.code(),
+                    Code::InvalidArgument | Code::NotFound | Code::PermissionDenied
+                ) =>
+            {
                 Ok(())
             }
             Err(status) if status.code() == Code::Unimplemented => Err(Error::Invalid(

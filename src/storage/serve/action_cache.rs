@@ -4,7 +4,7 @@ use tonic::{Request, Response, Status, async_trait};
 
 use super::{digest, encoded_size, instance, reserve};
 use crate::{
-    daemon::{RequestReservation, ResponseBudget, with_reservation},
+    daemon::{Access, RequestReservation, ResponseBudget, with_reservation},
     digest::{Digest, DigestFunction},
     proto::reapi::{
         self, ActionResult, GetActionResultRequest, UpdateActionResultRequest,
@@ -24,9 +24,10 @@ impl ActionCache for ActionCacheService {
         &self,
         request: Request<GetActionResultRequest>,
     ) -> Result<Response<ActionResult>, Status> {
-        let answers = ResponseBudget::of(&request);
+        let (answers, access) = (ResponseBudget::of(&request), Access::of(&request));
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
+        access.require(&instance)?;
         let action = digest(request.digest_function, request.action_digest.as_ref())?;
         match self.backend.action_result(&instance, &action).await? {
             Some(result) => {
@@ -47,8 +48,10 @@ impl ActionCache for ActionCacheService {
             ResponseBudget::of(&request),
             RequestReservation::of(&request),
         );
+        let access = Access::of(&request);
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
+        access.require(&instance)?;
         let action = digest(request.digest_function, request.action_digest.as_ref())?;
         let result = request
             .action_result

@@ -11,6 +11,7 @@ use futures::{
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
 use crate::{
+    daemon::Access,
     digest::Digest,
     instance::InstanceName,
     proto::bytestream::{
@@ -46,8 +47,10 @@ impl ByteStream for ByteStreamService {
         &self,
         request: Request<ReadRequest>,
     ) -> Result<Response<Self::ReadStream>, Status> {
+        let access = Access::of(&request);
         let request = request.into_inner();
         let ReadName { instance, digest } = ReadName::parse(&request.resource_name)?;
+        access.require(&instance)?;
         let (start, end) = range(&request, &digest)?;
         let pieces = self.backend.stream(&instance, &digest, start, end).await?;
         let answers = pieces.map(|piece| Ok(ReadResponse { data: piece? }));
@@ -58,6 +61,7 @@ impl ByteStream for ByteStreamService {
         &self,
         request: Request<Streaming<WriteRequest>>,
     ) -> Result<Response<WriteResponse>, Status> {
+        let access = Access::of(&request);
         let mut stream = request.into_inner();
         let Some(first) = stream.message().await? else {
             return Err(Status::invalid_argument(
@@ -65,6 +69,7 @@ impl ByteStream for ByteStreamService {
             ));
         };
         let name = WriteName::parse(&first.resource_name)?;
+        access.require(&name.instance)?;
         let digest = name.digest;
         let size = digest.size() as i64;
         if self.contains(&name.instance, digest).await? {
@@ -130,10 +135,12 @@ impl ByteStream for ByteStreamService {
         &self,
         request: Request<QueryWriteStatusRequest>,
     ) -> Result<Response<QueryWriteStatusResponse>, Status> {
+        let access = Access::of(&request);
         let name = request.into_inner().resource_name;
         let WriteName {
             instance, digest, ..
         } = WriteName::parse(&name)?;
+        access.require(&instance)?;
         let (committed, complete) = match self.contains(&instance, digest).await? {
             true => (digest.size(), true),
             false => (self.backend.upload_progress(&name).await?, false),

@@ -4,6 +4,8 @@ use tonic::{Request, Response, Status, async_trait, codec::CompressionEncoding};
 
 use super::{MAXIMUM_BATCH_SIZE, instance};
 use crate::{
+    config::grants::Permission,
+    daemon::Access,
     digest::DigestFunction,
     proto::{
         reapi::{
@@ -37,7 +39,10 @@ impl Capabilities for CapabilitiesService {
         &self,
         request: Request<GetCapabilitiesRequest>,
     ) -> Result<Response<ServerCapabilities>, Status> {
-        instance(&request.get_ref().instance_name)?;
+        let instance = instance(&request.get_ref().instance_name)?;
+        let access = Access::of(&request);
+        access.require(&instance)?;
+        let may = |what| access.may(what, &instance);
         let functions: Vec<i32> = DigestFunction::ALL
             .iter()
             .map(|function| function.to_proto() as i32)
@@ -58,7 +63,7 @@ impl Capabilities for CapabilitiesService {
             cache_capabilities: Some(reapi::CacheCapabilities {
                 digest_functions: functions.clone(),
                 action_cache_update_capabilities: Some(reapi::ActionCacheUpdateCapabilities {
-                    update_enabled: true,
+                    update_enabled: may(Permission::ActionCacheWrite),
                 }),
                 cache_priority_capabilities: Some(priorities.clone()),
                 max_batch_total_size_bytes: MAXIMUM_BATCH_SIZE as i64,
@@ -69,7 +74,7 @@ impl Capabilities for CapabilitiesService {
             }),
             execution_capabilities: self.exec_enabled.then(|| reapi::ExecutionCapabilities {
                 digest_function: DigestFunction::Sha256.to_proto() as i32,
-                exec_enabled: true,
+                exec_enabled: may(Permission::Execute),
                 execution_priority_capabilities: Some(priorities),
                 digest_functions: functions,
                 ..Default::default()

@@ -11,7 +11,7 @@ use super::{
     tree::{MAXIMUM_PAGE_LENGTH, MAXIMUM_PAGE_SIZE, TreeWalk},
 };
 use crate::{
-    daemon::{BudgetReservation, RequestReservation, ResponseBudget, with_reservation},
+    daemon::{Access, BudgetReservation, RequestReservation, ResponseBudget, with_reservation},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::{
@@ -83,8 +83,10 @@ impl ContentAddressableStorage for CasService {
             ResponseBudget::of(&request),
             RequestReservation::of(&request),
         );
+        let access = Access::of(&request);
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
+        access.require(&instance)?;
         let function = function(request.digest_function)?;
         let digests = request.blob_digests.iter();
         let digests = digests.map(|digest| Digest::parse(function, digest));
@@ -105,8 +107,10 @@ impl ContentAddressableStorage for CasService {
             ResponseBudget::of(&request),
             RequestReservation::of(&request),
         );
+        let access = Access::of(&request);
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
+        access.require(&instance)?;
         let function = function(request.digest_function)?;
         let total = request.requests.iter().map(|blob| blob.data.len() as u64);
         check_batch(total.sum())?;
@@ -132,8 +136,10 @@ impl ContentAddressableStorage for CasService {
             ResponseBudget::of(&request),
             RequestReservation::of(&request),
         );
+        let access = Access::of(&request);
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
+        access.require(&instance)?;
         let function = function(request.digest_function)?;
         let digests = request
             .digests
@@ -181,9 +187,10 @@ impl ContentAddressableStorage for CasService {
         &self,
         request: Request<GetTreeRequest>,
     ) -> Result<Response<Self::GetTreeStream>, Status> {
-        let answers = ResponseBudget::of(&request);
+        let (answers, access) = (ResponseBudget::of(&request), Access::of(&request));
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
+        access.require(&instance)?;
         let root = digest(request.digest_function, request.root_digest.as_ref())?;
         let page_size = match usize::try_from(request.page_size) {
             Ok(0) => MAXIMUM_PAGE_LENGTH,
