@@ -51,8 +51,9 @@ struct HeldCallGuard<'a> {
 }
 
 impl SharedQueue {
-    pub(super) fn new(settings: Settings) -> Arc<Self> {
+    pub(super) fn new(mut settings: Settings) -> Arc<Self> {
         let now = Instant::now();
+        settings.first_attempt = fastrand::u64(..);
         Arc::new(SharedQueue {
             state: Mutex::new(QueueAndClock {
                 queue: Queue::new(settings, now),

@@ -8,7 +8,7 @@
 //!
 //! 1. a result that a client gets is one that a slot produced for this action, or an error that the
 //!    scheduler gives in words that we know; none says CANCELLED to someone who waits;
-//! 2. a worker that asks for work gets the most urgent, then oldest task that waits there;
+//! 2. of one invocation, a worker gets the most urgent, then oldest task that waits there;
 //! 3. a slot never runs two actions at once;
 //! 4. a worker that prefers being idle is answered at once, and gets nothing new; a paused one does
 //!    not ask;
@@ -34,8 +34,8 @@ use bb_remote_execution::{
     proto::{self, reapi, rpc},
     scheduler::queue::{
         Caller, Clock, Counts, DesiredWorkerState, Effect, EncodedResponse, ExecuteRefusal,
-        HeldCall, Instruction, InvocationKey, InvocationKeys, Platform, Progress, Queue,
-        QueuedAction, ReportedAction, ReportedDigest, Request as QueueRequest, Settings,
+        HeldCall, Instruction, InvocationKey, InvocationKeys, OperationRow, Platform, Progress,
+        Queue, QueuedAction, ReportedAction, ReportedDigest, Request as QueueRequest, Settings,
         SizeClassQueueKey, Stage, SynchronizeAnswer, TICK, WorkerActivity, WorkerId, WorkerReport,
     },
     scheduler::size_class::Analyzer,
@@ -276,6 +276,7 @@ impl World {
             default_platform: random
                 .chance(50)
                 .then(|| platform(&[("OSFamily", "linux")])),
+            lost_worker_retry_count: if random.chance(50) { 3 } else { 0 },
             ..Settings::from(&Scheduling::default())
         };
         let platforms = [
@@ -661,12 +662,20 @@ impl World {
         let Some(urgency) = waited.get(&task) else {
             return;
         };
+        let whose = |row: &OperationRow| row.invocation.clone();
+        let rows: Vec<OperationRow> = self.queue.operations(None).collect();
+        let of = |task| {
+            rows.iter()
+                .filter(move |row| row.action.queued_timestamp.seconds == task)
+                .map(whose)
+                .collect::<BTreeSet<_>>()
+        };
+        let mine = of(task);
         let waits = self.waiting(key);
-        if waits
-            .iter()
-            .any(|(other, theirs)| (*theirs, *other) < (*urgency, task))
-        {
-            self.fail("a task was handed out before a more urgent one");
+        if waits.iter().any(|(other, theirs)| {
+            (*theirs, *other) < (*urgency, task) && mine.len() == 1 && of(*other) == mine
+        }) {
+            self.fail("a task was handed out before a more urgent one of its invocation");
         }
     }
 
@@ -699,7 +708,7 @@ impl World {
             )),
             name: Uuid::from_u64_pair(self.random.next(), self.random.next()),
         };
-        let name = queued.name;
+        let (name, asked_for) = (queued.name, queued.action.clone());
         let (watch, parked) = (
             self.number(),
             self.queue.counts().idle_synchronizing_workers,
@@ -708,7 +717,7 @@ impl World {
         let attached = self.queue.execute(now, queued, watch);
         match attached {
             Ok(attached) => {
-                let joined = attached.watch != watch;
+                let joined = !Arc::ptr_eq(&attached.action, &asked_for);
                 if joined {
                     self.see(match attached.operation == name {
                         true => "joined a task",

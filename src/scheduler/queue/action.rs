@@ -169,6 +169,10 @@ pub struct EncodedResponse {
     pub code: i32,
     /// Who says so: ExecutedActionMetadata.worker.
     pub worker: String,
+    pub exit_code: i32,
+    /// What the execution took: ExecutedActionMetadata.virtual_execution_duration, or else the time
+    /// between its timestamps.
+    pub duration: Duration,
 }
 
 impl EncodedResponse {
@@ -179,6 +183,8 @@ impl EncodedResponse {
             response: response.encode_to_vec(),
             code: response.status.as_ref().map_or(0, |status| status.code),
             worker: metadata.map_or_else(String::new, |metadata| metadata.worker.clone()),
+            exit_code: result.map_or(0, |result| result.exit_code),
+            duration: metadata.and_then(execution_duration).unwrap_or_default(),
         }
     }
 
@@ -202,4 +208,15 @@ pub enum Stage {
 pub struct Progress {
     pub version: u64,
     pub stage: Stage,
+}
+
+fn execution_duration(metadata: &reapi::ExecutedActionMetadata) -> Option<Duration> {
+    if let Some(duration) = &metadata.virtual_execution_duration {
+        return proto::duration(duration);
+    }
+    let start = metadata.execution_start_timestamp.as_ref()?;
+    let end = metadata.execution_completed_timestamp.as_ref()?;
+    let nanos = i128::from(end.seconds - start.seconds) * 1_000_000_000
+        + i128::from(end.nanos - start.nanos);
+    u64::try_from(nanos).ok().map(Duration::from_nanos)
 }

@@ -1,18 +1,15 @@
-//! What clients want: to execute, to wait, to leave.
+//! What clients want: to execute, to wait, to cancel, to leave.
 
-use std::{collections::BTreeMap, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 use uuid::Uuid;
 
 use super::{
-    EncodedResponse, ExecuteRefusal, ForeignAction, KillRefusal, NoWorkers, Operation, Progress,
-    Queue, QueuedAction, ReportedDigest, Request, SizeClassQueueKey, Task, TaskNumber, TaskState,
-    Timer, UnknownOperation, UnknownQueue, WorkerNumber, WorkerState,
+    EncodedResponse, ExecuteRefusal, KillRefusal, Operation, OperationPlace, Progress, Queue,
+    QueuedAction, Request, SizeClassQueueKey, Task, TaskState, Timer, UnknownOperation,
+    arena::{OperationNumber, TaskNumber},
 };
-use crate::{proto::rpc, text::shorten};
-
-/// How many platform queues a refusal lists.
-const LISTED_QUEUES: usize = 5;
+use crate::{instance::InstanceName, proto::rpc};
 
 /// A stream that waits for an operation, from this progress on. To be ended with `detach`.
 #[derive(Debug)]
@@ -25,81 +22,27 @@ pub struct AttachedWaiter<W> {
 
 impl<C, W: Clone> Queue<C, W> {
     /// Queues an action, or joins its task that is under way. The request's name and `watch` are used
-    /// where there is nothing to join.
+    /// where there is no operation to join.
     pub fn execute(
         &mut self,
         now: Instant,
         request: Request,
         watch: W,
     ) -> Result<AttachedWaiter<W>, ExecuteRefusal> {
-        Ok(self.queue_or_join(now, request, watch)?)
-    }
-
-    /// The client's operation ends at once with CANCELLED.
-    pub fn cancel(&mut self, now: Instant, operation: Uuid) -> Result<(), UnknownOperation> {
-        let response = EncodedResponse::failure(
-            rpc::Code::Cancelled,
-            "The operation was cancelled".to_owned(),
-        );
-        self.kill_operation(now, operation, Arc::new(response))
-    }
-
-    /// All who wait for the operation's task get this response, unless it is completed.
-    pub fn kill_operation(
-        &mut self,
-        now: Instant,
-        operation: Uuid,
-        response: Arc<EncodedResponse>,
-    ) -> Result<(), UnknownOperation> {
-        let operation = self.operations.get(&operation).ok_or(UnknownOperation)?;
-        let task = operation.task;
-        let found = self.tasks.get(&task);
-        if found.is_some_and(|task| !matches!(task.state, TaskState::Completed(_))) {
-            self.complete(now, task, response);
+        if request.resumes && self.names.get(request.name).is_some() {
+            // Somebody else took it up.
+            if let Some(attached) = self.wait(request.name) {
+                return Ok(attached);
+            }
         }
-        Ok(())
-    }
-
-    /// All that is queued in a size-class queue without workers gets this response.
-    pub fn kill_queued(
-        &mut self,
-        now: Instant,
-        key: &SizeClassQueueKey,
-        response: Arc<EncodedResponse>,
-    ) -> Result<(), KillRefusal> {
-        let queue = self
-            .queues
-            .values()
-            .find(|queue| *queue.key == *key)
-            .ok_or(UnknownQueue)?;
-        if !queue.workers.is_empty() {
-            return Err(KillRefusal::HasWorkers);
-        }
-        let tasks: Vec<TaskNumber> = queue.queued_tasks.iter().collect();
-        for task in tasks {
-            self.complete(now, task, response.clone());
-        }
-        Ok(())
-    }
-
-    fn queue_or_join(
-        &mut self,
-        now: Instant,
-        request: Request,
-        watch: W,
-    ) -> Result<AttachedWaiter<W>, NoWorkers> {
-        let operation = request.name;
         let action = &request.action;
         let cacheable = !action.do_not_cache;
-        let key = (action.instance.clone(), action.digest);
-        if cacheable && let Some(task) = self.in_flight.get(&key).copied() {
-            let name = self.join(task, operation, &request);
-            self.reposition(task);
-            return self
-                .attach(name)
-                .ok_or_else(|| self.no_workers(now, &request));
+        if cacheable && let Some(task) = self.find_in_flight(&action.instance, &action.digest) {
+            let operation = self.join(task, &request, watch);
+            self.tasks[task].skips_cache_lookup |= request.skip_cache_lookup;
+            return Ok(self.attach(operation));
         }
-        let queue = self
+        let platform_queue = self
             .route(&request.platform, &action.instance)
             .or_else(|| {
                 let default = self.settings.default_platform.as_ref()?;
@@ -109,179 +52,276 @@ impl<C, W: Clone> Queue<C, W> {
                     .flatten()
             })
             .ok_or_else(|| self.no_workers(now, &request))?;
-        let queue_key = match self.queues.get(&queue) {
-            Some(queue) => queue.key.clone(),
-            None => return Err(self.no_workers(now, &request)),
-        };
+        self.admit_operation(&request)?;
+        let sizes = self.platform_queues[platform_queue].size_classes();
+        let selection = request
+            .selector
+            .select(&sizes, self.random_of(request.name));
+        let queue = self.platform_queues[platform_queue].sizes[selection.index].1;
+        let key = self.queues[queue].key.clone();
+        let suffix = action.instance.strip_prefix(&key.prefix);
         let arrival = self.number();
-        let number = TaskNumber(arrival);
         self.totals.tasks += 1;
-        let suffix = action.instance.strip_prefix(&queue_key.prefix);
-        self.tasks.insert(
-            number,
-            Task {
-                action: action.clone(),
-                key: queue_key,
-                suffix: suffix.unwrap_or_else(crate::instance::InstanceName::empty),
-                arrival,
-                retries: 0,
-                operations: BTreeMap::new(),
-                state: TaskState::Queued {
-                    queue,
-                    position: super::Position {
-                        priority: request.priority,
-                        arrival,
-                    },
-                },
-                version: 0,
-                watch,
-            },
-        );
-        let name = self.join(number, operation, &request);
-        let foreign = ForeignAction {
+        let task = self.tasks.insert(Task {
+            action: action.clone(),
+            key,
             queue,
-            instance: action.instance.clone(),
-            digest: ReportedDigest::from(&action.digest),
-        };
+            suffix: suffix.unwrap_or_else(InstanceName::empty),
+            arrival,
+            retries: 0,
+            lost: Vec::new(),
+            operations: Vec::with_capacity(1),
+            timeout: selection.timeout,
+            expected_duration: selection.expected_duration,
+            learner: Some(selection.learner),
+            selector: request.selector.clone(),
+            background: false,
+            skips_cache_lookup: request.skip_cache_lookup,
+            state: TaskState::Fresh,
+            version: 0,
+        });
         if cacheable {
-            self.in_flight.insert(key, number);
+            let hash = self.action_hash(action);
+            self.in_flight.insert((hash, task));
         }
-        if !cacheable {
-            self.enqueue(now, number, queue);
-        } else if let Some(outcome) = self.take_unclaimed(&foreign) {
-            self.complete(now, number, outcome);
-        } else if let Some(foreign_worker) = self.foreign_worker(&foreign) {
-            // It runs the action already.
-            self.foreign_actions.remove(&(foreign, foreign_worker));
-            self.assign(now, number, foreign_worker, None);
-        } else {
-            self.enqueue(now, number, queue);
+        let operation = self.insert_operation(task, &request, Some(watch));
+        if !self.take_up(now, task, &request) {
+            self.schedule(now, task);
         }
-        self.attach(name)
-            .ok_or_else(|| self.no_workers(now, &request))
+        Ok(self.attach(operation))
     }
 
     /// One more stream for an operation that exists.
     pub fn wait(&mut self, operation: Uuid) -> Option<AttachedWaiter<W>> {
-        self.operations.get_mut(&operation)?.waiters += 1;
-        self.timers.clear(&Timer::Operation(operation));
-        self.attach(operation)
+        let number = self.names.get(operation)?;
+        self.operations[number].watch.as_ref()?;
+        self.add_waiter(number);
+        Some(self.attach(number))
+    }
+
+    fn add_waiter(&mut self, number: OperationNumber) {
+        let operation = &mut self.operations[number];
+        operation.waiters += 1;
+        self.timers
+            .clear(&mut operation.deadline, Timer::Operation(number));
     }
 
     /// A stream ended, for whatever reason.
     pub fn detach(&mut self, now: Instant, operation: Uuid) {
-        let Some(found) = self.operations.get_mut(&operation) else {
+        // An operation has no end while it has waiters.
+        let Some(number) = self.names.get(operation) else {
             return;
         };
-        found.waiters = found.waiters.saturating_sub(1);
-        if found.waiters == 0 {
+        let operation = &mut self.operations[number];
+        operation.waiters = operation.waiters.saturating_sub(1);
+        if operation.waiters == 0 {
+            let timeout = match self.tasks[operation.task].is_completed() {
+                true => self.settings.operation_with_no_waiters_timeout,
+                false => self.settings.abandoned_operation_timeout,
+            };
             self.timers.set(
-                Timer::Operation(operation),
-                now + self.settings.operation_with_no_waiters_timeout,
+                &mut operation.deadline,
+                Timer::Operation(number),
+                now + timeout,
             );
         }
+    }
+
+    /// The client's operation ends at once with CANCELLED; others of the task go on.
+    pub fn cancel(&mut self, now: Instant, operation: Uuid) -> Result<(), UnknownOperation> {
+        let number = self.names.get(operation).ok_or(UnknownOperation)?;
+        let task = self.operations[number].task;
+        if self.tasks[task].is_completed() {
+            return Ok(());
+        }
+        let response = Arc::new(EncodedResponse::failure(
+            rpc::Code::Cancelled,
+            "The operation was cancelled".to_owned(),
+        ));
+        match self.tasks[task].operations.len() {
+            1 => self.complete(now, task, response),
+            _ => self.separate(now, number, response),
+        }
+        Ok(())
+    }
+
+    /// Takes an operation out of its task, into one of its own that is completed.
+    fn separate(&mut self, now: Instant, number: OperationNumber, response: Arc<EncodedResponse>) {
+        let from = self.operations[number].task;
+        self.leave(from, number);
+        let task = &self.tasks[from];
+        let alone = self.tasks.insert(Task {
+            action: task.action.clone(),
+            key: task.key.clone(),
+            queue: task.queue,
+            suffix: task.suffix.clone(),
+            arrival: task.arrival,
+            retries: 0,
+            lost: Vec::new(),
+            operations: vec![number],
+            timeout: task.timeout,
+            expected_duration: task.expected_duration,
+            learner: None,
+            selector: task.selector.clone(),
+            background: false,
+            skips_cache_lookup: false,
+            state: TaskState::Completed(response),
+            version: task.version + 1,
+        });
+        self.totals.tasks += 1;
+        self.totals.completed += 1;
+        self.operations[number].task = alone;
+        self.end_operation(now, number);
+        self.tell(alone);
+    }
+
+    /// All who wait for the operation's task get this response, unless it is completed.
+    pub fn kill_operation(
+        &mut self,
+        now: Instant,
+        operation: Uuid,
+        response: Arc<EncodedResponse>,
+    ) -> Result<(), UnknownOperation> {
+        let number = self.names.get(operation).ok_or(UnknownOperation)?;
+        let task = self.operations[number].task;
+        if !self.tasks[task].is_completed() {
+            self.complete(now, task, response);
+        }
+        Ok(())
+    }
+
+    /// All that is queued in a size-class queue without workers gets this response, piece by piece.
+    pub fn kill_queued(
+        &mut self,
+        now: Instant,
+        key: &SizeClassQueueKey,
+        response: Arc<EncodedResponse>,
+    ) -> Result<(), KillRefusal> {
+        let number = self.find_queue(key)?;
+        let queue = &mut self.queues[number];
+        if !queue.workers.is_empty() {
+            return Err(KillRefusal::HasWorkers);
+        }
+        queue.killing = Some(response);
+        self.kill_piece(now, number);
+        Ok(())
     }
 
     /// The invocation's operation on a task, with one more waiter.
-    fn join(&mut self, number: TaskNumber, fresh: Uuid, request: &Request) -> Uuid {
-        let Some(task) = self.tasks.get_mut(&number) else {
-            return fresh;
+    fn join(&mut self, task: TaskNumber, request: &Request, watch: W) -> OperationNumber {
+        let same = self.tasks[task].operations.iter().copied();
+        let same = same.filter(|number| self.operations[*number].watch.is_some());
+        let joined = same
+            .filter(|_| !request.resumes)
+            .find(|number| *self.keys_of(*number) == request.invocation);
+        let Some(number) = joined else {
+            return self.insert_operation(task, request, Some(watch));
         };
-        let name = *task
-            .operations
-            .entry(request.invocation.clone())
-            .or_insert(fresh);
-        let totals = &mut self.totals;
-        let operation = self.operations.entry(name).or_insert_with(|| {
-            totals.operations += 1;
-            Operation {
-                task: number,
-                invocation: request.invocation.clone(),
-                priority: request.priority,
-                waiters: 0,
+        if request.priority < self.operations[number].priority {
+            let queued = matches!(self.tasks[task].state, TaskState::Queued);
+            if queued {
+                self.dequeue_operation(number);
             }
-        });
-        operation.priority = operation.priority.min(request.priority);
-        operation.waiters += 1;
-        self.timers.clear(&Timer::Operation(name));
-        name
+            self.operations[number].priority = request.priority;
+            if queued {
+                self.enqueue_operation(number);
+            }
+        }
+        self.add_waiter(number);
+        number
     }
 
-    fn attach(&self, operation: Uuid) -> Option<AttachedWaiter<W>> {
-        let task = self.tasks.get(&self.operations.get(&operation)?.task)?;
-        Some(AttachedWaiter {
-            operation,
+    /// A new operation of a task, wherever that is.
+    pub(super) fn insert_operation(
+        &mut self,
+        task: TaskNumber,
+        request: &Request,
+        watch: Option<W>,
+    ) -> OperationNumber {
+        let queue = self.tasks[task].queue;
+        let root = self.queues[queue].root;
+        let limit = self.settings.limits.invocations;
+        let node = self
+            .invocations
+            .find_or_insert(root, &request.invocation, limit);
+        self.invocations.hold(node);
+        let waiters = u32::from(watch.is_some());
+        let number = self.operations.insert(Operation {
+            name: request.name,
+            task,
+            place: OperationPlace::Invocation(node),
+            priority: request.priority,
+            waiters,
+            deadline: None,
+            watch,
+        });
+        self.totals.operations += 1;
+        self.names.insert(request.name, number);
+        self.tasks[task].operations.push(number);
+        match self.tasks[task].state {
+            TaskState::Queued => self.enqueue_operation(number),
+            TaskState::Executing { worker, .. } => self.invocations.start(node, worker),
+            TaskState::Fresh | TaskState::Completed(_) => {}
+        }
+        number
+    }
+
+    fn attach(&self, number: OperationNumber) -> AttachedWaiter<W> {
+        let operation = &self.operations[number];
+        let task = &self.tasks[operation.task];
+        let Some(watch) = &operation.watch else {
+            unreachable!("a client waits for what nobody may wait for");
+        };
+        AttachedWaiter {
+            operation: operation.name,
             action: task.action.clone(),
-            watch: task.watch.clone(),
+            watch: watch.clone(),
             progress: task.progress(),
-        })
+        }
+    }
+
+    /// Takes an operation off its task, which has others.
+    fn leave(&mut self, task: TaskNumber, number: OperationNumber) {
+        match self.tasks[task].state {
+            TaskState::Queued => self.dequeue_operation(number),
+            TaskState::Executing { worker, .. } => {
+                let node = self.node_of(number);
+                self.invocations.stop(node, worker);
+            }
+            TaskState::Fresh | TaskState::Completed(_) => {}
+        }
+        let operations = &mut self.tasks[task].operations;
+        operations.retain(|other| *other != number);
     }
 
     /// Nobody waits for it, and nobody came back in time.
-    pub(super) fn drop_operation(&mut self, now: Instant, name: Uuid) {
-        let Some(operation) = self.operations.remove(&name) else {
-            return;
-        };
-        self.totals.operations_forgotten += 1;
-        let number = operation.task;
-        let Some(task) = self.tasks.get_mut(&number) else {
-            return;
-        };
-        task.operations.remove(&operation.invocation);
-        if !task.operations.is_empty() {
-            self.reposition(number);
+    pub(super) fn drop_operation(&mut self, now: Instant, number: OperationNumber) {
+        let task = self.operations[number].task;
+        if self.tasks[task].operations.len() > 1 {
+            self.leave(task, number);
+            if let OperationPlace::Invocation(node) = self.operations[number].place {
+                self.invocations.release(node);
+            }
+            self.forget(number);
             return;
         }
-        if !matches!(task.state, TaskState::Completed(_)) {
-            self.fail(
-                now,
-                number,
+        if !self.tasks[task].is_completed() {
+            let response = EncodedResponse::failure(
                 rpc::Code::Cancelled,
                 "Task no longer has any waiting clients".to_owned(),
             );
+            self.complete(now, task, Arc::new(response));
         }
-        if self.tasks.remove(&number).is_some() {
-            self.totals.forgotten += 1;
-        }
+        self.forget(number);
+        self.tasks.remove(task);
+        self.totals.forgotten += 1;
     }
 
-    fn take_unclaimed(&mut self, action: &ForeignAction) -> Option<Arc<super::EncodedResponse>> {
-        let outcome = self.unclaimed.remove(action)?;
-        self.timers.clear(&Timer::Unclaimed(action.clone()));
-        Some(outcome)
-    }
-
-    fn foreign_worker(&self, action: &ForeignAction) -> Option<WorkerNumber> {
-        let from = (action.clone(), WorkerNumber(0));
-        let (found, worker) = self.foreign_actions.range(from..).next()?;
-        let state = &self.workers.get(worker)?.state;
-        (found == action && matches!(state, WorkerState::ExecutingForeign { .. }))
-            .then_some(*worker)
-    }
-
-    fn no_workers(&self, now: Instant, request: &Request) -> NoWorkers {
-        let keys = self.queues.values().map(|queue| {
-            format!(
-                "{:?} {}",
-                queue.key.prefix.as_str(),
-                shorten(&queue.key.platform.to_string())
-            )
-        });
-        let listed: Vec<String> = keys.take(LISTED_QUEUES).collect();
-        let more = self.queues.len() - listed.len();
-        let known = if listed.is_empty() {
-            "no worker has called yet".to_owned()
-        } else if more == 0 {
-            format!("workers exist for {}", listed.join(", "))
-        } else {
-            format!("workers exist for {}, and {more} more", listed.join(", "))
-        };
-        let age = now.saturating_duration_since(self.started);
-        NoWorkers {
-            instance: request.action.instance.as_str().to_owned(),
-            platform: request.platform.clone(),
-            transient: age < self.settings.platform_queue_with_no_workers_timeout,
-            known,
-        }
+    pub(super) fn forget(&mut self, number: OperationNumber) {
+        let mut operation = self.operations.remove(number);
+        self.timers
+            .clear(&mut operation.deadline, Timer::Operation(number));
+        self.names.remove(operation.name);
+        self.totals.operations_forgotten += 1;
     }
 }

@@ -5,7 +5,9 @@ use std::time::Instant;
 use prost_types::Timestamp;
 
 use super::{
-    DrainRefusal, Effect, Queue, SizeClassQueueKey, UnknownQueue, WorkerPattern, WorkerState,
+    DrainRefusal, Effect, Queue, SizeClassQueueKey, TaskState, UnknownQueue, WorkerId,
+    WorkerPattern, WorkerState,
+    arena::{QueueNumber, WorkerNumber},
 };
 
 /// Workers of one size-class queue that get no new work.
@@ -17,7 +19,7 @@ pub struct Drain {
     pub created: Timestamp,
 }
 
-/// Something that ends when the operation that is told by `watch` has a higher version.
+/// What a worker executes has ended there when what `watch` tells has a higher version.
 #[derive(Clone, Debug)]
 pub struct ExecutingWorker<W> {
     pub watch: W,
@@ -26,12 +28,10 @@ pub struct ExecutingWorker<W> {
 
 impl<C, W: Clone> Queue<C, W> {
     /// Workers that match take no new work from now on. Adding one that is there changes nothing.
-    pub fn add_drain(&mut self, _now: Instant, drain: Drain) -> Result<(), DrainRefusal> {
-        if !self.queues.values().any(|queue| *queue.key == drain.key) {
-            return Err(UnknownQueue.into());
-        }
+    pub fn add_drain(&mut self, now: Instant, drain: Drain) -> Result<(), DrainRefusal> {
+        let queue = self.find_queue(&drain.key)?;
         let limit = self.settings.limits.drains;
-        let key = (drain.key.clone(), drain.pattern.clone());
+        let key = (drain.key, drain.pattern);
         if self.drains.contains_key(&key) {
             return Ok(());
         }
@@ -39,6 +39,7 @@ impl<C, W: Clone> Queue<C, W> {
             return Err(DrainRefusal::TooMany { limit });
         }
         self.drains.insert(key, drain.created);
+        self.look_for_drained(now, queue);
         self.tell_drains();
         Ok(())
     }
@@ -46,66 +47,131 @@ impl<C, W: Clone> Queue<C, W> {
     /// Workers that match take work again. Removing one that is not there changes nothing.
     pub fn remove_drain(
         &mut self,
-        _now: Instant,
+        now: Instant,
         key: &SizeClassQueueKey,
         pattern: &WorkerPattern,
     ) -> Result<(), UnknownQueue> {
+        let queue = self.find_queue(key);
         let removed = self.drains.remove(&(key.clone(), pattern.clone()));
-        if removed.is_none() && !self.queues.values().any(|queue| *queue.key == *key) {
-            return Err(UnknownQueue);
-        }
         if removed.is_some() {
+            if let Ok(queue) = queue {
+                self.look_for_drained(now, queue);
+            }
             self.tell_drains();
+            return Ok(());
         }
-        Ok(())
+        queue.map(|_| ())
     }
 
-    /// Of one size-class queue, in the order of their patterns' JSON.
+    /// Of one size-class queue, in the order of their patterns.
     pub fn drains(&self, key: &SizeClassQueueKey) -> Result<Vec<Drain>, UnknownQueue> {
-        if !self.queues.values().any(|queue| *queue.key == *key) {
-            return Err(UnknownQueue);
-        }
-        Ok(self
-            .all_drains()
-            .filter(|drain| drain.key == *key)
-            .collect())
+        self.find_queue(key)?;
+        Ok(self.drains_of(key).collect())
+    }
+
+    pub(super) fn drains_of(&self, key: &SizeClassQueueKey) -> impl Iterator<Item = Drain> {
+        let from = (key.clone(), WorkerPattern::default());
+        let key = key.clone();
+        self.drains
+            .range(from..)
+            .take_while(move |((of, _), _)| *of == key)
+            .map(|((key, pattern), created)| Drain {
+                key: key.clone(),
+                pattern: pattern.clone(),
+                created: *created,
+            })
     }
 
     /// Workers that match take no new work for as long as they are known. Returns what they execute
     /// now.
-    pub fn terminate(
-        &mut self,
-        _now: Instant,
-        _pattern: &WorkerPattern,
-    ) -> Vec<ExecutingWorker<W>> {
-        let executing = self
+    pub fn terminate(&mut self, now: Instant, pattern: &WorkerPattern) -> Vec<ExecutingWorker<W>> {
+        let matching: Vec<WorkerNumber> = self
             .workers
-            .values()
-            .filter_map(|worker| match worker.state {
-                WorkerState::Executing { task, .. } => self.tasks.get(&task),
-                _ => None,
-            });
-        executing
-            .map(|task| ExecutingWorker {
-                watch: task.watch.clone(),
+            .iter()
+            .filter(|(_, worker)| pattern.matches(&worker.id))
+            .map(|(number, _)| number)
+            .collect();
+        let mut executing = Vec::new();
+        for number in matching {
+            let drained = self.workers[number].drained;
+            self.set_willingness(now, number, drained, true);
+            let WorkerState::Executing { task, .. } = self.workers[number].state else {
+                continue;
+            };
+            let task = &self.tasks[task];
+            let watches = task.operations.iter();
+            let watch = watches.filter_map(|operation| self.operations[*operation].watch.as_ref());
+            executing.extend(watch.take(1).map(|watch| ExecutingWorker {
+                watch: watch.clone(),
                 version: task.version,
-            })
-            .collect()
+            }));
+        }
+        executing
     }
 
-    fn all_drains(&self) -> impl Iterator<Item = Drain> {
-        self.drains.iter().map(|((key, pattern), created)| Drain {
-            key: key.clone(),
-            pattern: pattern.clone(),
-            created: *created,
-        })
+    pub(super) fn is_drained(&self, queue: QueueNumber, worker: &WorkerId) -> bool {
+        let key = self.queues[queue].key.clone();
+        self.drains_of(&key)
+            .any(|drain| drain.pattern.matches(worker))
+    }
+
+    fn look_for_drained(&mut self, now: Instant, queue: QueueNumber) {
+        let key = self.queues[queue].key.clone();
+        let patterns: Vec<WorkerPattern> =
+            self.drains_of(&key).map(|drain| drain.pattern).collect();
+        let workers: Vec<WorkerNumber> = self.queues[queue].workers.values().copied().collect();
+        for number in workers {
+            let worker = &self.workers[number];
+            let drained = patterns.iter().any(|pattern| pattern.matches(&worker.id));
+            if drained != worker.drained {
+                let terminating = worker.terminating;
+                self.set_willingness(now, number, drained, terminating);
+            }
+        }
+    }
+
+    /// A worker that waits takes work at once when it may again.
+    fn set_willingness(
+        &mut self,
+        now: Instant,
+        number: WorkerNumber,
+        drained: bool,
+        terminating: bool,
+    ) {
+        let worker = &mut self.workers[number];
+        let before = worker.takes_work();
+        (worker.drained, worker.terminating) = (drained, terminating);
+        let after = worker.takes_work();
+        let WorkerState::IdleSynchronizing { number: call, .. } = worker.state else {
+            return;
+        };
+        match (before, after) {
+            (true, false) => self.invocations.remove_idle(worker.last, call),
+            (false, true) => {
+                self.invocations.insert_idle(worker.last, call, number);
+                if let Some(task) = self.pick(now, number)
+                    && let Some((held, call)) = self.take_call(now, number)
+                {
+                    self.withdraw(now, task);
+                    debug_assert!(matches!(self.tasks[task].state, TaskState::Queued));
+                    let instruction = self.assign(now, task, number, Some(held), None);
+                    self.effects.push(Effect::Answer { call, instruction });
+                }
+            }
+            _ => {}
+        }
     }
 
     fn tell_drains(&mut self) {
         self.drains_version += 1;
+        let drains = self.drains.iter().map(|((key, pattern), created)| Drain {
+            key: key.clone(),
+            pattern: pattern.clone(),
+            created: *created,
+        });
         self.effects.push(Effect::KeepDrains {
             version: self.drains_version,
-            drains: self.all_drains().collect(),
+            drains: drains.collect(),
         });
     }
 }

@@ -1,230 +1,147 @@
 //! What there is, for those who look at the queue.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{cmp::Reverse, ops::Bound, time::Instant};
 
-use prost_types::Timestamp;
 use uuid::Uuid;
 
 use super::{
-    InvocationKey, InvocationKeys, Operation, Platform, Queue, QueuedAction, SizeClassQueue,
-    SizeClassQueueKey, Stage, TaskState, Timer, UnknownInvocation, UnknownQueue, Worker, WorkerId,
-    WorkerState,
+    InvocationFilter, InvocationKey, InvocationKeys, InvocationRow, OperationRow, Page,
+    PlatformQueueRow, Queue, QueuedCursor, SizeClassQueueKey, SizeClassQueueRow, Stage, TaskState,
+    UnknownInvocation, WorkerFilter, WorkerId, WorkerRow, WorkerState,
+    arena::{InvocationNumber, OperationNumber, QueueNumber, WorkerNumber},
 };
-use crate::instance::InstanceName;
-
-/// A part of a list.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Page<T> {
-    pub rows: Vec<T>,
-    /// Of the first row, in the whole list.
-    pub start_index: usize,
-    /// Rows of the whole list.
-    pub total: usize,
-}
-
-#[derive(Clone, Debug)]
-pub struct PlatformQueueRow {
-    pub prefix: InstanceName,
-    pub platform: Platform,
-    /// Ascending.
-    pub size_classes: Vec<SizeClassQueueRow>,
-}
-
-#[derive(Clone, Debug)]
-pub struct SizeClassQueueRow {
-    pub key: Arc<SizeClassQueueKey>,
-    /// Without workers it goes then.
-    pub removal: Option<Instant>,
-    pub workers: usize,
-    pub drains: usize,
-    /// Of all that is in it.
-    pub root: InvocationRow,
-}
-
-/// A node of an invocation tree.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct InvocationRow {
-    pub queued_directly: usize,
-    pub queued_indirectly: usize,
-    /// Workers that execute something of it or of those below it.
-    pub executing_workers: usize,
-    /// Idle workers that last worked for it or for those below it.
-    pub idle_workers: usize,
-    /// Of those, the ones whose calls are held.
-    pub idle_synchronizing_workers: usize,
-    pub children: usize,
-    /// Children that have something queued or executing.
-    pub active_children: usize,
-    /// Children that have something queued.
-    pub queued_children: usize,
-}
-
-/// Which children of an invocation are listed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InvocationFilter {
-    All,
-    /// With something queued or executing.
-    Active,
-    /// With something queued, in the order in which they are served.
-    Queued,
-}
-
-/// Which workers of a size-class queue are listed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum WorkerFilter {
-    All,
-    /// Those that execute something of this invocation, or of one below it.
-    Executing(InvocationKeys),
-    /// Those whose calls are held, and that last worked for exactly this invocation.
-    IdleSynchronizing(InvocationKeys),
-}
-
-/// A place in the order within an invocation.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct QueuedCursor {
-    pub priority: i32,
-    pub expected_duration: Duration,
-    pub queued_timestamp: Timestamp,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StageKind {
-    Queued,
-    Executing,
-    Completed,
-}
-
-/// Which operations are listed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct OperationFilter {
-    /// With this key anywhere among theirs.
-    pub invocation: Option<InvocationKey>,
-    pub stage: Option<StageKind>,
-}
-
-#[derive(Clone, Debug)]
-pub struct WorkerRow {
-    pub id: WorkerId,
-    pub key: Arc<SizeClassQueueKey>,
-    /// Unless its call is held, it is gone when it is silent until then.
-    pub removal: Option<Instant>,
-    /// One of those that wait for what it executes.
-    pub operation: Option<OperationRow>,
-    /// It gets no new work.
-    pub drained: bool,
-}
-
-#[derive(Clone, Debug)]
-pub struct OperationRow {
-    pub name: Uuid,
-    pub action: Arc<QueuedAction>,
-    pub key: Arc<SizeClassQueueKey>,
-    /// The rest of the instance name, beyond the queue's prefix.
-    pub suffix: InstanceName,
-    pub invocation: InvocationKeys,
-    pub priority: i32,
-    pub expected_duration: Duration,
-    /// When nobody waits for it, it goes then.
-    pub removal: Option<Instant>,
-    pub stage: Stage,
-    pub worker: Option<WorkerId>,
-}
-
-impl OperationFilter {
-    /// Whether an operation is listed.
-    pub fn admits(&self, row: &OperationRow) -> bool {
-        let stage = match row.stage {
-            Stage::Queued => StageKind::Queued,
-            Stage::Executing => StageKind::Executing,
-            Stage::Completed(_) => StageKind::Completed,
-        };
-        let keys = row.invocation.as_slice();
-        self.stage.is_none_or(|wanted| wanted == stage)
-            && self
-                .invocation
-                .as_ref()
-                .is_none_or(|key| keys.contains(key))
-    }
-}
 
 impl<C, W: Clone> Queue<C, W> {
     /// By prefix, then by the platform's JSON.
     pub fn platform_queues(&self) -> Vec<PlatformQueueRow> {
-        let mut rows: Vec<PlatformQueueRow> = Vec::new();
-        for (platform, prefixes) in &self.platforms {
-            for (prefix, sizes) in prefixes {
-                let sizes = sizes.values().filter_map(|number| {
-                    let queue = self.queues.get(number)?;
-                    Some(SizeClassQueueRow {
-                        key: queue.key.clone(),
-                        removal: self.timers.get(&Timer::Queue(*number)),
-                        workers: queue.workers.len(),
-                        drains: self
-                            .drains
-                            .keys()
-                            .filter(|(key, _)| *key == *queue.key)
-                            .count(),
-                        root: Self::root(queue),
-                    })
-                });
-                rows.push(PlatformQueueRow {
-                    prefix: prefix.clone(),
-                    platform: platform.clone(),
-                    size_classes: sizes.collect(),
-                });
-            }
-        }
+        let queues = self
+            .platform_queues
+            .iter()
+            .map(|(_, queue)| PlatformQueueRow {
+                prefix: queue.prefix.clone(),
+                platform: queue.platform.clone(),
+                size_classes: queue
+                    .sizes
+                    .iter()
+                    .map(|(_, size)| self.queue_row(*size))
+                    .collect(),
+            });
+        let mut rows: Vec<PlatformQueueRow> = queues.collect();
         rows.sort_by_cached_key(|row| (row.prefix.clone(), row.platform.to_string()));
         rows
     }
 
-    fn root(queue: &SizeClassQueue) -> InvocationRow {
-        InvocationRow {
-            queued_directly: queue.queued_tasks.len(),
-            idle_synchronizing_workers: queue.idle_synchronizing_workers.len(),
-            ..Default::default()
+    fn queue_row(&self, number: QueueNumber) -> SizeClassQueueRow {
+        let queue = &self.queues[number];
+        SizeClassQueueRow {
+            key: queue.key.clone(),
+            removal: queue.deadline,
+            workers: queue.workers.len(),
+            drains: self.drains_of(&queue.key).count(),
+            root: self.invocation_row(queue.root),
         }
     }
 
-    fn queue_of(&self, key: &SizeClassQueueKey) -> Result<&SizeClassQueue, UnknownQueue> {
-        let mut queues = self.queues.values();
-        queues.find(|queue| *queue.key == *key).ok_or(UnknownQueue)
+    fn invocation_row(&self, number: InvocationNumber) -> InvocationRow {
+        let node = self.invocations.get(number);
+        let children = self.invocations.children(number);
+        let active = children.values().filter(|child| {
+            let child = self.invocations.get(**child);
+            child.queued_in_all > 0 || !child.executing.is_empty()
+        });
+        InvocationRow {
+            queued_directly: node.queued.len(),
+            queued_indirectly: node.queued_in_all - node.queued.len(),
+            executing_workers: node.executing.len(),
+            idle_workers: node.idle_workers,
+            idle_synchronizing_workers: node.idle_in_all,
+            children: children.len(),
+            active_children: active.count(),
+            queued_children: node.ready_children().count(),
+        }
     }
 
+    fn find_invocation(
+        &self,
+        key: &SizeClassQueueKey,
+        keys: &InvocationKeys,
+    ) -> Result<InvocationNumber, UnknownInvocation> {
+        let root = self.queues[self.find_queue(key)?].root;
+        let found = self.invocations.find(root, keys);
+        found.ok_or(UnknownInvocation::Invocation)
+    }
+
+    /// By their keys; those that have something queued in the order in which they are served.
     pub fn invocation_children(
         &self,
         key: &SizeClassQueueKey,
-        _parent: &InvocationKeys,
-        _filter: InvocationFilter,
+        parent: &InvocationKeys,
+        filter: InvocationFilter,
     ) -> Result<Vec<(InvocationKey, InvocationRow)>, UnknownInvocation> {
-        self.queue_of(key)?;
-        Ok(Vec::new())
+        let parent = self.find_invocation(key, parent)?;
+        let row = |number: InvocationNumber| {
+            let key = self.invocations.get(number).keys.as_slice().last()?;
+            Some((key.clone(), self.invocation_row(number)))
+        };
+        let all = self.invocations.children(parent).values();
+        Ok(match filter {
+            InvocationFilter::Queued => {
+                let ready = self.invocations.get(parent).ready_children();
+                ready.filter_map(row).collect()
+            }
+            InvocationFilter::All => all.filter_map(|child| row(*child)).collect(),
+            InvocationFilter::Active => all
+                .filter_map(|child| row(*child))
+                .filter(|(_, row)| {
+                    row.queued_directly + row.queued_indirectly + row.executing_workers > 0
+                })
+                .collect(),
+        })
     }
 
     /// Those of one invocation itself, in the order in which they are served.
     pub fn queued_operations(
         &self,
         key: &SizeClassQueueKey,
-        _invocation: &InvocationKeys,
-        _after: Option<QueuedCursor>,
+        invocation: &InvocationKeys,
+        after: Option<QueuedCursor>,
         page_size: usize,
     ) -> Result<Page<OperationRow>, UnknownInvocation> {
-        let queue = self.queue_of(key)?;
-        let tasks = queue
-            .queued_tasks
-            .iter()
-            .filter_map(|task| self.tasks.get(&task));
-        let names = tasks.flat_map(|task| task.operations.values());
+        let node = self.find_invocation(key, invocation)?;
+        let queued = &self.invocations.get(node).queued;
+        let is_after = |number: OperationNumber| {
+            let operation = &self.operations[number];
+            let task = &self.tasks[operation.task];
+            let queued = &task.action.queued_timestamp;
+            after.as_ref().is_none_or(|after| {
+                let cursor = &after.queued_timestamp;
+                (
+                    operation.priority,
+                    Reverse(task.expected_duration),
+                    (queued.seconds, queued.nanos),
+                ) > (
+                    after.priority,
+                    Reverse(after.expected_duration),
+                    (cursor.seconds, cursor.nanos),
+                )
+            })
+        };
+        let rest = queued.iter().map(|position| position.operation);
+        let rest: Vec<OperationNumber> = rest
+            .filter(|operation| is_after(*operation))
+            .take(page_size)
+            .collect();
+        let first = rest.first().map(|first| self.position(*first));
         Ok(Page {
-            rows: names
-                .filter_map(|name| self.operation(*name))
-                .take(page_size)
+            rows: rest
+                .into_iter()
+                .map(|operation| self.row(operation))
                 .collect(),
-            start_index: 0,
-            total: queue.queued_tasks.len(),
+            start_index: match first {
+                Some(first) => queued.range(..first).count(),
+                None => queued.len(),
+            },
+            total: queued.len(),
         })
     }
 
@@ -236,69 +153,114 @@ impl<C, W: Clone> Queue<C, W> {
         after: Option<&WorkerId>,
         page_size: usize,
     ) -> Result<Page<WorkerRow>, UnknownInvocation> {
-        let queue = self.queue_of(key)?;
-        let rows = queue.workers.values().filter_map(|number| {
-            let worker: &Worker<C> = self.workers.get(number)?;
-            let deadline = self.timers.get(&Timer::Worker(*number));
-            let (removal, task) = match &worker.state {
-                WorkerState::IdleSynchronizing { .. } => (None, None),
-                WorkerState::Executing { task, .. } => (deadline, self.tasks.get(task)),
-                WorkerState::Idle | WorkerState::ExecutingForeign { .. } => (deadline, None),
+        if *filter == WorkerFilter::All {
+            let queue = &self.queues[self.find_queue(key)?];
+            let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+            let rest = queue.workers.range::<WorkerId, _>((from, Bound::Unbounded));
+            let start_index = match after {
+                Some(after) => queue.workers.range(..=after.clone()).count(),
+                None => 0,
             };
-            let operation = task.and_then(|task| self.operation(*task.operations.values().next()?));
-            let admitted = match filter {
-                WorkerFilter::All => true,
-                WorkerFilter::Executing(_) => operation.is_some(),
-                WorkerFilter::IdleSynchronizing(_) => removal.is_none(),
-            };
-            admitted.then(|| WorkerRow {
-                id: worker.id.clone(),
-                key: queue.key.clone(),
-                removal,
-                operation,
-                drained: false,
-            })
+            return Ok(Page {
+                rows: rest
+                    .take(page_size)
+                    .map(|(_, worker)| self.worker_row(*worker))
+                    .collect(),
+                start_index,
+                total: queue.workers.len(),
+            });
+        }
+        let mut numbers: Vec<WorkerNumber> = match filter {
+            WorkerFilter::All => Vec::new(),
+            WorkerFilter::Executing(keys) => {
+                let node = self.find_invocation(key, keys)?;
+                self.invocations
+                    .get(node)
+                    .executing
+                    .keys()
+                    .copied()
+                    .collect()
+            }
+            WorkerFilter::IdleSynchronizing(keys) => {
+                let node = self.find_invocation(key, keys)?;
+                self.invocations
+                    .get(node)
+                    .idle_synchronizing
+                    .values()
+                    .copied()
+                    .collect()
+            }
+        };
+        numbers.sort_by(|one, other| self.workers[*one].id.cmp(&self.workers[*other].id));
+        let start_index = numbers.partition_point(|number| {
+            after.is_some_and(|after| self.workers[*number].id <= *after)
         });
-        let rows: Vec<WorkerRow> = rows.collect();
-        let start_index = rows.partition_point(|row| after.is_some_and(|after| row.id <= *after));
+        let rest = numbers.iter().skip(start_index).take(page_size);
         Ok(Page {
+            rows: rest.map(|worker| self.worker_row(*worker)).collect(),
             start_index,
-            total: rows.len(),
-            rows: rows.into_iter().skip(start_index).take(page_size).collect(),
+            total: numbers.len(),
         })
+    }
+
+    fn worker_row(&self, number: WorkerNumber) -> WorkerRow {
+        let worker = &self.workers[number];
+        let (held, task) = match &worker.state {
+            WorkerState::IdleSynchronizing { .. } => (true, None),
+            WorkerState::Executing { task, held, .. } => (held.is_some(), Some(*task)),
+            WorkerState::ExecutingForeign { held, .. } => (held.is_some(), None),
+            WorkerState::Idle => (false, None),
+        };
+        let operation = task.and_then(|task| self.tasks[task].operations.first().copied());
+        WorkerRow {
+            id: worker.id.clone(),
+            key: self.queues[worker.queue].key.clone(),
+            removal: worker.deadline.filter(|_| !held),
+            operation: operation.map(|operation| self.row(operation)),
+            drained: !worker.takes_work(),
+        }
     }
 
     /// `None` when there is no such operation.
     pub fn operation(&self, name: Uuid) -> Option<OperationRow> {
-        self.row(name, self.operations.get(&name)?)
+        self.names.get(name).map(|number| self.row(number))
     }
 
     /// By name, from the first one after `after`.
     pub fn operations(&self, after: Option<Uuid>) -> impl Iterator<Item = OperationRow> {
-        use std::ops::Bound;
-        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
-        self.operations
-            .range((from, Bound::Unbounded))
-            .filter_map(|(name, operation)| self.row(*name, operation))
+        self.names.after(after).map(|(_, number)| self.row(number))
     }
 
-    fn row(&self, name: Uuid, operation: &Operation) -> Option<OperationRow> {
-        let task = self.tasks.get(&operation.task)?;
-        let worker = match &task.state {
-            TaskState::Executing(worker) => self.workers.get(worker),
-            TaskState::Queued { .. } | TaskState::Completed(_) => None,
+    /// How many operations come up to this name, and how many there are.
+    pub fn place_of(&self, after: Option<Uuid>) -> (usize, usize) {
+        let place = after.map_or(0, |after| self.names.place_after(after));
+        (place, self.names.len())
+    }
+
+    fn row(&self, number: OperationNumber) -> OperationRow {
+        let operation = &self.operations[number];
+        let task = &self.tasks[operation.task];
+        let (stage, worker) = match &task.state {
+            TaskState::Fresh | TaskState::Queued => (Stage::Queued, None),
+            TaskState::Executing { worker, .. } => (Stage::Executing, Some(*worker)),
+            TaskState::Completed(outcome) => (Stage::Completed(outcome.clone()), None),
         };
-        Some(OperationRow {
-            name,
+        OperationRow {
+            name: operation.name,
             action: task.action.clone(),
             key: task.key.clone(),
             suffix: task.suffix.clone(),
-            invocation: operation.invocation.clone(),
+            invocation: self.keys_of(number).clone(),
             priority: operation.priority,
-            expected_duration: task.action.timeout,
-            removal: self.timers.get(&Timer::Operation(name)),
-            stage: task.progress().stage,
-            worker: worker.map(|worker| worker.id.clone()),
-        })
+            expected_duration: task.expected_duration,
+            removal: operation.deadline,
+            stage,
+            worker: worker.map(|worker| self.workers[worker].id.clone()),
+        }
+    }
+
+    /// What became of a deadline, for tests.
+    pub fn removal_of(&self, name: Uuid) -> Option<Instant> {
+        self.operations[self.names.get(name)?].deadline
     }
 }

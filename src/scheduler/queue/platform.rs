@@ -37,6 +37,20 @@ impl Platform {
         self.0.is_empty()
     }
 
+    /// Names of properties whose values are other ones, or are here or there only.
+    pub fn differences(&self, other: &Platform) -> Vec<String> {
+        let only = |one: &Platform, other: &Platform| -> Vec<String> {
+            let properties = one.0.iter();
+            let missing = properties.filter(|property| !other.0.contains(property));
+            missing.map(|(name, _)| name.clone()).collect()
+        };
+        let mut names = only(self, other);
+        names.extend(only(other, self));
+        names.sort();
+        names.dedup();
+        names
+    }
+
     pub fn properties(&self) -> &[(String, String)] {
         &self.0
     }

@@ -103,6 +103,15 @@ pub struct ReportedAction {
     pub attempt: Option<Attempt>,
 }
 
+impl ReportedAction {
+    /// Whether both are of one execution, as far as they say.
+    pub fn is(&self, other: &ReportedAction) -> bool {
+        self.digest == other.digest
+            && self.instance == other.instance
+            && self.attempt == other.attempt
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct WorkerReport {
     pub activity: WorkerActivity,

@@ -1,64 +1,59 @@
-//! Deadlines, soonest first. Each object has at most one.
+//! Deadlines, soonest first. Each object has at most one, and knows it.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Instant,
-};
+use std::{collections::BTreeSet, time::Instant};
 
-use uuid::Uuid;
+use super::arena::{OperationNumber, QueueNumber, WorkerNumber};
 
-use super::{ForeignAction, QueueNumber, WorkerNumber};
-
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Timer {
     /// Its call has been held long enough, or it has been silent for too long.
     Worker(WorkerNumber),
     /// Nobody waits for it.
-    Operation(Uuid),
-    /// It has no workers.
+    Operation(OperationNumber),
+    /// It has no workers, or what is queued in it is being killed.
     Queue(QueueNumber),
-    /// Nobody asks for the result that a worker of before a restart brought.
-    Unclaimed(ForeignAction),
+    /// Nobody asks for the result that a worker brought.
+    KeptResult(u64),
 }
+
+/// An object's own.
+pub(super) type Deadline = Option<Instant>;
 
 #[derive(Debug, Default)]
-pub(super) struct Timers {
-    order: BTreeSet<(Instant, Timer)>,
-    deadlines: BTreeMap<Timer, Instant>,
-}
+pub(super) struct Timers(BTreeSet<(Instant, Timer)>);
 
 impl Timers {
-    pub(super) fn set(&mut self, timer: Timer, at: Instant) {
-        self.clear(&timer);
-        self.deadlines.insert(timer.clone(), at);
-        self.order.insert((at, timer));
-    }
-
-    pub(super) fn clear(&mut self, timer: &Timer) {
-        if let Some((timer, old)) = self.deadlines.remove_entry(timer) {
-            self.order.remove(&(old, timer));
+    pub(super) fn set(&mut self, deadline: &mut Deadline, timer: Timer, at: Instant) {
+        if *deadline != Some(at) {
+            self.clear(deadline, timer);
+            *deadline = Some(at);
+            self.0.insert((at, timer));
         }
     }
 
-    pub(super) fn get(&self, timer: &Timer) -> Option<Instant> {
-        self.deadlines.get(timer).copied()
+    pub(super) fn clear(&mut self, deadline: &mut Deadline, timer: Timer) {
+        if let Some(at) = deadline.take() {
+            self.0.remove(&(at, timer));
+        }
+    }
+
+    pub(super) fn has(&self, deadline: Deadline, timer: Timer) -> bool {
+        deadline.is_none_or(|at| self.0.contains(&(at, timer)))
     }
 
     pub(super) fn next(&self) -> Option<Instant> {
-        self.order.first().map(|(at, _)| *at)
+        self.0.first().map(|(at, _)| *at)
     }
 
-    /// Takes one that is due.
+    /// Takes one that is due; its object is to forget the deadline.
     pub(super) fn pop(&mut self, now: Instant) -> Option<Timer> {
-        if self.order.first()?.0 > now {
+        if self.0.first()?.0 > now {
             return None;
         }
-        let (_, timer) = self.order.pop_first()?;
-        self.deadlines.remove(&timer);
-        Some(timer)
+        self.0.pop_first().map(|(_, timer)| timer)
     }
 
     pub(super) fn len(&self) -> usize {
-        self.order.len()
+        self.0.len()
     }
 }

@@ -6,10 +6,10 @@ use std::{
 };
 
 use super::{
-    CallNumber, Caller, DesiredWorkerState, Effect, EncodedResponse, ForeignAction,
-    IdleSynchronizingWorkers, Instruction, Queue, QueueNumber, QueuedTasks, Refusal,
-    ReportedAction, ReportedDigest, SizeClassQueue, SizeClassQueueKey, TaskNumber, TaskState,
-    Timer, Worker, WorkerActivity, WorkerNumber, WorkerReport, WorkerState,
+    Caller, DesiredWorkerState, Effect, EncodedResponse, Instruction, Queue, Refusal,
+    ReportedAction, ReportedDigest, SizeClassQueueKey, TaskState, Timer, Worker, WorkerActivity,
+    WorkerId, WorkerReport, WorkerState,
+    arena::{QueueNumber, TaskNumber, WorkerNumber},
 };
 use crate::proto::rpc;
 
@@ -22,18 +22,27 @@ pub enum SynchronizeAnswer {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct CallNumber(u64);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HeldCall {
-    worker: WorkerNumber,
-    number: CallNumber,
+    pub(super) worker: WorkerNumber,
+    pub(super) number: CallNumber,
 }
 
-const GO_IDLE: Instruction = Instruction {
+pub(super) const GO_IDLE: Instruction = Instruction {
     desired: DesiredWorkerState::Idle,
     next: Duration::ZERO,
 };
 
+const GO_ON: Instruction = Instruction {
+    desired: DesiredWorkerState::Unchanged,
+    next: Duration::ZERO,
+};
+
 impl<C, W: Clone> Queue<C, W> {
-    /// One call of a worker. When there is no work for it, `call` is held for up to `idle_wait`.
+    /// One call of a worker. When there is no work for it, `call` is held for up to `idle_wait`; when it
+    /// executes, and numbers its calls, until it is to hear something.
     pub fn synchronize(
         &mut self,
         now: Instant,
@@ -43,118 +52,128 @@ impl<C, W: Clone> Queue<C, W> {
         call: C,
         idle_wait: Duration,
     ) -> Result<SynchronizeAnswer, Refusal> {
-        let queue = self.size_class_queue(key)?;
-        let (number, is_new) = self.worker(now, queue, caller);
+        let queue = self.queue_of_worker(key)?;
+        let known = self.queues[queue].workers.get(&caller.id).copied();
+        let number = match known {
+            Some(number) => number,
+            None => self.insert_worker(now, queue, caller)?,
+        };
         if self.is_outdated(number, caller) {
             // The worker does not wait for the answer any more.
             return Ok(SynchronizeAnswer::Now(GO_IDLE));
         }
-        self.admit(now, number, caller, &report.activity)?;
-        let Some(worker) = self.workers.get(&number) else {
-            return Ok(SynchronizeAnswer::Now(GO_IDLE));
-        };
-        let held = match (&worker.state, report.activity) {
-            // `admit` refuses.
-            (WorkerState::IdleSynchronizing { .. }, _) => Some(GO_IDLE),
+        let succeeds = self.admit(now, number, caller, &report.activity)?;
+        self.answer_former_call(now, number);
+        let may_be_held = caller.call.is_some() && !report.prefer_being_idle;
+        let prefers_being_idle = report.prefer_being_idle;
+        match (&self.workers[number].state, report.activity) {
+            (WorkerState::IdleSynchronizing { .. }, _) => {
+                unreachable!("its former call was answered")
+            }
             (WorkerState::Executing { task, .. }, WorkerActivity::Executing(action))
-                if self.is_of(*task, &action) =>
+                if self.is_present_attempt(*task, &action) =>
             {
-                let (task, given_to) = (*task, None);
-                return Ok(self.continue_executing(
-                    now,
-                    number,
-                    WorkerState::Executing { task, given_to },
-                ));
+                let held = may_be_held.then_some(call);
+                return Ok(self.continue_executing(now, number, held));
             }
             (WorkerState::Executing { task, .. }, WorkerActivity::Completed(action, outcome))
-                if self.is_of(*task, &action) =>
+                if self.is_present_attempt(*task, &action) =>
             {
                 let task = *task;
-                self.complete(now, task, outcome);
-                None
+                let near = self.common_invocation(task);
+                self.invocations.hold(near);
+                self.finish(now, task, outcome);
+                self.set_last(number, near);
+                self.invocations.release(near);
             }
             // It lost the task, or never heard of it.
             (WorkerState::Executing { task, .. }, activity) => {
-                let hands_back =
-                    report.prefer_being_idle && matches!(activity, WorkerActivity::Idle);
                 let task = *task;
-                self.reassign(now, queue, number, task, hands_back)
+                if succeeds {
+                    self.lose_worker(now, number);
+                } else if prefers_being_idle && matches!(activity, WorkerActivity::Idle) {
+                    self.take_back(now, number);
+                } else if let Some(instruction) = self.reassign(now, number, task) {
+                    return Ok(SynchronizeAnswer::Now(instruction));
+                }
             }
-            (WorkerState::Idle, WorkerActivity::Executing(action)) if is_new => {
-                return Ok(self.adopt_foreign_action(now, queue, number, action));
+            (WorkerState::Idle, WorkerActivity::Executing(action)) if known.is_none() => {
+                let held = may_be_held.then_some(call);
+                return Ok(self.adopt_foreign_action(now, queue, number, action, held));
             }
-            (WorkerState::Idle, WorkerActivity::Completed(action, outcome)) if is_new => {
+            (WorkerState::Idle, WorkerActivity::Completed(action, outcome)) if known.is_none() => {
                 self.accept_foreign_result(now, queue, action, outcome);
-                None
             }
             // Nobody wants it any more; the worker knows best when it has stopped.
-            (WorkerState::Idle, WorkerActivity::Executing(_)) => Some(GO_IDLE),
-            (WorkerState::Idle, _) => None,
+            (WorkerState::Idle, WorkerActivity::Executing(_)) => {
+                self.expect_call(now, number);
+                return Ok(SynchronizeAnswer::Now(GO_IDLE));
+            }
+            (WorkerState::Idle, _) => {}
             (
-                WorkerState::ExecutingForeign { action, until },
+                WorkerState::ExecutingForeign { action, until, .. },
                 WorkerActivity::Executing(reported),
             ) if action.is(&reported) && now < *until => {
-                let (action, until) = (action.clone(), *until);
-                return Ok(self.continue_executing(
-                    now,
-                    number,
-                    WorkerState::ExecutingForeign { action, until },
-                ));
+                let held = may_be_held.then_some(call);
+                return Ok(self.continue_executing(now, number, held));
             }
-            (WorkerState::ExecutingForeign { action, .. }, activity) => {
-                self.foreign_actions.remove(&(action.clone(), number));
+            (WorkerState::ExecutingForeign { .. }, activity) => {
+                self.forget_foreign_action(number);
                 self.set_idle(number);
                 match activity {
                     WorkerActivity::Completed(reported, outcome) => {
                         self.accept_foreign_result(now, queue, reported, outcome);
-                        None
                     }
-                    WorkerActivity::Executing(_) => Some(GO_IDLE),
-                    WorkerActivity::Idle => None,
+                    WorkerActivity::Executing(_) => {
+                        self.expect_call(now, number);
+                        return Ok(SynchronizeAnswer::Now(GO_IDLE));
+                    }
+                    WorkerActivity::Idle => {}
                 }
             }
-        };
-        if let Some(instruction) = held {
-            if instruction.desired == DesiredWorkerState::Idle {
-                self.expect_call(now, number);
-            }
-            return Ok(SynchronizeAnswer::Now(instruction));
         }
-        if report.prefer_being_idle {
+        if prefers_being_idle {
             self.expect_call(now, number);
             return Ok(SynchronizeAnswer::Now(GO_IDLE));
         }
-        let first = self
-            .queues
-            .get(&queue)
-            .and_then(|queue| queue.queued_tasks.first());
-        if let Some(task) = first {
-            self.withdraw(task);
-            if let Some(instruction) = self.assign(now, task, number, None) {
-                return Ok(SynchronizeAnswer::Now(instruction));
-            }
+        if self.workers[number].takes_work()
+            && let Some(task) = self.pick(now, number)
+        {
+            self.withdraw(now, task);
+            let instruction = self.assign(now, task, number, None, None);
+            return Ok(SynchronizeAnswer::Now(instruction));
         }
         Ok(SynchronizeAnswer::Held(
-            self.hold_call(now, queue, number, call, idle_wait),
+            self.hold_call(now, number, call, idle_wait),
         ))
     }
 
     /// A held call died, or its answer could not be sent.
     pub fn drop_call(&mut self, now: Instant, held: HeldCall) {
-        let Some(worker) = self.workers.get(&held.worker) else {
+        let number = held.worker;
+        // The worker may be gone, and the call with it.
+        let Some(worker) = self.workers.get(number) else {
             return;
         };
-        let queue = worker.queue;
         match &worker.state {
-            WorkerState::IdleSynchronizing { number, .. } if *number == held.number => {
-                self.take_call(held.worker);
-                self.expect_call(now, held.worker);
+            WorkerState::IdleSynchronizing { number: call, .. } if *call == held.number => {
+                self.take_call(now, number);
             }
-            WorkerState::Executing { task, given_to } if *given_to == Some(held.number) => {
+            WorkerState::Executing { task, given_to, .. } if *given_to == Some(held.number) => {
                 let task = *task;
-                self.set_idle(held.worker);
-                self.expect_call(now, held.worker);
-                self.enqueue(now, task, queue);
+                self.withdraw(now, task);
+                self.expect_call(now, number);
+                self.schedule(now, task);
+            }
+            WorkerState::Executing {
+                held: Some((call, _)),
+                ..
+            }
+            | WorkerState::ExecutingForeign {
+                held: Some((call, _)),
+                ..
+            } if *call == held.number => {
+                self.take_executing_call(now, number);
             }
             _ => {}
         }
@@ -162,57 +181,60 @@ impl<C, W: Clone> Queue<C, W> {
 
     /// Whether a later call of the same worker came before this one, or this one came twice.
     fn is_outdated(&self, number: WorkerNumber, caller: &Caller) -> bool {
-        let (Some(worker), Some(call)) = (self.workers.get(&number), caller.call) else {
-            return false;
-        };
-        worker
-            .latest_call
-            .is_some_and(|latest| latest.session == call.session && latest.number >= call.number)
+        let (latest, call) = (self.workers[number].latest_call, caller.call);
+        latest.zip(call).is_some_and(|(latest, call)| {
+            latest.session == call.session && latest.number >= call.number
+        })
     }
 
     /// Refuses a call that is not of the worker whose name it bears, as far as that can be told: one
-    /// that waits does not call, and one that executes something says so.
+    /// that waits does not call, and one that executes something says so. `true` when it is another
+    /// process that took the worker's place.
     fn admit(
         &mut self,
         now: Instant,
         number: WorkerNumber,
         caller: &Caller,
         activity: &WorkerActivity,
-    ) -> Result<(), Refusal> {
-        let Some(worker) = self.workers.get(&number) else {
-            return Ok(());
-        };
+    ) -> Result<bool, Refusal> {
+        let worker = &self.workers[number];
         let reported = match activity {
             WorkerActivity::Idle => None,
             WorkerActivity::Executing(action) | WorkerActivity::Completed(action, _) => {
                 Some(action)
             }
         };
-        let its_own = match &worker.state {
-            WorkerState::IdleSynchronizing { .. } | WorkerState::Idle => false,
-            WorkerState::Executing { task, .. } => {
-                reported.is_some_and(|action| self.is_of(*task, action))
-            }
-            WorkerState::ExecutingForeign { action, .. } => {
-                reported.is_some_and(|reported| action.is(reported))
-            }
-        };
+        let same_session = worker
+            .latest_call
+            .zip(caller.call)
+            .map(|(latest, call)| latest.session == call.session);
+        let its_own = same_session == Some(true)
+            || match &worker.state {
+                WorkerState::IdleSynchronizing { .. } | WorkerState::Idle => false,
+                WorkerState::Executing { task, .. } => {
+                    reported.is_some_and(|action| self.is_present_attempt(*task, action))
+                }
+                WorkerState::ExecutingForeign { action, .. } => {
+                    reported.is_some_and(|reported| action.is(reported))
+                }
+            };
         let waits = matches!(worker.state, WorkerState::IdleSynchronizing { .. });
         let rests = matches!(worker.state, WorkerState::Idle);
         let same = worker.peer == caller.peer;
-        let admitted = !waits && (rests || same || its_own || worker.overdue <= now);
-        let (id, holder) = (worker.id.clone(), worker.peer.clone());
-        let news = !same && worker.refused.as_ref() != Some(&caller.peer);
-        let Some(worker) = self.workers.get_mut(&number) else {
-            return Ok(());
+        let admitted = match waits {
+            true => same_session == Some(true),
+            false => rests || same || its_own || worker.overdue <= now,
         };
+        let worker = &mut self.workers[number];
         if admitted {
             worker.peer = caller.peer.clone();
             worker.latest_call = caller.call;
-            return Ok(());
+            return Ok(same_session == Some(false) && !its_own);
         }
+        let news = !same && worker.refused.as_ref() != Some(&caller.peer);
+        worker.refused = Some(caller.peer.clone());
+        let (id, holder) = (worker.id.clone(), worker.peer.clone());
         let caller = caller.peer.clone();
-        worker.refused = Some(caller.clone());
         Err(match waits {
             true => Refusal::AlreadySynchronizing {
                 id,
@@ -229,305 +251,335 @@ impl<C, W: Clone> Queue<C, W> {
         })
     }
 
-    fn size_class_queue(&mut self, key: &SizeClassQueueKey) -> Result<QueueNumber, Refusal> {
-        let fresh = QueueNumber(self.number());
-        let sizes = self
-            .platforms
-            .entry(key.platform.clone())
-            .or_default()
-            .entry(key.prefix.clone())
-            .or_default();
-        match sizes.first_key_value() {
-            Some((size, number)) if *size == key.size_class => return Ok(*number),
-            // Several need an order of sizes that the administrator declares.
-            Some((size, _)) => {
-                return Err(Refusal::SizeClass {
-                    known: *size,
-                    offered: key.size_class,
-                });
+    /// A worker's newer call takes the older one's place.
+    fn answer_former_call(&mut self, now: Instant, number: WorkerNumber) {
+        let answer = match &self.workers[number].state {
+            WorkerState::IdleSynchronizing { .. } => {
+                self.take_call(now, number).map(|(_, call)| (call, GO_IDLE))
             }
-            None => {}
+            WorkerState::Executing { .. } | WorkerState::ExecutingForeign { .. } => self
+                .take_executing_call(now, number)
+                .map(|(_, call)| (call, GO_ON)),
+            WorkerState::Idle => None,
+        };
+        if let Some((call, instruction)) = answer {
+            self.effects.push(Effect::Answer { call, instruction });
         }
-        sizes.insert(key.size_class, fresh);
-        self.queues.insert(
-            fresh,
-            SizeClassQueue {
-                key: Arc::new(key.clone()),
-                workers: Default::default(),
-                idle_synchronizing_workers: IdleSynchronizingWorkers::default(),
-                queued_tasks: QueuedTasks::default(),
-            },
-        );
-        Ok(fresh)
     }
 
-    /// The worker of this name, and whether it is new to us.
-    fn worker(
+    fn insert_worker(
         &mut self,
         now: Instant,
         queue: QueueNumber,
         caller: &Caller,
-    ) -> (WorkerNumber, bool) {
-        let id = &caller.id;
-        let fresh = WorkerNumber(self.number());
-        let known = self
-            .queues
-            .get_mut(&queue)
-            .map(|queue| *queue.workers.entry(id.clone()).or_insert(fresh));
-        match known {
-            Some(known) if known != fresh => (known, false),
-            _ => {
-                self.timers.clear(&Timer::Queue(queue));
-                self.workers.insert(
-                    fresh,
-                    Worker {
-                        queue,
-                        id: id.clone(),
-                        peer: caller.peer.clone(),
-                        latest_call: None,
-                        overdue: now,
-                        refused: None,
-                        state: WorkerState::Idle,
-                    },
-                );
-                (fresh, true)
-            }
+    ) -> Result<WorkerNumber, Refusal> {
+        let limit = self.settings.limits.workers;
+        if self.workers.len() >= limit {
+            return Err(Refusal::TooMany {
+                what: "workers",
+                key: "workers",
+                limit,
+            });
         }
+        let found = &mut self.queues[queue];
+        self.timers.clear(&mut found.deadline, Timer::Queue(queue));
+        found.killing = None;
+        let root = found.root;
+        let drained = self.is_drained(queue, &caller.id);
+        let number = self.workers.insert(Worker {
+            queue,
+            id: caller.id.clone(),
+            peer: caller.peer.clone(),
+            latest_call: None,
+            overdue: now,
+            refused: None,
+            deadline: None,
+            terminating: false,
+            drained,
+            last: root,
+            sticks_to: Vec::new(),
+            state: WorkerState::Idle,
+        });
+        self.invocations.hold(root);
+        self.invocations.count_idle(root, true);
+        self.queues[queue].workers.insert(caller.id.clone(), number);
+        self.expect_call(now, number);
+        Ok(number)
     }
 
-    /// Whether it is this task's action that a worker speaks of, as far as it says.
-    fn is_of(&self, task: TaskNumber, action: &ReportedAction) -> bool {
-        self.tasks.get(&task).is_some_and(|task| {
-            let instance = action.instance.as_ref();
-            ReportedDigest::from(&task.action.digest) == action.digest
-                && instance.is_none_or(|instance| *instance == task.action.instance)
-        })
+    /// Whether it is the task's present attempt that a worker speaks of, as far as it says.
+    fn is_present_attempt(&self, task: TaskNumber, action: &ReportedAction) -> bool {
+        let task = &self.tasks[task];
+        let TaskState::Executing { attempt, .. } = &task.state else {
+            return false;
+        };
+        let instance = action.instance.as_ref();
+        ReportedDigest::from(&task.action.digest) == action.digest
+            && instance.is_none_or(|instance| *instance == task.action.instance)
+            && action.attempt.is_none_or(|said| said.number == *attempt)
     }
 
-    fn continue_executing(
+    /// The worker goes on with what it executes. `call` is held, if there is one.
+    pub(super) fn continue_executing(
         &mut self,
         now: Instant,
-        worker: WorkerNumber,
-        state: WorkerState<C>,
+        number: WorkerNumber,
+        call: Option<C>,
     ) -> SynchronizeAnswer {
-        if let Some(worker) = self.workers.get_mut(&worker) {
-            worker.state = state;
+        let fresh = CallNumber(self.number());
+        let (WorkerState::Executing { held, .. } | WorkerState::ExecutingForeign { held, .. }) =
+            &mut self.workers[number].state
+        else {
+            unreachable!("a worker goes on with nothing");
+        };
+        let holds = call.is_some();
+        *held = call.map(|call| (fresh, call));
+        if let WorkerState::Executing { given_to, .. } = &mut self.workers[number].state {
+            *given_to = None;
         }
-        let next = self.expect_busy(now, worker);
+        if holds {
+            self.expect_held(now, number);
+            return SynchronizeAnswer::Held(HeldCall {
+                worker: number,
+                number: fresh,
+            });
+        }
         SynchronizeAnswer::Now(Instruction {
             desired: DesiredWorkerState::Unchanged,
-            next,
+            next: self.expect_busy(now, number),
         })
     }
 
-    /// A worker does not do what we gave it: once more, there or elsewhere, but not for ever.
-    /// `None` when the worker is free.
+    /// A worker does not do what we gave it: once more there, but not for ever. `None` when the worker
+    /// is free.
     fn reassign(
         &mut self,
         now: Instant,
-        queue: QueueNumber,
         worker: WorkerNumber,
-        number: TaskNumber,
-        hands_back: bool,
+        task: TaskNumber,
     ) -> Option<Instruction> {
-        let task = self.tasks.get_mut(&number)?;
-        if task.retries >= self.settings.worker_task_retry_count {
-            let attempts = task.retries.saturating_add(1);
-            let id = self.workers.get(&worker).map(|w| w.id.to_string());
-            self.fail(
-                now,
-                number,
-                rpc::Code::Internal,
-                format!(
-                    "The action was handed out {attempts} times, and each time the worker came back without a result, last worker {}; the action may crash the worker",
-                    id.unwrap_or_default()
-                ),
+        if self.blame(now, worker, task) {
+            return None;
+        }
+        self.withdraw(now, task);
+        Some(self.assign(now, task, worker, None, None))
+    }
+
+    /// A worker that stops has not begun what we gave it: another one does it.
+    fn take_back(&mut self, now: Instant, worker: WorkerNumber) {
+        let WorkerState::Executing { task, .. } = self.workers[worker].state else {
+            unreachable!("a worker gives nothing back");
+        };
+        if !self.blame(now, worker, task) {
+            self.withdraw(now, task);
+            self.schedule(now, task);
+        }
+    }
+
+    /// Counts that a worker came back without its task's result; `true` when the task is ended for it.
+    fn blame(&mut self, now: Instant, worker: WorkerNumber, number: TaskNumber) -> bool {
+        let task = &mut self.tasks[number];
+        if task.retries < self.settings.worker_task_retry_count {
+            task.retries += 1;
+            return false;
+        }
+        let attempts = task.retries.saturating_add(1);
+        let id = self.workers[worker].id.clone();
+        self.fail(
+            now,
+            number,
+            rpc::Code::Internal,
+            format!(
+                "The action was handed out {attempts} times, and each time the worker came back without a result, last worker {id}; the action may crash the worker"
+            ),
+        );
+        true
+    }
+
+    /// A worker that executes is gone, or another process has its place: what it executes is queued
+    /// again, but not for ever. It is idle afterwards.
+    fn lose_worker(&mut self, now: Instant, worker: WorkerNumber) {
+        let WorkerState::Executing { task: number, .. } = self.workers[worker].state else {
+            unreachable!("a worker that executes nothing is lost with it");
+        };
+        let id = self.workers[worker].id.clone();
+        self.tasks[number].lost.push(id.clone());
+        let lost = &self.tasks[number].lost;
+        let again = lost.len() as u64 <= u64::from(self.settings.lost_worker_retry_count);
+        if again && !self.tasks[number].background {
+            self.withdraw(now, number);
+            self.schedule(now, number);
+            return;
+        }
+        let mut message = format!("Worker {id} disappeared while task was executing");
+        if lost.len() > 1 {
+            let before: Vec<String> = lost[..lost.len() - 1]
+                .iter()
+                .map(WorkerId::to_string)
+                .collect();
+            message += &format!(
+                "; so did, before it, {}. It was executed again {} times, which is the limit scheduling.lost_worker_retry_count",
+                before.join(", "),
+                before.len()
             );
-            return None;
         }
-        task.retries += 1;
-        if hands_back {
-            self.set_idle(worker);
-            self.enqueue(now, number, queue);
-            return None;
-        }
-        self.assign(now, number, worker, None)
-    }
-
-    /// A worker that we did not know executes something: a task of ours, or perhaps of a client
-    /// that will ask for it.
-    fn adopt_foreign_action(
-        &mut self,
-        now: Instant,
-        queue: QueueNumber,
-        worker: WorkerNumber,
-        action: ReportedAction,
-    ) -> SynchronizeAnswer {
-        // Of no use to anybody: a client could not be told from those of another instance.
-        let Some(action) = ForeignAction::new(queue, action) else {
-            self.expect_call(now, worker);
-            return SynchronizeAnswer::Now(GO_IDLE);
-        };
-        match self.find_in_flight(&action) {
-            Some((task, true)) => {
-                self.withdraw(task);
-                self.assign(now, task, worker, None);
-                let task = WorkerState::Executing {
-                    task,
-                    given_to: None,
-                };
-                self.continue_executing(now, worker, task)
-            }
-            // Another worker has it.
-            Some((_, false)) => {
-                self.expect_call(now, worker);
-                SynchronizeAnswer::Now(GO_IDLE)
-            }
-            None => {
-                self.foreign_actions.insert((action.clone(), worker));
-                let until = now + self.settings.operation_with_no_waiters_timeout;
-                self.continue_executing(
-                    now,
-                    worker,
-                    WorkerState::ExecutingForeign { action, until },
-                )
-            }
-        }
-    }
-
-    /// A worker that we did not hand this action brings a result. Good ones are of use to whoever
-    /// asks; failures are better tried again.
-    fn accept_foreign_result(
-        &mut self,
-        now: Instant,
-        queue: QueueNumber,
-        action: ReportedAction,
-        outcome: Arc<EncodedResponse>,
-    ) {
-        if outcome.code != rpc::Code::Ok as i32 {
-            return;
-        }
-        let Some(action) = ForeignAction::new(queue, action) else {
-            return;
-        };
-        match self.find_in_flight(&action) {
-            Some((task, _)) => self.complete(now, task, outcome),
-            None => {
-                self.unclaimed.insert(action.clone(), outcome);
-                self.timers.set(
-                    Timer::Unclaimed(action),
-                    now + self.settings.operation_with_no_waiters_timeout,
-                );
-            }
-        }
-    }
-
-    /// A cacheable task for this action, and whether it is queued.
-    fn find_in_flight(&self, action: &ForeignAction) -> Option<(TaskNumber, bool)> {
-        action.digest.candidates().find_map(|digest| {
-            let number = self.in_flight.get(&(action.instance.clone(), digest))?;
-            match &self.tasks.get(number)?.state {
-                TaskState::Queued { queue, .. } if *queue == action.queue => Some((*number, true)),
-                TaskState::Executing(worker) if self.workers.get(worker)?.queue == action.queue => {
-                    Some((*number, false))
-                }
-                _ => None,
-            }
-        })
-    }
-
-    fn set_idle(&mut self, worker: WorkerNumber) {
-        if let Some(worker) = self.workers.get_mut(&worker) {
-            worker.state = WorkerState::Idle;
-        }
+        self.fail(now, number, rpc::Code::Unavailable, message);
     }
 
     fn hold_call(
         &mut self,
         now: Instant,
-        queue: QueueNumber,
-        worker: WorkerNumber,
+        number: WorkerNumber,
         call: C,
         idle_wait: Duration,
     ) -> HeldCall {
-        let number = CallNumber(self.number());
-        if let Some(queue) = self.queues.get_mut(&queue) {
-            queue.idle_synchronizing_workers.insert(number, worker);
+        let fresh = CallNumber(self.number());
+        let worker = &mut self.workers[number];
+        worker.state = WorkerState::IdleSynchronizing {
+            number: fresh,
+            call,
+        };
+        let deadline = now + idle_wait;
+        self.timers
+            .set(&mut worker.deadline, Timer::Worker(number), deadline);
+        if worker.takes_work() {
+            self.invocations.insert_idle(worker.last, fresh, number);
         }
-        if let Some(worker) = self.workers.get_mut(&worker) {
-            worker.state = WorkerState::IdleSynchronizing { number, call };
+        HeldCall {
+            worker: number,
+            number: fresh,
         }
-        self.timers.set(Timer::Worker(worker), now + idle_wait);
-        HeldCall { worker, number }
     }
 
-    /// Takes a worker's held call. The worker is idle afterwards, and without a deadline.
-    pub(super) fn take_call(&mut self, number: WorkerNumber) -> Option<(CallNumber, C)> {
-        let worker = self.workers.get_mut(&number)?;
-        match std::mem::replace(&mut worker.state, WorkerState::Idle) {
-            WorkerState::IdleSynchronizing { number, call } => {
-                if let Some(queue) = self.queues.get_mut(&worker.queue) {
-                    queue.idle_synchronizing_workers.remove(number);
+    /// Takes an idle worker's held call. The worker is expected to call again at once.
+    pub(super) fn take_call(
+        &mut self,
+        now: Instant,
+        number: WorkerNumber,
+    ) -> Option<(CallNumber, C)> {
+        let worker = &mut self.workers[number];
+        let taken = match std::mem::replace(&mut worker.state, WorkerState::Idle) {
+            WorkerState::IdleSynchronizing { number: held, call } => {
+                if worker.takes_work() {
+                    self.invocations.remove_idle(worker.last, held);
                 }
-                Some((number, call))
+                (held, call)
             }
             other => {
                 worker.state = other;
-                None
+                return None;
             }
-        }
+        };
+        self.expect_call(now, number);
+        Some(taken)
+    }
+
+    /// Takes the held call of a worker that executes, which is expected to call again at once.
+    fn take_executing_call(
+        &mut self,
+        now: Instant,
+        number: WorkerNumber,
+    ) -> Option<(CallNumber, C)> {
+        let (WorkerState::Executing { held, .. } | WorkerState::ExecutingForeign { held, .. }) =
+            &mut self.workers[number].state
+        else {
+            return None;
+        };
+        let taken = held.take()?;
+        self.expect_call(now, number);
+        Some(taken)
     }
 
     /// Its call has been held for long enough; or it has been silent for too long, and is gone.
     pub(super) fn expire_worker(&mut self, now: Instant, number: WorkerNumber) {
-        if let Some((_, call)) = self.take_call(number) {
-            self.effects.push(Effect::Answer {
-                call,
-                instruction: GO_IDLE,
-            });
-            self.expect_call(now, number);
+        let held = match &self.workers[number].state {
+            WorkerState::IdleSynchronizing { .. } => true,
+            WorkerState::Executing { held, .. } | WorkerState::ExecutingForeign { held, .. } => {
+                held.is_some()
+            }
+            WorkerState::Idle => false,
+        };
+        if held {
+            self.answer_former_call(now, number);
             return;
         }
-        let Some(worker) = self.workers.get(&number) else {
-            return;
-        };
-        let (queue, id) = (worker.queue, worker.id.clone());
-        match &worker.state {
-            WorkerState::Executing { task, .. } => self.fail(
-                now,
-                *task,
-                rpc::Code::Unavailable,
-                format!("Worker {id} disappeared while task was executing"),
-            ),
-            WorkerState::ExecutingForeign { action, .. } => {
-                self.foreign_actions.remove(&(action.clone(), number));
+        let (queue, id) = (self.workers[number].queue, self.workers[number].id.clone());
+        match &self.workers[number].state {
+            WorkerState::Executing { .. } => self.lose_worker(now, number),
+            WorkerState::ExecutingForeign { .. } => {
+                self.forget_foreign_action(number);
+                self.set_idle(number);
             }
             WorkerState::Idle | WorkerState::IdleSynchronizing { .. } => {}
         }
-        self.workers.remove(&number);
-        if let Some(found) = self.queues.get_mut(&queue) {
-            found.workers.remove(&id);
-            if found.workers.is_empty() {
-                self.timers.set(
-                    Timer::Queue(queue),
-                    now + self.settings.platform_queue_with_no_workers_timeout,
-                );
+        let mut worker = self.workers.remove(number);
+        self.timers
+            .clear(&mut worker.deadline, Timer::Worker(number));
+        self.invocations.count_idle(worker.last, false);
+        self.invocations.release(worker.last);
+        self.queues[queue].workers.remove(&id);
+        if self.queues[queue].workers.is_empty() {
+            self.expect_workers(now, queue);
+        }
+    }
+
+    /// A worker brings the result of a task: it is the clients', or the largest size class is to try.
+    fn finish(&mut self, now: Instant, number: TaskNumber, outcome: Arc<EncodedResponse>) {
+        let queue = self.tasks[number].queue;
+        let platform_queue = self.queues[queue].platform_queue;
+        let platform = &self.platform_queues[platform_queue];
+        let (sizes, is_largest) = (platform.size_classes(), platform.is_largest(queue));
+        let succeeded = outcome.code == rpc::Code::Ok as i32 && outcome.exit_code == 0;
+        let timed_out = outcome.code == rpc::Code::DeadlineExceeded as i32;
+        let background = self.tasks[number].background;
+        let Some(learner) = self.tasks[number].learner.take() else {
+            if succeeded || is_largest {
+                return self.complete(now, number, outcome);
+            }
+            // It was adopted on a smaller size class than it would have been given.
+            let largest = platform.sizes[sizes.len() - 1].1;
+            let timeout = self.tasks[number].selector.timeout();
+            return self.retry(now, number, largest, timeout, timeout);
+        };
+        let completion = match succeeded {
+            true => learner.succeeded(outcome.duration, &sizes),
+            false => learner.failed(timed_out, &sizes),
+        };
+        if let Some(update) = completion.update {
+            self.effects.push(Effect::Learned(update));
+        }
+        match completion.next {
+            None => self.complete(now, number, outcome),
+            Some(next) if succeeded => {
+                let action = self.tasks[number].action.clone();
+                let selector = self.tasks[number].selector.clone();
+                self.complete(now, number, outcome);
+                if !background {
+                    self.learn_in_background(now, platform_queue, action, selector, next);
+                }
+            }
+            Some(next) => {
+                let target = self.platform_queues[platform_queue].sizes[next.index].1;
+                self.tasks[number].learner = Some(next.learner);
+                self.retry(now, number, target, next.timeout, next.expected_duration);
             }
         }
     }
-}
 
-impl ForeignAction {
-    /// `None` when the worker does not say whose blobs it works with.
-    fn new(queue: QueueNumber, action: ReportedAction) -> Option<Self> {
-        Some(ForeignAction {
-            queue,
-            instance: action.instance?,
-            digest: action.digest,
-        })
-    }
-
-    fn is(&self, action: &ReportedAction) -> bool {
-        action.digest == self.digest && action.instance.as_ref() == Some(&self.instance)
+    /// Once more, on this size class.
+    fn retry(
+        &mut self,
+        now: Instant,
+        number: TaskNumber,
+        queue: QueueNumber,
+        timeout: Duration,
+        expected_duration: Duration,
+    ) {
+        self.withdraw(now, number);
+        self.move_to(number, queue);
+        let task = &mut self.tasks[number];
+        task.timeout = timeout;
+        task.expected_duration = expected_duration;
+        self.schedule(now, number);
     }
 }

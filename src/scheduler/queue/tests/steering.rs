@@ -1,0 +1,261 @@
+//! What administrators and clients do to what runs: drains, termination, killing, cancelling.
+
+use super::*;
+
+fn pattern(labels: &[(&str, &str)]) -> WorkerPattern {
+    let labels = labels
+        .iter()
+        .map(|(n, v)| ((*n).to_owned(), (*v).to_owned()));
+    WorkerPattern::new(labels.collect())
+}
+
+fn drain(name: &str) -> Drain {
+    Drain {
+        key: key(""),
+        pattern: pattern(&[("name", name)]),
+        created: Default::default(),
+    }
+}
+
+fn numbered(name: &str, session: u64, number: u64) -> Caller {
+    Caller {
+        call: Some(crate::metadata::WorkerCall { session, number }),
+        ..caller(name)
+    }
+}
+
+impl Farm {
+    fn numbered_call(&mut self, number: u64, report: WorkerReport, call: u32) -> SynchronizeAnswer {
+        let caller = numbered("a", 1, number);
+        let answer = self
+            .queue
+            .synchronize(self.now, &key(""), &caller, report, call, 120 * SECOND)
+            .unwrap();
+        self.perform();
+        answer
+    }
+}
+
+#[test]
+fn a_drained_worker_waits_without_work_and_gets_it_when_the_drain_goes() {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.queue.add_drain(farm.now, drain("a")).unwrap();
+    farm.queue.add_drain(farm.now, drain("a")).unwrap();
+    farm.queue.add_drain(farm.now, drain("b")).unwrap();
+    farm.perform();
+    assert_eq!(farm.drains, 2);
+    assert_eq!(farm.queue.drains(&key("")).unwrap().len(), 2);
+    farm.execute(request("x"), 7).unwrap();
+    assert!(farm.answered.is_empty());
+    let row = &farm
+        .queue
+        .workers(&key(""), &WorkerFilter::All, None, 9)
+        .unwrap()
+        .rows[0];
+    assert!(row.drained);
+    farm.queue
+        .remove_drain(farm.now, &key(""), &drain("a").pattern)
+        .unwrap();
+    farm.perform();
+    assert_eq!(action(&farm.answered[&1]), Some(digest("x")));
+    assert!(
+        farm.queue
+            .add_drain(
+                farm.now,
+                Drain {
+                    key: key("none"),
+                    ..drain("a")
+                }
+            )
+            .is_err()
+    );
+}
+
+#[test]
+fn drains_are_there_after_a_restart_for_workers_that_come_then() {
+    let mut farm = Farm::with(|settings| settings.drains = vec![drain("a")]);
+    farm.execute(request("x"), 7).unwrap_err();
+    farm.held("a", idle(), 1);
+    farm.execute(request("x"), 7).unwrap();
+    assert!(farm.answered.is_empty());
+    assert_eq!(action(&farm.now("b", idle())), Some(digest("x")));
+}
+
+#[test]
+fn a_drained_worker_ends_what_it_executes() {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.execute(request("x"), 7).unwrap();
+    farm.execute(request("y"), 8).unwrap();
+    farm.queue.add_drain(farm.now, drain("a")).unwrap();
+    farm.perform();
+    farm.held("a", completed("x", rpc::Code::Ok), 2);
+    assert_eq!(farm.told[&7], Stage::Completed(outcome(rpc::Code::Ok)));
+    assert!(!farm.told.contains_key(&8));
+}
+
+#[test]
+fn who_terminates_workers_hears_what_they_execute_and_they_get_nothing_new() {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.execute(request("x"), 7).unwrap();
+    farm.held("b", idle(), 2);
+    let executing = farm.queue.terminate(farm.now, &WorkerPattern::default());
+    farm.perform();
+    assert_eq!(executing.len(), 1);
+    assert_eq!(
+        (executing[0].watch, executing[0].version),
+        (7, farm.versions[&7])
+    );
+    farm.execute(request("y"), 8).unwrap();
+    farm.held("a", completed("x", rpc::Code::Ok), 3);
+    assert!(farm.versions[&7] > executing[0].version);
+    assert_eq!(action(&farm.now("c", idle())), Some(digest("y")));
+}
+
+#[test]
+fn who_kills_an_operation_says_what_its_client_hears_and_its_worker_becomes_idle() {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    let attached = farm.execute(request("x"), 7).unwrap();
+    let why = Arc::new(EncodedResponse::failure(
+        rpc::Code::Unavailable,
+        "no".to_owned(),
+    ));
+    farm.queue
+        .kill_operation(farm.now, attached.operation, why.clone())
+        .unwrap();
+    farm.perform();
+    assert_eq!(farm.told[&7], Stage::Completed(why.clone()));
+    let answer = farm.now("a", executing("x"));
+    assert_eq!(answer.desired, DesiredWorkerState::Idle);
+    let unknown = farm
+        .queue
+        .kill_operation(farm.now, Uuid::from_u128(99), why);
+    assert_eq!(unknown, Err(UnknownOperation));
+}
+
+#[test]
+fn what_is_queued_is_killed_only_where_no_workers_are_a_few_at_a_time() {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.execute(request("busy"), 0).unwrap();
+    for i in 0..200 {
+        farm.execute(request(&format!("x{i}")), 10 + i).unwrap();
+    }
+    let why = Arc::new(EncodedResponse::failure(
+        rpc::Code::Aborted,
+        "no".to_owned(),
+    ));
+    let refused = farm.queue.kill_queued(farm.now, &key(""), why.clone());
+    assert_eq!(refused, Err(KillRefusal::HasWorkers));
+    farm.pass(70 * SECOND);
+    farm.queue
+        .kill_queued(farm.now, &key(""), why.clone())
+        .unwrap();
+    farm.perform();
+    let left = farm.queue.counts().queued;
+    assert!(left > 0 && left < 201, "{left}");
+    farm.pass(Duration::ZERO);
+    assert_eq!(farm.queue.counts().queued, 0);
+    assert!((0..200).all(|i| farm.told[&(10 + i)] == Stage::Completed(why.clone())));
+    farm.pass(16 * 60 * SECOND);
+    assert_eq!(farm.queue.counts().queues, 0);
+}
+
+#[test]
+fn a_held_call_of_a_busy_worker_is_answered_at_once_when_its_operation_is_cancelled() {
+    let mut farm = Farm::new();
+    farm.numbered_call(1, idle(), 1);
+    let attached = farm.execute(request("x"), 7).unwrap();
+    let held = farm.numbered_call(2, executing("x"), 2);
+    assert!(matches!(held, SynchronizeAnswer::Held(_)));
+    farm.pass(5 * SECOND);
+    assert!(!farm.answered.contains_key(&2));
+    farm.queue.cancel(farm.now, attached.operation).unwrap();
+    farm.perform();
+    assert_eq!(farm.answered[&2].desired, DesiredWorkerState::Idle);
+    let (code, _) = status(&farm.told[&7]);
+    assert_eq!(code, rpc::Code::Cancelled as i32);
+}
+
+#[test]
+fn a_held_call_of_a_busy_worker_ends_when_a_busy_worker_is_to_call_again_or_with_its_newer_call() {
+    let mut farm = Farm::new();
+    farm.numbered_call(1, idle(), 1);
+    farm.execute(request("x"), 7).unwrap();
+    farm.numbered_call(2, executing("x"), 2);
+    farm.pass(10 * SECOND);
+    assert_eq!(farm.answered[&2].desired, DesiredWorkerState::Unchanged);
+    farm.numbered_call(3, executing("x"), 3);
+    farm.numbered_call(4, executing("x"), 4);
+    assert_eq!(farm.answered[&3].desired, DesiredWorkerState::Unchanged);
+    // One that is overtaken changes nothing.
+    let late = farm.numbered_call(3, idle(), 5);
+    assert!(matches!(late, SynchronizeAnswer::Now(_)));
+    farm.numbered_call(5, completed("x", rpc::Code::Ok), 6);
+    assert_eq!(farm.told[&7], Stage::Completed(outcome(rpc::Code::Ok)));
+}
+
+#[test]
+fn of_several_operations_of_a_task_the_cancelled_one_alone_ends() {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    let first = farm.execute(request("x"), 1).unwrap();
+    let other = Request {
+        invocation: invocation("other"),
+        ..request("x")
+    };
+    farm.execute(other, 2).unwrap();
+    farm.queue.cancel(farm.now, first.operation).unwrap();
+    farm.perform();
+    assert_eq!(status(&farm.told[&1]).0, rpc::Code::Cancelled as i32);
+    assert_eq!(
+        farm.now("a", executing("x")).desired,
+        DesiredWorkerState::Unchanged
+    );
+    farm.held("a", completed("x", rpc::Code::Ok), 2);
+    assert_eq!(farm.told[&2], Stage::Completed(outcome(rpc::Code::Ok)));
+}
+
+/// Ten operations of ten invocations on one task, whose waiters leave one by one.
+fn abandoned(queued: bool) {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    if queued {
+        farm.execute(request("busy"), 0).unwrap();
+    }
+    let waiters: Vec<Uuid> = (0..10)
+        .map(|i| {
+            let asked = Request {
+                invocation: invocation(&i.to_string()),
+                ..request("x")
+            };
+            farm.execute(asked, 10 + i).unwrap().operation
+        })
+        .collect();
+    for (left, operation) in waiters.iter().enumerate() {
+        let root = farm.queue.platform_queues()[0].size_classes[0].root;
+        assert_eq!(root.active_children, 10 - left);
+        assert_eq!(root.queued_indirectly, if queued { 10 - left } else { 0 });
+        assert_eq!(root.executing_workers, 1);
+        farm.queue.detach(farm.now, *operation);
+        farm.pass(10 * SECOND);
+        let report = executing(if queued { "busy" } else { "x" });
+        let answer = farm.now("a", report);
+        let ended = left == 9 && !queued;
+        assert_eq!(answer.desired == DesiredWorkerState::Idle, ended);
+    }
+    assert_eq!(status(&farm.told[&19]).0, rpc::Code::Cancelled as i32);
+}
+
+#[test]
+fn a_queued_task_leaves_each_invocation_that_abandons_it_and_ends_with_the_last() {
+    abandoned(true);
+}
+
+#[test]
+fn an_executing_task_leaves_each_invocation_that_abandons_it_and_ends_with_the_last() {
+    abandoned(false);
+}
