@@ -1,7 +1,11 @@
 //! The queue as all calls share it: lock, decide, unlock, tell.
 
 use std::{
-    sync::Arc,
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -26,6 +30,8 @@ pub(super) struct SharedQueue {
     state: Mutex<QueueAndClock>,
     /// The next deadline is sooner than the one slept for.
     sooner: Notify,
+    /// How often a verb found something that cannot be.
+    broken_invariants: AtomicU64,
     /// Those to keep for the next scheduler, with their version.
     drains: watch::Sender<(u64, Vec<Drain>)>,
 }
@@ -61,16 +67,28 @@ impl SharedQueue {
                 alarm: None,
             }),
             sooner: Notify::new(),
+            broken_invariants: AtomicU64::new(0),
             drains: watch::Sender::new((0, Vec::new())),
         })
     }
 
     fn decide<T>(&self, verb: impl FnOnce(&mut Queue<Held, Watch>, Instant) -> T) -> T {
+        self.try_decide(verb)
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// A verb that panics has found an invariant broken. That is told, and what it had decided is done;
+    /// whoever called fails, and all others go on.
+    fn try_decide<T>(
+        &self,
+        verb: impl FnOnce(&mut Queue<Held, Watch>, Instant) -> T,
+    ) -> std::thread::Result<T> {
         let (result, effects, sooner, pause) = {
             let mut state = self.state.lock();
             // Read under the lock: what is decided later is not earlier.
             let (now, pause) = state.clock.look(Instant::now());
-            let result = verb(&mut state.queue, now);
+            let verb = AssertUnwindSafe(|| verb(&mut state.queue, now));
+            let result = std::panic::catch_unwind(verb);
             let next = state.next_deadline();
             let sooner = match (next, state.alarm) {
                 (Some(next), Some(alarm)) => next < alarm,
@@ -82,6 +100,16 @@ impl SharedQueue {
             }
             (result, state.queue.effects(), sooner, pause)
         };
+        if let Err(panic) = &result {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+            let broken = self.broken_invariants.fetch_add(1, Ordering::Relaxed) + 1;
+            tracing::error!(
+                error = text.unwrap_or_default(),
+                broken,
+                "an invariant of the queue is broken; please report this"
+            );
+        }
         if let Some(pause) = pause {
             tracing::warn!(
                 seconds = pause.as_secs(),
@@ -156,7 +184,8 @@ impl SharedQueue {
                 () = tokio::time::sleep_until(alarm.into()) => {}
                 () = self.sooner.notified() => {}
             }
-            self.decide(Queue::expire);
+            // What failed was told; other deadlines pass all the same.
+            let _ = self.try_decide(Queue::expire);
         }
     }
 
@@ -284,6 +313,16 @@ impl SharedQueue {
         filter: &OperationFilter,
         page_size: usize,
     ) -> Page<OperationRow> {
+        if *filter == OperationFilter::default() {
+            return self.look(|queue| {
+                let (start_index, total) = queue.place_of(after);
+                Page {
+                    rows: queue.operations(after).take(page_size).collect(),
+                    start_index,
+                    total,
+                }
+            });
+        }
         let mut page = Page {
             rows: Vec::new(),
             start_index: 0,
@@ -331,15 +370,19 @@ impl Waiter {
 impl Drop for Waiter {
     fn drop(&mut self) {
         let operation = self.attached.operation;
-        self.shared
-            .decide(|queue, now| queue.detach(now, operation));
+        // It may be dropped because of a panic, which is told.
+        let _ = self
+            .shared
+            .try_decide(|queue, now| queue.detach(now, operation));
     }
 }
 
 impl Drop for HeldCallGuard<'_> {
     fn drop(&mut self) {
         if let Some(held) = self.held {
-            self.shared.decide(|queue, now| queue.drop_call(now, held));
+            let _ = self
+                .shared
+                .try_decide(|queue, now| queue.drop_call(now, held));
         }
     }
 }

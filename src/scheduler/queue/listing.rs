@@ -1,6 +1,6 @@
 //! What there is, for those who look at the queue.
 
-use std::{cmp::Reverse, ops::Bound, time::Instant};
+use std::{cmp::Reverse, ops::Bound};
 
 use uuid::Uuid;
 
@@ -257,10 +257,5 @@ impl<C, W: Clone> Queue<C, W> {
             stage,
             worker: worker.map(|worker| self.workers[worker].id.clone()),
         }
-    }
-
-    /// What became of a deadline, for tests.
-    pub fn removal_of(&self, name: Uuid) -> Option<Instant> {
-        self.operations[self.names.get(name)?].deadline
     }
 }
