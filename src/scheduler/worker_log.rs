@@ -5,13 +5,15 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use super::{
-    queue::{Queue, SizeClassQueueKey, WorkerFilter, WorkerId},
+    queue::{Queue, SizeClassQueueKey, WorkerId},
     shared_queue::SharedQueue,
 };
 use crate::daemon::Lifecycle;
 
 /// The label by which slots differ, as with Buildbarn's worker.
 const SLOT_LABEL: &str = "thread";
+/// Workers that are looked at under one lock.
+const PIECE: usize = 1_000;
 const LOG_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Slots of each worker, by where it takes its work from and its labels without `SLOT_LABEL`.
@@ -32,18 +34,24 @@ enum Change {
 }
 
 impl WorkerOverview {
-    fn of<C, W: Clone>(queue: &Queue<C, W>) -> Self {
+    /// The queue is looked at piece by piece, so that nobody waits for long.
+    fn of(queue: &SharedQueue) -> Self {
         let mut view = WorkerOverview::default();
-        let queues = queue.platform_queues();
+        let queues = queue.look(Queue::platform_queues);
         for row in queues.iter().flat_map(|queue| &queue.size_classes) {
             view.queued += row.root.queued_directly + row.root.queued_indirectly;
-            let workers = queue.workers(&row.key, &WorkerFilter::All, None, usize::MAX);
-            for worker in workers.into_iter().flat_map(|page| page.rows) {
-                view.executing += usize::from(worker.operation.is_some());
-                let mut labels = worker.id.labels().clone();
-                labels.remove(SLOT_LABEL);
-                let worker = (row.key.clone(), WorkerId::new(labels));
-                *view.workers.entry(worker).or_default() += 1;
+            view.executing += row.root.executing_workers;
+            let mut last = None;
+            while let Some(ids) =
+                queue.look(|queue| queue.worker_ids(&row.key, last.as_ref(), PIECE))
+            {
+                for worker in &ids {
+                    let mut labels = worker.labels().clone();
+                    labels.remove(SLOT_LABEL);
+                    let worker = (row.key.clone(), WorkerId::new(labels));
+                    *view.workers.entry(worker).or_default() += 1;
+                }
+                last = ids.last().cloned();
             }
         }
         view
@@ -102,7 +110,7 @@ pub(super) async fn run(queue: &SharedQueue, lifecycle: &Lifecycle, serving: &st
     let mut before = WorkerOverview::default();
     let mut last = String::new();
     loop {
-        let now = queue.look(WorkerOverview::of);
+        let now = WorkerOverview::of(queue);
         for ((key, worker), change) in changes(&before.workers, &now.workers) {
             log_change(&key, &worker, &change);
         }

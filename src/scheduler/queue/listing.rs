@@ -203,6 +203,20 @@ impl<C, W: Clone> Queue<C, W> {
         })
     }
 
+    /// The next workers of a size-class queue after one; `None` when there are no more.
+    pub fn worker_ids(
+        &self,
+        key: &SizeClassQueueKey,
+        after: Option<&WorkerId>,
+        count: usize,
+    ) -> Option<Vec<WorkerId>> {
+        let queue = &self.queues[self.find_queue(key).ok()?];
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let rest = queue.workers.range::<WorkerId, _>((from, Bound::Unbounded));
+        let ids: Vec<WorkerId> = rest.take(count).map(|(id, _)| id.clone()).collect();
+        (!ids.is_empty()).then_some(ids)
+    }
+
     fn worker_row(&self, number: WorkerNumber) -> WorkerRow {
         let worker = &self.workers[number];
         let (held, task) = match &worker.state {
