@@ -16,6 +16,7 @@ mod configurations;
 mod connections;
 mod documents;
 mod escape;
+mod fairness;
 mod farm;
 mod packages;
 mod runner;
