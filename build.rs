@@ -18,6 +18,7 @@ const PROTOS: &[&str] = &[
     "pkg/proto/cas/cas.proto",
     "pkg/proto/completedactionlogger/completed_action.proto",
     "pkg/proto/iscc/iscc.proto",
+    "pkg/proto/remoteactionrouter/remoteactionrouter.proto",
     "pkg/proto/remoteworker/remoteworker.proto",
     "pkg/proto/resourceusage/resourceusage.proto",
     "pkg/proto/runner/runner.proto",

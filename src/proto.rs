@@ -19,7 +19,8 @@ mod generated {
 pub use generated::build::bazel::remote::execution::v2 as reapi;
 pub use generated::build::bazel::semver;
 pub use generated::buildbarn::{
-    auth, buildqueuestate, cas, completedactionlogger, iscc, remoteworker, resourceusage, runner,
+    auth, buildqueuestate, cas, completedactionlogger, iscc, remoteactionrouter, remoteworker,
+    resourceusage, runner,
 };
 pub use generated::google::{bytestream, longrunning, rpc};
 

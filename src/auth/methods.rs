@@ -50,8 +50,11 @@ pub fn requirement(path: &str) -> Option<Requirement> {
         },
         ("buildbarn.remoteworker.OperationQueue", "Synchronize") => InInstance(&[Work]),
         ("google.longrunning.Operations", method) => match method {
-            "GetOperation" | "ListOperations" | "WaitOperation" => Anywhere(See),
-            "CancelOperation" | "DeleteOperation" => Anywhere(Steer),
+            // Of one's own, too.
+            "GetOperation" | "WaitOperation" => InInstance(&[Execute, See]),
+            "ListOperations" => Anywhere(See),
+            "CancelOperation" => InInstance(&[Execute, Steer]),
+            "DeleteOperation" => Anywhere(Steer),
             _ => return None,
         },
         ("buildbarn.buildqueuestate.BuildQueueState", method) => match method {
@@ -81,6 +84,7 @@ mod tests {
         let others = [
             "buildbarn.runner.Runner",
             "buildbarn.iscc.InitialSizeClassCache",
+            "buildbarn.remoteactionrouter.ActionRouter",
             "buildbarn.completedactionlogger.CompletedActionLogger",
         ];
         let mut known = 0;

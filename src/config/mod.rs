@@ -6,8 +6,9 @@
 //! 3. All errors are told at once, each with its file, line and key: what is wrong is taken out, and
 //!    the rest is read again.
 //!
-//! To read in this order: this file; `runner`, `scheduler` and `worker`, the three programs' keys, with
-//! `value` (what is written in them), `tls`, `grants` and `directory_kind`; `parse`, which keeps the facts of an error,
+//! To read in this order: this file; `runner`, `scheduler` (with `routing` and `size_classes`) and `worker`,
+//! the three programs' keys, with `value` (what is written in them), `tls`, `grants` and `directory_kind`;
+//! `parse`, which keeps the facts of an error,
 //! and `error_message`, which tells them; `print`.
 
 #![warn(missing_docs)]
@@ -24,6 +25,7 @@ mod error_message;
 pub mod grants;
 mod parse;
 mod print;
+pub mod routing;
 pub mod runner;
 pub mod scheduler;
 pub mod size_classes;

@@ -14,6 +14,10 @@ use super::{
     directory_kind,
     grants::{self, Grant},
     path_error,
+    routing::{
+        ActionRouter, ActionRouterBackend, PlatformQueue, validate_backends, validate_patterns,
+        validate_platform_queues,
+    },
     size_classes::SizeClasses,
     tls::{ClientTls, ServerTls},
 };
@@ -25,8 +29,13 @@ pub struct Config {
     pub workers: Workers,
     /// Who may do what; empty for everybody and everything.
     pub grants: Vec<Grant>,
+    pub state: State,
     pub storage: Storage,
     pub scheduling: Scheduling,
+    pub action_router: ActionRouter,
+    /// Routers of some instance names and platforms; `action_router` is all others'.
+    pub action_router_backends: Vec<ActionRouterBackend>,
+    pub predeclared_platform_queues: Vec<PlatformQueue>,
     pub shutdown: Shutdown,
     pub log: Log,
 }
@@ -45,6 +54,17 @@ pub struct Workers {
     /// Ignored for a socket that systemd passes under the name `workers`.
     pub listen: ListenAddress,
     pub tls: ServerTls,
+}
+
+/// What operators look at, and what of it outlives the scheduler.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct State {
+    /// Of BuildQueueState. Ignored for a socket that systemd passes under the name `state`.
+    pub listen: ListenAddress,
+    pub tls: ServerTls,
+    /// Of files that are read at the next start.
+    pub directory: PathBuf,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -85,8 +105,10 @@ pub struct Scheduling {
     /// A waiting client hears at least this often (Buildbarn: 60 s; clients that sit behind
     /// proxies, and BuildStream, lose patience earlier).
     pub execution_update_interval: Duration,
-    /// How long an operation lives, completed or not, when nobody waits for it.
+    /// How long a completed operation can be asked for when nobody waits for it.
     pub operation_with_no_waiters_timeout: Duration,
+    /// How long an operation that is not completed goes on when nobody waits for it (Buildbarn: 60 s).
+    pub abandoned_operation_timeout: Duration,
     /// How soon a busy worker calls again, and so hears of a cancellation.
     pub busy_worker_synchronization_interval: Duration,
     /// An idle worker's call is held for a random time up to this.
@@ -98,11 +120,39 @@ pub struct Scheduling {
     pub platform_queue_with_no_workers_timeout: Duration,
     /// How often a worker may claim to have lost an action before the action is blamed.
     pub worker_task_retry_count: u32,
+    /// How often an action is executed again after its worker was lost (Buildbarn: never).
+    pub lost_worker_retry_count: u32,
+    /// For each level of the invocation tree, for how long a worker prefers the invocation that it
+    /// worked for; of platform queues that are not predeclared.
+    pub worker_invocation_stickiness_limits: Vec<Duration>,
+    /// Whether Execute answers with what the Action Cache has (Buildbarn: no).
+    pub action_cache_lookup: bool,
     /// Largest Action that is read from the CAS.
     pub maximum_message_size: Size,
     /// For actions that ask for no platform property, where no worker offers the empty platform.
     pub default_platform: BTreeMap<String, String>,
     pub size_classes: SizeClasses,
+    /// Properties that neither actions nor workers are told apart by; a final `*` stands for anything.
+    pub ignored_platform_properties: Vec<String>,
+    pub limits: Limits,
+}
+
+/// How much the queue keeps, whoever asks. Beyond it is RESOURCE_EXHAUSTED.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    pub queued_operations: usize,
+    pub queued_operations_per_instance_name: usize,
+    /// For each outermost invocation key.
+    pub queued_operations_per_invocation: usize,
+    /// Nodes of the invocation trees.
+    pub invocations: usize,
+    pub platform_queues: usize,
+    pub workers: usize,
+    pub drains: usize,
+    /// Results of workers that were handed the action by a scheduler before this one.
+    pub kept_results: usize,
+    pub kept_results_size: Size,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -126,6 +176,16 @@ impl Default for Workers {
         Workers {
             listen: ListenAddress::Tcp(([127, 0, 0, 1], 8983).into()),
             tls: ServerTls::default(),
+        }
+    }
+}
+
+impl Default for State {
+    fn default() -> Self {
+        State {
+            listen: ListenAddress::Tcp(([127, 0, 0, 1], 8984).into()),
+            tls: ServerTls::default(),
+            directory: PathBuf::from("/var/lib/bb-scheduler/state"),
         }
     }
 }
@@ -158,14 +218,44 @@ impl Default for Scheduling {
             maximum_execution_timeout: Duration::seconds(4 * 60 * 60),
             execution_update_interval: Duration::seconds(20),
             operation_with_no_waiters_timeout: Duration::seconds(60),
+            abandoned_operation_timeout: Duration::seconds(10),
             busy_worker_synchronization_interval: Duration::seconds(10),
             idle_worker_synchronization_interval: Duration::seconds(120),
             worker_with_no_synchronizations_timeout: Duration::seconds(60),
             platform_queue_with_no_workers_timeout: Duration::seconds(15 * 60),
             worker_task_retry_count: 9,
+            lost_worker_retry_count: 3,
+            worker_invocation_stickiness_limits: Vec::new(),
+            action_cache_lookup: true,
             maximum_message_size: Size::mib(2),
             default_platform: BTreeMap::from([("OSFamily".to_owned(), "linux".to_owned())]),
             size_classes: SizeClasses::default(),
+            ignored_platform_properties: DEFAULT_IGNORED.map(str::to_owned).into(),
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// What Bazel sends though nobody asked for it: estimates of resources, and hints for persistent
+/// workers.
+const DEFAULT_IGNORED: [&str; 3] = [
+    "resources:*",
+    "persistentWorker*",
+    "requires-worker-protocol",
+];
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            queued_operations: 1_000_000,
+            queued_operations_per_instance_name: 1_000_000,
+            queued_operations_per_invocation: 500_000,
+            invocations: 100_000,
+            platform_queues: 10_000,
+            workers: 100_000,
+            drains: 10_000,
+            kept_results: 10_000,
+            kept_results_size: Size::mib(256),
         }
     }
 }
@@ -205,21 +295,40 @@ impl Serialize for StorageLocation {
 
 impl Validate for Config {
     fn validate(&self, diagnostics: &mut Diagnostics) {
-        diagnostics.require(
-            !self.clients.listen.meets(&self.workers.listen),
-            "workers.listen",
-            format!(
-                "clients.listen has the same port, {}; give each a port of its own, such as 127.0.0.1:8983 here",
-                self.clients.listen
-            ),
-        );
+        let listen = [
+            ("clients.listen", &self.clients.listen),
+            ("workers.listen", &self.workers.listen),
+            ("state.listen", &self.state.listen),
+        ];
+        for (number, (key, address)) in listen.iter().enumerate() {
+            for (other, taken) in &listen[..number] {
+                let default = 8982 + number;
+                diagnostics.require(
+                    !address.meets(taken),
+                    key,
+                    format!(
+                        "{other} has the same port, {taken}; give each a port of its own, such as 127.0.0.1:{default} here"
+                    ),
+                );
+            }
+        }
         self.clients.tls.validate("clients.tls", diagnostics);
         self.workers.tls.validate("workers.tls", diagnostics);
+        self.state.tls.validate("state.tls", diagnostics);
+        self.state.check(&self.storage.embedded, diagnostics);
         let asks = |tls: &ServerTls| !tls.client_ca.as_os_str().is_empty();
-        let has_certificates = asks(&self.clients.tls) || asks(&self.workers.tls);
+        let has_certificates =
+            asks(&self.clients.tls) || asks(&self.workers.tls) || asks(&self.state.tls);
         grants::validate(&self.grants, has_certificates, diagnostics);
         self.storage.check(&self.clients.listen, diagnostics);
         self.scheduling.validate(diagnostics);
+        self.action_router.validate("action_router", diagnostics);
+        validate_backends(&self.action_router_backends, diagnostics);
+        validate_platform_queues(
+            &self.predeclared_platform_queues,
+            &self.scheduling.ignored_platform_properties,
+            diagnostics,
+        );
         let embedded = |place: &StorageLocation| *place == StorageLocation::Embedded;
         diagnostics.require(
             !self.scheduling.size_classes.feedback_driven
@@ -227,6 +336,27 @@ impl Validate for Config {
                 || embedded(&self.storage.cas),
             "storage.initial_size_class_cache",
             "there is no embedded store, since storage.cas is an endpoint, and scheduling.size_classes.feedback_driven needs one of the two; write where the storage is, such as \"grpc://storage.example:8981\"",
+        );
+    }
+}
+
+impl State {
+    fn check(&self, embedded: &Embedded, diagnostics: &mut Diagnostics) {
+        let key = "state.directory";
+        if let Some(reason) = path_error(&self.directory) {
+            diagnostics.add(key, reason);
+            return;
+        }
+        diagnostics.require(
+            directory_kind(&self.directory) == DirectoryKind::Ordinary,
+            key,
+            "others have files there; choose a directory of its own, such as /var/lib/bb-scheduler/state",
+        );
+        diagnostics.require(
+            !self.directory.starts_with(&embedded.directory)
+                && !embedded.directory.starts_with(&self.directory),
+            key,
+            "storage.embedded.directory is the same, or one of them is in the other; choose a directory of its own, such as /var/lib/bb-scheduler/state",
         );
     }
 }
@@ -317,6 +447,12 @@ impl Scheduling {
                 "operation_with_no_waiters_timeout",
                 self.operation_with_no_waiters_timeout,
                 SECOND,
+                "a client that reconnects would not find its result",
+            ),
+            (
+                "abandoned_operation_timeout",
+                self.abandoned_operation_timeout,
+                SECOND,
                 "a client that reconnects would find its action cancelled",
             ),
             (
@@ -374,5 +510,36 @@ impl Scheduling {
             "a property needs a name, as in { OSFamily = \"linux\" }",
         );
         self.size_classes.validate(diagnostics);
+        validate_patterns(
+            "scheduling.ignored_platform_properties",
+            &self.ignored_platform_properties,
+            diagnostics,
+        );
+        self.limits.validate(diagnostics);
+    }
+}
+
+impl Limits {
+    fn validate(&self, diagnostics: &mut Diagnostics) {
+        for (key, limit) in [
+            ("queued_operations", self.queued_operations),
+            (
+                "queued_operations_per_instance_name",
+                self.queued_operations_per_instance_name,
+            ),
+            (
+                "queued_operations_per_invocation",
+                self.queued_operations_per_invocation,
+            ),
+            ("invocations", self.invocations),
+            ("platform_queues", self.platform_queues),
+            ("workers", self.workers),
+        ] {
+            diagnostics.require(
+                limit > 0,
+                &format!("scheduling.limits.{key}"),
+                "with 0, nothing would be let in; write how many there may be at a time",
+            );
+        }
     }
 }

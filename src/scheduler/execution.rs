@@ -1,4 +1,10 @@
 //! The Execution service: what clients ask becomes operations of the queue, and those streams.
+//!
+//! 1. An operation is called by an `OperationName`. `WaitExecution` of one that the queue does not know is
+//!    a request like Execute, under the UUID that the name has; a plain UUID that it does not know is
+//!    NOT_FOUND, as with Buildbarn.
+//! 2. What was there before a request is given only when all of its outputs are in the CAS, and never to a
+//!    request that skips the look-up.
 
 use std::{
     pin::Pin,
@@ -10,17 +16,19 @@ use futures::{Stream, stream};
 use prost::{Message, Name};
 use prost_types::Any;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, metadata::MetadataMap};
 use tracing::Instrument;
 use uuid::Uuid;
 
 use super::{
-    queue::{
-        self, EncodedResponse, InvocationKey, InvocationKeys, Platform, Progress, QueuedAction,
-        Stage,
-    },
+    action_routing::{ActionRouting, Routed},
+    operation_message::{self, Update},
+    operation_name::{OperationName, ParsedName},
+    queue::{self, EncodedResponse, InvocationKeys, QueuedAction, Stage},
+    routing::execution_timeout,
     shared_queue::{SharedQueue, Waiter},
-    size_class::Analyzer,
+    size_class::{Analyzer, Selector},
+    statistics_store::StatisticsStore,
     status::{self, invalid},
 };
 use crate::{
@@ -31,25 +39,39 @@ use crate::{
     metadata::REQUEST_METADATA_HEADER,
     proto::{
         self,
-        longrunning::{self, Operation},
+        auth::AuthenticationMetadata,
+        longrunning::Operation,
         reapi::{self, execution_stage::Value as StageValue},
         rpc,
     },
     storage::Backend,
 };
 
-/// Commands may be longer than Actions; only those of clients before REAPI 2.2 are read.
-const LARGEST_COMMAND: u64 = 16 << 20;
-
 /// What clients call.
+#[derive(Clone)]
 pub(super) struct ExecutionService {
     pub queue: Arc<SharedQueue>,
     pub storage: Backend,
     pub scheduling: config::scheduler::Scheduling,
+    pub routing: Arc<ActionRouting>,
+    pub analyzer: Analyzer,
+    pub statistics: Arc<StatisticsStore>,
+    /// In the names of operations: which scheduler gave them.
+    pub scheduler: u64,
     pub stopping: CancellationToken,
 }
 
 type Operations = Pin<Box<dyn Stream<Item = Result<Operation, Status>> + Send>>;
+
+/// An action to be executed, and who asks.
+struct Asked {
+    name: OperationName,
+    /// It is an operation of a scheduler before this one.
+    resumes: bool,
+    /// The header of RequestMetadata, encoded.
+    header: Option<bytes::Bytes>,
+    user: Option<AuthenticationMetadata>,
+}
 
 #[tonic::async_trait]
 impl reapi::execution_server::Execution for ExecutionService {
@@ -60,14 +82,17 @@ impl reapi::execution_server::Execution for ExecutionService {
         &self,
         request: Request<reapi::ExecuteRequest>,
     ) -> Result<Response<Operations>, Status> {
-        let asked = RefusalLog::new(&request);
-        let span = daemon::action_span(&asked.action, None, None);
+        let log = RefusalLog::new(&request, request.get_ref());
+        let span = daemon::action_span(&log.action, None, None);
         async {
-            let result = self.take(request).await;
+            let result = match self.parse(request) {
+                Ok(asked) => self.take(asked).await,
+                Err(status) => Err(status),
+            };
             if let Err(status) = &result {
-                asked.refused(status);
+                log.refused(status);
             }
-            result
+            result.map(Response::new)
         }
         .instrument(span)
         .await
@@ -78,64 +103,135 @@ impl reapi::execution_server::Execution for ExecutionService {
         request: Request<reapi::WaitExecutionRequest>,
     ) -> Result<Response<Operations>, Status> {
         self.refuse_when_stopping()?;
+        let text = &request.get_ref().name;
+        let name = ParsedName::parse(text).map_err(|error| status::unknown_name(text, &error))?;
         let access = Access::of(&request);
-        let name = request.into_inner().name;
-        let waiter = Uuid::try_parse(&name)
-            .ok()
-            .and_then(|operation| self.queue.wait(operation))
-            .ok_or_else(|| {
-                let name = crate::text::shorten(&name);
-                Status::not_found(format!("Operation with name {name:?} not found"))
-            })?;
-        access.require(&waiter.attached.action.instance)?;
-        Ok(Response::new(self.watch(waiter)))
+        if let Some(waiter) = self.queue.wait(name.operation()) {
+            let action = &waiter.attached.action;
+            return match &name {
+                // The UUID of one action, and the rest of another.
+                ParsedName::Full(name)
+                    if name.digest != action.digest || name.instance != action.instance =>
+                {
+                    Err(status::unknown_name(text, &"it is of another action"))
+                }
+                _ => {
+                    access.require(&action.instance)?;
+                    Ok(Response::new(self.watch(waiter, text.clone())))
+                }
+            };
+        }
+        match name {
+            ParsedName::Plain(_) => Err(status::unknown_name(
+                text,
+                &"nor does the name say what it executed",
+            )),
+            ParsedName::Full(name) => {
+                access.require(&name.instance)?;
+                let span = daemon::action_span(&name.digest.hash_hex(), Some(name.operation), None);
+                let asked = Asked {
+                    resumes: true,
+                    header: request_metadata_header(request.metadata()),
+                    user: status::user(&request),
+                    name: *name,
+                };
+                self.resume(asked).instrument(span).await.map(Response::new)
+            }
+        }
     }
 }
 
 impl ExecutionService {
-    async fn take(
-        &self,
-        request: Request<reapi::ExecuteRequest>,
-    ) -> Result<Response<Operations>, Status> {
-        self.refuse_when_stopping()?;
-        let header = request
-            .metadata()
-            .get_bin(REQUEST_METADATA_HEADER)
-            .and_then(|value| value.to_bytes().ok());
-        let access = Access::of(&request);
+    fn parse(&self, request: Request<reapi::ExecuteRequest>) -> Result<Asked, Status> {
+        let header = request_metadata_header(request.metadata());
+        let (user, access) = (status::user(&request), Access::of(&request));
         let request = request.into_inner();
         let instance = InstanceName::parse(&request.instance_name).map_err(invalid)?;
         access.require(&instance)?;
         let function = DigestFunction::from_proto(request.digest_function).map_err(invalid)?;
-        let digest = Digest::parse_required(function, request.action_digest.as_ref())
-            .map_err(|error| invalid(format!("Invalid action digest: {error}")))?;
-        let action: reapi::Action = self
-            .message(
-                &instance,
-                &digest,
-                self.scheduling.maximum_message_size.0,
-                "action",
-            )
-            .await?;
-        let platform = self.platform(&instance, &digest, &action).await?;
-        let timeout = self.timeout(action.timeout.as_ref())?;
-        let (auxiliary_metadata, metadata) = request_metadata(header);
-        let invocation = Any {
-            type_url: reapi::RequestMetadata::type_url(),
-            value: reapi::RequestMetadata {
-                tool_invocation_id: metadata.tool_invocation_id,
-                ..Default::default()
-            }
-            .encode_to_vec(),
-        };
-        let queued = queue::Request {
-            name: Uuid::new_v4(),
+        Ok(Asked {
+            name: OperationName {
+                operation: Uuid::new_v4(),
+                scheduler: self.scheduler,
+                instance,
+                digest: Digest::parse_required(function, request.action_digest.as_ref())
+                    .map_err(|error| invalid(format!("Invalid action digest: {error}")))?,
+                priority: request.execution_policy.map_or(0, |policy| policy.priority),
+                skip_cache_lookup: request.skip_cache_lookup,
+                invocation: InvocationKeys::default(),
+            },
             resumes: false,
-            platform,
-            priority: request.execution_policy.map_or(0, |policy| policy.priority),
-            invocation: InvocationKeys::new([InvocationKey::new(&invocation)]),
-            skip_cache_lookup: request.skip_cache_lookup,
-            selector: Analyzer::Fallback.selector(timeout, None, SystemTime::now()),
+            header,
+            user,
+        })
+    }
+
+    async fn resume(&self, asked: Asked) -> Result<Operations, Status> {
+        if let Some(withheld) = RESUMED.admit(Instant::now()) {
+            tracing::info!(
+                instance = asked.name.instance.as_str(),
+                of_this_scheduler = asked.name.scheduler == self.scheduler,
+                lines_withheld = withheld,
+                "a client waits for an operation that is not known here; it is taken up again"
+            );
+        }
+        self.take(asked).await
+    }
+
+    async fn take(&self, asked: Asked) -> Result<Operations, Status> {
+        self.refuse_when_stopping()?;
+        let Asked {
+            mut name,
+            resumes,
+            header,
+            user,
+        } = asked;
+        let (instance, digest) = (name.instance.clone(), name.digest);
+        let mut action = self.action(&instance, &digest).await?;
+        let may_look_up = self.scheduling.action_cache_lookup && !action.do_not_cache;
+        if may_look_up
+            && !name.skip_cache_lookup
+            && let Some(result) = self.look_up(&instance, &digest).await
+        {
+            return Ok(self.answer_from_cache(&name, result));
+        }
+        let (mut auxiliary_metadata, metadata) = request_metadata(header);
+        let route = self
+            .routing
+            .route(Routed {
+                instance: &instance,
+                digest: &digest,
+                action: &action,
+                metadata: &metadata,
+                user: user.as_ref(),
+                claimed: resumes.then_some(&name.invocation),
+            })
+            .await?;
+        if let Some(changed) = route.action {
+            action = changed;
+        }
+        if let Some(user) = user.filter(|user| user.public.is_some()) {
+            auxiliary_metadata.insert(
+                0,
+                proto::pack(&AuthenticationMetadata {
+                    public: user.public,
+                    ..Default::default()
+                }),
+            );
+        }
+        let timeout =
+            execution_timeout(action.timeout.as_ref(), &self.scheduling).map_err(invalid)?;
+        let selector = self.selector(&name, &action, timeout).await;
+        name.invocation = route.invocation;
+        let best = self.queue.first_served(&route.platforms, &instance);
+        let queued = queue::Request {
+            name: name.operation,
+            resumes,
+            platform: best.unwrap_or_default(),
+            priority: name.priority,
+            invocation: name.invocation.clone(),
+            skip_cache_lookup: name.skip_cache_lookup,
+            selector,
             action: Arc::new(QueuedAction::new(
                 instance,
                 digest,
@@ -145,105 +241,177 @@ impl ExecutionService {
                 proto::timestamp(SystemTime::now()),
             )),
         };
-        let waiter = self.queue.execute(queued).map_err(status::not_queued)?;
-        Ok(Response::new(self.watch(waiter)))
+        let waiter = self
+            .queue
+            .execute(queued.clone())
+            .map_err(status::execute)?;
+        let waiter = self.without_incomplete_result(waiter, queued).await?;
+        name.operation = waiter.attached.operation;
+        Ok(self.watch(waiter, name.to_string()))
     }
 
-    fn refuse_when_stopping(&self) -> Result<(), Status> {
+    /// On workers of which size it is executed.
+    async fn selector(
+        &self,
+        name: &OperationName,
+        action: &reapi::Action,
+        timeout: Duration,
+    ) -> Selector {
+        let function = name.digest.function();
+        let key = self
+            .analyzer
+            .statistics_key(&name.instance, function, action);
+        let statistics = match key {
+            None => None,
+            Some(key) => self.statistics.read(&key).await.map(|known| (key, known)),
+        };
+        self.analyzer
+            .selector(timeout, statistics, SystemTime::now())
+    }
+
+    /// A result that was there before the request is none without its outputs.
+    async fn without_incomplete_result(
+        &self,
+        waiter: Waiter,
+        request: queue::Request,
+    ) -> Result<Waiter, Status> {
+        let Stage::Completed(outcome) = &waiter.attached.progress.stage else {
+            return Ok(waiter);
+        };
+        let result = reapi::ExecuteResponse::decode(&*outcome.response)
+            .unwrap_or_default()
+            .result;
+        let (instance, digest) = (&request.action.instance, &request.action.digest);
+        let Some(result) = result else {
+            return Ok(waiter);
+        };
+        let complete = self
+            .storage
+            .is_complete(instance, digest.function(), &result);
+        if complete.await.unwrap_or(false) {
+            return Ok(waiter);
+        }
+        tracing::info!(
+            "a result from before a restart is incomplete by now; the action is executed again"
+        );
+        let again = queue::Request {
+            name: Uuid::new_v4(),
+            resumes: false,
+            ..request
+        };
+        self.queue.execute(again).map_err(status::execute)
+    }
+
+    pub(super) fn refuse_when_stopping(&self) -> Result<(), Status> {
         match self.stopping.is_cancelled() {
             true => Err(status::stopping()),
             false => Ok(()),
         }
     }
 
-    async fn message<M: Message + Default>(
+    async fn action(
         &self,
         instance: &InstanceName,
         digest: &Digest,
-        limit: u64,
-        what: &str,
-    ) -> Result<M, Status> {
+    ) -> Result<reapi::Action, Status> {
+        let limit = self.scheduling.maximum_message_size.get();
         let data = self
             .storage
             .read(instance, digest, limit)
             .await
-            .map_err(|error| status::storage(&format!("Failed to obtain {what}"), error))?;
-        M::decode(data)
-            .map_err(|error| invalid(format!("Failed to obtain {what}: blob {digest}: {error}")))
+            .map_err(|error| status::storage("Failed to obtain action", error))?;
+        reapi::Action::decode(data)
+            .map_err(|error| invalid(format!("Failed to obtain action: blob {digest}: {error}")))
     }
 
-    /// REAPI: Action.platform; clients before 2.2 set Command.platform instead.
-    async fn platform(
+    /// A cache that cannot be asked has nothing.
+    async fn look_up(
         &self,
         instance: &InstanceName,
-        action_digest: &Digest,
-        action: &reapi::Action,
-    ) -> Result<Platform, Status> {
-        let place = |platform: Option<&reapi::Platform>| {
-            Platform::parse(platform)
-                .map_err(|error| invalid(format!("Failed to route action: {error}")))
-        };
-        if action.platform.is_some() {
-            return place(action.platform.as_ref());
+        digest: &Digest,
+    ) -> Option<reapi::ActionResult> {
+        match self.storage.complete_action_result(instance, digest).await {
+            Ok(result) => result,
+            Err(error) => {
+                if let Some(withheld) = FAILED_LOOK_UPS.admit(Instant::now()) {
+                    tracing::warn!(
+                        %error,
+                        lines_withheld = withheld,
+                        "could not look into the Action Cache; the action is executed"
+                    );
+                }
+                None
+            }
         }
-        let function = Some(action_digest.function());
-        let digest = Digest::parse_required(function, action.command_digest.as_ref())
-            .map_err(|error| invalid(format!("Invalid command digest: {error}")))?;
-        let command: reapi::Command = self
-            .message(instance, &digest, LARGEST_COMMAND, "command")
-            .await?;
-        #[expect(deprecated, reason = "clients before REAPI 2.2 fill it")]
-        place(command.platform.as_ref())
     }
 
-    /// A timeout of zero is none: no client means that its action shall not run.
-    fn timeout(&self, asked: Option<&prost_types::Duration>) -> Result<Duration, Status> {
-        let default = self.scheduling.default_execution_timeout.get();
-        let maximum = self.scheduling.maximum_execution_timeout;
-        let Some(asked) = asked else {
-            return Ok(default);
+    fn answer_from_cache(&self, name: &OperationName, result: reapi::ActionResult) -> Operations {
+        tracing::debug!(
+            instance = name.instance.as_str(),
+            "answered from the Action Cache"
+        );
+        let response = EncodedResponse::new(&reapi::ExecuteResponse {
+            result: Some(result),
+            cached_result: true,
+            status: Some(rpc::Status::default()),
+            ..Default::default()
+        });
+        let operation = |stage: StageValue, completed: Option<&EncodedResponse>| {
+            let text = name.to_string();
+            Ok(operation_message::operation(
+                text,
+                &name.digest,
+                stage,
+                completed,
+                None,
+            ))
         };
-        match proto::duration(asked) {
-            Some(Duration::ZERO) => Ok(default),
-            Some(timeout) if timeout <= maximum.get() => Ok(timeout),
-            _ => Err(invalid(format!(
-                "Invalid execution timeout: {} s and {} ns is not between 0 s and {maximum}",
-                asked.seconds, asked.nanos
-            ))),
-        }
+        Box::pin(stream::iter([
+            operation(StageValue::CacheCheck, None),
+            operation(StageValue::Completed, Some(&response)),
+        ]))
     }
 
     /// The operation now, at each change, and now and then; the stream ends with its completion.
-    fn watch(&self, waiter: Waiter) -> Operations {
+    fn watch(&self, waiter: Waiter, name: String) -> Operations {
         let interval = self.scheduling.execution_update_interval.get();
-        let state = Some((waiter, self.stopping.clone(), None));
-        Box::pin(stream::unfold(state, move |state| async move {
-            let (mut waiter, stopping, seen) = state?;
-            if let Some(seen) = seen {
-                let stops = tokio::select! {
-                    biased;
-                    _ = waiter.news.wait_for(|news| news.version > seen) => false,
-                    () = stopping.cancelled() => true,
-                    () = tokio::time::sleep(interval) => false,
+        let state = Some((waiter, name, None));
+        let (queue, stopping) = (self.queue.clone(), self.stopping.clone());
+        Box::pin(stream::unfold(state, move |state| {
+            let (queue, stopping) = (queue.clone(), stopping.clone());
+            async move {
+                let (mut waiter, name, seen) = state?;
+                let mut update = Update::News;
+                if let Some(seen) = seen {
+                    tokio::select! {
+                        biased;
+                        _ = waiter.news.wait_for(|news| news.version > seen) => {}
+                        () = stopping.cancelled() => return Some((Err(status::stopping()), None)),
+                        () = tokio::time::sleep(interval) => update = Update::StillThere,
+                    }
+                }
+                let progress = waiter.progress();
+                let attached = &waiter.attached;
+                let details = match update {
+                    // Nobody can read it as fast as a queue moves on.
+                    Update::News => None,
+                    Update::StillThere => queue.explain(attached.operation),
                 };
-                if stops {
-                    return Some((Err(status::stopping()), None));
-                }
+                let operation = operation_message::of_progress(
+                    name.clone(),
+                    &attached.action,
+                    &progress,
+                    details.as_ref(),
+                );
+                let next = match &progress.stage {
+                    Stage::Completed(outcome) => {
+                        log_completion(attached.operation, &attached.action, outcome);
+                        None
+                    }
+                    _ => Some((waiter, name, Some(progress.version))),
+                };
+                Some((Ok(operation), next))
             }
-            let progress = waiter.progress();
-            let operation = operation(
-                waiter.attached.operation,
-                &waiter.attached.action,
-                &progress,
-            );
-            let next = match &progress.stage {
-                Stage::Completed(outcome) => {
-                    log_completion(waiter.attached.operation, &waiter.attached.action, outcome);
-                    None
-                }
-                _ => Some((waiter, stopping, Some(progress.version))),
-            };
-            Some((Ok(operation), next))
         }))
     }
 }
@@ -257,15 +425,16 @@ struct RefusalLog {
 
 /// Lines about refusals, which a client can cause as fast as it can call.
 static REFUSALS: LogRateLimit = LogRateLimit::new(20, Duration::from_secs(10));
+static RESUMED: LogRateLimit = LogRateLimit::new(20, Duration::from_secs(10));
+static FAILED_LOOK_UPS: LogRateLimit = LogRateLimit::new(5, Duration::from_secs(60));
 
 impl RefusalLog {
-    fn new(request: &Request<reapi::ExecuteRequest>) -> Self {
-        let client = match request.extensions().get::<Peer>() {
+    fn new<T>(call: &Request<T>, request: &reapi::ExecuteRequest) -> Self {
+        let client = match call.extensions().get::<Peer>() {
             Some(Peer::Tcp(Some(address))) => address.to_string(),
             Some(Peer::Unix { uid, .. }) => format!("user {uid}"),
             Some(Peer::Tcp(None)) | None => "unknown".to_owned(),
         };
-        let request = request.get_ref();
         let action = request.action_digest.as_ref();
         RefusalLog {
             action: action.map(|digest| digest.hash.clone()).unwrap_or_default(),
@@ -291,7 +460,7 @@ impl RefusalLog {
 /// A failure of the farm is a warning, with its reason and its worker; one of the action or its client
 /// is nobody's business here.
 fn log_completion(operation: Uuid, queued: &QueuedAction, outcome: &EncodedResponse) {
-    let (instance, target) = (queued.instance.as_str(), queued.target_id());
+    let instance = queued.instance.as_str();
     let worker = Some(outcome.worker.as_str()).filter(|worker| !worker.is_empty());
     let span = daemon::action_span(&queued.digest.hash_hex(), Some(operation), worker);
     let _entered = span.enter();
@@ -305,7 +474,7 @@ fn log_completion(operation: Uuid, queued: &QueuedAction, outcome: &EncodedRespo
             let response = reapi::ExecuteResponse::decode(&*outcome.response).unwrap_or_default();
             tracing::warn!(
                 instance,
-                target,
+                target = queued.target_id(),
                 code = code.as_str_name(),
                 error = response.status.unwrap_or_default().message,
                 "an operation failed"
@@ -313,43 +482,15 @@ fn log_completion(operation: Uuid, queued: &QueuedAction, outcome: &EncodedRespo
         }
         _ => tracing::info!(
             instance,
-            target,
+            target = queued.target_id(),
             code = code.as_str_name(),
             "operation completed"
         ),
     }
 }
 
-fn operation(name: Uuid, queued: &QueuedAction, progress: &Progress) -> Operation {
-    let stage = match progress.stage {
-        Stage::Queued => StageValue::Queued,
-        Stage::Executing => StageValue::Executing,
-        Stage::Completed(_) => StageValue::Completed,
-    };
-    let metadata = reapi::ExecuteOperationMetadata {
-        stage: stage as i32,
-        action_digest: Some(queued.digest.to_proto()),
-        digest_function: queued.digest.function().to_proto() as i32,
-        ..Default::default()
-    };
-    Operation {
-        name: name.to_string(),
-        metadata: Some(proto::pack(&metadata)),
-        done: matches!(progress.stage, Stage::Completed(_)),
-        result: match &progress.stage {
-            Stage::Completed(outcome) => {
-                Some(longrunning::operation::Result::Response(response(outcome)))
-            }
-            _ => None,
-        },
-    }
-}
-
-fn response(outcome: &EncodedResponse) -> Any {
-    Any {
-        type_url: reapi::ExecuteResponse::type_url(),
-        value: outcome.response.clone(),
-    }
+fn request_metadata_header(headers: &MetadataMap) -> Option<bytes::Bytes> {
+    headers.get_bin(REQUEST_METADATA_HEADER)?.to_bytes().ok()
 }
 
 /// For the worker, and for routing. A header that is none is as good as an absent one.

@@ -1,15 +1,26 @@
 //! bb_scheduler: queues the actions of clients, and hands them to workers.
 //!
-//! In the order to read it: `queue` decides, `shared_queue` lets calls meet in it; `execution` serves
-//! clients and `workers` serves workers, with the refusals of `status`; `worker_log` tells what goes on;
-//! `size_class` chooses among workers of several sizes, by what `statistics_store` keeps.
+//! In the order to read it: `routing` and `action_routing` find out where an action goes; `queue` decides,
+//! with `size_class`, and `shared_queue` lets calls meet in it. `execution` and `operations` serve clients,
+//! whose names for operations are those of `operation_name`; `workers` serves workers, `state` operators,
+//! with `drain_file`; all of them with the refusals of `status`. `worker_log` tells what goes on,
+//! and `statistics_store` keeps what executions came to.
+
+use std::sync::Arc;
 
 use tonic::codec::CompressionEncoding;
 
+mod action_routing;
+mod drain_file;
 mod execution;
+mod operation_message;
+pub mod operation_name;
+mod operations;
 pub mod queue;
+pub mod routing;
 mod shared_queue;
 pub mod size_class;
+mod state;
 pub mod statistics_store;
 mod status;
 mod worker_log;
@@ -26,13 +37,20 @@ use crate::{
     },
     instance::InstanceName,
     proto::{
-        reapi::execution_server::ExecutionServer,
+        buildqueuestate::build_queue_state_server::BuildQueueStateServer,
+        longrunning::operations_server::OperationsServer, reapi::execution_server::ExecutionServer,
         remoteworker::operation_queue_server::OperationQueueServer,
     },
     storage::{self, Backend, InitialSizeClassCache},
 };
+use action_routing::ActionRouting;
+use drain_file::DrainFile;
+use execution::ExecutionService;
+use operations::OperationsService;
 use queue::Settings;
 use shared_queue::SharedQueue;
+use size_class::Analyzer;
+use state::StateService;
 use statistics_store::StatisticsStore;
 
 pub const PROGRAM: Program = Program {
@@ -55,6 +73,7 @@ pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut 
     daemon::warn_grants(&config.grants, diagnostics);
     daemon::warn_server("clients.tls", &config.clients.tls, diagnostics);
     daemon::warn_server("workers.tls", &config.workers.tls, diagnostics);
+    daemon::warn_server("state.tls", &config.state.tls, diagnostics);
     daemon::warn_client("storage.tls", &config.storage.tls, diagnostics);
     if config.storage.cas == StorageLocation::Embedded {
         let embedded = &config.storage.embedded;
@@ -64,7 +83,7 @@ pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut 
 }
 
 /// Names of sockets, their units, and what they are used in place of.
-fn sockets(config: &Config) -> [(&'static str, &'static str, &'static str, &ListenAddress); 2] {
+fn sockets(config: &Config) -> [(&'static str, &'static str, &'static str, &ListenAddress); 3] {
     [
         (
             "clients",
@@ -78,6 +97,12 @@ fn sockets(config: &Config) -> [(&'static str, &'static str, &'static str, &List
             "workers.listen",
             &config.workers.listen,
         ),
+        (
+            "state",
+            "bb-scheduler-state.socket",
+            "state.listen",
+            &config.state.listen,
+        ),
     ]
 }
 
@@ -88,6 +113,7 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     }
     daemon::check_server("clients.tls", &config.clients.tls, report);
     daemon::check_server("workers.tls", &config.workers.tls, report);
+    daemon::check_server("state.tls", &config.state.tls, report);
     daemon::check_client("storage.tls", &config.storage.tls, report);
     let mut failures = Backend::probe(&config.storage).await;
     let what = match &config.storage.cas {
@@ -135,7 +161,14 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let cache = &config.storage.initial_size_class_cache;
     let statistics =
         StatisticsStore::new(InitialSizeClassCache::open(cache, &storage, &credentials));
-    let queue = SharedQueue::new(Settings::from(&config.scheduling));
+    let drains = DrainFile::new(&config.state.directory);
+    let settings = Settings {
+        drains: drains.read(),
+        first_attempt: fastrand::u64(1..),
+        ..Settings::from(&config)
+    };
+    let queue = SharedQueue::new(settings, statistics.clone());
+    let routing = Arc::new(ActionRouting::new(&config, storage.clone()));
     let policy = Policy::new(&config.grants);
     let clients = daemon::listen("clients", "clients.listen", &config.clients.listen, None)?
         .with_tls(daemon::server_tls(
@@ -151,27 +184,51 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             &lifecycle,
         )?)
         .with_policy(&policy);
+    let state = daemon::listen("state", "state.listen", &config.state.listen, None)?
+        .with_tls(daemon::server_tls(
+            "state.tls",
+            &config.state.tls,
+            &lifecycle,
+        )?)
+        .with_policy(&policy);
     let status = format!(
-        "serving clients on {}, workers on {}",
+        "serving clients on {}, workers on {}, operators on {}",
         clients.address(),
-        workers.address()
+        workers.address(),
+        state.address()
     );
-    let execution = ExecutionServer::new(execution::ExecutionService {
+    let execution = ExecutionService {
         queue: queue.clone(),
         storage: storage.clone(),
         scheduling: config.scheduling.clone(),
+        routing: routing.clone(),
+        analyzer: Analyzer::from(&config.scheduling.size_classes),
+        statistics: statistics.clone(),
+        scheduler: fastrand::u64(..),
+        stopping: stopping.clone(),
+    };
+    let operations = OperationsServer::new(OperationsService(execution.clone()))
+        .accept_compressed(CompressionEncoding::Gzip)
+        .max_decoding_message_size(LARGEST_REQUEST);
+    let execution = ExecutionServer::new(execution)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .max_decoding_message_size(LARGEST_REQUEST);
+    let queue_state = BuildQueueStateServer::new(StateService {
+        queue: queue.clone(),
+        drains: drains.clone(),
         stopping: stopping.clone(),
     })
     .accept_compressed(CompressionEncoding::Gzip)
     .max_decoding_message_size(LARGEST_REQUEST);
-    let operations = OperationQueueServer::new(workers::OperationQueueService {
+    let operation_queue = OperationQueueServer::new(workers::OperationQueueService {
         queue: queue.clone(),
+        routing,
         idle_interval: config.scheduling.idle_worker_synchronization_interval.get(),
         stopping: stopping.clone(),
     })
     .accept_compressed(CompressionEncoding::Gzip)
     .max_decoding_message_size(LARGEST_REPORT);
-    let mut client_services = Services::default().add(execution);
+    let mut client_services = Services::default().add(execution).add(operations);
     let mut largest_blob = 0;
     if storage.needs_services() {
         client_services = storage::serve::add_to(client_services, &storage);
@@ -180,7 +237,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let client_routes = client_services
         .add(storage::serve::capabilities(true, largest_blob))
         .observable(&stopping)?;
-    let worker_routes = Services::default().add(operations).observable(&stopping)?;
+    let worker_routes = Services::default()
+        .add(operation_queue)
+        .observable(&stopping)?;
+    let state_routes = Services::default().add(queue_state).observable(&stopping)?;
     let worker_limits = ServerLimits {
         largest_message: LARGEST_REPORT as u64,
         ..ServerLimits::default()
@@ -193,6 +253,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let ended = tokio::select! {
         () = queue.run_timers() => Ok(()),
         () = statistics.run() => Ok(()),
+        () = drains.run(&queue) => Ok(()),
         () = worker_log::run(&queue, &lifecycle, &status) => Ok(()),
         served = async {
             tokio::try_join!(
@@ -204,6 +265,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
                     stopping.clone(),
                     drain
                 ),
+                daemon::serve(state, state_routes, stopping.clone(), drain),
             )
         } => served.map(|_| ()),
     };

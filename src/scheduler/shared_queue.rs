@@ -15,10 +15,12 @@ use uuid::Uuid;
 
 use super::queue::{
     AttachedWaiter, Caller, Clock, Drain, DrainRefusal, Effect, EncodedResponse, ExecuteRefusal,
-    Explanation, HeldCall, Instruction, KillRefusal, OperationFilter, OperationRow, Page, Progress,
-    Queue, Refusal, Request, Settings, SizeClassQueueKey, Stage, SynchronizeAnswer, TICK,
+    Explanation, HeldCall, Instruction, KillRefusal, OperationFilter, OperationRow, Page, Platform,
+    Progress, Queue, Refusal, Request, Settings, SizeClassQueueKey, Stage, SynchronizeAnswer, TICK,
     UnknownOperation, UnknownQueue, WorkerPattern, WorkerReport,
 };
+use super::statistics_store::StatisticsStore;
+use crate::instance::InstanceName;
 
 /// Operations that are looked at under one lock.
 const PIECE: usize = 256;
@@ -34,6 +36,7 @@ pub(super) struct SharedQueue {
     broken_invariants: AtomicU64,
     /// Those to keep for the next scheduler, with their version.
     drains: watch::Sender<(u64, Vec<Drain>)>,
+    statistics: Arc<StatisticsStore>,
 }
 
 struct QueueAndClock {
@@ -57,7 +60,7 @@ struct HeldCallGuard<'a> {
 }
 
 impl SharedQueue {
-    pub(super) fn new(mut settings: Settings) -> Arc<Self> {
+    pub(super) fn new(mut settings: Settings, statistics: Arc<StatisticsStore>) -> Arc<Self> {
         let now = Instant::now();
         settings.first_attempt = fastrand::u64(..);
         Arc::new(SharedQueue {
@@ -69,6 +72,7 @@ impl SharedQueue {
             sooner: Notify::new(),
             broken_invariants: AtomicU64::new(0),
             drains: watch::Sender::new((0, Vec::new())),
+            statistics,
         })
     }
 
@@ -130,8 +134,7 @@ impl SharedQueue {
                         newer
                     });
                 }
-                // Nobody keeps them yet.
-                Effect::Learned(_) => {}
+                Effect::Learned(update) => self.statistics.apply(update),
                 Effect::KeepDrains { version, drains } => {
                     self.drains.send_if_modified(|current| {
                         let newer = version > current.0;
@@ -194,8 +197,29 @@ impl SharedQueue {
             version: 0,
             stage: Stage::Queued,
         });
-        let attached = self.decide(|queue, now| queue.execute(now, request, watch))?;
+        let attached = self.decide(|queue, now| {
+            // Somebody else may have taken it up meanwhile.
+            let known = request.resumes.then(|| queue.wait(request.name)).flatten();
+            known.map_or_else(|| queue.execute(now, request, watch), Ok)
+        })?;
         Ok(self.waiter(attached))
+    }
+
+    /// The first of these platforms that has a queue, or else the first one.
+    pub(super) fn first_served(
+        &self,
+        platforms: &[Platform],
+        instance: &InstanceName,
+    ) -> Option<Platform> {
+        let first = platforms.first()?;
+        if platforms.len() == 1 {
+            return Some(first.clone());
+        }
+        let served = self.look(|queue| {
+            let mut served = platforms.iter();
+            served.find(|platform| queue.serves(platform, instance))
+        });
+        Some(served.unwrap_or(first).clone())
     }
 
     /// `None` when there is no such operation.
@@ -241,10 +265,6 @@ impl SharedQueue {
             () = stopping => Ok(None),
         }
     }
-}
-
-#[expect(dead_code, reason = "verbs of services that are not served yet")]
-impl SharedQueue {
     /// With the queue's time, which deadlines are in.
     pub(super) fn look_now<T>(&self, look: impl FnOnce(&Queue<Held, Watch>, Instant) -> T) -> T {
         let mut state = self.state.lock();

@@ -1,10 +1,107 @@
 //! What the services answer when they refuse: whose fault it is, and what to do about it.
 
-use prost::Message;
-use tonic::{Code, Status};
+use std::fmt::Display;
 
-use super::queue::{self, ExecuteRefusal};
-use crate::{proto::rpc, resource::missing_blobs, storage};
+use prost::Message;
+use prost_types::value::Kind;
+use tonic::{Code, Request, Status};
+
+use super::queue::{
+    self, DrainRefusal, ExecuteRefusal, KillRefusal, NoWorkers, QueueFull, UnknownInvocation,
+    UnknownOperation, UnknownQueue,
+};
+use crate::{
+    daemon::Access,
+    proto::{self, auth::AuthenticationMetadata, rpc},
+    resource::missing_blobs,
+    storage,
+};
+
+pub(super) fn invalid(error: impl ToString) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+pub(super) fn stopping() -> Status {
+    Status::unavailable("The scheduler is stopping; its successor takes up what workers run")
+}
+
+/// Who the client proved to be; its name is for everybody to see.
+pub(super) fn user<T>(request: &Request<T>) -> Option<AuthenticationMetadata> {
+    let access = Access::of(request);
+    let identity = access.identity();
+    (!identity.is_nobody()).then(|| AuthenticationMetadata {
+        public: Some(prost_types::Value {
+            kind: Some(Kind::StringValue(identity.name().to_owned())),
+        }),
+        ..Default::default()
+    })
+}
+
+/// Clients then execute the action anew.
+pub(super) fn unknown_name(name: &str, reason: &dyn Display) -> Status {
+    let name = crate::text::shorten(name);
+    Status::not_found(format!("Operation with name {name:?} not found: {reason}"))
+}
+
+pub(super) fn execute(refusal: ExecuteRefusal) -> Status {
+    match refusal {
+        ExecuteRefusal::NoWorkers(refusal) => no_workers(refusal),
+        ExecuteRefusal::QueueFull(refusal) => queue_full(&refusal),
+    }
+}
+
+fn no_workers(error: NoWorkers) -> Status {
+    match error.transient {
+        true => Status::unavailable(error.to_string()),
+        false => Status::failed_precondition(error.to_string()),
+    }
+}
+
+/// Clients try again when they are told when.
+fn queue_full(full: &QueueFull) -> Status {
+    let retry = rpc::RetryInfo {
+        retry_delay: Some(proto::proto_duration(full.retry_after)),
+    };
+    let status = rpc::Status {
+        details: vec![proto::pack(&retry)],
+        ..proto::status(rpc::Code::ResourceExhausted, full.to_string())
+    };
+    let details = status.encode_to_vec().into();
+    Status::with_details(Code::ResourceExhausted, status.message, details)
+}
+
+pub(super) fn unknown_queue(error: UnknownQueue) -> Status {
+    Status::not_found(error.to_string())
+}
+
+pub(super) fn unknown_invocation(error: UnknownInvocation) -> Status {
+    Status::not_found(error.to_string())
+}
+
+pub(super) fn unknown_operation(error: UnknownOperation) -> Status {
+    Status::not_found(error.to_string())
+}
+
+pub(super) fn kill(refusal: KillRefusal) -> Status {
+    match refusal {
+        KillRefusal::UnknownQueue(error) => unknown_queue(error),
+        KillRefusal::HasWorkers => Status::failed_precondition(refusal.to_string()),
+    }
+}
+
+pub(super) fn drain(refusal: DrainRefusal) -> Status {
+    match refusal {
+        DrainRefusal::UnknownQueue(error) => unknown_queue(error),
+        DrainRefusal::TooMany { .. } => Status::resource_exhausted(refusal.to_string()),
+    }
+}
+
+/// What was done holds until the next start only.
+pub(super) fn not_kept(error: &dyn Display) -> Status {
+    Status::unavailable(format!(
+        "It holds, but would be forgotten at a restart of the scheduler: {error}"
+    ))
+}
 
 pub(super) fn refused(refusal: queue::Refusal) -> Status {
     match &refusal {
@@ -17,24 +114,6 @@ pub(super) fn refused(refusal: queue::Refusal) -> Status {
         }
         queue::Refusal::SizeClass { .. } => invalid(refusal),
         queue::Refusal::TooMany { .. } => Status::resource_exhausted(refusal.to_string()),
-    }
-}
-
-pub(super) fn invalid(error: impl ToString) -> Status {
-    Status::invalid_argument(error.to_string())
-}
-
-pub(super) fn stopping() -> Status {
-    Status::unavailable("The scheduler is stopping; its successor takes up what workers run")
-}
-
-pub(super) fn not_queued(refusal: ExecuteRefusal) -> Status {
-    match &refusal {
-        ExecuteRefusal::NoWorkers(error) if error.transient => {
-            Status::unavailable(refusal.to_string())
-        }
-        ExecuteRefusal::NoWorkers(_) => Status::failed_precondition(refusal.to_string()),
-        ExecuteRefusal::QueueFull(_) => Status::resource_exhausted(refusal.to_string()),
     }
 }
 

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use super::{
+    action_routing::ActionRouting,
     queue::{
         self, Caller, DesiredWorkerState, EncodedResponse, Platform, ReportedAction,
         ReportedDigest, SizeClassQueueKey, WorkerActivity, WorkerId,
@@ -34,6 +35,7 @@ use crate::{
 /// What workers call.
 pub(super) struct OperationQueueService {
     pub queue: Arc<SharedQueue>,
+    pub routing: Arc<ActionRouting>,
     pub idle_interval: Duration,
     pub stopping: CancellationToken,
 }
@@ -53,7 +55,8 @@ impl OperationQueue for OperationQueueService {
         let (peer, access) = (peer_of(&request), Access::of(&request));
         let call = metadata::WorkerCall::of(&request);
         let attempt = metadata::Attempt::of(&request);
-        let (queue_key, id, report) = parse_worker(request.into_inner(), instance, attempt)?;
+        let (mut queue_key, id, report) = parse_worker(request.into_inner(), instance, attempt)?;
+        queue_key.platform = self.routing.offered(&queue_key.platform);
         access.require(&queue_key.prefix)?;
         let caller = Caller { id, peer, call };
         let idle_wait = random_below(self.idle_interval);

@@ -21,12 +21,13 @@ use crate::{
         scheduler::{self as config, StorageLocation},
     },
     daemon::{self, Credentials, Failure},
-    digest::Digest,
+    digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::reapi::ActionResult,
 };
 
 pub mod batch;
+mod completeness;
 mod content;
 pub mod embedded;
 pub mod grpc;
@@ -324,6 +325,39 @@ impl Backend {
                 blocking(move || uploads.received(&name)).await
             }
             Backend::Grpc(client) => client.committed_size(resource_name).await,
+        }
+    }
+
+    /// A result all of whose outputs are in the CAS. `None` when there is none, or it is incomplete.
+    pub async fn complete_action_result(
+        &self,
+        instance: &InstanceName,
+        action: &Digest,
+    ) -> Result<Option<ActionResult>, Error> {
+        let result = self.action_result(instance, action).await?;
+        let (Backend::Grpc(client), Some(result)) = (self, &result) else {
+            return Ok(result);
+        };
+        let function = action.function();
+        let complete = completeness::is_complete(client, instance, function, result).await?;
+        Ok(complete.then(|| result.clone()))
+    }
+
+    /// Whether all outputs of a result are in the CAS.
+    pub async fn is_complete(
+        &self,
+        instance: &InstanceName,
+        function: DigestFunction,
+        result: &ActionResult,
+    ) -> Result<bool, Error> {
+        match self {
+            Backend::Embedded(store) => {
+                let (store, result) = (store.clone(), result.clone());
+                blocking(move || store.is_complete(function, &result)).await
+            }
+            Backend::Grpc(client) => {
+                completeness::is_complete(client, instance, function, result).await
+            }
         }
     }
 

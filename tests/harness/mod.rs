@@ -265,6 +265,8 @@ impl Farm {
             format!(
                 "clients.listen = \"127.0.0.1:{clients}\"\n\
                  workers.listen = \"127.0.0.1:{workers}\"\n\
+                 state.listen = \"unix:{root}/state.sock\"\n\
+                 state.directory = \"{root}/state\"\n\
                  storage.embedded.directory = \"{root}/storage\"\n{scheduler_extra}\n"
             ),
         );

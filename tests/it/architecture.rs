@@ -19,6 +19,8 @@ const PURE: &[&str] = &[
     "auth",
     "scheduler/queue",
     "scheduler/size_class",
+    "scheduler/routing",
+    "scheduler/operation_name.rs",
     "worker/slot.rs",
     "worker/health.rs",
     "worker/inputs/plan.rs",
@@ -319,6 +321,7 @@ fn a_status_is_made_only_at_the_edge() {
     for (path, text) in files(&source()) {
         let name = path.file_name().unwrap().to_str().unwrap();
         let services = [
+            "action_routing.rs",
             "execution.rs",
             "operations.rs",
             "state.rs",

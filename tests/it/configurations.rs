@@ -336,7 +336,104 @@ const SCHEDULER: &[Row] = &[
     ),
     (
         "scheduling.operation_with_no_waiters_timeout = \"0s\"",
-        Refused("cancelled"),
+        Refused("would not find its result"),
+    ),
+    (
+        "scheduling.abandoned_operation_timeout = \"0s\"",
+        Refused("would find its action cancelled"),
+    ),
+    ("scheduling.lost_worker_retry_count = 0", Good),
+    ("scheduling.action_cache_lookup = false", Good),
+    (
+        "scheduling.worker_invocation_stickiness_limits = [\"1s\", \"3s\"]",
+        Good,
+    ),
+    (
+        "scheduling.limits.queued_operations = 0",
+        Refused("nothing would be let in; write how many"),
+    ),
+    ("scheduling.limits.kept_results = 0", Good),
+    ("scheduling.ignored_platform_properties = [\"*\"]", Good),
+    (
+        "scheduling.ignored_platform_properties = [\"a*b\"]",
+        Refused("is no pattern; write a property's name"),
+    ),
+    (
+        "state.listen = \"127.0.0.1:{clients}\"",
+        Refused("clients.listen has the same port"),
+    ),
+    (
+        "state.directory = \"/etc\"",
+        Refused("choose a directory of its own, such as /var/lib/bb-scheduler/state"),
+    ),
+    (
+        "state.directory = \"{dir}/storage/state\"",
+        Refused("one of them is in the other; choose a directory"),
+    ),
+    (
+        "action_router.static_platform = { a = \"1\" }",
+        Refused("set that, or take this out"),
+    ),
+    (
+        "action_router.invocation_key_extractors = [\"tool_invocation_id\", \"tool_invocation_id\"]",
+        Refused("name each once"),
+    ),
+    (
+        "action_router.invocation_key_extractors = [\"user\"]",
+        Refused("tool_invocation_id"),
+    ),
+    ("action_router.remote = \"grpc://127.0.0.1:1\"", Good),
+    (
+        "action_router.remote = \"x\"",
+        Refused("or \"\" for no remote"),
+    ),
+    (
+        "[[action_router_backends]]\ninstance_name_prefix = \"a/b\"\naction_router = { invocation_key_extractors = [] }",
+        Good,
+    ),
+    (
+        "[[action_router_backends]]\ninstance_name_prefix = \"blobs\"",
+        Refused("write \"\" for all instance names"),
+    ),
+    (
+        "[[action_router_backends]]\n[[action_router_backends]]",
+        Refused("keep one of them"),
+    ),
+    (
+        "[[predeclared_platform_queues]]\nplatform = { cpus = \"16\" }\nsize_classes = [1, 4]\nat_least = [\"cpus\"]\nany_value = [\"image\"]",
+        Good,
+    ),
+    (
+        "[[predeclared_platform_queues]]\n[[predeclared_platform_queues]]",
+        Refused("list all size_classes there"),
+    ),
+    (
+        "[[predeclared_platform_queues]]\nsize_classes = [4, 1]",
+        Refused("in ascending order"),
+    ),
+    (
+        "[[predeclared_platform_queues]]\nsize_classes = []",
+        Refused("[0] where workers have none"),
+    ),
+    (
+        "[[predeclared_platform_queues]]\nsize_classes = [0, 1]",
+        Refused("each is above 0"),
+    ),
+    (
+        "[[predeclared_platform_queues]]\nplatform = { \"resources:cpu\" = \"1\" }",
+        Refused("is ignored by scheduling.ignored_platform_properties"),
+    ),
+    (
+        "[[predeclared_platform_queues]]\nplatform = { cpus = \"many\" }\nat_least = [\"cpus\"]",
+        Refused("has no number for \"cpus\"; write how much"),
+    ),
+    (
+        "[[predeclared_platform_queues]]\nplatform = { cpus = \"1\" }\nat_least = [\"cpus\"]\nany_value = [\"cpus\"]",
+        Refused("is in any_value, too; keep one"),
+    ),
+    (
+        "[[predeclared_platform_queues]]\nplatforms = {}",
+        Refused("did you mean platform?"),
     ),
     (
         "scheduling.busy_worker_synchronization_interval = \"0s\"",
@@ -920,6 +1017,7 @@ fn of_each_configuration_of_the_scheduler_check_says_what_a_start_makes_of_it() 
     let dir = path.display().to_string();
     let text = format!(
         "clients.listen = \"127.0.0.1:{clients}\"\nworkers.listen = \"127.0.0.1:{workers}\"\n\
+         state.listen = \"unix:{dir}/state.sock\"\n\
          storage.embedded.directory = \"{dir}/storage\"\nstorage.embedded.maximum_size = \"32MiB\"\n"
     );
     fs::write(path.join("bb_scheduler.toml"), text).unwrap();
@@ -1015,11 +1113,11 @@ fn what_the_daemon_itself_holds_is_good_and_what_another_holds_is_named() {
         socket.local_addr().unwrap().port()
     };
     let text = format!(
-        "clients.listen = \"127.0.0.1:{}\"\nworkers.listen = \"unix:{}/workers.sock\"\n\
-         storage.embedded = {{ directory = \"{}/storage\", maximum_size = \"32MiB\" }}\n",
-        free(),
+        "clients.listen = \"127.0.0.1:{1}\"\nworkers.listen = \"unix:{0}/workers.sock\"\n\
+         state.listen = \"unix:{0}/state.sock\"\n\
+         storage.embedded = {{ directory = \"{0}/storage\", maximum_size = \"32MiB\" }}\n",
         path.display(),
-        path.display()
+        free(),
     );
     for name in ["bb_scheduler.toml", "other.toml"] {
         fs::write(path.join(name), &text).unwrap();
@@ -1049,12 +1147,12 @@ fn what_the_daemon_itself_holds_is_good_and_what_another_holds_is_named() {
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{output:?}");
     let process = format!("bb_scheduler (process {}", running.0.id());
-    assert_eq!(said.matches(&process).count(), 3, "{said}");
+    assert_eq!(said.matches(&process).count(), 4, "{said}");
 
     let output = scheduler("other.toml").arg("--check").output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(78), "{said}");
-    assert_eq!(said.matches(&process).count(), 3, "{said}");
+    assert_eq!(said.matches(&process).count(), 4, "{said}");
     assert!(
         said.contains("bb_scheduler.toml) listens there; stop it"),
         "{said}"

@@ -263,6 +263,11 @@ fn sockets_listen_where_the_defaults_say_under_the_names_that_daemons_take() {
             "workers",
             &scheduler.workers.listen,
         ),
+        (
+            "bb-scheduler-state.socket",
+            "state",
+            &scheduler.state.listen,
+        ),
         ("bb-runner.socket", "runner", &runner.listen),
     ];
     for (name, socket, address) in expected {
@@ -276,7 +281,7 @@ fn sockets_listen_where_the_defaults_say_under_the_names_that_daemons_take() {
     }
     assert_eq!(
         listened("scheduler"),
-        BTreeSet::from(["clients".to_owned(), "workers".to_owned()])
+        BTreeSet::from(["clients", "workers", "state"].map(str::to_owned))
     );
     assert_eq!(listened("runner"), BTreeSet::from(["runner".to_owned()]));
 

@@ -220,6 +220,11 @@ impl<C, W: Clone> Queue<C, W> {
         self.last_number
     }
 
+    /// Whether there is a platform queue for these actions.
+    pub fn serves(&self, platform: &Platform, instance: &InstanceName) -> bool {
+        self.route(platform, instance).is_some()
+    }
+
     /// The platform queue of the longest prefix of an instance name.
     fn route(&self, platform: &Platform, instance: &InstanceName) -> Option<PlatformQueueNumber> {
         let prefixes = self.platforms.get(platform)?;

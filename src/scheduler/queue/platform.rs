@@ -33,6 +33,15 @@ impl Platform {
         Ok(Platform(properties))
     }
 
+    /// This platform without the properties of some names.
+    pub fn without(&self, leave_out: impl Fn(&str) -> bool) -> Self {
+        let kept = self.0.iter().filter(|(name, _)| !leave_out(name));
+        match kept.clone().count() == self.0.len() {
+            true => self.clone(),
+            false => Platform(kept.cloned().collect()),
+        }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -131,14 +131,20 @@ pub struct OperationRow {
     pub worker: Option<WorkerId>,
 }
 
-impl OperationFilter {
-    /// Whether an operation is listed.
-    pub fn admits(&self, row: &OperationRow) -> bool {
-        let stage = match row.stage {
+impl StageKind {
+    pub fn of(stage: &Stage) -> Self {
+        match stage {
             Stage::Queued => StageKind::Queued,
             Stage::Executing => StageKind::Executing,
             Stage::Completed(_) => StageKind::Completed,
-        };
+        }
+    }
+}
+
+impl OperationFilter {
+    /// Whether an operation is listed.
+    pub fn admits(&self, row: &OperationRow) -> bool {
+        let stage = StageKind::of(&row.stage);
         let keys = row.invocation.as_slice();
         self.stage.is_none_or(|wanted| wanted == stage)
             && self

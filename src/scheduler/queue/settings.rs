@@ -3,9 +3,15 @@
 use std::time::Duration;
 
 use super::{Drain, Platform};
-use crate::{config::scheduler::Scheduling, instance::InstanceName};
+use crate::{
+    config::{
+        self,
+        scheduler::{Config, Scheduling},
+    },
+    instance::InstanceName,
+};
 
-/// How long things may take, and how many there may be; see `config::scheduler::Scheduling`.
+/// How long things may take, and how many there may be; see `config::scheduler`.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// How long a completed operation can be asked for when nobody waits for it.
@@ -67,39 +73,76 @@ pub struct PredeclaredQueue {
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits {
-            queued_operations: 1_000_000,
-            queued_operations_per_instance_name: 1_000_000,
-            queued_operations_per_invocation: 500_000,
-            invocations: 100_000,
-            platform_queues: 10_000,
-            workers: 100_000,
-            drains: 10_000,
-            kept_results: 10_000,
-            kept_result_bytes: 256 << 20,
+        Limits::from(&config::scheduler::Limits::default())
+    }
+}
+
+impl From<&Config> for Settings {
+    fn from(config: &Config) -> Self {
+        let queues = config.predeclared_platform_queues.iter();
+        Settings {
+            predeclared_queues: queues.filter_map(PredeclaredQueue::new).collect(),
+            ..Settings::from(&config.scheduling)
         }
     }
 }
 
+/// Without predeclared queues.
 impl From<&Scheduling> for Settings {
-    fn from(config: &Scheduling) -> Self {
-        let default_platform = Platform::from(&config.default_platform);
+    fn from(scheduling: &Scheduling) -> Self {
+        let default_platform = Platform::from(&scheduling.default_platform);
         Settings {
-            operation_with_no_waiters_timeout: config.operation_with_no_waiters_timeout.get(),
-            abandoned_operation_timeout: Duration::from_secs(10),
-            busy_worker_interval: config.busy_worker_synchronization_interval.get(),
-            worker_silence_timeout: config.worker_with_no_synchronizations_timeout.get(),
-            platform_queue_with_no_workers_timeout: config
+            operation_with_no_waiters_timeout: scheduling.operation_with_no_waiters_timeout.get(),
+            abandoned_operation_timeout: scheduling.abandoned_operation_timeout.get(),
+            busy_worker_interval: scheduling.busy_worker_synchronization_interval.get(),
+            worker_silence_timeout: scheduling.worker_with_no_synchronizations_timeout.get(),
+            platform_queue_with_no_workers_timeout: scheduling
                 .platform_queue_with_no_workers_timeout
                 .get(),
-            worker_task_retry_count: config.worker_task_retry_count,
-            lost_worker_retry_count: 3,
-            limits: Limits::default(),
+            worker_task_retry_count: scheduling.worker_task_retry_count,
+            lost_worker_retry_count: scheduling.lost_worker_retry_count,
+            limits: Limits::from(&scheduling.limits),
             predeclared_queues: Vec::new(),
-            stickiness_limits: Vec::new(),
+            stickiness_limits: lengths(&scheduling.worker_invocation_stickiness_limits),
             drains: Vec::new(),
             first_attempt: 1,
             default_platform: (!default_platform.is_empty()).then_some(default_platform),
         }
     }
+}
+
+impl From<&config::scheduler::Limits> for Limits {
+    fn from(config: &config::scheduler::Limits) -> Self {
+        Limits {
+            queued_operations: config.queued_operations,
+            queued_operations_per_instance_name: config.queued_operations_per_instance_name,
+            queued_operations_per_invocation: config.queued_operations_per_invocation,
+            invocations: config.invocations,
+            platform_queues: config.platform_queues,
+            workers: config.workers,
+            drains: config.drains,
+            kept_results: config.kept_results,
+            kept_result_bytes: usize::try_from(config.kept_results_size.get())
+                .unwrap_or(usize::MAX),
+        }
+    }
+}
+
+impl PredeclaredQueue {
+    /// `None` when the instance name is none, which the configuration's check refuses.
+    fn new(config: &config::routing::PlatformQueue) -> Option<Self> {
+        Some(PredeclaredQueue {
+            prefix: InstanceName::parse(&config.instance_name_prefix).ok()?,
+            platform: Platform::from(&config.platform),
+            size_classes: config.size_classes.clone(),
+            stickiness_limits: lengths(&config.worker_invocation_stickiness_limits),
+            maximum_queued_background_learning_operations: config
+                .maximum_queued_background_learning_operations,
+            background_learning_operation_priority: config.background_learning_operation_priority,
+        })
+    }
+}
+
+fn lengths(durations: &[config::Duration]) -> Vec<Duration> {
+    durations.iter().map(|duration| duration.get()).collect()
 }

@@ -49,6 +49,11 @@ impl Store {
             .then_some(result))
     }
 
+    /// Whether all outputs of a result are there; they are then recently used.
+    pub fn is_complete(&self, function: DigestFunction, result: &ActionResult) -> bool {
+        self.check_complete(function, result).is_ok()
+    }
+
     /// Keeps an action's result, in place of an older one.
     pub fn update_action_result(
         &self,

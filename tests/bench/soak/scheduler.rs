@@ -34,6 +34,7 @@ impl Scheduler {
         let config = directory.path().join("bb_scheduler.toml");
         let text = format!(
             "clients.listen = \"127.0.0.1:0\"\nworkers.listen = \"127.0.0.1:0\"\n\
+             state.listen = \"127.0.0.1:0\"\n\
              log.level = \"warn\"\n\
              scheduling.operation_with_no_waiters_timeout = \"5s\"\n\
              scheduling.busy_worker_synchronization_interval = \"2s\"\n\
