@@ -50,11 +50,8 @@ pub fn requirement(path: &str) -> Option<Requirement> {
         },
         ("buildbarn.remoteworker.OperationQueue", "Synchronize") => InInstance(&[Work]),
         ("google.longrunning.Operations", method) => match method {
-            // Of one's own, too.
-            "GetOperation" | "WaitOperation" => InInstance(&[Execute, See]),
-            "ListOperations" => Anywhere(See),
-            "CancelOperation" => InInstance(&[Execute, Steer]),
-            "DeleteOperation" => Anywhere(Steer),
+            "GetOperation" | "ListOperations" | "WaitOperation" => Anywhere(See),
+            "CancelOperation" | "DeleteOperation" => Anywhere(Steer),
             _ => return None,
         },
         ("buildbarn.buildqueuestate.BuildQueueState", method) => match method {

@@ -164,10 +164,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let drains = DrainFile::new(&config.state.directory);
     let settings = Settings {
         drains: drains.read(),
-        first_attempt: fastrand::u64(1..),
         ..Settings::from(&config)
     };
-    let queue = SharedQueue::new(settings, statistics.clone());
+    let queue = SharedQueue::new(settings, &statistics);
     let routing = Arc::new(ActionRouting::new(&config, storage.clone()));
     let policy = Policy::new(&config.grants);
     let clients = daemon::listen("clients", "clients.listen", &config.clients.listen, None)?

@@ -3,7 +3,7 @@
 use std::{
     panic::AssertUnwindSafe,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -36,7 +36,8 @@ pub(super) struct SharedQueue {
     broken_invariants: AtomicU64,
     /// Those to keep for the next scheduler, with their version.
     drains: watch::Sender<(u64, Vec<Drain>)>,
-    statistics: Arc<StatisticsStore>,
+    /// Not kept from being closed by calls that outlive the scheduler.
+    statistics: Weak<StatisticsStore>,
 }
 
 struct QueueAndClock {
@@ -60,7 +61,7 @@ struct HeldCallGuard<'a> {
 }
 
 impl SharedQueue {
-    pub(super) fn new(mut settings: Settings, statistics: Arc<StatisticsStore>) -> Arc<Self> {
+    pub(super) fn new(mut settings: Settings, statistics: &Arc<StatisticsStore>) -> Arc<Self> {
         let now = Instant::now();
         settings.first_attempt = fastrand::u64(..);
         Arc::new(SharedQueue {
@@ -72,7 +73,7 @@ impl SharedQueue {
             sooner: Notify::new(),
             broken_invariants: AtomicU64::new(0),
             drains: watch::Sender::new((0, Vec::new())),
-            statistics,
+            statistics: Arc::downgrade(statistics),
         })
     }
 
@@ -134,7 +135,11 @@ impl SharedQueue {
                         newer
                     });
                 }
-                Effect::Learned(update) => self.statistics.apply(update),
+                Effect::Learned(update) => {
+                    if let Some(statistics) = self.statistics.upgrade() {
+                        statistics.apply(update);
+                    }
+                }
                 Effect::KeepDrains { version, drains } => {
                     self.drains.send_if_modified(|current| {
                         let newer = version > current.0;

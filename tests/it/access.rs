@@ -159,6 +159,8 @@ impl Scheduler {
             text.parse().unwrap()
         });
         [config.clients.listen, config.workers.listen] = addresses;
+        config.state.listen = config::ListenAddress::Unix(path.join("state"));
+        config.state.directory = path.join("drains");
         config.clients.tls = tls.clone();
         config.workers.tls = tls.clone();
         config.storage.embedded.directory = path.join("storage");

@@ -5,7 +5,11 @@
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use bb_remote_execution::{
-    config::{self, Endpoint, ListenAddress, Size, scheduler::Config},
+    config::{
+        self, Endpoint, ListenAddress, Size,
+        routing::InvocationKeyExtractor,
+        scheduler::{Config, StorageLocation},
+    },
     daemon::{self, Channel, Failure, Lifecycle},
     digest::DigestFunction,
     instance::InstanceName,
@@ -37,9 +41,14 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
+mod cache;
 mod execution;
+mod names;
+mod operations;
 mod restart;
+mod routing;
 mod services;
+mod state;
 mod workers;
 
 struct Scheduler {
@@ -47,6 +56,7 @@ struct Scheduler {
     running: JoinHandle<Result<(), Failure>>,
     clients: Channel,
     workers: Channel,
+    state: Channel,
     directory: tempfile::TempDir,
     config: Config,
 }
@@ -68,6 +78,9 @@ impl Scheduler {
         config.workers.listen = ListenAddress::Unix(path("workers"));
         config.state.listen = ListenAddress::Unix(path("state"));
         config.state.directory = path("drains");
+        // All calls are the same user's, by the sockets.
+        config.action_router.invocation_key_extractors =
+            vec![InvocationKeyExtractor::ToolInvocationId];
         config.storage.embedded.directory = path("storage");
         config.storage.embedded.maximum_size = Size::mib(64);
         std::fs::create_dir(path("storage")).unwrap();
@@ -77,6 +90,7 @@ impl Scheduler {
             running: tokio::spawn(scheduler::run(config.clone(), lifecycle.clone())),
             clients: daemon::connect(&Endpoint::Unix(path("clients"))),
             workers: daemon::connect(&Endpoint::Unix(path("workers"))),
+            state: daemon::connect(&Endpoint::Unix(path("state"))),
             lifecycle,
             directory,
             config,
@@ -108,6 +122,7 @@ impl Scheduler {
             running: tokio::spawn(scheduler::run(self.config.clone(), lifecycle.clone())),
             clients: daemon::connect(&path("clients")),
             workers: daemon::connect(&path("workers")),
+            state: daemon::connect(&path("state")),
             lifecycle,
             directory: self.directory,
             config: self.config,

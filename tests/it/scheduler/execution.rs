@@ -1,5 +1,7 @@
 //! What clients execute and wait for.
 
+use bb_remote_execution::proto::auth::AuthenticationMetadata;
+
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -44,9 +46,12 @@ async fn an_action_goes_to_a_worker_and_its_result_to_the_client() {
     let timeout = work.action.unwrap().timeout.unwrap();
     assert_eq!(timeout.seconds, 30 * 60);
     assert!(work.queued_timestamp.is_some());
-    assert_eq!(work.auxiliary_metadata.len(), 1);
-    let told: RequestMetadata = proto::unpack(&work.auxiliary_metadata[0]).unwrap();
-    assert_eq!(told, metadata);
+    let [user, told] = &work.auxiliary_metadata[..] else {
+        panic!("{:?}", work.auxiliary_metadata);
+    };
+    let user: AuthenticationMetadata = proto::unpack(user).unwrap();
+    assert!(user.public.is_some() && user.private.is_none());
+    assert_eq!(proto::unpack(told), Some(metadata));
 
     let first = next(&mut stream).await;
     assert_eq!(stage(&first), Stage::Executing);
