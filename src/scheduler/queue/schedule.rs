@@ -15,6 +15,10 @@ use super::{
 };
 use crate::proto::rpc;
 
+/// After so long a busy worker makes the call by which it hears of a cancellation at once. Actions that
+/// end sooner do not need it.
+const HELD_CALL_DELAY: Duration = Duration::from_millis(500);
+
 /// So much later than it was asked to a busy worker may call, on a busy host or network, before
 /// another caller of its name is believed to be its successor.
 pub(super) const CALL_DELAY_TOLERANCE: Duration = Duration::from_secs(5);
@@ -327,11 +331,15 @@ impl<C, W: Clone> Queue<C, W> {
         }
     }
 
-    /// When a busy worker is to call again; it is gone `worker_silence_timeout` after that.
+    /// When a busy worker is to call again. It is gone `worker_silence_timeout` after
+    /// `busy_worker_interval`, even where it is to call sooner, so that its call can be held.
     pub(super) fn expect_busy(&mut self, now: Instant, worker: WorkerNumber) -> Duration {
         let next = self.settings.busy_worker_interval;
         self.expect_within(now, worker, next);
-        next
+        match self.workers[worker].latest_call {
+            Some(_) => next.min(HELD_CALL_DELAY),
+            None => next,
+        }
     }
 
     /// A worker that may call again at once, and is in no call.
