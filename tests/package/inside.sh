@@ -115,6 +115,18 @@ who() {
   xargs </var/tmp/who/bazel-bin/o
 }
 
+# genrule COMMAND [SECONDS]: has the farm run a shell command, until Ctrl-C after so long; its result is
+# Bazel's.
+genrule() {
+  local flags
+  mapfile -t flags < <(bazel_flags)
+  mkdir -p /var/tmp/genrule
+  touch /var/tmp/genrule/WORKSPACE
+  printf 'genrule(name = "g", outs = ["o"], cmd = "%s; : %s")\n' "$1" "$RANDOM$RANDOM" >/var/tmp/genrule/BUILD
+  (cd /var/tmp/genrule && timeout -s INT "${2:-600}" bazel --output_user_root=/var/tmp/bazel --max_idle_secs=60 build "${flags[@]}" :g) \
+    >/var/tmp/genrule.log 2>&1
+}
+
 # abseil: builds part of it, as many actions at a time as a user would have; prints how many ran.
 abseil() {
   [ -d /var/tmp/abseil ] || cp -r /srv/abseil/abseil /var/tmp/abseil

@@ -259,3 +259,14 @@ fn a_queued_task_leaves_each_invocation_that_abandons_it_and_ends_with_the_last(
 fn an_executing_task_leaves_each_invocation_that_abandons_it_and_ends_with_the_last() {
     abandoned(false);
 }
+
+#[test]
+fn a_worker_that_numbers_its_calls_soon_makes_the_one_by_which_it_hears_of_a_cancellation() {
+    let mut farm = Farm::new();
+    farm.numbered_call(1, idle(), 1);
+    farm.held("b", idle(), 2);
+    farm.execute(request("x"), 7).unwrap();
+    farm.execute(request("y"), 8).unwrap();
+    assert!(farm.answered[&1].next < SECOND);
+    assert_eq!(farm.answered[&2].next, 10 * SECOND);
+}
