@@ -265,7 +265,7 @@ impl Farm {
             format!(
                 "clients.listen = \"127.0.0.1:{clients}\"\n\
                  workers.listen = \"127.0.0.1:{workers}\"\n\
-                 state.listen = \"unix:{root}/state.sock\"\n\
+                 state.listen = \"127.0.0.1:0\"\n\
                  state.directory = \"{root}/state\"\n\
                  storage.embedded.directory = \"{root}/storage\"\n{scheduler_extra}\n"
             ),

@@ -1,7 +1,6 @@
 //! Operations that outlive their scheduler, by their names.
 
 use bb_remote_execution::scheduler::operation_name::ParsedName;
-use tokio::time::timeout;
 
 use super::*;
 
@@ -16,14 +15,14 @@ fn uuid(name: &str) -> uuid::Uuid {
     ParsedName::parse(name).unwrap().operation()
 }
 
-/// A worker's call in which it offers to execute, once there is something.
+/// What a worker that asks is given, as soon as there is something.
 async fn work(scheduler: &Scheduler, worker: &str) -> desired_state::Executing {
-    loop {
-        let held = scheduler.parked(worker).await;
-        if let Ok(Ok(answer)) = timeout(Duration::from_secs(30), held).await.unwrap() {
-            return desired(answer);
-        }
-    }
+    let mut request = synchronize(worker);
+    request.prefer_being_idle = false;
+    request.current_state = Some(CurrentState {
+        worker_state: Some(IDLE),
+    });
+    desired(scheduler.call(request).await.unwrap())
 }
 
 #[tokio::test(flavor = "multi_thread")]
