@@ -22,6 +22,7 @@ use uuid::Uuid;
 
 use super::{
     action_routing::{ActionRouting, Routed},
+    completion_log::log_completion,
     operation_message::{self, Update},
     operation_name::{OperationName, ParsedName},
     queue::{self, EncodedResponse, InvocationKeys, QueuedAction, Stage},
@@ -454,38 +455,6 @@ impl RefusalLog {
                 "refused an action"
             );
         }
-    }
-}
-
-/// A failure of the farm is a warning, with its reason and its worker; one of the action or its client
-/// is nobody's business here.
-fn log_completion(operation: Uuid, queued: &QueuedAction, outcome: &EncodedResponse) {
-    let instance = queued.instance.as_str();
-    let worker = Some(outcome.worker.as_str()).filter(|worker| !worker.is_empty());
-    let span = daemon::action_span(&queued.digest.hash_hex(), Some(operation), worker);
-    let _entered = span.enter();
-    let code = rpc::Code::try_from(outcome.code).unwrap_or(rpc::Code::Unknown);
-    match code {
-        rpc::Code::Unavailable
-        | rpc::Code::Internal
-        | rpc::Code::Unknown
-        | rpc::Code::DataLoss
-        | rpc::Code::ResourceExhausted => {
-            let response = reapi::ExecuteResponse::decode(&*outcome.response).unwrap_or_default();
-            tracing::warn!(
-                instance,
-                target = queued.target_id(),
-                code = code.as_str_name(),
-                error = response.status.unwrap_or_default().message,
-                "an operation failed"
-            );
-        }
-        _ => tracing::info!(
-            instance,
-            target = queued.target_id(),
-            code = code.as_str_name(),
-            "operation completed"
-        ),
     }
 }
 

@@ -3,14 +3,15 @@
 //! In the order to read it: `routing` and `action_routing` find out where an action goes; `queue` decides,
 //! with `size_class`, and `shared_queue` lets calls meet in it. `execution` and `operations` serve clients,
 //! whose names for operations are those of `operation_name`; `workers` serves workers, `state` operators,
-//! with `drain_file`; all of them with the refusals of `status`. `worker_log` tells what goes on,
-//! and `statistics_store` keeps what executions came to.
+//! with `drain_file`; all of them with the refusals of `status`. `worker_log` and `completion_log` tell
+//! what goes on, and `statistics_store` keeps what executions came to.
 
 use std::sync::Arc;
 
 use tonic::codec::CompressionEncoding;
 
 mod action_routing;
+mod completion_log;
 mod drain_file;
 mod execution;
 mod operation_message;

@@ -19,7 +19,7 @@ use super::queue::{
     Progress, Queue, Refusal, Request, Settings, SizeClassQueueKey, Stage, SynchronizeAnswer, TICK,
     UnknownOperation, UnknownQueue, WorkerPattern, WorkerReport,
 };
-use super::statistics_store::StatisticsStore;
+use super::{completion_log::log_completion, statistics_store::StatisticsStore};
 use crate::instance::InstanceName;
 
 /// Operations that are looked at under one lock.
@@ -140,6 +140,11 @@ impl SharedQueue {
                         statistics.apply(update);
                     }
                 }
+                Effect::Abandoned {
+                    operation,
+                    action,
+                    outcome,
+                } => log_completion(operation, &action, &outcome),
                 Effect::KeepDrains { version, drains } => {
                     self.drains.send_if_modified(|current| {
                         let newer = version > current.0;

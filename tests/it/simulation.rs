@@ -471,7 +471,7 @@ impl World {
                     self.held.remove(&call);
                     self.answer(worker, life, call, Some(instruction));
                 }
-                Effect::Learned(_) | Effect::KeepDrains { .. } => {}
+                Effect::Learned(_) | Effect::KeepDrains { .. } | Effect::Abandoned { .. } => {}
                 Effect::Tell { watch, progress } => {
                     let told: Vec<u64> = self
                         .streams

@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Instant};
 use uuid::Uuid;
 
 use super::{
-    EncodedResponse, ExecuteRefusal, KillRefusal, Operation, OperationPlace, Progress, Queue,
-    QueuedAction, Request, SizeClassQueueKey, Task, TaskState, Timer, UnknownOperation,
+    Effect, EncodedResponse, ExecuteRefusal, KillRefusal, Operation, OperationPlace, Progress,
+    Queue, QueuedAction, Request, SizeClassQueueKey, Task, TaskState, Timer, UnknownOperation,
     arena::{OperationNumber, TaskNumber},
 };
 use crate::{instance::InstanceName, proto::rpc};
@@ -310,7 +310,13 @@ impl<C, W: Clone> Queue<C, W> {
                 rpc::Code::Cancelled,
                 "Task no longer has any waiting clients".to_owned(),
             );
-            self.complete(now, task, Arc::new(response));
+            let outcome = Arc::new(response);
+            self.effects.push(Effect::Abandoned {
+                operation: self.operations[number].name,
+                action: self.tasks[task].action.clone(),
+                outcome: outcome.clone(),
+            });
+            self.complete(now, task, outcome);
         }
         self.forget(number);
         self.tasks.remove(task);

@@ -38,6 +38,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     hash::{Hash, Hasher},
+    sync::Arc,
     time::Instant,
 };
 
@@ -148,6 +149,12 @@ pub enum Effect<C, W> {
     Learned(StatisticsUpdate),
     /// What is drained is to be the same after a restart. A higher version is later.
     KeepDrains { version: u64, drains: Vec<Drain> },
+    /// An operation ended that nobody waits for.
+    Abandoned {
+        operation: Uuid,
+        action: Arc<QueuedAction>,
+        outcome: Arc<EncodedResponse>,
+    },
 }
 
 impl<C, W: Clone> Queue<C, W> {

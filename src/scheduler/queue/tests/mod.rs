@@ -210,6 +210,7 @@ impl Farm {
                     self.versions.insert(watch, progress.version);
                 }
                 Effect::Learned(_) => self.learnt += 1,
+                Effect::Abandoned { .. } => {}
                 Effect::KeepDrains { drains, .. } => self.drains = drains.len(),
             }
         }
