@@ -65,8 +65,8 @@ fn bare(text: &str) -> String {
 }
 
 /// The macros of mdoc(7) that the pages use within lines; any other word is text.
-const MACROS: [&str; 15] = [
-    "Ar", "Cm", "Dq", "Dv", "Em", "Ev", "Fl", "Li", "Ns", "Op", "Pa", "Pq", "Ql", "Sy", "Va",
+const MACROS: [&str; 16] = [
+    "Ar", "Cm", "Dq", "Dv", "Em", "Ev", "Fl", "Li", "No", "Ns", "Op", "Pa", "Pq", "Ql", "Sy", "Va",
 ];
 
 /// What a line of mdoc says.
