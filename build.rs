@@ -5,6 +5,7 @@ use std::{env, error::Error, fs, path::PathBuf};
 use prost::Message;
 
 const PROTOS: &[&str] = &[
+    "bb_remote_execution/control/control.proto",
     "build/bazel/remote/execution/v2/remote_execution.proto",
     "build/bazel/semver/semver.proto",
     "google/bytestream/bytestream.proto",

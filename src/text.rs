@@ -1,6 +1,8 @@
-//! Texts: what a message shows of one that a peer sent, lists of words, and bytes as lower-case hexadecimal digits.
+//! Texts: what a message or a terminal shows of one that a peer sent, lists of words, and bytes as lower-case hexadecimal digits.
 
 #![warn(missing_docs)]
+
+use std::borrow::Cow;
 
 const DIGITS: &[u8; 16] = b"0123456789abcdef";
 
@@ -24,6 +26,25 @@ pub fn shorten(text: &str) -> String {
     let mut shown: String = text.chars().take(SHOWN).collect();
     shown.push('…');
     shown
+}
+
+/// What a terminal may be shown of a text that somebody else chose: on one line, without what moves the
+/// cursor, changes colours, hides, or turns the direction of reading (Unicode's categories C, Zl and Zp).
+/// Such characters are written as Rust does, `\u{202e}`.
+pub fn printable(text: &str) -> Cow<'_, str> {
+    // Quotes and backslashes do no harm; all else that Rust escapes does.
+    let is_plain = |c: char| matches!(c, '"' | '\'' | '\\') || c.escape_debug().len() == 1;
+    if text.chars().all(is_plain) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for c in text.chars() {
+        match is_plain(c) {
+            true => shown.push(c),
+            false => shown.extend(c.escape_debug()),
+        }
+    }
+    Cow::Owned(shown)
 }
 
 /// Lists words for a message: `"a", "b" or "c"`.
@@ -72,6 +93,23 @@ mod tests {
         assert_eq!(read, bytes);
         for bad in ["", "0", "000", "0G", "0A", "+f", "ü"] {
             assert!(!parse_hex(bad, &mut [0]), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_that_a_terminal_obeys_is_printable() {
+        assert_eq!(
+            printable("//pkg:target \"ü\" 漢\\"),
+            "//pkg:target \"ü\" 漢\\"
+        );
+        assert_eq!(printable("a\u{1b}[2Jb\r\n\tc"), "a\\u{1b}[2Jb\\r\\n\\tc");
+        for c in (0..=0x10_ffff).filter_map(char::from_u32) {
+            let shown = printable(c.encode_utf8(&mut [0; 4])).into_owned();
+            let turns = matches!(c, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{e0000}'..='\u{e007f}');
+            if c.is_control() || turns {
+                assert!(shown.is_ascii() && shown.starts_with('\\'), "{c:?}");
+            }
         }
     }
 

@@ -60,6 +60,11 @@ pub fn requirement(path: &str) -> Option<Requirement> {
             _ if method.starts_with("List") => Anywhere(See),
             _ => return None,
         },
+        ("bb_remote_execution.control.SchedulerControl", method) => match method {
+            "GetStatus" | "ExplainOperation" | "GetAction" | "GetStoreUsage" => Anywhere(See),
+            "CheckStore" | "RemoveActionResult" => Anywhere(Steer),
+            _ => return None,
+        },
         ("grpc.health.v1.Health", "Check" | "Watch" | "List") => Nothing,
         (
             "grpc.reflection.v1.ServerReflection" | "grpc.reflection.v1alpha.ServerReflection",

@@ -9,5 +9,6 @@ fn main() -> ExitCode {
         runner::warnings,
         runner::probe,
         runner::run,
+        runner::ask,
     )
 }

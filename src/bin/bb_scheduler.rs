@@ -9,5 +9,6 @@ fn main() -> ExitCode {
         scheduler::warnings,
         scheduler::probe,
         scheduler::run,
+        scheduler::ask,
     )
 }

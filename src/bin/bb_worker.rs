@@ -9,5 +9,6 @@ fn main() -> ExitCode {
         worker::warnings,
         worker::probe,
         worker::run,
+        worker::ask,
     )
 }

@@ -7,7 +7,7 @@
 //!    the rest is read again.
 //!
 //! To read in this order: this file; `runner`, `scheduler` (with `routing` and `size_classes`) and `worker`,
-//! the three programs' keys, with `value` (what is written in them), `tls`, `grants` and `directory_kind`;
+//! the three programs' keys, with `value` (what is written in them), `tls`, `grants`, `control` and `directory_kind`;
 //! `parse`, which keeps the facts of an error,
 //! and `error_message`, which tells them; `print`.
 
@@ -20,6 +20,7 @@ use std::{
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+pub mod control;
 mod directory_kind;
 mod error_message;
 pub mod grants;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Diagnostics, DirectoryKind, Duration, Endpoint, ListenAddress, Log, Size, Validate,
+    control::SchedulerControl,
     directory_kind,
     grants::{self, Grant},
     path_error,
@@ -30,6 +31,7 @@ pub struct Config {
     /// Who may do what; empty for everybody and everything.
     pub grants: Vec<Grant>,
     pub state: State,
+    pub control: SchedulerControl,
     pub storage: Storage,
     pub scheduling: Scheduling,
     pub action_router: ActionRouter,
@@ -315,6 +317,7 @@ impl Validate for Config {
         self.clients.tls.validate("clients.tls", diagnostics);
         self.workers.tls.validate("workers.tls", diagnostics);
         self.state.tls.validate("state.tls", diagnostics);
+        self.control.validate(diagnostics);
         self.state.check(&self.storage.embedded, diagnostics);
         let asks = |tls: &ServerTls| !tls.client_ca.as_os_str().is_empty();
         let has_certificates =

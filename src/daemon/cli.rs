@@ -18,7 +18,7 @@ use nix::{
 use sd_notify::NotifyState;
 
 use super::{
-    CheckReport, Failure, Installation, Lifecycle, check, health, listen,
+    CheckReport, CommandError, Failure, Installation, Lifecycle, check, health, listen,
     logging::{self, print_error},
     memory,
     process::{EX_CONFIG, Program, notify},
@@ -32,7 +32,7 @@ const RESTART_DELAY: Duration = Duration::from_secs(3);
 
 #[derive(Parser)]
 #[command(disable_help_subcommand = true)]
-struct Cli {
+struct Cli<A: clap::Subcommand> {
     /// TOML file; its drop-ins in FILE.d/*.toml are read too
     #[arg(long, value_name = "FILE", global = true)]
     config: Option<PathBuf>,
@@ -51,12 +51,22 @@ struct Cli {
     reload: Option<i32>,
 
     #[command(subcommand)]
-    command: Option<Subcommand>,
+    command: Option<AnyCommand<A>>,
 }
 
 /// What a program does instead of serving.
+#[derive(clap::Subcommand)]
+enum AnyCommand<A: clap::Subcommand> {
+    /// What it asks a daemon that runs.
+    #[command(flatten)]
+    Ask(A),
+    #[command(flatten)]
+    Shared(SharedCommand),
+}
+
+/// What each of the three programs can do instead of serving.
 #[derive(Clone, Copy, clap::Subcommand)]
-enum Subcommand {
+enum SharedCommand {
     /// Check the configuration, directories, sockets and peers, say what to change, and exit
     Check,
     /// Print every key with its value and where that comes from, and exit
@@ -68,20 +78,20 @@ enum Subcommand {
     },
 }
 
-impl Cli {
+impl<A: clap::Subcommand> Cli<A> {
     /// Flags came before commands, and do the same.
-    fn into_command(self) -> Result<Option<Subcommand>, clap::Error> {
+    fn into_command(self) -> Result<Option<AnyCommand<A>>, clap::Error> {
         let flag = match (self.check, self.print_config, self.reload) {
-            (true, ..) => Some(Subcommand::Check),
-            (_, true, _) => Some(Subcommand::PrintConfig),
-            (.., pid) => pid.map(|pid| Subcommand::Reload { pid }),
+            (true, ..) => Some(SharedCommand::Check),
+            (_, true, _) => Some(SharedCommand::PrintConfig),
+            (.., pid) => pid.map(|pid| SharedCommand::Reload { pid }),
         };
         match (flag, self.command) {
             (Some(_), Some(_)) => Err(clap::Error::raw(
                 clap::error::ErrorKind::ArgumentConflict,
                 "a flag and a command ask for different things; leave the flag out\n",
             )),
-            (flag, command) => Ok(flag.or(command)),
+            (flag, command) => Ok(flag.map(AnyCommand::Shared).or(command)),
         }
     }
 }
@@ -89,24 +99,33 @@ impl Cli {
 /// A daemon's whole main function.
 ///
 /// `warnings` says what is wrong although the daemon starts with it. `probe` tries what would keep
-/// `run` from working, without changing anything.
-pub fn main<C: Validate + 'static>(
+/// `run` from working, without changing anything. `ask` does what the program's own commands say; what is
+/// wrong with the configuration is left to the daemon that they ask.
+pub fn main<C: Validate + 'static, A: clap::Subcommand>(
     program: Program,
     log_of: fn(&C) -> &Log,
     warnings: fn(&C, &Installation, &mut Diagnostics),
     probe: impl AsyncFnOnce(&C, &Installation, &mut CheckReport),
     run: impl AsyncFnOnce(C, Lifecycle) -> Result<(), Failure>,
+    ask: impl AsyncFnOnce(A, &C) -> Result<(), CommandError>,
 ) -> ExitCode {
     let directory = Path::new("/etc/bb-remote-execution");
     let default = directory.join(format!("{}.toml", program.name));
-    let (config, command) = parse(&program, &default);
+    let (config, command) = parse::<A>(&program, &default);
     let (path, optional) = match config {
         Some(path) => (path, false),
         None => (default, true),
     };
     let loaded = config::examine::<C>(&path, optional);
+    let command = match command {
+        Some(AnyCommand::Ask(command)) => {
+            return ask_daemon(&program, ask(command, &loaded.config));
+        }
+        Some(AnyCommand::Shared(command)) => Some(command),
+        None => None,
+    };
     let installation = Installation::of(program.name, &path, &loaded).with_units_in(directory);
-    if let Some(Subcommand::Check) = command {
+    if let Some(SharedCommand::Check) = command {
         return check::run(&program, &installation, &loaded, warnings, probe);
     }
     if !loaded.errors.is_empty() {
@@ -119,16 +138,34 @@ pub fn main<C: Validate + 'static>(
         return ExitCode::from(EX_CONFIG);
     }
     match command {
-        Some(Subcommand::PrintConfig) => {
+        Some(SharedCommand::PrintConfig) => {
             print!("{}", config::effective(&path, &loaded));
             ExitCode::SUCCESS
         }
-        Some(Subcommand::Reload { pid }) => ask_to_reload(&program, pid),
-        Some(Subcommand::Check) | None => {
+        Some(SharedCommand::Reload { pid }) => ask_to_reload(&program, pid),
+        Some(SharedCommand::Check) | None => {
             let mut diagnostics = Diagnostics::default();
             warnings(&loaded.config, &installation, &mut diagnostics);
             serve(&program, &path, optional, loaded, log_of, diagnostics, run)
         }
+    }
+}
+
+/// Asks a daemon that runs, and waits for its answers.
+fn ask_daemon(
+    program: &Program,
+    asking: impl Future<Output = Result<(), CommandError>>,
+) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let done = match runtime {
+        Ok(runtime) => runtime.block_on(asking),
+        Err(error) => Err(CommandError::Failed(error.to_string())),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => error.report(program.name),
     }
 }
 
@@ -193,34 +230,39 @@ fn serve<C: Validate + 'static>(
 }
 
 /// The file that `--config` names, and what the program is to do.
-fn parse(program: &Program, default: &Path) -> (Option<PathBuf>, Option<Subcommand>) {
+fn parse<A: clap::Subcommand>(
+    program: &Program,
+    default: &Path,
+) -> (Option<PathBuf>, Option<AnyCommand<A>>) {
     // For those who make packages; shells need not complete it.
     let completions = clap::Arg::new("completions")
         .long("completions")
         .hide(true)
         .value_parser(clap::value_parser!(clap_complete::Shell));
-    let mut described = described(program, default);
+    let mut described = described::<A>(program, default);
     let matches = described.clone().arg(completions).get_matches();
     if let Some(shell) = matches.get_one::<clap_complete::Shell>("completions") {
         clap_complete::generate(*shell, &mut described, program.name, &mut std::io::stdout());
         std::process::exit(0);
     }
-    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let mut cli = Cli::<A>::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let config = cli.config.take();
     let command = cli.into_command().unwrap_or_else(|error| error.exit());
     (config, command)
 }
 
-fn described(program: &Program, default: &Path) -> clap::Command {
+fn described<A: clap::Subcommand>(program: &Program, default: &Path) -> clap::Command {
     let name = program.name;
-    Cli::command()
+    Cli::<A>::command()
         .name(name)
         .version(env!("CARGO_PKG_VERSION"))
         .about(program.about)
         .after_help(format!(
             "Without --config, {} is read when it exists; without any file, every key has a \
              default that works on one host.\n\nExit status: 0 after SIGTERM or SIGINT; 78 when \
-             the configuration must be changed; 1 for what a restart may cure.\n\nSee {name}(8) \
+             the configuration must be changed; 1 for what a restart may cure. Of commands that ask a \
+             daemon: 66 when what was named is not there; 69 when the daemon does not answer; 77 when \
+             the caller may not do this.\n\nSee {name}(8) \
              and {name}.toml(5).",
             default.display()
         ))

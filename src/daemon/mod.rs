@@ -1,6 +1,7 @@
 //! What the three daemons share, in the order to read it:
 //!
 //! - `cli`: flags and commands, and the main function;
+//! - `command`: commands that ask a daemon that runs, with `output`: tables for people, JSON for scripts;
 //! - `check`: the command `check`, with `owner` (who has an address or a lock), `systemd_unit` (what
 //!   units say) and `disk` (what fits);
 //! - `lifecycle`: ready, status, reload (`reload`) and stop;
@@ -8,7 +9,7 @@
 //! - `logging`: sentences with fields for the journal or standard error, and each action's span;
 //! - `process` and `memory`: its name, exit code and limits, and memory that it gives back;
 //! - `reloadable`: files that are read again when they change;
-//! - `listen`: sockets, of systemd's or of its own;
+//! - `listen`: sockets, of systemd's or of its own, and `control`: those that it works without;
 //! - `tls`: certificates, of listeners and of clients;
 //! - `server`: gRPC on listeners, bounded;
 //! - `client`: channels to gRPC peers.
@@ -18,12 +19,15 @@
 mod check;
 mod cli;
 mod client;
+mod command;
+mod control;
 pub mod disk;
 mod health;
 mod lifecycle;
 mod listen;
 mod logging;
 mod memory;
+mod output;
 mod owner;
 mod process;
 mod reload;
@@ -35,10 +39,13 @@ mod tls;
 pub use check::{CheckReport, Installation, SHIPPED_STOP_TIMEOUT};
 pub use cli::main;
 pub use client::{Channel, connect, connect_with};
+pub use command::{CommandChannel, CommandError, CommandOptions};
+pub use control::{control_grants, control_permissions, listen_if_possible};
 pub use health::Heartbeat;
 pub use lifecycle::Lifecycle;
 pub use listen::{Listener, Peer, SocketPermissions, listen};
 pub use logging::{LogRateLimit, action_span, spawn_blocking};
+pub use output::{Cell, Emphasis, Output, Table, age, bytes, span};
 pub use process::{Program, boot_id, raise_file_limit};
 pub use server::{
     Access, BudgetReservation, Policy, RequestReservation, ResponseBudget, ServerLimits, Services,

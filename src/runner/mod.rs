@@ -73,6 +73,15 @@ pub const PROGRAM: Program = Program {
 /// How long killed actions may take when the daemon leaves.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// What it asks a daemon that runs: nothing yet.
+#[derive(clap::Subcommand)]
+pub enum Command {}
+
+/// Does what a command says.
+pub async fn ask(command: Command, _: &Config) -> Result<(), daemon::CommandError> {
+    match command {}
+}
+
 /// Runs until told to stop.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     host::check_capabilities()?;

@@ -2,16 +2,18 @@
 //!
 //! In the order to read it: `routing` and `action_routing` find out where an action goes; `queue` decides,
 //! with `size_class`, and `shared_queue` lets calls meet in it. `execution` and `operations` serve clients,
-//! whose names for operations are those of `operation_name`; `workers` serves workers, `state` operators,
-//! with `drain_file`; all of them with the refusals of `status`. `worker_log` and `completion_log` tell
+//! whose names for operations are those of `operation_name`; `workers` serves workers, `state` and
+//! `control` operators, with `drain_file`; `command` asks them; all of them with the refusals of `status`. `worker_log` and `completion_log` tell
 //! what goes on, and `statistics_store` keeps what executions came to.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use tonic::codec::CompressionEncoding;
 
 mod action_routing;
+mod command;
 mod completion_log;
+mod control;
 mod drain_file;
 mod execution;
 mod operation_message;
@@ -39,12 +41,14 @@ use crate::{
     instance::InstanceName,
     proto::{
         buildqueuestate::build_queue_state_server::BuildQueueStateServer,
+        control::scheduler_control_server::SchedulerControlServer,
         longrunning::operations_server::OperationsServer, reapi::execution_server::ExecutionServer,
         remoteworker::operation_queue_server::OperationQueueServer,
     },
     storage::{self, Backend, InitialSizeClassCache},
 };
 use action_routing::ActionRouting;
+use control::ControlService;
 use drain_file::DrainFile;
 use execution::ExecutionService;
 use operations::OperationsService;
@@ -53,6 +57,8 @@ use shared_queue::SharedQueue;
 use size_class::Analyzer;
 use state::StateService;
 use statistics_store::StatisticsStore;
+
+pub use command::ask;
 
 pub const PROGRAM: Program = Program {
     name: "bb_scheduler",
@@ -84,8 +90,14 @@ pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut 
 }
 
 /// Names of sockets, their units, and what they are used in place of.
-fn sockets(config: &Config) -> [(&'static str, &'static str, &'static str, &ListenAddress); 3] {
-    [
+fn sockets(config: &Config) -> Vec<(&'static str, &'static str, &'static str, &ListenAddress)> {
+    let control = (
+        "control",
+        "bb-scheduler-control.socket",
+        "control.listen",
+        &config.control.listen,
+    );
+    let mut sockets = vec![
         (
             "clients",
             "bb-scheduler.socket",
@@ -104,7 +116,10 @@ fn sockets(config: &Config) -> [(&'static str, &'static str, &'static str, &List
             "state.listen",
             &config.state.listen,
         ),
-    ]
+    ];
+    // Only tried where nobody chose it.
+    sockets.extend((!config.control.is_default()).then_some(control));
+    sockets
 }
 
 /// What would keep `run` from working.
@@ -191,6 +206,25 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             &lifecycle,
         )?)
         .with_policy(&policy);
+    let control = daemon::listen_if_possible(
+        "control",
+        "control.listen",
+        &config.control.listen,
+        config.control.is_default(),
+        Some(daemon::control_permissions(&config.control.socket_group)?),
+    )?
+    .map(|listener| {
+        let grants = daemon::control_grants(&config.grants);
+        listener.with_policy(&Policy::new(&grants))
+    });
+    let mut addresses = BTreeMap::from([
+        ("clients".to_owned(), clients.address()),
+        ("workers".to_owned(), workers.address()),
+        ("state".to_owned(), state.address()),
+    ]);
+    if let Some(control) = &control {
+        addresses.insert("control".to_owned(), control.address());
+    }
     let status = format!(
         "serving clients on {}, workers on {}, operators on {}",
         clients.address(),
@@ -220,6 +254,15 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     })
     .accept_compressed(CompressionEncoding::Gzip)
     .max_decoding_message_size(LARGEST_REQUEST);
+    let scheduler_control = SchedulerControlServer::new(ControlService {
+        queue: queue.clone(),
+        storage: storage.clone(),
+        started: SystemTime::now(),
+        addresses,
+        stopping: stopping.clone(),
+    })
+    .accept_compressed(CompressionEncoding::Gzip)
+    .max_decoding_message_size(LARGEST_REQUEST);
     let operation_queue = OperationQueueServer::new(workers::OperationQueueService {
         queue: queue.clone(),
         routing,
@@ -240,7 +283,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let worker_routes = Services::default()
         .add(operation_queue)
         .observable(&stopping)?;
-    let state_routes = Services::default().add(queue_state).observable(&stopping)?;
+    let state_routes = Services::default()
+        .add(queue_state)
+        .add(scheduler_control)
+        .observable(&stopping)?;
     let worker_limits = ServerLimits {
         largest_message: LARGEST_REPORT as u64,
         ..ServerLimits::default()
@@ -265,7 +311,18 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
                     stopping.clone(),
                     drain
                 ),
-                daemon::serve(state, state_routes, stopping.clone(), drain),
+                daemon::serve(state, state_routes.clone(), stopping.clone(), drain),
+                async {
+                    match control {
+                        Some(control) => {
+                            daemon::serve(control, state_routes, stopping.clone(), drain).await
+                        }
+                        None => {
+                            stopping.cancelled().await;
+                            Ok(())
+                        }
+                    }
+                },
             )
         } => served.map(|_| ()),
     };

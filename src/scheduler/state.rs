@@ -48,6 +48,7 @@ const LARGEST_PAGE: usize = 2 << 20;
 const LARGEST_STATUS: usize = 64 << 10;
 
 /// What operators call.
+#[derive(Clone)]
 pub(super) struct StateService {
     pub queue: Arc<SharedQueue>,
     pub drains: Arc<DrainFile>,
@@ -56,13 +57,13 @@ pub(super) struct StateService {
 
 /// Turns the queue's time into that of clocks.
 #[derive(Clone, Copy)]
-struct Times {
+pub(super) struct Times {
     queue: Instant,
     clock: SystemTime,
 }
 
 impl Times {
-    fn new(queue: Instant) -> Self {
+    pub(super) fn new(queue: Instant) -> Self {
         Times {
             queue,
             clock: SystemTime::now(),
@@ -364,7 +365,7 @@ impl StateService {
     }
 }
 
-fn operation_name(text: &str) -> Result<Uuid, Status> {
+pub(super) fn operation_name(text: &str) -> Result<Uuid, Status> {
     let name = ParsedName::parse(text).map_err(|error| status::unknown_name(text, &error))?;
     Ok(name.operation())
 }
@@ -436,7 +437,7 @@ fn platform_queue_name(prefix: &InstanceName, platform: &Platform) -> wire::Plat
     }
 }
 
-fn size_class_queue_name(key: &SizeClassQueueKey) -> wire::SizeClassQueueName {
+pub(super) fn size_class_queue_name(key: &SizeClassQueueKey) -> wire::SizeClassQueueName {
     wire::SizeClassQueueName {
         platform_queue_name: Some(platform_queue_name(&key.prefix, &key.platform)),
         size_class: key.size_class,
@@ -470,13 +471,13 @@ fn invocation_state(row: &InvocationRow) -> wire::InvocationState {
 
 /// Which parts of an operation its place in an answer leaves open.
 #[derive(Clone, Copy)]
-struct Details {
+pub(super) struct Details {
     invocation: bool,
     stage: bool,
 }
 
 impl Details {
-    const ALL: Self = Details {
+    pub(super) const ALL: Self = Details {
         invocation: true,
         stage: true,
     };
@@ -490,7 +491,11 @@ impl Details {
     };
 }
 
-fn operation_state(row: OperationRow, times: Times, details: Details) -> wire::OperationState {
+pub(super) fn operation_state(
+    row: OperationRow,
+    times: Times,
+    details: Details,
+) -> wire::OperationState {
     let stage = match &row.stage {
         Stage::Queued => operation_state::Stage::Queued(()),
         Stage::Executing => operation_state::Stage::Executing(()),

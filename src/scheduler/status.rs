@@ -12,6 +12,8 @@ use super::queue::{
 };
 use crate::{
     daemon::Access,
+    digest::Digest,
+    instance::InstanceName,
     proto::{self, auth::AuthenticationMetadata, rpc},
     resource::missing_blobs,
     storage,
@@ -80,6 +82,29 @@ pub(super) fn unknown_invocation(error: UnknownInvocation) -> Status {
 
 pub(super) fn unknown_operation(error: UnknownOperation) -> Status {
     Status::not_found(error.to_string())
+}
+
+pub(super) fn unknown_action(digest: &Digest) -> Status {
+    Status::not_found(format!(
+        "There is no action {digest} in the storage; it was evicted, or is another instance's"
+    ))
+}
+
+pub(super) fn no_result(digest: &Digest, instance: &InstanceName) -> Status {
+    Status::not_found(format!(
+        "There is no result of action {digest} with instance name {:?}",
+        instance.as_str()
+    ))
+}
+
+pub(super) fn no_store() -> Status {
+    Status::failed_precondition(
+        "This scheduler has no embedded store: its storage is elsewhere, as storage.cas says; ask there",
+    )
+}
+
+pub(super) fn failed_task(error: &dyn Display) -> Status {
+    Status::internal(format!("A task of the store failed: {error}"))
 }
 
 pub(super) fn kill(refusal: KillRefusal) -> Status {

@@ -178,6 +178,14 @@ impl Backend {
         }
     }
 
+    /// The embedded store, if that is what this is.
+    pub fn embedded(&self) -> Option<&Arc<embedded::Store>> {
+        match self {
+            Backend::Embedded(store) => Some(store),
+            Backend::Grpc(_) => None,
+        }
+    }
+
     /// Whether clients must be served here, since this back end is no REAPI server itself.
     pub fn needs_services(&self) -> bool {
         matches!(self, Backend::Embedded(_))

@@ -61,6 +61,15 @@ pub const PROGRAM: Program = Program {
 /// How long a slot may take until its loop runs.
 const START_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
 
+/// What it asks a daemon that runs: nothing yet.
+#[derive(clap::Subcommand)]
+pub enum Command {}
+
+/// Does what a command says.
+pub async fn ask(command: Command, _: &Config) -> Result<(), daemon::CommandError> {
+    match command {}
+}
+
 /// Runs until told to stop, then until the actions that are running have ended.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     daemon::raise_file_limit();

@@ -322,6 +322,7 @@ fn a_status_is_made_only_at_the_edge() {
         let name = path.file_name().unwrap().to_str().unwrap();
         let services = [
             "action_routing.rs",
+            "control.rs",
             "execution.rs",
             "operations.rs",
             "state.rs",

@@ -42,6 +42,7 @@ use tonic_health::pb::{
 };
 
 mod cache;
+mod commands;
 mod execution;
 mod names;
 mod operations;
@@ -78,6 +79,7 @@ impl Scheduler {
         config.workers.listen = ListenAddress::Unix(path("workers"));
         config.state.listen = ListenAddress::Unix(path("state"));
         config.state.directory = path("drains");
+        config.control.listen = ListenAddress::Unix(path("control"));
         // All calls are the same user's, by the sockets.
         config.action_router.invocation_key_extractors =
             vec![InvocationKeyExtractor::ToolInvocationId];

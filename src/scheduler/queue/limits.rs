@@ -32,6 +32,7 @@ impl<C, W: Clone> Queue<C, W> {
             true => self.queued.all += 1,
             false => self.queued.all -= 1,
         }
+        self.note_queued(number, more);
         let operation = &self.operations[number];
         let task = &self.tasks[operation.task];
         add(

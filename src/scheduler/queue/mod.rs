@@ -11,7 +11,7 @@
 //! out, with `refusal`; `arena`, `state`, `names` and `timers` hold the objects. `fairness` has their
 //! order. The verbs are in `clients`, `workers` and `drains`, over `schedule`, `adoption`, `background`,
 //! `platform_queues` and `limits`; `clock` has their time. Those who look are shown `rows` by `listing`,
-//! and reasons by `explain`.
+//! reasons by `explain`, and what waits for longest by `gauges`.
 //!
 //! 1. A task is queued, or executing on exactly one worker, or completed. A worker executes at most
 //!    one task.
@@ -54,6 +54,7 @@ mod clock;
 mod drains;
 mod explain;
 mod fairness;
+mod gauges;
 mod invariants;
 mod limits;
 mod listing;
@@ -103,6 +104,7 @@ use arena::{
     Arena, Number, OperationNumber, PlatformQueueNumber, QueueNumber, TaskNumber, WorkerNumber,
 };
 use fairness::Invocations;
+use gauges::QueuedByAge;
 use limits::QueuedCounts;
 use names::Names;
 use state::{
@@ -132,6 +134,7 @@ pub struct Queue<C, W> {
     drains: BTreeMap<(SizeClassQueueKey, WorkerPattern), Timestamp>,
     drains_version: u64,
     queued: QueuedCounts,
+    queued_by_age: QueuedByAge,
     timers: Timers,
     effects: Vec<Effect<C, W>>,
     last_number: u64,
@@ -179,6 +182,7 @@ impl<C, W: Clone> Queue<C, W> {
             drains: drains.collect(),
             drains_version: 0,
             queued: QueuedCounts::default(),
+            queued_by_age: QueuedByAge::default(),
             timers: Timers::default(),
             effects: Vec::new(),
             last_number: 0,

@@ -49,6 +49,7 @@ use crate::{daemon::Failure, digest::Digest};
 mod action_results;
 mod append;
 mod blob_writer;
+mod check;
 mod file;
 mod index;
 mod initial_size_class_cache;
@@ -62,6 +63,7 @@ mod space;
 mod uploads;
 
 pub use blob_writer::BlobWriter;
+pub use check::{CheckProgress, StoreUsage};
 pub use open::probe;
 pub use uploads::{Uploads, WriteLease};
 

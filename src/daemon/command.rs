@@ -1,0 +1,211 @@
+//! What the commands that ask a running daemon share: whom they ask, with what right, and how they end.
+//!
+//! Exit codes: 0 when what was asked for is done; 66 (sysexits(3), EX_NOINPUT) when what was named is not
+//! there; 69 (EX_UNAVAILABLE) when the daemon does not answer; 77 (EX_NOPERM) when the caller may not do
+//! this; 1 for every other failure.
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use tonic::{
+    Code, Status,
+    metadata::{Ascii, MetadataValue},
+    service::{Interceptor, interceptor::InterceptedService},
+};
+
+use super::{Channel, Credentials, Output, connect_with, logging::print_error};
+use crate::config::{Endpoint, ListenAddress, tls::ClientTls};
+
+/// Whom a command asks, and how it prints what it hears.
+#[derive(Clone, Debug, clap::Args)]
+pub struct CommandOptions {
+    /// Print JSON, for scripts
+    #[arg(long)]
+    json: bool,
+
+    /// Ask a daemon elsewhere: grpc://HOST:PORT, grpcs://HOST:PORT for TLS, or unix:/PATH
+    #[arg(long, value_name = "ENDPOINT")]
+    endpoint: Option<Endpoint>,
+
+    /// Authorities in PEM that the other end is trusted by, instead of this host's
+    #[arg(long, value_name = "FILE", requires = "endpoint")]
+    ca: Option<PathBuf>,
+
+    /// Certificate in PEM to be known by
+    #[arg(long, value_name = "FILE", requires = "endpoint", requires = "key")]
+    certificate: Option<PathBuf>,
+
+    /// Private key of the certificate
+    #[arg(long, value_name = "FILE", requires = "certificate")]
+    key: Option<PathBuf>,
+
+    /// File with a token to be known by
+    #[arg(long, value_name = "FILE", requires = "endpoint")]
+    authorization_file: Option<PathBuf>,
+}
+
+/// Why a command did not do what it was asked for; each variant has its exit code.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    /// What was named is not there.
+    #[error("{0}")]
+    NotFound(String),
+    /// The daemon does not answer.
+    #[error("{0}")]
+    Unavailable(String),
+    /// Somebody else must do this, or must allow it.
+    #[error("{0}")]
+    NotPermitted(String),
+    /// The daemon, or this host, failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+impl CommandError {
+    fn code(&self) -> u8 {
+        match self {
+            CommandError::NotFound(_) => 66,
+            CommandError::Unavailable(_) => 69,
+            CommandError::NotPermitted(_) => 77,
+            CommandError::Failed(_) => 1,
+        }
+    }
+
+    /// The exit code, after the reason was told on standard error.
+    pub fn report(&self, program: &str) -> ExitCode {
+        let text = self.to_string();
+        let lines: Vec<_> = text.lines().map(crate::text::printable).collect();
+        print_error(program, &lines.join("\n"));
+        ExitCode::from(self.code())
+    }
+}
+
+impl From<Status> for CommandError {
+    fn from(status: Status) -> Self {
+        let text = status.message().to_owned();
+        match status.code() {
+            Code::NotFound => CommandError::NotFound(text),
+            Code::Unavailable => CommandError::Unavailable(text),
+            Code::PermissionDenied | Code::Unauthenticated => CommandError::NotPermitted(text),
+            Code::Unimplemented => CommandError::Failed(format!(
+                "the other end does not know this; is it an older version, or another port? {text}"
+            )),
+            code => CommandError::Failed(format!("{code:?}: {text}")),
+        }
+    }
+}
+
+/// A channel whose calls show a token, if there is one.
+pub type CommandChannel = InterceptedService<Channel, Authorization>;
+
+/// Adds the header `authorization` (RFC 6750) to each call.
+#[derive(Clone, Debug)]
+pub struct Authorization(Option<MetadataValue<Ascii>>);
+
+impl Interceptor for Authorization {
+    fn call(&mut self, mut request: tonic::Request<()>) -> Result<tonic::Request<()>, Status> {
+        if let Some(value) = &self.0 {
+            request
+                .metadata_mut()
+                .insert("authorization", value.clone());
+        }
+        Ok(request)
+    }
+}
+
+impl CommandOptions {
+    /// Where the answers are printed.
+    pub fn output(&self) -> Output {
+        Output::of_process(self.json)
+    }
+
+    /// A channel to the daemon of this host, which listens at `control`, or to the one that the options
+    /// name. `program` is the daemon's.
+    pub fn connect(
+        &self,
+        program: &str,
+        control: &ListenAddress,
+    ) -> Result<CommandChannel, CommandError> {
+        let token = match &self.authorization_file {
+            Some(path) => Some(read_token(path)?),
+            None => None,
+        };
+        let endpoint = match (&self.endpoint, control) {
+            (Some(endpoint), _) => endpoint.clone(),
+            (None, ListenAddress::Unix(path)) => {
+                try_socket(program, path)?;
+                Endpoint::Unix(path.clone())
+            }
+            (None, ListenAddress::Tcp(address)) => Endpoint::Tcp(address.to_string()),
+        };
+        if token.is_some() && matches!(endpoint, Endpoint::Tcp(_)) {
+            return Err(CommandError::Failed(format!(
+                "a token is shown by TLS only, which {endpoint} does not speak; write \"grpcs://\" in place of \"grpc://\""
+            )));
+        }
+        let credentials = Credentials::of(
+            "options",
+            &ClientTls {
+                ca: self.ca.clone().unwrap_or_default(),
+                certificate: self.certificate.clone().unwrap_or_default(),
+                key: self.key.clone().unwrap_or_default(),
+                server_name: String::new(),
+            },
+        );
+        let channel = connect_with(&endpoint, &credentials);
+        Ok(InterceptedService::new(channel, Authorization(token)))
+    }
+}
+
+fn read_token(path: &Path) -> Result<MetadataValue<Ascii>, CommandError> {
+    let failed = |why: String| CommandError::Failed(format!("{}: {why}", path.display()));
+    let text = fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+    let token = text.trim();
+    let header = match token.split_once(' ') {
+        Some((scheme, _)) if scheme.eq_ignore_ascii_case("bearer") => token.to_owned(),
+        _ => format!("Bearer {token}"),
+    };
+    let mut value: MetadataValue<Ascii> = header
+        .parse()
+        .map_err(|_| failed("it must have a token, and nothing else".to_owned()))?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// Whether the daemon of this host can be asked; says who must do what when it cannot.
+fn try_socket(program: &str, path: &Path) -> Result<(), CommandError> {
+    let Err(error) = std::os::unix::net::UnixStream::connect(path) else {
+        return Ok(());
+    };
+    let unit = program.replace('_', "-");
+    let shown = path.display();
+    Err(match error.kind() {
+        io::ErrorKind::PermissionDenied => {
+            let remedy = match group_of(path) {
+                Some(group) if group != "root" => {
+                    format!(
+                        "root may, and members of the group {group}: usermod -aG {group} NAME, then log in again"
+                    )
+                }
+                _ => "root may".to_owned(),
+            };
+            CommandError::NotPermitted(format!("you may not open {shown}; {remedy}"))
+        }
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+            CommandError::Unavailable(format!(
+                "no {program} of this host answers at {shown}: start it with \"systemctl start {unit}\", or say where it is with --endpoint or --config"
+            ))
+        }
+        _ => CommandError::Unavailable(format!("could not connect to {shown}: {error}")),
+    })
+}
+
+fn group_of(socket: &Path) -> Option<String> {
+    let gid = fs::metadata(socket).ok()?.gid();
+    let group = nix::unistd::Group::from_gid(nix::unistd::Gid::from_raw(gid));
+    Some(group.ok().flatten()?.name)
+}

@@ -1,0 +1,108 @@
+//! Calls of a scheduler that commands make: lists, page by page.
+
+use crate::{
+    daemon::{CommandChannel, CommandError},
+    proto::{
+        buildqueuestate::{
+            self as wire, build_queue_state_client::BuildQueueStateClient, list_operations_request,
+            list_workers_request,
+        },
+        control::scheduler_control_client::SchedulerControlClient,
+        reapi::execution_stage::Value as StageValue,
+    },
+};
+
+const PAGE: u32 = 1_000;
+/// Completed operations have whole responses.
+const LARGEST_ANSWER: usize = 64 << 20;
+
+/// A scheduler that runs.
+pub(super) struct Scheduler(CommandChannel);
+
+impl Scheduler {
+    pub(super) fn new(channel: CommandChannel) -> Self {
+        Scheduler(channel)
+    }
+
+    pub(super) fn state(&self) -> BuildQueueStateClient<CommandChannel> {
+        BuildQueueStateClient::new(self.0.clone()).max_decoding_message_size(LARGEST_ANSWER)
+    }
+
+    pub(super) fn control(&self) -> SchedulerControlClient<CommandChannel> {
+        SchedulerControlClient::new(self.0.clone()).max_decoding_message_size(LARGEST_ANSWER)
+    }
+
+    /// All size-class queues.
+    pub(super) async fn queues(&self) -> Result<Vec<wire::SizeClassQueueName>, CommandError> {
+        let listed = self.state().list_platform_queues(()).await?.into_inner();
+        let names = listed.platform_queues.into_iter().flat_map(|queue| {
+            let name = queue.name;
+            queue
+                .size_class_queues
+                .into_iter()
+                .map(move |size| wire::SizeClassQueueName {
+                    platform_queue_name: name.clone(),
+                    size_class: size.size_class,
+                })
+        });
+        Ok(names.collect())
+    }
+
+    /// All workers of a queue; none when it is gone by now.
+    pub(super) async fn workers(
+        &self,
+        queue: &wire::SizeClassQueueName,
+    ) -> Result<Vec<wire::WorkerState>, CommandError> {
+        let mut workers: Vec<wire::WorkerState> = Vec::new();
+        loop {
+            let request = wire::ListWorkersRequest {
+                filter: Some(list_workers_request::Filter {
+                    r#type: Some(list_workers_request::filter::Type::All(queue.clone())),
+                }),
+                page_size: PAGE,
+                start_after: workers.last().map(|last| list_workers_request::StartAfter {
+                    worker_id: last.id.clone(),
+                }),
+            };
+            let page = match self.state().list_workers(request).await {
+                Err(status) if status.code() == tonic::Code::NotFound => return Ok(workers),
+                page => page?.into_inner().workers,
+            };
+            if page.is_empty() {
+                return Ok(workers);
+            }
+            workers.extend(page);
+        }
+    }
+
+    /// Operations at a stage, if it is said, and no more than so many; with how many there are in all.
+    pub(super) async fn operations(
+        &self,
+        stage: Option<StageValue>,
+        limit: usize,
+    ) -> Result<(Vec<wire::OperationState>, usize), CommandError> {
+        let mut operations: Vec<wire::OperationState> = Vec::new();
+        loop {
+            let left = limit - operations.len();
+            let request = wire::ListOperationsRequest {
+                page_size: u32::try_from(left).unwrap_or(PAGE).min(PAGE),
+                start_after: operations
+                    .last()
+                    .map(|last| list_operations_request::StartAfter {
+                        operation_name: last.name.clone(),
+                    }),
+                filter_stage: stage.map_or(0, |stage| stage as i32),
+                ..Default::default()
+            };
+            let page = self.state().list_operations(request).await?.into_inner();
+            let total = page.pagination_info.unwrap_or_default().total_entries as usize;
+            if page.operations.is_empty() {
+                return Ok((operations, total));
+            }
+            operations.extend(page.operations);
+            if operations.len() >= limit {
+                return Ok((operations, total));
+            }
+        }
+    }
+}
