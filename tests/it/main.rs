@@ -13,6 +13,7 @@ mod access;
 mod architecture;
 mod bad_input;
 mod configurations;
+mod conformance;
 mod connections;
 mod documents;
 mod escape;
