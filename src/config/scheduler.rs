@@ -115,6 +115,12 @@ pub struct Scheduling {
     pub busy_worker_synchronization_interval: Duration,
     /// An idle worker's call is held for a random time up to this.
     pub idle_worker_synchronization_interval: Duration,
+    /// How long after its start the scheduler waits for workers to say that they execute an operation
+    /// of the scheduler before it, until it hands it to another one.
+    pub worker_report_timeout: Duration,
+    /// How long after the start an action is held whose platform no worker has registered yet; after
+    /// that it is refused.
+    pub worker_registration_timeout: Duration,
     /// A worker that has been silent for this long past its due time is gone.
     pub worker_with_no_synchronizations_timeout: Duration,
     /// How long a platform queue without workers lives, and how long after start-up an unknown
@@ -223,6 +229,8 @@ impl Default for Scheduling {
             abandoned_operation_timeout: Duration::seconds(10),
             busy_worker_synchronization_interval: Duration::seconds(10),
             idle_worker_synchronization_interval: Duration::seconds(120),
+            worker_report_timeout: Duration::seconds(2),
+            worker_registration_timeout: Duration::seconds(10),
             worker_with_no_synchronizations_timeout: Duration::seconds(60),
             platform_queue_with_no_workers_timeout: Duration::seconds(15 * 60),
             worker_task_retry_count: 9,

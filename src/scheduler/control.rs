@@ -147,7 +147,7 @@ impl SchedulerControl for ControlService {
                 elapsed: Some(proto::proto_duration(elapsed)),
                 lost_workers: lost as u64,
             })),
-            Explanation::Completed => None,
+            Explanation::AwaitingReport { .. } | Explanation::Completed => None,
         };
         Ok(Response::new(OperationExplanation {
             text,

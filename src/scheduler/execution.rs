@@ -25,7 +25,7 @@ use super::{
     completion_log::log_completion,
     operation_message::{self, Update},
     operation_name::{OperationName, ParsedName},
-    queue::{self, EncodedResponse, InvocationKeys, QueuedAction, Stage},
+    queue::{self, EncodedResponse, InvocationKeys, Platform, QueuedAction, Stage},
     routing::execution_timeout,
     shared_queue::{SharedQueue, Waiter},
     size_class::{Analyzer, Selector},
@@ -59,6 +59,7 @@ pub(super) struct ExecutionService {
     pub statistics: Arc<StatisticsStore>,
     /// In the names of operations: which scheduler gave them.
     pub scheduler: u64,
+    pub started: Instant,
     pub stopping: CancellationToken,
 }
 
@@ -224,11 +225,10 @@ impl ExecutionService {
             execution_timeout(action.timeout.as_ref(), &self.scheduling).map_err(invalid)?;
         let selector = self.selector(&name, &action, timeout).await;
         name.invocation = route.invocation;
-        let best = self.queue.first_served(&route.platforms, &instance);
-        let queued = queue::Request {
+        let mut queued = queue::Request {
             name: name.operation,
             resumes,
-            platform: best.unwrap_or_default(),
+            platform: Platform::default(),
             priority: name.priority,
             invocation: name.invocation.clone(),
             skip_cache_lookup: name.skip_cache_lookup,
@@ -242,10 +242,14 @@ impl ExecutionService {
                 proto::timestamp(SystemTime::now()),
             )),
         };
-        let waiter = self
-            .queue
-            .execute(queued.clone())
-            .map_err(status::execute)?;
+        let workers = self.started + self.scheduling.worker_registration_timeout.get();
+        let waiter = tokio::select! {
+            biased;
+            () = self.stopping.cancelled() => return Err(status::stopping()),
+            decided = self.queue.execute_with_first_workers(&route.platforms, &mut queued, workers) => {
+                decided.map_err(status::execute)?
+            }
+        };
         let waiter = self.without_incomplete_result(waiter, queued).await?;
         name.operation = waiter.attached.operation;
         Ok(self.watch(waiter, name.to_string()))

@@ -6,7 +6,11 @@
 //! `control` operators, with `drain_file`; `command` asks them; all of them with the refusals of `status`. `worker_log` and `completion_log` tell
 //! what goes on, and `statistics_store` keeps what executions came to.
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
 
 use tonic::codec::CompressionEncoding;
 
@@ -239,6 +243,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         analyzer: Analyzer::from(&config.scheduling.size_classes),
         statistics: statistics.clone(),
         scheduler: fastrand::u64(..),
+        started: Instant::now(),
         stopping: stopping.clone(),
     };
     let operations = OperationsServer::new(OperationsService(execution.clone()))

@@ -34,6 +34,8 @@ pub(super) struct SharedQueue {
     sooner: Notify,
     /// How often a verb found something that cannot be.
     broken_invariants: AtomicU64,
+    /// So many platform queues there have been: workers of another platform have come.
+    platform_queues: watch::Sender<u64>,
     /// Those to keep for the next scheduler, with their version.
     drains: watch::Sender<(u64, Vec<Drain>)>,
     /// Not kept from being closed by calls that outlive the scheduler.
@@ -72,6 +74,7 @@ impl SharedQueue {
             }),
             sooner: Notify::new(),
             broken_invariants: AtomicU64::new(0),
+            platform_queues: watch::Sender::new(0),
             drains: watch::Sender::new((0, Vec::new())),
             statistics: Arc::downgrade(statistics),
         })
@@ -215,12 +218,31 @@ impl SharedQueue {
         Ok(self.waiter(attached))
     }
 
-    /// The first of these platforms that has a queue, or else the first one.
-    pub(super) fn first_served(
-        &self,
+    /// As `execute`, on the first of these platforms that has a queue, which may get its first workers
+    /// until then.
+    pub(super) async fn execute_with_first_workers(
+        self: &Arc<Self>,
         platforms: &[Platform],
-        instance: &InstanceName,
-    ) -> Option<Platform> {
+        request: &mut Request,
+        until: Instant,
+    ) -> Result<Waiter, ExecuteRefusal> {
+        loop {
+            let mut platform_queues = self.platform_queues.subscribe();
+            let best = self.first_served(platforms, &request.action.instance);
+            request.platform = best.unwrap_or_default();
+            let refusal = match self.execute(request.clone()) {
+                Err(refusal @ ExecuteRefusal::NoWorkers(_)) => refusal,
+                decided => return decided,
+            };
+            let news = tokio::time::timeout_at(until.into(), platform_queues.changed());
+            if !matches!(news.await, Ok(Ok(()))) {
+                return Err(refusal);
+            }
+        }
+    }
+
+    /// The first of these platforms that has a queue, or else the first one.
+    fn first_served(&self, platforms: &[Platform], instance: &InstanceName) -> Option<Platform> {
         let first = platforms.first()?;
         if platforms.len() == 1 {
             return Some(first.clone());
@@ -257,8 +279,16 @@ impl SharedQueue {
         stopping: impl Future<Output = ()>,
     ) -> Result<Option<Instruction>, Refusal> {
         let (call, answer) = oneshot::channel();
-        let decided =
-            self.decide(|queue, now| queue.synchronize(now, key, caller, report, call, idle_wait))?;
+        let (decided, platform_queues) = self.decide(|queue, now| {
+            let decided = queue.synchronize(now, key, caller, report, call, idle_wait);
+            (decided, queue.platform_queues_made())
+        });
+        self.platform_queues.send_if_modified(|known| {
+            let more = platform_queues > *known;
+            *known = platform_queues.max(*known);
+            more
+        });
+        let decided = decided?;
         let mut guard = match decided {
             SynchronizeAnswer::Now(instruction) => return Ok(Some(instruction)),
             SynchronizeAnswer::Held(held) => HeldCallGuard {

@@ -24,6 +24,9 @@ use crate::proto::reapi::Digest;
 /// After a first failed call; doubles up to `MAXIMUM_BACKOFF`.
 const INITIAL_BACKOFF: Duration = Duration::from_millis(100);
 const MAXIMUM_BACKOFF: Duration = Duration::from_secs(5);
+/// Of one that has something to report: a scheduler that was started again waits for it, see
+/// `scheduling.worker_report_timeout`.
+const MAXIMUM_BACKOFF_OF_BUSY: Duration = Duration::from_secs(1);
 /// Between two calls of an idle slot whose scheduler does not hold its calls.
 const MINIMUM_IDLE_INTERVAL: Duration = Duration::from_secs(1);
 /// Of one result, after which it is given up.
@@ -373,9 +376,13 @@ impl<T, R: Clone> Slot<T, R> {
             self.drain = DrainState::Left;
             return;
         }
+        let most = match &self.state {
+            SlotState::Executing { .. } | SlotState::Finished { .. } => MAXIMUM_BACKOFF_OF_BUSY,
+            _ => MAXIMUM_BACKOFF,
+        };
         let longest = INITIAL_BACKOFF
             .saturating_mul(1 << self.failures.min(16))
-            .min(MAXIMUM_BACKOFF);
+            .min(most);
         self.failures = self.failures.saturating_add(1);
         let spread = (longest / 2).as_nanos() as u64;
         self.not_before = now + longest / 2 + Duration::from_nanos(random % spread.max(1));

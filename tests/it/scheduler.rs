@@ -85,6 +85,8 @@ impl Scheduler {
             vec![InvocationKeyExtractor::ToolInvocationId];
         config.storage.embedded.directory = path("storage");
         config.storage.embedded.maximum_size = Size::mib(64);
+        // What is refused is refused at once.
+        config.scheduling.worker_registration_timeout = seconds(0);
         std::fs::create_dir(path("storage")).unwrap();
         change(&mut config);
         let lifecycle = Lifecycle::new();

@@ -287,7 +287,8 @@ impl<C, W: Clone> Queue<C, W> {
                 let found = &self.tasks[task];
                 let lost_it = found.lost.contains(&self.workers[worker].id);
                 // Another worker has it; or it is this one's lost attempt.
-                if !matches!(found.state, TaskState::Queued) || lost_it {
+                let free = matches!(found.state, TaskState::Queued | TaskState::AwaitingReport);
+                if !free || lost_it {
                     self.expect_call(now, worker);
                     return SynchronizeAnswer::Now(GO_IDLE);
                 }

@@ -86,7 +86,10 @@ impl<C, W: Clone> Queue<C, W> {
         }
         let operation = self.insert_operation(task, &request, Some(watch));
         if !self.take_up(now, task, &request) {
-            self.schedule(now, task);
+            match request.resumes && self.may_be_reported(now) {
+                true => self.await_report(task),
+                false => self.schedule(now, task),
+            }
         }
         Ok(self.attach(operation))
     }
@@ -261,7 +264,7 @@ impl<C, W: Clone> Queue<C, W> {
         match self.tasks[task].state {
             TaskState::Queued => self.enqueue_operation(number),
             TaskState::Executing { worker, .. } => self.invocations.start(node, worker),
-            TaskState::Fresh | TaskState::Completed(_) => {}
+            TaskState::Fresh | TaskState::AwaitingReport | TaskState::Completed(_) => {}
         }
         number
     }
@@ -288,7 +291,7 @@ impl<C, W: Clone> Queue<C, W> {
                 let node = self.node_of(number);
                 self.invocations.stop(node, worker);
             }
-            TaskState::Fresh | TaskState::Completed(_) => {}
+            TaskState::Fresh | TaskState::AwaitingReport | TaskState::Completed(_) => {}
         }
         let operations = &mut self.tasks[task].operations;
         operations.retain(|other| *other != number);

@@ -19,6 +19,11 @@ const COUNTED: usize = 1_000;
 #[derive(Clone, Debug, PartialEq)]
 pub enum Explanation {
     Queued(QueuedExplanation),
+    /// The scheduler has restarted, and the worker that executes it may not have called yet.
+    AwaitingReport {
+        /// For so long.
+        rest: Duration,
+    },
     Executing {
         worker: WorkerId,
         /// For so long.
@@ -80,6 +85,11 @@ impl fmt::Display for Explanation {
                     ),
                 }
             }
+            Explanation::AwaitingReport { rest } => write!(
+                f,
+                "taken up again after a restart of the scheduler: for {} s more a worker may say that it executes it",
+                rest.as_secs_f64().ceil()
+            ),
             Explanation::Completed => f.write_str("completed"),
         }
     }
@@ -145,6 +155,9 @@ impl<C, W: Clone> Queue<C, W> {
             TaskState::Fresh | TaskState::Queued => {
                 Explanation::Queued(self.explain_queued(now, number, task))
             }
+            TaskState::AwaitingReport => Explanation::AwaitingReport {
+                rest: self.time_for_reports(now),
+            },
             TaskState::Executing { worker, since, .. } => Explanation::Executing {
                 worker: self.workers[*worker].id.clone(),
                 elapsed: now.saturating_duration_since(*since),

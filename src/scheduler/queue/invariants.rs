@@ -74,6 +74,13 @@ impl<C, W: Clone> Queue<C, W> {
             ensure(kept, "a kept result has no deadline")?;
             deadlines += 1;
         }
+        let awaited = self.awaited_reports.deadline();
+        ensure(
+            awaited.is_some() == (self.awaited_reports.len() > 0)
+                && self.timers.has(awaited, Timer::AwaitedReports),
+            "there is a deadline for reports if and only if one is awaited",
+        )?;
+        deadlines += usize::from(awaited.is_some());
         ensure(
             deadlines == self.timers.len(),
             "a deadline is of something that does not exist",
@@ -183,7 +190,7 @@ impl<C, W: Clone> Queue<C, W> {
     }
 
     fn check_tasks(&self) -> Result<(), String> {
-        let (mut completed, mut cacheable) = (0, 0);
+        let (mut completed, mut cacheable, mut awaiting) = (0, 0, 0);
         for (number, task) in self.tasks.iter() {
             ensure(!task.operations.is_empty(), "a task has no operations")?;
             let own =
@@ -195,6 +202,13 @@ impl<C, W: Clone> Queue<C, W> {
             match &task.state {
                 TaskState::Fresh => return Err("a task is nowhere".to_owned()),
                 TaskState::Queued => {}
+                TaskState::AwaitingReport => {
+                    awaiting += 1;
+                    ensure(
+                        self.awaited_reports.contains(task.queue, number),
+                        "a task that waits for a report is not listed",
+                    )?;
+                }
                 TaskState::Executing { worker, .. } => ensure(
                     matches!(
                         self.workers[*worker].state,
@@ -215,6 +229,10 @@ impl<C, W: Clone> Queue<C, W> {
         ensure(
             cacheable == self.in_flight.len(),
             "a task that is in flight does not exist",
+        )?;
+        ensure(
+            awaiting == self.awaited_reports.len(),
+            "a task is listed that waits for no report",
         )?;
         let Totals {
             tasks,

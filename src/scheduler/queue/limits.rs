@@ -66,7 +66,7 @@ impl<C, W: Clone> Queue<C, W> {
             retry_after: RETRY_AFTER,
         };
         let limit = limits.queued_operations;
-        if self.queued.all >= limit {
+        if self.queued.all + self.awaited_reports.len() >= limit {
             return Err(full("The scheduler".to_owned(), "queued_operations", limit));
         }
         let instance = &request.action.instance;

@@ -255,7 +255,9 @@ impl<C, W: Clone> Queue<C, W> {
         let operation = &self.operations[number];
         let task = &self.tasks[operation.task];
         let (stage, worker) = match &task.state {
-            TaskState::Fresh | TaskState::Queued => (Stage::Queued, None),
+            TaskState::Fresh | TaskState::AwaitingReport | TaskState::Queued => {
+                (Stage::Queued, None)
+            }
             TaskState::Executing { worker, .. } => (Stage::Executing, Some(*worker)),
             TaskState::Completed(outcome) => (Stage::Completed(outcome.clone()), None),
         };

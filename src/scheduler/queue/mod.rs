@@ -9,12 +9,12 @@
 //!
 //! In the order to read it: `settings`, `platform`, `action` and `report` are what goes in and comes
 //! out, with `refusal`; `arena`, `state`, `names` and `timers` hold the objects. `fairness` has their
-//! order. The verbs are in `clients`, `workers` and `drains`, over `schedule`, `adoption`, `background`,
-//! `platform_queues` and `limits`; `clock` has their time. Those who look are shown `rows` by `listing`,
-//! reasons by `explain`, and what waits for longest by `gauges`.
+//! order. The verbs are in `clients`, `workers` and `drains`, over `schedule`, `adoption`, `resumption`,
+//! `background`, `platform_queues` and `limits`; `clock` has their time. Those who look are shown `rows`
+//! by `listing`, reasons by `explain`, and what waits for longest by `gauges`.
 //!
-//! 1. A task is queued, or executing on exactly one worker, or completed. A worker executes at most
-//!    one task.
+//! 1. A task waits for a worker's report, or is queued, or executing on exactly one worker, or
+//!    completed. A worker executes at most one task.
 //! 2. While a task is queued, no worker of its size-class queue that takes work has its call held.
 //! 3. A cacheable action (instance name, digest) has at most one task that is not completed.
 //! 4. An operation without waiters, and nothing else of a client, has a deadline; a task goes with
@@ -63,6 +63,7 @@ mod platform;
 mod platform_queues;
 mod refusal;
 mod report;
+mod resumption;
 mod rows;
 mod schedule;
 mod settings;
@@ -107,6 +108,7 @@ use fairness::Invocations;
 use gauges::QueuedByAge;
 use limits::QueuedCounts;
 use names::Names;
+use resumption::AwaitedReports;
 use state::{
     Operation, OperationPlace, PlatformQueue, SizeClassQueue, Task, TaskState, Worker, WorkerState,
 };
@@ -130,6 +132,7 @@ pub struct Queue<C, W> {
     in_flight: BTreeSet<(u64, TaskNumber)>,
     foreign_actions: ForeignActions,
     kept_results: KeptResults,
+    awaited_reports: AwaitedReports,
     /// When each was added.
     drains: BTreeMap<(SizeClassQueueKey, WorkerPattern), Timestamp>,
     drains_version: u64,
@@ -138,6 +141,7 @@ pub struct Queue<C, W> {
     timers: Timers,
     effects: Vec<Effect<C, W>>,
     last_number: u64,
+    platform_queues_made: u64,
     totals: Totals,
 }
 
@@ -179,6 +183,7 @@ impl<C, W: Clone> Queue<C, W> {
             in_flight: BTreeSet::new(),
             foreign_actions: ForeignActions::default(),
             kept_results: KeptResults::default(),
+            awaited_reports: AwaitedReports::default(),
             drains: drains.collect(),
             drains_version: 0,
             queued: QueuedCounts::default(),
@@ -186,6 +191,7 @@ impl<C, W: Clone> Queue<C, W> {
             timers: Timers::default(),
             effects: Vec::new(),
             last_number: 0,
+            platform_queues_made: 0,
             totals: Totals::default(),
             settings,
         };
@@ -220,6 +226,7 @@ impl<C, W: Clone> Queue<C, W> {
                     self.expire_queue(now, queue);
                     return;
                 }
+                Some(Timer::AwaitedReports) => self.expire_awaited_report(now),
                 Some(Timer::KeptResult(number)) => self.kept_results.expire(number),
                 None => return,
             }
@@ -229,6 +236,11 @@ impl<C, W: Clone> Queue<C, W> {
     fn number(&mut self) -> u64 {
         self.last_number += 1;
         self.last_number
+    }
+
+    /// How many platform queues there have been.
+    pub fn platform_queues_made(&self) -> u64 {
+        self.platform_queues_made
     }
 
     /// Whether there is a platform queue for these actions.

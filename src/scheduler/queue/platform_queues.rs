@@ -72,6 +72,7 @@ impl<C, W: Clone> Queue<C, W> {
         key: &SizeClassQueueKey,
         platform_queue: PlatformQueue,
     ) -> PlatformQueueNumber {
+        self.platform_queues_made += 1;
         let number = self.platform_queues.insert(platform_queue);
         let prefixes = self.platforms.entry(key.platform.clone()).or_default();
         prefixes.insert(key.prefix.clone(), number);
@@ -219,14 +220,15 @@ impl<C, W: Clone> Queue<C, W> {
         queue: QueueNumber,
         response: &Arc<EncodedResponse>,
     ) -> bool {
-        for _ in 0..ENDED_AT_ONCE {
+        let ended = self.end_awaiting(now, queue, response, ENDED_AT_ONCE);
+        for _ in ended..ENDED_AT_ONCE {
             let Some(operation) = self.invocations.pick(self.queues[queue].root, &[]) else {
                 return true;
             };
             let task = self.operations[operation].task;
             self.complete(now, task, response.clone());
         }
-        self.invocations.get(self.queues[queue].root).queued_in_all == 0
+        ended < ENDED_AT_ONCE && self.invocations.get(self.queues[queue].root).queued_in_all == 0
     }
 
     pub(super) fn no_workers(&self, now: Instant, request: &Request) -> NoWorkers {

@@ -107,8 +107,9 @@ impl<C, W: Clone> Queue<C, W> {
         }
     }
 
-    /// Takes a task out of the tree, or from its worker, which hears of it at once if its call is held,
-    /// and at its next call otherwise. It is to be put somewhere else at once.
+    /// Takes a task out of the tree, or from those that wait for a report, or from its worker, which
+    /// hears of it at once if its call is held, and at its next call otherwise. It is to be put
+    /// somewhere else at once.
     pub(super) fn withdraw(&mut self, now: Instant, task: TaskNumber) {
         match self.tasks[task].state {
             TaskState::Queued => {
@@ -129,6 +130,7 @@ impl<C, W: Clone> Queue<C, W> {
                     self.expect_call(now, worker);
                 }
             }
+            TaskState::AwaitingReport => self.withdraw_awaiting(task),
             TaskState::Fresh | TaskState::Completed(_) => {}
         }
     }
@@ -225,7 +227,11 @@ impl<C, W: Clone> Queue<C, W> {
     pub(super) fn advance(&mut self, number: TaskNumber, state: TaskState) {
         let task = &mut self.tasks[number];
         let news = match (&task.state, &state) {
-            (TaskState::Fresh | TaskState::Queued, TaskState::Queued) => false,
+            (TaskState::Fresh, TaskState::AwaitingReport)
+            | (
+                TaskState::Fresh | TaskState::AwaitingReport | TaskState::Queued,
+                TaskState::Queued,
+            ) => false,
             (TaskState::Executing { worker, .. }, TaskState::Executing { worker: next, .. }) => {
                 worker != next
             }

@@ -19,6 +19,8 @@ pub struct Settings {
     /// How long an operation that is not completed goes on when nobody waits for it.
     pub abandoned_operation_timeout: Duration,
     pub busy_worker_interval: Duration,
+    /// How long after the start a worker may say that it executes what the scheduler before gave it.
+    pub worker_report_timeout: Duration,
     pub worker_silence_timeout: Duration,
     pub platform_queue_with_no_workers_timeout: Duration,
     /// How often a worker may claim to have lost a task before the action is blamed.
@@ -95,6 +97,7 @@ impl From<&Scheduling> for Settings {
             operation_with_no_waiters_timeout: scheduling.operation_with_no_waiters_timeout.get(),
             abandoned_operation_timeout: scheduling.abandoned_operation_timeout.get(),
             busy_worker_interval: scheduling.busy_worker_synchronization_interval.get(),
+            worker_report_timeout: scheduling.worker_report_timeout.get(),
             worker_silence_timeout: scheduling.worker_with_no_synchronizations_timeout.get(),
             platform_queue_with_no_workers_timeout: scheduling
                 .platform_queue_with_no_workers_timeout

@@ -146,6 +146,8 @@ pub(super) struct Task {
 pub(super) enum TaskState {
     /// In no tree yet: within the verb that makes it.
     Fresh,
+    /// A worker may execute it already, and has not said so yet.
+    AwaitingReport,
     Queued,
     Executing {
         worker: WorkerNumber,
@@ -178,7 +180,7 @@ impl Task {
         Progress {
             version: self.version,
             stage: match &self.state {
-                TaskState::Fresh | TaskState::Queued => Stage::Queued,
+                TaskState::Fresh | TaskState::AwaitingReport | TaskState::Queued => Stage::Queued,
                 TaskState::Executing { .. } => Stage::Executing,
                 TaskState::Completed(outcome) => Stage::Completed(outcome.clone()),
             },

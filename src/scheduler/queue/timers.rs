@@ -12,6 +12,8 @@ pub(super) enum Timer {
     Operation(OperationNumber),
     /// It has no workers, or what is queued in it is being killed.
     Queue(QueueNumber),
+    /// No worker has said that it executes what the scheduler before this one gave it.
+    AwaitedReports,
     /// Nobody asks for the result that a worker brought.
     KeptResult(u64),
 }

@@ -237,6 +237,23 @@ async fn an_old_scheduler_says_that_no_workers_exist_as_the_clients_fault() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_action_that_comes_before_the_first_workers_waits_for_them() {
+    let scheduler = Scheduler::start(|config| {
+        config.scheduling.worker_registration_timeout = seconds(60);
+    })
+    .await;
+    let action = scheduler.action("x", |_| {}).await;
+    let execution = scheduler.execute(&action);
+    tokio::pin!(execution);
+    let early = tokio::time::timeout(Duration::from_millis(100), &mut execution).await;
+    assert!(early.is_err(), "{early:?}");
+    // It only says that it is there.
+    scheduler.synchronize("w", IDLE).await.unwrap();
+    let mut stream = execution.await.unwrap();
+    assert_eq!(stage(&next(&mut stream).await), Stage::Queued);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn clients_before_2_2_name_the_platform_in_their_command() {
     let scheduler = Scheduler::start(|_| {}).await;
     let held = scheduler.parked("w").await;

@@ -147,3 +147,103 @@ fn an_action_of_blake3_is_found_by_the_report_of_its_worker() {
     assert_eq!(farm.now("b", report).desired, DesiredWorkerState::Unchanged);
     assert_eq!(farm.told[&2], Stage::Executing);
 }
+
+/// A request for an operation of the scheduler before this one.
+fn resumed(action: &str, name: u128) -> Request {
+    Request {
+        name: Uuid::from_u128(name),
+        resumes: true,
+        ..request(action)
+    }
+}
+
+#[test]
+fn what_another_worker_may_execute_already_is_not_handed_out_until_it_had_time_to_say_so() {
+    let mut farm = Farm::new();
+    farm.held("idle", idle(), 1);
+    for (name, action) in [(71, "x"), (72, "y"), (73, "z")] {
+        let attached = farm
+            .queue
+            .execute(farm.now, resumed(action, name), name as u32)
+            .unwrap();
+        farm.perform();
+        assert_eq!(attached.progress.stage, Stage::Queued);
+    }
+    assert!(farm.answered.is_empty());
+    let why = farm.queue.explain(farm.now, Uuid::from_u128(71)).unwrap();
+    assert!(why.to_string().contains("restart"), "{why}");
+    // One is reported, one has a result already, and one nobody has.
+    farm.pass(SECOND);
+    assert_eq!(
+        farm.now("a", executing("x")).desired,
+        DesiredWorkerState::Unchanged
+    );
+    assert_eq!(farm.told[&71], Stage::Executing);
+    farm.held("b", completed("y", rpc::Code::Ok), 2);
+    assert_eq!(farm.told[&72], Stage::Completed(outcome(rpc::Code::Ok)));
+    assert!(farm.answered.is_empty());
+    // Others are not held up by it.
+    farm.execute(request("new"), 4).unwrap();
+    assert_eq!(farm.answered.len(), 1);
+    farm.pass(SECOND);
+    assert_eq!(farm.told[&73], Stage::Executing);
+    assert_eq!(farm.answered.len(), 2);
+    // From then on it is too late.
+    farm.held("c", idle(), 5);
+    farm.queue
+        .execute(farm.now, resumed("late", 74), 74)
+        .unwrap();
+    farm.perform();
+    assert_eq!(farm.told[&74], Stage::Executing);
+}
+
+#[test]
+fn what_waits_for_a_report_can_be_joined_cancelled_and_left_and_ends_with_its_queue() {
+    let mut farm = Farm::with(|settings| {
+        settings.platform_queue_with_no_workers_timeout = SECOND;
+        settings.worker_report_timeout = 200 * SECOND;
+        settings.limits.queued_operations = 4;
+    });
+    farm.now(
+        "gone",
+        WorkerReport {
+            prefer_being_idle: true,
+            ..idle()
+        },
+    );
+    for (name, action) in [(71, "x"), (72, "y"), (73, "z")] {
+        farm.queue
+            .execute(farm.now, resumed(action, name), name as u32)
+            .unwrap();
+        farm.perform();
+    }
+    let other = Request {
+        invocation: invocation("other"),
+        ..request("x")
+    };
+    let joined = farm.execute(other, 4).unwrap();
+    farm.queue.cancel(farm.now, Uuid::from_u128(71)).unwrap();
+    farm.queue.cancel(farm.now, Uuid::from_u128(72)).unwrap();
+    farm.queue.detach(farm.now, joined.operation);
+    farm.perform();
+    for watch in [71, 72] {
+        assert_eq!(status(&farm.told[&watch]).0, rpc::Code::Cancelled as i32);
+    }
+    for name in 80..82 {
+        let action = format!("a{name}");
+        farm.queue
+            .execute(farm.now, resumed(&action, name), name as u32)
+            .unwrap();
+        farm.perform();
+    }
+    let full = farm.queue.execute(farm.now, resumed("full", 90), 0);
+    assert!(
+        matches!(full, Err(ExecuteRefusal::QueueFull(_))),
+        "{full:?}"
+    );
+    // Its one worker is gone after a minute: reports are awaited until then.
+    farm.pass(200 * SECOND);
+    for watch in [73, 80, 81] {
+        assert_eq!(status(&farm.told[&watch]).0, rpc::Code::Unavailable as i32);
+    }
+}
