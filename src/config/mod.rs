@@ -32,6 +32,7 @@ pub mod scheduler;
 pub mod size_classes;
 pub mod tls;
 mod value;
+pub mod web;
 pub mod worker;
 
 pub use directory_kind::{DirectoryKind, directory_kind, path_error};

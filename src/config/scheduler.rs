@@ -21,6 +21,7 @@ use super::{
     },
     size_classes::SizeClasses,
     tls::{ClientTls, ServerTls},
+    web::Web,
 };
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -32,6 +33,7 @@ pub struct Config {
     pub grants: Vec<Grant>,
     pub state: State,
     pub control: SchedulerControl,
+    pub web: Web,
     pub storage: Storage,
     pub scheduling: Scheduling,
     pub action_router: ActionRouter,
@@ -305,14 +307,15 @@ impl Serialize for StorageLocation {
 
 impl Validate for Config {
     fn validate(&self, diagnostics: &mut Diagnostics) {
-        let listen = [
+        let listen: [(&str, &ListenAddress); 4] = [
             ("clients.listen", &self.clients.listen),
             ("workers.listen", &self.workers.listen),
             ("state.listen", &self.state.listen),
+            ("web.listen", &self.web.listen),
         ];
         for (number, (key, address)) in listen.iter().enumerate() {
             for (other, taken) in &listen[..number] {
-                let default = 8982 + number;
+                let default = [8980, 8983, 8984, 7982][number];
                 diagnostics.require(
                     !address.meets(taken),
                     key,
@@ -326,10 +329,12 @@ impl Validate for Config {
         self.workers.tls.validate("workers.tls", diagnostics);
         self.state.tls.validate("state.tls", diagnostics);
         self.control.validate(diagnostics);
+        self.web.check(diagnostics);
         self.state.check(&self.storage.embedded, diagnostics);
         let asks = |tls: &ServerTls| !tls.client_ca.as_os_str().is_empty();
-        let has_certificates =
-            asks(&self.clients.tls) || asks(&self.workers.tls) || asks(&self.state.tls);
+        let [clients, workers] = [&self.clients.tls, &self.workers.tls];
+        let listeners = [clients, workers, &self.state.tls, &self.web.tls];
+        let has_certificates = listeners.into_iter().any(asks);
         grants::validate(&self.grants, has_certificates, diagnostics);
         self.storage.check(&self.clients.listen, diagnostics);
         self.scheduling.validate(diagnostics);

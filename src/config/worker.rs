@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Diagnostics, DirectoryKind, Duration, Endpoint, Log, Size, Validate, directory_kind,
-    path_error, tls::ClientTls,
+    path_error, tls::ClientTls, web::is_base_url,
 };
 
 /// As many as a runner has users for.
@@ -315,15 +315,8 @@ impl Storage {
             "storage.maximum_message_size",
             "it is for Commands, Directories and Trees; write a size from \"64KiB\" to \"1GiB\", and \"16MiB\" is a good start",
         );
-        let is_url = ["http://", "https://"].iter().any(|scheme| {
-            self.browser_url.len() > scheme.len() && self.browser_url.starts_with(scheme)
-        });
         diagnostics.require(
-            self.browser_url.is_empty()
-                || is_url
-                    && !self
-                        .browser_url
-                        .contains(|c: char| c.is_control() || c == ' '),
+            self.browser_url.is_empty() || is_base_url(&self.browser_url),
             "storage.browser_url",
             "it must begin with http:// or https://, or be empty for no links",
         );

@@ -381,6 +381,14 @@ impl AcceptedStream {
         Ok((AcceptedStream { stream, arrived }, certificate))
     }
 
+    /// The same, with a peer that may speak HTTP/1.1.
+    pub(super) async fn encrypt_pages(
+        self,
+        acceptor: &TlsAcceptor,
+    ) -> io::Result<(Self, Option<PeerCertificate>)> {
+        self.encrypt(&acceptor.for_pages()).await
+    }
+
     pub(super) fn peer(&self) -> Peer {
         match &self.stream {
             Transport::Tcp(stream) => Peer::Tcp(stream.peer_addr().ok()),

@@ -11,7 +11,7 @@
 //! - `reloadable`: files that are read again when they change;
 //! - `listen`: sockets, of systemd's or of its own, and `control`: those that it works without;
 //! - `tls`: certificates, of listeners and of clients;
-//! - `server`: gRPC on listeners, bounded;
+//! - `server`: gRPC and pages on listeners, bounded;
 //! - `client`: channels to gRPC peers.
 
 #![warn(missing_docs)]
@@ -46,10 +46,11 @@ pub use lifecycle::Lifecycle;
 pub use listen::{Listener, Peer, SocketPermissions, listen};
 pub use logging::{LogRateLimit, action_span, spawn_blocking};
 pub use output::{Cell, Emphasis, Output, Table, age, bytes, span};
-pub use process::{Program, boot_id, raise_file_limit};
+pub use process::{Program, boot_id, hostname, raise_file_limit};
 pub use server::{
-    Access, BudgetReservation, Policy, RequestReservation, ResponseBudget, ServerLimits, Services,
-    serve, serve_within, warn_grants, with_reservation,
+    Access, BudgetReservation, PageAccess, PageLimits, PageOrigin, Policy, RequestReservation,
+    ResponseBudget, ServerLimits, Services, serve, serve_pages, serve_within, warn_grants,
+    with_reservation,
 };
 pub use tls::{
     Credentials, PeerCertificate, ServerTls, check_client, check_server, server_tls, warn_client,

@@ -45,3 +45,9 @@ pub fn raise_file_limit() {
 pub(super) fn file_limit() -> Option<u64> {
     getrlimit(Resource::Nofile).current
 }
+
+/// What this host calls itself (gethostname(2)).
+pub fn hostname() -> String {
+    let name = nix::unistd::gethostname().unwrap_or_default();
+    name.to_string_lossy().into_owned()
+}

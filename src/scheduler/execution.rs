@@ -31,6 +31,7 @@ use super::{
     size_class::{Analyzer, Selector},
     statistics_store::StatisticsStore,
     status::{self, invalid},
+    web::CacheLookups,
 };
 use crate::{
     config,
@@ -57,6 +58,7 @@ pub(super) struct ExecutionService {
     pub routing: Arc<ActionRouting>,
     pub analyzer: Analyzer,
     pub statistics: Arc<StatisticsStore>,
+    pub lookups: Arc<CacheLookups>,
     /// In the names of operations: which scheduler gave them.
     pub scheduler: u64,
     pub started: Instant,
@@ -336,7 +338,10 @@ impl ExecutionService {
         digest: &Digest,
     ) -> Option<reapi::ActionResult> {
         match self.storage.complete_action_result(instance, digest).await {
-            Ok(result) => result,
+            Ok(result) => {
+                self.lookups.count(result.is_some());
+                result
+            }
             Err(error) => {
                 if let Some(withheld) = FAILED_LOOK_UPS.admit(Instant::now()) {
                     tracing::warn!(

@@ -3,7 +3,7 @@
 //! In the order to read it: `routing` and `action_routing` find out where an action goes; `queue` decides,
 //! with `size_class`, and `shared_queue` lets calls meet in it. `execution` and `operations` serve clients,
 //! whose names for operations are those of `operation_name`; `workers` serves workers, `state` and
-//! `control` operators, with `drain_file`; `command` asks them; all of them with the refusals of `status`. `worker_log` and `completion_log` tell
+//! `control` operators, with `drain_file`, and `web` people; `command` asks them; all of them with the refusals of `status`. `worker_log` and `completion_log` tell
 //! what goes on, and `statistics_store` keeps what executions came to.
 
 use std::{
@@ -30,6 +30,7 @@ pub mod size_class;
 mod state;
 pub mod statistics_store;
 mod status;
+mod web;
 mod worker_log;
 mod workers;
 
@@ -39,8 +40,8 @@ use crate::{
         scheduler::{Config, StorageLocation},
     },
     daemon::{
-        self, CheckReport, Credentials, Failure, Installation, Lifecycle, Policy, Program,
-        ServerLimits, Services,
+        self, CheckReport, Credentials, Failure, Installation, Lifecycle, PageLimits, Policy,
+        Program, ServerLimits, Services,
     },
     instance::InstanceName,
     proto::{
@@ -61,6 +62,7 @@ use shared_queue::SharedQueue;
 use size_class::Analyzer;
 use state::StateService;
 use statistics_store::StatisticsStore;
+use web::{History, Pages, Protection};
 
 pub use command::ask;
 
@@ -85,6 +87,7 @@ pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut 
     daemon::warn_server("clients.tls", &config.clients.tls, diagnostics);
     daemon::warn_server("workers.tls", &config.workers.tls, diagnostics);
     daemon::warn_server("state.tls", &config.state.tls, diagnostics);
+    daemon::warn_server("web.tls", &config.web.tls, diagnostics);
     daemon::warn_client("storage.tls", &config.storage.tls, diagnostics);
     if config.storage.cas == StorageLocation::Embedded {
         let embedded = &config.storage.embedded;
@@ -120,6 +123,12 @@ fn sockets(config: &Config) -> Vec<(&'static str, &'static str, &'static str, &L
             "state.listen",
             &config.state.listen,
         ),
+        (
+            "web",
+            "bb-scheduler-web.socket",
+            "web.listen",
+            &config.web.listen,
+        ),
     ];
     // Only tried where nobody chose it.
     sockets.extend((!config.control.is_default()).then_some(control));
@@ -134,6 +143,7 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     daemon::check_server("clients.tls", &config.clients.tls, report);
     daemon::check_server("workers.tls", &config.workers.tls, report);
     daemon::check_server("state.tls", &config.state.tls, report);
+    daemon::check_server("web.tls", &config.web.tls, report);
     daemon::check_client("storage.tls", &config.storage.tls, report);
     let mut failures = Backend::probe(&config.storage).await;
     let what = match &config.storage.cas {
@@ -210,6 +220,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             &lifecycle,
         )?)
         .with_policy(&policy);
+    let web = daemon::listen("web", "web.listen", &config.web.listen, None)?
+        .with_tls(daemon::server_tls("web.tls", &config.web.tls, &lifecycle)?)
+        .with_policy(&policy);
     let control = daemon::listen_if_possible(
         "control",
         "control.listen",
@@ -225,16 +238,19 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         ("clients".to_owned(), clients.address()),
         ("workers".to_owned(), workers.address()),
         ("state".to_owned(), state.address()),
+        ("web".to_owned(), web.address()),
     ]);
     if let Some(control) = &control {
         addresses.insert("control".to_owned(), control.address());
     }
     let status = format!(
-        "serving clients on {}, workers on {}, operators on {}",
+        "serving clients on {}, workers on {}, operators on {}, pages on {}",
         clients.address(),
         workers.address(),
-        state.address()
+        state.address(),
+        web.address()
     );
+    let history = Arc::new(History::default());
     let execution = ExecutionService {
         queue: queue.clone(),
         storage: storage.clone(),
@@ -242,6 +258,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         routing: routing.clone(),
         analyzer: Analyzer::from(&config.scheduling.size_classes),
         statistics: statistics.clone(),
+        lookups: history.lookups.clone(),
         scheduler: fastrand::u64(..),
         started: Instant::now(),
         stopping: stopping.clone(),
@@ -292,6 +309,11 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         .add(queue_state)
         .add(scheduler_control)
         .observable(&stopping)?;
+    let pages = web::router(Arc::new(Pages {
+        queue: queue.clone(),
+        history: history.clone(),
+        protection: Protection::new(&config.web.url, &daemon::hostname()),
+    }));
     let worker_limits = ServerLimits {
         largest_message: LARGEST_REPORT as u64,
         ..ServerLimits::default()
@@ -305,6 +327,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         () = queue.run_timers() => Ok(()),
         () = statistics.run() => Ok(()),
         () = drains.run(&queue) => Ok(()),
+        () = history.run(&queue) => Ok(()),
         () = worker_log::run(&queue, &lifecycle, &status) => Ok(()),
         served = async {
             tokio::try_join!(
@@ -313,6 +336,13 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
                     workers,
                     worker_routes,
                     worker_limits,
+                    stopping.clone(),
+                    drain
+                ),
+                daemon::serve_pages(
+                    web,
+                    pages,
+                    PageLimits::default(),
                     stopping.clone(),
                     drain
                 ),

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     config::worker::{Config, Runner},
-    daemon::{Credentials, Failure, disk::nearest_directory},
+    daemon::{self, Credentials, Failure, disk::nearest_directory},
     instance::InstanceName,
     proto::reapi::{Platform, platform::Property},
     storage::{Backend, grpc},
@@ -142,9 +142,7 @@ pub(super) fn identities(runner: &Runner) -> Result<Vec<Identity>, Failure> {
         })?;
     let mut labels = runner.worker_id.clone();
     if labels.is_empty() {
-        let hostname = nix::unistd::gethostname().unwrap_or_default();
-        let hostname = hostname.to_string_lossy().into_owned();
-        labels = BTreeMap::from([("hostname".to_owned(), hostname)]);
+        labels = BTreeMap::from([("hostname".to_owned(), daemon::hostname())]);
     }
     let slots = runner.slots();
     let width = (slots - 1).to_string().len();

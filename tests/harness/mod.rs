@@ -267,6 +267,7 @@ impl Farm {
                  workers.listen = \"127.0.0.1:{workers}\"\n\
                  state.listen = \"127.0.0.1:0\"\n\
                  state.directory = \"{root}/state\"\n\
+                 web.listen = \"127.0.0.1:0\"\n\
                  storage.embedded.directory = \"{root}/storage\"\n{scheduler_extra}\n"
             ),
         );

@@ -161,6 +161,7 @@ impl Scheduler {
         [config.clients.listen, config.workers.listen] = addresses;
         config.state.listen = config::ListenAddress::Unix(path.join("state"));
         config.state.directory = path.join("drains");
+        config.web.listen = config::ListenAddress::Unix(path.join("web"));
         config.clients.tls = tls.clone();
         config.workers.tls = tls.clone();
         config.storage.embedded.directory = path.join("storage");

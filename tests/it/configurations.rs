@@ -363,6 +363,15 @@ const SCHEDULER: &[Row] = &[
         Refused("clients.listen has the same port"),
     ),
     (
+        "web.listen = \"127.0.0.1:{clients}\"",
+        Refused("give each a port of its own, such as 127.0.0.1:7982"),
+    ),
+    (
+        "web.url = \"farm.example\"",
+        Refused("it must begin with http:// or https://"),
+    ),
+    ("web.url = \"https://farm.example/\"", Good),
+    (
         "state.directory = \"/etc\"",
         Refused("choose a directory of its own, such as /var/lib/bb-scheduler/state"),
     ),
@@ -1018,6 +1027,7 @@ fn of_each_configuration_of_the_scheduler_check_says_what_a_start_makes_of_it() 
     let text = format!(
         "clients.listen = \"127.0.0.1:{clients}\"\nworkers.listen = \"127.0.0.1:{workers}\"\n\
          state.listen = \"unix:{dir}/state.sock\"\n\
+         web.listen = \"unix:{dir}/web.sock\"\n\
          storage.embedded.directory = \"{dir}/storage\"\nstorage.embedded.maximum_size = \"32MiB\"\n"
     );
     fs::write(path.join("bb_scheduler.toml"), text).unwrap();
@@ -1115,6 +1125,7 @@ fn what_the_daemon_itself_holds_is_good_and_what_another_holds_is_named() {
     let text = format!(
         "clients.listen = \"127.0.0.1:{1}\"\nworkers.listen = \"unix:{0}/workers.sock\"\n\
          state.listen = \"unix:{0}/state.sock\"\n\
+         web.listen = \"unix:{0}/web.sock\"\n\
          storage.embedded = {{ directory = \"{0}/storage\", maximum_size = \"32MiB\" }}\n",
         path.display(),
         free(),

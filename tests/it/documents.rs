@@ -283,6 +283,7 @@ fn sockets_listen_where_the_defaults_say_under_the_names_that_daemons_take() {
             "control",
             &scheduler.control.listen,
         ),
+        ("bb-scheduler-web.socket", "web", &scheduler.web.listen),
         ("bb-runner.socket", "runner", &runner.listen),
     ];
     for (name, socket, address) in expected {
@@ -296,7 +297,7 @@ fn sockets_listen_where_the_defaults_say_under_the_names_that_daemons_take() {
     }
     assert_eq!(
         listened("scheduler"),
-        BTreeSet::from(["clients", "workers", "state", "control"].map(str::to_owned))
+        BTreeSet::from(["clients", "workers", "state", "web", "control"].map(str::to_owned))
     );
     assert_eq!(listened("runner"), BTreeSet::from(["runner".to_owned()]));
 

@@ -46,6 +46,7 @@ mod commands;
 mod execution;
 mod names;
 mod operations;
+mod pages;
 mod restart;
 mod routing;
 mod services;
@@ -80,6 +81,7 @@ impl Scheduler {
         config.state.listen = ListenAddress::Unix(path("state"));
         config.state.directory = path("drains");
         config.control.listen = ListenAddress::Unix(path("control"));
+        config.web.listen = ListenAddress::Unix(path("web"));
         // All calls are the same user's, by the sockets.
         config.action_router.invocation_key_extractors =
             vec![InvocationKeyExtractor::ToolInvocationId];

@@ -41,6 +41,14 @@ impl Policy {
         Policy(Arc::new(Grants::new(grants, number_of)))
     }
 
+    /// What somebody may do who asks for pages.
+    pub(super) fn of_pages(&self, identity: &Arc<Identity>) -> PageAccess {
+        PageAccess {
+            identity: identity.clone(),
+            grants: self.0.clone(),
+        }
+    }
+
     /// Whether somebody may call a method at all.
     pub(super) fn admit(&self, path: &str, identity: &Arc<Identity>) -> Result<Access, Status> {
         let requirement = match requirement(path) {
@@ -68,6 +76,37 @@ impl Policy {
             }),
             false => Err(denied(identity, asked, None)),
         }
+    }
+}
+
+/// What a request for a page may do; in its extensions.
+#[derive(Clone, Debug)]
+pub struct PageAccess {
+    identity: Arc<Identity>,
+    grants: Arc<Grants>,
+}
+
+impl PageAccess {
+    /// Who asks.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Whether the caller may do something with some instance.
+    pub fn may_somewhere(&self, what: Permission) -> bool {
+        self.grants.allow_somewhere(&self.identity, what)
+    }
+
+    /// Whether the caller may do something with an instance.
+    pub fn may(&self, what: Permission, instance: &InstanceName) -> bool {
+        self.grants.allow(&self.identity, what, instance)
+    }
+
+    /// Why not, for the caller.
+    pub fn refusal(&self, what: Permission, instance: Option<&InstanceName>) -> String {
+        denied(&self.identity, &[what], instance)
+            .message()
+            .to_owned()
     }
 }
 

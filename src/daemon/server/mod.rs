@@ -8,6 +8,7 @@
 //!
 //! To read in this order: this file accepts connections; `opening` is how one begins, `connection` what
 //! it is then, `call` one call on it, `access` whether it is allowed; `services` are what is called.
+//! `pages` serves browsers, in place of all that.
 //!
 //! tonic's own server could not keep (1) and (2): none of its connections can be told to go away, or be
 //! cut, by itself.
@@ -41,12 +42,14 @@ mod budget;
 mod call;
 mod connection;
 mod opening;
+mod pages;
 mod services;
 mod status;
 
-pub use access::{Access, Policy, warn_grants};
+pub use access::{Access, PageAccess, Policy, warn_grants};
 pub use budget::BudgetReservation;
 pub use call::{RequestReservation, ResponseBudget, with_reservation};
+pub use pages::{PageLimits, PageOrigin, serve_pages};
 pub use services::Services;
 
 /// What one listener grants its callers.

@@ -20,6 +20,7 @@ const HANDSHAKE_RECORD: u8 = 22;
 /// A fatal alert of an unknown version of the protocol (RFC 8446, section 6).
 const PROTOCOL_VERSION_ALERT: [u8; 7] = [21, 3, 1, 0, 2, 2, 70];
 
+const PAGES_NEED_TLS: &str = "this port speaks TLS; write https:// in place of http://";
 const NEEDS_TLS: &str = "this port speaks TLS; write grpcs:// in place of grpc://";
 
 /// Looks at what comes first, and makes the handshake. An error says what the peer got wrong.
@@ -48,15 +49,47 @@ pub(super) async fn open(
         // The preface of HTTP/2 (RFC 9113, section 3.4); HTTP/1's methods are PUT, POST and PATCH.
         Some(_) if b"PR".starts_with(start) => Ok(OpenedConnection::Refused(connection, NEEDS_TLS)),
         Some(_) => {
-            let text = format!(
-                "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: {}\r\n\
-                 Connection: close\r\n\r\n{NEEDS_TLS}\n",
-                NEEDS_TLS.len() + 1
-            );
-            let _ = answer(&mut connection, text.as_bytes()).await;
+            let _ = answer(&mut connection, refusal(NEEDS_TLS).as_bytes()).await;
             Err("it does not speak TLS, as this port does".to_owned())
         }
     }
+}
+
+/// The same for pages, whose callers speak HTTP/1.1 or HTTP/2.
+pub(super) async fn open_pages(
+    mut connection: AcceptedStream,
+    acceptor: Option<&TlsAcceptor>,
+) -> Result<(AcceptedStream, Option<PeerCertificate>), String> {
+    if !connection.is_tcp() {
+        return Ok((connection, None));
+    }
+    let mut start = [0; 1];
+    let length = connection.peek(&mut start).await;
+    let length = length.map_err(|error| error.to_string())?;
+    let is_tls = length > 0 && start == [HANDSHAKE_RECORD];
+    match acceptor {
+        None if is_tls => {
+            let _ = answer(&mut connection, &PROTOCOL_VERSION_ALERT).await;
+            Err("it speaks TLS, and this port does not".to_owned())
+        }
+        None => Ok((connection, None)),
+        Some(acceptor) if is_tls || length == 0 => {
+            let encrypted = connection.encrypt_pages(acceptor).await;
+            encrypted.map_err(|error| format!("TLS: {error}"))
+        }
+        Some(_) => {
+            let _ = answer(&mut connection, refusal(PAGES_NEED_TLS).as_bytes()).await;
+            Err("it does not speak TLS, as this port does".to_owned())
+        }
+    }
+}
+
+fn refusal(text: &str) -> String {
+    format!(
+        "HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nContent-Length: {}\r\n\
+         Connection: close\r\n\r\n{text}\n",
+        text.len() + 1
+    )
 }
 
 /// Writes the last that a peer hears. What it sent is read first, as far as it is there: else the

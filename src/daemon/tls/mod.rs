@@ -23,5 +23,8 @@ pub use server::{ServerTls, check_server, server_tls, warn_server};
 static PROVIDER: LazyLock<Arc<CryptoProvider>> =
     LazyLock::new(|| Arc::new(rustls::crypto::ring::default_provider()));
 
-/// The only protocol that is spoken (RFC 9113, section 3.2).
+/// The only protocol that is spoken, but for pages (RFC 9113, section 3.2).
 const ALPN: &[u8] = b"h2";
+
+/// What else those speak who fetch pages (RFC 7301, section 6).
+const PAGES_ALPN: &[u8] = b"http/1.1";

@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
 use super::{
-    ALPN, PROVIDER, PeerCertificate,
+    ALPN, PAGES_ALPN, PROVIDER, PeerCertificate,
     certificate::{
         chain, fault_of_key, faults_of_authorities, faults_of_certificate, given, revocations,
         roots, unusable,
@@ -30,7 +30,10 @@ pub struct ServerTls(Arc<Reloadable<ServerConfig>>);
 
 /// Makes handshakes.
 #[derive(Clone)]
-pub(in crate::daemon) struct TlsAcceptor(Arc<Reloadable<ServerConfig>>);
+pub(in crate::daemon) struct TlsAcceptor {
+    config: Arc<Reloadable<ServerConfig>>,
+    protocols: &'static [&'static [u8]],
+}
 
 /// TLS as configured; `None` when it is off. `section` is the dotted key of all this.
 pub fn server_tls(
@@ -129,17 +132,33 @@ pub fn check_server(section: &'static str, config: &Config, report: &mut CheckRe
 
 impl ServerTls {
     pub(in crate::daemon) fn acceptor(&self) -> TlsAcceptor {
-        TlsAcceptor(self.0.clone())
+        TlsAcceptor {
+            config: self.0.clone(),
+            protocols: &[ALPN],
+        }
     }
 }
 
 impl TlsAcceptor {
+    /// The same for peers that may speak HTTP/1.1.
+    pub(in crate::daemon) fn for_pages(&self) -> Self {
+        TlsAcceptor {
+            config: self.config.clone(),
+            protocols: &[ALPN, PAGES_ALPN],
+        }
+    }
+
     /// The connection, and who is at its other end, as far as a certificate says so.
     pub(in crate::daemon) async fn accept(
         &self,
         stream: TcpStream,
     ) -> std::io::Result<(TlsStream<TcpStream>, Option<PeerCertificate>)> {
-        let acceptor = tokio_rustls::TlsAcceptor::from(self.0.value());
+        let mut config = self.config.value();
+        if *self.protocols != [ALPN] {
+            let protocols = self.protocols.iter().map(|name| name.to_vec());
+            Arc::make_mut(&mut config).alpn_protocols = protocols.collect();
+        }
+        let acceptor = tokio_rustls::TlsAcceptor::from(config);
         let stream = acceptor.accept(stream).await?;
         let (_, connection) = stream.get_ref();
         let certificate = match connection

@@ -13,6 +13,7 @@ pub struct Counts {
     pub queues: usize,
     pub workers: usize,
     pub idle_synchronizing_workers: usize,
+    pub executing_workers: usize,
     pub tasks: usize,
     pub queued: usize,
     pub operations: usize,
@@ -28,6 +29,8 @@ pub struct Totals {
     pub tasks: u64,
     /// With a result or an error.
     pub completed: u64,
+    /// Of those, the ones with an error or another exit code than 0.
+    pub failed: u64,
     /// Completed, and nobody can ask for it any more.
     pub forgotten: u64,
     pub operations: u64,
@@ -48,10 +51,13 @@ impl<C, W: Clone> Queue<C, W> {
 
     pub fn counts(&self) -> Counts {
         let idle = |queue: &super::SizeClassQueue| self.invocations.get(queue.root).idle_in_all;
+        let executing =
+            |queue: &super::SizeClassQueue| self.invocations.get(queue.root).executing.len();
         Counts {
             queues: self.queues.len(),
             workers: self.workers.len(),
             idle_synchronizing_workers: self.queues.iter().map(|(_, queue)| idle(queue)).sum(),
+            executing_workers: self.queues.iter().map(|(_, queue)| executing(queue)).sum(),
             tasks: self.tasks.len(),
             queued: self.queued.all,
             operations: self.operations.len(),

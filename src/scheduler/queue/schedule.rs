@@ -184,6 +184,7 @@ impl<C, W: Clone> Queue<C, W> {
         let hash = self.action_hash(&self.tasks[number].action);
         self.in_flight.remove(&(hash, number));
         self.totals.completed += 1;
+        self.totals.failed += u64::from(outcome.code != 0 || outcome.exit_code != 0);
         self.advance(number, TaskState::Completed(outcome));
         for i in 0..self.tasks[number].operations.len() {
             self.end_operation(now, self.tasks[number].operations[i]);

@@ -1,0 +1,73 @@
+//! The pages: what there is in the farm, for people, and what they may do about it.
+//!
+//! In the order to read it: this file says which page is where; `protection` has who may ask, and what
+//! browsers are told to forbid; `layout` is what pages have in common, and `format` how they write times,
+//! sizes and names. `overview` is the first page, over the samples of `history`, drawn by `chart`.
+//!
+//! 1. Every page needs no script; with it, what is on the page is fetched again now and then.
+//! 2. Whatever somebody else chose goes through `format::name` or maud's escapes: it is never markup,
+//!    and cannot change how the text around it looks.
+//! 3. The queue is looked at in pieces, and a page has at most so many rows.
+
+#![expect(dead_code, reason = "forms come with the pages that have them")]
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    extract::DefaultBodyLimit,
+    http::header,
+    middleware,
+    response::{IntoResponse, Response},
+    routing::get,
+};
+
+mod chart;
+mod format;
+mod history;
+mod layout;
+mod overview;
+mod protection;
+
+use super::shared_queue::SharedQueue;
+pub(super) use history::{CacheLookups, History};
+pub(super) use protection::Protection;
+
+/// What pages are made of.
+pub(super) struct Pages {
+    pub queue: Arc<SharedQueue>,
+    pub history: Arc<History>,
+    pub protection: Protection,
+}
+
+const STYLE: &str = include_str!("assets/style.css");
+const SCRIPT: &str = include_str!("assets/script.js");
+
+/// A form has a few names in it.
+const LARGEST_FORM: usize = 64 << 10;
+
+pub(super) fn router(pages: Arc<Pages>) -> Router {
+    Router::new()
+        .route("/", get(overview::page))
+        .route("/assets/style.css", get(|| asset("text/css", STYLE)))
+        .route(
+            "/assets/script.js",
+            get(|| asset("text/javascript", SCRIPT)),
+        )
+        .fallback(layout::not_found)
+        .layer(DefaultBodyLimit::max(LARGEST_FORM))
+        .layer(middleware::from_fn_with_state(
+            pages.clone(),
+            protection::protect,
+        ))
+        .with_state(pages)
+}
+
+/// A file that changes with the program only.
+async fn asset(kind: &'static str, content: &'static str) -> Response {
+    let headers = [
+        (header::CONTENT_TYPE, format!("{kind}; charset=utf-8")),
+        (header::CACHE_CONTROL, "max-age=3600".to_owned()),
+    ];
+    (headers, content).into_response()
+}
