@@ -186,8 +186,7 @@ impl OperationsService {
             instance: row.action.instance.clone(),
             digest: row.action.digest,
             priority: row.priority,
-            // Unless the queue says otherwise, nobody is given what was there before.
-            skip_cache_lookup: true,
+            skip_cache_lookup: row.skip_cache_lookup,
             invocation: row.invocation.clone(),
         };
         let progress = Progress {

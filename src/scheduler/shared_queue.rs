@@ -15,9 +15,9 @@ use uuid::Uuid;
 
 use super::queue::{
     AttachedWaiter, Caller, Clock, Drain, DrainRefusal, Effect, EncodedResponse, ExecuteRefusal,
-    Explanation, HeldCall, Instruction, KillRefusal, OperationFilter, OperationRow, Page, Platform,
-    Progress, Queue, Refusal, Request, Settings, SizeClassQueueKey, Stage, SynchronizeAnswer, TICK,
-    UnknownOperation, UnknownQueue, WorkerPattern, WorkerReport,
+    Explanation, HeldCall, Instruction, KillRefusal, NextWorker, OperationFilter, OperationRow,
+    Page, Platform, Progress, Queue, Refusal, Request, Settings, SizeClassQueueKey, Stage,
+    SynchronizeAnswer, TICK, UnknownOperation, UnknownQueue, WorkerPattern, WorkerReport,
 };
 use super::{completion_log::log_completion, statistics_store::StatisticsStore};
 use crate::instance::InstanceName;
@@ -333,7 +333,21 @@ impl SharedQueue {
     }
 
     pub(super) fn add_drain(&self, drain: Drain) -> Result<(), DrainRefusal> {
-        self.decide(|queue, now| queue.add_drain(now, drain))
+        let key = drain.key.clone();
+        self.decide(|queue, _| queue.add_drain(drain))?;
+        self.apply_drains(&key);
+        Ok(())
+    }
+
+    /// Piece by piece, so that nobody waits for long.
+    fn apply_drains(&self, key: &SizeClassQueueKey) {
+        let mut last = None;
+        loop {
+            last = self.decide(|queue, now| queue.apply_drains(now, key, last.as_ref()));
+            if last.is_none() {
+                return;
+            }
+        }
     }
 
     pub(super) fn remove_drain(
@@ -341,7 +355,9 @@ impl SharedQueue {
         key: &SizeClassQueueKey,
         pattern: &WorkerPattern,
     ) -> Result<(), UnknownQueue> {
-        self.decide(|queue, now| queue.remove_drain(now, key, pattern))
+        self.decide(|queue, _| queue.remove_drain(key, pattern))?;
+        self.apply_drains(key);
+        Ok(())
     }
 
     /// The drains to keep for the next scheduler, with their version; each change is told.
@@ -351,7 +367,10 @@ impl SharedQueue {
 
     /// Workers that match take no new work; returns when what they execute now has ended.
     pub(super) async fn terminate_workers(&self, pattern: &WorkerPattern) {
-        let executing = self.decide(|queue, now| queue.terminate(now, pattern));
+        let (mut executing, mut next) = (Vec::new(), Some(NextWorker::default()));
+        while let Some(from) = next {
+            next = self.decide(|queue, now| queue.terminate(now, pattern, from, &mut executing));
+        }
         for task in executing {
             let mut news = task.watch.subscribe();
             // The queue forgets it.

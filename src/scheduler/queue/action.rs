@@ -6,7 +6,7 @@ use prost::{Message, Name};
 use prost_types::{Any, Timestamp};
 use uuid::Uuid;
 
-use super::Platform;
+use super::{Platform, WorkerId};
 use crate::{
     digest::Digest,
     instance::InstanceName,
@@ -191,6 +191,24 @@ impl EncodedResponse {
     pub fn failure(code: rpc::Code, message: String) -> Self {
         EncodedResponse::new(&reapi::ExecuteResponse {
             status: Some(proto::status(code, message)),
+            ..Default::default()
+        })
+    }
+}
+
+impl EncodedResponse {
+    /// The same failure, of a task that workers were lost with before.
+    pub(super) fn after_lost(&self, lost: &[WorkerId]) -> Self {
+        let response = reapi::ExecuteResponse::decode(&*self.response).unwrap_or_default();
+        let message = response.status.unwrap_or_default().message;
+        let workers: Vec<String> = lost.iter().map(WorkerId::to_string).collect();
+        let workers = workers.join(", ");
+        EncodedResponse::new(&reapi::ExecuteResponse {
+            status: Some(rpc::Status {
+                code: self.code,
+                message: format!("{message}; these disappeared while it was executing: {workers}"),
+                ..Default::default()
+            }),
             ..Default::default()
         })
     }

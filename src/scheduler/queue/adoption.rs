@@ -285,7 +285,7 @@ impl<C, W: Clone> Queue<C, W> {
         match self.task_of_report(queue, &action) {
             Some(task) => {
                 let found = &self.tasks[task];
-                let lost_it = found.lost.contains(&self.workers[worker].id);
+                let lost_it = found.lost().contains(&self.workers[worker].id);
                 // Another worker has it; or it is this one's lost attempt.
                 let free = matches!(found.state, TaskState::Queued | TaskState::AwaitingReport);
                 if !free || lost_it {

@@ -151,6 +151,18 @@ impl<K: Number, V> Arena<K, V> {
         })
     }
 
+    /// The objects in some places from this one on, and the place after them if there are more.
+    pub(super) fn piece(&self, from: usize, places: usize) -> (Vec<K>, Option<usize>) {
+        let end = from.saturating_add(places);
+        let numbers = (from..end).filter_map(|index| {
+            let slot = self.slot(u32::try_from(index).ok()?)?;
+            slot.value.as_ref().ok()?;
+            Some(K::new(index as u32, slot.generation))
+        });
+        let all = self.chunks.len() * CHUNK;
+        (numbers.collect(), (end < all).then_some(end))
+    }
+
     pub(super) fn len(&self) -> usize {
         self.len
     }

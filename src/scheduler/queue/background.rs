@@ -7,8 +7,7 @@ use prost_types::Any;
 use uuid::Uuid;
 
 use super::{
-    InvocationKey, InvocationKeys, Queue, QueuedAction, Request, Task, TaskState,
-    arena::PlatformQueueNumber,
+    InvocationKey, InvocationKeys, Queue, QueuedAction, Request, arena::PlatformQueueNumber,
 };
 use crate::{
     proto::buildqueuestate::BackgroundLearning,
@@ -35,33 +34,19 @@ impl<C, W: Clone> Queue<C, W> {
         });
         let queue = platform.sizes[selection.index].1;
         let priority = platform.background_priority;
-        let arrival = self.number();
         // Its result is for nobody.
         Arc::make_mut(&mut action).do_not_cache = true;
-        let key_of_queue = self.queues[queue].key.clone();
-        let suffix = action.instance.strip_prefix(&key_of_queue.prefix);
-        self.totals.tasks += 1;
-        let task = self.tasks.insert(Task {
-            action: action.clone(),
-            key: key_of_queue,
+        let task = self.insert_task(
+            action.clone(),
             queue,
-            suffix: suffix.unwrap_or_else(crate::instance::InstanceName::empty),
-            arrival,
-            retries: 0,
-            lost: Vec::new(),
-            operations: Vec::with_capacity(1),
-            timeout: selection.timeout,
-            expected_duration: selection.expected_duration,
-            learner: Some(selection.learner),
-            selector: selector.clone(),
-            background: true,
-            skips_cache_lookup: true,
-            state: TaskState::Fresh,
-            version: 0,
-        });
+            selector.clone(),
+            selection,
+            true,
+            true,
+        );
         let request = Request {
             // Unlike those of clients, which are random.
-            name: Uuid::from_u64_pair(self.settings.first_attempt, arrival),
+            name: Uuid::from_u64_pair(self.settings.first_attempt, self.tasks[task].arrival),
             resumes: false,
             action,
             platform: Default::default(),

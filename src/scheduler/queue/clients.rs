@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Instant};
 
+use smallvec::smallvec;
 use uuid::Uuid;
 
 use super::{
@@ -9,7 +10,7 @@ use super::{
     Queue, QueuedAction, Request, SizeClassQueueKey, Task, TaskState, Timer, UnknownOperation,
     arena::{OperationNumber, TaskNumber},
 };
-use crate::{instance::InstanceName, proto::rpc};
+use crate::proto::rpc;
 
 /// A stream that waits for an operation, from this progress on. To be ended with `detach`.
 #[derive(Debug)]
@@ -58,28 +59,14 @@ impl<C, W: Clone> Queue<C, W> {
             .selector
             .select(&sizes, self.random_of(request.name));
         let queue = self.platform_queues[platform_queue].sizes[selection.index].1;
-        let key = self.queues[queue].key.clone();
-        let suffix = action.instance.strip_prefix(&key.prefix);
-        let arrival = self.number();
-        self.totals.tasks += 1;
-        let task = self.tasks.insert(Task {
-            action: action.clone(),
-            key,
+        let task = self.insert_task(
+            action.clone(),
             queue,
-            suffix: suffix.unwrap_or_else(InstanceName::empty),
-            arrival,
-            retries: 0,
-            lost: Vec::new(),
-            operations: Vec::with_capacity(1),
-            timeout: selection.timeout,
-            expected_duration: selection.expected_duration,
-            learner: Some(selection.learner),
-            selector: request.selector.clone(),
-            background: false,
-            skips_cache_lookup: request.skip_cache_lookup,
-            state: TaskState::Fresh,
-            version: 0,
-        });
+            request.selector.clone(),
+            selection,
+            false,
+            request.skip_cache_lookup,
+        );
         if cacheable {
             let hash = self.action_hash(action);
             self.in_flight.insert((hash, task));
@@ -157,11 +144,10 @@ impl<C, W: Clone> Queue<C, W> {
             action: task.action.clone(),
             key: task.key.clone(),
             queue: task.queue,
-            suffix: task.suffix.clone(),
             arrival: task.arrival,
             retries: 0,
-            lost: Vec::new(),
-            operations: vec![number],
+            lost: None,
+            operations: smallvec![number],
             timeout: task.timeout,
             expected_duration: task.expected_duration,
             learner: None,
@@ -255,6 +241,7 @@ impl<C, W: Clone> Queue<C, W> {
             place: OperationPlace::Invocation(node),
             priority: request.priority,
             waiters,
+            skip_cache_lookup: request.skip_cache_lookup,
             deadline: None,
             watch,
         });

@@ -1,6 +1,6 @@
 //! Which workers get no new work: those that match a drain, and those that were told to terminate.
 
-use std::time::Instant;
+use std::{ops::Bound, time::Instant};
 
 use prost_types::Timestamp;
 
@@ -9,6 +9,13 @@ use super::{
     WorkerPattern, WorkerState,
     arena::{QueueNumber, WorkerNumber},
 };
+
+/// Workers that are looked at under one lock.
+const LOOKED_AT_ONCE: usize = 256;
+
+/// Where `Queue::terminate` goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NextWorker(usize);
 
 /// Workers of one size-class queue that get no new work.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,9 +34,10 @@ pub struct ExecutingWorker<W> {
 }
 
 impl<C, W: Clone> Queue<C, W> {
-    /// Workers that match take no new work from now on. Adding one that is there changes nothing.
-    pub fn add_drain(&mut self, now: Instant, drain: Drain) -> Result<(), DrainRefusal> {
-        let queue = self.find_queue(&drain.key)?;
+    /// Workers that match take no new work, as soon as `apply_drains` has gone through all workers. Adding
+    /// one that is there changes nothing.
+    pub fn add_drain(&mut self, drain: Drain) -> Result<(), DrainRefusal> {
+        self.find_queue(&drain.key)?;
         let limit = self.settings.limits.drains;
         let key = (drain.key, drain.pattern);
         if self.drains.contains_key(&key) {
@@ -39,24 +47,20 @@ impl<C, W: Clone> Queue<C, W> {
             return Err(DrainRefusal::TooMany { limit });
         }
         self.drains.insert(key, drain.created);
-        self.look_for_drained(now, queue);
         self.tell_drains();
         Ok(())
     }
 
-    /// Workers that match take work again. Removing one that is not there changes nothing.
+    /// Workers that match take work again, as soon as `apply_drains` has gone through all workers. Removing
+    /// one that is not there changes nothing.
     pub fn remove_drain(
         &mut self,
-        now: Instant,
         key: &SizeClassQueueKey,
         pattern: &WorkerPattern,
     ) -> Result<(), UnknownQueue> {
         let queue = self.find_queue(key);
         let removed = self.drains.remove(&(key.clone(), pattern.clone()));
         if removed.is_some() {
-            if let Ok(queue) = queue {
-                self.look_for_drained(now, queue);
-            }
             self.tell_drains();
             return Ok(());
         }
@@ -82,17 +86,20 @@ impl<C, W: Clone> Queue<C, W> {
             })
     }
 
-    /// Workers that match take no new work for as long as they are known. Returns what they execute
-    /// now.
-    pub fn terminate(&mut self, now: Instant, pattern: &WorkerPattern) -> Vec<ExecutingWorker<W>> {
-        let matching: Vec<WorkerNumber> = self
-            .workers
-            .iter()
-            .filter(|(_, worker)| pattern.matches(&worker.id))
-            .map(|(number, _)| number)
-            .collect();
-        let mut executing = Vec::new();
-        for number in matching {
+    /// Workers that match take no new work for as long as they are known. Some of them are told at once:
+    /// what they execute now is added to `executing`, and for the rest this is to be called again.
+    pub fn terminate(
+        &mut self,
+        now: Instant,
+        pattern: &WorkerPattern,
+        from: NextWorker,
+        executing: &mut Vec<ExecutingWorker<W>>,
+    ) -> Option<NextWorker> {
+        let (places, next) = self.workers.piece(from.0, LOOKED_AT_ONCE);
+        for number in places {
+            if !pattern.matches(&self.workers[number].id) {
+                continue;
+            }
             let drained = self.workers[number].drained;
             self.set_willingness(now, number, drained, true);
             let WorkerState::Executing { task, .. } = self.workers[number].state else {
@@ -106,7 +113,7 @@ impl<C, W: Clone> Queue<C, W> {
                 version: task.version,
             }));
         }
-        executing
+        next.map(NextWorker)
     }
 
     pub(super) fn is_drained(&self, queue: QueueNumber, worker: &WorkerId) -> bool {
@@ -115,12 +122,25 @@ impl<C, W: Clone> Queue<C, W> {
             .any(|drain| drain.pattern.matches(worker))
     }
 
-    fn look_for_drained(&mut self, now: Instant, queue: QueueNumber) {
-        let key = self.queues[queue].key.clone();
-        let patterns: Vec<WorkerPattern> =
-            self.drains_of(&key).map(|drain| drain.pattern).collect();
-        let workers: Vec<WorkerNumber> = self.queues[queue].workers.values().copied().collect();
-        for number in workers {
+    /// Has some workers of a size-class queue take work or not, by its drains as they are now. To be called
+    /// again with what it returns, after each change.
+    pub fn apply_drains(
+        &mut self,
+        now: Instant,
+        key: &SizeClassQueueKey,
+        after: Option<&WorkerId>,
+    ) -> Option<WorkerId> {
+        // A queue that is gone has no workers.
+        let queue = self.find_queue(key).ok()?;
+        let patterns: Vec<WorkerPattern> = self.drains_of(key).map(|drain| drain.pattern).collect();
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let workers = &self.queues[queue].workers;
+        let rest = workers.range::<WorkerId, _>((from, Bound::Unbounded));
+        let piece: Vec<WorkerNumber> = rest
+            .take(LOOKED_AT_ONCE)
+            .map(|(_, number)| *number)
+            .collect();
+        for number in piece.iter().copied() {
             let worker = &self.workers[number];
             let drained = patterns.iter().any(|pattern| pattern.matches(&worker.id));
             if drained != worker.drained {
@@ -128,6 +148,8 @@ impl<C, W: Clone> Queue<C, W> {
                 self.set_willingness(now, number, drained, terminating);
             }
         }
+        let last = piece.last().filter(|_| piece.len() == LOOKED_AT_ONCE);
+        last.map(|number| self.workers[*number].id.clone())
     }
 
     /// A worker that waits takes work at once when it may again.

@@ -161,7 +161,7 @@ impl<C, W: Clone> Queue<C, W> {
             TaskState::Executing { worker, since, .. } => Explanation::Executing {
                 worker: self.workers[*worker].id.clone(),
                 elapsed: now.saturating_duration_since(*since),
-                lost: task.lost.len(),
+                lost: task.lost().len(),
             },
             TaskState::Completed(_) => Explanation::Completed,
         })
@@ -210,7 +210,7 @@ impl<C, W: Clone> Queue<C, W> {
                 let rounds = u32::try_from(rounds).unwrap_or(u32::MAX);
                 task.expected_duration.saturating_mul(rounds)
             }),
-            lost: task.lost.len(),
+            lost: task.lost().len(),
         }
     }
 

@@ -24,7 +24,8 @@
 //!    or has given it back. Two hosts of one name so never run an action both.
 //! 7. A size-class queue that was not declared has a deadline exactly while it has no workers.
 //! 8. A report of an attempt that is not the task's present one changes nothing of the task.
-//! 9. No verb takes time in proportion to what there is: what ends many tasks ends a few at a time.
+//! 9. No verb takes time in proportion to what there is: what ends many tasks, or looks at all workers,
+//!    does so a few at a time.
 //! 10. An object that another one names is there; else the verb panics.
 //!
 //! The time that the verbs take is that of a `Clock`, which leaves out what the scheduler slept
@@ -79,7 +80,7 @@ pub use action::{
 };
 pub use clients::AttachedWaiter;
 pub use clock::{Clock, TICK};
-pub use drains::{Drain, ExecutingWorker};
+pub use drains::{Drain, ExecutingWorker, NextWorker};
 pub use explain::{Explanation, MatchingWorkers, QueuedExplanation};
 pub use invariants::{Counts, Totals};
 pub use platform::{Platform, SizeClassQueueKey, UnsortedPlatform};

@@ -13,6 +13,8 @@ use crate::{proto::rpc, text::shorten};
 const ENDED_AT_ONCE: usize = 64;
 /// How many platform queues a refusal lists.
 const LISTED_QUEUES: usize = 5;
+/// Among how many platform queues the nearest ones are looked for.
+const COMPARED_QUEUES: usize = 500;
 
 impl<C, W: Clone> Queue<C, W> {
     pub(super) fn declare_platform_queues(&mut self) {
@@ -226,41 +228,46 @@ impl<C, W: Clone> Queue<C, W> {
                 return true;
             };
             let task = self.operations[operation].task;
-            self.complete(now, task, response.clone());
+            let response = match self.tasks[task].lost() {
+                [] => response.clone(),
+                lost => Arc::new(response.after_lost(lost)),
+            };
+            self.complete(now, task, response);
         }
         ended < ENDED_AT_ONCE && self.invocations.get(self.queues[queue].root).queued_in_all == 0
     }
 
     pub(super) fn no_workers(&self, now: Instant, request: &Request) -> NoWorkers {
-        let mut queues: Vec<(usize, String)> = Vec::new();
-        for (platform, prefixes) in &self.platforms {
-            let differing = platform.differences(&request.platform);
-            for prefix in prefixes.keys() {
+        let all = self.platforms.iter().flat_map(|(platform, prefixes)| {
+            let prefixes = prefixes.keys();
+            prefixes.map(move |prefix| (platform, prefix))
+        });
+        let mut compared: Vec<_> = all
+            .take(COMPARED_QUEUES)
+            .map(|(platform, prefix)| {
+                let differing = platform.differences(&request.platform);
                 let fits = request.action.instance.strip_prefix(prefix).is_some();
                 let distance = differing.len() + usize::from(!fits);
-                let name = format!("{:?} {}", prefix.as_str(), shorten(&platform.to_string()));
-                let why = match (differing.as_slice(), fits) {
-                    ([], _) => name,
-                    (_, false) => name,
-                    (differing, true) => {
-                        format!(
-                            "{name} (which differs in {})",
-                            shorten(&differing.join(", "))
-                        )
-                    }
-                };
-                queues.push((distance, why));
-            }
-        }
-        let total = queues.len();
+                (distance, prefix, platform, differing, fits)
+            })
+            .collect();
         // Nearest first.
-        queues.sort();
-        let listed: Vec<String> = queues
+        compared.sort_by_key(|(distance, ..)| *distance);
+        let listed: Vec<String> = compared
             .into_iter()
             .take(LISTED_QUEUES)
-            .map(|(_, why)| why)
+            .map(|(_, prefix, platform, differing, fits)| {
+                let name = format!("{:?} {}", prefix.as_str(), shorten(&platform.to_string()));
+                match differing.is_empty() || !fits {
+                    true => name,
+                    false => {
+                        let differing = shorten(&differing.join(", "));
+                        format!("{name} (which differs in {differing})")
+                    }
+                }
+            })
             .collect();
-        let more = total - listed.len();
+        let more = self.platform_queues.len() - listed.len();
         let known = if listed.is_empty() {
             "no worker has called yet".to_owned()
         } else if more == 0 {

@@ -91,6 +91,19 @@ pub enum WorkerActivity {
     Completed(ReportedAction, Arc<EncodedResponse>),
 }
 
+impl WorkerActivity {
+    /// What the worker reports, where it says nothing but the digest of it, as Buildbarn's do.
+    pub(super) fn bare_digest(&self) -> Option<ReportedDigest> {
+        match self {
+            WorkerActivity::Idle => None,
+            WorkerActivity::Executing(action) | WorkerActivity::Completed(action, _) => {
+                let bare = action.attempt.is_none() && action.instance.is_none();
+                bare.then_some(action.digest)
+            }
+        }
+    }
+}
+
 /// The action of a worker's report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReportedAction {
@@ -125,6 +138,10 @@ pub struct WorkerReport {
 pub struct ReportedDigest(Digest);
 
 impl ReportedDigest {
+    pub(super) fn is(&self, digest: &Digest) -> bool {
+        *self == ReportedDigest::from(digest)
+    }
+
     /// All that it may stand for.
     pub fn candidates(&self) -> impl Iterator<Item = Digest> {
         let blake3 = (self.0.function() == DigestFunction::Sha256)

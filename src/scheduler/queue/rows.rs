@@ -124,6 +124,8 @@ pub struct OperationRow {
     pub suffix: InstanceName,
     pub invocation: InvocationKeys,
     pub priority: i32,
+    /// Its client wants no result of before it asked.
+    pub skip_cache_lookup: bool,
     pub expected_duration: Duration,
     /// When nobody waits for it, it goes then.
     pub removal: Option<Instant>,

@@ -6,14 +6,19 @@ use std::{
     time::{Duration, Instant},
 };
 
+use smallvec::SmallVec;
+
 use super::{
     Attempt, DesiredWorkerState, Effect, EncodedResponse, Instruction, InvocationKeys,
-    OperationPlace, Queue, TaskState, Timer, WorkerState,
+    OperationPlace, Queue, QueuedAction, Task, TaskState, Timer, WorkerState,
     arena::{InvocationNumber, OperationNumber, QueueNumber, TaskNumber, WorkerNumber},
     fairness::Position,
     workers::CallNumber,
 };
-use crate::proto::rpc;
+use crate::{
+    proto::rpc,
+    scheduler::size_class::{Selection, Selector},
+};
 
 /// After so long a busy worker makes the call by which it hears of a cancellation at once. Actions that
 /// end sooner do not need it.
@@ -23,7 +28,47 @@ const HELD_CALL_DELAY: Duration = Duration::from_millis(500);
 /// another caller of its name is believed to be its successor.
 pub(super) const CALL_DELAY_TOLERANCE: Duration = Duration::from_secs(5);
 
+/// 49 days at most.
+fn milliseconds(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}
+
+pub(super) fn whole_milliseconds(duration: Duration) -> Duration {
+    Duration::from_millis(milliseconds(duration).into())
+}
+
 impl<C, W: Clone> Queue<C, W> {
+    /// A task that has no operation yet, and is nowhere.
+    pub(super) fn insert_task(
+        &mut self,
+        action: Arc<QueuedAction>,
+        queue: QueueNumber,
+        selector: Selector,
+        selection: Selection,
+        background: bool,
+        skips_cache_lookup: bool,
+    ) -> TaskNumber {
+        let arrival = self.number();
+        self.totals.tasks += 1;
+        self.tasks.insert(Task {
+            action,
+            key: self.queues[queue].key.clone(),
+            queue,
+            arrival,
+            retries: 0,
+            lost: None,
+            operations: SmallVec::new(),
+            timeout: selection.timeout,
+            expected_duration: whole_milliseconds(selection.expected_duration),
+            learner: Some(selection.learner),
+            selector,
+            background,
+            skips_cache_lookup,
+            state: TaskState::Fresh,
+            version: 0,
+        })
+    }
+
     /// Hands a task that is in no tree to an idle worker, or puts it into the tree.
     pub(super) fn schedule(&mut self, now: Instant, task: TaskNumber) {
         let free = self.tasks[task].operations.first().and_then(|operation| {
@@ -96,7 +141,7 @@ impl<C, W: Clone> Queue<C, W> {
         Instruction {
             desired: DesiredWorkerState::Execute {
                 action: task.action.clone(),
-                suffix: task.suffix.clone(),
+                suffix: task.suffix(),
                 attempt: Attempt {
                     operation: self.operations[first].name,
                     number: attempt,
@@ -280,7 +325,7 @@ impl<C, W: Clone> Queue<C, W> {
         let task = &self.tasks[operation.task];
         Position {
             priority: operation.priority,
-            expected_duration: Reverse(task.expected_duration),
+            expected_milliseconds: Reverse(milliseconds(task.expected_duration)),
             arrival: task.arrival,
             operation: number,
         }

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use smallvec::SmallVec;
 use uuid::Uuid;
 
 use super::{
@@ -122,15 +123,15 @@ pub(super) struct Task {
     pub action: Arc<QueuedAction>,
     pub key: Arc<SizeClassQueueKey>,
     pub queue: QueueNumber,
-    /// The rest of the instance name, beyond the queue's prefix.
-    pub suffix: InstanceName,
     pub arrival: u64,
     /// How often a worker that had it claimed not to have it.
     pub retries: u32,
-    /// Workers that were lost with it.
-    pub lost: Vec<WorkerId>,
-    pub operations: Vec<OperationNumber>,
+    /// Workers that were lost with it; few tasks have any.
+    pub lost: Option<Box<LostWorkers>>,
+    /// One at least.
+    pub operations: SmallVec<[OperationNumber; 1]>,
     pub timeout: Duration,
+    /// In whole milliseconds, as the order knows them.
     pub expected_duration: Duration,
     /// Is told how the execution ends; `None` when it is on a size class that it did not choose.
     pub learner: Option<Learner>,
@@ -142,6 +143,10 @@ pub(super) struct Task {
     pub state: TaskState,
     pub version: u64,
 }
+
+/// In the order in which they were lost.
+#[derive(Default)]
+pub(super) struct LostWorkers(Vec<WorkerId>);
 
 pub(super) enum TaskState {
     /// In no tree yet: within the verb that makes it.
@@ -163,6 +168,8 @@ pub(super) struct Operation<W> {
     pub place: OperationPlace,
     pub priority: i32,
     pub waiters: u32,
+    /// Its client wants no result of before it asked.
+    pub skip_cache_lookup: bool,
     pub deadline: Deadline,
     /// `None` when no client ever waits.
     pub watch: Option<W>,
@@ -185,6 +192,20 @@ impl Task {
                 TaskState::Completed(outcome) => Stage::Completed(outcome.clone()),
             },
         }
+    }
+
+    /// The rest of the instance name, beyond the queue's prefix.
+    pub(super) fn suffix(&self) -> InstanceName {
+        let suffix = self.action.instance.strip_prefix(&self.key.prefix);
+        suffix.unwrap_or_else(InstanceName::empty)
+    }
+
+    pub(super) fn lost(&self) -> &[WorkerId] {
+        self.lost.as_ref().map_or(&[], |lost| &lost.0)
+    }
+
+    pub(super) fn lose(&mut self, worker: WorkerId) {
+        self.lost.get_or_insert_default().0.push(worker);
     }
 
     pub(super) fn is_completed(&self) -> bool {

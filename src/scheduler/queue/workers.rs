@@ -66,6 +66,7 @@ impl<C, W: Clone> Queue<C, W> {
         self.answer_former_call(now, number);
         let may_be_held = caller.call.is_some() && !report.prefer_being_idle;
         let prefers_being_idle = report.prefer_being_idle;
+        let bare_digest = report.activity.bare_digest();
         match (&self.workers[number].state, report.activity) {
             (WorkerState::IdleSynchronizing { .. }, _) => {
                 unreachable!("its former call was answered")
@@ -136,9 +137,19 @@ impl<C, W: Clone> Queue<C, W> {
             self.expect_call(now, number);
             return Ok(SynchronizeAnswer::Now(GO_IDLE));
         }
-        if self.workers[number].takes_work()
-            && let Some(task) = self.pick(now, number)
+        let picked = self.workers[number]
+            .takes_work()
+            .then(|| self.pick(now, number))
+            .flatten();
+        // It may report this once more, where our answer is lost; which must not be taken for the end of
+        // the same action of another instance, or of another client.
+        if let Some(reported) = bare_digest
+            && picked.is_none_or(|task| reported.is(&self.tasks[task].action.digest))
         {
+            self.expect_call(now, number);
+            return Ok(SynchronizeAnswer::Now(GO_IDLE));
+        }
+        if let Some(task) = picked {
             self.withdraw(now, task);
             let instruction = self.assign(now, task, number, None, None);
             return Ok(SynchronizeAnswer::Now(instruction));
@@ -227,9 +238,12 @@ impl<C, W: Clone> Queue<C, W> {
         };
         let worker = &mut self.workers[number];
         if admitted {
+            let succeeds = same_session == Some(false) && !its_own;
             worker.peer = caller.peer.clone();
             worker.latest_call = caller.call;
-            return Ok(same_session == Some(false) && !its_own);
+            // Whoever was told to terminate has.
+            worker.terminating &= !succeeds;
+            return Ok(succeeds);
         }
         let news = !same && worker.refused.as_ref() != Some(&caller.peer);
         worker.refused = Some(caller.peer.clone());
@@ -403,8 +417,8 @@ impl<C, W: Clone> Queue<C, W> {
             unreachable!("a worker that executes nothing is lost with it");
         };
         let id = self.workers[worker].id.clone();
-        self.tasks[number].lost.push(id.clone());
-        let lost = &self.tasks[number].lost;
+        self.tasks[number].lose(id.clone());
+        let lost = self.tasks[number].lost();
         let again = lost.len() as u64 <= u64::from(self.settings.lost_worker_retry_count);
         if again && !self.tasks[number].background {
             self.withdraw(now, number);
@@ -579,7 +593,7 @@ impl<C, W: Clone> Queue<C, W> {
         self.move_to(number, queue);
         let task = &mut self.tasks[number];
         task.timeout = timeout;
-        task.expected_duration = expected_duration;
+        task.expected_duration = super::schedule::whole_milliseconds(expected_duration);
         self.schedule(now, number);
     }
 }

@@ -3,7 +3,6 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
-    time::Duration,
 };
 
 use crate::scheduler::queue::{
@@ -17,7 +16,7 @@ use crate::scheduler::queue::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::scheduler::queue) struct Position {
     pub priority: i32,
-    pub expected_duration: Reverse<Duration>,
+    pub expected_milliseconds: Reverse<u32>,
     pub arrival: u64,
     pub operation: OperationNumber,
 }

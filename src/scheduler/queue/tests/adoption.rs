@@ -114,7 +114,8 @@ fn what_a_worker_does_not_say_whose_it_is_is_given_to_nobody() {
         activity: WorkerActivity::Completed(unknown(), outcome(rpc::Code::Ok)),
         prefer_being_idle: false,
     };
-    farm.held("b", kept, 1);
+    assert_eq!(farm.now("b", kept).desired, DesiredWorkerState::Idle);
+    farm.held("b", idle(), 1);
     let attached = farm.execute(request("x"), 0).unwrap();
     assert_eq!(attached.progress.stage, Stage::Executing);
     assert_eq!(action(&farm.answered[&1]), Some(digest("x")));
@@ -123,7 +124,7 @@ fn what_a_worker_does_not_say_whose_it_is_is_given_to_nobody() {
         activity: WorkerActivity::Completed(unknown(), outcome(rpc::Code::Ok)),
         prefer_being_idle: false,
     };
-    farm.held("b", mine, 2);
+    assert_eq!(farm.now("b", mine).desired, DesiredWorkerState::Idle);
     assert_eq!(farm.told[&0], Stage::Completed(outcome(rpc::Code::Ok)));
 }
 

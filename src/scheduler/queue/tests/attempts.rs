@@ -200,3 +200,18 @@ fn results_that_nobody_asks_for_are_kept_in_a_bounded_number() {
     let oldest = farm.execute(request("x0"), 2).unwrap();
     assert_eq!(oldest.progress.stage, Stage::Executing);
 }
+
+#[test]
+fn a_queue_that_ends_without_workers_names_those_that_were_lost_with_an_action() {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.execute(request("x"), 7).unwrap();
+    farm.pass(1200 * SECOND);
+    let (code, message) = status(&farm.told[&7]);
+    assert_eq!(code, rpc::Code::Unavailable as i32);
+    assert!(
+        message.contains("disappeared while task was queued"),
+        "{message}"
+    );
+    assert!(message.contains(&worker("a").to_string()), "{message}");
+}

@@ -34,15 +34,27 @@ impl Farm {
         self.perform();
         answer
     }
+
+    fn add_drain(&mut self, drain: Drain) -> Result<(), DrainRefusal> {
+        let key = drain.key.clone();
+        self.queue.add_drain(drain)?;
+        let mut last = None;
+        loop {
+            last = self.queue.apply_drains(self.now, &key, last.as_ref());
+            if last.is_none() {
+                return Ok(());
+            }
+        }
+    }
 }
 
 #[test]
 fn a_drained_worker_waits_without_work_and_gets_it_when_the_drain_goes() {
     let mut farm = Farm::new();
     farm.held("a", idle(), 1);
-    farm.queue.add_drain(farm.now, drain("a")).unwrap();
-    farm.queue.add_drain(farm.now, drain("a")).unwrap();
-    farm.queue.add_drain(farm.now, drain("b")).unwrap();
+    farm.add_drain(drain("a")).unwrap();
+    farm.add_drain(drain("a")).unwrap();
+    farm.add_drain(drain("b")).unwrap();
     farm.perform();
     assert_eq!(farm.drains, 2);
     assert_eq!(farm.queue.drains(&key("")).unwrap().len(), 2);
@@ -55,20 +67,17 @@ fn a_drained_worker_waits_without_work_and_gets_it_when_the_drain_goes() {
         .rows[0];
     assert!(row.drained);
     farm.queue
-        .remove_drain(farm.now, &key(""), &drain("a").pattern)
+        .remove_drain(&key(""), &drain("a").pattern)
         .unwrap();
+    assert_eq!(farm.queue.apply_drains(farm.now, &key(""), None), None);
     farm.perform();
     assert_eq!(action(&farm.answered[&1]), Some(digest("x")));
     assert!(
-        farm.queue
-            .add_drain(
-                farm.now,
-                Drain {
-                    key: key("none"),
-                    ..drain("a")
-                }
-            )
-            .is_err()
+        farm.add_drain(Drain {
+            key: key("none"),
+            ..drain("a")
+        })
+        .is_err()
     );
 }
 
@@ -88,7 +97,7 @@ fn a_drained_worker_ends_what_it_executes() {
     farm.held("a", idle(), 1);
     farm.execute(request("x"), 7).unwrap();
     farm.execute(request("y"), 8).unwrap();
-    farm.queue.add_drain(farm.now, drain("a")).unwrap();
+    farm.add_drain(drain("a")).unwrap();
     farm.perform();
     farm.held("a", completed("x", rpc::Code::Ok), 2);
     assert_eq!(farm.told[&7], Stage::Completed(outcome(rpc::Code::Ok)));
@@ -101,7 +110,12 @@ fn who_terminates_workers_hears_what_they_execute_and_they_get_nothing_new() {
     farm.held("a", idle(), 1);
     farm.execute(request("x"), 7).unwrap();
     farm.held("b", idle(), 2);
-    let executing = farm.queue.terminate(farm.now, &WorkerPattern::default());
+    let mut executing = Vec::new();
+    let all = WorkerPattern::default();
+    let next = farm
+        .queue
+        .terminate(farm.now, &all, NextWorker::default(), &mut executing);
+    assert_eq!(next, None);
     farm.perform();
     assert_eq!(executing.len(), 1);
     assert_eq!(
@@ -269,4 +283,58 @@ fn a_worker_that_numbers_its_calls_soon_makes_the_one_by_which_it_hears_of_a_can
     farm.execute(request("y"), 8).unwrap();
     assert!(farm.answered[&1].next < SECOND);
     assert_eq!(farm.answered[&2].next, 10 * SECOND);
+}
+
+#[test]
+fn changes_of_drains_and_terminations_look_at_many_workers_piece_by_piece() {
+    let mut farm = Farm::new();
+    for worker in 0..600 {
+        farm.held(&format!("{worker:03}"), idle(), worker);
+    }
+    farm.add_drain(Drain {
+        pattern: WorkerPattern::default(),
+        ..drain("a")
+    })
+    .unwrap();
+    farm.execute(request("x"), 7).unwrap();
+    assert!(farm.answered.is_empty());
+    farm.queue
+        .remove_drain(&key(""), &WorkerPattern::default())
+        .unwrap();
+    let piece = farm.queue.apply_drains(farm.now, &key(""), None);
+    farm.perform();
+    assert!(piece.is_some());
+    assert_eq!(farm.answered.len(), 1);
+    let (mut next, mut executing, mut calls) = (Some(NextWorker::default()), Vec::new(), 0);
+    while let Some(from) = next {
+        let all = WorkerPattern::default();
+        next = farm.queue.terminate(farm.now, &all, from, &mut executing);
+        calls += 1;
+    }
+    assert_eq!((executing.len(), calls), (1, 3));
+}
+
+#[test]
+fn a_worker_that_was_told_to_terminate_and_is_started_again_gets_work() {
+    let mut farm = Farm::new();
+    farm.numbered_call(1, idle(), 1);
+    let all = WorkerPattern::default();
+    let from = NextWorker::default();
+    farm.queue.terminate(farm.now, &all, from, &mut Vec::new());
+    farm.execute(request("x"), 7).unwrap();
+    assert!(farm.answered.is_empty());
+    let held = farm.numbered_call(2, idle(), 2);
+    let SynchronizeAnswer::Held(held) = held else {
+        panic!("{held:?}");
+    };
+    farm.queue.drop_call(farm.now, held);
+    let successor = numbered("a", 2, 1);
+    let answer = farm
+        .queue
+        .synchronize(farm.now, &key(""), &successor, idle(), 3, 120 * SECOND);
+    farm.perform();
+    assert!(
+        matches!(&answer, Ok(SynchronizeAnswer::Now(next)) if action(next) == Some(digest("x"))),
+        "{answer:?}"
+    );
 }

@@ -160,3 +160,37 @@ fn a_worker_that_connects_again_goes_on_and_one_that_starts_again_is_let_in_when
     assert!(matches!(answer, SynchronizeAnswer::Held(_)));
     assert_eq!(farm.told[&0], Stage::Completed(outcome(rpc::Code::Ok)));
 }
+
+#[test]
+fn what_a_worker_reports_by_its_digest_alone_is_not_taken_for_the_same_action_of_another_instance()
+{
+    let mut farm = Farm::new();
+    let bare = |report: WorkerReport| match report.activity {
+        WorkerActivity::Completed(action, outcome) => WorkerReport {
+            activity: WorkerActivity::Completed(
+                ReportedAction {
+                    instance: None,
+                    ..action
+                },
+                outcome,
+            ),
+            ..report
+        },
+        _ => report,
+    };
+    farm.held("a", idle(), 1);
+    farm.execute(request_of("", "x"), 7).unwrap();
+    farm.execute(request_of("other", "x"), 8).unwrap();
+    // The answer is lost, and the worker says it again.
+    for _ in 0..2 {
+        let answer = farm.now("a", bare(completed("x", rpc::Code::Ok)));
+        assert_eq!(answer.desired, DesiredWorkerState::Idle);
+    }
+    assert_eq!(farm.told[&7], Stage::Completed(outcome(rpc::Code::Ok)));
+    assert!(!farm.told.contains_key(&8));
+    assert_eq!(action(&farm.now("a", idle())), Some(digest("x")));
+    // Nor is what comes while its call is held.
+    farm.now("a", bare(completed("x", rpc::Code::Ok)));
+    farm.now("a", bare(completed("x", rpc::Code::Ok)));
+    farm.held("a", idle(), 2);
+}
