@@ -41,6 +41,7 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
+mod bounds;
 mod cache;
 mod commands;
 mod execution;
@@ -49,6 +50,7 @@ mod operations;
 mod pages;
 mod restart;
 mod routing;
+mod rows;
 mod services;
 mod state;
 mod workers;
