@@ -1,10 +1,13 @@
 //! Who calls: what is known of a caller, as attributes that grants are about.
 
+/// Bytes of a value that a token's bearer is named by: each of his operations has it.
+const LONGEST_NAME: usize = 255;
+
 /// A caller, as far as it is known.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
     name: String,
-    attributes: Vec<(&'static str, String)>,
+    attributes: Vec<(String, String)>,
 }
 
 impl Identity {
@@ -16,7 +19,9 @@ impl Identity {
     /// Of a process on the other end of a Unix socket.
     pub fn of_process(uid: u32, gid: u32) -> Self {
         let name = format!("uid:{uid}");
-        let attributes = vec![("uid", uid.to_string()), ("gid", gid.to_string())];
+        let attributes = [("uid", uid), ("gid", gid)];
+        let attributes = attributes.map(|(name, id)| (name.to_owned(), id.to_string()));
+        let attributes = attributes.to_vec();
         Identity { name, attributes }
     }
 
@@ -28,9 +33,31 @@ impl Identity {
             Some((kind, name)) => format!("{kind}:{name}"),
             None => format!("subject:{subject}"),
         };
-        let mut attributes = names.to_vec();
-        attributes.push(("subject", subject.to_owned()));
+        let names = names.iter();
+        let mut attributes: Vec<(String, String)> = names
+            .map(|(kind, name)| ((*kind).to_owned(), name.clone()))
+            .collect();
+        attributes.push(("subject".to_owned(), subject.to_owned()));
         Identity { name, attributes }
+    }
+
+    /// Of whoever has shown a token: its claims `sub` and `iss`, and all as `claim.NAME`.
+    pub fn of_token(attributes: Vec<(String, String)>) -> Self {
+        let first = |kind: &str| attributes.iter().find(|(found, _)| found == kind);
+        let name = match first("sub").or_else(|| first("iss")) {
+            Some((kind, name)) if name.len() <= LONGEST_NAME => format!("{kind}:{name}"),
+            _ => "a token without sub".to_owned(),
+        };
+        Identity { name, attributes }
+    }
+
+    /// The caller of whom all this is known, and all that is known of `other`.
+    #[must_use]
+    pub fn and(&self, other: &Identity) -> Self {
+        Identity {
+            name: self.name.clone(),
+            attributes: [&self.attributes[..], &other.attributes].concat(),
+        }
     }
 
     /// Whether nothing is known of it.
@@ -46,11 +73,20 @@ impl Identity {
         }
     }
 
+    /// Bytes of all that is known of it.
+    pub fn size(&self) -> usize {
+        let attributes = self.attributes.iter();
+        self.name.len()
+            + attributes
+                .map(|(name, value)| name.len() + value.len())
+                .sum::<usize>()
+    }
+
     /// All values of an attribute.
     pub fn values<'i>(&'i self, attribute: &'i str) -> impl Iterator<Item = &'i str> {
         self.attributes
             .iter()
-            .filter(move |(name, _)| *name == attribute)
+            .filter(move |(name, _)| name == attribute)
             .map(|(_, value)| value.as_str())
     }
 }

@@ -74,6 +74,14 @@ const OF_PROCESSES: [&str; 4] = ["user", "group", "uid", "gid"];
 /// What certificates say.
 const OF_CERTIFICATES: [&str; 7] = ["subject", "cn", "o", "ou", "dns", "uri", "email"];
 
+/// What tokens say, besides `claim.NAME`.
+const OF_TOKENS: [&str; 2] = ["sub", "iss"];
+
+fn is_of_tokens(attribute: &str) -> bool {
+    let claim = attribute.strip_prefix("claim.");
+    OF_TOKENS.contains(&attribute) || claim.is_some_and(|claim| !claim.is_empty())
+}
+
 impl CallerPattern {
     /// Whether it matches whoever `other` does, as far as the texts tell.
     fn covers(&self, other: &CallerPattern) -> bool {
@@ -117,7 +125,15 @@ impl FromStr for CallerPattern {
         if text == "anyone" {
             return Ok(CallerPattern::Anyone);
         }
-        let known = || [&OF_PROCESSES[..], &OF_CERTIFICATES].concat();
+        let known = || {
+            [
+                &OF_PROCESSES[..],
+                &OF_CERTIFICATES,
+                &OF_TOKENS,
+                &["claim.NAME"],
+            ]
+            .concat()
+        };
         let Some((name, pattern)) = text.split_once(':') else {
             return Err(format!(
                 "{text:?} is nobody; write \"anyone\", or an attribute of callers and its value, such as \
@@ -125,7 +141,7 @@ impl FromStr for CallerPattern {
                 one_of(&known())
             ));
         };
-        if !known().contains(&name) {
+        if name == "claim.NAME" || !known().contains(&name) && !is_of_tokens(name) {
             return Err(format!(
                 "{name:?} in {text:?} is no attribute of callers; write {}",
                 one_of(&known())
@@ -176,8 +192,14 @@ impl Serialize for CallerPattern {
     }
 }
 
-/// What no host is needed to find wrong. `has_certificates` when some port asks clients for them.
-pub fn validate(grants: &[Grant], has_certificates: bool, diagnostics: &mut Diagnostics) {
+/// What no host is needed to find wrong. `has_certificates` when some port asks clients for them,
+/// `has_tokens` when some count.
+pub fn validate(
+    grants: &[Grant],
+    has_certificates: bool,
+    has_tokens: bool,
+    diagnostics: &mut Diagnostics,
+) {
     for (number, grant) in grants.iter().enumerate() {
         let key = |name: &str| format!("grants.{number}.{name}");
         diagnostics.require(
@@ -209,6 +231,19 @@ pub fn validate(grants: &[Grant], has_certificates: bool, diagnostics: &mut Diag
                     format!(
                         "\"{who}\" can match nobody, since no port asks for certificates; set \
                          clients.tls.client_ca or workers.tls.client_ca"
+                    ),
+                );
+            }
+        }
+        for who in &grant.who {
+            if let CallerPattern::Attribute { name, .. } = who
+                && is_of_tokens(name)
+                && !has_tokens
+            {
+                diagnostics.add(
+                    key("who"),
+                    format!(
+                        "\"{who}\" can match nobody, since no token counts; set tokens.key_set"
                     ),
                 );
             }
@@ -285,7 +320,7 @@ mod tests {
             }
             let parsed: Grants = toml::from_str(text).unwrap();
             let mut diagnostics = Diagnostics::default();
-            validate(&parsed.grants, true, &mut diagnostics);
+            validate(&parsed.grants, true, true, &mut diagnostics);
             let found = diagnostics.into_errors(std::path::Path::new("/x"));
             found.iter().map(ToString::to_string).collect::<String>()
         };

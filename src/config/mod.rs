@@ -7,7 +7,8 @@
 //!    the rest is read again.
 //!
 //! To read in this order: this file; `runner`, `scheduler` (with `routing` and `size_classes`) and `worker`,
-//! the three programs' keys, with `value` (what is written in them), `tls`, `grants`, `control` and `directory_kind`;
+//! the three programs' keys, with `value` (what is written in them), `tls`, `call_headers`, `tokens`, `callers`, `grants`, `control`
+//! and `directory_kind`;
 //! `parse`, which keeps the facts of an error,
 //! and `error_message`, which tells them; `print`.
 
@@ -20,6 +21,8 @@ use std::{
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+pub mod call_headers;
+pub mod callers;
 pub mod control;
 mod directory_kind;
 mod error_message;
@@ -31,6 +34,7 @@ pub mod runner;
 pub mod scheduler;
 pub mod size_classes;
 pub mod tls;
+pub mod tokens;
 mod value;
 pub mod web;
 pub mod worker;

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Diagnostics, DirectoryKind, Duration, Endpoint, ListenAddress, Log, Size, Validate,
+    call_headers::{CallHeaders, MetadataHeader},
+    callers::Callers,
     control::SchedulerControl,
     directory_kind,
     grants::{self, Grant},
@@ -21,6 +23,7 @@ use super::{
     },
     size_classes::SizeClasses,
     tls::{ClientTls, ServerTls},
+    tokens::Tokens,
     web::Web,
 };
 
@@ -31,6 +34,8 @@ pub struct Config {
     pub workers: Workers,
     /// Who may do what; empty for everybody and everything.
     pub grants: Vec<Grant>,
+    pub tokens: Tokens,
+    pub callers: Callers,
     pub state: State,
     pub control: SchedulerControl,
     pub web: Web,
@@ -81,6 +86,10 @@ pub struct Storage {
     pub initial_size_class_cache: StorageLocation,
     /// For endpoints that speak TLS.
     pub tls: ClientTls,
+    /// A file with a token that the storage knows this daemon by; empty for none.
+    pub authorization_file: PathBuf,
+    /// What else it is shown in each call.
+    pub add_metadata: Vec<MetadataHeader>,
     pub embedded: Embedded,
 }
 
@@ -207,6 +216,8 @@ impl Default for Storage {
             action_cache: StorageLocation::Embedded,
             initial_size_class_cache: StorageLocation::Embedded,
             tls: ClientTls::default(),
+            authorization_file: PathBuf::new(),
+            add_metadata: Vec::new(),
             embedded: Embedded::default(),
         }
     }
@@ -335,7 +346,14 @@ impl Validate for Config {
         let [clients, workers] = [&self.clients.tls, &self.workers.tls];
         let listeners = [clients, workers, &self.state.tls, &self.web.tls];
         let has_certificates = listeners.into_iter().any(asks);
-        grants::validate(&self.grants, has_certificates, diagnostics);
+        grants::validate(
+            &self.grants,
+            has_certificates,
+            self.tokens.are_on(),
+            diagnostics,
+        );
+        self.tokens.validate(diagnostics);
+        self.callers.validate(diagnostics);
         self.storage.check(&self.clients.listen, diagnostics);
         self.scheduling.validate(diagnostics);
         self.action_router.validate("action_router", diagnostics);
@@ -378,6 +396,15 @@ impl State {
 }
 
 impl Storage {
+    /// What the storage is shown in each call.
+    pub fn call_headers(&self) -> CallHeaders<'_> {
+        CallHeaders {
+            keys: ["storage.add_metadata", "storage.authorization_file"],
+            add_metadata: &self.add_metadata,
+            authorization_file: &self.authorization_file,
+        }
+    }
+
     fn check(&self, clients: &ListenAddress, diagnostics: &mut Diagnostics) {
         let embedded = |place: &StorageLocation| *place == StorageLocation::Embedded;
         diagnostics.require(
@@ -418,6 +445,7 @@ impl Storage {
             })
             .collect();
         self.tls.validate("storage.tls", &endpoints, diagnostics);
+        self.call_headers().validate(diagnostics);
         let directory = &self.embedded.directory;
         if let Some(reason) = path_error(directory) {
             diagnostics.add("storage.embedded.directory", reason);

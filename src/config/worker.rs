@@ -10,8 +10,11 @@ use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Diagnostics, DirectoryKind, Duration, Endpoint, Log, Size, Validate, directory_kind,
-    path_error, tls::ClientTls, web::is_base_url,
+    Diagnostics, DirectoryKind, Duration, Endpoint, Log, Size, Validate,
+    call_headers::{CallHeaders, MetadataHeader},
+    directory_kind, path_error,
+    tls::ClientTls,
+    web::is_base_url,
 };
 
 /// As many as a runner has users for.
@@ -36,6 +39,10 @@ pub struct Config {
 pub struct Scheduler {
     pub endpoint: Endpoint,
     pub tls: ClientTls,
+    /// A file with a token that the scheduler knows this worker by; empty for none.
+    pub authorization_file: PathBuf,
+    /// What else it is shown in each call.
+    pub add_metadata: Vec<MetadataHeader>,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -44,6 +51,9 @@ pub struct Storage {
     pub cas: Endpoint,
     pub action_cache: Endpoint,
     pub tls: ClientTls,
+    /// The same for the storage.
+    pub authorization_file: PathBuf,
+    pub add_metadata: Vec<MetadataHeader>,
     /// Of all slots together.
     pub download_concurrency: NonZeroUsize,
     pub upload_concurrency: NonZeroUsize,
@@ -139,6 +149,8 @@ impl Default for Scheduler {
         Scheduler {
             endpoint: Endpoint::Tcp("127.0.0.1:8983".to_owned()),
             tls: ClientTls::default(),
+            authorization_file: PathBuf::new(),
+            add_metadata: Vec::new(),
         }
     }
 }
@@ -150,6 +162,8 @@ impl Default for Storage {
             cas: embedded.clone(),
             action_cache: embedded,
             tls: ClientTls::default(),
+            authorization_file: PathBuf::new(),
+            add_metadata: Vec::new(),
             download_concurrency: NonZeroUsize::new(32).expect("not zero"),
             upload_concurrency: NonZeroUsize::new(32).expect("not zero"),
             maximum_message_size: Size::mib(16),
@@ -296,10 +310,31 @@ impl Cache {
     }
 }
 
+impl Scheduler {
+    /// What the scheduler is shown in each call.
+    pub fn call_headers(&self) -> CallHeaders<'_> {
+        CallHeaders {
+            keys: ["scheduler.add_metadata", "scheduler.authorization_file"],
+            add_metadata: &self.add_metadata,
+            authorization_file: &self.authorization_file,
+        }
+    }
+}
+
 impl Storage {
+    /// What the storage is shown in each call.
+    pub fn call_headers(&self) -> CallHeaders<'_> {
+        CallHeaders {
+            keys: ["storage.add_metadata", "storage.authorization_file"],
+            add_metadata: &self.add_metadata,
+            authorization_file: &self.authorization_file,
+        }
+    }
+
     fn validate(&self, diagnostics: &mut Diagnostics) {
         let endpoints = [&self.cas, &self.action_cache];
         self.tls.validate("storage.tls", &endpoints, diagnostics);
+        self.call_headers().validate(diagnostics);
         for (key, concurrency) in [
             ("storage.download_concurrency", self.download_concurrency),
             ("storage.upload_concurrency", self.upload_concurrency),

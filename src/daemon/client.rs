@@ -12,7 +12,10 @@ use http::{Request, Response, Uri};
 use tonic::{Status, body::Body, transport};
 use tower::Service;
 
-use super::tls::{self, Credentials, TlsConnector};
+use super::{
+    call_headers::CallHeaders,
+    tls::{self, Credentials, TlsConnector},
+};
 use crate::config::Endpoint;
 
 // A 4 MiB chunk in flight needs no round trip on a loopback or a LAN.
@@ -34,10 +37,16 @@ const RESET_STREAMS: usize = 4096;
 /// A channel that connects at its first call, and again after each loss.
 ///
 /// Calls on a peer that cannot be reached fail with UNAVAILABLE and a text that names the endpoint.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Channel {
     inner: transport::Channel,
-    endpoint: Arc<str>,
+    peer: Arc<CalledPeer>,
+}
+
+/// Whom a channel leads to, and what it is shown in each call.
+struct CalledPeer {
+    endpoint: String,
+    headers: CallHeaders,
 }
 
 /// A channel to a peer; nothing is connected yet.
@@ -78,7 +87,10 @@ pub fn connect_with(endpoint: &Endpoint, credentials: &Credentials) -> Channel {
     };
     Channel {
         inner,
-        endpoint: endpoint.to_string().into(),
+        peer: Arc::new(CalledPeer {
+            endpoint: endpoint.to_string(),
+            headers: credentials.headers().clone(),
+        }),
     }
 }
 
@@ -88,16 +100,17 @@ impl Service<Request<Body>> for Channel {
     type Future = BoxFuture<'static, Result<Response<Body>, Status>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Status>> {
-        let endpoint = &self.endpoint;
+        let endpoint = &self.peer.endpoint;
         self.inner
             .poll_ready(context)
             .map_err(|error| failed(endpoint, error))
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        self.peer.headers.add_to(request.headers_mut());
         let answer = self.inner.call(request);
-        let endpoint = self.endpoint.clone();
-        Box::pin(async move { answer.await.map_err(|error| failed(&endpoint, error)) })
+        let peer = self.peer.clone();
+        Box::pin(async move { answer.await.map_err(|error| failed(&peer.endpoint, error)) })
     }
 }
 

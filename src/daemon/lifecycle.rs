@@ -1,6 +1,9 @@
 //! The life of one daemon: when it is ready, what it says of itself, and when it must leave.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use parking_lot::Mutex;
 use sd_notify::NotifyState;
@@ -8,10 +11,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    Failure,
     health::{Health, Heartbeat},
     logging::LevelHandle,
     process::notify,
-    reload::ReloadableConfig,
+    reload::{LiveKeys, ReloadableConfig},
     reloadable::Refresh,
 };
 use crate::config::Validate;
@@ -26,7 +30,8 @@ const REFRESH_INTERVAL: Duration = Duration::from_secs(2);
 #[derive(Clone, Default)]
 pub struct Lifecycle {
     stopping: CancellationToken,
-    files: Arc<Mutex<Vec<Arc<dyn Refresh>>>>,
+    files: Arc<Mutex<Vec<Weak<dyn Refresh>>>>,
+    live: Arc<Mutex<Vec<Arc<LiveKeys>>>>,
     status: Arc<Mutex<Status>>,
     pub(super) health: Arc<Health>,
 }
@@ -108,14 +113,35 @@ impl Lifecycle {
         Health::add_heartbeat(&self.health, name.into(), next)
     }
 
-    /// Has files read again when they change, and at each reload.
-    pub(super) fn keep_fresh(&self, files: Arc<dyn Refresh>) {
+    /// Has files read again when they change, and at each reload, for as long as somebody uses them.
+    pub(super) fn keep_fresh<T: Refresh + 'static>(&self, files: &Arc<T>) {
+        let files: Weak<dyn Refresh> = Arc::downgrade(&(files.clone() as Arc<dyn Refresh>));
         self.files.lock().push(files);
+    }
+
+    /// Has `apply` take up a configuration at each reload that has other values of these keys, or of keys
+    /// below them; its error changes nothing.
+    pub fn apply_on_reload<C: Validate>(
+        &self,
+        keys: &'static [&'static str],
+        apply: impl Fn(C, &Lifecycle) -> Result<(), Failure> + Send + Sync + 'static,
+    ) {
+        let apply = Box::new(move |table: toml::Table, lifecycle: &Lifecycle| {
+            let config = C::deserialize(table).map_err(|error| Failure::Environment {
+                message: error.to_string(),
+            })?;
+            apply(config, lifecycle)
+        });
+        self.live.lock().push(Arc::new(LiveKeys { keys, apply }));
     }
 
     /// Reads files that have changed; `is_asked` when somebody waits for it.
     pub async fn refresh(&self, is_asked: bool) {
-        let files = self.files.lock().clone();
+        let files: Vec<Arc<dyn Refresh>> = {
+            let mut known = self.files.lock();
+            known.retain(|files| files.strong_count() > 0);
+            known.iter().filter_map(Weak::upgrade).collect()
+        };
         if !files.is_empty() {
             let look = move || files.iter().for_each(|files| files.refresh(is_asked));
             // Its end is all that is waited for.
@@ -173,7 +199,9 @@ impl Lifecycle {
             notify(&[NotifyState::Reloading, now]);
         }
         self.refresh(true).await;
-        let reload = config.reload(level);
+        let live = self.live.lock().clone();
+        // It reads files, and nobody waits for this thread but those who asked.
+        let reload = tokio::task::block_in_place(|| config.reload(level, &live, self));
         let shown = {
             let mut status = self.status.lock();
             status.reload = reload;

@@ -10,12 +10,14 @@
 //! - `process` and `memory`: its name, exit code and limits, and memory that it gives back;
 //! - `reloadable`: files that are read again when they change;
 //! - `listen`: sockets, of systemd's or of its own, and `control`: those that it works without;
-//! - `tls`: certificates, of listeners and of clients;
+//! - `tls`: certificates, of listeners and of clients; `tokens`, of callers; `call_headers`: what our
+//!   clients show in each call;
 //! - `server`: gRPC and pages on listeners, bounded;
 //! - `client`: channels to gRPC peers.
 
 #![warn(missing_docs)]
 
+mod call_headers;
 mod check;
 mod cli;
 mod client;
@@ -35,6 +37,7 @@ mod reloadable;
 mod server;
 mod systemd_unit;
 mod tls;
+mod tokens;
 
 pub use check::{CheckReport, Installation, SHIPPED_STOP_TIMEOUT};
 pub use cli::main;
@@ -49,13 +52,14 @@ pub use output::{Cell, Emphasis, Output, Table, age, bytes, span};
 pub use process::{Program, boot_id, hostname, raise_file_limit};
 pub use server::{
     Access, BudgetReservation, PageAccess, PageLimits, PageOrigin, Policy, RequestReservation,
-    ResponseBudget, ServerLimits, Services, serve, serve_pages, serve_within, warn_grants,
-    with_reservation,
+    ResponseBudget, ServerLimits, Services, client_name, serve, serve_pages, serve_within,
+    warn_grants, with_reservation,
 };
 pub use tls::{
-    Credentials, PeerCertificate, ServerTls, check_client, check_server, server_tls, warn_client,
-    warn_server,
+    Credentials, PeerCertificate, ServerTls, check_client, check_headers, check_server, server_tls,
+    warn_client, warn_server,
 };
+pub use tokens::Tokens;
 
 /// Why a daemon cannot start, or go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,16 +1,34 @@
 //! Reading the configuration again while the daemon runs.
 //!
 //! 1. A configuration with an error changes nothing.
-//! 2. Keys in `LIVE` change at once. For every other key whose value differs from what the daemon
-//!    runs with, the log says that a restart is needed, after each reload until there was one.
+//! 2. `log.level` changes at once, and so does what a daemon has registered as `LiveKeys`; where that cannot be
+//!    used, it stays as it was, and the log says so. For every other key whose value differs from what the
+//!    daemon runs with, the log says that a restart is needed, after each reload until there was one.
 
-use std::{collections::BTreeSet, path::PathBuf};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
 
-use super::logging::LevelHandle;
+use super::{Failure, Lifecycle, logging::LevelHandle};
 use crate::config::{self, Log, Validate};
 
-/// What changes without a restart.
-const LIVE: [&str; 1] = ["log.level"];
+const LOG_LEVEL: &str = "log.level";
+
+/// Keys, or sections, that a daemon takes up without a restart.
+pub(super) struct LiveKeys {
+    pub keys: &'static [&'static str],
+    /// Takes up a whole configuration; an error changes nothing.
+    pub apply: Box<ApplyConfig>,
+}
+
+type ApplyConfig = dyn Fn(toml::Table, &Lifecycle) -> Result<(), Failure> + Send + Sync;
+
+impl LiveKeys {
+    fn has(&self, key: &str) -> bool {
+        self.keys.iter().any(|live| {
+            let below = key.strip_prefix(live);
+            below.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        })
+    }
+}
 
 /// What the daemon runs with.
 pub(super) struct ReloadableConfig<C> {
@@ -22,7 +40,12 @@ pub(super) struct ReloadableConfig<C> {
 
 impl<C: Validate> ReloadableConfig<C> {
     /// Returns one line for `systemctl status`; empty when nothing waits for a restart.
-    pub(super) fn reload(&mut self, level: &LevelHandle) -> String {
+    pub(super) fn reload(
+        &mut self,
+        level: &LevelHandle,
+        live: &[Arc<LiveKeys>],
+        lifecycle: &Lifecycle,
+    ) -> String {
         let (config, table) = match config::read::<C>(&self.path, self.optional) {
             Ok(loaded) => (loaded.config, loaded.table),
             Err(error) => {
@@ -35,21 +58,45 @@ impl<C: Validate> ReloadableConfig<C> {
             tracing::info!("reloaded; nothing has changed");
             return String::new();
         }
+        let mut applied = BTreeSet::new();
+        let mut refused = BTreeSet::new();
+        if changed.contains(LOG_LEVEL) {
+            level.set((self.log_of)(&config).level);
+            applied.insert(LOG_LEVEL.to_owned());
+        }
+        for live in live {
+            let keys: Vec<&String> = changed.iter().filter(|key| live.has(key)).collect();
+            if keys.is_empty() {
+                continue;
+            }
+            match (live.apply)(table.clone(), lifecycle) {
+                Ok(()) => applied.extend(keys.into_iter().cloned()),
+                Err(failure) => {
+                    tracing::error!("could not reload, and goes on as before: {failure}");
+                    refused.extend(keys.into_iter().cloned());
+                }
+            }
+        }
         let mut waiting = Vec::new();
-        for key in changed {
-            if LIVE.contains(&key.as_str()) {
-                level.set((self.log_of)(&config).level);
-                set(&mut self.table, &key, get(&table, &key).cloned());
+        for key in changed.difference(&refused) {
+            if applied.contains(key) {
+                set(&mut self.table, key, get(&table, key).cloned());
                 tracing::info!(key, "reloaded");
             } else {
                 tracing::warn!(key, "changed, but takes effect only after a restart");
-                waiting.push(key);
+                waiting.push(key.as_str());
             }
         }
-        match waiting.as_slice() {
-            [] => String::new(),
-            keys => format!("restart to apply: {}", keys.join(", ")),
-        }
+        let refused: Vec<&str> = refused.iter().map(String::as_str).collect();
+        let told = [
+            ("not reloaded, because of an error: ", refused),
+            ("restart to apply: ", waiting),
+        ];
+        let told = told.into_iter().filter(|(_, keys)| !keys.is_empty());
+        let told: Vec<String> = told
+            .map(|(what, keys)| format!("{what}{}", keys.join(", ")))
+            .collect();
+        told.join("; ")
     }
 
     /// Keys whose values differ, not just their spelling.
@@ -130,21 +177,58 @@ mod tests {
 
         // Another spelling of the same values.
         write("cache.maximum_size = \"20480MiB\"\n[[runners]]\nconcurrency = 2\nsize_class = 0\n");
-        assert_eq!(running.reload(&level), "");
+        assert_eq!(running.reload(&level, &[], &Lifecycle::new()), "");
 
         write(
             "log.level = \"debug\"\nstorage.browser_url = \"http://x\"\n[[runners]]\nconcurrency = 3\n",
         );
         let wait = "restart to apply: runners, storage.browser_url";
-        assert_eq!(running.reload(&level), wait);
-        assert_eq!(running.reload(&level), wait);
+        assert_eq!(running.reload(&level, &[], &Lifecycle::new()), wait);
+        assert_eq!(running.reload(&level, &[], &Lifecycle::new()), wait);
         let changed = running.changed(&config::read::<Config>(&path, false).unwrap().table);
         assert!(!changed.contains("log.level"), "{changed:?}");
 
         write("no_such_key = 1\n");
-        assert!(running.reload(&level).contains("error"));
+        assert!(
+            running
+                .reload(&level, &[], &Lifecycle::new())
+                .contains("error")
+        );
 
         write("log.level = \"debug\"\n[[runners]]\nconcurrency = 2\n");
-        assert_eq!(running.reload(&level), "");
+        assert_eq!(running.reload(&level, &[], &Lifecycle::new()), "");
+    }
+    #[test]
+    fn what_a_daemon_takes_up_itself_changes_at_once_unless_it_cannot_be_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("w.toml");
+        let write = |name: &str| {
+            let text = format!("storage.browser_url = \"{name}\"\nlog.level = \"debug\"\n");
+            std::fs::write(&path, text).unwrap();
+        };
+        write("http://a");
+        let mut running = ReloadableConfig::<Config> {
+            path: path.clone(),
+            optional: false,
+            table: config::read::<Config>(&path, false).unwrap().table,
+            log_of: |config| &config.log,
+        };
+        let live = [Arc::new(LiveKeys {
+            keys: &["storage"],
+            apply: Box::new(|table, _| match get(&table, "storage.browser_url") {
+                Some(url) if url.as_str() == Some("http://bad") => Err(Failure::Environment {
+                    message: "bad".to_owned(),
+                }),
+                _ => Ok(()),
+            }),
+        })];
+        let mut reload = || running.reload(&LevelHandle::default(), &live, &Lifecycle::new());
+        write("http://bad");
+        let refused = "not reloaded, because of an error: storage.browser_url";
+        assert_eq!(reload(), refused);
+        assert_eq!(reload(), refused);
+        write("http://b");
+        assert_eq!(reload(), "");
+        assert_eq!(reload(), "");
     }
 }

@@ -72,6 +72,19 @@ impl<T> Reloadable<T> {
     }
 }
 
+impl<T: Send + Sync> Reloadable<T> {
+    /// Reads files again that have changed since somebody looked; it blocks. Whether they say something
+    /// else now.
+    pub(super) fn look(&self) -> bool {
+        let before = self.value();
+        let has_changed = self.state.lock().seen != stamps(&self.files);
+        if has_changed {
+            self.refresh(false);
+        }
+        !Arc::ptr_eq(&before, &self.value())
+    }
+}
+
 impl<T: Send + Sync> Refresh for Reloadable<T> {
     fn refresh(&self, is_asked: bool) {
         let now = stamps(&self.files);

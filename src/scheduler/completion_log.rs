@@ -9,9 +9,16 @@ use crate::{
     proto::{reapi, rpc},
 };
 
+/// `client` is who waits for it, if somebody does.
+///
 /// A failure of the farm is a warning, with its reason and its worker; one of the action or its client
 /// is nobody's business here.
-pub(super) fn log_completion(operation: Uuid, queued: &QueuedAction, outcome: &EncodedResponse) {
+pub(super) fn log_completion(
+    operation: Uuid,
+    queued: &QueuedAction,
+    outcome: &EncodedResponse,
+    client: Option<&str>,
+) {
     let instance = queued.instance.as_str();
     let worker = Some(outcome.worker.as_str()).filter(|worker| !worker.is_empty());
     let span = daemon::action_span(&queued.digest.hash_hex(), Some(operation), worker);
@@ -26,6 +33,7 @@ pub(super) fn log_completion(operation: Uuid, queued: &QueuedAction, outcome: &E
             let response = reapi::ExecuteResponse::decode(&*outcome.response).unwrap_or_default();
             tracing::warn!(
                 instance,
+                client,
                 target = queued.target_id(),
                 code = code.as_str_name(),
                 error = response.status.unwrap_or_default().message,
@@ -34,6 +42,7 @@ pub(super) fn log_completion(operation: Uuid, queued: &QueuedAction, outcome: &E
         }
         _ => tracing::info!(
             instance,
+            client,
             target = queued.target_id(),
             code = code.as_str_name(),
             "operation completed"

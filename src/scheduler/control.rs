@@ -231,7 +231,7 @@ impl SchedulerControl for ControlService {
         &self,
         request: Request<RemoveActionResultRequest>,
     ) -> Result<Response<RemoveActionResultResponse>, Status> {
-        let by = daemon::Access::of(&request).identity().name().to_owned();
+        let client = daemon::client_name(&request);
         let request = request.into_inner();
         let instance = InstanceName::parse(&request.instance_name).map_err(invalid)?;
         let digest = self.action_digest(request.digest_function, request.action_digest.as_ref())?;
@@ -242,7 +242,12 @@ impl SchedulerControl for ControlService {
         match removed {
             Ok(true) => {
                 let (action, instance) = (digest.hash_hex(), instance.as_str());
-                tracing::info!(action, instance, by, "the result of an action was removed");
+                tracing::info!(
+                    action,
+                    instance,
+                    client,
+                    "the result of an action was removed"
+                );
                 Ok(Response::new(RemoveActionResultResponse {}))
             }
             Ok(false) => Err(status::no_result(&digest, &instance)),

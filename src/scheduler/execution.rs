@@ -35,7 +35,7 @@ use super::{
 };
 use crate::{
     config,
-    daemon::{self, Access, LogRateLimit, Peer},
+    daemon::{self, Access, LogRateLimit},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     metadata::REQUEST_METADATA_HEADER,
@@ -75,6 +75,8 @@ struct Asked {
     /// The header of RequestMetadata, encoded.
     header: Option<bytes::Bytes>,
     user: Option<AuthenticationMetadata>,
+    /// For the log.
+    client: String,
 }
 
 #[tonic::async_trait]
@@ -121,7 +123,8 @@ impl reapi::execution_server::Execution for ExecutionService {
                 }
                 _ => {
                     access.require(&action.instance)?;
-                    Ok(Response::new(self.watch(waiter, text.clone())))
+                    let client = daemon::client_name(&request);
+                    Ok(Response::new(self.watch(waiter, text.clone(), client)))
                 }
             };
         }
@@ -137,6 +140,7 @@ impl reapi::execution_server::Execution for ExecutionService {
                     resumes: true,
                     header: request_metadata_header(request.metadata()),
                     user: status::user(&request),
+                    client: daemon::client_name(&request),
                     name: *name,
                 };
                 self.resume(asked).instrument(span).await.map(Response::new)
@@ -149,6 +153,7 @@ impl ExecutionService {
     fn parse(&self, request: Request<reapi::ExecuteRequest>) -> Result<Asked, Status> {
         let header = request_metadata_header(request.metadata());
         let (user, access) = (status::user(&request), Access::of(&request));
+        let client = daemon::client_name(&request);
         let request = request.into_inner();
         let instance = InstanceName::parse(&request.instance_name).map_err(invalid)?;
         access.require(&instance)?;
@@ -167,6 +172,7 @@ impl ExecutionService {
             resumes: false,
             header,
             user,
+            client,
         })
     }
 
@@ -189,6 +195,7 @@ impl ExecutionService {
             resumes,
             header,
             user,
+            client,
         } = asked;
         let (instance, digest) = (name.instance.clone(), name.digest);
         let mut action = self.action(&instance, &digest).await?;
@@ -197,7 +204,7 @@ impl ExecutionService {
             && !name.skip_cache_lookup
             && let Some(result) = self.look_up(&instance, &digest).await
         {
-            return Ok(self.answer_from_cache(&name, result));
+            return Ok(self.answer_from_cache(&name, result, &client));
         }
         let (mut auxiliary_metadata, metadata) = request_metadata(header);
         let route = self
@@ -254,7 +261,7 @@ impl ExecutionService {
         };
         let waiter = self.without_incomplete_result(waiter, queued).await?;
         name.operation = waiter.attached.operation;
-        Ok(self.watch(waiter, name.to_string()))
+        Ok(self.watch(waiter, name.to_string(), client))
     }
 
     /// On workers of which size it is executed.
@@ -355,9 +362,15 @@ impl ExecutionService {
         }
     }
 
-    fn answer_from_cache(&self, name: &OperationName, result: reapi::ActionResult) -> Operations {
+    fn answer_from_cache(
+        &self,
+        name: &OperationName,
+        result: reapi::ActionResult,
+        client: &str,
+    ) -> Operations {
         tracing::debug!(
             instance = name.instance.as_str(),
+            client,
             "answered from the Action Cache"
         );
         let response = EncodedResponse::new(&reapi::ExecuteResponse {
@@ -383,12 +396,14 @@ impl ExecutionService {
     }
 
     /// The operation now, at each change, and now and then; the stream ends with its completion.
-    fn watch(&self, waiter: Waiter, name: String) -> Operations {
+    fn watch(&self, waiter: Waiter, name: String, client: String) -> Operations {
         let interval = self.scheduling.execution_update_interval.get();
+        let client: Arc<str> = client.into();
         let state = Some((waiter, name, None));
         let (queue, stopping) = (self.queue.clone(), self.stopping.clone());
         Box::pin(stream::unfold(state, move |state| {
             let (queue, stopping) = (queue.clone(), stopping.clone());
+            let client = client.clone();
             async move {
                 let (mut waiter, name, seen) = state?;
                 let mut update = Update::News;
@@ -415,7 +430,12 @@ impl ExecutionService {
                 );
                 let next = match &progress.stage {
                     Stage::Completed(outcome) => {
-                        log_completion(attached.operation, &attached.action, outcome);
+                        log_completion(
+                            attached.operation,
+                            &attached.action,
+                            outcome,
+                            Some(&client),
+                        );
                         None
                     }
                     _ => Some((waiter, name, Some(progress.version))),
@@ -440,16 +460,11 @@ static FAILED_LOOK_UPS: LogRateLimit = LogRateLimit::new(5, Duration::from_secs(
 
 impl RefusalLog {
     fn new<T>(call: &Request<T>, request: &reapi::ExecuteRequest) -> Self {
-        let client = match call.extensions().get::<Peer>() {
-            Some(Peer::Tcp(Some(address))) => address.to_string(),
-            Some(Peer::Unix { uid, .. }) => format!("user {uid}"),
-            Some(Peer::Tcp(None)) | None => "unknown".to_owned(),
-        };
         let action = request.action_digest.as_ref();
         RefusalLog {
             action: action.map(|digest| digest.hash.clone()).unwrap_or_default(),
             instance: request.instance_name.clone(),
-            client,
+            client: daemon::client_name(call),
         }
     }
 

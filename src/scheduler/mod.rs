@@ -41,7 +41,7 @@ use crate::{
     },
     daemon::{
         self, CheckReport, Credentials, Failure, Installation, Lifecycle, PageLimits, Policy,
-        Program, ServerLimits, Services,
+        Program, ServerLimits, Services, Tokens,
     },
     instance::InstanceName,
     proto::{
@@ -84,6 +84,7 @@ pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut 
         installation.check_socket(name, unit, key, address, diagnostics);
     }
     daemon::warn_grants(&config.grants, diagnostics);
+    Tokens::warn(&config.tokens, diagnostics);
     daemon::warn_server("clients.tls", &config.clients.tls, diagnostics);
     daemon::warn_server("workers.tls", &config.workers.tls, diagnostics);
     daemon::warn_server("state.tls", &config.state.tls, diagnostics);
@@ -140,11 +141,13 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     for (_, unit, key, address) in sockets(config) {
         report.try_address(installation, unit, key, address);
     }
+    Tokens::check(&config.tokens, report);
     daemon::check_server("clients.tls", &config.clients.tls, report);
     daemon::check_server("workers.tls", &config.workers.tls, report);
     daemon::check_server("state.tls", &config.state.tls, report);
     daemon::check_server("web.tls", &config.web.tls, report);
     daemon::check_client("storage.tls", &config.storage.tls, report);
+    daemon::check_headers(config.storage.call_headers(), report);
     let mut failures = Backend::probe(&config.storage).await;
     let what = match &config.storage.cas {
         StorageLocation::Embedded => {
@@ -176,7 +179,8 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
 /// Runs until told to stop.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     daemon::raise_file_limit();
-    let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?;
+    let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?
+        .with_headers(config.storage.call_headers(), Some(&lifecycle))?;
     let place = config.storage.clone();
     let storage = tokio::task::spawn_blocking({
         let credentials = credentials.clone();
@@ -198,7 +202,19 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     };
     let queue = SharedQueue::new(settings, &statistics);
     let routing = Arc::new(ActionRouting::new(&config, storage.clone()));
-    let policy = Policy::new(&config.grants);
+    let policy = Policy::open(&config.grants, &config.tokens, &lifecycle)?;
+    // Who calls there is told by the kernel.
+    let no_tokens = config::tokens::Tokens::default();
+    let control_grants = daemon::control_grants(&config.grants);
+    let control_policy = Policy::open(&control_grants, &no_tokens, &lifecycle)?;
+    lifecycle.apply_on_reload(&["grants", "tokens"], {
+        let (policy, control_policy) = (policy.clone(), control_policy.clone());
+        move |config: Config, lifecycle| {
+            policy.replace(&config.grants, &config.tokens, lifecycle)?;
+            let grants = daemon::control_grants(&config.grants);
+            control_policy.replace(&grants, &no_tokens, lifecycle)
+        }
+    });
     let clients = daemon::listen("clients", "clients.listen", &config.clients.listen, None)?
         .with_tls(daemon::server_tls(
             "clients.tls",
@@ -230,10 +246,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         config.control.is_default(),
         Some(daemon::control_permissions(&config.control.socket_group)?),
     )?
-    .map(|listener| {
-        let grants = daemon::control_grants(&config.grants);
-        listener.with_policy(&Policy::new(&grants))
-    });
+    .map(|listener| listener.with_policy(&control_policy));
     let mut addresses = BTreeMap::from([
         ("clients".to_owned(), clients.address()),
         ("workers".to_owned(), workers.address()),
@@ -314,9 +327,14 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         history: history.clone(),
         protection: Protection::new(&config.web.url, &daemon::hostname()),
     }));
+    let limits = ServerLimits {
+        requests_per_second: config.callers.requests_per_second,
+        bytes_per_second: config.callers.bytes_per_second.get(),
+        ..ServerLimits::default()
+    };
     let worker_limits = ServerLimits {
         largest_message: LARGEST_REPORT as u64,
-        ..ServerLimits::default()
+        ..limits.clone()
     };
     lifecycle.liveness_check("the queue", {
         let queue = queue.clone();
@@ -331,7 +349,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         () = worker_log::run(&queue, &lifecycle, &status) => Ok(()),
         served = async {
             tokio::try_join!(
-                daemon::serve(clients, client_routes, stopping.clone(), drain),
+                daemon::serve_within(clients, client_routes, limits.clone(), stopping.clone(), drain),
                 daemon::serve_within(
                     workers,
                     worker_routes,
@@ -346,7 +364,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
                     stopping.clone(),
                     drain
                 ),
-                daemon::serve(state, state_routes.clone(), stopping.clone(), drain),
+                daemon::serve_within(state, state_routes.clone(), limits, stopping.clone(), drain),
                 async {
                     match control {
                         Some(control) => {

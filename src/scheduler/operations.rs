@@ -17,7 +17,7 @@ use super::{
     status::{self, invalid},
 };
 use crate::{
-    daemon::Access,
+    daemon::{self, Access},
     instance::InstanceName,
     proto::{
         self,
@@ -122,6 +122,8 @@ impl Operations for OperationsService {
             .queue
             .cancel(row.name)
             .map_err(|error| status::unknown_name(text, &error))?;
+        let client = daemon::client_name(&request);
+        tracing::info!(operation = %row.name, client, "an operation was cancelled");
         Ok(Response::new(()))
     }
 

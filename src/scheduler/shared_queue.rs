@@ -147,7 +147,7 @@ impl SharedQueue {
                     operation,
                     action,
                     outcome,
-                } => log_completion(operation, &action, &outcome),
+                } => log_completion(operation, &action, &outcome, None),
                 Effect::KeepDrains { version, drains } => {
                     self.drains.send_if_modified(|current| {
                         let newer = version > current.0;

@@ -30,6 +30,7 @@ use super::{
     status::{self, invalid},
 };
 use crate::{
+    daemon,
     instance::InstanceName,
     proto::{
         self,
@@ -140,6 +141,7 @@ impl BuildQueueState for StateService {
         request: Request<wire::KillOperationsRequest>,
     ) -> Result<Response<()>, Status> {
         use kill_operations_request::filter::Type;
+        let client = daemon::client_name(&request);
         let request = request.into_inner();
         let status = request.status.unwrap_or_default();
         if status.code == rpc::Code::Ok as i32 {
@@ -161,7 +163,7 @@ impl BuildQueueState for StateService {
                 let name = operation_name(&text)?;
                 let killed = self.queue.kill_operation(name, response);
                 killed.map_err(status::unknown_operation)?;
-                tracing::info!(operation = %name, code, error = message, "an operation was killed");
+                tracing::info!(operation = %name, client, code, error = message, "an operation was killed");
             }
             Type::SizeClassQueueWithoutWorkers(queue) => {
                 let key = queue_key(Some(queue))?;
@@ -172,6 +174,7 @@ impl BuildQueueState for StateService {
                 tracing::info!(
                     instance,
                     platform,
+                    client,
                     code,
                     error = message,
                     "the queued operations of a queue without workers were killed"
@@ -296,8 +299,9 @@ impl BuildQueueState for StateService {
         &self,
         request: Request<wire::TerminateWorkersRequest>,
     ) -> Result<Response<()>, Status> {
+        let client = daemon::client_name(&request);
         let pattern = WorkerPattern::new(request.into_inner().worker_id_pattern);
-        tracing::info!(workers = %pattern, "workers are to terminate when they have done what they execute");
+        tracing::info!(workers = %pattern, client, "workers are to terminate when they have done what they execute");
         tokio::select! {
             () = self.queue.terminate_workers(&pattern) => Ok(Response::new(())),
             () = self.stopping.cancelled() => Err(status::stopping()),
@@ -326,6 +330,7 @@ impl BuildQueueState for StateService {
         &self,
         request: Request<wire::AddOrRemoveDrainRequest>,
     ) -> Result<Response<()>, Status> {
+        let client = daemon::client_name(&request);
         let (key, pattern) = drain(request.into_inner())?;
         let (instance, platform) = (key.prefix.as_str().to_owned(), key.platform.to_string());
         let workers = pattern.to_string();
@@ -335,7 +340,7 @@ impl BuildQueueState for StateService {
             created: proto::timestamp(SystemTime::now()),
         });
         added.map_err(status::drain)?;
-        tracing::info!(workers, instance, platform, "workers are drained");
+        tracing::info!(workers, instance, platform, client, "workers are drained");
         self.keep_drains().await
     }
 
@@ -343,12 +348,13 @@ impl BuildQueueState for StateService {
         &self,
         request: Request<wire::AddOrRemoveDrainRequest>,
     ) -> Result<Response<()>, Status> {
+        let client = daemon::client_name(&request);
         let (key, pattern) = drain(request.into_inner())?;
         self.queue
             .remove_drain(&key, &pattern)
             .map_err(status::unknown_queue)?;
         let (instance, platform) = (key.prefix.as_str(), key.platform.to_string());
-        tracing::info!(workers = %pattern, instance, platform, "workers are drained no longer");
+        tracing::info!(workers = %pattern, instance, platform, client, "workers are drained no longer");
         self.keep_drains().await
     }
 }

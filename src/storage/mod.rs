@@ -153,8 +153,14 @@ impl Backend {
     pub async fn probe(config: &config::Storage) -> Vec<Failure> {
         match (&config.cas, &config.action_cache) {
             (StorageLocation::Endpoint(cas), StorageLocation::Endpoint(action_cache)) => {
+                let credentials = Credentials::of("storage.tls", &config.tls);
+                let credentials = credentials
+                    .clone()
+                    .with_headers(config.call_headers(), None)
+                    // That is told by itself.
+                    .unwrap_or(credentials);
                 let options = grpc::Options {
-                    credentials: Credentials::of("storage.tls", &config.tls),
+                    credentials,
                     ..Default::default()
                 };
                 let client = grpc::Client::connect(cas, action_cache, options);
@@ -309,17 +315,18 @@ impl Backend {
         }
     }
 
-    /// Takes up the upload that has this resource name, or begins it when `offset` is 0 or nothing is
-    /// known of it.
+    /// Takes up the upload of `owner` that has this resource name, or begins it when `offset` is 0 or
+    /// nothing is known of it.
     pub async fn resume_upload(
         &self,
         resource_name: &str,
+        owner: &str,
         digest: Digest,
         offset: i64,
     ) -> Result<Upload, UploadError> {
         match self {
             Backend::Embedded(store) => {
-                Upload::resume_embedded(store, resource_name, digest, offset).await
+                Upload::resume_embedded(store, resource_name, owner, digest, offset).await
             }
             Backend::Grpc(client) => Ok(Upload::Grpc(client.forward_upload(resource_name, digest))),
         }

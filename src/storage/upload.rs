@@ -47,10 +47,13 @@ impl Upload {
     pub(super) async fn resume_embedded(
         store: &Arc<embedded::Store>,
         resource_name: &str,
+        owner: &str,
         digest: Digest,
         offset: i64,
     ) -> Result<Self, UploadError> {
-        let lease = store.uploads().lease(resource_name, Instant::now())?;
+        let lease = store
+            .uploads()
+            .lease(resource_name, owner, Instant::now())?;
         let (store, lease) = (store.clone(), Arc::new(lease));
         let (writer, own) = (lease.clone(), store.clone());
         blocking(move || writer.begin(&own, digest, offset, Instant::now())).await??;

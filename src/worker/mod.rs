@@ -74,7 +74,8 @@ pub async fn ask(command: Command, _: &Config) -> Result<(), daemon::CommandErro
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     daemon::raise_file_limit();
     let slots: usize = config.runners.iter().map(Runner::slots).sum();
-    let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?;
+    let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?
+        .with_headers(config.storage.call_headers(), Some(&lifecycle))?;
     let storage = setup::connect_storage(&config, credentials);
     let (cache, store) = setup::open_directories(&config, slots, &storage).await?;
     let (files, bytes) = cache.usage();
@@ -97,7 +98,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         config.storage.maximum_message_size.get(),
         config.cache.maximum_directories_size.get(),
     ));
-    let credentials = Credentials::open("scheduler.tls", &config.scheduler.tls, &lifecycle)?;
+    let credentials = Credentials::open("scheduler.tls", &config.scheduler.tls, &lifecycle)?
+        .with_headers(config.scheduler.call_headers(), Some(&lifecycle))?;
     let scheduler = daemon::connect_with(&config.scheduler.endpoint, &credentials);
     let mut executors = Vec::new();
     let status_line = Arc::new(StatusLine::new(&config.scheduler.endpoint, slots));

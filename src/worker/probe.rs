@@ -150,7 +150,13 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     }
     daemon::check_client("scheduler.tls", &config.scheduler.tls, report);
     daemon::check_client("storage.tls", &config.storage.tls, report);
+    daemon::check_headers(config.scheduler.call_headers(), report);
+    daemon::check_headers(config.storage.call_headers(), report);
     let credentials = Credentials::of("scheduler.tls", &config.scheduler.tls);
+    let credentials = credentials
+        .clone()
+        .with_headers(config.scheduler.call_headers(), None)
+        .unwrap_or(credentials);
     let channel = daemon::connect_with(&config.scheduler.endpoint, &credentials);
     let mut scheduler = OperationQueueClient::new(channel);
     // A worker that says nothing of itself is refused, which shows that a scheduler is there.
@@ -182,6 +188,10 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
         wrong,
     );
     let credentials = Credentials::of("storage.tls", &config.storage.tls);
+    let credentials = credentials
+        .clone()
+        .with_headers(config.storage.call_headers(), None)
+        .unwrap_or(credentials);
     let storage = connect_storage(config, credentials);
     let wrong = match tokio::time::timeout(TIMEOUT, storage.answers()).await {
         Ok(Ok(())) => None,

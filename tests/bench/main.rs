@@ -14,6 +14,7 @@ mod noop;
 mod queue;
 mod roots;
 mod runs;
+mod secure;
 mod soak;
 mod stream;
 
@@ -34,6 +35,7 @@ fn main() {
         ("queue", queue::run),
         ("roots", roots::run),
         ("runs", runs::run),
+        ("secure", secure::run),
         ("soak", soak::run),
         ("stream", stream::run),
     ] {
@@ -44,7 +46,7 @@ fn main() {
     }
     if !known {
         eprintln!(
-            "no benchmark {name:?}; there are: actions, cas, noop, queue, roots, runs, soak, stream"
+            "no benchmark {name:?}; there are: actions, cas, noop, queue, roots, runs, secure, soak, stream"
         );
         std::process::exit(2);
     }

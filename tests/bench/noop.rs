@@ -81,7 +81,7 @@ pub fn run(arguments: &[String]) {
 
 /// What all that is in this process shares.
 #[derive(Default)]
-struct Shared {
+pub struct Shared {
     /// When actions were asked for, by hash.
     asked: Mutex<HashMap<String, Instant>>,
     /// From there until a worker had them.
@@ -129,7 +129,7 @@ fn spawn_workers(
 
 /// One slot, as bb_worker's: it numbers its calls, says which attempt it reports, and keeps a call open
 /// while it executes.
-async fn work(number: usize, channel: daemon::Channel, shared: Arc<Shared>) {
+pub async fn work(number: usize, channel: daemon::Channel, shared: Arc<Shared>) {
     use current_state::WorkerState;
     let mut client = OperationQueueClient::new(channel);
     let mut calls = 0;
@@ -200,7 +200,7 @@ async fn work(number: usize, channel: daemon::Channel, shared: Arc<Shared>) {
     }
 }
 
-async fn upload(client: &Client, name: &str, count: usize) -> Vec<reapi::Digest> {
+pub async fn upload(client: &Client, name: &str, count: usize) -> Vec<reapi::Digest> {
     let mut digests = Vec::with_capacity(count);
     let numbers: Vec<usize> = (0..count).collect();
     for numbers in numbers.chunks(1_000) {
@@ -220,7 +220,7 @@ async fn upload(client: &Client, name: &str, count: usize) -> Vec<reapi::Digest>
 }
 
 /// Executes, and asks again by name whenever the stream ends early, as clients do.
-async fn execute(
+pub async fn execute(
     client: &Client,
     invocation: &str,
     priority: i32,
@@ -289,7 +289,7 @@ async fn execute(
 }
 
 /// In clock ticks of user and system, which are hundredths of seconds.
-fn processor_time(pid: u32) -> f64 {
+pub fn processor_time(pid: u32) -> f64 {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let (_, fields) = stat.rsplit_once(") ").unwrap();
     let fields: Vec<&str> = fields.split(' ').collect();

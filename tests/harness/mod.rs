@@ -36,6 +36,7 @@ use pki::{Authority, Leaf};
 
 pub mod parts;
 pub mod pki;
+pub mod scheduler_process;
 
 pub const SCHEDULER_USER: u32 = 57_997;
 pub const WORKER_USER: u32 = 57_998;
@@ -60,6 +61,7 @@ pub struct Farm {
     _users_claim: fs::File,
     /// What clients are known by, where the farm speaks TLS.
     certificates: Option<ClientTls>,
+    authority: Option<(Authority, PathBuf)>,
 }
 
 /// What is added to the configurations of a farm.
@@ -67,6 +69,7 @@ struct Files {
     scheduler: String,
     worker: String,
     certificates: Option<ClientTls>,
+    authority: Option<(Authority, PathBuf)>,
 }
 
 /// Users that each farm has for its actions.
@@ -125,6 +128,24 @@ pub fn is_root() -> bool {
     root
 }
 
+/// Of the scheduler, the workers and the clients of a farm.
+fn issue_all(authority: &Authority, directory: &Path) -> [pki::Pair; 3] {
+    [
+        ("server", SCHEDULER_USER),
+        ("worker", WORKER_USER),
+        ("client", 0),
+    ]
+    .map(|(name, owner)| {
+        let leaf = Leaf {
+            name,
+            ..Leaf::default()
+        };
+        let pair = authority.issue(directory, name, &leaf);
+        chown(&pair.key, Some(owner), Some(owner)).unwrap();
+        pair
+    })
+}
+
 impl Farm {
     /// `parent` must be passable for other users: /var/tmp, or /dev/shm.
     pub async fn start(parent: &Path, slots: usize, scheduler_extra: &str) -> Farm {
@@ -142,6 +163,7 @@ impl Farm {
             scheduler: scheduler_extra.to_owned(),
             worker: String::new(),
             certificates: None,
+            authority: None,
         };
         Farm::start_of(parent, slots, files, runner_extra).await
     }
@@ -155,19 +177,9 @@ impl Farm {
         scheduler_extra: &str,
     ) -> Farm {
         fs::set_permissions(pki, fs::Permissions::from_mode(0o755)).unwrap();
-        let authority = Authority::new(pki, "authority");
-        let issue = |name: &str, owner: u32| {
-            let leaf = Leaf {
-                name,
-                ..Leaf::default()
-            };
-            let pair = authority.issue(pki, name, &leaf);
-            chown(&pair.key, Some(owner), Some(owner)).unwrap();
-            pair
-        };
-        let server = issue("server", SCHEDULER_USER);
-        let (worker, client) = (issue("worker", WORKER_USER), issue("client", 0));
-        let authority = authority.certificate;
+        let issuer = Authority::new(pki, "authority");
+        let [server, worker, client] = issue_all(&issuer, pki);
+        let authority = issuer.certificate.clone();
         let (ca, show) = (authority.display(), |path: &Path| {
             path.display().to_string()
         });
@@ -180,6 +192,7 @@ impl Farm {
                 key: client.key,
                 server_name: String::new(),
             }),
+            authority: Some((issuer, pki.to_owned())),
         };
         for port in ["clients", "workers"] {
             let (certificate, key) = (show(&server.certificate), show(&server.key));
@@ -196,10 +209,16 @@ impl Farm {
         Farm::start_of(parent, slots, files, |_| String::new()).await
     }
 
+    /// New certificates in the place of all that there are.
+    pub fn renew_certificates(&self) {
+        let (authority, directory) = self.authority.as_ref().unwrap();
+        issue_all(authority, directory);
+    }
+
     async fn start_of(
         parent: &Path,
         slots: usize,
-        files: Files,
+        mut files: Files,
         runner_extra: impl FnOnce(&Path) -> String,
     ) -> Farm {
         let directory = tempfile::Builder::new()
@@ -240,6 +259,7 @@ impl Farm {
             users,
             _users_claim: users_claim,
             certificates: files.certificates.clone(),
+            authority: files.authority.take(),
         };
         let runner_extra = runner_extra(farm.path());
         farm.configure(slots, &files, &runner_extra);
@@ -323,10 +343,7 @@ impl Farm {
 
     /// Peak resident memory, in bytes (proc(5), VmHWM).
     pub fn peak_memory(&mut self, daemon: Daemon) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid(daemon))).unwrap();
-        let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
-        let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-        kib * 1024
+        peak_memory(self.pid(daemon))
     }
 
     pub fn is_alive(&mut self, daemon: Daemon) -> bool {
@@ -455,6 +472,14 @@ impl Farm {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
+}
+
+/// Peak resident memory of a process, in bytes (proc(5), VmHWM).
+pub fn peak_memory(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|l| l.starts_with("VmHWM:")).unwrap();
+    let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kib * 1024
 }
 
 impl Drop for Farm {

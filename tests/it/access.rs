@@ -1,7 +1,7 @@
 //! Who may call what: every method, asked by nobody, by the wrong one and by the right one, over TLS,
 //! plain TCP and Unix sockets.
 
-use std::{collections::BTreeMap, path::Path, time::Duration};
+use std::{collections::BTreeMap, fs, path::Path, time::Duration};
 
 use bb_remote_execution::{
     config::{
@@ -9,12 +9,14 @@ use bb_remote_execution::{
         tls::{ClientTls, ServerTls},
     },
     daemon::{self, Channel, Credentials, Lifecycle},
+    digest::DigestFunction,
+    instance::InstanceName,
     proto::{
         self, bytestream,
         reapi::{self, capabilities_client::CapabilitiesClient},
         remoteworker::{CurrentState, SynchronizeRequest, current_state},
     },
-    scheduler,
+    scheduler::{self, operation_name::OperationName},
 };
 use bytes::{Buf, BufMut, Bytes};
 use prost::Message;
@@ -22,10 +24,12 @@ use tonic::{
     Code, Request, Status,
     codec::{Codec, DecodeBuf, Decoder, EncodeBuf, Encoder},
 };
+use uuid::Uuid;
 
 use crate::harness::{
-    Farm, Task, digest_of, is_ok, is_root,
+    Client, Farm, Task, digest_of, finished, is_ok, is_root,
     pki::{Authority, Leaf, Pair},
+    scheduler_process::SchedulerProcess,
 };
 
 /// Messages as they are on the wire.
@@ -73,6 +77,10 @@ fn request(path: &str) -> Bytes {
     let (hash, size) = (&blob.hash, blob.size_bytes);
     let written = format!("uploads/1/blobs/{hash}/{size}");
     let message = match path.rsplit('/').next().unwrap() {
+        "WaitExecution" => reapi::WaitExecutionRequest {
+            name: operation_name("", b"blob", Uuid::new_v4()),
+        }
+        .encode_to_vec(),
         "Read" => bytestream::ReadRequest {
             resource_name: format!("blobs/{hash}/{size}"),
             ..Default::default()
@@ -98,6 +106,20 @@ fn request(path: &str) -> Bytes {
         _ => Vec::new(),
     };
     message.into()
+}
+
+/// The name of an operation, as schedulers give them.
+fn operation_name(instance: &str, action: &[u8], operation: Uuid) -> String {
+    let name = OperationName {
+        operation,
+        scheduler: 1,
+        instance: InstanceName::parse(instance).unwrap(),
+        digest: DigestFunction::Sha256.digest_of(action),
+        priority: 0,
+        skip_cache_lookup: true,
+        invocation: Default::default(),
+    };
+    name.to_string()
 }
 
 /// One call, until its first answer or its end.
@@ -307,8 +329,6 @@ async fn every_method_is_refused_to_nobody_and_to_the_wrong_one_on_every_port() 
             let code = said.as_ref().map_or_else(Status::code, |()| Code::Ok);
             let text = said.as_ref().map_or_else(Status::message, |()| "");
             let is_open = path.starts_with("/grpc.health.v1.");
-            // What it names is not there, whoever asks.
-            let is_unknown = path.ends_with("/WaitExecution") && code == Code::NotFound;
             let is_refused = match caller {
                 Caller::Nobody => code == Code::Unauthenticated || code == Code::PermissionDenied,
                 Caller::Wrong | Caller::Right => code == Code::PermissionDenied,
@@ -318,10 +338,7 @@ async fn every_method_is_refused_to_nobody_and_to_the_wrong_one_on_every_port() 
             match caller {
                 Caller::Nobody => assert!(is_refused || is_open, "{context}"),
                 Caller::Wrong => {
-                    assert!(
-                        is_refused || is_open || is_unknown || is_elsewhere,
-                        "{context}"
-                    );
+                    assert!(is_refused || is_open || is_elsewhere, "{context}");
                 }
                 Caller::Right => {
                     let is_ours = !text.contains("nobody may call this method");
@@ -337,6 +354,200 @@ async fn every_method_is_refused_to_nobody_and_to_the_wrong_one_on_every_port() 
         }
     }
     assert!(served > 40, "{served}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_strangers_name_of_an_operation_gives_no_right() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let ca = Authority::new(path, "ca");
+    let issue = |name| {
+        let leaf = Leaf {
+            name,
+            ..Default::default()
+        };
+        ca.issue(path, name, &leaf)
+    };
+    let server = issue("server");
+    let tls = ServerTls {
+        certificate: server.certificate,
+        key: server.key,
+        client_ca: ca.certificate.clone(),
+        client_certificates: config::tls::ClientCertificates::Optional,
+        ..Default::default()
+    };
+    let text = "[[predeclared_platform_queues]]\nplatform = { OSFamily = \"linux\" }\n";
+    let text = text.to_owned() + &grants("cn:right", "cn:wrong");
+    let scheduler = Scheduler::start(free_port(Endpoint::Tls), &tls, &text).await;
+    let client = |pair: Option<Pair>| {
+        let pair = pair.map(|pair| (pair.certificate, pair.key));
+        let (certificate, key) = pair.unwrap_or_default();
+        let config = ClientTls {
+            ca: ca.certificate.clone(),
+            certificate,
+            key,
+            server_name: String::new(),
+        };
+        let [channel, _] = scheduler.channels(&Credentials::of("tls", &config));
+        Client {
+            channel,
+            instance: String::new(),
+        }
+    };
+    let (right, wrong) = (client(Some(issue("right"))), client(Some(issue("wrong"))));
+    while call(&right.channel, "/grpc.health.v1.Health/Check")
+        .await
+        .is_err()
+    {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let task = Task::shell("exit 0");
+    let action = right.prepare(&task).await.unwrap();
+    let request = reapi::ExecuteRequest {
+        action_digest: Some(action),
+        ..Default::default()
+    };
+    let mut stream = right.execution().execute(request).await.unwrap();
+    let name = stream.get_mut().message().await.unwrap().unwrap().name;
+    let (uuid, _) = name.split_once('.').unwrap();
+    let wait = async |client: &Client, name: &str| {
+        let name = name.to_owned();
+        let request = reapi::WaitExecutionRequest { name };
+        let mut stream = client
+            .execution()
+            .wait_execution(request)
+            .await?
+            .into_inner();
+        stream.message().await.map(drop)
+    };
+    wait(&right, &name).await.unwrap();
+    wait(&right, uuid).await.unwrap();
+    // The wrong one may do anything elsewhere: a name that says so leads to no operation of others.
+    let elsewhere = operation_name("elsewhere", b"x", uuid.parse().unwrap());
+    for (client, name, expected) in [
+        (&wrong, name.as_str(), Code::PermissionDenied),
+        (&wrong, uuid, Code::PermissionDenied),
+        (&wrong, &elsewhere, Code::NotFound),
+        (&client(None), &name, Code::Unauthenticated),
+        (&client(None), &elsewhere, Code::Unauthenticated),
+    ] {
+        let status = wait(client, name).await.unwrap_err();
+        assert_eq!(status.code(), expected, "{name}: {status}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn grants_and_tokens_are_taken_up_by_a_reload_and_broken_ones_change_nothing() {
+    let own = format!("uid:{}", nix::unistd::geteuid());
+    let grant = |who: &str| format!("[[grants]]\nwho = [\"{who}\"]\nmay = [\"execute\"]\n");
+    let (mine, others) = (grant(&own), grant("uid:4242"));
+    let daemon = SchedulerProcess::start(&mine);
+    daemon.says(0, "ready").await;
+    let code = async || {
+        let path = "/build.bazel.remote.execution.v2.Capabilities/GetCapabilities";
+        let said = call(&daemon.channel(), path).await;
+        said.map_or_else(|status| status.code(), |()| Code::Ok)
+    };
+    assert_eq!(code().await, Code::Ok);
+    daemon.reload(&others, "reloaded key=grants").await;
+    assert_eq!(code().await, Code::PermissionDenied);
+    // One that is wrong, and one that names keys that are not there.
+    daemon
+        .reload("[[grants]]\nwho = [\"x\"]\n", "could not reload")
+        .await;
+    assert_eq!(code().await, Code::PermissionDenied);
+    let keys = "tokens = { key_set = \"/nonexistent/keys\", audiences = [\"farm\"] }\n";
+    daemon
+        .reload(
+            &(keys.to_owned() + &mine),
+            "/nonexistent/keys: could not be read",
+        )
+        .await;
+    assert_eq!(code().await, Code::PermissionDenied);
+    let file = daemon.socket("keys");
+    let secret = "A".repeat(43);
+    fs::write(
+        &file,
+        format!(r#"{{"keys":[{{"kty":"oct","k":"{secret}"}}]}}"#),
+    )
+    .unwrap();
+    let keys = keys.replace("/nonexistent/keys", file.to_str().unwrap());
+    daemon
+        .reload(&(keys.clone() + &mine), "reloaded key=tokens.key_set")
+        .await;
+    assert_eq!(code().await, Code::Ok);
+    let mut shown = Request::new(reapi::GetCapabilitiesRequest::default());
+    let value = "Bearer x".parse().unwrap();
+    shown.metadata_mut().insert("authorization", value);
+    let mut client = CapabilitiesClient::new(daemon.channel());
+    let status = client.get_capabilities(shown).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unauthenticated, "{status}");
+    // Tokens count no longer.
+    daemon.reload(&mine, "reloaded key=tokens.key_set").await;
+    assert_eq!(code().await, Code::Ok);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_says_who_did_what() {
+    use bb_remote_execution::proto::{
+        buildqueuestate::{
+            TerminateWorkersRequest, build_queue_state_client::BuildQueueStateClient,
+        },
+        longrunning::{CancelOperationRequest, operations_client::OperationsClient},
+    };
+    let own = format!("uid:{}", nix::unistd::geteuid());
+    let daemon = SchedulerProcess::start(
+        "[[predeclared_platform_queues]]\nplatform = { OSFamily = \"linux\" }\n",
+    );
+    daemon.says(0, "ready").await;
+    let client = daemon.client();
+    let action = client.prepare(&Task::shell("exit 0")).await.unwrap();
+    let update = reapi::UpdateActionResultRequest {
+        action_digest: Some(action.clone()),
+        action_result: Some(reapi::ActionResult::default()),
+        ..Default::default()
+    };
+    client
+        .action_cache()
+        .update_action_result(update)
+        .await
+        .unwrap();
+    daemon.says(0, "an action result was written").await;
+    let request = reapi::ExecuteRequest {
+        action_digest: Some(action),
+        skip_cache_lookup: true,
+        ..Default::default()
+    };
+    let mut stream = client
+        .execution()
+        .execute(request)
+        .await
+        .unwrap()
+        .into_inner();
+    let name = stream.message().await.unwrap().unwrap().name;
+    let mut operations = OperationsClient::new(daemon.channel());
+    operations
+        .cancel_operation(CancelOperationRequest { name })
+        .await
+        .unwrap();
+    while stream.message().await.unwrap().is_some() {}
+    let state = Endpoint::Unix(daemon.socket("state"));
+    let request = TerminateWorkersRequest {
+        worker_id_pattern: [("name".to_owned(), "w".to_owned())].into(),
+    };
+    let mut state = BuildQueueStateClient::new(daemon::connect(&state));
+    state.terminate_workers(request).await.unwrap();
+    let log = daemon.log();
+    for words in [
+        "an action result was written",
+        "an operation was cancelled",
+        "operation completed",
+        "workers are to terminate",
+    ] {
+        let line = log.lines().find(|line| line.contains(words));
+        let line = line.unwrap_or_else(|| panic!("{words}: {log}"));
+        assert!(line.contains(&format!("client={own}")), "{line}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -386,10 +597,46 @@ async fn clients_use_results_that_only_workers_may_write() {
                   may = [\"execute\", \"cas.read\", \"cas.write\", \"action_cache.read\"]\n";
     let farm = Farm::start_encrypted(Path::new("/var/tmp"), 2, directory.path(), grants).await;
     let client = farm.client();
+    // So that Bazel does not even try.
+    let told = CapabilitiesClient::new(client.channel.clone())
+        .get_capabilities(reapi::GetCapabilitiesRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(told.execution_capabilities.unwrap().exec_enabled);
+    let cache = told.cache_capabilities.unwrap();
+    let update = cache.action_cache_update_capabilities.unwrap();
+    assert!(!update.update_enabled);
     let mut task = Task::shell("echo result");
     task.action.do_not_cache = false;
     assert!(is_ok(&client.run(&task).await));
     let action = client.prepare(&task).await.unwrap();
+    let again = reapi::ExecuteRequest {
+        action_digest: Some(action.clone()),
+        ..Default::default()
+    };
+    let mut stream = client
+        .execution()
+        .execute(again)
+        .await
+        .unwrap()
+        .into_inner();
+    let mut last = None;
+    while let Some(operation) = stream.message().await.unwrap() {
+        last = finished(&operation);
+    }
+    let response = last.unwrap();
+    assert!(response.cached_result, "{response:?}");
+    // Who asked for it is in the action's metadata, where Buildbarn has it.
+    let metadata = response.result.unwrap().execution_metadata.unwrap();
+    let user = metadata
+        .auxiliary_metadata
+        .iter()
+        .find_map(proto::unpack::<proto::auth::AuthenticationMetadata>)
+        .unwrap();
+    let kind = user.public.unwrap().kind.unwrap();
+    let name = prost_types::value::Kind::StringValue("cn:client".to_owned());
+    assert_eq!(kind, name);
     let asked = reapi::GetActionResultRequest {
         action_digest: Some(action.clone()),
         ..Default::default()

@@ -611,3 +611,33 @@ fn modules_of_the_runner_use_only_what_comes_after_them() {
         }
     }
 }
+
+/// What a peer controls has a bound, and the table of them says which test drives it there.
+#[test]
+fn the_tests_that_the_table_of_bounds_names_are_there() {
+    let text =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/ARCHITECTURE.md"))
+            .unwrap();
+    let (_, table) = text
+        .split_once("| what | bound | what happens at it | test |")
+        .unwrap();
+    let (table, _) = table.split_once("\n\n").unwrap();
+    let mut named = 0;
+    for row in table.lines().skip(2) {
+        let test = row.trim_end_matches(" |").rsplit("| ").next().unwrap();
+        let Some(test) = test
+            .strip_prefix('`')
+            .and_then(|test| test.strip_suffix('`'))
+        else {
+            continue;
+        };
+        let (file, name) = test.split_once("::").unwrap();
+        let file = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/it")
+            .join(format!("{file}.rs"));
+        let text = fs::read_to_string(&file).unwrap();
+        assert!(text.contains(&format!("fn {name}()")), "{test}");
+        named += 1;
+    }
+    assert!(named >= 15, "{named}");
+}

@@ -123,6 +123,80 @@ const SCHEDULER: &[Row] = &[
         "[[grants]]\nwho = [\"anyone\"]\nmay = [\"see\"]\n[[grants]]\nwho = [\"uid:0\"]\nmay = [\"see\"]",
         Refused("number 1 decides all that this one says"),
     ),
+    (
+        "tokens = { key_set = \"{dir}/keys.json\", audiences = [\"farm\"] }",
+        Good,
+    ),
+    (
+        "tokens.key_set = \"{dir}/keys.json\"",
+        Refused("tokens that were issued for other services would count here"),
+    ),
+    (
+        "tokens = { key_set = \"{dir}/ca.pem\", audiences = [\"farm\"] }",
+        Refused("it is no JSON Web Key Set"),
+    ),
+    (
+        "tokens = { key_set = \"{dir}/none.json\", audiences = [\"farm\"] }",
+        Refused("none.json: could not be read: No such file"),
+    ),
+    (
+        "tokens = { key_set = \"{dir}/open.json\", audiences = [\"farm\"] }",
+        Warned("can read the secret in it, and so be anybody; chmod o-r "),
+    ),
+    (
+        "tokens = { key_set = \"{dir}/writable.json\", audiences = [\"farm\"] }",
+        Warned("can write it, and so be anybody; chmod o-w "),
+    ),
+    (
+        "tokens = { key_set = \"{dir}/kinds.json\", audiences = [\"farm\"] }",
+        Warned(
+            "kinds.json: the key \"short\" is a secret of less than 32 bytes, which can be guessed",
+        ),
+    ),
+    (
+        "tokens = { key_set = \"{dir}/useless.json\", audiences = [\"farm\"] }",
+        Refused("key number 1 is for encryption, not for signatures"),
+    ),
+    (
+        "callers = { requests_per_second = 500, bytes_per_second = \"100MiB\" }",
+        Good,
+    ),
+    (
+        "callers.bytes_per_second = \"1KiB\"",
+        Refused("no build would go on; write \"100MiB\""),
+    ),
+    (
+        "storage.authorization_file = \"{dir}/none\"",
+        Refused("/none: could not be read: No such file"),
+    ),
+    (
+        "storage.authorization_file = \"{dir}/ca.pem\"",
+        Refused("it is not a file with one token"),
+    ),
+    (
+        "storage.add_metadata = [{ header = \"x-team\", values = [\"builds\"] }]",
+        Good,
+    ),
+    (
+        "storage.add_metadata = [{ header = \"X Team\", values = [\"builds\"] }]",
+        Refused("is no name of a header; it is of a-z"),
+    ),
+    (
+        "storage.add_metadata = [{ header = \"grpc-timeout\", values = [\"1S\"] }]",
+        Refused("is said by gRPC itself; take it out"),
+    ),
+    (
+        "storage = { authorization_file = \"{dir}/keys.json\", add_metadata = [{ header = \"authorization\", values = [\"Bearer x\"] }] }",
+        Refused("is what storage.authorization_file is for; keep one"),
+    ),
+    (
+        "tokens.audiences = [\"farm\"]",
+        Refused("without keys no token counts"),
+    ),
+    (
+        "[[grants]]\nwho = [\"claim.groups:x\"]\nmay = [\"execute\"]",
+        Refused("can match nobody, since no token counts; set tokens.key_set"),
+    ),
     ("shutdown.drain_timeout = \"0s\"", Good),
     ("shutdown.drain_timeout = \"80s\"", Good),
     ("clients.listen = \"unix:{dir}/clients.sock\"", Good),
@@ -1044,6 +1118,21 @@ fn of_each_configuration_of_the_scheduler_check_says_what_a_start_makes_of_it() 
             ..Default::default()
         };
         authority.issue(path, name, &leaf);
+    }
+    let (secret, short) = ("A".repeat(43), "A".repeat(40));
+    let good = format!(r#"{{"kty":"oct","k":"{secret}"}}"#);
+    let wrong = format!(r#"{{"kty":"oct","kid":"short","k":"{short}"}}"#);
+    let other = format!(r#"{{"kty":"oct","k":"{secret}","use":"enc"}}"#);
+    for (name, keys, mode) in [
+        ("keys", &good, 0o640),
+        ("open", &good, 0o644),
+        ("writable", &good, 0o662),
+        ("kinds", &format!("{good},{wrong}"), 0o640),
+        ("useless", &other, 0o640),
+    ] {
+        let file = path.join(format!("{name}.json"));
+        fs::write(&file, format!(r#"{{"keys":[{keys}]}}"#)).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
     }
     fs::copy(path.join("server.key"), path.join("open.key")).unwrap();
     let open = fs::Permissions::from_mode(0o644);

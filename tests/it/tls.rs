@@ -320,3 +320,48 @@ async fn a_farm_works_with_certificates_on_all_sides() {
         Code::FailedPrecondition
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_that_are_renewed_all_the_time_fail_no_call() {
+    use crate::harness::{Farm, Task, is_ok, is_root};
+    if !is_root() {
+        return;
+    }
+    let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+    let path = directory.path();
+    let farm = Farm::start_encrypted(Path::new("/var/tmp"), 4, path, "").await;
+    let over = CancellationToken::new();
+    let mut building = tokio::task::JoinSet::new();
+    for number in 0..4 {
+        let (over, client) = (over.clone(), farm.client());
+        // Every other one makes a connection for each action.
+        let fresh: Vec<_> = (0..400).map(|_| farm.client()).collect();
+        building.spawn(async move {
+            let mut done = 0;
+            for fresh in fresh {
+                if over.is_cancelled() {
+                    break;
+                }
+                let client = if number % 2 == 0 { &client } else { &fresh };
+                let task = Task::shell(&format!("echo {number} {done}"));
+                let response = client.try_run(&task).await.unwrap();
+                assert!(is_ok(&response), "{response:?}");
+                done += 1;
+            }
+            done
+        });
+    }
+    for _ in 0..5 {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        farm.renew_certificates();
+    }
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    over.cancel();
+    let done: usize = building.join_all().await.into_iter().sum();
+    assert!(done > 20, "{done}");
+    let log = farm.log("bb_scheduler");
+    let renewed = log
+        .matches("files have changed, and were read again")
+        .count();
+    assert!(renewed >= 4, "{renewed}: {log}");
+}

@@ -10,21 +10,30 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
+use http::{HeaderMap, header::AUTHORIZATION};
+use parking_lot::RwLock;
 use tonic::{Request, Status};
 
 use crate::{
     auth::{AccountKind, Grants, Identity, Requirement, requirement},
     config::{
-        Diagnostics,
+        self, Diagnostics,
         grants::{CallerPattern, Grant, Permission},
     },
-    daemon::{Peer, PeerCertificate},
+    daemon::{Failure, Lifecycle, Peer, PeerCertificate, Tokens, tokens::TokenTurn},
     instance::InstanceName,
 };
 
-/// What a listener allows. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub struct Policy(Arc<Grants>);
+/// What a listener allows. Clones are handles of the same.
+#[derive(Clone, Default)]
+pub struct Policy(Arc<RwLock<Rules>>);
+
+/// What is allowed from one reload to the next.
+#[derive(Clone, Default)]
+struct Rules {
+    grants: Arc<Grants>,
+    tokens: Option<Arc<Tokens>>,
+}
 
 /// What one call may do; in the extensions of its request.
 #[derive(Clone, Debug)]
@@ -37,31 +46,85 @@ pub struct Access {
 
 impl Policy {
     /// As configured, with the users and groups of this host.
-    pub fn new(grants: &[Grant]) -> Self {
-        Policy(Arc::new(Grants::new(grants, number_of)))
+    pub fn open(
+        grants: &[Grant],
+        tokens: &config::tokens::Tokens,
+        lifecycle: &Lifecycle,
+    ) -> Result<Self, Failure> {
+        let policy = Policy::default();
+        policy.replace(grants, tokens, lifecycle)?;
+        Ok(policy)
+    }
+
+    /// From now on, something else is allowed; calls that are under way go on.
+    pub fn replace(
+        &self,
+        grants: &[Grant],
+        tokens: &config::tokens::Tokens,
+        lifecycle: &Lifecycle,
+    ) -> Result<(), Failure> {
+        let before = self.0.read().tokens.clone();
+        let tokens = match before.filter(|before| before.config() == tokens) {
+            // Those that were verified still are.
+            Some(same) => Some(same),
+            None => Tokens::open(tokens, lifecycle)?,
+        };
+        let grants = Arc::new(Grants::new(grants, number_of));
+        *self.0.write() = Rules { grants, tokens };
+        Ok(())
+    }
+
+    /// Who calls: whoever has made the connection, or whose token is among the headers.
+    pub(super) async fn authenticate(
+        &self,
+        connection: &Arc<Identity>,
+        turn: &TokenTurn,
+        headers: &HeaderMap,
+    ) -> Result<Arc<Identity>, Status> {
+        let tokens = self.0.read().tokens.clone();
+        let Some(tokens) = tokens else {
+            return Ok(connection.clone());
+        };
+        let refuse = |why: &str| Status::unauthenticated(format!("Authorization: {why}"));
+        let mut given = headers.get_all(AUTHORIZATION).iter();
+        let token = match (given.next(), given.next()) {
+            (None, _) => return Ok(connection.clone()),
+            (Some(value), None) => value,
+            (Some(_), Some(_)) => return Err(refuse("there are several authorization headers")),
+        };
+        let token = token.to_str().ok().and_then(|value| value.split_once(' '));
+        let token = token.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+        let (_, token) = token
+            .ok_or_else(|| refuse("the authorization header is not \"Bearer\" and a token"))?;
+        match tokens.verify(token.trim(), turn).await {
+            Ok(identity) if connection.is_nobody() => Ok(identity),
+            Ok(identity) => Ok(Arc::new(identity.and(connection))),
+            Err(why) => Err(refuse(&format!("the token {why}"))),
+        }
     }
 
     /// What somebody may do who asks for pages.
     pub(super) fn of_pages(&self, identity: &Arc<Identity>) -> PageAccess {
         PageAccess {
             identity: identity.clone(),
-            grants: self.0.clone(),
+            grants: self.0.read().grants.clone(),
         }
     }
 
     /// Whether somebody may call a method at all.
     pub(super) fn admit(&self, path: &str, identity: &Arc<Identity>) -> Result<Access, Status> {
+        let grants = self.0.read().grants.clone();
         let requirement = match requirement(path) {
             Some(requirement) => requirement,
             // Where everybody may do everything, what is not served says so itself.
-            None if self.0.is_open() => Requirement::Nothing,
+            None if grants.is_open() => Requirement::Nothing,
             None => {
                 return Err(Status::permission_denied(
                     "Authorization: nobody may call this method",
                 ));
             }
         };
-        let may = |what| self.0.allow_somewhere(identity, what);
+        let may = |what| grants.allow_somewhere(identity, what);
         let (is_allowed, asked) = match requirement {
             Requirement::Nothing => (true, &[][..]),
             Requirement::Anywhere(what) => (may(what), &[what][..]),
@@ -70,7 +133,7 @@ impl Policy {
         match is_allowed {
             true => Ok(Access {
                 identity: identity.clone(),
-                grants: self.0.clone(),
+                grants,
                 requirement,
                 is_asked: Arc::default(),
             }),
@@ -154,6 +217,17 @@ impl Access {
             )),
             false => Ok(()),
         }
+    }
+}
+
+/// Who calls, for the log's field `client`: what is known of him, else where he calls from.
+pub fn client_name<T>(request: &Request<T>) -> String {
+    let access = Access::of(request);
+    match (access.identity.is_nobody(), request.extensions().get()) {
+        (false, _) => access.identity.name().to_owned(),
+        (true, Some(Peer::Tcp(Some(address)))) => address.ip().to_canonical().to_string(),
+        (true, Some(Peer::Unix { uid, .. })) => format!("uid:{uid}"),
+        (true, Some(Peer::Tcp(None)) | None) => "unknown".to_owned(),
     }
 }
 

@@ -1,19 +1,24 @@
 //! Memory that peers can make a server keep, counted in bytes.
 //!
-//! A `Budget` is shared by all connections of a listener; each has an `ConnectionBudget` in it, and whatever
-//! keeps bytes for a peer holds a `BudgetReservation`.
+//! A `Budget` is shared by all callers of a listener; each has a `CallerBudget` in it, each of its
+//! connections a `ConnectionBudget` in that, and whatever keeps bytes for a peer holds a `BudgetReservation`.
 //!
-//! 1. A connection is given no more than its own limit, and no more than what would remain free after
-//!    it. So one connection that takes all it can leaves half of the budget to others, two leave a
-//!    third, and a new one always gets something. A connection that holds nothing may have all that is
-//!    free, since one message can be larger than the limit.
+//! 1. A caller is given no more than what would remain free after it. So one that takes all it can, on
+//!    however many connections, leaves half of the budget to others, two leave a third or more, and a new
+//!    one always gets something. A caller that holds nothing may have all that is free, since one message
+//!    can be larger than that.
+//!    Likewise each of its connections is given no more than would remain to the others of it, nor more
+//!    than a connection's limit; but one that holds nothing may have all that the caller may.
 //! 2. Calls of one connection wait in line, and only the first of them waits for the budget: many
 //!    calls of one peer are not woken by what others give back.
 //! 3. `charge` counts what is there already, also beyond a limit; whoever charges has asked for room
 //!    before.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -39,10 +44,19 @@ struct BudgetState {
     starved_since: Option<Instant>,
 }
 
-/// One connection's part of a budget.
+/// One caller's part of a budget, on all its connections.
+#[derive(Debug)]
+pub(super) struct CallerBudget {
+    budget: Arc<Budget>,
+    /// Changed under `Budget::state`.
+    held: AtomicU64,
+}
+
+/// One connection's part of a caller's.
 #[derive(Debug)]
 pub(super) struct ConnectionBudget {
     budget: Arc<Budget>,
+    caller: Arc<CallerBudget>,
     /// Locked after `Budget::state`.
     state: Mutex<ConnectionUse>,
     line: tokio::sync::Mutex<()>,
@@ -79,15 +93,16 @@ impl Budget {
         })
     }
 
-    pub(super) fn account(self: &Arc<Self>) -> Arc<ConnectionBudget> {
-        Arc::new(ConnectionBudget {
+    pub(super) fn caller(self: &Arc<Self>) -> Arc<CallerBudget> {
+        Arc::new(CallerBudget {
             budget: self.clone(),
-            state: Mutex::new(ConnectionUse {
-                held: 0,
-                progress: Instant::now(),
-            }),
-            line: tokio::sync::Mutex::default(),
+            held: AtomicU64::new(0),
         })
+    }
+
+    #[cfg(test)]
+    fn account(self: &Arc<Self>) -> Arc<ConnectionBudget> {
+        self.caller().account()
     }
 
     /// For how long somebody has been waiting for bytes that others hold.
@@ -99,6 +114,21 @@ impl Budget {
     #[cfg(test)]
     pub(super) fn used(&self) -> u64 {
         self.state.lock().used
+    }
+}
+
+impl CallerBudget {
+    /// That of a new connection.
+    pub(super) fn account(self: &Arc<Self>) -> Arc<ConnectionBudget> {
+        Arc::new(ConnectionBudget {
+            budget: self.budget.clone(),
+            caller: self.clone(),
+            state: Mutex::new(ConnectionUse {
+                held: 0,
+                progress: Instant::now(),
+            }),
+            line: tokio::sync::Mutex::default(),
+        })
     }
 }
 
@@ -163,6 +193,7 @@ impl ConnectionBudget {
             own.progress = Instant::now();
         }
         own.held += bytes;
+        self.caller.held.fetch_add(bytes, Ordering::Relaxed);
         shared.used += bytes;
         BudgetReservation {
             account: self.clone(),
@@ -171,13 +202,19 @@ impl ConnectionBudget {
     }
 
     fn fits(&self, shared: &BudgetState, held: u64, bytes: u64) -> bool {
-        let free = self.budget.total.saturating_sub(shared.used);
-        match held {
-            0 => bytes <= free,
-            _ => {
-                let (held, left) = (held + bytes, free.saturating_sub(bytes));
-                held <= self.budget.per_connection.min(left)
-            }
+        let budget = &self.budget;
+        let free = budget.total.saturating_sub(shared.used);
+        let of_caller = self.caller.held.load(Ordering::Relaxed);
+        if of_caller == 0 {
+            return bytes <= free;
+        }
+        // What the caller may hold, so that as much remains free.
+        let share = free.saturating_add(of_caller) / 2;
+        let left = share.checked_sub(of_caller.saturating_add(bytes));
+        match (left, held) {
+            (None, _) => false,
+            (Some(_), 0) => true,
+            (Some(left), held) => held.saturating_add(bytes) <= budget.per_connection.min(left),
         }
     }
 
@@ -198,7 +235,8 @@ impl ConnectionBudget {
 
     /// It is others who keep this connection waiting.
     fn is_below_its_limit(&self) -> bool {
-        self.state.lock().held < self.budget.per_connection / 2
+        let of_caller = self.caller.held.load(Ordering::Relaxed);
+        of_caller < self.budget.total / 4 && self.state.lock().held < self.budget.per_connection / 2
     }
 }
 
@@ -238,6 +276,8 @@ impl Drop for BudgetReservation {
         }
         let mut shared = self.account.budget.state.lock();
         shared.used -= self.bytes;
+        let of_caller = &self.account.caller.held;
+        of_caller.fetch_sub(self.bytes, Ordering::Relaxed);
         let mut own = self.account.state.lock();
         own.held -= self.bytes;
         own.progress = Instant::now();
@@ -250,28 +290,28 @@ impl Drop for BudgetReservation {
 mod tests {
     use super::*;
 
+    fn take_all(account: &Arc<ConnectionBudget>) -> Vec<BudgetReservation> {
+        std::iter::from_fn(|| account.try_reserve(1)).collect()
+    }
+
     #[test]
-    fn whoever_takes_all_he_can_leaves_half_to_others_and_they_leave_a_third() {
+    fn whoever_takes_all_he_can_on_however_many_connections_leaves_half_to_others() {
         let budget = Budget::new(1200, 1000);
-        let take_all = |account: &Arc<ConnectionBudget>| {
-            let mut held = Vec::new();
-            while let Some(reservation) = account.try_reserve(1) {
-                held.push(reservation);
-            }
-            held
-        };
-        let (first, second, third) = (budget.account(), budget.account(), budget.account());
-        let one = take_all(&first);
-        assert_eq!(one.len(), 600);
-        let two = take_all(&second);
-        assert_eq!(two.len(), 300);
-        assert_eq!(take_all(&third).len(), 150);
-        drop(one);
-        assert!(first.try_reserve(901).is_none());
+        let greedy = budget.caller();
+        let connections: Vec<_> = (0..100).map(|_| greedy.account()).collect();
+        let held: Vec<_> = connections.iter().map(take_all).collect();
+        assert_eq!(held[0].len(), 300, "half of what its caller may have");
+        assert_eq!(held[1].len(), 150);
+        assert!(budget.used() <= 600);
+        let (second, third) = (budget.account(), budget.account());
         assert!(
-            first.try_reserve(900).is_some(),
-            "one that holds nothing may have all"
+            second.try_reserve(500).is_some(),
+            "one who holds nothing may have all that is free"
         );
+        let two = take_all(&second);
+        assert!(two.len() >= 140, "{}", two.len());
+        assert!(take_all(&third).len() >= 100);
+        drop(held);
         drop(two);
         assert_eq!(budget.used(), 0);
     }

@@ -24,9 +24,12 @@ use tokio::time::{Instant, Sleep};
 use tonic::{Status, body::Body, service::Routes};
 use tower::Service;
 
+use crate::auth::Identity;
+
 use super::{
     budget::{BudgetExhausted, BudgetReservation, ConnectionBudget},
-    connection::{ActiveCall, ClientConnection},
+    caller::{Accounts, Caller},
+    connection::{ActiveCall, CallOwner, ClientConnection},
     status,
 };
 
@@ -39,6 +42,8 @@ const MIN_BYTES_PER_SECOND: u64 = 64 << 10;
 const CHUNK_SIZE: usize = 64 << 10;
 /// Bytes that one byte of gzip can stand for.
 const MAX_GZIP_RATIO: u64 = 1032;
+/// A caller that asks faster than it may is kept waiting so long, and then refused.
+const LONGEST_DELAY: Duration = Duration::from_secs(10);
 /// What a call costs besides its headers and messages.
 const CALL_OVERHEAD: u64 = 2 << 10;
 
@@ -113,7 +118,8 @@ pub(super) async fn answer(
     mut routes: Routes,
     mut request: Request<Incoming>,
 ) -> Response<ResponseBody> {
-    let under_way = match caller.begin_call() {
+    let accounts = caller.accounts();
+    let under_way = match caller.begin_call(&accounts) {
         Ok(under_way) => under_way,
         Err(calls) => {
             let text = format!(
@@ -123,33 +129,50 @@ pub(super) async fn answer(
             return refuse(caller, Status::resource_exhausted(text));
         }
     };
-    let identity = caller.identity.get().cloned().unwrap_or_default();
-    let access = match caller.policy.admit(request.uri().path(), &identity) {
-        Ok(access) => access,
-        Err(status) => return refuse(caller, status),
-    };
+    // First of all: a call that waits for its token to be verified holds its headers.
     let weight = CALL_OVERHEAD + weight(request.headers());
-    let headers = match caller.received.reserve(weight).await {
+    let headers = match accounts.received.reserve(weight).await {
         Ok(headers) => headers,
         Err(error) => return refuse(caller, exhausted(error)),
     };
+    let identity = caller.identity.get().cloned().unwrap_or_default();
+    let policy = &caller.policy;
+    let authenticated = policy
+        .authenticate(&identity, &caller.token_turn, request.headers())
+        .await;
+    let admitted = match authenticated {
+        Ok(identity) => match begin(caller, &identity).await {
+            Ok(owner) => policy
+                .admit(request.uri().path(), &identity)
+                .map(|access| (owner, access)),
+            Err(status) => Err(status),
+        },
+        Err(status) => Err(status),
+    };
+    let (owner, access) = match admitted {
+        Ok(admitted) => admitted,
+        Err(status) => return refuse(caller, status),
+    };
+    let accounts = owner.accounts.clone();
     let deadline = deadline(request.headers());
     let received = RequestReservation(Arc::new(Mutex::new(RequestParts {
         _headers: headers,
         message: None,
     })));
     request.extensions_mut().insert(caller.peer);
-    request.extensions_mut().insert(identity);
+    request.extensions_mut().insert(access.identity().clone());
     request.extensions_mut().insert(access.clone());
     request.extensions_mut().insert(received.clone());
     request
         .extensions_mut()
-        .insert(ResponseBudget(caller.answers.clone()));
+        .insert(ResponseBudget(accounts.answers.clone()));
     let request = request.map(|body| {
         Body::new(RequestBody {
             inner: body,
             largest: caller.largest_message,
-            account: caller.received.clone(),
+            account: accounts.received.clone(),
+            caller: owner.caller.clone(),
+            pause: None,
             received,
             framing: MessageFraming::Header(Vec::new()),
             reservation: None,
@@ -181,14 +204,35 @@ pub(super) async fn answer(
     }
     status::shorten(&mut head.headers);
     let reservation = head.extensions.remove::<ResponseReservation>();
-    let body = ResponseBody::new(caller, body, reservation, Some(under_way));
+    let body = ResponseBody::new(&accounts, body, reservation, Some((under_way, owner)));
     Response::from_parts(head, body)
+}
+
+/// Counts a call as its caller's, and waits until that one may ask for more.
+async fn begin(caller: &ClientConnection, identity: &Identity) -> Result<CallOwner, Status> {
+    let owner = caller.owner(identity).map_err(|caller| {
+        Status::resource_exhausted(format!(
+            "as many calls of {caller} are under way as it may have; wait for some of them"
+        ))
+    })?;
+    let now = std::time::Instant::now();
+    if owner.caller.requests.delay(now) > LONGEST_DELAY {
+        return Err(Status::resource_exhausted(format!(
+            "{} asks for more than it may in a second; call later",
+            owner.caller.key
+        )));
+    }
+    let delay = owner.caller.requests.take(1, now);
+    if !delay.is_zero() {
+        tokio::time::sleep(delay).await;
+    }
+    Ok(owner)
 }
 
 fn refuse(caller: &ClientConnection, status: Status) -> Response<ResponseBody> {
     let mut response = status.into_http::<Body>();
     status::shorten(response.headers_mut());
-    response.map(|body| ResponseBody::new(caller, body, None, None))
+    response.map(|body| ResponseBody::new(&caller.accounts(), body, None, None))
 }
 
 /// The answer to every call of a connection that is served nothing.
@@ -280,6 +324,9 @@ struct RequestBody {
     inner: Incoming,
     largest: u64,
     account: Arc<ConnectionBudget>,
+    caller: Arc<Caller>,
+    /// Its caller has sent more than it may in a second.
+    pause: Option<Pin<Box<Sleep>>>,
     received: RequestReservation,
     framing: MessageFraming,
     /// Waits for room for the message that begins in `waiting`.
@@ -320,6 +367,11 @@ impl HttpBody for RequestBody {
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = self.get_mut();
         loop {
+            if let Some(pause) = &mut this.pause {
+                ready!(pause.as_mut().poll(context));
+                this.pause = None;
+                this.timer.as_mut().reset(Instant::now() + PAUSE_TIMEOUT);
+            }
             if let Some(reservation) = &mut this.reservation {
                 let reservation = ready!(reservation.as_mut().poll(context));
                 this.reservation = None;
@@ -351,6 +403,7 @@ impl HttpBody for RequestBody {
                 Err(length) => return Poll::Ready(Some(Err(too_large(length, this.largest)))),
             };
             this.restart_timer(begun);
+            this.pause = pause_for(&this.caller, data.len());
             if begun > 0 {
                 // What came before it has been taken.
                 this.received.0.lock().message = None;
@@ -372,8 +425,16 @@ pub(super) struct ResponseBody {
     account: Arc<ConnectionBudget>,
     reservation: Option<ResponseReservation>,
     waiting: PendingFuture<()>,
+    /// Its caller has been sent more than it may in a second.
+    pause: Option<Pin<Box<Sleep>>>,
     rest: Option<(Bytes, Arc<BudgetReservation>)>,
-    _under_way: Option<ActiveCall>,
+    under_way: Option<(ActiveCall, CallOwner)>,
+}
+
+/// After so many bytes.
+fn pause_for(caller: &Caller, bytes: usize) -> Option<Pin<Box<Sleep>>> {
+    let delay = caller.bytes.take(bytes as u64, std::time::Instant::now());
+    (!delay.is_zero()).then(|| Box::pin(tokio::time::sleep(delay)))
 }
 
 /// A piece of an answer. All pieces share their memory, which is free when the last one is written.
@@ -396,18 +457,19 @@ impl AsRef<[u8]> for Chunk {
 
 impl ResponseBody {
     fn new(
-        caller: &ClientConnection,
+        accounts: &Accounts,
         inner: Body,
         reservation: Option<ResponseReservation>,
-        under_way: Option<ActiveCall>,
+        under_way: Option<(ActiveCall, CallOwner)>,
     ) -> Self {
         ResponseBody {
             inner,
-            account: caller.answers.clone(),
+            account: accounts.answers.clone(),
             reservation,
             waiting: None,
+            pause: None,
             rest: None,
-            _under_way: under_way,
+            under_way,
         }
     }
 
@@ -433,6 +495,10 @@ impl HttpBody for ResponseBody {
         if let Some(piece) = this.next_chunk() {
             return Poll::Ready(Some(Ok(Frame::data(piece))));
         }
+        if let Some(pause) = &mut this.pause {
+            ready!(pause.as_mut().poll(context));
+            this.pause = None;
+        }
         if this.reservation.is_none() {
             if this.waiting.is_none() && !this.account.has_room() {
                 this.waiting = Some(Box::pin(this.account.clone().wait_for_space()));
@@ -449,6 +515,9 @@ impl HttpBody for ResponseBody {
         let frame = match frame.into_data() {
             Ok(data) if data.is_empty() => Frame::data(data),
             Ok(data) => {
+                if let Some((_, owner)) = &this.under_way {
+                    this.pause = pause_for(&owner.caller, data.len());
+                }
                 let reservation = Arc::new(this.account.charge(data.len() as u64));
                 this.reservation = None;
                 this.rest = Some((data, reservation));

@@ -26,13 +26,17 @@ use tonic::service::Routes;
 use super::{
     ServerLimits,
     access::{self, Policy},
-    budget::{Budget, BudgetReservation, ConnectionBudget},
+    budget::BudgetReservation,
     call,
+    caller::{Accounts, Caller, CallerKey, Callers},
     opening::{self, OpenedConnection},
 };
 use crate::{
     auth::Identity,
-    daemon::{LogRateLimit, Peer, PeerCertificate, listen::AcceptedStream, tls::TlsAcceptor},
+    daemon::{
+        LogRateLimit, Peer, PeerCertificate, listen::AcceptedStream, tls::TlsAcceptor,
+        tokens::TokenTurn,
+    },
 };
 
 /// How often a connection is looked at.
@@ -52,15 +56,35 @@ pub(super) struct ClientConnection {
     /// Who it is; set before it calls.
     pub identity: OnceLock<Arc<Identity>>,
     pub policy: Policy,
+    /// In the line of those whose tokens are verified.
+    pub token_turn: TokenTurn,
     pub largest_message: u64,
-    pub received: Arc<ConnectionBudget>,
-    pub answers: Arc<ConnectionBudget>,
-    calls: Arc<ConnectionBudget>,
+    callers: Arc<Callers>,
+    accounts: Mutex<ConnectionAccounts>,
     activity: Mutex<CallActivity>,
     /// Bytes that have arrived.
     arrived: Arc<AtomicU64>,
     /// Somebody else needs its descriptor.
     evict: CancellationToken,
+}
+
+/// Whose the connection is.
+#[derive(Debug)]
+struct ConnectionAccounts {
+    current: Arc<Accounts>,
+    /// Those of whom it was before, which hold what the calls do that were made then.
+    earlier: Vec<Arc<Accounts>>,
+    /// A token has said whose it is.
+    has_token: bool,
+}
+
+/// Whose a call is.
+pub(super) struct CallOwner {
+    pub caller: Arc<Caller>,
+    /// Where its bytes are counted.
+    pub accounts: Arc<Accounts>,
+    /// It counts among the calls of somebody else than the connection's caller.
+    _counted: Option<BudgetReservation>,
 }
 
 #[derive(Debug)]
@@ -92,17 +116,22 @@ impl ClientConnection {
         connection: &AcceptedStream,
         largest_message: u64,
         policy: Policy,
-        [received, answers, calls]: [&Arc<Budget>; 3],
+        callers: Arc<Callers>,
+        accounts: Accounts,
     ) -> Arc<Self> {
         Arc::new(ClientConnection {
             peer: connection.peer(),
             certificate: OnceLock::new(),
             identity: OnceLock::new(),
             policy,
+            token_turn: TokenTurn::default(),
             largest_message,
-            received: received.account(),
-            answers: answers.account(),
-            calls: calls.account(),
+            callers,
+            accounts: Mutex::new(ConnectionAccounts {
+                current: Arc::new(accounts),
+                earlier: Vec::new(),
+                has_token: false,
+            }),
             activity: Mutex::new(CallActivity {
                 under_way: 0,
                 called: false,
@@ -113,11 +142,51 @@ impl ClientConnection {
         })
     }
 
+    /// What it holds, and whose it is.
+    pub(super) fn accounts(&self) -> Arc<Accounts> {
+        self.accounts.lock().current.clone()
+    }
+
+    /// From now on it is another caller's.
+    pub(super) fn belong_to(&self, accounts: Accounts) {
+        let mut known = self.accounts.lock();
+        let before = std::mem::replace(&mut known.current, Arc::new(accounts));
+        before.leave();
+        known.earlier.push(before);
+    }
+
+    /// Whose a call is; an error is a caller that may have no more of them.
+    pub(super) fn owner(&self, identity: &Identity) -> Result<CallOwner, CallerKey> {
+        let key = CallerKey::of(identity, &self.peer);
+        let mut accounts = self.accounts();
+        if accounts.caller.key == key {
+            return Ok(CallOwner {
+                caller: accounts.caller.clone(),
+                accounts,
+                _counted: None,
+            });
+        }
+        let caller = self.callers.get(&key);
+        let is_unnamed = self.identity.get().is_none_or(|known| known.is_nobody());
+        let is_first_token = is_unnamed && !identity.is_nobody() && !self.accounts.lock().has_token;
+        if is_first_token && let Some(new) = caller.connect() {
+            self.accounts.lock().has_token = true;
+            self.belong_to(new);
+            accounts = self.accounts();
+        }
+        let counted = caller.begin_call().ok_or(key)?;
+        Ok(CallOwner {
+            caller,
+            accounts,
+            _counted: Some(counted),
+        })
+    }
+
     /// An error tells how many calls are under way.
-    pub(super) fn begin_call(self: &Arc<Self>) -> Result<ActiveCall, u64> {
+    pub(super) fn begin_call(self: &Arc<Self>, accounts: &Accounts) -> Result<ActiveCall, u64> {
         let mut activity = self.activity.lock();
         activity.called = true;
-        let counted = self.calls.try_reserve(1).ok_or(activity.under_way)?;
+        let counted = accounts.calls.try_reserve(1).ok_or(activity.under_way)?;
         activity.under_way += 1;
         Ok(ActiveCall {
             caller: self.clone(),
@@ -139,8 +208,10 @@ impl ClientConnection {
         self.evict.cancel();
     }
 
-    fn decide(&self, now: Instant, limits: &ServerLimits, answers: &Budget) -> Decision {
-        let short = answers
+    fn decide(&self, now: Instant, limits: &ServerLimits) -> Decision {
+        let short = self
+            .callers
+            .answers()
             .starved_for(now)
             .is_some_and(|short| short >= CHECK_INTERVAL);
         let limit = if short {
@@ -148,11 +219,15 @@ impl ClientConnection {
         } else {
             limits.stalled
         };
-        if self
-            .answers
-            .stalled_for(now)
-            .is_some_and(|stalled| stalled >= limit)
-        {
+        let stalls = {
+            let known = self.accounts.lock();
+            let mut all = known.earlier.iter().chain([&known.current]);
+            all.any(|accounts| {
+                let stalled = accounts.answers.stalled_for(now);
+                stalled.is_some_and(|stalled| stalled >= limit)
+            })
+        };
+        if stalls {
             return Decision::Abort("its peer does not read what it asked for");
         }
         if let Some(certificate) = self.certificate.get()
@@ -222,7 +297,7 @@ async fn open(
 }
 
 /// Until the connection is closed. When `stopping`, no new call is taken; when `killed`, it ends.
-/// `opened` is called as soon as HTTP/2 can begin.
+/// `opened` is called as soon as HTTP/2 can begin, with who makes the connection, and says whether it may.
 #[expect(
     clippy::too_many_arguments,
     reason = "they are what one connection is served with"
@@ -231,10 +306,9 @@ pub(super) async fn serve(
     connection: AcceptedStream,
     caller: Arc<ClientConnection>,
     acceptor: Option<TlsAcceptor>,
-    opened: impl FnOnce(),
+    opened: impl FnOnce(&Identity) -> bool,
     routes: Routes,
     limits: Arc<ServerLimits>,
-    answers: Arc<Budget>,
     stopping: CancellationToken,
     killed: CancellationToken,
 ) {
@@ -252,9 +326,12 @@ pub(super) async fn serve(
         }
     };
     let identity = access::identify(&caller.peer, caller.certificate.get());
+    let may_go_on = opened(&identity);
     // It is set here alone.
     let _ = caller.identity.set(Arc::new(identity));
-    opened();
+    if !may_go_on {
+        return;
+    }
     let service = {
         let caller = caller.clone();
         service_fn(move |request| {
@@ -268,7 +345,8 @@ pub(super) async fn serve(
         })
     };
     let mut protocol = http2::Builder::new(TokioExecutor::new());
-    limits.apply(&mut protocol);
+    let (window, _held) = caller.accounts().caller.window();
+    limits.apply(window, &mut protocol);
     let mut serving = pin!(protocol.serve_connection(TokioIo::new(connection), service));
     let round = CHECK_INTERVAL
         .min(limits.handshake)
@@ -299,7 +377,7 @@ pub(super) async fn serve(
                 serving.as_mut().graceful_shutdown();
                 leaving.get_or_insert(now + GOAWAY_GRACE);
             }
-            Event::Look => match caller.decide(now, &limits, &answers) {
+            Event::Look => match caller.decide(now, &limits) {
                 Decision::Abort(reason) => {
                     tracing::info!(peer = ?caller.peer, reason, "closed a connection");
                     return;

@@ -20,7 +20,7 @@ use std::{
 };
 
 use axum::{Router, body::Body};
-use http::Request;
+use http::{Request, Response, StatusCode};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -42,6 +42,7 @@ use crate::daemon::{
     Failure,
     listen::{AcceptedStream, Listener, Socket},
     tls::TlsAcceptor,
+    tokens::TokenTurn,
 };
 
 /// What a listener for pages grants its callers.
@@ -181,17 +182,30 @@ impl Server {
             is_local_socket: !connection.is_tcp(),
         };
         let identity = Arc::new(access::identify(&peer, certificate.as_ref()));
-        let allowed = self.policy.of_pages(&identity);
+        let turn = Arc::new(TokenTurn::default());
         let under_way = Arc::new(AtomicUsize::new(0));
         let service = {
             let (router, under_way) = (self.router.clone(), under_way.clone());
+            let policy = self.policy.clone();
             service_fn(move |request: Request<Incoming>| {
                 let mut router = router.clone();
+                let (policy, identity, turn) = (policy.clone(), identity.clone(), turn.clone());
                 let begun = BegunRequest::new(under_way.clone());
                 let mut request = request.map(Body::new);
-                request.extensions_mut().insert(allowed.clone());
                 request.extensions_mut().insert(origin);
                 async move {
+                    let headers = request.headers();
+                    let identity = match policy.authenticate(&identity, &turn, headers).await {
+                        Ok(identity) => identity,
+                        Err(status) => {
+                            let mut refusal =
+                                Response::new(Body::from(status.message().to_owned()));
+                            *refusal.status_mut() = StatusCode::UNAUTHORIZED;
+                            return Ok(refusal);
+                        }
+                    };
+                    let allowed = policy.of_pages(&identity);
+                    request.extensions_mut().insert(allowed);
                     let answer = router.call(request).await;
                     drop(begun);
                     answer as Result<_, Infallible>

@@ -23,14 +23,15 @@ use super::{
     },
 };
 use crate::{
-    config::{Diagnostics, tls::ClientTls as Config},
-    daemon::{CheckReport, Failure, Lifecycle, reloadable::Reloadable},
+    config::{self, Diagnostics, tls::ClientTls as Config},
+    daemon::{CheckReport, Failure, Lifecycle, call_headers::CallHeaders, reloadable::Reloadable},
 };
 
 /// What calls on a peer are made with. The default trusts the host's authorities, and shows nothing.
 #[derive(Clone, Default)]
 pub struct Credentials {
     tls: Option<ClientIdentity>,
+    headers: CallHeaders,
 }
 
 /// Whom a client trusts, and its certificate.
@@ -61,15 +62,33 @@ impl Credentials {
             key: section,
             message,
         })?;
-        lifecycle.keep_fresh(opened.files.clone());
-        Ok(Credentials { tls: Some(opened) })
+        lifecycle.keep_fresh(&opened.files);
+        Ok(Credentials {
+            tls: Some(opened),
+            headers: CallHeaders::default(),
+        })
     }
 
     /// As `open`, of a daemon that does not run: for `--check`.
     pub fn of(section: &'static str, config: &Config) -> Self {
         Credentials {
             tls: open(section, config).ok(),
+            headers: CallHeaders::default(),
         }
+    }
+
+    /// The same with headers that are shown in each call. There is no `lifecycle` where no daemon runs.
+    pub fn with_headers(
+        self,
+        config: config::call_headers::CallHeaders<'_>,
+        lifecycle: Option<&Lifecycle>,
+    ) -> Result<Self, Failure> {
+        let headers = CallHeaders::open(config, lifecycle)?;
+        Ok(Credentials { headers, ..self })
+    }
+
+    pub(in crate::daemon) fn headers(&self) -> &CallHeaders {
+        &self.headers
     }
 
     pub(in crate::daemon) fn tls(&self) -> Option<&ClientIdentity> {
@@ -142,6 +161,16 @@ pub fn warn_client(section: &str, config: &Config, diagnostics: &mut Diagnostics
         let faults = faults_of_certificate(&config.certificate, false, now);
         add("certificate", faults);
         add("key", fault_of_key(&config.key).into_iter().collect());
+    }
+}
+
+/// Whether a client can show what it is to show in each call.
+pub fn check_headers(config: config::call_headers::CallHeaders<'_>, report: &mut CheckReport) {
+    let [_, key] = config.keys;
+    if !config.authorization_file.as_os_str().is_empty() {
+        let failure = CallHeaders::open(config, None).err();
+        let name = config.authorization_file.display();
+        report.record(format!("{key}: {name} can be used"), failure);
     }
 }
 

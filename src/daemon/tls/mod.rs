@@ -14,7 +14,7 @@ mod client;
 mod server;
 
 pub use certificate::PeerCertificate;
-pub use client::{Credentials, check_client, warn_client};
+pub use client::{Credentials, check_client, check_headers, warn_client};
 pub(super) use client::{TlsConnector, explain};
 pub(super) use server::TlsAcceptor;
 pub use server::{ServerTls, check_server, server_tls, warn_server};

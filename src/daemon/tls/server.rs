@@ -56,7 +56,7 @@ pub fn server_tls(
         key: section,
         message,
     })?;
-    lifecycle.keep_fresh(opened.clone());
+    lifecycle.keep_fresh(&opened);
     Ok(Some(ServerTls(opened)))
 }
 

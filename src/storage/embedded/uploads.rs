@@ -5,7 +5,8 @@
 //! 2. An upload that no call writes to waits for its client to come back, for a while.
 //! 3. All of them together have a quarter of the store, or one of them alone what a blob may have; so
 //!    they never evict more than that, however many are begun and never finished.
-//! 4. When space is short, an upload that nobody writes to is given up before any blob is evicted; and
+//! 4. Nobody has more of them than remain for others.
+//! 5. When space is short, an upload that nobody writes to is given up before any blob is evicted; and
 //!    so is one that makes no progress.
 
 use std::{
@@ -40,12 +41,18 @@ const MINIMUM_RATE: u64 = 64 << 10;
 #[derive(Default)]
 pub struct Uploads {
     next_lease: AtomicU64,
-    uploads: Mutex<HashMap<String, SharedUpload>>,
+    uploads: Mutex<HashMap<String, OwnedUpload>>,
     /// Bytes of all of them.
     received: AtomicU64,
 }
 
 type SharedUpload = Arc<Mutex<UploadState>>;
+
+/// An upload, and whose it is.
+struct OwnedUpload {
+    owner: Arc<str>,
+    shared: SharedUpload,
+}
 
 /// Locked while its upload writes to the disk, so only by threads that may block.
 struct UploadState {
@@ -93,12 +100,25 @@ pub struct WriteLease {
 }
 
 impl Uploads {
-    /// Gives a new call the right to write.
-    pub fn lease(self: &Arc<Self>, name: &str, now: Instant) -> Result<WriteLease, Error> {
+    /// Gives a new call of `owner` the right to write.
+    pub fn lease(
+        self: &Arc<Self>,
+        name: &str,
+        owner: &str,
+        now: Instant,
+    ) -> Result<WriteLease, Error> {
         let number = self.next_lease.fetch_add(1, Ordering::Relaxed) + 1;
-        if self.uploads.lock().len() >= MAXIMUM_UPLOADS && !self.abandon_one(now) {
+        let (all, own) = self.count(owner);
+        if all >= MAXIMUM_UPLOADS && !self.abandon_one(None, now) {
             return Err(Error::Full(format!(
                 "{MAXIMUM_UPLOADS} uploads are under way in this store, which is the most; try again later"
+            )));
+        }
+        // As many remain for others.
+        let share = (MAXIMUM_UPLOADS.saturating_sub(all) + own) / 2;
+        if own >= share.max(1) && !self.abandon_one(Some(owner), now) {
+            return Err(Error::Full(format!(
+                "{own} uploads of yours are under way, which leaves no more than that for others; finish some of them"
             )));
         }
         let mut uploads = self.uploads.lock();
@@ -112,7 +132,14 @@ impl Uploads {
                 },
             }))
         };
-        let shared = uploads.entry(name.to_owned()).or_insert_with(fresh).clone();
+        let entry = uploads.entry(name.to_owned());
+        let shared = entry
+            .or_insert_with(|| OwnedUpload {
+                owner: owner.into(),
+                shared: fresh(),
+            })
+            .shared
+            .clone();
         Ok(WriteLease {
             uploads: self.clone(),
             name: name.to_owned(),
@@ -121,9 +148,16 @@ impl Uploads {
         })
     }
 
+    /// How many there are, and how many of them are somebody's.
+    fn count(&self, owner: &str) -> (usize, usize) {
+        let uploads = self.uploads.lock();
+        let own = uploads.values().filter(|upload| *upload.owner == *owner);
+        (uploads.len(), own.count())
+    }
+
     /// How much of an upload is there.
     pub fn received(&self, name: &str) -> u64 {
-        let shared = self.uploads.lock().get(name).cloned();
+        let shared = self.uploads.lock().get(name).map(|it| it.shared.clone());
         shared
             .and_then(|shared| Some(shared.lock().upload.as_ref()?.upload.received()))
             .unwrap_or(0)
@@ -140,10 +174,10 @@ impl Uploads {
         let mut uploads = self.uploads.lock();
         let names: Vec<String> = uploads
             .iter()
-            .filter(|(_, shared)| is_over(shared))
+            .filter(|(_, upload)| is_over(&upload.shared))
             .map(|(name, _)| name.clone())
             .collect();
-        let dropped: Vec<SharedUpload> = names
+        let dropped: Vec<OwnedUpload> = names
             .iter()
             .filter_map(|name| uploads.remove(name))
             .collect();
@@ -152,13 +186,14 @@ impl Uploads {
         drop(dropped);
     }
 
-    /// Drops the upload that nobody writes to for longest, or else one that makes no progress. False
-    /// when there is none.
-    pub fn abandon_one(&self, now: Instant) -> bool {
+    /// Drops the upload that nobody writes to for longest, or else one that makes no progress; `of` is
+    /// whose it must be, if anybody's. False when there is none.
+    pub fn abandon_one(&self, of: Option<&str>, now: Instant) -> bool {
         let uploads = self.uploads.lock();
         let victim = uploads
             .iter()
-            .filter_map(|(name, shared)| {
+            .filter(|(_, upload)| of.is_none_or(|of| *upload.owner == *of))
+            .filter_map(|(name, OwnedUpload { shared, .. })| {
                 let state = shared.try_lock()?;
                 let received = state.upload.as_ref()?.upload.received();
                 let rank = abandonment_rank(&state.phase, received, now)?;
@@ -187,7 +222,7 @@ impl Uploads {
         let mut uploads = self.uploads.lock();
         if uploads
             .get(name)
-            .is_some_and(|other| Arc::ptr_eq(other, shared))
+            .is_some_and(|other| Arc::ptr_eq(&other.shared, shared))
         {
             uploads.remove(name);
         }
@@ -196,8 +231,8 @@ impl Uploads {
     /// Forgets all of them, when their store is closed.
     pub fn clear(&self) {
         let uploads = std::mem::take(&mut *self.uploads.lock());
-        for shared in uploads.into_values() {
-            shared.lock().upload = None;
+        for upload in uploads.into_values() {
+            upload.shared.lock().upload = None;
         }
     }
 }
@@ -311,7 +346,7 @@ impl ByteCount {
             if others == 0 || others + self.bytes + bytes <= most {
                 break;
             }
-            if !self.uploads.abandon_one(now) {
+            if !self.uploads.abandon_one(None, now) {
                 return Err(Error::Full(format!(
                     "uploads under way take {} bytes of this store, and may take {most}; try again \
                      later, or raise storage.embedded.maximum_size",

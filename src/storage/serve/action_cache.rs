@@ -4,7 +4,7 @@ use tonic::{Request, Response, Status, async_trait};
 
 use super::{digest, encoded_size, instance, reserve};
 use crate::{
-    daemon::{Access, RequestReservation, ResponseBudget, with_reservation},
+    daemon::{self, Access, RequestReservation, ResponseBudget, with_reservation},
     digest::{Digest, DigestFunction},
     proto::reapi::{
         self, ActionResult, GetActionResultRequest, UpdateActionResultRequest,
@@ -48,7 +48,7 @@ impl ActionCache for ActionCacheService {
             ResponseBudget::of(&request),
             RequestReservation::of(&request),
         );
-        let access = Access::of(&request);
+        let (access, client) = (Access::of(&request), daemon::client_name(&request));
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
         access.require(&instance)?;
@@ -61,6 +61,12 @@ impl ActionCache for ActionCacheService {
             .backend
             .update_action_result(&instance, &action, result.clone());
         update.await?;
+        tracing::info!(
+            action = action.hash_hex(),
+            instance = instance.as_str(),
+            client,
+            "an action result was written"
+        );
         let reservation = reserve(answers, encoded_size(&result)).await?;
         Ok(with_reservation(Response::new(result), reservation))
     }

@@ -11,7 +11,7 @@ use futures::{
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
 use crate::{
-    daemon::Access,
+    daemon::{self, Access},
     digest::Digest,
     instance::InstanceName,
     proto::bytestream::{
@@ -61,7 +61,7 @@ impl ByteStream for ByteStreamService {
         &self,
         request: Request<Streaming<WriteRequest>>,
     ) -> Result<Response<WriteResponse>, Status> {
-        let access = Access::of(&request);
+        let (access, owner) = (Access::of(&request), daemon::client_name(&request));
         let mut stream = request.into_inner();
         let Some(first) = stream.message().await? else {
             return Err(Status::invalid_argument(
@@ -92,7 +92,7 @@ impl ByteStream for ByteStreamService {
         let resource_name = first.resource_name.clone();
         let mut upload = self
             .backend
-            .resume_upload(&resource_name, digest, first.write_offset)
+            .resume_upload(&resource_name, &owner, digest, first.write_offset)
             .await?;
         let mut next = Some(first);
         let mut finish = false;

@@ -129,7 +129,10 @@ async fn an_upload_goes_on_where_it_was_interrupted() {
                 bytes::Bytes::copy_from_slice(&data[start..end]),
             )]
         };
-        let mut upload = backend.resume_upload(&name, digest, 0).await.unwrap();
+        let mut upload = backend
+            .resume_upload(&name, "somebody", digest, 0)
+            .await
+            .unwrap();
         upload.write(part(0, 1_000_000)).await.unwrap();
         upload.write(part(1_000_000, 2_000_000)).await.unwrap();
         let unfinished = upload.finish(digest, false).await;
@@ -144,7 +147,7 @@ async fn an_upload_goes_on_where_it_was_interrupted() {
         let received = backend.upload_progress(&name).await.unwrap();
         assert_eq!(received, 2_000_000);
         let mut upload = backend
-            .resume_upload(&name, digest, 2_000_000)
+            .resume_upload(&name, "somebody", digest, 2_000_000)
             .await
             .unwrap();
         upload.write(part(2_000_000, 3_000_000)).await.unwrap();
