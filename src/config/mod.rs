@@ -83,6 +83,19 @@ impl Diagnostics {
 pub struct Log {
     /// The least important level that is logged.
     pub level: Level,
+    /// How lines are written.
+    pub format: LogFormat,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// To the journal when that reads standard error, else as text to standard error.
+    #[default]
+    Auto,
+    /// As JSON to standard error, a line for each entry.
+    Json,
 }
 
 /// How important a line of the log is; the names are those of bb-remote-execution(7).

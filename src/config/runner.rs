@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Diagnostics, DirectoryKind, Duration, ListenAddress, Log, Size, Validate, directory_kind,
-    path_error,
+    Diagnostics, DirectoryKind, Duration, ListenAddress, Log, Size, Validate,
+    control::{RunnerControl, RunnerMetrics},
+    directory_kind, path_error,
 };
 
 /// One action each, at a time.
@@ -55,6 +56,8 @@ pub struct Config {
     pub set_default_environment_variables: bool,
     /// Missing ones make this runner, and so the worker, not ready.
     pub readiness_checking_pathnames: Vec<PathBuf>,
+    pub metrics: RunnerMetrics,
+    pub control: RunnerControl,
     pub shutdown: Shutdown,
     pub log: Log,
 }
@@ -268,6 +271,8 @@ impl Default for Config {
             set_tmpdir_environment_variable: true,
             set_default_environment_variables: true,
             readiness_checking_pathnames: Vec::new(),
+            metrics: RunnerMetrics::default(),
+            control: RunnerControl::default(),
             shutdown: Shutdown::default(),
             log: Log::default(),
         }
@@ -304,6 +309,7 @@ impl Default for Shutdown {
 
 impl Validate for Config {
     fn validate(&self, diagnostics: &mut Diagnostics) {
+        self.control.validate(diagnostics);
         let mut is_wrong = |key: &str, wrong: bool, message: &str| {
             diagnostics.require(!wrong, key, message);
         };

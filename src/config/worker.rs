@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Diagnostics, DirectoryKind, Duration, Endpoint, Log, Size, Validate,
     call_headers::{CallHeaders, MetadataHeader},
+    control::{WorkerControl, WorkerMetrics},
     directory_kind, path_error,
     tls::ClientTls,
     web::is_base_url,
@@ -30,6 +31,8 @@ pub struct Config {
     pub build_directory: PathBuf,
     pub outputs: Outputs,
     pub runners: Vec<Runner>,
+    pub metrics: WorkerMetrics,
+    pub control: WorkerControl,
     pub shutdown: Shutdown,
     pub log: Log,
 }
@@ -138,6 +141,8 @@ impl Default for Config {
             build_directory: PathBuf::from("/var/lib/bb-worker/build"),
             outputs: Outputs::default(),
             runners: vec![Runner::default()],
+            metrics: WorkerMetrics::default(),
+            control: WorkerControl::default(),
             shutdown: Shutdown::default(),
             log: Log::default(),
         }
@@ -221,6 +226,7 @@ impl Default for Shutdown {
 
 impl Validate for Config {
     fn validate(&self, diagnostics: &mut Diagnostics) {
+        self.control.validate(diagnostics);
         for (key, path) in [
             ("build_directory", &self.build_directory),
             ("cache.directory", &self.cache.directory),

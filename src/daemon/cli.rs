@@ -180,7 +180,7 @@ fn serve<C: Validate + 'static>(
     run: impl AsyncFnOnce(C, Lifecycle) -> Result<(), Failure>,
 ) -> ExitCode {
     let config = loaded.config;
-    let level = logging::start(program.name, log_of(&config).level);
+    let level = logging::start(program.name, log_of(&config));
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {

@@ -123,6 +123,28 @@ impl CommandOptions {
         Output::of_process(self.json)
     }
 
+    /// The status of the daemon of this host, which listens at `control`, or at the Unix socket that the
+    /// options name.
+    pub async fn fetch_status(
+        &self,
+        program: &str,
+        control: &ListenAddress,
+    ) -> Result<serde_json::Value, CommandError> {
+        let path = match (&self.endpoint, control) {
+            (Some(Endpoint::Unix(path)), _) | (None, ListenAddress::Unix(path)) => path,
+            _ => {
+                return Err(CommandError::Failed(format!(
+                    "{program} tells its status on a Unix socket only; write --endpoint unix:/PATH"
+                )));
+            }
+        };
+        try_socket(program, path)?;
+        let told = super::observation::fetch_status(path).await;
+        told.map_err(|error| {
+            CommandError::Unavailable(format!("{program} at {}: {error}", path.display()))
+        })
+    }
+
     /// A channel to the daemon of this host, which listens at `control`, or to the one that the options
     /// name. `program` is the daemon's.
     pub fn connect(

@@ -53,6 +53,25 @@ pub fn control_permissions(group: &str) -> Result<SocketPermissions, Failure> {
     })
 }
 
+/// Where a worker or a runner is watched: its port for metrics, and its control socket.
+pub fn observation_listeners(
+    metrics: (&ListenAddress, bool),
+    control: (&ListenAddress, bool, &str),
+) -> Result<Vec<Listener>, Failure> {
+    let (address, is_default) = metrics;
+    let port = listen_if_possible("metrics", "metrics.listen", address, is_default, None)?;
+    let (address, is_default, group) = control;
+    let permissions = Some(control_permissions(group)?);
+    let socket = listen_if_possible(
+        "control",
+        "control.listen",
+        address,
+        is_default,
+        permissions,
+    )?;
+    Ok(port.into_iter().chain(socket).collect())
+}
+
 /// What callers of a control socket may do: what the grants say of them, and, where these say nothing, all
 /// that operators do, since the socket's mode lets no one else in.
 pub fn control_grants(grants: &[Grant]) -> Vec<Grant> {

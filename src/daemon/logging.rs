@@ -6,7 +6,10 @@
 //! 2. The sentence has the fields as well, since `journalctl -u` shows nothing else, and
 //!    tracing-journald's would be the message alone: `Sentences` makes it the message before it hands
 //!    an event on.
-//! 3. Values may come from hostile actions and clients: they are cut at `LONGEST_VALUE`, and in the
+//! 3. An event's field `message_id` is the journal's MESSAGE_ID (`message_id`), by which people are alerted.
+//! 4. Where `log.format` says so, each line on standard error is a JSON object, also where the journal
+//!    reads it: for collectors that know no journal.
+//! 5. Values may come from hostile actions and clients: they are cut at `LONGEST_VALUE`, and in the
 //!    sentence sooner; control characters are escaped there, so that one entry is one line.
 
 #![expect(
@@ -43,6 +46,7 @@ use tracing_subscriber::{
 };
 use uuid::Uuid;
 
+use super::message_id;
 use crate::config;
 
 /// Bytes of one value.
@@ -52,14 +56,24 @@ const LONGEST_VALUE: usize = 8 << 10;
 const LONGEST_SHOWN: usize = 1 << 10;
 
 /// Starts logging for the whole process, which has one thread as yet.
-pub(super) fn start(program: &'static str, level: config::Level) -> LevelHandle {
-    let (filter, handle) = reload::Layer::new(targets(level));
-    let journal = reads_standard_error()
-        .then(|| journal(program).ok())
-        .flatten();
+pub(super) fn start(program: &'static str, log: &config::Log) -> LevelHandle {
+    let (filter, handle) = reload::Layer::new(targets(log.level));
+    let is_json = log.format == config::LogFormat::Json;
+    let reads = reads_standard_error() && !is_json;
+    let journal = reads.then(|| journal(program, None).ok()).flatten();
+    let layer_of = |id: &'static str| Some((id, journal_of(program, id)?));
+    let identified = match &journal {
+        Some(_) => message_id::ALL.into_iter().filter_map(layer_of).collect(),
+        None => Vec::new(),
+    };
+    let sentences = Sentences {
+        journal,
+        identified,
+        is_json,
+    };
     // A second start, as in tests that run several daemons in one process, changes nothing.
     let _ = tracing_subscriber::registry()
-        .with(Sentences { journal }.with_filter(filter))
+        .with(sentences.with_filter(filter))
         .try_init();
     LevelHandle(Some(handle))
 }
@@ -136,9 +150,15 @@ pub(super) fn print_error(program: &str, text: &str) {
     }
 }
 
-fn journal(program: &str) -> io::Result<tracing_journald::Layer> {
+/// The same, whose entries have this MESSAGE_ID.
+fn journal_of(program: &str, id: &'static str) -> Option<tracing_journald::Layer> {
+    journal(program, Some(id)).ok()
+}
+
+fn journal(program: &str, id: Option<&str>) -> io::Result<tracing_journald::Layer> {
     let before = sockets()?;
     let layer = tracing_journald::Layer::new()?
+        .with_custom_fields(id.map(|id| ("MESSAGE_ID", id)))
         .with_field_prefix(Some("BB".to_owned()))
         .with_syslog_identifier(program.to_owned())
         .with_priority_mappings(PriorityMappings {
@@ -175,6 +195,9 @@ fn sockets() -> io::Result<BTreeSet<RawFd>> {
 /// Composes sentences, and hands them on to the journal or to standard error.
 struct Sentences<L> {
     journal: Option<L>,
+    /// Of events that have a `message_id`.
+    identified: Vec<(&'static str, L)>,
+    is_json: bool,
 }
 
 impl<S, L> Layer<S> for Sentences<L>
@@ -207,13 +230,24 @@ where
     fn on_event(&self, event: &Event<'_>, ctx: Context<'_, S>) {
         let mut fields = Fields::default();
         event.record(&mut fields);
+        let id = fields.take("message_id");
+        if self.is_json {
+            let spans: Vec<_> = ctx.event_scope(event).into_iter().flatten().collect();
+            let spans: Vec<_> = spans.iter().map(|span| span.extensions()).collect();
+            let spans = spans.iter().filter_map(|span| span.get());
+            let line = fields.json(event.metadata().level(), id.as_deref(), spans);
+            eprintln!("{line}");
+            return;
+        }
         let sentence = {
             let spans: Vec<_> = ctx.event_scope(event).into_iter().flatten().collect();
             let spans: Vec<_> = spans.iter().map(|span| span.extensions()).collect();
             fields.sentence(spans.iter().filter_map(|span| span.get()))
         };
         let metadata = event.metadata();
-        match &self.journal {
+        let of_id = |id: &String| self.identified.iter().find(|(known, _)| known == id);
+        let identified = id.as_ref().and_then(of_id).map(|(_, journal)| journal);
+        match identified.or(self.journal.as_ref()) {
             Some(journal) if metadata.fields().field("message").is_some() => {
                 let texts = metadata.fields().iter().map(|field| match field.name() {
                     "message" => Some(sentence.as_str()),
@@ -259,6 +293,37 @@ impl Fields {
         let mut others = self.others.iter();
         let (_, value) = others.find(|(known, _)| *known == name)?;
         Some(value)
+    }
+
+    fn take(&mut self, name: &str) -> Option<String> {
+        let at = self.others.iter().position(|(known, _)| *known == name)?;
+        Some(self.others.remove(at).1)
+    }
+
+    /// One object, with the fields of the spans around too; the innermost value counts.
+    fn json<'f>(
+        &'f self,
+        level: &Level,
+        id: Option<&str>,
+        spans: impl Iterator<Item = &'f Fields>,
+    ) -> String {
+        let now = humantime::format_rfc3339_micros(SystemTime::now()).to_string();
+        let mut object = serde_json::Map::new();
+        let mut put = |name: &str, value: &str| {
+            object
+                .entry(name)
+                .or_insert_with(|| serde_json::Value::from(value));
+        };
+        put("time", &now);
+        put("level", &level.to_string().to_lowercase());
+        put("message", &self.message);
+        if let Some(id) = id {
+            put("message_id", id);
+        }
+        for (name, value) in std::iter::once(self).chain(spans).flat_map(|f| &f.others) {
+            put(name, value);
+        }
+        serde_json::Value::Object(object).to_string()
     }
 
     fn put(&mut self, field: &Field, mut value: String) {
@@ -397,6 +462,8 @@ mod tests {
         let recorder = Recorder::default();
         let layer = Sentences {
             journal: Some(recorder.clone()),
+            identified: Vec::new(),
+            is_json: false,
         };
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), speak);
         recorder.0.lock().pop().unwrap()
@@ -419,6 +486,50 @@ mod tests {
         assert_eq!(event.get("error"), Some("a \"b\"\nc"));
         // tracing-journald adds those of spans by itself.
         assert_eq!(event.get("action"), None);
+    }
+
+    #[test]
+    fn an_event_that_people_are_alerted_of_is_the_journals_with_its_number() {
+        let (plain, identified) = (Recorder::default(), Recorder::default());
+        let layer = Sentences {
+            journal: Some(plain.clone()),
+            identified: vec![(message_id::WORKER_GONE, identified.clone())],
+            is_json: false,
+        };
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            tracing::warn!(message_id = message_id::WORKER_GONE, worker = "w", "gone");
+            tracing::warn!(message_id = message_id::UNKILLABLE, "there");
+        });
+        assert_eq!(identified.0.lock()[0].message, "gone worker=w");
+        assert_eq!(identified.0.lock()[0].get("message_id"), None);
+        assert_eq!(plain.0.lock()[0].message, "there");
+        assert_eq!(plain.0.lock().len(), 1);
+    }
+
+    #[test]
+    fn a_line_of_json_has_the_facts_of_the_event_and_of_its_spans() {
+        let field = |name: &'static str, value: &str| (name, value.to_owned());
+        let event = Fields {
+            message: "failed\n".to_owned(),
+            others: vec![field("error", "a \"b\""), field("time", "no")],
+        };
+        let span = Fields {
+            message: String::new(),
+            others: vec![field("action", "abc"), field("error", "outer")],
+        };
+        let line = event.json(&Level::WARN, Some("id"), std::iter::once(&span));
+        let read: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(read["error"], "a \"b\"");
+        assert_eq!(
+            (&read["action"], &read["level"]),
+            (&"abc".into(), &"warn".into())
+        );
+        assert_eq!(
+            (&read["message"], &read["message_id"]),
+            (&"failed\n".into(), &"id".into())
+        );
+        assert_ne!(read["time"], "no");
+        assert_eq!(line.lines().count(), 1);
     }
 
     #[test]

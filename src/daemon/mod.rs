@@ -6,8 +6,10 @@
 //!   units say) and `disk` (what fits);
 //! - `lifecycle`: ready, status, reload (`reload`) and stop;
 //! - `health`: whether the daemon works, for systemd's watchdog;
-//! - `logging`: sentences with fields for the journal or standard error, and each action's span;
+//! - `logging`: sentences with fields for the journal or standard error, and each action's span; with
+//!   `message_id`, what people are alerted of;
 //! - `process` and `memory`: its name, exit code and limits, and memory that it gives back;
+//! - `metrics`: numbers for Prometheus, which workers and runners tell by `observation`;
 //! - `reloadable`: files that are read again when they change;
 //! - `listen`: sockets, of systemd's or of its own, and `control`: those that it works without;
 //! - `tls`: certificates, of listeners and of clients; `tokens`, of callers; `call_headers`: what our
@@ -29,6 +31,9 @@ mod lifecycle;
 mod listen;
 mod logging;
 mod memory;
+pub mod message_id;
+mod metrics;
+mod observation;
 mod output;
 mod owner;
 mod process;
@@ -43,11 +48,13 @@ pub use check::{CheckReport, Installation, SHIPPED_STOP_TIMEOUT};
 pub use cli::main;
 pub use client::{Channel, connect, connect_with};
 pub use command::{CommandChannel, CommandError, CommandOptions};
-pub use control::{control_grants, control_permissions, listen_if_possible};
+pub use control::{control_grants, control_permissions, listen_if_possible, observation_listeners};
 pub use health::Heartbeat;
 pub use lifecycle::Lifecycle;
 pub use listen::{Listener, Peer, SocketPermissions, listen};
 pub use logging::{LogRateLimit, action_span, spawn_blocking};
+pub use metrics::{Counter, DURATION_BOUNDS, Durations, Exposition, Histogram, Labels, Metrics};
+pub use observation::{Observation, serve_observation};
 pub use output::{Cell, Emphasis, Output, Table, age, bytes, span};
 pub use process::{Program, boot_id, hostname, raise_file_limit};
 pub use server::{

@@ -3,6 +3,7 @@
 //! In the order to read it, from the top down; each uses only what comes after it:
 //!
 //! - `service`, `deadline`: what a worker asks for over a Unix socket; `check`: what `--check` says;
+//! - `metrics`: what is told of it, and `commands`, which ask for that; `counts` has what became of actions;
 //! - `run`: one action, from its command to its last process, with `cleaner` around several, `log_file`
 //!   for what it writes, `action_directory` (with `input_ownership`) and `action_mounts` (with
 //!   `root_directory`) for what it is in;
@@ -27,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::runner::{Config, Root},
-    daemon::{self, Failure, Lifecycle, Program, Services, SocketPermissions},
+    daemon::{self, Failure, Lifecycle, Observation, Program, Services, SocketPermissions},
 };
 
 mod action_directory;
@@ -35,12 +36,15 @@ mod action_mounts;
 mod build_directory;
 mod check;
 mod cleaner;
+mod commands;
+mod counts;
 mod deadline;
 mod environment;
 mod grpc_timeout;
 mod host;
 mod input_ownership;
 mod log_file;
+mod metrics;
 mod process_status;
 mod root_directory;
 mod run;
@@ -56,8 +60,11 @@ mod users;
 
 pub use check::{probe, warnings};
 use cleaner::Cleaner;
+pub use commands::ask;
+use counts::RunCounts;
 use deadline::DeadlineService;
 use environment::{AddedVariables, BuildDirectoryView};
+use metrics::Sources;
 use run::RunContext;
 use sandbox::{Layers, SandboxPool, SandboxSpec, SeccompFilter};
 use service::RunnerService;
@@ -72,15 +79,6 @@ pub const PROGRAM: Program = Program {
 
 /// How long killed actions may take when the daemon leaves.
 const KILL_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// What it asks a daemon that runs: nothing yet.
-#[derive(clap::Subcommand)]
-pub enum Command {}
-
-/// Does what a command says.
-pub async fn ask(command: Command, _: &Config) -> Result<(), daemon::CommandError> {
-    match command {}
-}
 
 /// Runs until told to stop.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
@@ -105,6 +103,11 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             group: host::socket_group(&config)?,
         }),
     )?;
+    let (port, socket) = (&config.metrics, &config.control);
+    let listeners = daemon::observation_listeners(
+        (&port.listen, port.is_default()),
+        (&socket.listen, socket.is_default(), &socket.socket_group),
+    )?;
     prepare_process();
     let (layers, cgroups) = sandbox::detect(&config)?;
     if config.root != Root::Host && !layers.contains(Layers::MOUNTS) {
@@ -122,9 +125,15 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let sandboxes = SandboxPool::open(spec).map_err(failed("start a thread"))?;
     let users = UserPool::new(&config.users);
     let added_variables = added_variables(&config, layers);
+    let sources = Sources {
+        counts: Arc::default(),
+        users: users.clone(),
+        user_count: config.users.count,
+        layers,
+    };
     let killing = CancellationToken::new();
     let drain = config.shutdown.drain_timeout.get();
-    let context = Arc::new(context(config, sandboxes)?);
+    let context = Arc::new(context(config, sandboxes, sources.counts.clone())?);
     // Logs are made for the action's user to write; everything else that is made has a mode of its own.
     umask(Mode::empty());
     let service = RunnerService {
@@ -155,6 +164,19 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     );
     lifecycle.ready(&format!("running commands {place}"));
     let stopping = lifecycle.stopping();
+    let observation = Observation {
+        metrics: metrics::metrics(sources.clone()),
+        readiness: Box::new({
+            let stopping = stopping.clone();
+            move || match stopping.is_cancelled() {
+                true => Err("it stops".to_owned()),
+                false => Ok(()),
+            }
+        }),
+        status: Box::new(move || sources.status()),
+    };
+    let observed = daemon::serve_observation(listeners, observation, stopping.clone());
+    let observed = tokio::spawn(observed);
     let line = || match (stopping.is_cancelled(), users.in_use()) {
         (true, running) => format!("draining: {running} commands still run"),
         (false, 0) => format!("idle, {place}"),
@@ -172,6 +194,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         () = lifecycle.keep_status(line) => Ok(()),
         () = kill_what_is_late => Ok(()),
     };
+    observed.abort();
     killing.cancel();
     if !users.all_back(KILL_TIMEOUT).await {
         tracing::warn!("leaving although not everything that was killed is gone");
@@ -242,13 +265,18 @@ fn added_variables(config: &Config, layers: Layers) -> AddedVariables {
     }
 }
 
-fn context(config: Config, sandboxes: SandboxPool) -> Result<RunContext, Failure> {
+fn context(
+    config: Config,
+    sandboxes: SandboxPool,
+    counts: Arc<RunCounts>,
+) -> Result<RunContext, Failure> {
     let emulator = config.emulator.iter();
     let emulator = emulator.map(|text| CString::new(text.as_str()));
     let has_cleaner =
         !config.clean_temporary_directories.is_empty() || !config.run_command_cleaner.is_empty();
     let has_filter = sandboxes.spec().layers.contains(Layers::SECCOMP);
     Ok(RunContext {
+        counts,
         sandboxes,
         null: fs::File::open("/dev/null").map_err(failed("open /dev/null"))?,
         inherited: InheritedState {

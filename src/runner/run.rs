@@ -8,6 +8,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
+    sync::Arc,
     time::Duration,
 };
 
@@ -19,6 +20,7 @@ use super::{
     action_mounts::{ActionMounts, ActionMountsError, c_string},
     build_directory::{BuildDirectory, BuildDirectoryError},
     cleaner::{Cleaner, CleanerGuard},
+    counts::RunCounts,
     log_file::{CHECK_INTERVAL, LogFile},
     run_spec::{Executable, RunSpec},
     sandbox::{
@@ -33,7 +35,10 @@ use super::{
     sweep,
     users::ActionUser,
 };
-use crate::config::{Size, runner::Config};
+use crate::{
+    config::{Size, runner::Config},
+    daemon::message_id,
+};
 
 /// How long processes that were killed may take to be gone; those that hang in a system call, such
 /// as on a dead network file system, may take forever.
@@ -42,6 +47,7 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 /// What all actions share.
 #[derive(Debug)]
 pub(super) struct RunContext {
+    pub counts: Arc<RunCounts>,
     pub config: Config,
     pub sandboxes: SandboxPool,
     pub null: File,
@@ -182,6 +188,7 @@ pub(super) fn run(
     stop: &StopSignal,
     answer: oneshot::Sender<Result<ActionExit, RunError>>,
 ) {
+    context.counts.started.increment();
     let (result, sandbox) = match begin(context, stop) {
         Ok((running, build, mut sandbox)) => {
             let result = run_in(context, run, user.id(), stop, &build, &mut sandbox);
@@ -191,6 +198,7 @@ pub(super) fn run(
         }
         Err(error) => (Err(error), None),
     };
+    count(&context.counts, &result);
     let is_unkillable = matches!(result, Err(RunError::Unkillable { .. }));
     // The call may be gone.
     let _ = answer.send(result);
@@ -198,6 +206,20 @@ pub(super) fn run(
     // Last: whoever has all users back knows that all sandboxes are torn down.
     if is_unkillable {
         user.retire();
+    }
+}
+
+fn count(counts: &RunCounts, result: &Result<ActionExit, RunError>) {
+    match result {
+        Ok(exit) => {
+            counts.ended.increment();
+            let memory = exit.cgroup.as_ref().and_then(|usage| usage.memory);
+            if memory.as_ref().is_some_and(MemoryUsage::is_exhausted) {
+                counts.out_of_memory.increment();
+            }
+        }
+        Err(RunError::Stopped) => counts.stopped.increment(),
+        Err(_) => counts.failed.increment(),
     }
 }
 
@@ -295,6 +317,7 @@ fn run_in(
             network.retire();
         }
         tracing::error!(
+            message_id = message_id::UNKILLABLE,
             user,
             "processes of an action could not be killed; its user is not used again"
         );

@@ -32,6 +32,7 @@ pub(super) fn log_completion(
         | rpc::Code::ResourceExhausted => {
             let response = reapi::ExecuteResponse::decode(&*outcome.response).unwrap_or_default();
             tracing::warn!(
+                message_id = daemon::message_id::OPERATION_FAILED,
                 instance,
                 client,
                 target = queued.target_id(),

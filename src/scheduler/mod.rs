@@ -20,6 +20,7 @@ mod completion_log;
 mod control;
 mod drain_file;
 mod execution;
+mod metrics;
 mod operation_message;
 pub mod operation_name;
 mod operations;
@@ -326,6 +327,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         queue: queue.clone(),
         history: history.clone(),
         protection: Protection::new(&config.web.url, &daemon::hostname()),
+        metrics: Arc::new(metrics::metrics(&queue, &storage)),
     }));
     let limits = ServerLimits {
         requests_per_second: config.callers.requests_per_second,

@@ -20,7 +20,7 @@ use super::queue::{
     SynchronizeAnswer, TICK, UnknownOperation, UnknownQueue, WorkerPattern, WorkerReport,
 };
 use super::{completion_log::log_completion, statistics_store::StatisticsStore};
-use crate::instance::InstanceName;
+use crate::{daemon::message_id, instance::InstanceName};
 
 /// Operations that are looked at under one lock.
 const PIECE: usize = 256;
@@ -113,6 +113,7 @@ impl SharedQueue {
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
             let broken = self.broken_invariants.fetch_add(1, Ordering::Relaxed) + 1;
             tracing::error!(
+                message_id = message_id::BROKEN_INVARIANT,
                 error = text.unwrap_or_default(),
                 broken,
                 "an invariant of the queue is broken; please report this"
@@ -167,6 +168,11 @@ impl SharedQueue {
 
     pub(super) fn look<T>(&self, look: impl FnOnce(&Queue<Held, Watch>) -> T) -> T {
         look(&self.state.lock().queue)
+    }
+
+    #[cfg(test)]
+    pub(super) fn count_worker_in_each_queue(&self) {
+        self.state.lock().queue.count_worker_in_each_queue();
     }
 
     /// What became of all that came, for the log.

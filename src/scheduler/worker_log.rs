@@ -8,7 +8,7 @@ use super::{
     queue::{Queue, SizeClassQueueKey, WorkerId},
     shared_queue::SharedQueue,
 };
-use crate::daemon::Lifecycle;
+use crate::daemon::{Lifecycle, message_id};
 
 /// The label by which slots differ, as with Buildbarn's worker.
 const SLOT_LABEL: &str = "thread";
@@ -98,6 +98,7 @@ fn log_change(key: &SizeClassQueueKey, worker: &WorkerId, change: &Change) {
         }
         Change::Gone => {
             tracing::warn!(
+                message_id = message_id::WORKER_GONE,
                 %worker, instance, platform, size_class,
                 "a worker is gone: it was silent for scheduling.worker_with_no_synchronizations_timeout"
             );

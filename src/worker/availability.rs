@@ -9,7 +9,7 @@ use super::{
     fault::Fault,
     health::{ActionVerdict, HealthChange, HostHealth},
 };
-use crate::text::shorten;
+use crate::{daemon::message_id, text::shorten};
 
 pub struct Availability {
     /// For messages.
@@ -68,6 +68,7 @@ impl Availability {
                     let seconds = until.saturating_duration_since(now).as_secs();
                     let error = fault.map(ToString::to_string);
                     tracing::error!(
+                        message_id = message_id::OUT_OF_SERVICE,
                         runner = self.runner,
                         faults,
                         seconds,

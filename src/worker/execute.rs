@@ -11,6 +11,7 @@
 
 use std::{
     collections::BTreeMap,
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -23,6 +24,7 @@ use super::{
     command::Command,
     fault::Fault,
     inputs::{InputRoot, InputRoots, LOCK_TIMEOUT},
+    metrics::ExecutionMetrics,
     outputs::{self, CollectedOutputs, Collector},
     response_size, runner_client,
     task::AssignedTask,
@@ -65,6 +67,7 @@ pub struct Executor {
     pub outputs: Outputs,
     /// For links in messages; without one there are none.
     pub browser_url: Option<String>,
+    pub metrics: Arc<ExecutionMetrics>,
 }
 
 /// What became of a call to the runner.
@@ -112,6 +115,7 @@ impl Executor {
         if fault != Some(Fault::Cancelled) {
             self.record(&task, &mut response).await;
         }
+        self.metrics.executed(&response);
         response
     }
 

@@ -6,6 +6,7 @@
 //! - `execute` is one action, in order: `inputs` makes its root, `runner_client` knows of its runner,
 //!   `outputs` collects what it left, `response_size` and `completion_log` tell of it; `command` is what
 //!   it runs, and `fault` why it has no result.
+//! - `metrics` are its numbers, and `commands` ask it.
 //! - `availability` says whether slots take work, as `health`, which is pure, decides.
 //! - `setup` is a worker's start, `probe` what `--check` tries, `status_line` what systemctl shows.
 //! - `beneath`, `removal` and `attributes` handle what actions may have made; `blocking` has threads for
@@ -21,12 +22,14 @@ use self::{
         directories::DirectoryCache,
         file_cache::{LinkMode, Verifier},
     },
+    metrics::{ExecutionMetrics, Sources},
     status_line::StatusLine,
 };
 use crate::{
     config::worker::{Config, Inputs, Runner},
-    daemon::{self, Credentials, Failure, Lifecycle, Program},
+    daemon::{self, Credentials, Failure, Lifecycle, Observation, Program},
     proto::runner::runner_client::RunnerClient,
+    storage::Backend,
 };
 
 mod attributes;
@@ -34,12 +37,14 @@ pub mod availability;
 pub mod beneath;
 mod blocking;
 pub mod command;
+mod commands;
 mod completion_log;
 pub mod execute;
 pub mod fault;
 pub mod health;
 pub mod inputs;
 pub mod lru;
+mod metrics;
 pub mod outputs;
 mod probe;
 pub mod removal;
@@ -51,6 +56,7 @@ pub mod slot_loop;
 mod status_line;
 pub mod task;
 
+pub use commands::ask;
 pub use probe::{probe, warnings};
 
 pub const PROGRAM: Program = Program {
@@ -58,21 +64,21 @@ pub const PROGRAM: Program = Program {
     about: "Lays out input roots, has a runner run build actions in them, and uploads their outputs",
 };
 
+/// How long a start waits for runner, scheduler and storage before it says that it is ready without them.
+const SERVING_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
+/// How often it looks whether they have answered.
+const READINESS_INTERVAL: std::time::Duration = std::time::Duration::from_millis(50);
 /// How long a slot may take until its loop runs.
 const START_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(60);
-
-/// What it asks a daemon that runs: nothing yet.
-#[derive(clap::Subcommand)]
-pub enum Command {}
-
-/// Does what a command says.
-pub async fn ask(command: Command, _: &Config) -> Result<(), daemon::CommandError> {
-    match command {}
-}
 
 /// Runs until told to stop, then until the actions that are running have ended.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     daemon::raise_file_limit();
+    let (port, socket) = (&config.metrics, &config.control);
+    let listeners = daemon::observation_listeners(
+        (&port.listen, port.is_default()),
+        (&socket.listen, socket.is_default(), &socket.socket_group),
+    )?;
     let slots: usize = config.runners.iter().map(Runner::slots).sum();
     let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?
         .with_headers(config.storage.call_headers(), Some(&lifecycle))?;
@@ -102,6 +108,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         .with_headers(config.scheduler.call_headers(), Some(&lifecycle))?;
     let scheduler = daemon::connect_with(&config.scheduler.endpoint, &credentials);
     let mut executors = Vec::new();
+    let executions = Arc::new(ExecutionMetrics::default());
     let status_line = Arc::new(StatusLine::new(&config.scheduler.endpoint, slots));
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
@@ -132,6 +139,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             environment_variables: runner.environment_variables.clone(),
             force_upload_trees_and_directories: config.storage.force_upload_trees_and_directories,
             outputs: config.outputs.clone(),
+            metrics: executions.clone(),
             browser_url: Some(config.storage.browser_url.clone()).filter(|url| !url.is_empty()),
         });
         executors.push(executor.clone());
@@ -148,11 +156,48 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             ));
         }
     }
-    lifecycle.ready(&format!(
-        "Serving {slots} slots of scheduler {}",
-        config.scheduler.endpoint
-    ));
     let stopping = lifecycle.stopping();
+    let sources = Sources {
+        executions,
+        cache: cache.clone(),
+        store: store.clone(),
+        executors: executors.clone(),
+        status_line: status_line.clone(),
+    };
+    let observation = Observation {
+        metrics: metrics::metrics(sources.clone()),
+        readiness: Box::new({
+            let sources = sources.clone();
+            move || sources.readiness()
+        }),
+        status: Box::new({
+            let stopping = stopping.clone();
+            move || sources.status(stopping.is_cancelled())
+        }),
+    };
+    let observed = tokio::spawn(daemon::serve_observation(
+        listeners,
+        observation,
+        stopping.clone(),
+    ));
+    tokio::select! {
+        () = serving(&status_line, &storage) => {}
+        () = tokio::time::sleep(SERVING_TIMEOUT) => {}
+        () = stopping.cancelled() => {}
+    }
+    lifecycle.ready(&match status_line.readiness() {
+        Ok(()) => format!(
+            "Serving {slots} slots of scheduler {}",
+            config.scheduler.endpoint
+        ),
+        // A host whose scheduler is not there yet is no reason to fail its installation or its boot.
+        Err(reason) => format!("not serving yet: {reason}"),
+    });
+    // What did not answer so far may do so later.
+    let late = tokio::spawn({
+        let status_line = status_line.clone();
+        async move { serving(&status_line, &storage).await }
+    });
     let line = || {
         let line = status_line.line(stopping.is_cancelled());
         let troubles = executors
@@ -165,9 +210,22 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         () = async { while clients.join_next().await.is_some() {} } => {}
         () = lifecycle.keep_status(line) => {}
     }
+    late.abort();
+    observed.abort();
     tracing::info!("laid out {}", store.counts());
     tracing::info!("verified {}", cache.verified());
     Ok(())
+}
+
+/// Returns when runner, scheduler and storage have answered.
+async fn serving(status_line: &StatusLine, storage: &Backend) {
+    while storage.answers().await.is_err() {
+        tokio::time::sleep(READINESS_INTERVAL).await;
+    }
+    status_line.storage_answered();
+    while status_line.readiness().is_err() {
+        tokio::time::sleep(READINESS_INTERVAL).await;
+    }
 }
 
 fn describe_inputs(inputs: Inputs, link_mode: LinkMode) -> &'static str {

@@ -7,6 +7,8 @@ use std::{fmt::Write, time::SystemTime};
 
 use parking_lot::Mutex;
 
+use crate::daemon::message_id;
+
 /// Of all slots together.
 #[derive(Debug)]
 pub struct StatusLine {
@@ -23,6 +25,10 @@ struct Conditions {
     /// Why slots take no actions, and since when.
     unready: Option<(SystemTime, String)>,
     unready_slots: std::collections::BTreeSet<usize>,
+    /// What has answered since the start.
+    scheduler_answered: bool,
+    runner_answered: bool,
+    storage_answered: bool,
 }
 
 /// An action that runs.
@@ -35,6 +41,42 @@ impl StatusLine {
             slots,
             state: Mutex::default(),
         }
+    }
+
+    /// All, and those that run an action.
+    pub fn slots(&self) -> (usize, usize) {
+        (self.slots, self.state.lock().running)
+    }
+
+    pub fn scheduler(&self) -> &str {
+        &self.scheduler
+    }
+
+    /// Whether the worker serves: runner, scheduler and storage have answered, and go on to. Else why not.
+    pub fn readiness(&self) -> Result<(), String> {
+        let state = self.state.lock();
+        if let Some((_, reason)) = &state.unreachable {
+            return Err(format!("scheduler {}: {}", self.scheduler, short(reason)));
+        }
+        if let Some((_, reason)) = &state.unready
+            && state.unready_slots.len() >= self.slots
+        {
+            return Err(short(reason));
+        }
+        for (has_answered, who) in [
+            (state.runner_answered, "no runner has"),
+            (state.scheduler_answered, "the scheduler has not"),
+            (state.storage_answered, "the storage has not"),
+        ] {
+            if !has_answered {
+                return Err(format!("{who} answered yet"));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn storage_answered(&self) {
+        self.state.lock().storage_answered = true;
     }
 
     pub fn run(&self) -> RunningCount<'_> {
@@ -50,6 +92,7 @@ impl StatusLine {
         drop(state);
         if first {
             tracing::warn!(
+                message_id = message_id::SCHEDULER_UNREACHABLE,
                 scheduler = self.scheduler,
                 ?code,
                 error,
@@ -59,7 +102,11 @@ impl StatusLine {
     }
 
     pub fn answered(&self) {
-        let ended = self.state.lock().unreachable.take();
+        let ended = {
+            let mut state = self.state.lock();
+            state.scheduler_answered = true;
+            state.unreachable.take()
+        };
         if let Some((since, _)) = ended {
             tracing::info!(
                 scheduler = self.scheduler,
@@ -91,6 +138,7 @@ impl StatusLine {
     pub fn ready(&self, slot: usize) {
         let mut state = self.state.lock();
         state.unready_slots.remove(&slot);
+        state.runner_answered = true;
         let ended = match state.unready_slots.is_empty() {
             true => state.unready.take(),
             false => None,
@@ -189,5 +237,11 @@ mod tests {
             status_line.line(false),
             "idle: 4 slots; scheduler grpc://s:1"
         );
+        let late = Err("the storage has not answered yet".to_owned());
+        assert_eq!(status_line.readiness(), late);
+        status_line.storage_answered();
+        assert_eq!(status_line.readiness(), Ok(()));
+        status_line.failed(tonic::Code::Unavailable, "no route", since);
+        assert!(status_line.readiness().is_err());
     }
 }

@@ -233,6 +233,9 @@ impl Farm {
             ("worker/cache", WORKER_USER, 0o700),
             ("worker/build", WORKER_USER, 0o711),
             ("bin", 0, 0o755),
+            ("run-scheduler", SCHEDULER_USER, 0o755),
+            ("run-worker", WORKER_USER, 0o755),
+            ("run-runner", 0, 0o755),
         ] {
             let path = root.join(name);
             fs::create_dir(&path).unwrap();
@@ -288,6 +291,7 @@ impl Farm {
                  state.listen = \"127.0.0.1:0\"\n\
                  state.directory = \"{root}/state\"\n\
                  web.listen = \"127.0.0.1:0\"\n\
+                 control.listen = \"unix:{root}/run-scheduler/control.sock\"\n\
                  storage.embedded.directory = \"{root}/storage\"\n{scheduler_extra}\n"
             ),
         );
@@ -298,6 +302,8 @@ impl Farm {
                  socket_group = \"{WORKER_USER}\"\n\
                  allowed_users = [\"{WORKER_USER}\"]\n\
                  build_directory = \"{root}/worker/build\"\n\
+                 control.listen = \"unix:{root}/run-runner/control.sock\"\n\
+                 metrics.listen = \"unix:{root}/run-runner/metrics.sock\"\n\
                  users = {{ first = {users}, count = {USERS} }}\n{runner_extra}\n"
             ),
         );
@@ -305,6 +311,8 @@ impl Farm {
             "bb_worker.toml",
             format!(
                 "build_directory = \"{root}/worker/build\"\n\
+                 control.listen = \"unix:{root}/run-worker/control.sock\"\n\
+                 metrics.listen = \"unix:{root}/run-worker/metrics.sock\"\n\
                  scheduler.endpoint = \"{scheme}://127.0.0.1:{workers}\"\n\
                  storage.cas = \"{scheme}://127.0.0.1:{clients}\"\n\
                  storage.action_cache = \"{scheme}://127.0.0.1:{clients}\"\n{worker_extra}\

@@ -434,9 +434,11 @@ fn every_file_says_what_it_is_for() {
 
 /// The runner's modules from the top down: each uses only those after it.
 const RUNNER: &[&str] = &[
+    "commands",
     "deadline",
     "service",
     "check",
+    "metrics",
     "run",
     "cleaner",
     "log_file",
@@ -454,6 +456,7 @@ const RUNNER: &[&str] = &[
     "sweep",
     "host",
     "process_status",
+    "counts",
     "grpc_timeout",
     "stop",
     "sys",

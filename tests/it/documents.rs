@@ -265,6 +265,7 @@ fn listened(daemon: &str) -> BTreeSet<String> {
 fn sockets_listen_where_the_defaults_say_under_the_names_that_daemons_take() {
     let scheduler = config::scheduler::Config::default();
     let runner = config::runner::Config::default();
+    let worker = config::worker::Config::default();
     let written = |address: &ListenAddress| address.to_string().replace("unix:", "");
     let expected = [
         ("bb-scheduler.socket", "clients", &scheduler.clients.listen),
@@ -285,6 +286,22 @@ fn sockets_listen_where_the_defaults_say_under_the_names_that_daemons_take() {
         ),
         ("bb-scheduler-web.socket", "web", &scheduler.web.listen),
         ("bb-runner.socket", "runner", &runner.listen),
+        (
+            "bb-runner-metrics.socket",
+            "metrics",
+            &runner.metrics.listen,
+        ),
+        (
+            "bb-runner-control.socket",
+            "control",
+            &runner.control.listen,
+        ),
+        ("bb-worker.socket", "metrics", &worker.metrics.listen),
+        (
+            "bb-worker-control.socket",
+            "control",
+            &worker.control.listen,
+        ),
     ];
     for (name, socket, address) in expected {
         let unit = unit(name);
@@ -311,7 +328,6 @@ fn sockets_listen_where_the_defaults_say_under_the_names_that_daemons_take() {
         *runner.allowed_users,
         "the worker is let in by the socket and by the runner"
     );
-    let worker = config::worker::Config::default();
     assert_eq!(
         worker.runners[0].endpoint.to_string(),
         runner.listen.to_string()
@@ -416,6 +432,32 @@ fn the_manual_names_fields_of_the_journal_that_daemons_write() {
             format!("\n                {field},\n"),
         ];
         assert!(written.iter().any(|text| source.contains(text)), "{field}");
+    }
+}
+
+/// What people are alerted of is explained, and nothing else.
+#[test]
+fn each_message_id_has_an_entry_in_the_catalog() {
+    let quoted = |line: &str| {
+        Some(
+            line.split_once(": &str = \"")?
+                .1
+                .split_once('"')?
+                .0
+                .to_owned(),
+        )
+    };
+    let source = read("src/daemon/message_id.rs");
+    let ids: BTreeSet<String> = source.lines().filter_map(quoted).collect();
+    let catalog = read("packaging/bb-remote-execution.catalog");
+    let entries: Vec<&str> = catalog.split("\n-- ").skip(1).collect();
+    let explained = entries.iter().map(|entry| entry[..32].to_owned());
+    assert_eq!(explained.collect::<BTreeSet<_>>(), ids);
+    assert_eq!(entries.len(), ids.len());
+    for entry in entries {
+        for field in ["\nSubject: ", "\nDefined-By: bb-remote-execution\n", "\n\n"] {
+            assert!(entry.contains(field), "{entry}");
+        }
     }
 }
 

@@ -20,6 +20,7 @@ mod escape;
 mod fairness;
 mod farm;
 mod hostile;
+mod metrics;
 mod packages;
 mod runner;
 mod scheduler;

@@ -32,6 +32,7 @@ use super::{
     connection::{ActiveCall, CallOwner, ClientConnection},
     status,
 };
+use crate::daemon::metrics::CountedCall;
 
 /// Between two messages of a stream passes no more time.
 const PAUSE_TIMEOUT: Duration = Duration::from_secs(300);
@@ -126,14 +127,15 @@ pub(super) async fn answer(
                 "{calls} calls are under way on this connection, which leaves no room for more; wait \
                  for some of them"
             );
-            return refuse(caller, Status::resource_exhausted(text));
+            return refuse(caller, Status::resource_exhausted(text), None);
         }
     };
+    let mut counted = CountedCall::begin(request.uri().path());
     // First of all: a call that waits for its token to be verified holds its headers.
     let weight = CALL_OVERHEAD + weight(request.headers());
     let headers = match accounts.received.reserve(weight).await {
         Ok(headers) => headers,
-        Err(error) => return refuse(caller, exhausted(error)),
+        Err(error) => return refuse(caller, exhausted(error), Some(counted)),
     };
     let identity = caller.identity.get().cloned().unwrap_or_default();
     let policy = &caller.policy;
@@ -151,7 +153,7 @@ pub(super) async fn answer(
     };
     let (owner, access) = match admitted {
         Ok(admitted) => admitted,
-        Err(status) => return refuse(caller, status),
+        Err(status) => return refuse(caller, status, Some(counted)),
     };
     let accounts = owner.accounts.clone();
     let deadline = deadline(request.headers());
@@ -188,7 +190,7 @@ pub(super) async fn answer(
             // Its caller does not wait any longer, either.
             Err(_) => {
                 let status = Status::deadline_exceeded("the deadline of the call has passed");
-                return refuse(caller, status);
+                return refuse(caller, status, Some(counted));
             }
         },
     };
@@ -200,11 +202,17 @@ pub(super) async fn answer(
     if !head.headers.contains_key("grpc-status")
         && let Err(status) = access.check_asked()
     {
-        return refuse(caller, status);
+        return refuse(caller, status, Some(counted));
     }
     status::shorten(&mut head.headers);
+    counted.note(&head.headers);
     let reservation = head.extensions.remove::<ResponseReservation>();
-    let body = ResponseBody::new(&accounts, body, reservation, Some((under_way, owner)));
+    let body = ResponseBody::new(
+        &accounts,
+        body,
+        reservation,
+        Some((under_way, owner, counted)),
+    );
     Response::from_parts(head, body)
 }
 
@@ -229,9 +237,16 @@ async fn begin(caller: &ClientConnection, identity: &Identity) -> Result<CallOwn
     Ok(owner)
 }
 
-fn refuse(caller: &ClientConnection, status: Status) -> Response<ResponseBody> {
+fn refuse(
+    caller: &ClientConnection,
+    status: Status,
+    counted: Option<CountedCall>,
+) -> Response<ResponseBody> {
     let mut response = status.into_http::<Body>();
     status::shorten(response.headers_mut());
+    if let Some(mut counted) = counted {
+        counted.note(response.headers());
+    }
     response.map(|body| ResponseBody::new(&caller.accounts(), body, None, None))
 }
 
@@ -240,7 +255,7 @@ pub(super) fn refuse_connection(
     caller: &ClientConnection,
     why: &'static str,
 ) -> Response<ResponseBody> {
-    refuse(caller, Status::failed_precondition(why))
+    refuse(caller, Status::failed_precondition(why), None)
 }
 
 /// As HTTP/2 counts them (RFC 9113, section 6.5.2).
@@ -428,7 +443,8 @@ pub(super) struct ResponseBody {
     /// Its caller has been sent more than it may in a second.
     pause: Option<Pin<Box<Sleep>>>,
     rest: Option<(Bytes, Arc<BudgetReservation>)>,
-    under_way: Option<(ActiveCall, CallOwner)>,
+    /// Until the answer was handed to the connection.
+    under_way: Option<(ActiveCall, CallOwner, CountedCall)>,
 }
 
 /// After so many bytes.
@@ -460,7 +476,7 @@ impl ResponseBody {
         accounts: &Accounts,
         inner: Body,
         reservation: Option<ResponseReservation>,
-        under_way: Option<(ActiveCall, CallOwner)>,
+        under_way: Option<(ActiveCall, CallOwner, CountedCall)>,
     ) -> Self {
         ResponseBody {
             inner,
@@ -515,7 +531,7 @@ impl HttpBody for ResponseBody {
         let frame = match frame.into_data() {
             Ok(data) if data.is_empty() => Frame::data(data),
             Ok(data) => {
-                if let Some((_, owner)) = &this.under_way {
+                if let Some((_, owner, _)) = &this.under_way {
                     this.pause = pause_for(&owner.caller, data.len());
                 }
                 let reservation = Arc::new(this.account.charge(data.len() as u64));
@@ -526,6 +542,9 @@ impl HttpBody for ResponseBody {
             Err(frame) => match frame.into_trailers() {
                 Ok(mut trailers) => {
                     status::shorten(&mut trailers);
+                    if let Some((_, _, counted)) = &mut this.under_way {
+                        counted.note(&trailers);
+                    }
                     Frame::trailers(trailers)
                 }
                 Err(frame) => frame,

@@ -41,6 +41,7 @@ impl<C, W: Clone> Queue<C, W> {
         if cacheable && let Some(task) = self.find_in_flight(&action.instance, &action.digest) {
             let operation = self.join(task, &request, watch);
             self.tasks[task].skips_cache_lookup |= request.skip_cache_lookup;
+            self.count_joined(task);
             return Ok(self.attach(operation));
         }
         let platform_queue = self
@@ -74,7 +75,7 @@ impl<C, W: Clone> Queue<C, W> {
         let operation = self.insert_operation(task, &request, Some(watch));
         if !self.take_up(now, task, &request) {
             match request.resumes && self.may_be_reported(now) {
-                true => self.await_report(task),
+                true => self.await_report(now, task),
                 false => self.schedule(now, task),
             }
         }
@@ -155,6 +156,7 @@ impl<C, W: Clone> Queue<C, W> {
             background: false,
             skips_cache_lookup: false,
             state: TaskState::Completed(response),
+            in_state_since: Some(now),
             version: task.version + 1,
         });
         self.totals.tasks += 1;

@@ -11,7 +11,8 @@
 //! out, with `refusal`; `arena`, `state`, `names` and `timers` hold the objects. `fairness` has their
 //! order. The verbs are in `clients`, `workers` and `drains`, over `schedule`, `adoption`, `resumption`,
 //! `background`, `platform_queues` and `limits`; `clock` has their time. Those who look are shown `rows`
-//! by `listing`, reasons by `explain`, and what waits for longest by `gauges`.
+//! by `listing`, reasons by `explain`, what waits for longest by `gauges`, and what has happened by
+//! `statistics`.
 //!
 //! 1. A task waits for a worker's report, or is queued, or executing on exactly one worker, or
 //!    completed. A worker executes at most one task.
@@ -69,6 +70,7 @@ mod rows;
 mod schedule;
 mod settings;
 mod state;
+mod statistics;
 #[cfg(test)]
 mod tests;
 mod timers;
@@ -97,6 +99,7 @@ pub use rows::{
     QueuedCursor, SizeClassQueueRow, StageKind, WorkerFilter, WorkerRow,
 };
 pub use settings::{Limits, PredeclaredQueue, Settings};
+pub use statistics::{ExecutionResult, QueueStatistics};
 pub use workers::{HeldCall, SynchronizeAnswer};
 
 use super::size_class::StatisticsUpdate;
@@ -113,6 +116,7 @@ use resumption::AwaitedReports;
 use state::{
     Operation, OperationPlace, PlatformQueue, SizeClassQueue, Task, TaskState, Worker, WorkerState,
 };
+use statistics::Statistics;
 use timers::{Timer, Timers};
 
 /// How many deadlines pass under one lock.
@@ -139,6 +143,7 @@ pub struct Queue<C, W> {
     drains_version: u64,
     queued: QueuedCounts,
     queued_by_age: QueuedByAge,
+    statistics: Statistics,
     timers: Timers,
     effects: Vec<Effect<C, W>>,
     last_number: u64,
@@ -189,6 +194,7 @@ impl<C, W: Clone> Queue<C, W> {
             drains_version: 0,
             queued: QueuedCounts::default(),
             queued_by_age: QueuedByAge::default(),
+            statistics: Statistics::default(),
             timers: Timers::default(),
             effects: Vec::new(),
             last_number: 0,

@@ -48,9 +48,9 @@ impl<C, W: Clone> Queue<C, W> {
     }
 
     /// A task that is in no tree waits for a worker's report.
-    pub(super) fn await_report(&mut self, task: TaskNumber) {
+    pub(super) fn await_report(&mut self, now: Instant, task: TaskNumber) {
         let end = self.reports_end();
-        self.advance(task, TaskState::AwaitingReport);
+        self.advance(now, task, TaskState::AwaitingReport);
         let awaited = &mut self.awaited_reports;
         awaited.tasks.insert((self.tasks[task].queue, task));
         self.timers

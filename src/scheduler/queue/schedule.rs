@@ -65,6 +65,7 @@ impl<C, W: Clone> Queue<C, W> {
             background,
             skips_cache_lookup,
             state: TaskState::Fresh,
+            in_state_since: None,
             version: 0,
         })
     }
@@ -86,7 +87,7 @@ impl<C, W: Clone> Queue<C, W> {
             let operation = self.tasks[task].operations[i];
             self.enqueue_operation(operation);
         }
-        self.advance(task, TaskState::Queued);
+        self.advance(now, task, TaskState::Queued);
     }
 
     /// Makes a task that is in no tree the worker's, whose call is not held.
@@ -129,6 +130,7 @@ impl<C, W: Clone> Queue<C, W> {
             held: None,
         };
         self.advance(
+            now,
             task,
             TaskState::Executing {
                 worker,
@@ -230,7 +232,7 @@ impl<C, W: Clone> Queue<C, W> {
         self.in_flight.remove(&(hash, number));
         self.totals.completed += 1;
         self.totals.failed += u64::from(outcome.code != 0 || outcome.exit_code != 0);
-        self.advance(number, TaskState::Completed(outcome));
+        self.advance(now, number, TaskState::Completed(outcome));
         for i in 0..self.tasks[number].operations.len() {
             self.end_operation(now, self.tasks[number].operations[i]);
         }
@@ -270,7 +272,8 @@ impl<C, W: Clone> Queue<C, W> {
     }
 
     /// Changes a task's state, and tells those who wait for it when that is news.
-    pub(super) fn advance(&mut self, number: TaskNumber, state: TaskState) {
+    pub(super) fn advance(&mut self, now: Instant, number: TaskNumber, state: TaskState) {
+        self.count_transition(now, number, &state);
         let task = &mut self.tasks[number];
         let news = match (&task.state, &state) {
             (TaskState::Fresh, TaskState::AwaitingReport)

@@ -141,6 +141,8 @@ pub(super) struct Task {
     /// Somebody who waits for it wants no result of before it was asked for.
     pub skips_cache_lookup: bool,
     pub state: TaskState,
+    /// `None` while it is fresh.
+    pub in_state_since: Option<Instant>,
     pub version: u64,
 }
 

@@ -317,6 +317,7 @@ impl<C, W: Clone> Queue<C, W> {
         self.invocations.hold(root);
         self.invocations.count_idle(root, true);
         self.queues[queue].workers.insert(caller.id.clone(), number);
+        self.count_worker_created(queue);
         self.expect_call(now, number);
         Ok(number)
     }
@@ -518,6 +519,7 @@ impl<C, W: Clone> Queue<C, W> {
             return;
         }
         let (queue, id) = (self.workers[number].queue, self.workers[number].id.clone());
+        self.count_worker_removed(queue, self.workers[number].is_busy());
         match &self.workers[number].state {
             WorkerState::Executing { .. } => self.lose_worker(now, number),
             WorkerState::ExecutingForeign { .. } => {

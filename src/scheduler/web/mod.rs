@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use axum::{
     Router,
-    extract::DefaultBodyLimit,
+    extract::{DefaultBodyLimit, State},
     http::header,
     middleware,
     response::{IntoResponse, Response},
@@ -30,6 +30,7 @@ mod overview;
 mod protection;
 
 use super::shared_queue::SharedQueue;
+use crate::daemon::{self, Metrics};
 pub(super) use history::{CacheLookups, History};
 pub(super) use protection::Protection;
 
@@ -38,6 +39,7 @@ pub(super) struct Pages {
     pub queue: Arc<SharedQueue>,
     pub history: Arc<History>,
     pub protection: Protection,
+    pub metrics: Arc<Metrics>,
 }
 
 const STYLE: &str = include_str!("assets/style.css");
@@ -49,6 +51,9 @@ const LARGEST_FORM: usize = 64 << 10;
 pub(super) fn router(pages: Arc<Pages>) -> Router {
     Router::new()
         .route("/", get(overview::page))
+        .route("/metrics", get(metrics))
+        .route("/-/healthy", get(|| async { "healthy\n" }))
+        .route("/-/ready", get(|| async { "ready\n" }))
         .route("/assets/style.css", get(|| asset("text/css", STYLE)))
         .route(
             "/assets/script.js",
@@ -61,6 +66,14 @@ pub(super) fn router(pages: Arc<Pages>) -> Router {
             protection::protect,
         ))
         .with_state(pages)
+}
+
+/// What Prometheus fetches.
+async fn metrics(_: protection::MaySee, State(pages): State<Arc<Pages>>) -> Response {
+    let metrics = pages.metrics.clone();
+    let rendered = daemon::spawn_blocking(move || metrics.render()).await;
+    let headers = [(header::CONTENT_TYPE, Metrics::CONTENT_TYPE)];
+    (headers, rendered.unwrap_or_default()).into_response()
 }
 
 /// A file that changes with the program only.

@@ -75,6 +75,7 @@ impl Space {
         self.append(contents, SpaceSource::Shared, |places| {
             let now = self.now();
             for ((key, content), place) in contents.iter().zip(places) {
+                self.counts.written.add(content.len() as u64);
                 self.set_location(*key, content.len() as u64, *place, now);
             }
         })

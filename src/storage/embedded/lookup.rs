@@ -11,6 +11,7 @@ use super::{
     index::{IndexEntry, IndexKey, Location},
     space::Space,
 };
+use crate::daemon::message_id;
 
 impl Space {
     /// The content of an entry in a segment. `None` when it is gone or damaged.
@@ -75,6 +76,7 @@ impl Space {
                     let _ = segment.erase(slot);
                 }
                 tracing::error!(
+                    message_id = message_id::BLOB_DAMAGED,
                     segment = number,
                     slot,
                     "removed a blob that was damaged on disk"
@@ -83,7 +85,11 @@ impl Space {
             Location::File => {
                 let path = file::path(&self.files(), &found.key, found.size);
                 self.unlink_large(found);
-                tracing::error!(path = %path.display(), "removed a blob that was damaged on disk");
+                tracing::error!(
+                    message_id = message_id::BLOB_DAMAGED,
+                    path = %path.display(),
+                    "removed a blob that was damaged on disk"
+                );
             }
         }
     }
@@ -98,6 +104,7 @@ impl Space {
         let _lock = self.file_lock(&key);
         writer.commit(&self.files(), &key)?;
         self.written.fetch_add(size, Ordering::Relaxed);
+        self.counts.written.add(size);
         self.set_location(key, size, Location::File, self.now());
         Ok(())
     }

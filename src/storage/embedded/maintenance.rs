@@ -89,6 +89,7 @@ impl Space {
             if stopping {
                 return;
             }
+            self.note_age();
             self.uploads.expire(Instant::now());
             self.reclaim();
         }

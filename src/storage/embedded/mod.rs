@@ -50,6 +50,7 @@ mod action_results;
 mod append;
 mod blob_writer;
 mod check;
+mod counts;
 mod file;
 mod index;
 mod initial_size_class_cache;
@@ -64,6 +65,7 @@ mod uploads;
 
 pub use blob_writer::BlobWriter;
 pub use check::{CheckProgress, StoreUsage};
+pub use counts::StoreCounts;
 pub use open::probe;
 pub use uploads::{Uploads, WriteLease};
 
@@ -156,8 +158,10 @@ impl Store {
         let found = self
             .space
             .index
-            .find(&IndexKey::blob(digest), self.space.now())?;
-        (found.size == digest.size()).then_some(found)
+            .find(&IndexKey::blob(digest), self.space.now())
+            .filter(|found| found.size == digest.size());
+        self.space.counts.looked_up(found.is_some());
+        found
     }
 
     /// Opens a blob for reading.

@@ -185,6 +185,8 @@ fn read(directory: &Path, maximum_size: u64, lock: File) -> io::Result<Space> {
         segment_creation: Mutex::new(()),
         file_locks: std::array::from_fn(|_| Mutex::new(())),
         maintenance: Default::default(),
+        counts: Default::default(),
+        ages: Default::default(),
         _lock: lock,
     };
     let mut latest = space.now();

@@ -43,6 +43,10 @@ impl Space {
                 Location::File => self.unlink_large(found),
             }
         }
+        self.counts.evicted.add(evicted.len() as u64);
+        if !evicted.is_empty() {
+            self.ages.lock().evicted(&evicted, Instant::now());
+        }
         tracing::debug!(count = evicted.len(), "evicted");
     }
 

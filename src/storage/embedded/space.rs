@@ -30,6 +30,7 @@ use super::{
     super::Error,
     SMALL,
     append::ActiveSegment,
+    counts::{RecencyAges, StoreCounts},
     index::Index,
     maintenance::MaintenanceSignal,
     segment::{self, Segment},
@@ -55,6 +56,8 @@ pub(super) struct Space {
     pub segment_creation: Mutex<()>,
     pub file_locks: [Mutex<()>; 64],
     pub maintenance: MaintenanceSignal,
+    pub counts: StoreCounts,
+    pub ages: Mutex<RecencyAges>,
     /// Held for as long as the store is open.
     pub _lock: fs::File,
 }

@@ -205,6 +205,13 @@ impl Pool {
         self.build_directory.as_fd()
     }
 
+    /// Roots that are idle and not empty, and stashed subtrees.
+    pub(super) fn kept(&self) -> (usize, usize) {
+        let waiting = self.waiting.lock();
+        let roots = waiting.roots.iter().filter(|root| !root.is_empty());
+        (roots.count(), waiting.stashed.len())
+    }
+
     pub(super) fn generation(&self) -> u64 {
         self.generation.load(Ordering::SeqCst)
     }

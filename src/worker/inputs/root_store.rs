@@ -116,6 +116,11 @@ impl RootStore {
         self.threads.store(threads, Ordering::Relaxed);
     }
 
+    /// Input roots that are kept and idle, and stashed subtrees.
+    pub fn kept(&self) -> (usize, usize) {
+        self.pool.kept()
+    }
+
     pub fn counts(&self) -> &LayOutCounts {
         &self.counts
     }

@@ -358,6 +358,7 @@ fn executor(
             timeout: ConfiguredDuration::seconds(60),
         },
         browser_url: Some("http://browser/".to_owned()),
+        metrics: Arc::default(),
     };
     Ok((Arc::new(executor), cache))
 }

@@ -5,7 +5,7 @@ use std::{io, path::Path, sync::OnceLock};
 use parking_lot::Mutex;
 
 use super::{
-    counts::VerificationCounts,
+    counts::{CacheUses, VerificationCounts},
     directory::{self, CacheDirectory},
     index::{CacheIndex, CachedFile},
     key::FileKey,
@@ -41,6 +41,7 @@ pub struct FileCache {
     /// How often somebody else changed files; held while they are removed.
     pub(super) modifications: Mutex<u64>,
     pub(super) verified: VerificationCounts,
+    pub(super) uses: CacheUses,
 }
 
 impl FileCache {
@@ -79,6 +80,7 @@ impl FileCache {
             watch: watch.ok(),
             modifications: Mutex::default(),
             verified: VerificationCounts::default(),
+            uses: CacheUses::default(),
         };
         cache.evict_to_fit();
         Ok(cache)
@@ -91,6 +93,15 @@ impl FileCache {
     /// Bytes that are to stay free on the file system.
     pub fn minimum_free(&self) -> u64 {
         self.limits.minimum_free
+    }
+
+    /// How it was used since the start.
+    pub fn uses(&self) -> &CacheUses {
+        &self.uses
+    }
+
+    pub fn limits(&self) -> CacheLimits {
+        self.limits
     }
 
     /// Files and bytes.

@@ -1,9 +1,19 @@
-//! How much of the cache was read to verify it, for the log.
+//! How much of the cache was read to verify it, for the log, and how it was used, for metrics.
 
 use std::{
     fmt,
     sync::atomic::{AtomicU64, Ordering},
 };
+
+use crate::daemon::Counter;
+
+/// Input files since the start, each time that one was wanted.
+#[derive(Debug, Default)]
+pub struct CacheUses {
+    pub hits: Counter,
+    pub misses: Counter,
+    pub fetched_bytes: Counter,
+}
 
 /// What was read since the start.
 #[derive(Debug, Default)]

@@ -40,6 +40,8 @@ impl FileCache {
             let (claim, waiting) = self.claim(pinned).await;
             if !claim.keys.is_empty() {
                 self.check_size(pinned, &claim.keys)?;
+                let sizes = claim.keys.iter().map(|key| key.digest.size());
+                self.uses.fetched_bytes.add(sizes.sum());
                 self.download(instance, &claim.keys, &mut fetched, &mut missing)
                     .await?;
             }

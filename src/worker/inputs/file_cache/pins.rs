@@ -38,6 +38,7 @@ impl FileCache {
         let mut pinned = PinnedFiles::none(self);
         pinned.handles.reserve_exact(keys.len());
         let mut unverified = Vec::new();
+        let keys_in_all = keys.len();
         for keys in keys.chunks(KEYS_AT_A_TIME) {
             let mut index = self.index.lock();
             for key in keys {
@@ -50,6 +51,10 @@ impl FileCache {
                 pinned.handles.push(handle);
             }
         }
+        self.uses.misses.add(pinned.absent.len() as u64);
+        self.uses
+            .hits
+            .add((keys_in_all - pinned.absent.len()) as u64);
         if !unverified.is_empty() {
             pinned.wrong = self.verify_first_use(unverified);
         }

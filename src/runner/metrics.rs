@@ -1,0 +1,77 @@
+//! What a runner tells Prometheus and `bb_runner status`: its layers of containment, and what became of its
+//! actions.
+
+use std::{fmt, sync::Arc};
+
+use super::{counts::RunCounts, sandbox::Layers, users::UserPool};
+use crate::daemon::{Exposition, Metrics};
+
+/// What a runner's numbers are taken from.
+#[derive(Clone)]
+pub(super) struct Sources {
+    pub counts: Arc<RunCounts>,
+    pub users: Arc<UserPool>,
+    /// How many there are.
+    pub user_count: u32,
+    pub layers: Layers,
+}
+
+fn names(layers: Layers) -> Vec<String> {
+    layers
+        .iter_names()
+        .map(|(name, _)| name.to_lowercase())
+        .collect()
+}
+
+/// All that a runner tells.
+pub(super) fn metrics(sources: Sources) -> Metrics {
+    Metrics::new().with(move |exposition| sources.expose(exposition))
+}
+
+impl Sources {
+    fn expose(&self, exposition: &mut Exposition<'_>) -> fmt::Result {
+        let layers = names(Layers::all()).into_iter().map(|name| {
+            let is_on = names(self.layers).contains(&name);
+            (vec![("layer", name)], f64::from(u8::from(is_on)))
+        });
+        exposition.gauges(
+            "bb_runner_containment",
+            "1 for each layer of containment that is in force, 0 for the others",
+            layers,
+        )?;
+        let running = self.users.in_use() as f64;
+        exposition.gauge("bb_runner_running_actions", "Actions that run", running)?;
+        let users = f64::from(self.user_count);
+        exposition.gauge("bb_runner_users", "Users that actions can run as", users)?;
+        exposition.counter(
+            "bb_runner_started_actions",
+            "Actions that were begun",
+            self.counts.started.get(),
+        )?;
+        let rows = self.counts.rows().map(|(outcome, count)| {
+            let labels = vec![("outcome", outcome.to_owned())];
+            (labels, count)
+        });
+        exposition.counters(
+            "bb_runner_actions",
+            "Actions that are over: those that ran out of memory have ended, too",
+            rows,
+        )
+    }
+
+    /// For `bb_runner status`.
+    pub(super) fn status(&self) -> serde_json::Value {
+        serde_json::json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "running": self.users.in_use(),
+            "users": self.user_count,
+            "layers": names(self.layers),
+            "missing_layers": names(Layers::all().difference(self.layers)),
+            "started": self.counts.started.get(),
+            "ended": self.counts.ended.get(),
+            "stopped": self.counts.stopped.get(),
+            "out_of_memory": self.counts.out_of_memory.get(),
+            "failed": self.counts.failed.get(),
+        })
+    }
+}
