@@ -323,12 +323,15 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         .add(queue_state)
         .add(scheduler_control)
         .observable(&stopping)?;
-    let pages = web::router(Arc::new(Pages {
-        queue: queue.clone(),
-        history: history.clone(),
-        protection: Protection::new(&config.web.url, &daemon::hostname()),
-        metrics: Arc::new(metrics::metrics(&queue, &storage)),
-    }));
+    let pages = web::router(Arc::new(Pages::new(
+        queue.clone(),
+        drains.clone(),
+        storage.clone(),
+        InitialSizeClassCache::open(cache, &storage, &credentials),
+        history.clone(),
+        Protection::new(&config.web.url, &daemon::hostname()),
+        Arc::new(metrics::metrics(&queue, &storage)),
+    )));
     let limits = ServerLimits {
         requests_per_second: config.callers.requests_per_second,
         bytes_per_second: config.callers.bytes_per_second.get(),
