@@ -21,9 +21,11 @@ use tonic::Code;
 
 use super::{
     availability::{Availability, NotReady},
+    browser_link::BrowserUrl,
     command::Command,
     fault::Fault,
     inputs::{InputRoot, InputRoots, LOCK_TIMEOUT},
+    live_output::RunningOutputs,
     metrics::ExecutionMetrics,
     outputs::{self, CollectedOutputs, Collector},
     response_size, runner_client,
@@ -66,8 +68,10 @@ pub struct Executor {
     pub force_upload_trees_and_directories: bool,
     pub outputs: Outputs,
     /// For links in messages; without one there are none.
-    pub browser_url: Option<String>,
+    pub browser_url: BrowserUrl,
     pub metrics: Arc<ExecutionMetrics>,
+    /// What is executed now, for those who read its output meanwhile.
+    pub running: Arc<RunningOutputs>,
 }
 
 /// What became of a call to the runner.
@@ -151,6 +155,9 @@ impl Executor {
             request
         };
         metadata.execution_start_timestamp = now();
+        let readable = self
+            .running
+            .insert(&task.digest, root.directory(), metadata);
         let mut start = Instant::now();
         let mut run = async || {
             // Whatever does not answer first is dropped, and the runner sees its call cancelled.
@@ -195,6 +202,7 @@ impl Executor {
             }));
         }
 
+        drop(readable);
         phase.send_replace(ExecutionPhase::UploadingOutputs);
         metadata.output_upload_start_timestamp = now();
         let timeout = self.outputs.timeout.get();
@@ -349,7 +357,7 @@ impl Executor {
                     response.status = Some(fault.status());
                 }
             }
-        } else if self.browser_url.is_some() {
+        } else if self.browser_url.get().is_some() {
             // Without a link nobody could find it.
             let historical = cas::HistoricalExecuteResponse {
                 action_digest: Some(action.to_proto()),
@@ -379,7 +387,7 @@ impl Executor {
         digest: &Digest,
         response: &mut reapi::ExecuteResponse,
     ) {
-        let Some(browser) = &self.browser_url else {
+        let Some(browser) = self.browser_url.get() else {
             return;
         };
         let mut url = browser.trim_end_matches('/').to_owned();

@@ -6,7 +6,8 @@
 //! - `execute` is one action, in order: `inputs` makes its root, `runner_client` knows of its runner,
 //!   `outputs` collects what it left, `response_size` and `completion_log` tell of it; `command` is what
 //!   it runs, and `fault` why it has no result.
-//! - `metrics` are its numbers, and `commands` ask it.
+//! - `live_output` has what actions print read meanwhile, and `browser_link` says where results are looked
+//!   at; `metrics` are its numbers, and `commands` ask it.
 //! - `availability` says whether slots take work, as `health`, which is pure, decides.
 //! - `setup` is a worker's start, `probe` what `--check` tries, `status_line` what systemctl shows.
 //! - `beneath`, `removal` and `attributes` handle what actions may have made; `blocking` has threads for
@@ -16,12 +17,14 @@ use std::sync::Arc;
 
 use self::{
     availability::Availability,
+    browser_link::BrowserUrl,
     execute::Executor,
     inputs::{
         InputRoots,
         directories::DirectoryCache,
         file_cache::{LinkMode, Verifier},
     },
+    live_output::RunningOutputs,
     metrics::{ExecutionMetrics, Sources},
     status_line::StatusLine,
 };
@@ -36,6 +39,7 @@ mod attributes;
 pub mod availability;
 pub mod beneath;
 mod blocking;
+pub mod browser_link;
 pub mod command;
 mod commands;
 mod completion_log;
@@ -43,6 +47,7 @@ pub mod execute;
 pub mod fault;
 pub mod health;
 pub mod inputs;
+pub mod live_output;
 pub mod lru;
 mod metrics;
 pub mod outputs;
@@ -109,6 +114,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let scheduler = daemon::connect_with(&config.scheduler.endpoint, &credentials);
     let mut executors = Vec::new();
     let executions = Arc::new(ExecutionMetrics::default());
+    let running = Arc::new(RunningOutputs::default());
     let status_line = Arc::new(StatusLine::new(&config.scheduler.endpoint, slots));
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
@@ -140,7 +146,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             force_upload_trees_and_directories: config.storage.force_upload_trees_and_directories,
             outputs: config.outputs.clone(),
             metrics: executions.clone(),
-            browser_url: Some(config.storage.browser_url.clone()).filter(|url| !url.is_empty()),
+            browser_url: BrowserUrl::new(&config.storage.browser_url),
+            running: running.clone(),
         });
         executors.push(executor.clone());
         for (slot, identity) in identities.into_iter().enumerate() {
@@ -206,12 +213,24 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             .chain(store.retention_suspension(std::time::Instant::now()));
         troubles.fold(line, |line, trouble| format!("{line}; {trouble}"))
     };
+    let workers = executors
+        .iter()
+        .flat_map(|executor| executor.workers.clone());
+    let live_output = live_output::run(
+        scheduler.clone(),
+        workers.collect(),
+        running,
+        config.build_directory.clone(),
+        stopping.clone(),
+    );
+    let live_output = tokio::spawn(live_output);
     tokio::select! {
         () = async { while clients.join_next().await.is_some() {} } => {}
         () = lifecycle.keep_status(line) => {}
     }
     late.abort();
     observed.abort();
+    live_output.abort();
     tracing::info!("laid out {}", store.counts());
     tracing::info!("verified {}", cache.verified());
     Ok(())

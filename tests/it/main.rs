@@ -29,5 +29,6 @@ mod simulation;
 mod storage;
 mod tls;
 mod tokens;
+mod web;
 mod wire;
 mod worker;

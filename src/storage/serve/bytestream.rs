@@ -22,7 +22,9 @@ use crate::{
     storage::Backend,
 };
 
-pub(super) struct ByteStreamService {
+/// Blobs of a back end.
+pub struct ByteStreamService {
+    /// Where they are.
     pub backend: Backend,
 }
 
