@@ -44,11 +44,11 @@ use crate::{
         self,
         auth::AuthenticationMetadata,
         live_output::Output,
-        longrunning::Operation,
+        longrunning::{Operation, operation},
         reapi::{self, execution_stage::Value as StageValue},
         rpc,
     },
-    storage::Backend,
+    storage::{Backend, InlineHints},
 };
 
 /// What clients call.
@@ -80,6 +80,8 @@ struct Asked {
     user: Option<AuthenticationMetadata>,
     /// For the log.
     client: String,
+    /// What is to be in the result beside its digests.
+    inline: InlineHints,
 }
 
 #[tonic::async_trait]
@@ -127,7 +129,9 @@ impl reapi::execution_server::Execution for ExecutionService {
                 _ => {
                     access.require(&action.instance)?;
                     let client = daemon::client_name(&request);
-                    Ok(Response::new(self.watch(waiter, text.clone(), client)))
+                    let inline = InlineHints::default();
+                    let operations = self.watch(waiter, text.clone(), client, inline);
+                    Ok(Response::new(operations))
                 }
             };
         }
@@ -144,6 +148,7 @@ impl reapi::execution_server::Execution for ExecutionService {
                     header: request_metadata_header(request.metadata()),
                     user: status::user(&request),
                     client: daemon::client_name(&request),
+                    inline: InlineHints::default(),
                     name: *name,
                 };
                 self.resume(asked).instrument(span).await.map(Response::new)
@@ -158,6 +163,7 @@ impl ExecutionService {
         let (user, access) = (status::user(&request), Access::of(&request));
         let client = daemon::client_name(&request);
         let request = request.into_inner();
+        let inline = InlineHints::from(&request);
         let instance = InstanceName::parse(&request.instance_name).map_err(invalid)?;
         access.require(&instance)?;
         let function = DigestFunction::from_proto(request.digest_function).map_err(invalid)?;
@@ -176,6 +182,7 @@ impl ExecutionService {
             header,
             user,
             client,
+            inline,
         })
     }
 
@@ -199,14 +206,18 @@ impl ExecutionService {
             header,
             user,
             client,
+            inline,
         } = asked;
         let (instance, digest) = (name.instance.clone(), name.digest);
         let mut action = self.action(&instance, &digest).await?;
         let may_look_up = self.scheduling.action_cache_lookup && !action.do_not_cache;
         if may_look_up
             && !name.skip_cache_lookup
-            && let Some(result) = self.look_up(&instance, &digest).await
+            && let Some(mut result) = self.look_up(&instance, &digest).await
         {
+            let function = digest.function();
+            let inlining = inline.apply(&self.storage, &instance, function, &mut result);
+            inlining.await;
             return Ok(self.answer_from_cache(&name, result, &client));
         }
         let (mut auxiliary_metadata, metadata) = request_metadata(header);
@@ -264,7 +275,7 @@ impl ExecutionService {
         };
         let waiter = self.without_incomplete_result(waiter, queued).await?;
         name.operation = waiter.attached.operation;
-        Ok(self.watch(waiter, name.to_string(), client))
+        Ok(self.watch(waiter, name.to_string(), client, inline))
     }
 
     /// On workers of which size it is executed.
@@ -422,14 +433,21 @@ impl ExecutionService {
     }
 
     /// The operation now, at each change, and now and then; the stream ends with its completion.
-    fn watch(&self, waiter: Waiter, name: String, client: String) -> Operations {
+    fn watch(
+        &self,
+        waiter: Waiter,
+        name: String,
+        client: String,
+        inline: InlineHints,
+    ) -> Operations {
         let interval = self.scheduling.execution_update_interval.get();
         let client: Arc<str> = client.into();
         let state = Some((waiter, name, None));
         let (service, stopping) = (self.clone(), self.stopping.clone());
+        let inline = Arc::new(inline);
         Box::pin(stream::unfold(state, move |state| {
             let (service, stopping) = (service.clone(), stopping.clone());
-            let client = client.clone();
+            let (client, inline) = (client.clone(), inline.clone());
             async move {
                 let (mut waiter, name, seen) = state?;
                 let mut update = Update::News;
@@ -448,7 +466,7 @@ impl ExecutionService {
                     Update::News => Details::default(),
                     Update::StillThere => service.details(attached.operation).await,
                 };
-                let operation = operation_message::of_progress(
+                let mut operation = operation_message::of_progress(
                     name.clone(),
                     attached.operation,
                     &attached.action,
@@ -463,6 +481,8 @@ impl ExecutionService {
                             outcome,
                             Some(&client),
                         );
+                        let storage = &service.storage;
+                        inline_outputs(&mut operation, &inline, storage, &attached.action).await;
                         None
                     }
                     _ => Some((waiter, name, Some(progress.version))),
@@ -471,6 +491,29 @@ impl ExecutionService {
             }
         }))
     }
+}
+
+/// Puts what the client asked for into the result of an operation that is done.
+async fn inline_outputs(
+    operation: &mut Operation,
+    hints: &InlineHints,
+    storage: &Backend,
+    action: &QueuedAction,
+) {
+    let Some(operation::Result::Response(any)) = &mut operation.result else {
+        return;
+    };
+    if hints.is_empty() {
+        return;
+    }
+    let mut response = reapi::ExecuteResponse::decode(&*any.value).unwrap_or_default();
+    let Some(result) = &mut response.result else {
+        return;
+    };
+    let function = action.digest.function();
+    let inlining = hints.apply(storage, &action.instance, function, result);
+    inlining.await;
+    any.value = response.encode_to_vec();
 }
 
 /// What a client asked for, for the log.
