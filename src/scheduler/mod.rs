@@ -357,7 +357,6 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         InitialSizeClassCache::open(cache, &storage, &credentials),
         history.clone(),
         Protection::new(&config.web.url, &daemon::hostname()),
-        Arc::new(metrics::metrics(&queue, &storage)),
     )));
     let limits = ServerLimits {
         requests_per_second: config.callers.requests_per_second,

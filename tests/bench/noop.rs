@@ -136,9 +136,18 @@ impl Shared {
 
 /// Which queue a worker serves.
 #[derive(Clone)]
-struct Place {
+pub struct Place {
     instance_name_prefix: String,
     platform: reapi::Platform,
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Place {
+            instance_name_prefix: String::new(),
+            platform: linux(),
+        }
+    }
 }
 
 /// NAME=VALUE, separated by commas.
@@ -185,11 +194,7 @@ fn spawn_workers(
     shared: &Arc<Shared>,
 ) -> Vec<tokio::task::JoinHandle<()>> {
     let endpoint = format!("grpc://{}", scheduler.workers).parse().unwrap();
-    let place = Place {
-        instance_name_prefix: String::new(),
-        platform: linux(),
-    };
-    spawn_workers_of(&endpoint, &place, count, shared)
+    spawn_workers_of(&endpoint, &Place::default(), count, shared)
 }
 
 fn spawn_workers_of(

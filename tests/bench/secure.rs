@@ -30,7 +30,7 @@ use crate::{
         pki::{Authority, Leaf},
         scheduler_process::SchedulerProcess,
     },
-    noop::{Shared, execute, processor_time, upload, work},
+    noop::{Place, Shared, execute, processor_time, upload, work},
 };
 
 const WORKERS: usize = 64;
@@ -102,7 +102,12 @@ impl Variant {
         let mut tasks = tokio::task::JoinSet::new();
         let channel = daemon::connect_with(&workers, &credentials);
         for number in 0..WORKERS {
-            tasks.spawn(work(number, channel.clone(), shared.clone()));
+            tasks.spawn(work(
+                number,
+                Place::default(),
+                channel.clone(),
+                shared.clone(),
+            ));
         }
         let client = Client {
             channel: daemon::connect_with(&clients, &credentials),

@@ -39,7 +39,7 @@ mod steering;
 mod tests;
 mod workers;
 
-use super::{drain_file::DrainFile, live_output::LiveOutput, shared_queue::SharedQueue};
+use super::{drain_file::DrainFile, live_output::LiveOutput, metrics, shared_queue::SharedQueue};
 use crate::{
     daemon::{self, Metrics},
     storage::{Backend, InitialSizeClassCache},
@@ -76,9 +76,9 @@ impl Pages {
         statistics: InitialSizeClassCache,
         history: Arc<History>,
         protection: Protection,
-        metrics: Arc<Metrics>,
     ) -> Self {
         Pages {
+            metrics: Arc::new(metrics::metrics(&queue, &storage)),
             queue,
             drains,
             storage,
@@ -86,7 +86,6 @@ impl Pages {
             statistics,
             history,
             protection,
-            metrics,
             drainers: Drainers::default(),
             searches: Semaphore::new(4),
             large: Semaphore::new(2),

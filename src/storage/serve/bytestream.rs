@@ -105,7 +105,8 @@ impl ByteStream for ByteStreamService {
         let name = WriteName::parse(&first.resource_name)?;
         access.require(&name.instance)?;
         if name.compressor == Compressor::Zstd {
-            let committed_size = compressed_write::run(self, &name, &caller, first, stream).await?;
+            let committed_size =
+                compressed_write::run(self, &name, &caller, &owner, first, stream).await?;
             return Ok(Response::new(WriteResponse { committed_size }));
         }
         let digest = name.digest;

@@ -25,6 +25,7 @@ pub(super) async fn run(
     service: &ByteStreamService,
     name: &WriteName,
     caller: &Caller,
+    owner: &str,
     first: WriteRequest,
     mut stream: Streaming<WriteRequest>,
 ) -> Result<i64, Status> {
@@ -44,7 +45,7 @@ pub(super) async fn run(
     let _memory = coder_budget::reserve(caller, left).await?;
     let mut upload = service
         .backend
-        .resume_upload(&name.uncompressed(), digest, first.write_offset)
+        .resume_upload(&name.uncompressed(), owner, digest, first.write_offset)
         .await?;
     let mut decoder = Decoder::new(left)?;
     // Where the next bytes of the blob go, and which offset the next message has.
