@@ -1,6 +1,6 @@
 //! The scheduler over gRPC on loopback, with workers that do nothing but wait.
 //!
-//! usage: cargo bench --bench farm -- noop [actions|parked|fairness|priorities|restart] [KEY=VALUE...]
+//! usage: cargo bench --bench farm -- noop [actions|parked|fairness|priorities|restart|workers] [KEY=VALUE...]
 //!
 //! actions     count=50000 workers=64 in_flight=256   actions a second, delay until a worker has one
 //! parked      workers=10000                          memory of workers that wait for work
@@ -8,6 +8,9 @@
 //!             how long ten actions wait beside another client's two thousand
 //! priorities  count=400 workers=20 milliseconds=200  shares of three clients, against the formula
 //! restart     workers=200 count=100000               kill -9 of a scheduler that has so many queued
+//! workers     endpoint=grpc://HOST:PORT count=64 milliseconds=0 instance= platform=OSFamily=linux
+//!             nothing but workers, of any scheduler that speaks Buildbarn's protocol, until it is
+//!             killed: for load tests of such schedulers, which other programs then ask to execute
 
 use std::{
     collections::HashMap,
@@ -19,6 +22,7 @@ use std::{
 };
 
 use bb_remote_execution::{
+    config::Endpoint,
     daemon,
     metadata::{Attempt, WorkerCall},
     proto::{
@@ -51,7 +55,27 @@ pub fn run(arguments: &[String]) {
     };
     let wanted = arguments.first().map(String::as_str);
     let is = |name: &str| wanted.is_none_or(|wanted| wanted == name || wanted.contains('='));
+    let text = |key: &str, default: &str| {
+        let given = arguments
+            .iter()
+            .find_map(|text| text.strip_prefix(key)?.strip_prefix('='));
+        given.unwrap_or(default).to_owned()
+    };
     tokio::runtime::Runtime::new().unwrap().block_on(async {
+        if wanted == Some("workers") {
+            let (endpoint, instance) = (text("endpoint", ""), text("instance", ""));
+            let place = Place {
+                instance_name_prefix: instance,
+                platform: platform(&text("platform", "OSFamily=linux")),
+            };
+            only_workers(
+                &endpoint,
+                place,
+                number("count", 64),
+                number("milliseconds", 0),
+            )
+            .await;
+        }
         if is("actions") {
             let workers = number("workers", 64);
             actions(number("count", 50_000), workers, number("in_flight", 256)).await;
@@ -110,26 +134,85 @@ impl Shared {
     }
 }
 
+/// Which queue a worker serves.
+#[derive(Clone)]
+struct Place {
+    instance_name_prefix: String,
+    platform: reapi::Platform,
+}
+
+/// NAME=VALUE, separated by commas.
+fn platform(text: &str) -> reapi::Platform {
+    let pairs = text.split(',').filter_map(|pair| pair.split_once('='));
+    let mut properties: Vec<_> = pairs
+        .map(|(name, value)| reapi::platform::Property {
+            name: name.to_owned(),
+            value: value.to_owned(),
+        })
+        .collect();
+    properties.sort_by(|a, b| (&a.name, &a.value).cmp(&(&b.name, &b.value)));
+    reapi::Platform { properties }
+}
+
+/// Serves a scheduler of somebody else's, and says now and then how much was done.
+async fn only_workers(endpoint: &str, place: Place, count: usize, milliseconds: usize) {
+    let Ok(endpoint) = endpoint.parse() else {
+        eprintln!("endpoint=grpc://HOST:PORT says which scheduler the workers are of");
+        std::process::exit(2);
+    };
+    let shared = Arc::new(Shared::default());
+    shared
+        .milliseconds
+        .store(milliseconds as u64, Ordering::Relaxed);
+    let _workers = spawn_workers_of(&endpoint, &place, count, &shared);
+    let mut before = 0;
+    loop {
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        // Nobody asks which they were.
+        shared.executions.lock().unwrap().clear();
+        let done = shared.completed.load(Ordering::Relaxed);
+        println!(
+            "workers: {done} actions, {:.1} a second",
+            (done - before) as f64 / 10.0
+        );
+        before = done;
+    }
+}
+
 fn spawn_workers(
     scheduler: &Scheduler,
     count: usize,
     shared: &Arc<Shared>,
 ) -> Vec<tokio::task::JoinHandle<()>> {
     let endpoint = format!("grpc://{}", scheduler.workers).parse().unwrap();
-    let mut channel = daemon::connect(&endpoint);
+    let place = Place {
+        instance_name_prefix: String::new(),
+        platform: linux(),
+    };
+    spawn_workers_of(&endpoint, &place, count, shared)
+}
+
+fn spawn_workers_of(
+    endpoint: &Endpoint,
+    place: &Place,
+    count: usize,
+    shared: &Arc<Shared>,
+) -> Vec<tokio::task::JoinHandle<()>> {
+    let mut channel = daemon::connect(endpoint);
     (0..count)
         .map(|number| {
             if number % SLOTS == 0 {
-                channel = daemon::connect(&endpoint);
+                channel = daemon::connect(endpoint);
             }
-            tokio::spawn(work(number, channel.clone(), shared.clone()))
+            let place = place.clone();
+            tokio::spawn(work(number, place, channel.clone(), shared.clone()))
         })
         .collect()
 }
 
 /// One slot, as bb_worker's: it numbers its calls, says which attempt it reports, and keeps a call open
 /// while it executes.
-async fn work(number: usize, channel: daemon::Channel, shared: Arc<Shared>) {
+async fn work(number: usize, place: Place, channel: daemon::Channel, shared: Arc<Shared>) {
     use current_state::WorkerState;
     let mut client = OperationQueueClient::new(channel);
     let mut calls = 0;
@@ -138,7 +221,8 @@ async fn work(number: usize, channel: daemon::Channel, shared: Arc<Shared>) {
             calls += 1;
             let mut request = Request::new(SynchronizeRequest {
                 worker_id: [("slot".to_owned(), number.to_string())].into(),
-                platform: Some(linux()),
+                instance_name_prefix: place.instance_name_prefix.clone(),
+                platform: Some(place.platform.clone()),
                 current_state: Some(CurrentState {
                     worker_state: Some(state.clone()),
                 }),
