@@ -96,6 +96,8 @@ pub struct Embedded {
     pub directory: PathBuf,
     /// Of all blobs and action results; least recently used ones are evicted.
     pub maximum_size: Size,
+    /// What of the file system stays free, whoever else writes to it.
+    pub minimum_free: Size,
 }
 
 /// Buildbarn compiles most of these in; the defaults are its own unless a line says otherwise.
@@ -217,6 +219,7 @@ impl Default for Embedded {
         Embedded {
             directory: PathBuf::from("/var/lib/bb-scheduler/storage"),
             maximum_size: Size::gib(20),
+            minimum_free: Size::gib(1),
         }
     }
 }

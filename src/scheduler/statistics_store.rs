@@ -353,6 +353,7 @@ mod tests {
             embedded: config::Embedded {
                 directory: directory.to_owned(),
                 maximum_size: Size::mib(16),
+                minimum_free: Size::mib(0),
             },
             ..Default::default()
         };

@@ -6,9 +6,8 @@
 //! 1. A file is written under a name of its own in `uploads/` and renamed to its key's name in
 //!    `files/` when its content proved right; it never changes afterwards.
 //! 2. What is read is checked piece by piece, since a loss of power can leave a file with its
-//!    length but not its content.
-
-#![expect(unsafe_code, reason = "it maps a file that only this process changes")]
+//!    length but not its content. It is read with pread(2), so that what the disk cannot read is an
+//!    error like any other damage, and no SIGBUS.
 
 use std::{
     fmt::Write,
@@ -19,8 +18,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use memmap2::Mmap;
-use walkdir::WalkDir;
 
 use super::index::IndexKey;
 use crate::text::{parse_hex, push_hex};
@@ -67,7 +64,16 @@ pub(super) fn prepare(directory: &Path) -> io::Result<()> {
 /// All large blobs. Names are enough: contents are checked when they are read.
 pub(super) fn list(directory: &Path) -> io::Result<Vec<(IndexKey, u64)>> {
     let mut found = Vec::new();
-    for entry in WalkDir::new(directory).min_depth(2).max_depth(2) {
+    for byte in 0..=255 {
+        found.extend(list_one(directory, byte)?);
+    }
+    Ok(found)
+}
+
+/// Those whose hashes begin with this byte.
+pub(super) fn list_one(directory: &Path, byte: u8) -> io::Result<Vec<(IndexKey, u64)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory.join(format!("{byte:02x}")))? {
         if let Some(blob) = entry?.file_name().to_str().and_then(parse_name) {
             found.push(blob);
         }
@@ -155,7 +161,9 @@ fn checksum_of_trailer(checksums: &[u8], size: u64) -> u32 {
 
 /// An open large blob, which can be read even after it was evicted.
 pub struct BlobFile {
-    map: Bytes,
+    file: File,
+    /// Of its pieces.
+    checksums: Vec<u8>,
     size: u64,
 }
 
@@ -168,18 +176,17 @@ impl BlobFile {
         if file.metadata()?.len() != size + checksums + 12 {
             return Err(damaged());
         }
-        // SAFETY: the file belongs to this store alone, which never changes it under this name.
-        let map = unsafe { Mmap::map(&file)? };
-        let trailer = map.get(size as usize..).ok_or_else(damaged)?;
-        let (checksums, rest) = trailer
-            .split_at_checked(checksums as usize)
-            .ok_or_else(damaged)?;
-        let expected = checksum_of_trailer(checksums, size).to_le_bytes();
+        let mut trailer = vec![0; checksums as usize + 12];
+        let read = file.read_exact_at(&mut trailer, size);
+        read.map_err(|_| damaged())?;
+        let rest = trailer.split_off(checksums as usize);
+        let expected = checksum_of_trailer(&trailer, size).to_le_bytes();
         if rest.get(..4) != Some(&expected) || rest.get(4..) != Some(FORMAT) {
             return Err(damaged());
         }
         Ok(BlobFile {
-            map: Bytes::from_owner(map),
+            file,
+            checksums: trailer,
             size,
         })
     }
@@ -194,17 +201,19 @@ impl BlobFile {
         if start >= end {
             return Some(Bytes::new());
         }
-        for piece in start / PIECE..end.div_ceil(PIECE) {
-            let content = self
-                .map
-                .get((piece * PIECE) as usize..((piece + 1) * PIECE).min(self.size) as usize)?;
-            let at = (self.size + 4 * piece) as usize;
-            let checksum = self.map.get(at..at + 4)?;
-            if crc32fast::hash(content).to_le_bytes() != *checksum {
+        let first = start / PIECE;
+        let from = first * PIECE;
+        let to = end.next_multiple_of(PIECE).min(self.size);
+        let mut content = vec![0; (to - from) as usize];
+        self.file.read_exact_at(&mut content, from).ok()?;
+        let checksums = self.checksums.chunks_exact(4).skip(first as usize);
+        for (piece, checksum) in content.chunks(PIECE as usize).zip(checksums) {
+            if crc32fast::hash(piece).to_le_bytes() != *checksum {
                 return None;
             }
         }
-        Some(self.map.slice(start as usize..end as usize))
+        let content = Bytes::from(content);
+        Some(content.slice((start - from) as usize..(end - from) as usize))
     }
 }
 

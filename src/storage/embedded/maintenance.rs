@@ -1,4 +1,5 @@
-//! The thread that makes room before anybody has to wait for it, and saves recency now and then.
+//! The thread that makes room before anybody has to wait for it, saves recency now and then, and looks for
+//! damage.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -7,7 +8,11 @@ use std::{
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{recency, space::Space};
+use super::{
+    recency,
+    scrub::{self, Scrub},
+    space::Space,
+};
 
 /// Wakes the thread.
 #[derive(Default)]
@@ -63,6 +68,7 @@ impl Space {
         const ROUND: Duration = Duration::from_secs(10);
         const ROUNDS_PER_SAVING: u32 = 30;
         let mut rounds = 0;
+        let mut scrub = Scrub::default();
         loop {
             let mut state = self.maintenance.state.lock();
             let quiet = !state.stopping
@@ -90,7 +96,12 @@ impl Space {
                 return;
             }
             self.uploads.expire(Instant::now());
+            self.measure_free_space();
             self.reclaim();
+            if quiet {
+                // 4 MiB a second: what reads that little is not noticed by who reads the rest.
+                scrub.step(self, scrub::STEP);
+            }
         }
     }
 }

@@ -13,7 +13,8 @@
 //!    flushed to the disk, so that a loss of power may lose or tear the last seconds' blobs.
 //! 2. Everything is checksummed and checked each time it is read. What is damaged is removed and
 //!    reported missing, so that a client uploads it again.
-//! 3. The files' sizes together stay below the maximum size; least recently used blobs make room.
+//! 3. The files' sizes together stay below the maximum size, and something of the file system stays
+//!    free; least recently used blobs make room.
 //! 4. A lookup, of FindMissing, a read or an action's result, makes recently used.
 //!
 //! # Why no database
@@ -58,6 +59,7 @@ mod maintenance;
 mod open;
 mod recency;
 mod reclaim;
+mod scrub;
 mod segment;
 mod space;
 mod uploads;
@@ -120,7 +122,16 @@ const STREAMED: u64 = 4 * file::PIECE;
 impl Store {
     /// Opens or creates a store. Takes about half a second for a million blobs.
     pub fn open(directory: &Path, maximum_size: u64) -> Result<Self, Failure> {
-        let space = Arc::new(open::open(directory, maximum_size)?);
+        Store::open_leaving(directory, maximum_size, 0)
+    }
+
+    /// The same; so many bytes of the file system stay free, whoever else writes to it.
+    pub fn open_leaving(
+        directory: &Path,
+        maximum_size: u64,
+        minimum_free: u64,
+    ) -> Result<Self, Failure> {
+        let space = Arc::new(open::open(directory, maximum_size, minimum_free)?);
         let maintenance = Some(maintenance::MaintenanceThread::start(space.clone()));
         Ok(Store { space, maintenance })
     }
@@ -213,8 +224,8 @@ impl Store {
         Ok(())
     }
 
-    /// A blob's bytes from `start` to `end`, piece by piece. A piece is a part of a mapped file, and
-    /// read when it is asked for.
+    /// A blob's bytes from `start` to `end`, piece by piece. A piece is read when it is
+    /// asked for.
     pub async fn stream(
         self: &Arc<Self>,
         digest: &Digest,

@@ -127,7 +127,11 @@ fn check_format(directory: &Path) -> Result<bool, Failure> {
     }
 }
 
-pub(super) fn open(directory: &Path, maximum_size: u64) -> Result<Space, Failure> {
+pub(super) fn open(
+    directory: &Path,
+    maximum_size: u64,
+    minimum_free: u64,
+) -> Result<Space, Failure> {
     let trouble = |error: io::Error| {
         failure(format!(
             "could not open the store in {}: {error}",
@@ -153,11 +157,11 @@ pub(super) fn open(directory: &Path, maximum_size: u64) -> Result<Space, Failure
             .and_then(|()| fs::rename(&temporary, directory.join("format")))
             .map_err(trouble)?;
     }
-    read(directory, maximum_size, lock).map_err(trouble)
+    read(directory, maximum_size, minimum_free, lock).map_err(trouble)
 }
 
 /// Reads the index, and takes up the last segment where it ends.
-fn read(directory: &Path, maximum_size: u64, lock: File) -> io::Result<Space> {
+fn read(directory: &Path, maximum_size: u64, minimum_free: u64, lock: File) -> io::Result<Space> {
     let segments = directory.join("segments");
     let files = directory.join("files");
     let uploads = directory.join("uploads");
@@ -173,6 +177,8 @@ fn read(directory: &Path, maximum_size: u64, lock: File) -> io::Result<Space> {
     let space = Space {
         directory: directory.to_owned(),
         maximum_size,
+        minimum_free,
+        ceiling: AtomicU64::new(u64::MAX),
         index: Index::new(),
         segments: RwLock::new(BTreeMap::new()),
         active: Mutex::new(None),
@@ -227,6 +233,7 @@ fn read(directory: &Path, maximum_size: u64, lock: File) -> io::Result<Space> {
     {
         tracing::debug!("the last segment is larger than new ones will be");
     }
+    space.measure_free_space();
     space.reclaim();
     Ok(space)
 }

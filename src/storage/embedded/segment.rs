@@ -5,10 +5,9 @@
 //!
 //! 1. A slot is written after its content, so that a slot without content is only seen after a
 //!    loss of power; the checksums tell.
-//! 2. Bytes that a slot describes never change, and a file is never cut below them: they are
-//!    mapped into memory, and readers hold on to them beyond the segment's removal.
-
-#![expect(unsafe_code, reason = "it maps files that only this process changes")]
+//! 2. Bytes that a slot describes never change, and a file is never cut below them.
+//! 3. Files are read with pread(2), never mapped: where the disk cannot read what a mapping is of, the
+//!    kernel ends the process (SIGBUS); here the blob is damaged, and nothing else.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -19,7 +18,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use memmap2::Mmap;
 
 use super::index::IndexKey;
 
@@ -79,9 +77,8 @@ pub(super) struct Segment {
     table_path: PathBuf,
     data: File,
     table: File,
-    /// Mapped; readers hold on to parts of it.
-    contents: Bytes,
-    slots: Mmap,
+    /// Bytes of contents that it can have.
+    capacity: u64,
     /// Slots that the table's file has.
     slot_count: AtomicU32,
     /// Bytes of contents and slots that the index points to.
@@ -181,36 +178,33 @@ impl Segment {
         };
         let data = new(data_path, capacity)?;
         let table = new(table_path, slots_for(capacity) * SLOT as u64)?;
-        Self::map(number, data_path, table_path, data, table)
+        Self::of_files(number, data_path, table_path, data, table)
     }
 
     pub(super) fn open(directory: &Path, number: u32) -> io::Result<Self> {
         let (data_path, table_path) = paths(directory, number);
         let open = |path: &Path| OpenOptions::new().read(true).write(true).open(path);
         let (data, table) = (open(&data_path)?, open(&table_path)?);
-        Self::map(number, &data_path, &table_path, data, table)
+        Self::of_files(number, &data_path, &table_path, data, table)
     }
 
-    fn map(
+    fn of_files(
         number: u32,
         data_path: &Path,
         table_path: &Path,
         data: File,
         table: File,
     ) -> io::Result<Self> {
-        // SAFETY: both files belong to this store alone, which holds the directory's lock, and
-        // are never cut below what a slot describes; only such bytes, and slots, are read.
-        let (contents, slots) = unsafe { (Mmap::map(&data)?, Mmap::map(&table)?) };
-        let disk = AtomicU64::new((contents.len() + slots.len()) as u64);
-        let slot_count = AtomicU32::new((slots.len() / SLOT) as u32);
+        let (capacity, slots) = (data.metadata()?.len(), table.metadata()?.len());
+        let disk = AtomicU64::new(capacity + slots);
+        let slot_count = AtomicU32::new(u32::try_from(slots / SLOT as u64).unwrap_or(u32::MAX));
         Ok(Segment {
             number,
             data_path: data_path.to_owned(),
             table_path: table_path.to_owned(),
             data,
             table,
-            contents: Bytes::from_owner(contents),
-            slots,
+            capacity,
             slot_count,
             live: AtomicU64::new(0),
             disk,
@@ -219,7 +213,7 @@ impl Segment {
     }
 
     pub(super) fn capacity(&self) -> u64 {
-        self.contents.len() as u64
+        self.capacity
     }
 
     pub(super) fn slot_count(&self) -> u32 {
@@ -260,48 +254,71 @@ impl Segment {
     }
 
     pub(super) fn record(&self, slot: u32) -> Option<Record> {
-        Record::from_bytes(self.slot(slot)?)
+        Record::from_bytes(&self.slot(slot)?)
     }
 
-    fn slot(&self, slot: u32) -> Option<&[u8; SLOT]> {
+    /// One slot's bytes. `None` when there is none, or it cannot be read.
+    fn slot(&self, slot: u32) -> Option<[u8; SLOT]> {
         if slot >= self.slot_count() {
             return None;
         }
-        let at = slot as usize * SLOT;
-        self.slots.get(at..at + SLOT)?.first_chunk()
+        let mut bytes = [0; SLOT];
+        let at = u64::from(slot) * SLOT as u64;
+        self.table.read_exact_at(&mut bytes, at).ok()?;
+        Some(bytes)
+    }
+
+    /// Slots from `first` on, as many as are read at once; those of a part that cannot be read one by one.
+    fn slots(&self, first: u32) -> Vec<Option<[u8; SLOT]>> {
+        const AT_ONCE: u32 = 16 << 10;
+        let count = AT_ONCE.min(self.slot_count().saturating_sub(first));
+        let mut bytes = vec![0; count as usize * SLOT];
+        let at = u64::from(first) * SLOT as u64;
+        match self.table.read_exact_at(&mut bytes, at) {
+            Ok(()) => bytes.as_chunks().0.iter().copied().map(Some).collect(),
+            Err(_) => (first..)
+                .take(count as usize)
+                .map(|slot| self.slot(slot))
+                .collect(),
+        }
     }
 
     /// All records, by slot, and where the next one goes.
     pub(super) fn records(&self) -> (Vec<(u32, Record)>, AppendPosition) {
         let mut records = Vec::new();
         let mut end = AppendPosition { offset: 0, slot: 0 };
-        for slot in 0..self.slot_count() {
-            let Some(bytes) = self.slot(slot) else {
+        let mut next = 0;
+        loop {
+            let slots = self.slots(next);
+            if slots.is_empty() {
                 break;
-            };
-            if bytes.iter().all(|byte| *byte == 0) {
-                continue;
             }
-            end.slot = slot + 1;
-            if let Some(record) = Record::from_bytes(bytes)
-                && u64::from(record.offset) + record.size <= self.capacity()
-            {
-                end.offset = end.offset.max(u64::from(record.offset) + record.size);
-                records.push((slot, record));
+            for (slot, bytes) in (next..).zip(&slots) {
+                // What cannot be read may have been something.
+                if bytes.is_some_and(|bytes| bytes == [0; SLOT]) {
+                    continue;
+                }
+                end.slot = slot + 1;
+                if let Some(record) = bytes.as_ref().and_then(Record::from_bytes)
+                    && u64::from(record.offset) + record.size <= self.capacity()
+                {
+                    end.offset = end.offset.max(u64::from(record.offset) + record.size);
+                    records.push((slot, record));
+                }
             }
+            next += slots.len() as u32;
         }
         (records, end)
     }
 
     /// The content of a slot. `None` when it is damaged.
     pub(super) fn content(&self, record: &Record) -> Option<Bytes> {
-        let start = record.offset as usize;
-        let end = start.checked_add(usize::try_from(record.size).ok()?)?;
-        let content = self.contents.get(start..end)?;
-        if crc32fast::hash(content) != record.checksum {
+        let mut content = vec![0; usize::try_from(record.size).ok()?];
+        let read = self.data.read_exact_at(&mut content, record.offset.into());
+        if read.is_err() || crc32fast::hash(&content) != record.checksum {
             return None;
         }
-        Some(self.contents.slice(start..end))
+        Some(content.into())
     }
 
     /// Writes contents and slots into the part that was reserved for them; gives the slots.
@@ -350,8 +367,7 @@ impl Segment {
 
     /// Gives back the space beyond `end`. Nobody may append any more. Returns the bytes freed.
     pub(super) fn seal(&self, end: AppendPosition) -> io::Result<u64> {
-        // A mapping beyond its file's end must not be touched; no slot describes contents there, and
-        // nobody looks for a slot beyond the count.
+        // Nobody looks for a slot beyond the count.
         self.slot_count.store(end.slot, Ordering::Release);
         let table = u64::from(end.slot) * SLOT as u64;
         self.table.set_len(table)?;

@@ -11,7 +11,8 @@
 //!    entries, then by moving what is left of the segments that have most dead space into new ones. A moved content is written before the index
 //!    points to it, and its old segment is removed after that. A segment that somebody still writes
 //!    to is left alone.
-//! 5. A large blob's file and its entry come and go together, under its key's lock.
+//! 5. Something of the file system stays free for others: the limit is lower while it is not.
+//! 6. A large blob's file and its entry come and go together, under its key's lock.
 
 use std::{
     collections::BTreeMap,
@@ -35,12 +36,16 @@ use super::{
     segment::{self, Segment},
     uploads::Uploads,
 };
-use crate::config::Size;
+use crate::{config::Size, daemon};
 
 /// What all of an open store share.
 pub(super) struct Space {
     pub directory: PathBuf,
     pub maximum_size: u64,
+    /// What is left free of the file system, whoever else writes to it.
+    pub minimum_free: u64,
+    /// What the store may use so that this is free, when it was last looked at.
+    pub ceiling: AtomicU64,
     pub index: Index,
     pub segments: RwLock<BTreeMap<u32, Arc<Segment>>>,
     pub active: Mutex<Option<ActiveSegment>>,
@@ -93,13 +98,47 @@ impl Space {
     }
 
     /// Making room needs room itself, for the segment that is moved to.
+    fn without_reserve(&self, size: u64) -> u64 {
+        size.saturating_sub(2 * segment::footprint(self.segment_capacity()))
+    }
+
+    /// Bytes that may be used now.
     pub(super) fn limit(&self) -> u64 {
-        self.maximum_size
-            .saturating_sub(2 * segment::footprint(self.segment_capacity()))
+        let ceiling = self.ceiling.load(Ordering::Relaxed);
+        self.without_reserve(self.maximum_size.min(ceiling))
     }
 
     pub(super) fn maximum_blob_size(&self) -> u64 {
-        self.limit() / 4 * 3
+        self.without_reserve(self.maximum_size) / 4 * 3
+    }
+
+    /// Looks at what is free of the file system, and lowers or raises what may be used.
+    pub(super) fn measure_free_space(&self) {
+        if self.minimum_free == 0 {
+            return;
+        }
+        let Some(disk) = daemon::disk::space(&self.directory) else {
+            return;
+        };
+        let ceiling = (self.used() + disk.available).saturating_sub(self.minimum_free);
+        let before = self.ceiling.swap(ceiling, Ordering::Relaxed);
+        match (before < self.maximum_size, ceiling < self.maximum_size) {
+            (false, true) => tracing::warn!(
+                directory = %self.directory.display(),
+                available = %daemon::disk::rounded_to_mib(disk.available),
+                left = %daemon::disk::rounded_to_mib(ceiling),
+                "the file system has less free than the embedded store may use and \
+                 storage.embedded.minimum_free, {}, together; the store stays smaller than \
+                 storage.embedded.maximum_size, {}",
+                Size(self.minimum_free),
+                Size(self.maximum_size),
+            ),
+            (true, false) => tracing::info!(
+                directory = %self.directory.display(),
+                "the file system has enough free again for storage.embedded.maximum_size"
+            ),
+            _ => {}
+        }
     }
 
     pub(super) fn used(&self) -> u64 {
@@ -131,17 +170,23 @@ impl Space {
     /// What a failed write means.
     pub(super) fn write_error(&self, error: io::Error) -> Error {
         match error.raw_os_error() {
-            Some(libc::ENOSPC | libc::EDQUOT) => Error::Full(format!(
-                "the file system of {} is full, of which this store uses {}; free some space there, or lower storage.embedded.maximum_size, which is {}",
-                self.directory.display(),
-                Size(self.used() >> 20 << 20),
-                Size(self.maximum_size),
-            )),
+            Some(libc::ENOSPC | libc::EDQUOT) => self.full_file_system(),
             _ => Error::Internal(format!(
                 "could not write in {}: {error}",
                 self.directory.display()
             )),
         }
+    }
+
+    fn full_file_system(&self) -> Error {
+        // Perhaps less may be used by now.
+        self.maintenance.space_is_short();
+        Error::Full(format!(
+            "the file system of {} is full, of which this store uses {}; free some space there, or lower storage.embedded.maximum_size, which is {}",
+            self.directory.display(),
+            Size(self.used() >> 20 << 20),
+            Size(self.maximum_size),
+        ))
     }
 
     pub(super) fn reserve(self: &Arc<Self>, bytes: u64) -> Result<SpaceReservation, Error> {
@@ -170,6 +215,15 @@ impl Space {
             }
             self.give_back(bytes);
             std::thread::sleep(Duration::from_millis(attempt));
+        }
+        if self.ceiling.load(Ordering::Relaxed) < self.maximum_size {
+            return Err(Error::Full(format!(
+                "the file system of {} has too little free: storage.embedded.minimum_free, {}, must stay \
+                 free beyond what the store uses, {}; free some space there, or lower it",
+                self.directory.display(),
+                Size(self.minimum_free),
+                Size(self.used() >> 20 << 20),
+            )));
         }
         Err(Error::Full(format!(
             "the store in {} is full of uploads under way; try again later, or raise storage.embedded.maximum_size, which is {}",

@@ -22,6 +22,8 @@ use bb_remote_execution::{
 
 use super::{ANYWHERE, GIB, StoreProcess, content, instance, sha256};
 
+use crate::harness::{self, parts::FileSystem};
+
 const MIB: u64 = 1 << 20;
 
 fn open(directory: &Path, size: u64) -> Store {
@@ -418,4 +420,63 @@ fn a_directory_in_use_or_of_another_version_is_refused_with_a_remedy() {
     let file = directory.path().join("format");
     assert!(Store::open(&file, GIB).is_err());
     assert_eq!(embedded::probe(&file, MIB).len(), 1);
+}
+
+#[test]
+fn what_the_disk_cannot_give_any_more_is_missing_and_the_rest_is_served() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path(), GIB);
+    let small = put(&store, &content(1, 50_000)).unwrap();
+    let large = put(&store, &content(2, 3_000_000)).unwrap();
+    // A mapping of what is cut off would be SIGBUS, as one of a bad sector is.
+    for file in files(directory.path()) {
+        let name = file.file_name().unwrap().to_str().unwrap();
+        if name.ends_with(".data") || name.ends_with("-3000000") {
+            let file = fs::OpenOptions::new().write(true).open(&file).unwrap();
+            file.set_len(0).unwrap();
+        }
+    }
+    for digest in [small, large] {
+        assert!(matches!(store.read(&digest, GIB), Err(Error::Missing(_))));
+        assert_eq!(store.find_missing(&[digest]), [digest]);
+    }
+    let again = put(&store, &content(2, 3_000_000)).unwrap();
+    assert_eq!(store.read(&again, GIB).unwrap(), content(2, 3_000_000));
+}
+
+#[test]
+fn others_who_fill_the_file_system_make_the_store_smaller_before_it_is_full() {
+    let place = tempfile::tempdir_in("/var/tmp").unwrap();
+    if !harness::is_root() {
+        return;
+    }
+    let Some(disk) = FileSystem::mount("ext4", 128, place.path(), &["-m", "0"]) else {
+        return;
+    };
+    let free = || {
+        let stat = rustix::fs::statvfs(&disk.at).unwrap();
+        stat.f_bavail * stat.f_frsize
+    };
+    let minimum_free = 24 * MIB;
+    let directory = disk.at.join("store");
+    let store = Store::open_leaving(&directory, 100 * MIB, minimum_free).unwrap();
+    for seed in 0..40 {
+        put(&store, &content(seed, 1 << 20)).unwrap();
+    }
+    assert!(store.used() > 35 * MIB);
+    let ballast = vec![0; usize::try_from(free().saturating_sub(10 * MIB)).unwrap()];
+    fs::write(disk.at.join("ballast"), ballast).unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while free() < minimum_free {
+        assert!(std::time::Instant::now() < deadline, "{} are free", free());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    // Blobs are taken as before, in place of older ones.
+    for seed in 100..120 {
+        let digest = put(&store, &content(seed, 1 << 20)).unwrap();
+        assert_eq!(store.find_missing(&[digest]), []);
+    }
+    assert!(free() >= minimum_free / 2, "{} are free", free());
+    fs::remove_file(disk.at.join("ballast")).unwrap();
+    drop(store);
 }
