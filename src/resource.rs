@@ -7,20 +7,50 @@ use uuid::Uuid;
 use crate::{
     digest::{Digest, DigestError, DigestFunction},
     instance::{InstanceName, InstanceNameError},
-    proto::{self, rpc},
+    proto::{self, reapi, rpc},
     text::shorten,
 };
 
-/// `[INSTANCE/]blobs/[FUNCTION/]HASH/SIZE`
+/// REAPI: Compressor.Value, those that this farm knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compressor {
+    /// The content as it is.
+    #[default]
+    Identity,
+    /// Zstandard (RFC 8878).
+    Zstd,
+}
+
+impl Compressor {
+    /// The compressor's value in messages.
+    pub const fn to_proto(self) -> i32 {
+        match self {
+            Compressor::Identity => reapi::compressor::Value::Identity as i32,
+            Compressor::Zstd => reapi::compressor::Value::Zstd as i32,
+        }
+    }
+
+    /// `None` for one that is not known.
+    pub fn from_proto(value: i32) -> Option<Self> {
+        [Compressor::Identity, Compressor::Zstd]
+            .into_iter()
+            .find(|compressor| compressor.to_proto() == value)
+    }
+}
+
+/// `[INSTANCE/]blobs/[FUNCTION/]HASH/SIZE`, or `[INSTANCE/]compressed-blobs/zstd/[FUNCTION/]HASH/SIZE`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReadName {
     /// Whose blob it is.
     pub instance: InstanceName,
     /// Which blob it is.
     pub digest: Digest,
+    /// How it is sent.
+    pub compressor: Compressor,
 }
 
-/// `[INSTANCE/]uploads/UUID/blobs/[FUNCTION/]HASH/SIZE[/ANYTHING]`
+/// `[INSTANCE/]uploads/UUID/blobs/[FUNCTION/]HASH/SIZE[/ANYTHING]`, or
+/// `[INSTANCE/]uploads/UUID/compressed-blobs/zstd/[FUNCTION/]HASH/SIZE[/ANYTHING]`
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WriteName {
     /// Whose blob it is.
@@ -29,6 +59,8 @@ pub struct WriteName {
     pub upload: String,
     /// Which blob it is.
     pub digest: Digest,
+    /// How it is sent.
+    pub compressor: Compressor,
 }
 
 /// Bytes of a name: twice an instance name and a path. A server remembers names of uploads.
@@ -42,8 +74,10 @@ pub enum ResourceNameError {
     NotARead(String),
     #[error("resource name {0:?} is not [INSTANCE/]uploads/UUID/blobs/[FUNCTION/]HASH/SIZE")]
     NotAWrite(String),
-    #[error("resource name {0:?} asks for compression, which this server does not announce")]
-    Compressed(String),
+    #[error(
+        "resource name {0:?} asks for a compressor other than zstd, which this server does not announce"
+    )]
+    OtherCompressor(String),
     #[error("size {1:?} in resource name {0:?} is not a number")]
     Size(String, String),
     #[error(
@@ -66,7 +100,7 @@ impl ReadName {
         else {
             return Err(ResourceNameError::NotARead(shorten(name)));
         };
-        let (digest, rest) = parse_blob(name, &parts[at..])?
+        let (compressor, digest, rest) = parse_blob(name, &parts[at..])?
             .ok_or_else(|| ResourceNameError::NotARead(shorten(name)))?;
         if !rest.is_empty() {
             return Err(ResourceNameError::NotARead(shorten(name)));
@@ -74,12 +108,18 @@ impl ReadName {
         Ok(ReadName {
             instance: InstanceName::parse(&parts[..at].join("/"))?,
             digest,
+            compressor,
         })
     }
 
-    /// The name under which a blob is read.
+    /// The name under which a blob is read as it is.
     pub fn format(instance: &InstanceName, digest: &Digest) -> String {
-        join(instance, &blob_name(digest))
+        Self::format_as(instance, digest, Compressor::Identity)
+    }
+
+    /// The name under which a blob is read compressed, or as it is.
+    pub fn format_as(instance: &InstanceName, digest: &Digest, compressor: Compressor) -> String {
+        join(instance, &name_as(digest, compressor))
     }
 }
 
@@ -94,26 +134,52 @@ impl WriteName {
             return Err(ResourceNameError::NotAWrite(shorten(name)));
         };
         // Whatever follows the size is the client's own.
-        let (digest, _) = parse_blob(name, &parts[at + 2..])?
+        let (compressor, digest, _) = parse_blob(name, &parts[at + 2..])?
             .ok_or_else(|| ResourceNameError::NotAWrite(shorten(name)))?;
         Ok(WriteName {
             instance: InstanceName::parse(&parts[..at].join("/"))?,
             upload: (*upload).to_owned(),
             digest,
+            compressor,
         })
     }
 
-    /// The name under which a blob is written.
+    /// The name under which a blob is written as it is.
     pub fn format(instance: &InstanceName, upload: Uuid, digest: &Digest) -> String {
-        join(instance, &format!("uploads/{upload}/{}", blob_name(digest)))
+        Self::format_as(instance, upload, digest, Compressor::Identity)
+    }
+
+    /// The name under which a blob is written compressed, or as it is.
+    pub fn format_as(
+        instance: &InstanceName,
+        upload: Uuid,
+        digest: &Digest,
+        compressor: Compressor,
+    ) -> String {
+        let blob = name_as(digest, compressor);
+        join(instance, &format!("uploads/{upload}/{blob}"))
+    }
+
+    /// The name of the same upload as it would be without compression.
+    pub fn uncompressed(&self) -> String {
+        let (upload, blob) = (&self.upload, blob_name(&self.digest));
+        join(&self.instance, &format!("uploads/{upload}/{blob}"))
     }
 }
 
 /// `blobs/[FUNCTION/]HASH/SIZE`: also the subject of a MISSING violation (REAPI: Execute).
 pub fn blob_name(digest: &Digest) -> String {
+    name_as(digest, Compressor::Identity)
+}
+
+fn name_as(digest: &Digest, compressor: Compressor) -> String {
+    let start = match compressor {
+        Compressor::Identity => "blobs",
+        Compressor::Zstd => "compressed-blobs/zstd",
+    };
     match digest.function() {
-        function if function.is_told_by_length() => format!("blobs/{digest}"),
-        function => format!("blobs/{}/{digest}", function.name()),
+        function if function.is_told_by_length() => format!("{start}/{digest}"),
+        function => format!("{start}/{}/{digest}", function.name()),
     }
 }
 
@@ -152,17 +218,23 @@ fn join(instance: &InstanceName, rest: &str) -> String {
     }
 }
 
-/// Reads `blobs/[FUNCTION/]HASH/SIZE` and gives what follows it. `None`: too few parts.
+/// How a blob is sent, which it is, and what follows its name.
+type ParsedBlob<'a> = (Compressor, Digest, &'a [&'a str]);
+
+/// Reads `blobs/[FUNCTION/]HASH/SIZE`, or the same compressed, and gives what follows it. `None`: too
+/// few parts.
 fn parse_blob<'a>(
     name: &str,
     parts: &'a [&'a str],
-) -> Result<Option<(Digest, &'a [&'a str])>, ResourceNameError> {
-    match parts.first() {
-        Some(&"blobs") => {}
-        Some(&"compressed-blobs") => return Err(ResourceNameError::Compressed(shorten(name))),
+) -> Result<Option<ParsedBlob<'a>>, ResourceNameError> {
+    let (compressor, mut rest) = match parts {
+        ["blobs", rest @ ..] => (Compressor::Identity, rest),
+        ["compressed-blobs", "zstd", rest @ ..] => (Compressor::Zstd, rest),
+        ["compressed-blobs", ..] => {
+            return Err(ResourceNameError::OtherCompressor(shorten(name)));
+        }
         _ => return Ok(None),
-    }
-    let mut rest = &parts[1..];
+    };
     let function = rest.first().and_then(|part| {
         DigestFunction::ALL
             .into_iter()
@@ -177,7 +249,8 @@ fn parse_blob<'a>(
     let number: i64 = size
         .parse()
         .map_err(|_| ResourceNameError::Size(shorten(name), shorten(size)))?;
-    Ok(Some((Digest::parse_parts(function, hash, number)?, rest)))
+    let digest = Digest::parse_parts(function, hash, number)?;
+    Ok(Some((compressor, digest, rest)))
 }
 
 #[cfg(test)]
@@ -188,26 +261,35 @@ mod tests {
     fn names_survive_formatting_and_parsing() {
         for instance in ["", "a", "a/b"] {
             let instance = InstanceName::parse(instance).unwrap();
-            for function in DigestFunction::ALL {
+            let compressors = [Compressor::Identity, Compressor::Zstd];
+            let each = DigestFunction::ALL
+                .into_iter()
+                .flat_map(|f| compressors.map(|c| (f, c)));
+            for (function, compressor) in each {
                 let digest = function.digest_of(b"x");
-                let name = ReadName::format(&instance, &digest);
+                let name = ReadName::format_as(&instance, &digest, compressor);
                 assert_eq!(
                     ReadName::parse(&name).unwrap(),
                     ReadName {
                         instance: instance.clone(),
-                        digest
+                        digest,
+                        compressor,
                     }
                 );
                 let upload = Uuid::nil();
-                let name = WriteName::format(&instance, upload, &digest) + "/a.txt";
+                let name = WriteName::format_as(&instance, upload, &digest, compressor) + "/a.txt";
+                let parsed = WriteName::parse(&name).unwrap();
                 assert_eq!(
-                    WriteName::parse(&name).unwrap(),
+                    parsed,
                     WriteName {
                         instance: instance.clone(),
                         upload: upload.to_string(),
-                        digest
+                        digest,
+                        compressor,
                     }
                 );
+                let plain = WriteName::format(&instance, upload, &digest);
+                assert_eq!(parsed.uncompressed(), plain);
             }
         }
     }
@@ -225,7 +307,9 @@ mod tests {
             &format!("blobs/{hash}/-1"),
             &format!("blobs/{hash}/1/2"),
             &format!("a//blobs/{hash}/1"),
-            &format!("compressed-blobs/zstd/{hash}/1"),
+            &format!("compressed-blobs/brotli/{hash}/1"),
+            &format!("compressed-blobs/{hash}/1"),
+            &format!("compressed-blobs/zstd/{hash}"),
             &format!("uploads/u/blobs/{hash}/1"),
         ] {
             assert!(ReadName::parse(bad).is_err(), "{bad:?}");

@@ -203,6 +203,23 @@ impl Endpoint {
 }
 
 impl Endpoint {
+    /// Whether it is on this host, by what it is called.
+    pub fn is_local(&self) -> bool {
+        match self {
+            Endpoint::Unix(_) => true,
+            Endpoint::Tcp(authority) | Endpoint::Tls(authority) => {
+                let host = authority
+                    .rsplit_once(':')
+                    .map_or(&**authority, |(host, _)| host);
+                let host = host.trim_matches(['[', ']']);
+                host == "localhost"
+                    || host
+                        .parse()
+                        .is_ok_and(|ip: std::net::IpAddr| ip.is_loopback())
+            }
+        }
+    }
+
     /// Whether calls reach who listens at `address` on this host.
     pub fn is_at(&self, address: &ListenAddress) -> bool {
         match (self, address) {

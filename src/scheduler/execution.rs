@@ -42,11 +42,11 @@ use crate::{
     proto::{
         self,
         auth::AuthenticationMetadata,
-        longrunning::Operation,
+        longrunning::{Operation, operation},
         reapi::{self, execution_stage::Value as StageValue},
         rpc,
     },
-    storage::Backend,
+    storage::{Backend, InlineHints},
 };
 
 /// What clients call.
@@ -75,6 +75,8 @@ struct Asked {
     /// The header of RequestMetadata, encoded.
     header: Option<bytes::Bytes>,
     user: Option<AuthenticationMetadata>,
+    /// What is to be in the result beside its digests.
+    inline: InlineHints,
 }
 
 #[tonic::async_trait]
@@ -121,7 +123,8 @@ impl reapi::execution_server::Execution for ExecutionService {
                 }
                 _ => {
                     access.require(&action.instance)?;
-                    Ok(Response::new(self.watch(waiter, text.clone())))
+                    let inline = InlineHints::default();
+                    Ok(Response::new(self.watch(waiter, text.clone(), inline)))
                 }
             };
         }
@@ -137,6 +140,7 @@ impl reapi::execution_server::Execution for ExecutionService {
                     resumes: true,
                     header: request_metadata_header(request.metadata()),
                     user: status::user(&request),
+                    inline: InlineHints::default(),
                     name: *name,
                 };
                 self.resume(asked).instrument(span).await.map(Response::new)
@@ -150,6 +154,7 @@ impl ExecutionService {
         let header = request_metadata_header(request.metadata());
         let (user, access) = (status::user(&request), Access::of(&request));
         let request = request.into_inner();
+        let inline = InlineHints::from(&request);
         let instance = InstanceName::parse(&request.instance_name).map_err(invalid)?;
         access.require(&instance)?;
         let function = DigestFunction::from_proto(request.digest_function).map_err(invalid)?;
@@ -167,6 +172,7 @@ impl ExecutionService {
             resumes: false,
             header,
             user,
+            inline,
         })
     }
 
@@ -189,14 +195,18 @@ impl ExecutionService {
             resumes,
             header,
             user,
+            inline,
         } = asked;
         let (instance, digest) = (name.instance.clone(), name.digest);
         let mut action = self.action(&instance, &digest).await?;
         let may_look_up = self.scheduling.action_cache_lookup && !action.do_not_cache;
         if may_look_up
             && !name.skip_cache_lookup
-            && let Some(result) = self.look_up(&instance, &digest).await
+            && let Some(mut result) = self.look_up(&instance, &digest).await
         {
+            let function = digest.function();
+            let inlining = inline.apply(&self.storage, &instance, function, &mut result);
+            inlining.await;
             return Ok(self.answer_from_cache(&name, result));
         }
         let (mut auxiliary_metadata, metadata) = request_metadata(header);
@@ -254,7 +264,7 @@ impl ExecutionService {
         };
         let waiter = self.without_incomplete_result(waiter, queued).await?;
         name.operation = waiter.attached.operation;
-        Ok(self.watch(waiter, name.to_string()))
+        Ok(self.watch(waiter, name.to_string(), inline))
     }
 
     /// On workers of which size it is executed.
@@ -383,12 +393,14 @@ impl ExecutionService {
     }
 
     /// The operation now, at each change, and now and then; the stream ends with its completion.
-    fn watch(&self, waiter: Waiter, name: String) -> Operations {
+    fn watch(&self, waiter: Waiter, name: String, inline: InlineHints) -> Operations {
         let interval = self.scheduling.execution_update_interval.get();
         let state = Some((waiter, name, None));
         let (queue, stopping) = (self.queue.clone(), self.stopping.clone());
+        let inline = Arc::new((inline, self.storage.clone()));
         Box::pin(stream::unfold(state, move |state| {
             let (queue, stopping) = (queue.clone(), stopping.clone());
+            let inline = inline.clone();
             async move {
                 let (mut waiter, name, seen) = state?;
                 let mut update = Update::News;
@@ -407,7 +419,7 @@ impl ExecutionService {
                     Update::News => None,
                     Update::StillThere => queue.explain(attached.operation),
                 };
-                let operation = operation_message::of_progress(
+                let mut operation = operation_message::of_progress(
                     name.clone(),
                     &attached.action,
                     &progress,
@@ -416,6 +428,8 @@ impl ExecutionService {
                 let next = match &progress.stage {
                     Stage::Completed(outcome) => {
                         log_completion(attached.operation, &attached.action, outcome);
+                        let (hints, storage) = &*inline;
+                        inline_outputs(&mut operation, hints, storage, &attached.action).await;
                         None
                     }
                     _ => Some((waiter, name, Some(progress.version))),
@@ -424,6 +438,29 @@ impl ExecutionService {
             }
         }))
     }
+}
+
+/// Puts what the client asked for into the result of an operation that is done.
+async fn inline_outputs(
+    operation: &mut Operation,
+    hints: &InlineHints,
+    storage: &Backend,
+    action: &QueuedAction,
+) {
+    let Some(operation::Result::Response(any)) = &mut operation.result else {
+        return;
+    };
+    if hints.is_empty() {
+        return;
+    }
+    let mut response = reapi::ExecuteResponse::decode(&*any.value).unwrap_or_default();
+    let Some(result) = &mut response.result else {
+        return;
+    };
+    let function = action.digest.function();
+    let inlining = hints.apply(storage, &action.instance, function, result);
+    inlining.await;
+    any.value = response.encode_to_vec();
 }
 
 /// What a client asked for, for the log.

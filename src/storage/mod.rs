@@ -1,8 +1,8 @@
 //! Storage: the Content Addressable Storage (CAS) and the Action Cache (AC), embedded or elsewhere.
 //!
 //! [`Backend`] is the one way to blobs and action results, for the worker, the scheduler, and the
-//! services. To read in this order: this file; `single_flight`, `batch` and `retry`, which all back
-//! ends share; [`embedded`], the store on this host's disk; [`grpc`], the client of any REAPI
+//! services. To read in this order: this file; `single_flight`, `batch`, `retry` and `compression`, which
+//! all back ends share; [`embedded`], the store on this host's disk; [`grpc`], the client of any REAPI
 //! storage; [`serve`], the services over any back end.
 //!
 //! 1. No blob is returned whose content does not match its digest.
@@ -28,10 +28,12 @@ use crate::{
 
 pub mod batch;
 mod completeness;
+pub mod compression;
 mod content;
 pub mod embedded;
 pub mod grpc;
 mod initial_size_class_cache;
+mod inline;
 mod retry;
 pub mod serve;
 pub mod single_flight;
@@ -39,6 +41,7 @@ mod upload;
 
 pub use content::Content;
 pub use initial_size_class_cache::InitialSizeClassCache;
+pub use inline::InlineHints;
 pub use upload::{Upload, UploadError};
 
 /// Why storage did not do what it was asked; each variant says who must act.
@@ -114,7 +117,9 @@ impl Backend {
     pub fn open(config: &config::Storage, credentials: Credentials) -> Result<Self, Failure> {
         let embedded = || {
             let size = config.embedded.maximum_size.0;
-            let store = embedded::Store::open(&config.embedded.directory, size)?;
+            let minimum_free = config.embedded.minimum_free.0;
+            let directory = &config.embedded.directory;
+            let store = embedded::Store::open_leaving(directory, size, minimum_free)?;
             tracing::info!(
                 directory = %config.embedded.directory.display(),
                 entries = store.count(),

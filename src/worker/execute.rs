@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use prost::Name;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
@@ -36,7 +37,7 @@ use crate::{
         self, cas, reapi,
         runner::{CheckReadinessRequest, RunRequest, RunResponse, runner_client::RunnerClient},
     },
-    storage::{Backend, Content},
+    storage::{Backend, Content, grpc},
 };
 
 const READINESS_TIMEOUT: Duration = Duration::from_secs(30);
@@ -98,10 +99,9 @@ impl Executor {
             ..Default::default()
         };
         let began = self.availability.begin(slot);
-        let fault = self
-            .run_and_collect(&task, phase, cancel, &mut metadata, &mut response)
-            .await
-            .err();
+        let client = request_metadata(&task);
+        let work = self.run_and_collect(&task, phase, cancel, &mut metadata, &mut response);
+        let fault = grpc::on_behalf_of(client.clone(), work).await.err();
         self.availability.ended(began, fault.as_ref());
         metadata.worker_completed_timestamp = now();
         if let Some(result) = &mut response.result {
@@ -110,7 +110,7 @@ impl Executor {
         response.status = fault.as_ref().map(Fault::status);
         response_size::truncate(&mut response);
         if fault != Some(Fault::Cancelled) {
-            self.record(&task, &mut response).await;
+            grpc::on_behalf_of(client, self.record(&task, &mut response)).await;
         }
         response
     }
@@ -437,6 +437,16 @@ fn fill_response(
         Some(fault) => Err(fault),
         None => uploaded,
     }
+}
+
+/// What the client said of itself, encoded.
+fn request_metadata(task: &AssignedTask) -> Option<bytes::Bytes> {
+    let name = reapi::RequestMetadata::type_url();
+    let found = task
+        .auxiliary_metadata
+        .iter()
+        .find(|any| any.type_url == name);
+    found.map(|any| bytes::Bytes::from(any.value.clone()))
 }
 
 fn now() -> Option<prost_types::Timestamp> {

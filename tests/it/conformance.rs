@@ -11,9 +11,6 @@ mod suite;
 const UNSUPPORTED: &[&str] = &[
     "what is announced as supported is, and the chunks of a blob make up the blob",
     "where updates are announced as disabled, they are refused",
-    "the standard output is inlined where that is asked for",
-    "a file is inlined where that is asked for, and others are not",
-    "a result that is looked up has its standard output inlined where that is asked for",
 ];
 
 #[tokio::test(flavor = "multi_thread")]

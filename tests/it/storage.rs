@@ -20,6 +20,7 @@ mod actions;
 mod backends;
 mod bytestream;
 mod cas;
+mod compression;
 
 mod disk;
 mod limits;
@@ -51,8 +52,12 @@ impl Serving {
     }
 
     pub fn client(&self) -> Client {
+        self.client_with(Options::default())
+    }
+
+    pub fn client_with(&self, options: Options) -> Client {
         let endpoint = Endpoint::Tcp(self.address.to_string());
-        Client::connect(&endpoint, &endpoint, Options::default())
+        Client::connect(&endpoint, &endpoint, options)
     }
 }
 

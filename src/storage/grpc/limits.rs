@@ -6,7 +6,7 @@
 //! went through then is what is sent from there on.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
@@ -27,6 +27,18 @@ pub(super) struct CallLimits {
     batch_size: AtomicU64,
     blob_size: AtomicU64,
     digests: AtomicU64,
+    zstd_streams: AtomicBool,
+    zstd_batches: AtomicBool,
+}
+
+/// What a peer says of itself; 0 is no limit.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Announced {
+    pub batch_size: i64,
+    pub blob_size: i64,
+    /// Whether it takes and gives blobs compressed by Zstandard: by ByteStream, and in batches.
+    pub zstd_streams: bool,
+    pub zstd_batches: bool,
 }
 
 #[derive(Debug)]
@@ -43,21 +55,30 @@ impl Default for CallLimits {
             batch_size: AtomicU64::new(DEFAULT_BATCH_SIZE),
             blob_size: AtomicU64::new(u64::MAX),
             digests: AtomicU64::new(DEFAULT_DIGESTS),
+            zstd_streams: AtomicBool::new(false),
+            zstd_batches: AtomicBool::new(false),
         }
     }
 }
 
 impl CallLimits {
-    /// Learns what the peer announces, unless that is known: bytes of one batch and of one blob, where
-    /// 0 is no limit. `ask` gets them; one call at a time does, and the others wait for its answer.
-    pub(super) async fn announced(&self, ask: impl Future<Output = Result<(i64, i64), Status>>) {
+    /// Learns what the peer announces, unless that is known. `ask` gets it; one call at a time does, and
+    /// the others wait for its answer.
+    pub(super) async fn announced(&self, ask: impl Future<Output = Result<Announced, Status>>) {
         let mut announcement = self.announcement.lock().await;
         if let Announcement::NotYet(not_before) = *announcement
             && not_before.is_none_or(|at| at <= Instant::now())
         {
             *announcement = match ask.await {
-                Ok((batch, blob)) => {
-                    for (known, announced) in [(&self.batch_size, batch), (&self.blob_size, blob)] {
+                Ok(said) => {
+                    self.zstd_streams
+                        .store(said.zstd_streams, Ordering::Relaxed);
+                    self.zstd_batches
+                        .store(said.zstd_batches, Ordering::Relaxed);
+                    for (known, announced) in [
+                        (&self.batch_size, said.batch_size),
+                        (&self.blob_size, said.blob_size),
+                    ] {
                         if let Ok(announced @ 1..) = u64::try_from(announced) {
                             known.fetch_min(announced, Ordering::Relaxed);
                         }
@@ -67,6 +88,16 @@ impl CallLimits {
                 Err(_) => Announcement::NotYet(Some(Instant::now() + ASK_AGAIN_AFTER)),
             };
         }
+    }
+
+    /// Whether streams may be compressed.
+    pub(super) fn zstd_streams(&self) -> bool {
+        self.zstd_streams.load(Ordering::Relaxed)
+    }
+
+    /// Whether blobs in batches may be compressed.
+    pub(super) fn zstd_batches(&self) -> bool {
+        self.zstd_batches.load(Ordering::Relaxed)
     }
 
     /// Bytes of the largest blob; the most there is while none is announced.
@@ -121,14 +152,21 @@ mod tests {
     async fn what_is_announced_and_what_was_learnt_both_hold() {
         let limits = CallLimits::default();
         limits.learn_batch_size(640 << 10);
-        limits.announced(async { Ok((0, 0)) }).await;
+        limits.announced(async { Ok(Announced::default()) }).await;
         assert_eq!(limits.batch_size(), 632 << 10);
         limits.learn_batch_size(1 << 20);
         limits.announced(async { panic!() }).await;
         assert_eq!(limits.batch_size(), 632 << 10);
         assert_eq!(limits.blob_size(), u64::MAX);
         let limits = CallLimits::default();
-        limits.announced(async { Ok((64 << 10, 1 << 30)) }).await;
+        let said = Announced {
+            batch_size: 64 << 10,
+            blob_size: 1 << 30,
+            zstd_streams: true,
+            ..Default::default()
+        };
+        limits.announced(async { Ok(said) }).await;
+        assert!(limits.zstd_streams() && !limits.zstd_batches());
         assert_eq!(limits.batch_size(), 63 << 10);
         assert_eq!(limits.blob_size(), 1 << 30);
     }

@@ -19,13 +19,16 @@ use std::{
 
 use bytes::Bytes;
 use tokio::sync::Semaphore;
-use tonic::Code;
+use tonic::{Code, service::interceptor::InterceptedService};
 
-use self::limits::CallLimits;
-use super::{Error, single_flight::SingleFlight};
+use self::{
+    limits::{Announced, CallLimits},
+    on_behalf::AddRequestMetadata,
+};
+use super::{Error, compression, single_flight::SingleFlight};
 use crate::{
     config::Endpoint,
-    daemon::{self, Channel, Credentials},
+    daemon::{self, Credentials},
     digest::Digest,
     instance::InstanceName,
     proto::{
@@ -37,12 +40,14 @@ use crate::{
             content_addressable_storage_client::ContentAddressableStorageClient,
         },
     },
+    resource::Compressor,
 };
 
 mod call;
 mod find;
 mod initial_size_class_cache;
 mod limits;
+mod on_behalf;
 mod read;
 mod read_stream;
 mod status;
@@ -50,6 +55,7 @@ mod write;
 mod write_stream;
 
 pub use initial_size_class_cache::InitialSizeClassCacheClient;
+pub use on_behalf::on_behalf_of;
 pub use write_stream::ForwardedUpload;
 
 /// How much a client asks for at a time, and how long it waits.
@@ -63,6 +69,20 @@ pub struct Options {
     pub timeouts: Timeouts,
     /// Whom it trusts, and who it is.
     pub credentials: Credentials,
+    /// Whether blobs travel compressed.
+    pub compression: Compression,
+}
+
+/// Whether blobs travel compressed, where their server announces that they may.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compression {
+    /// If the server is on another host: a loopback is faster than a compressor.
+    #[default]
+    BetweenHosts,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
 }
 
 /// How long a peer may be silent.
@@ -94,9 +114,12 @@ impl Default for Options {
             upload_concurrency: CALLS,
             timeouts: Timeouts::default(),
             credentials: Credentials::default(),
+            compression: Compression::default(),
         }
     }
 }
+
+type Channel = InterceptedService<daemon::Channel, AddRequestMetadata>;
 
 /// Cheap to clone.
 #[derive(Clone)]
@@ -112,6 +135,8 @@ struct ClientState {
     action_cache: Channel,
     limits: CallLimits,
     timeouts: Timeouts,
+    /// Where the CAS announces it.
+    compresses: bool,
     downloads: Arc<Semaphore>,
     uploads: Semaphore,
     reads: SingleFlight<FlightKey, Result<Bytes, Error>>,
@@ -131,15 +156,22 @@ const CONNECTIONS: usize = 4;
 impl Client {
     /// Connects at the first call, so that it never fails here.
     pub fn connect(cas: &Endpoint, action_cache: &Endpoint, options: Options) -> Self {
+        let connect = |endpoint| {
+            let channel = daemon::connect_with(endpoint, &options.credentials);
+            InterceptedService::new(channel, AddRequestMetadata)
+        };
         let permits = |n: NonZeroUsize| Semaphore::new(n.get().min(Semaphore::MAX_PERMITS));
         Client(Arc::new(ClientState {
-            cas: (0..CONNECTIONS)
-                .map(|_| daemon::connect_with(cas, &options.credentials))
-                .collect(),
+            cas: (0..CONNECTIONS).map(|_| connect(cas)).collect(),
             next: AtomicUsize::new(0),
-            action_cache: daemon::connect_with(action_cache, &options.credentials),
+            action_cache: connect(action_cache),
             limits: CallLimits::default(),
             timeouts: options.timeouts,
+            compresses: match options.compression {
+                Compression::BetweenHosts => !cas.is_local(),
+                Compression::Always => true,
+                Compression::Never => false,
+            },
             downloads: Arc::new(permits(options.download_concurrency)),
             uploads: permits(options.upload_concurrency),
             reads: SingleFlight::default(),
@@ -266,6 +298,27 @@ impl Client {
         self.0.limits.blob_size()
     }
 
+    /// How a blob of this size travels by ByteStream.
+    async fn stream_compressor(&self, instance: &InstanceName, size: u64) -> Compressor {
+        if !self.0.compresses || size < compression::MINIMUM {
+            return Compressor::Identity;
+        }
+        self.ask_for_limits(instance).await;
+        match self.0.limits.zstd_streams() {
+            true => Compressor::Zstd,
+            false => Compressor::Identity,
+        }
+    }
+
+    /// Whether blobs in batches may be compressed.
+    async fn compresses_batches(&self, instance: &InstanceName) -> bool {
+        if !self.0.compresses {
+            return false;
+        }
+        self.ask_for_limits(instance).await;
+        self.0.limits.zstd_batches()
+    }
+
     async fn ask_for_limits(&self, instance: &InstanceName) {
         let ask = async {
             let request = GetCapabilitiesRequest {
@@ -275,10 +328,13 @@ impl Client {
             let answer = client.get_capabilities(request);
             let answer = call::timely(self.0.timeouts.capabilities, answer).await?;
             let cache = answer.into_inner().cache_capabilities.unwrap_or_default();
-            Ok((
-                cache.max_batch_total_size_bytes,
-                cache.max_cas_blob_size_bytes,
-            ))
+            let zstd = Compressor::Zstd.to_proto();
+            Ok(Announced {
+                batch_size: cache.max_batch_total_size_bytes,
+                blob_size: cache.max_cas_blob_size_bytes,
+                zstd_streams: cache.supported_compressors.contains(&zstd),
+                zstd_batches: cache.supported_batch_update_compressors.contains(&zstd),
+            })
         };
         self.0.limits.announced(ask).await;
     }

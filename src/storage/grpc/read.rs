@@ -1,5 +1,7 @@
 //! Reading whole blobs: small ones travel in batches, and nothing is fetched twice at a time.
 
+use std::collections::HashMap;
+
 use bytes::Bytes;
 use futures::{StreamExt, stream::FuturesUnordered};
 use tonic::{Code, Status};
@@ -11,9 +13,10 @@ use super::{
 use crate::{
     digest::Digest,
     instance::InstanceName,
-    proto::reapi::BatchReadBlobsRequest,
+    proto::reapi::{BatchReadBlobsRequest, batch_read_blobs_response::Response},
+    resource::Compressor,
     storage::{
-        Error, batch,
+        Error, batch, blocking, compression,
         retry::Attempts,
         single_flight::{self, Follower, Role},
         verify,
@@ -162,7 +165,10 @@ impl Client {
                     .iter()
                     .map(|leader| leader.digest().to_proto())
                     .collect(),
-                acceptable_compressors: Vec::new(),
+                acceptable_compressors: match self.compresses_batches(instance).await {
+                    true => vec![Compressor::Zstd.to_proto()],
+                    false => Vec::new(),
+                },
                 digest_function: function.to_proto() as i32,
             };
             let permit = self.0.downloads.acquire().await;
@@ -188,11 +194,20 @@ impl Client {
             };
             let mut again = Vec::new();
             let mut trouble = None;
-            let mut answers: std::collections::HashMap<_, _> = answer
-                .responses
-                .into_iter()
-                .filter_map(|response| Some((response.digest.as_ref()?.hash.clone(), response)))
+            let sizes: HashMap<String, u64> = leaders
+                .iter()
+                .map(|leader| (leader.digest().hash_hex(), leader.digest().size()))
                 .collect();
+            let decompress_all = move || -> HashMap<_, _> {
+                let responses = answer.responses.into_iter();
+                let known = responses.filter_map(|response| {
+                    let hash = response.digest.as_ref()?.hash.clone();
+                    let size = *sizes.get(&hash)?;
+                    Some((hash, decompressed(response, size)))
+                });
+                known.collect()
+            };
+            let mut answers = blocking(decompress_all).await.unwrap_or_default();
             for leader in leaders {
                 let digest = *leader.digest();
                 let Some(response) = answers.remove(&digest.hash_hex()) else {
@@ -232,4 +247,15 @@ impl Client {
         }
         None
     }
+}
+
+/// A blob of a batch as it is. One that cannot be decompressed is left as it came, so that it has not its
+/// digest.
+fn decompressed(mut response: Response, size: u64) -> Response {
+    if response.compressor == Compressor::Zstd.to_proto()
+        && let Ok(content) = compression::decode_whole(response.data.clone(), size)
+    {
+        response.data = content;
+    }
+    response
 }

@@ -5,27 +5,53 @@ use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, stream};
 use tokio::sync::OwnedSemaphorePermit;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 
 use super::{Client, SMALL, call::timely, status::wait};
 use crate::{
     digest::{Digest, Hasher},
     instance::InstanceName,
     proto::bytestream::{ReadRequest, ReadResponse},
-    resource::ReadName,
-    storage::{BlobStream, Error, blocking, retry::Attempts, verify},
+    resource::{Compressor, ReadName},
+    storage::{
+        BlobStream, Error, blocking,
+        compression::{self, DecodeError, Decoder},
+        retry::Attempts,
+        verify,
+    },
 };
 
 /// The pieces of a blob as its server sends them, from one stream or, after interruptions, several.
 /// Nothing is verified.
 struct PieceReader {
     client: Client,
-    resource_name: String,
+    instance: InstanceName,
     digest: Digest,
     at: u64,
     end: u64,
     attempts: Attempts,
-    open: Option<(Streaming<ReadResponse>, OwnedSemaphorePermit)>,
+    /// `None` until the first stream is opened.
+    compressor: Option<Compressor>,
+    open: Option<OpenStream>,
+}
+
+struct OpenStream {
+    messages: Streaming<ReadResponse>,
+    /// Of a stream that is compressed, with what came and is not decoded yet.
+    decoder: Option<(Decoder, Bytes)>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl OpenStream {
+    /// What can be decoded without another message.
+    async fn decoded(&mut self) -> Result<Result<Option<Bytes>, DecodeError>, Error> {
+        let Some((decoder, input)) = self.decoder.take() else {
+            return Ok(Ok(None));
+        };
+        let (decoder, input, decoded) = compression::decode(decoder, input).await?;
+        self.decoder = Some((decoder, input));
+        Ok(decoded)
+    }
 }
 
 impl PieceReader {
@@ -36,23 +62,30 @@ impl PieceReader {
             if self.open.is_none()
                 && let Err(status) = self.open().await
             {
-                wait(&mut self.attempts, &status, Some(&self.digest)).await?;
+                self.wait(&status).await?;
                 continue;
             }
-            let Some((stream, _)) = &mut self.open else {
+            let Some(stream) = &mut self.open else {
                 continue;
             };
-            let status = match timely(silence, stream.message()).await {
-                Ok(Some(message)) => {
-                    self.at += message.data.len() as u64;
-                    if self.at > self.end {
-                        return Err(Error::Internal(format!(
-                            "the CAS sent more than {} bytes for blob {}",
-                            self.end, self.digest
-                        )));
-                    }
-                    return Ok(Some(message.data));
+            match stream.decoded().await? {
+                Ok(None) => {}
+                Ok(Some(data)) => return self.advance(data).map(Some),
+                Err(_) => {
+                    // The rest comes as it is.
+                    self.compressor = Some(Compressor::Identity);
+                    self.open = None;
+                    continue;
                 }
+            }
+            let status = match timely(silence, stream.messages.message()).await {
+                Ok(Some(message)) => match &mut stream.decoder {
+                    Some((_, input)) => {
+                        *input = message.data;
+                        continue;
+                    }
+                    None => return self.advance(message.data).map(Some),
+                },
                 Ok(None) if self.at == self.end => return Ok(None),
                 // How the stream ends says nothing about what has come.
                 Err(_) if self.at == self.end && self.at > 0 => return Ok(None),
@@ -66,18 +99,64 @@ impl PieceReader {
             };
             // Others may stream while this one waits.
             self.open = None;
-            wait(&mut self.attempts, &status, Some(&self.digest)).await?;
+            self.wait(&status).await?;
         }
     }
 
+    /// Before the next attempt. The error when there should be none.
+    async fn wait(&mut self, status: &Status) -> Result<(), Error> {
+        // Perhaps the server does not give what it announces.
+        if self.compressor == Some(Compressor::Zstd)
+            && matches!(status.code(), Code::InvalidArgument | Code::Unimplemented)
+        {
+            self.compressor = Some(Compressor::Identity);
+            return Ok(());
+        }
+        wait(&mut self.attempts, status, Some(&self.digest)).await
+    }
+
+    fn advance(&mut self, data: Bytes) -> Result<Bytes, Error> {
+        self.at += data.len() as u64;
+        match self.at > self.end {
+            true => Err(Error::Internal(format!(
+                "the CAS sent more than {} bytes for blob {}",
+                self.end, self.digest
+            ))),
+            false => Ok(data),
+        }
+    }
+
+    /// A part that ends before the blob does is read as it is: REAPI has no limits for compressed reads.
+    async fn choose_compressor(&mut self) -> Compressor {
+        if let Some(chosen) = self.compressor {
+            return chosen;
+        }
+        let length = match self.end == self.digest.size() {
+            true => self.end - self.at,
+            false => 0,
+        };
+        let chosen = self.client.stream_compressor(&self.instance, length).await;
+        self.compressor = Some(chosen);
+        chosen
+    }
+
     async fn open(&mut self) -> Result<(), Status> {
+        let compressor = self.choose_compressor().await;
+        let decoder = match compressor {
+            Compressor::Identity => None,
+            Compressor::Zstd => {
+                let decoder = Decoder::new(self.end - self.at);
+                let decoder = decoder.map_err(|error| Status::internal(error.to_string()))?;
+                Some((decoder, Bytes::new()))
+            }
+        };
         let shared = &self.client.0;
         // Never closed.
         let permit = shared.downloads.clone().acquire_owned().await;
         let permit = permit.map_err(|error| Status::internal(error.to_string()))?;
         let to_the_end = self.end == self.digest.size();
         let request = ReadRequest {
-            resource_name: self.resource_name.clone(),
+            resource_name: ReadName::format_as(&self.instance, &self.digest, compressor),
             read_offset: self.at as i64,
             read_limit: if to_the_end {
                 0
@@ -87,7 +166,11 @@ impl PieceReader {
         };
         let mut client = self.client.bytes();
         let answer = timely(shared.timeouts.idle, client.read(request)).await?;
-        self.open = Some((answer.into_inner(), permit));
+        self.open = Some(OpenStream {
+            messages: answer.into_inner(),
+            decoder,
+            _permit: permit,
+        });
         Ok(())
     }
 }
@@ -108,11 +191,12 @@ impl Client {
     ) -> PieceReader {
         PieceReader {
             client: self.clone(),
-            resource_name: ReadName::format(instance, digest),
+            instance: instance.clone(),
             digest: *digest,
             at: start,
             end,
             attempts: Attempts::default(),
+            compressor: None,
             open: None,
         }
     }
@@ -191,6 +275,9 @@ impl Client {
         let mut corrupt_before = false;
         loop {
             let mut reader = self.reader(instance, digest, 0, digest.size());
+            if corrupt_before {
+                reader.compressor = Some(Compressor::Identity);
+            }
             let mut hasher = digest.function().hasher();
             while let Some(data) = reader.next().await? {
                 (sink, hasher) = absorb(sink, hasher, data).await?;

@@ -14,7 +14,8 @@ use crate::{
     digest::Digest,
     instance::InstanceName,
     proto::reapi::{BatchUpdateBlobsRequest, batch_update_blobs_request::Request},
-    storage::{Content, Error, batch, blocking, retry::Attempts, verify},
+    resource::Compressor,
+    storage::{Content, Error, batch, blocking, compression::compressed, retry::Attempts, verify},
 };
 
 impl Client {
@@ -100,17 +101,21 @@ impl Client {
                 .into_iter()
                 .partition(|(digest, _)| digest.function() == function);
             let permit = self.0.uploads.acquire().await;
+            let compresses = self.compresses_batches(instance).await;
             let (same, requests) = blocking(move || {
-                let requests = same
-                    .iter()
-                    .map(|(digest, content)| {
-                        Ok(Request {
-                            digest: Some(digest.to_proto()),
-                            data: content.part(digest, 0, digest.size())?,
-                            compressor: 0,
-                        })
+                let request = |(digest, content): &(Digest, Content)| {
+                    let content = content.part(digest, 0, digest.size())?;
+                    let (data, compressor) = match compresses {
+                        true => compressed(content)?,
+                        false => (content, Compressor::Identity),
+                    };
+                    Ok(Request {
+                        digest: Some(digest.to_proto()),
+                        data,
+                        compressor: compressor.to_proto(),
                     })
-                    .collect::<Result<Vec<_>, Error>>();
+                };
+                let requests = same.iter().map(request).collect::<Result<Vec<_>, Error>>();
                 (same, requests)
             })
             .await?;

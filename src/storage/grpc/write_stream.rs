@@ -18,8 +18,12 @@ use crate::{
     digest::Digest,
     instance::InstanceName,
     proto::bytestream::{QueryWriteStatusRequest, WriteRequest, WriteResponse},
-    resource::WriteName,
-    storage::{Content, Error, UploadError, blocking, retry::Attempts},
+    resource::{Compressor, WriteName},
+    storage::{
+        Content, Error, UploadError, blocking,
+        compression::{self, Encoder},
+        retry::Attempts,
+    },
 };
 
 /// One message of a stream.
@@ -101,26 +105,54 @@ impl Client {
         digest: Digest,
         content: Content,
     ) -> Result<(), Error> {
-        let name = WriteName::format(instance, Uuid::new_v4(), &digest);
+        let mut compressor = self.stream_compressor(instance, digest.size()).await;
+        if compressor == Compressor::Zstd && !is_compressible(&digest, &content).await? {
+            compressor = Compressor::Identity;
+        }
+        let name = |compressor| WriteName::format_as(instance, Uuid::new_v4(), &digest, compressor);
+        let mut resource_name = name(compressor);
         let mut attempts = Attempts::default();
         let mut offset = 0;
         loop {
             let permit = self.0.uploads.acquire().await;
-            let answer = self.send(&name, digest, &content, offset).await?;
+            let sent = match compressor {
+                Compressor::Identity => {
+                    let answer = self.send(&resource_name, digest, &content, offset);
+                    (answer.await?, digest.size())
+                }
+                Compressor::Zstd => {
+                    self.send_compressed(&resource_name, digest, &content)
+                        .await?
+                }
+            };
             drop(permit);
+            let (answer, length) = sent;
             let status = match answer {
                 Ok(committed) if is_complete(committed, &digest) => return Ok(()),
+                Ok(committed) if u64::try_from(committed) == Ok(length) => return Ok(()),
                 Ok(committed) => Status::aborted(format!(
                     "the CAS took {committed} of {} bytes of blob {digest}",
                     digest.size()
                 )),
                 Err(status) if status.code() == Code::AlreadyExists => return Ok(()),
+                // Perhaps it does not take what it announces.
+                Err(status)
+                    if compressor == Compressor::Zstd
+                        && matches!(status.code(), Code::InvalidArgument | Code::Unimplemented) =>
+                {
+                    compressor = Compressor::Identity;
+                    resource_name = name(compressor);
+                    continue;
+                }
                 Err(status) => status,
             };
             wait(&mut attempts, &status, None).await?;
             // From the start when the server cannot tell.
-            let committed = self.committed_size(&name).await.unwrap_or(0);
-            offset = committed.min(digest.size());
+            let committed = self.committed_size(&resource_name).await.unwrap_or(0);
+            offset = match compressor {
+                Compressor::Identity => committed.min(digest.size()),
+                Compressor::Zstd => 0,
+            };
         }
     }
 
@@ -164,6 +196,43 @@ impl Client {
         }
     }
 
+    /// One attempt, from the start; with the bytes that were sent. The outer error is about our own
+    /// content.
+    async fn send_compressed(
+        &self,
+        name: &str,
+        digest: Digest,
+        content: &Content,
+    ) -> Result<(WriteAnswer, u64), Error> {
+        let mut call = self.write_call();
+        let mut encoder = Some(Encoder::new(digest.size())?);
+        let (mut at, mut sent) = (0, 0);
+        let mut resource_name = name.to_owned();
+        while let Some(open) = encoder.take() {
+            let end = (at + CHUNK).min(digest.size());
+            let content = content.clone();
+            let data = blocking(move || content.part(&digest, at, end)).await??;
+            let last = end == digest.size();
+            let (still, data) = compression::encode(open, data, last).await?;
+            (encoder, at) = (still, end);
+            if data.is_empty() {
+                continue;
+            }
+            let length = data.len() as u64;
+            let message = WriteRequest {
+                resource_name: std::mem::take(&mut resource_name),
+                write_offset: sent as i64,
+                finish_write: last,
+                data,
+            };
+            sent += length;
+            if let Err(answer) = call.send(message).await {
+                return Ok((answer, sent));
+            }
+        }
+        Ok((call.finish(self.last_silence(&digest)).await, sent))
+    }
+
     /// How many bytes of an upload the server has; one attempt.
     pub async fn committed_size(&self, resource_name: &str) -> Result<u64, Error> {
         let request = QueryWriteStatusRequest {
@@ -186,6 +255,19 @@ impl Client {
             last: self.last_silence(&digest),
         }
     }
+}
+
+/// Whether compressing makes a blob smaller, by its beginning.
+async fn is_compressible(digest: &Digest, content: &Content) -> Result<bool, Error> {
+    const SAMPLE: u64 = 64 << 10;
+    let (digest, content) = (*digest, content.clone());
+    let sample = SAMPLE.min(digest.size());
+    blocking(move || {
+        let sample = content.part(&digest, 0, sample)?;
+        let compressed = compression::encode_whole(&sample)?;
+        Ok(compressed.len() < sample.len() / 16 * 15)
+    })
+    .await?
 }
 
 /// REAPI: the whole size also when the server has it from somebody else, before all of it was sent;

@@ -10,7 +10,7 @@ use crate::{
         self, ActionResult, GetActionResultRequest, UpdateActionResultRequest,
         action_cache_server::ActionCache,
     },
-    storage::Backend,
+    storage::{Backend, InlineHints},
     text::shorten,
 };
 
@@ -29,8 +29,12 @@ impl ActionCache for ActionCacheService {
         let instance = instance(&request.instance_name)?;
         access.require(&instance)?;
         let action = digest(request.digest_function, request.action_digest.as_ref())?;
+        let hints = InlineHints::from(&request);
         match self.backend.action_result(&instance, &action).await? {
-            Some(result) => {
+            Some(mut result) => {
+                let function = action.function();
+                let inlining = hints.apply(&self.backend, &instance, function, &mut result);
+                inlining.await;
                 let reservation = reserve(answers, encoded_size(&result)).await?;
                 Ok(with_reservation(Response::new(result), reservation))
             }

@@ -14,6 +14,7 @@ use crate::{
         },
         semver::SemVer,
     },
+    resource::Compressor,
 };
 
 /// What a server announces. `max_blob_size` is 0 when this server does not know.
@@ -69,6 +70,8 @@ impl Capabilities for CapabilitiesService {
                 max_batch_total_size_bytes: MAXIMUM_BATCH_SIZE as i64,
                 symlink_absolute_path_strategy:
                     reapi::symlink_absolute_path_strategy::Value::Allowed as i32,
+                supported_compressors: vec![Compressor::Zstd.to_proto()],
+                supported_batch_update_compressors: vec![Compressor::Zstd.to_proto()],
                 max_cas_blob_size_bytes: i64::try_from(self.max_blob_size).unwrap_or(i64::MAX),
                 ..Default::default()
             }),

@@ -6,8 +6,9 @@ use prost::Message;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{
-    MAXIMUM_BATCH_SIZE, MAXIMUM_RESPONSE_SIZE, digest, encoded_size, function, instance, reserve,
-    status_of,
+    MAXIMUM_BATCH_SIZE, MAXIMUM_RESPONSE_SIZE,
+    coder_budget::{self, Caller},
+    digest, encoded_size, function, instance, reserve, status_of,
     tree::{MAXIMUM_PAGE_LENGTH, MAXIMUM_PAGE_SIZE, TreeWalk},
 };
 use crate::{
@@ -25,7 +26,8 @@ use crate::{
         },
         rpc,
     },
-    storage::{Backend, Error},
+    resource::Compressor,
+    storage::{Backend, Error, blocking, compression},
 };
 
 pub(super) struct CasService {
@@ -41,27 +43,39 @@ impl CasService {
     ) -> Result<Vec<batch_update_blobs_response::Response>, Status> {
         let mut blobs = Vec::with_capacity(requests.len());
         let mut responses = Vec::with_capacity(requests.len());
-        for request in requests {
-            let parsed = if request.compressor != 0 {
-                Err(Error::Invalid(format!(
-                    "compressor {} is not in supported_batch_update_compressors",
-                    request.compressor
-                )))
-            } else {
-                Digest::parse_required(function, request.digest.as_ref())
-                    .map_err(|error| Error::Invalid(error.to_string()))
+        let parse = move |request: &batch_update_blobs_request::Request| {
+            let digest = Digest::parse_required(function, request.digest.as_ref())
+                .map_err(|error| Error::Invalid(error.to_string()))?;
+            let content = match Compressor::from_proto(request.compressor) {
+                Some(Compressor::Identity) => request.data.clone(),
+                Some(Compressor::Zstd) => {
+                    compression::decode_whole(request.data.clone(), digest.size())
+                        .map_err(|error| Error::Invalid(error.to_string()))?
+                }
+                None => {
+                    return Err(Error::Invalid(format!(
+                        "compressor {} is not in supported_batch_update_compressors",
+                        request.compressor
+                    )));
+                }
             };
+            Ok((digest, content))
+        };
+        let parse_all = move || -> Vec<_> {
+            let parsed = requests.iter().map(parse).collect::<Vec<_>>();
+            let digests = requests.into_iter().map(|request| request.digest);
+            digests.zip(parsed).collect()
+        };
+        // Decompressing takes a processor for a while.
+        for (digest, parsed) in blocking(parse_all).await? {
             let status = match parsed {
-                Ok(digest) => {
-                    blobs.push((digest, request.data));
+                Ok(blob) => {
+                    blobs.push(blob);
                     None
                 }
                 Err(error) => Some(status_of(Err(error))),
             };
-            responses.push(batch_update_blobs_response::Response {
-                digest: request.digest,
-                status,
-            });
+            responses.push(batch_update_blobs_response::Response { digest, status });
         }
         let mut results = self.backend.put_many(instance, blobs).await?.into_iter();
         for response in &mut responses {
@@ -107,13 +121,18 @@ impl ContentAddressableStorage for CasService {
             ResponseBudget::of(&request),
             RequestReservation::of(&request),
         );
-        let access = Access::of(&request);
+        let (access, caller) = (Access::of(&request), Caller::of(&request));
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
         access.require(&instance)?;
         let function = function(request.digest_function)?;
-        let total = request.requests.iter().map(|blob| blob.data.len() as u64);
-        check_batch(total.sum())?;
+        let total = request.requests.iter().map(size_in_batch);
+        check_batch(total.fold(0, u64::saturating_add))?;
+        let is_compressed = |blob: &batch_update_blobs_request::Request| blob.compressor != 0;
+        let _memory = match request.requests.iter().any(is_compressed) {
+            true => Some(coder_budget::reserve(&caller, MAXIMUM_BATCH_SIZE).await?),
+            false => None,
+        };
         let answered = request
             .requests
             .iter()
@@ -136,7 +155,7 @@ impl ContentAddressableStorage for CasService {
             ResponseBudget::of(&request),
             RequestReservation::of(&request),
         );
-        let access = Access::of(&request);
+        let (access, caller) = (Access::of(&request), Caller::of(&request));
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
         access.require(&instance)?;
@@ -155,16 +174,29 @@ impl ContentAddressableStorage for CasService {
             .backend
             .read_many(&instance, &digests, MAXIMUM_BATCH_SIZE)
             .await;
-        let response = |(sent, read): (reapi::Digest, Result<Bytes, Error>)| {
-            let (data, result) = match read {
-                Ok(data) => (data, Ok(())),
-                Err(error) => (Default::default(), Err(error)),
+        let accepted = &request.acceptable_compressors;
+        let read = match accepted.contains(&Compressor::Zstd.to_proto()) {
+            true => {
+                let _memory = coder_budget::reserve(&caller, MAXIMUM_BATCH_SIZE).await?;
+                let compress = |read: Result<Bytes, Error>| compression::compressed(read?);
+                let compress_all = move || -> Vec<_> { read.into_iter().map(compress).collect() };
+                blocking(compress_all).await?
+            }
+            false => {
+                let as_it_is = |data| (data, Compressor::Identity);
+                read.into_iter().map(|read| read.map(as_it_is)).collect()
+            }
+        };
+        let response = |(sent, read): (reapi::Digest, Result<(Bytes, Compressor), Error>)| {
+            let (data, compressor, result) = match read {
+                Ok((data, compressor)) => (data, compressor, Ok(())),
+                Err(error) => (Bytes::new(), Compressor::Identity, Err(error)),
             };
             batch_read_blobs_response::Response {
                 digest: Some(sent),
                 data,
                 status: Some(status_of(result)),
-                compressor: 0,
+                compressor: compressor.to_proto(),
             }
         };
         let responses = request
@@ -247,6 +279,15 @@ impl ContentAddressableStorage for CasService {
         Err(Status::unimplemented(
             "this server does not splice blobs, and does not announce splice_blob_support",
         ))
+    }
+}
+
+/// Bytes that a blob has in memory, as it comes or decompressed.
+fn size_in_batch(request: &batch_update_blobs_request::Request) -> u64 {
+    let sent = request.data.len() as u64;
+    match (request.compressor, &request.digest) {
+        (1.., Some(digest)) => sent.max(u64::try_from(digest.size_bytes).unwrap_or(0)),
+        _ => sent,
     }
 }
 

@@ -4,11 +4,13 @@
 //! 1. A client that asks for much, and reads slowly, holds a piece of it in memory, not all: answers
 //!    that are made as a whole are made when there is room for them (`daemon::serve`).
 //! 2. A call's blobs, and a message, have limits; the error names them.
+//! 3. Compressed blobs are decompressed as they come, and compressed as they are read (`compression`);
+//!    what that takes has limits, also for each caller (`coder_budget`).
 
 use prost::Message;
 use tonic::{Code, Status, codec::CompressionEncoding};
 
-use super::{Backend, Error, UploadError};
+use super::{Backend, Error, UploadError, compression::DecodeError};
 use crate::{
     daemon::{BudgetReservation, LogRateLimit, ResponseBudget, Services},
     digest::{Digest, DigestError, DigestFunction},
@@ -33,6 +35,8 @@ mod action_cache;
 mod bytestream;
 mod capabilities;
 mod cas;
+mod coder_budget;
+mod compressed_write;
 mod tree;
 
 /// REAPI: CacheCapabilities.max_batch_total_size_bytes. With its digests a batch stays below 4 MiB,
@@ -120,6 +124,12 @@ impl From<UploadError> for Status {
             UploadError::Offset { .. } | UploadError::Unfinished { .. } => Code::InvalidArgument,
         };
         Status::new(code, error.to_string())
+    }
+}
+
+impl From<DecodeError> for Status {
+    fn from(error: DecodeError) -> Self {
+        Status::invalid_argument(error.to_string())
     }
 }
 

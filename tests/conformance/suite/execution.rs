@@ -101,7 +101,7 @@ impl Server {
         self.store_message(&action).await
     }
 
-    fn request(&self, action: &reapi::Digest) -> ExecuteRequest {
+    pub fn request(&self, action: &reapi::Digest) -> ExecuteRequest {
         ExecuteRequest {
             instance_name: self.instance.clone(),
             action_digest: Some(action.clone()),
@@ -123,7 +123,7 @@ impl Server {
         self.outcome_of(self.request(&action)).await
     }
 
-    async fn outcome_of(
+    pub async fn outcome_of(
         &self,
         request: ExecuteRequest,
     ) -> Result<Result<ExecuteResponse, Status>, Stop> {
@@ -215,6 +215,20 @@ fn response(operations: &[Operation]) -> Result<ExecuteResponse, Stop> {
         },
         Some(last) => fail(format!("the stream ended with {last:?}")),
         None => fail("the stream ended without an operation"),
+    }
+}
+
+/// The result of an action whose status is expected to be OK.
+fn result(operations: &[Operation]) -> Result<ActionResult, Stop> {
+    let response = response(operations)?;
+    let status = response.status.unwrap_or_default();
+    match status.code {
+        0 => Ok(response.result.unwrap_or_default()),
+        code => fail(format!(
+            "the response's status is {:?}: {}",
+            Code::from_i32(code),
+            status.message
+        )),
     }
 }
 
@@ -356,7 +370,7 @@ async fn wait(server: &Server) -> Outcome {
         first.name
     );
     let rest = to_the_end(stream).await.expect_ok("WaitExecution")?;
-    let result = response(&rest)?.result.unwrap_or_default();
+    let result = result(&rest)?;
     let stdout = server.stdout(&result).await?;
     ensure!(stdout == b"waited\n", "the standard output is {stdout:?}");
     Ok(())
@@ -381,7 +395,7 @@ async fn goes_on(server: &Server) -> Outcome {
     let stream = server.execution().wait_execution(request).await;
     let stream = stream.expect_ok("WaitExecution")?.into_inner();
     let operations = to_the_end(stream).await.expect_ok("WaitExecution")?;
-    let result = response(&operations)?.result.unwrap_or_default();
+    let result = result(&operations)?;
     let stdout = server.stdout(&result).await?;
     ensure!(stdout == b"went on\n", "the standard output is {stdout:?}");
     Ok(())
@@ -543,6 +557,7 @@ async fn ill_formed_action(server: &Server) -> Outcome {
     server.runs().await?;
     let no_message = server.store(vec![0xff; 30].into()).await?;
     let no_digests = Action {
+        platform: Some(server.platform.clone()),
         salt: server.random(16),
         ..Default::default()
     };

@@ -1,8 +1,8 @@
 //! The rules of the API, and asking a server about each.
 //!
 //! To read in this order: `rule` is what a rule is; `server` the server that is asked, with the calls
-//! that rules are made of; `capabilities`, `cas`, `batches`, `tree`, `byte_stream`, `action_cache`,
-//! `execution` and `outputs` have the rules; `report` is what is told of them.
+//! that rules are made of; `capabilities`, `cas`, `batches`, `tree`, `byte_stream`, `compression`,
+//! `action_cache`, `execution` and `outputs` have the rules; `report` is what is told of them.
 
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ mod batches;
 mod byte_stream;
 mod capabilities;
 mod cas;
+mod compression;
 mod execution;
 mod outputs;
 pub mod report;
@@ -74,6 +75,7 @@ pub async fn run(options: &Options) -> Result<Report, String> {
         batches::RULES,
         tree::RULES,
         byte_stream::RULES,
+        compression::RULES,
         action_cache::RULES,
         execution::RULES,
         outputs::RULES,

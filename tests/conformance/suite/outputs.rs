@@ -7,7 +7,7 @@ use prost::Message;
 
 use super::{
     execution::Task,
-    rule::{Outcome, Stop, ensure, fail, rules, unsupported},
+    rule::{Expect, Outcome, Stop, ensure, fail, rules, unsupported},
     server::Server,
 };
 
@@ -26,7 +26,7 @@ rules! {
     Must, "ActionResult.stdout_digest", "a standard output of 300 KiB is returned whole", large_stdout;
     Must, "ActionResult", "outputs of a command that fails are returned as well", of_failure;
     Must, "OutputFile.digest", "an empty file is returned", empty_file;
-    Should, "ExecuteRequest.inline_stdout", "a result that is looked up has its standard output inlined where that is asked for", inline;
+    Should, "ExecuteRequest.inline_stdout", "the standard output and files are inlined where that is asked for, executed or looked up", inline;
 }
 
 fn task(server: &Server, script: &str, paths: &[&str]) -> Task {
@@ -344,18 +344,38 @@ async fn empty_file(server: &Server) -> Outcome {
 }
 
 async fn inline(server: &Server) -> Outcome {
-    let task = server.task("echo inlined");
-    server.result(&task).await?;
+    server.runs().await?;
+    let task = task(
+        server,
+        "echo inlined; printf x > wanted; printf y > other",
+        &["other", "wanted"],
+    );
     let action = server.prepare(&task).await?;
-    let got = server
-        .get_action_result(&action, |request| request.inline_stdout = true)
-        .await;
-    let Ok(got) = got else {
-        return unsupported("the result is not in the Action Cache");
-    };
-    if got.stdout_raw.is_empty() {
-        return unsupported("it is not inlined; that is a hint");
+    for skip_cache_lookup in [true, false] {
+        let request = reapi::ExecuteRequest {
+            skip_cache_lookup,
+            inline_stdout: true,
+            inline_output_files: vec!["wanted".to_owned()],
+            ..server.request(&action)
+        };
+        let outcome = server.outcome_of(request).await?;
+        let result = outcome.expect_ok("Execute")?.result.unwrap_or_default();
+        let contents = |path: &str| {
+            let mut files = result.output_files.iter();
+            let file = files.find(|file| file.path == path);
+            file.map(|file| file.contents.clone()).unwrap_or_default()
+        };
+        ensure!(
+            contents("other").is_empty(),
+            "a file is inlined that was not asked for"
+        );
+        if contents("wanted").is_empty() {
+            return unsupported("it is not inlined; that is a hint");
+        }
+        ensure!(
+            result.stdout_raw == "inlined\n" && contents("wanted") == "x",
+            "something else is inlined"
+        );
     }
-    ensure!(got.stdout_raw == "inlined\n", "something else is inlined");
     Ok(())
 }

@@ -1,19 +1,22 @@
-//! Laws that every back end keeps: the embedded store, a client of one, and a client of services whose
-//! own back end is such a client.
+//! Laws that every back end keeps: the embedded store, a client of one, a client of services whose own
+//! back end is such a client, and one that compresses what it sends.
 
 use std::{os::unix::fs::FileExt, sync::Arc};
 
 use bb_remote_execution::{
     digest::{Digest, DigestFunction},
     proto::reapi::{ActionResult, OutputFile},
-    storage::{Backend, Content, Error, UploadError},
+    storage::{
+        Backend, Content, Error, UploadError,
+        grpc::{Compression, Options},
+    },
 };
 use futures::TryStreamExt;
 
 use super::{ANYWHERE, GIB, Server, Serving, content, instance, sha256};
 
 struct Backends {
-    all: [Backend; 3],
+    all: [Backend; 4],
     _servers: (Server, Serving),
     _directory: tempfile::TempDir,
 }
@@ -25,8 +28,12 @@ async fn backends() -> Backends {
     let far = Serving::start(client.clone(), ANYWHERE).await;
     let behind = Backend::Grpc(far.client());
     let embedded = Backend::Embedded(near.store.clone());
+    let compressing = Backend::Grpc(far.client_with(Options {
+        compression: Compression::Always,
+        ..Options::default()
+    }));
     Backends {
-        all: [embedded, client, behind],
+        all: [embedded, client, behind, compressing],
         _servers: (near, far),
         _directory: directory,
     }

@@ -213,7 +213,7 @@ async fn wrong_writes_are_refused_and_leave_nothing() {
         Code::InvalidArgument,
         "resource_name",
     );
-    for bad in ["", "blobs/x/1", "uploads/u/compressed-blobs/zstd/x/1"] {
+    for bad in ["", "blobs/x/1", "uploads/u/compressed-blobs/brotli/x/1"] {
         let answer = write(&mut client, vec![part(bad, 0, b"", true)]).await;
         refused(answer, Code::InvalidArgument, "resource name");
     }

@@ -7,6 +7,7 @@ use bb_remote_execution::proto::reapi::{
     capabilities_client::CapabilitiesClient,
     content_addressable_storage_client::ContentAddressableStorageClient,
 };
+use bb_remote_execution::resource::Compressor;
 use futures::TryStreamExt;
 use prost::Message;
 use tonic::{Code, Status};
@@ -346,7 +347,9 @@ async fn capabilities_announce_what_is_served() {
             .unwrap()
             .update_enabled
     );
-    assert!(cache.supported_compressors.is_empty());
+    let zstd = Compressor::Zstd.to_proto();
+    assert_eq!(cache.supported_compressors, [zstd]);
+    assert_eq!(cache.supported_batch_update_compressors, [zstd]);
     assert!(answer.execution_capabilities.is_none());
     // A batch of just the size announced is taken, and comes back.
     let data = content(1, cache.max_batch_total_size_bytes as usize);

@@ -31,12 +31,13 @@ use bb_remote_execution::{
             },
         },
     },
-    resource::ReadName,
+    resource::{Compressor, ReadName},
     storage::{
-        Content, Error,
-        grpc::{Client, Options},
+        Content, Error, compression,
+        grpc::{Client, Compression, Options},
     },
 };
+use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming, async_trait, service::Routes};
@@ -71,6 +72,11 @@ pub struct PeerBehaviour {
     pub largest_batch: AtomicUsize,
     /// A write is answered with this.
     pub committed: i64,
+    /// It announces compression.
+    pub zstd: bool,
+    /// What it gives for blobs that are read compressed; nothing is INVALID_ARGUMENT.
+    pub compressed: Option<Bytes>,
+    pub compressed_reads: AtomicUsize,
 }
 
 #[derive(Clone)]
@@ -241,7 +247,15 @@ impl ByteStream for Peer {
             return Ok(Response::new(stream::pending().boxed()));
         }
         let request = request.into_inner();
-        let digest = ReadName::parse(&request.resource_name).unwrap().digest;
+        let name = ReadName::parse(&request.resource_name).unwrap();
+        if name.compressor == Compressor::Zstd {
+            self.0.compressed_reads.fetch_add(1, Ordering::SeqCst);
+            let data = self.0.compressed.clone();
+            let data = data.ok_or_else(|| Status::invalid_argument("it does not compress"))?;
+            let one = stream::once(async { Ok(ReadResponse { data }) });
+            return Ok(Response::new(one.boxed()));
+        }
+        let digest = name.digest;
         let data = self.blob(&digest).ok_or_else(|| Status::not_found(""))?;
         let rest = data[request.read_offset as usize..].to_vec();
         let broken = self.fail();
@@ -299,6 +313,7 @@ impl Capabilities for Peer {
         Ok(Response::new(ServerCapabilities {
             cache_capabilities: Some(reapi::CacheCapabilities {
                 max_batch_total_size_bytes: self.0.max_batch,
+                supported_compressors: vec![Compressor::Zstd.to_proto(); usize::from(self.0.zstd)],
                 ..Default::default()
             }),
             ..Default::default()
@@ -379,6 +394,42 @@ async fn a_wrong_content_is_asked_for_once_more_and_never_returned() {
                 ),
             }
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_compresses_wrongly_is_read_as_it_is() {
+    let data = content(7, 3_000_000);
+    let digest = sha256(&data);
+    let right = compression::encode_whole(&data).unwrap();
+    let bomb = compression::encode_whole(&vec![0; 40_000_000]).unwrap();
+    let other = compression::encode_whole(&content(8, 3_000_000)).unwrap();
+    for (what, compressed) in [
+        ("right", Some(right.clone())),
+        ("refused", None),
+        ("no Zstandard", Some(data.clone().into())),
+        ("a bomb", Some(bomb)),
+        ("another content", Some(other)),
+        ("cut", Some(right.slice(..right.len() / 2))),
+    ] {
+        let behaviour = PeerBehaviour {
+            zstd: true,
+            compressed,
+            ..Default::default()
+        };
+        let peer = with_blobs(std::slice::from_ref(&data), behaviour);
+        let options = Options {
+            compression: Compression::Always,
+            ..Options::default()
+        };
+        let (client, _stop) = peer.clone().start_with(options).await;
+        let name = instance("");
+        let read = client.read(&name, &digest, GIB);
+        let read = tokio::time::timeout(Duration::from_secs(60), read)
+            .await
+            .unwrap();
+        assert!(read.unwrap() == data, "{what}");
+        assert!(peer.0.compressed_reads.load(Ordering::SeqCst) > 0);
     }
 }
 
