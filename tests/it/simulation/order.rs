@@ -70,12 +70,13 @@ impl World {
     }
 
     /// What was handed out was first in its invocation, and its client had the least use of workers.
-    pub fn check_order(&self, waited: &Waiting, work: &QueuedAction) {
+    /// `rest` is what waits still, as the call may have ended what waited before it.
+    pub fn check_order(&self, waited: &Waiting, rest: &Waiting, work: &QueuedAction) {
         let time = work.queued_timestamp.seconds;
         let Some(task) = waited.tasks.get(&time) else {
             return;
         };
-        if waited.tasks.iter().any(|(other_time, other)| {
+        if rest.tasks.iter().any(|(other_time, other)| {
             (other.priority, *other_time) < (task.priority, time)
                 && task.invocations.len() == 1
                 && other.invocations.keys().eq(task.invocations.keys())
@@ -83,9 +84,9 @@ impl World {
             self.fail("a task was handed out before a more urgent one of its invocation");
         }
         let mut least = BTreeMap::<InvocationKey, f64>::new();
-        for other in waited.tasks.values() {
+        for other in rest.tasks.values().chain([task]) {
             for (keys, priority) in &other.invocations {
-                let score = waited.score(&client(keys), *priority);
+                let score = rest.score(&client(keys), *priority);
                 let found = least.entry(client(keys)).or_insert(score);
                 *found = found.min(score);
             }

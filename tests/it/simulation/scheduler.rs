@@ -207,7 +207,8 @@ impl World {
                 self.note_attempt(&instruction);
                 match &instruction.desired {
                     DesiredWorkerState::Execute { action: work, .. } => {
-                        self.check_order(&waited, work);
+                        let rest = self.waiting(&key, worker);
+                        self.check_order(&waited, &rest, work);
                         let first = waited.has(work);
                         if first && (unwilling || self.drained.contains(&worker)) {
                             self.fail("a worker that takes none is handed new work");
