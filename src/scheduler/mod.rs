@@ -309,11 +309,14 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         .add(queue_state)
         .add(scheduler_control)
         .observable(&stopping)?;
-    let pages = web::router(Arc::new(Pages {
-        queue: queue.clone(),
-        history: history.clone(),
-        protection: Protection::new(&config.web.url, &daemon::hostname()),
-    }));
+    let pages = web::router(Arc::new(Pages::new(
+        queue.clone(),
+        drains.clone(),
+        storage.clone(),
+        InitialSizeClassCache::open(cache, &storage, &credentials),
+        history.clone(),
+        Protection::new(&config.web.url, &daemon::hostname()),
+    )));
     let worker_limits = ServerLimits {
         largest_message: LARGEST_REPORT as u64,
         ..ServerLimits::default()

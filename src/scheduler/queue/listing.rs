@@ -251,7 +251,7 @@ impl<C, W: Clone> Queue<C, W> {
         (place, self.names.len())
     }
 
-    fn row(&self, number: OperationNumber) -> OperationRow {
+    pub(super) fn row(&self, number: OperationNumber) -> OperationRow {
         let operation = &self.operations[number];
         let task = &self.tasks[operation.task];
         let (stage, worker) = match &task.state {

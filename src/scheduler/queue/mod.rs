@@ -11,7 +11,7 @@
 //! out, with `refusal`; `arena`, `state`, `names` and `timers` hold the objects. `fairness` has their
 //! order. The verbs are in `clients`, `workers` and `drains`, over `schedule`, `adoption`, `resumption`,
 //! `background`, `platform_queues` and `limits`; `clock` has their time. Those who look are shown `rows`
-//! by `listing`, reasons by `explain`, and what waits for longest by `gauges`.
+//! by `listing` and `browse`, reasons by `explain`, and what waits for longest by `gauges`.
 //!
 //! 1. A task waits for a worker's report, or is queued, or executing on exactly one worker, or
 //!    completed. A worker executes at most one task.
@@ -50,6 +50,7 @@ mod action;
 mod adoption;
 mod arena;
 mod background;
+mod browse;
 mod clients;
 mod clock;
 mod drains;
@@ -78,6 +79,7 @@ pub use crate::metadata::Attempt;
 pub use action::{
     EncodedResponse, InvocationKey, InvocationKeys, Progress, QueuedAction, Request, Stage,
 };
+pub use browse::{Load, QueueLoad, WorkerSight, WorkerSightActivity};
 pub use clients::AttachedWaiter;
 pub use clock::{Clock, TICK};
 pub use drains::{Drain, ExecutingWorker, NextWorker};

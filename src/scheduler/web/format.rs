@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use maud::{Markup, html};
+use prost_types::Timestamp;
 
-use crate::text::printable;
+use crate::{proto, text::printable};
 
 /// A text that somebody else chose: on its own as to direction, with nothing hidden in it.
 pub(super) fn name(text: &str) -> Markup {
@@ -22,6 +23,47 @@ pub(super) fn count(number: u64) -> String {
         text.push(digit);
     }
     text
+}
+
+/// In the unit that fits.
+pub(super) fn size(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if bytes < 1024 {
+        return format!("{bytes} B");
+    }
+    let mut value = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1023.95 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!(
+        "{value:.1} {}",
+        UNITS.get(unit).copied().unwrap_or_default()
+    )
+}
+
+/// A time of day of the last days, or a date.
+pub(super) fn timestamp(time: &Timestamp) -> Markup {
+    let text =
+        proto::system_time(time).map(|time| humantime::format_rfc3339_seconds(time).to_string());
+    let text = text.unwrap_or_default();
+    let shown = text.replace('T', " ").replace('Z', " UTC");
+    html! { time datetime=(text) { (shown) } }
+}
+
+/// Percent-encoded for an address (RFC 3986, section 2.3).
+pub(super) fn encode(text: &str) -> String {
+    let mut encoded = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => {
+                encoded.push(char::from(byte));
+            }
+            _ => encoded.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    encoded
 }
 
 /// Two units at most, such as `2 h 5 min`.
@@ -48,6 +90,10 @@ mod tests {
         assert_eq!(count(0), "0");
         assert_eq!(count(999), "999");
         assert_eq!(count(1_234_567), "1\u{202f}234\u{202f}567");
+        assert_eq!(size(1023), "1023 B");
+        assert_eq!(size(1536), "1.5 KiB");
+        assert_eq!(size(5 << 30), "5.0 GiB");
+        assert_eq!(encode("a/b <ü>"), "a%2Fb%20%3C%C3%BC%3E");
         for (milliseconds, text) in [
             (0, "0 s"),
             (20, "20 ms"),

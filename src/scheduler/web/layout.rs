@@ -1,22 +1,32 @@
-//! What all pages have in common: their frame, navigation, and pages that refuse.
+//! What all pages have in common: their frame, navigation, lists of labels, and pages that refuse.
+
+use std::collections::BTreeMap;
 
 use axum::{
-    http::{StatusCode, Uri},
+    http::StatusCode,
     response::{IntoResponse, Response},
 };
 use maud::{DOCTYPE, Markup, html};
 
-use super::protection::MaySee;
+use super::format::name;
 
 /// Where a page belongs in the navigation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Section {
     Overview,
+    Queues,
+    Workers,
+    Operations,
     None,
 }
 
 /// The parts of the navigation: where, and what it is called.
-const SECTIONS: [(Section, &str, &str); 1] = [(Section::Overview, "/", "Farm")];
+const SECTIONS: [(Section, &str, &str); 4] = [
+    (Section::Overview, "/", "Farm"),
+    (Section::Queues, "/queues", "Queues"),
+    (Section::Workers, "/workers", "Workers"),
+    (Section::Operations, "/operations", "Operations"),
+];
 
 /// How often a page without script is loaded again, in seconds.
 const RELOAD_SECONDS: u32 = 15;
@@ -41,7 +51,7 @@ impl Page<'_> {
                     meta name="color-scheme" content="light dark";
                     title { (self.title) " · build farm" }
                     link rel="stylesheet" href="/assets/style.css";
-                    link rel="icon" href="data:,";
+                    link rel="icon" href="/assets/icon.svg" type="image/svg+xml";
                     script src="/assets/script.js" defer {}
                     @if self.is_live {
                         noscript { meta http-equiv="refresh" content=(RELOAD_SECONDS); }
@@ -53,10 +63,10 @@ impl Page<'_> {
                         a.brand href="/" { "Build farm" }
                         nav aria-label="Pages" {
                             ul {
-                                @for (section, path, name) in SECTIONS {
+                                @for (section, path, title) in SECTIONS {
                                     li {
                                         a href=(path) aria-current=[(section == self.section).then_some("page")] {
-                                            (name)
+                                            (title)
                                         }
                                     }
                                 }
@@ -86,14 +96,36 @@ pub(super) fn refusal(status: StatusCode, title: &str, text: &str) -> Response {
         is_live: false,
         content: html! {
             h1 { (title) }
-            p { (super::format::name(text)) }
+            p { (name(text)) }
         },
     };
     (status, page).into_response()
 }
 
 /// What is asked for is none of the pages.
-pub(super) async fn not_found(_: MaySee, uri: Uri) -> Response {
-    let text = format!("There is no page {}.", crate::text::shorten(uri.path()));
+pub(super) fn not_found(path: &str) -> Response {
+    let text = format!("There is no page {}.", crate::text::shorten(path));
     refusal(StatusCode::NOT_FOUND, "No such page", &text)
+}
+
+/// Platform properties, one after the other.
+pub(super) fn properties(properties: &[(String, String)]) -> Markup {
+    html! {
+        @if properties.is_empty() { span.quiet { "no platform properties" } }
+        @for (number, (property, value)) in properties.iter().enumerate() {
+            @if number > 0 { " " }
+            span.label { (name(property)) "=" (name(value)) }
+        }
+    }
+}
+
+/// Labels of workers, one after the other.
+pub(super) fn labels(labels: &BTreeMap<String, String>) -> Markup {
+    html! {
+        @if labels.is_empty() { span.quiet { "all workers" } }
+        @for (number, (label, value)) in labels.iter().enumerate() {
+            @if number > 0 { " " }
+            span.label { (name(label)) "=" (name(value)) }
+        }
+    }
 }

@@ -2,14 +2,14 @@
 //!
 //! In the order to read it: this file says which page is where; `protection` has who may ask, and what
 //! browsers are told to forbid; `layout` is what pages have in common, and `format` how they write times,
-//! sizes and names. `overview` is the first page, over the samples of `history`, drawn by `chart`.
+//! sizes and names. `overview` is the first page, over the samples of `history`, drawn by `chart`. `queues`,
+//! `workers`, `operations` and `operation` show the queue, with `queue_key` in their addresses; `steering`
+//! changes it. `browser` shows what is in the storage.
 //!
 //! 1. Every page needs no script; with it, what is on the page is fetched again now and then.
 //! 2. Whatever somebody else chose goes through `format::name` or maud's escapes: it is never markup,
 //!    and cannot change how the text around it looks.
 //! 3. The queue is looked at in pieces, and a page has at most so many rows.
-
-#![expect(dead_code, reason = "forms come with the pages that have them")]
 
 use std::sync::Arc;
 
@@ -19,29 +19,74 @@ use axum::{
     http::header,
     middleware,
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
+use tokio::sync::Semaphore;
 
+mod browser;
 mod chart;
 mod format;
 mod history;
 mod layout;
+mod operation;
+mod operations;
 mod overview;
 mod protection;
+mod queue_key;
+mod queues;
+mod steering;
+mod workers;
 
-use super::shared_queue::SharedQueue;
+use super::{drain_file::DrainFile, shared_queue::SharedQueue};
+use crate::storage::{Backend, InitialSizeClassCache};
 pub(super) use history::{CacheLookups, History};
 pub(super) use protection::Protection;
+use steering::Drainers;
 
 /// What pages are made of.
 pub(super) struct Pages {
     pub queue: Arc<SharedQueue>,
+    pub drains: Arc<DrainFile>,
+    pub storage: Backend,
+    pub statistics: InitialSizeClassCache,
     pub history: Arc<History>,
     pub protection: Protection,
+    drainers: Drainers,
+    /// Searches among all operations at a time.
+    searches: Semaphore,
+    /// Large messages in memory at a time.
+    large: Semaphore,
+    /// Archives that are written at a time.
+    archives: Arc<Semaphore>,
+}
+
+impl Pages {
+    pub(super) fn new(
+        queue: Arc<SharedQueue>,
+        drains: Arc<DrainFile>,
+        storage: Backend,
+        statistics: InitialSizeClassCache,
+        history: Arc<History>,
+        protection: Protection,
+    ) -> Self {
+        Pages {
+            queue,
+            drains,
+            storage,
+            statistics,
+            history,
+            protection,
+            drainers: Drainers::default(),
+            searches: Semaphore::new(4),
+            large: Semaphore::new(2),
+            archives: Arc::new(Semaphore::new(8)),
+        }
+    }
 }
 
 const STYLE: &str = include_str!("assets/style.css");
 const SCRIPT: &str = include_str!("assets/script.js");
+const ICON: &str = include_str!("assets/icon.svg");
 
 /// A form has a few names in it.
 const LARGEST_FORM: usize = 64 << 10;
@@ -49,12 +94,22 @@ const LARGEST_FORM: usize = 64 << 10;
 pub(super) fn router(pages: Arc<Pages>) -> Router {
     Router::new()
         .route("/", get(overview::page))
+        .route("/queues", get(queues::list))
+        .route("/queue", get(queues::one))
+        .route("/workers", get(workers::list))
+        .route("/workers/drain", post(steering::drain))
+        .route("/workers/undrain", post(steering::undrain))
+        .route("/workers/terminate", post(steering::terminate))
+        .route("/operations", get(operations::list))
+        .route("/operations/{operation}", get(operation::page))
+        .route("/operations/{operation}/kill", post(steering::kill))
         .route("/assets/style.css", get(|| asset("text/css", STYLE)))
         .route(
             "/assets/script.js",
             get(|| asset("text/javascript", SCRIPT)),
         )
-        .fallback(layout::not_found)
+        .route("/assets/icon.svg", get(|| asset("image/svg+xml", ICON)))
+        .fallback(browser::page)
         .layer(DefaultBodyLimit::max(LARGEST_FORM))
         .layer(middleware::from_fn_with_state(
             pages.clone(),

@@ -12,7 +12,11 @@ use super::{
     history::{self, KEPT, Sample},
     layout::{Page, Section},
     protection::MaySee,
+    queues,
 };
+
+/// Queues of the first page.
+const QUEUES: usize = 12;
 
 pub(super) async fn page(_: MaySee, State(pages): State<Arc<Pages>>) -> Page<'static> {
     let counts = history::now(&pages.queue);
@@ -23,6 +27,8 @@ pub(super) async fn page(_: MaySee, State(pages): State<Arc<Pages>>) -> Page<'st
     let executing = counts.executing_workers as u64;
     let idle = (counts.workers as u64).saturating_sub(executing);
     let gauge = |of: fn(&Sample) -> usize| values(&samples, move |sample| Some(of(sample) as f64));
+    let rows = queues::first(&pages.queue, None, QUEUES + 1);
+    let shown = rows.get(..QUEUES).unwrap_or(&rows);
     let content = html! {
         h1 { "The farm at a glance" }
         div.tiles {
@@ -34,6 +40,11 @@ pub(super) async fn page(_: MaySee, State(pages): State<Arc<Pages>>) -> Page<'st
             (tile("Cache hits", &rate(hits, lookups), &format!("of {} look-ups in the last hour", count(lookups)),
                 &values(&samples, |sample| (sample.lookups > 0).then(|| sample.hits as f64 / sample.lookups as f64))))
         }
+        h2 { "Platform queues" }
+        (queues::table(shown))
+        @if rows.len() > QUEUES {
+            nav.pager aria-label="Further queues" { a href="/queues" { "All queues" } }
+        }
     };
     Page {
         section: Section::Overview,
@@ -42,7 +53,6 @@ pub(super) async fn page(_: MaySee, State(pages): State<Arc<Pages>>) -> Page<'st
         content,
     }
 }
-
 fn values(samples: &[Sample], of: impl Fn(&Sample) -> Option<f64>) -> Vec<Option<f64>> {
     samples.iter().map(of).collect()
 }

@@ -1,0 +1,439 @@
+//! An input root as a tar archive (POSIX, pax interchange format), with a script that runs the command.
+//!
+//! 1. It is written piece by piece, as it is read: in memory are the directories between the root and what
+//!    is written now, and a few pieces of content.
+//! 2. A name that would lead out of the archive's own directory ends it, so that the archive is cut short
+//!    and does not unpack.
+//! 3. What a directory names again and again is written again: after `MOST_ENTRIES` it ends, too.
+
+use axum::{
+    body::Body,
+    http::header,
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use futures::{StreamExt, stream};
+use maud::{Markup, html};
+use tokio::sync::mpsc;
+
+use super::{
+    Place, SMALL, command,
+    read::{self, Problem},
+};
+use crate::{
+    digest::Digest,
+    instance::InstanceName,
+    path::Component,
+    proto::reapi::{self, Action, Command, Directory},
+    scheduler::web::Pages,
+    storage::Backend,
+};
+
+const MOST_ENTRIES: u64 = 10_000_000;
+const DEEPEST: usize = 250;
+/// Pieces between the storage and the connection.
+const PIECES: usize = 4;
+const BLOCK: usize = 512;
+
+pub(super) fn link(place: &Place, digest: &Digest) -> Markup {
+    html! {
+        p {
+            a href={ (place.address("action", digest)) "?format=tar" } { "Download to run it by hand" }
+            " " span.quiet { "tar archive; then: tar xf …, and run.sh in it" }
+        }
+    }
+}
+
+/// The input root and the script.
+pub(super) async fn of_action(pages: &Pages, place: &Place, digest: &Digest) -> Response {
+    let action = read::message::<Action>(pages, place, digest, "Action").await;
+    let action = match action {
+        Ok(action) => action,
+        Err(problem) => return problem.page(place, digest),
+    };
+    let parse = |digest: Option<&reapi::Digest>| {
+        let parsed = Digest::parse_required(Some(place.function), digest);
+        parsed.map_err(|error| Problem::Malformed {
+            kind: "Action",
+            error: error.to_string(),
+        })
+    };
+    let digests = parse(action.command_digest.as_ref())
+        .and_then(|command| Ok((command, parse(action.input_root_digest.as_ref())?)));
+    let (command_digest, root) = match digests {
+        Ok(digests) => digests,
+        Err(problem) => return problem.page(place, digest),
+    };
+    let command = read::message::<Command>(pages, place, &command_digest, "Command").await;
+    let command = match command {
+        Ok(command) => command,
+        Err(problem) => return problem.page(place, &command_digest),
+    };
+    if let Err(problem) = read::message::<Directory>(pages, place, &root, "Directory").await {
+        return problem.page(place, &root);
+    }
+    let hash = digest.hash_hex();
+    let top = format!("action-{}", hash.get(..12).unwrap_or_default());
+    archive(pages, place, root, &top, Some(command)).await
+}
+
+/// A directory and all below it.
+pub(super) async fn of_directory(pages: &Pages, place: &Place, digest: &Digest) -> Response {
+    if let Err(problem) = read::message::<Directory>(pages, place, digest, "Directory").await {
+        return problem.page(place, digest);
+    }
+    let hash = digest.hash_hex();
+    let top = format!("directory-{}", hash.get(..12).unwrap_or_default());
+    archive(pages, place, *digest, &top, None).await
+}
+
+async fn archive(
+    pages: &Pages,
+    place: &Place,
+    root: Digest,
+    top: &str,
+    command: Option<Command>,
+) -> Response {
+    let Ok(permit) = pages.archives.clone().acquire_owned().await else {
+        return Problem::Failed("the scheduler stops".to_owned()).page(place, &root);
+    };
+    let (sender, receiver) = mpsc::channel(PIECES);
+    let mut writer = Writer {
+        storage: pages.storage.clone(),
+        instance: place.instance.clone(),
+        sender,
+        entries: 0,
+    };
+    let (name, directory) = (top.to_owned(), top.to_owned());
+    tokio::spawn(async move {
+        let _permit = permit;
+        if let Err(error) = writer.write_all(&directory, root, command).await {
+            tracing::debug!(error, "an archive was cut short");
+            // The connection ends without the end of the body, so that nobody takes it for whole.
+            let _ = writer.sender.send(Err(std::io::Error::other(error))).await;
+        }
+    });
+    let pieces = stream::unfold(receiver, |mut receiver| async move {
+        let piece = receiver.recv().await?;
+        Some((piece, receiver))
+    });
+    let headers = [
+        (header::CONTENT_TYPE, "application/x-tar".to_owned()),
+        (
+            header::CONTENT_DISPOSITION,
+            format!("attachment; filename=\"{name}.tar\""),
+        ),
+    ];
+    (headers, Body::from_stream(pieces)).into_response()
+}
+
+struct Writer {
+    storage: Backend,
+    instance: InstanceName,
+    sender: mpsc::Sender<std::io::Result<Bytes>>,
+    entries: u64,
+}
+
+/// What is still to be written of a directory.
+struct Open {
+    path: String,
+    left: Directory,
+}
+
+impl Writer {
+    async fn send(&self, data: impl Into<Bytes>) -> Result<(), String> {
+        let sent = self.sender.send(Ok(data.into())).await;
+        sent.map_err(|_| "its reader is gone".to_owned())
+    }
+
+    async fn entry(&mut self, entry: &Entry<'_>) -> Result<(), String> {
+        self.entries += 1;
+        if self.entries > MOST_ENTRIES {
+            return Err(format!("it has more than {MOST_ENTRIES} entries"));
+        }
+        self.send(entry.header()).await
+    }
+
+    async fn write_all(
+        &mut self,
+        top: &str,
+        root: Digest,
+        command: Option<Command>,
+    ) -> Result<(), String> {
+        self.entry(&Entry::directory(&format!("{top}/"))).await?;
+        let mut path = top.to_owned();
+        let mut extra = Vec::new();
+        if let Some(command) = &command {
+            let script = command::shell_script(command);
+            let name = format!("{top}/run.sh");
+            let size = script.len() as u64;
+            self.entry(&Entry {
+                path: &name,
+                kind: Kind::File {
+                    size,
+                    is_executable: true,
+                },
+            })
+            .await?;
+            self.send(padded(script.into_bytes())).await?;
+            path = format!("{top}/root");
+            self.entry(&Entry::directory(&format!("{path}/"))).await?;
+            // As a worker does: directories that outputs are to be in.
+            extra = parents_of_outputs(command);
+        }
+        let root_path = path.clone();
+        self.write_tree(path, root).await?;
+        for directory in extra {
+            self.entry(&Entry::directory(&format!("{root_path}/{directory}/")))
+                .await?;
+        }
+        self.send(vec![0; 2 * BLOCK]).await
+    }
+
+    async fn read(&self, digest: &Digest) -> Result<Directory, String> {
+        let read = self.storage.read(&self.instance, digest, SMALL).await;
+        let data = read.map_err(|error| error.to_string())?;
+        prost::Message::decode(data).map_err(|error| error.to_string())
+    }
+
+    async fn write_tree(&mut self, path: String, root: Digest) -> Result<(), String> {
+        let function = root.function();
+        let parse = |digest: Option<&reapi::Digest>| {
+            Digest::parse_required(Some(function), digest).map_err(|error| error.to_string())
+        };
+        let mut open = vec![Open {
+            path,
+            left: self.read(&root).await?,
+        }];
+        while let Some(top) = open.last_mut() {
+            if let Some(file) = top.left.files.pop() {
+                let path = below(&top.path, &file.name)?;
+                let digest = parse(file.digest.as_ref())?;
+                let kind = Kind::File {
+                    size: digest.size(),
+                    is_executable: file.is_executable,
+                };
+                self.entry(&Entry { path: &path, kind }).await?;
+                self.copy(&digest).await?;
+            } else if let Some(link) = top.left.symlinks.pop() {
+                let path = below(&top.path, &link.name)?;
+                self.entry(&Entry {
+                    path: &path,
+                    kind: Kind::Symlink(&link.target),
+                })
+                .await?;
+            } else if let Some(directory) = top.left.directories.pop() {
+                let path = below(&top.path, &directory.name)?;
+                self.entry(&Entry::directory(&format!("{path}/"))).await?;
+                let left = self.read(&parse(directory.digest.as_ref())?).await?;
+                if open.len() >= DEEPEST {
+                    return Err(format!("it is deeper than {DEEPEST} directories"));
+                }
+                open.push(Open { path, left });
+            } else {
+                open.pop();
+            }
+        }
+        Ok(())
+    }
+
+    async fn copy(&self, digest: &Digest) -> Result<(), String> {
+        if digest.size() > 0 {
+            let opened = self
+                .storage
+                .stream(&self.instance, digest, 0, digest.size());
+            let mut pieces = opened.await.map_err(|error| error.to_string())?;
+            while let Some(piece) = pieces.next().await {
+                self.send(piece.map_err(|error| error.to_string())?).await?;
+            }
+        }
+        let rest = usize::try_from(digest.size() % BLOCK as u64).unwrap_or_default();
+        match rest {
+            0 => Ok(()),
+            rest => self.send(vec![0; BLOCK - rest]).await,
+        }
+    }
+}
+
+/// The path of an entry; an error for a name that is none.
+fn below(path: &str, name: &str) -> Result<String, String> {
+    let name = Component::parse(name).map_err(|error| error.to_string())?;
+    Ok(format!("{path}/{}", name.as_str()))
+}
+
+/// Directories of declared outputs, as far as their paths stay below the root.
+fn parents_of_outputs(command: &Command) -> Vec<String> {
+    let mut found = std::collections::BTreeSet::new();
+    for output in command::declared_outputs(command) {
+        let full = format!("{}/{output}", command.working_directory);
+        let parts: Vec<&str> = full.split('/').filter(|part| !part.is_empty()).collect();
+        let Some((_, parents)) = parts.split_last() else {
+            continue;
+        };
+        if parents.iter().any(|part| Component::parse(part).is_err()) {
+            continue;
+        }
+        for depth in 1..=parents.len() {
+            found.insert(parents.get(..depth).unwrap_or_default().join("/"));
+        }
+    }
+    found.into_iter().collect()
+}
+
+fn padded(mut data: Vec<u8>) -> Vec<u8> {
+    data.resize(data.len().next_multiple_of(BLOCK), 0);
+    data
+}
+
+enum Kind<'a> {
+    File { size: u64, is_executable: bool },
+    Directory,
+    Symlink(&'a str),
+}
+
+struct Entry<'a> {
+    path: &'a str,
+    kind: Kind<'a>,
+}
+
+impl<'a> Entry<'a> {
+    fn directory(path: &'a str) -> Self {
+        Entry {
+            path,
+            kind: Kind::Directory,
+        }
+    }
+
+    /// One block; a pax header comes before it, for what does not fit.
+    fn header(&self) -> Vec<u8> {
+        let (flag, mode, size, link) = match self.kind {
+            Kind::File {
+                size,
+                is_executable,
+            } => (b'0', if is_executable { 0o755 } else { 0o644 }, size, ""),
+            Kind::Directory => (b'5', 0o755, 0, ""),
+            Kind::Symlink(target) => (b'2', 0o777, 0, target),
+        };
+        let mut records = String::new();
+        if self.path.len() > 100 || !self.path.is_ascii() {
+            records.push_str(&record("path", self.path));
+        }
+        if link.len() > 100 || !link.is_ascii() {
+            records.push_str(&record("linkpath", link));
+        }
+        if size >= 1 << 33 {
+            records.push_str(&record("size", &size.to_string()));
+        }
+        let mut blocks = Vec::new();
+        if !records.is_empty() {
+            let length = records.len() as u64;
+            blocks.extend(block(b"pax", b'x', 0o644, length, b""));
+            blocks.extend(padded(records.into_bytes()));
+        }
+        blocks.extend(block(
+            self.path.as_bytes(),
+            flag,
+            mode,
+            size,
+            link.as_bytes(),
+        ));
+        blocks
+    }
+}
+
+/// A record of a pax header, whose length counts itself.
+fn record(key: &str, value: &str) -> String {
+    let rest = format!(" {key}={value}\n");
+    let mut length = rest.len() + 1;
+    while length != rest.len() + length.to_string().len() {
+        length = rest.len() + length.to_string().len();
+    }
+    format!("{length}{rest}")
+}
+
+fn block(path: &[u8], flag: u8, mode: u32, size: u64, link: &[u8]) -> Vec<u8> {
+    let mut block = vec![0; BLOCK];
+    let mut put = |at: usize, text: &[u8]| {
+        if let Some(place) = block.get_mut(at..at + text.len()) {
+            place.copy_from_slice(text);
+        }
+    };
+    put(0, path.get(..100).unwrap_or(path));
+    put(100, format!("{mode:07o}").as_bytes());
+    put(108, b"0000000");
+    put(116, b"0000000");
+    put(124, format!("{:011o}", size & ((1 << 33) - 1)).as_bytes());
+    put(136, b"00000000000");
+    put(148, b"        ");
+    put(156, &[flag]);
+    put(157, link.get(..100).unwrap_or(link));
+    put(257, b"ustar\x0000");
+    let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
+    if let Some(place) = block.get_mut(148..156) {
+        place.copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    }
+    block
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_counts_itself() {
+        assert_eq!(record("path", "x"), "9 path=x\n");
+        let long = record("path", &"x".repeat(91));
+        assert_eq!(long.len().to_string(), long.split(' ').next().unwrap());
+        let longer = record("path", &"x".repeat(90));
+        assert_eq!(longer.len().to_string(), longer.split(' ').next().unwrap());
+    }
+
+    #[test]
+    fn names_that_lead_elsewhere_are_refused() {
+        for hostile in ["", ".", "..", "a/b", "/etc", "a\0b"] {
+            assert!(below("top", hostile).is_err(), "{hostile:?}");
+        }
+        assert_eq!(below("top", "-rf ü"), Ok("top/-rf ü".to_owned()));
+        let command = Command {
+            working_directory: "w".to_owned(),
+            output_paths: ["a/b", "../../x/y", "c"].map(str::to_owned).into(),
+            ..Default::default()
+        };
+        assert_eq!(parents_of_outputs(&command), ["w", "w/a"]);
+    }
+
+    #[test]
+    fn tar_reads_what_was_written() {
+        let long = format!("top/{}", "n".repeat(200));
+        let mut archive = Vec::new();
+        for (path, kind) in [
+            ("top/", Kind::Directory),
+            (
+                long.as_str(),
+                Kind::File {
+                    size: 3,
+                    is_executable: true,
+                },
+            ),
+            ("top/ü", Kind::Symlink("../elsewhere")),
+        ] {
+            let is_file = matches!(kind, Kind::File { .. });
+            archive.extend(Entry { path, kind }.header());
+            if is_file {
+                archive.extend(padded(b"abc".to_vec()));
+            }
+        }
+        archive.extend(vec![0; 2 * BLOCK]);
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("a.tar"), archive).unwrap();
+        let unpacked = std::process::Command::new("tar")
+            .args(["xf", "a.tar"])
+            .current_dir(directory.path())
+            .status()
+            .unwrap();
+        assert!(unpacked.success());
+        assert_eq!(std::fs::read(directory.path().join(&long)).unwrap(), b"abc");
+        let link = std::fs::read_link(directory.path().join("top/ü")).unwrap();
+        assert_eq!(link.to_str(), Some("../elsewhere"));
+    }
+}
