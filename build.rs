@@ -6,6 +6,7 @@ use prost::Message;
 
 const PROTOS: &[&str] = &[
     "bb_remote_execution/control/control.proto",
+    "bb_remote_execution/live_output/live_output.proto",
     "build/bazel/remote/execution/v2/remote_execution.proto",
     "build/bazel/semver/semver.proto",
     "google/bytestream/bytestream.proto",

@@ -4,7 +4,7 @@
 #![warn(missing_docs)]
 
 use prost::Message;
-use tonic::{Request, metadata::MetadataValue};
+use tonic::{Request, Response, metadata::MetadataValue};
 use uuid::Uuid;
 
 use crate::{instance::InstanceName, proto::reapi::RequestMetadata};
@@ -22,6 +22,10 @@ const INSTANCE_HEADER: &str = "bb-instance-name-bin";
 
 /// Between this project's worker and scheduler: which one of the worker's calls this is.
 const CALL_HEADER: &str = "bb-call";
+
+/// Between this project's worker and scheduler: where the scheduler's pages are.
+const PAGES_HEADER: &str = "bb-pages";
+const LONGEST_PAGES: usize = 1 << 10;
 
 /// W3C Trace Context: in a header, and among desired_state.Executing.w3c_trace_context.
 pub const TRACEPARENT: &str = "traceparent";
@@ -42,6 +46,20 @@ pub fn instance_of<T>(request: &Request<T>) -> Option<InstanceName> {
     let value = request.metadata().get_bin(INSTANCE_HEADER)?;
     let data = value.to_bytes().ok()?;
     InstanceName::parse(std::str::from_utf8(&data).ok()?).ok()
+}
+
+/// Says where the scheduler's pages are.
+pub fn set_pages<T>(response: &mut Response<T>, url: &str) {
+    if let Ok(value) = url.parse() {
+        response.metadata_mut().insert(PAGES_HEADER, value);
+    }
+}
+
+/// What `set_pages` said; `None` when the header is absent or no URL.
+pub fn pages_of<T>(response: &Response<T>) -> Option<String> {
+    let url = response.metadata().get(PAGES_HEADER)?.to_str().ok()?;
+    let is_url = url.starts_with("http://") || url.starts_with("https://");
+    (is_url && url.len() <= LONGEST_PAGES).then(|| url.to_owned())
 }
 
 /// What a request is made for, so that all daemons' logs name an action alike.

@@ -16,7 +16,7 @@ mod generated {
     include!(concat!(env!("OUT_DIR"), "/proto.rs"));
 }
 
-pub use generated::bb_remote_execution::control;
+pub use generated::bb_remote_execution::{control, live_output};
 pub use generated::build::bazel::remote::execution::v2 as reapi;
 pub use generated::build::bazel::semver;
 pub use generated::buildbarn::{

@@ -260,6 +260,23 @@ impl Listener {
         addresses.join(" and ")
     }
 
+    /// What browsers on this network call it by; `None` when only processes of this host reach it.
+    pub fn url(&self) -> Option<String> {
+        let mut addresses = self.sockets.iter().filter_map(|socket| match socket {
+            Socket::Tcp(listener) => listener.local_addr().ok(),
+            Socket::Unix(_) => None,
+        });
+        let address = addresses.next()?;
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let host = match address.ip() {
+            ip if ip.is_loopback() => "localhost".to_owned(),
+            ip if ip.is_unspecified() => super::hostname(),
+            std::net::IpAddr::V4(ip) => ip.to_string(),
+            std::net::IpAddr::V6(ip) => format!("[{ip}]"),
+        };
+        Some(format!("{scheme}://{host}:{}/", address.port()))
+    }
+
     /// The same with TLS, if there is any. Unix sockets stay without: who is at their other end is
     /// told by the kernel, and what passes them no network sees.
     #[must_use]

@@ -23,7 +23,8 @@ use uuid::Uuid;
 use super::{
     action_routing::{ActionRouting, Routed},
     completion_log::log_completion,
-    operation_message::{self, Update},
+    live_output::{LiveOutput, Wanted},
+    operation_message::{self, Details, Update},
     operation_name::{OperationName, ParsedName},
     queue::{self, EncodedResponse, InvocationKeys, Platform, QueuedAction, Stage},
     routing::execution_timeout,
@@ -42,6 +43,7 @@ use crate::{
     proto::{
         self,
         auth::AuthenticationMetadata,
+        live_output::Output,
         longrunning::{Operation, operation},
         reapi::{self, execution_stage::Value as StageValue},
         rpc,
@@ -59,6 +61,7 @@ pub(super) struct ExecutionService {
     pub analyzer: Analyzer,
     pub statistics: Arc<StatisticsStore>,
     pub lookups: Arc<CacheLookups>,
+    pub live: Arc<LiveOutput>,
     /// In the names of operations: which scheduler gave them.
     pub scheduler: u64,
     pub started: Instant,
@@ -384,6 +387,7 @@ impl ExecutionService {
                 stage,
                 completed,
                 None,
+                None,
             ))
         };
         Box::pin(stream::iter([
@@ -392,14 +396,36 @@ impl ExecutionService {
         ]))
     }
 
+    /// What is known of an operation that goes on.
+    pub(super) async fn details(&self, operation: Uuid) -> Details {
+        let row = self.queue.look(|queue| queue.operation(operation));
+        let running = row.and_then(|row| Some((row.live_slot()?, row.action.digest)));
+        let metadata = match running {
+            None => None,
+            Some((worker, action)) => {
+                let wanted = Wanted {
+                    output: Output::Unspecified,
+                    offset: 0,
+                    size: 0,
+                };
+                let answer = self.live.ask(&worker, &action, wanted).await;
+                answer.and_then(|answer| answer.metadata)
+            }
+        };
+        Details {
+            explanation: self.queue.explain(operation),
+            metadata,
+        }
+    }
+
     /// The operation now, at each change, and now and then; the stream ends with its completion.
     fn watch(&self, waiter: Waiter, name: String, inline: InlineHints) -> Operations {
         let interval = self.scheduling.execution_update_interval.get();
         let state = Some((waiter, name, None));
-        let (queue, stopping) = (self.queue.clone(), self.stopping.clone());
+        let (service, stopping) = (self.clone(), self.stopping.clone());
         let inline = Arc::new((inline, self.storage.clone()));
         Box::pin(stream::unfold(state, move |state| {
-            let (queue, stopping) = (queue.clone(), stopping.clone());
+            let (service, stopping) = (service.clone(), stopping.clone());
             let inline = inline.clone();
             async move {
                 let (mut waiter, name, seen) = state?;
@@ -416,14 +442,15 @@ impl ExecutionService {
                 let attached = &waiter.attached;
                 let details = match update {
                     // Nobody can read it as fast as a queue moves on.
-                    Update::News => None,
-                    Update::StillThere => queue.explain(attached.operation),
+                    Update::News => Details::default(),
+                    Update::StillThere => service.details(attached.operation).await,
                 };
                 let mut operation = operation_message::of_progress(
                     name.clone(),
+                    attached.operation,
                     &attached.action,
                     &progress,
-                    details.as_ref(),
+                    details,
                 );
                 let next = match &progress.stage {
                     Stage::Completed(outcome) => {

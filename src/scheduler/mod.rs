@@ -4,7 +4,7 @@
 //! with `size_class`, and `shared_queue` lets calls meet in it. `execution` and `operations` serve clients,
 //! whose names for operations are those of `operation_name`; `workers` serves workers, `state` and
 //! `control` operators, with `drain_file`, and `web` people; `command` asks them; all of them with the refusals of `status`. `worker_log` and `completion_log` tell
-//! what goes on, and `statistics_store` keeps what executions came to.
+//! what goes on, `live_output` and `output_stream` what actions print, and `statistics_store` keeps what executions came to.
 
 use std::{
     collections::BTreeMap,
@@ -20,9 +20,11 @@ mod completion_log;
 mod control;
 mod drain_file;
 mod execution;
+mod live_output;
 mod operation_message;
 pub mod operation_name;
 mod operations;
+mod output_stream;
 pub mod queue;
 pub mod routing;
 mod shared_queue;
@@ -47,16 +49,19 @@ use crate::{
     proto::{
         buildqueuestate::build_queue_state_server::BuildQueueStateServer,
         control::scheduler_control_server::SchedulerControlServer,
+        live_output::live_output_server::LiveOutputServer,
         longrunning::operations_server::OperationsServer, reapi::execution_server::ExecutionServer,
         remoteworker::operation_queue_server::OperationQueueServer,
     },
-    storage::{self, Backend, InitialSizeClassCache},
+    storage::{self, Backend, InitialSizeClassCache, serve::ByteStreamService},
 };
 use action_routing::ActionRouting;
 use control::ControlService;
 use drain_file::DrainFile;
 use execution::ExecutionService;
+use live_output::{LiveOutput, LiveOutputService};
 use operations::OperationsService;
+use output_stream::OutputStreams;
 use queue::Settings;
 use shared_queue::SharedQueue;
 use size_class::Analyzer;
@@ -251,6 +256,11 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         web.address()
     );
     let history = Arc::new(History::default());
+    let live = Arc::new(LiveOutput::default());
+    let pages_url = match config.web.url.is_empty() {
+        true => web.url(),
+        false => Some(config.web.url.clone()),
+    };
     let execution = ExecutionService {
         queue: queue.clone(),
         storage: storage.clone(),
@@ -259,6 +269,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         analyzer: Analyzer::from(&config.scheduling.size_classes),
         statistics: statistics.clone(),
         lookups: history.lookups.clone(),
+        live: live.clone(),
         scheduler: fastrand::u64(..),
         started: Instant::now(),
         stopping: stopping.clone(),
@@ -289,14 +300,25 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         queue: queue.clone(),
         routing,
         idle_interval: config.scheduling.idle_worker_synchronization_interval.get(),
+        pages: pages_url,
         stopping: stopping.clone(),
     })
     .accept_compressed(CompressionEncoding::Gzip)
     .max_decoding_message_size(LARGEST_REPORT);
     let mut client_services = Services::default().add(execution).add(operations);
     let mut largest_blob = 0;
+    let blobs = storage.needs_services().then(|| ByteStreamService {
+        backend: storage.clone(),
+    });
+    client_services = client_services.add(storage::serve::byte_stream(OutputStreams {
+        queue: queue.clone(),
+        live: live.clone(),
+        storage: storage.clone(),
+        blobs,
+        stopping: stopping.clone(),
+    }));
     if storage.needs_services() {
-        client_services = storage::serve::add_to(client_services, &storage);
+        client_services = storage::serve::add_beside_byte_stream(client_services, &storage);
         largest_blob = storage.maximum_blob_size(&InstanceName::empty()).await;
     }
     let client_routes = client_services
@@ -304,6 +326,10 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         .observable(&stopping)?;
     let worker_routes = Services::default()
         .add(operation_queue)
+        .add(LiveOutputServer::new(LiveOutputService {
+            live: live.clone(),
+            stopping: stopping.clone(),
+        }))
         .observable(&stopping)?;
     let state_routes = Services::default()
         .add(queue_state)
@@ -313,6 +339,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         queue.clone(),
         drains.clone(),
         storage.clone(),
+        live,
         InitialSizeClassCache::open(cache, &storage, &credentials),
         history.clone(),
         Protection::new(&config.web.url, &daemon::hostname()),

@@ -2,12 +2,17 @@
 
 use prost::Name;
 use prost_types::Any;
+use uuid::Uuid;
 
-use super::queue::{EncodedResponse, Explanation, Progress, QueuedAction, Stage};
+use super::{
+    output_stream::StreamName,
+    queue::{EncodedResponse, Explanation, Progress, QueuedAction, Stage},
+};
 use crate::{
     digest::Digest,
     proto::{
         self,
+        live_output::Output,
         longrunning::{self, Operation},
         reapi::{self, execution_stage::Value as StageValue},
     },
@@ -22,25 +27,49 @@ pub(super) enum Update {
     StillThere,
 }
 
-/// `explanation` says why it is where it is.
+/// What is known of an operation that is not completed.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Details {
+    /// Why it is where it is.
+    pub explanation: Option<Explanation>,
+    /// What its worker says.
+    pub metadata: Option<reapi::ExecutedActionMetadata>,
+}
+
+/// `uuid` is the operation's in the queue.
 pub(super) fn of_progress(
     name: String,
+    uuid: Uuid,
     action: &QueuedAction,
     progress: &Progress,
-    explanation: Option<&Explanation>,
+    details: Details,
 ) -> Operation {
     let (stage, completed) = match &progress.stage {
         Stage::Queued => (StageValue::Queued, None),
         Stage::Executing => (StageValue::Executing, None),
         Stage::Completed(outcome) => (StageValue::Completed, Some(&**outcome)),
     };
-    let details = explanation.map(|explanation| reapi::ExecutedActionMetadata {
+    let explanation = details
+        .explanation
+        .map(|explanation| explanation.to_string());
+    let is_known = explanation.is_some() || details.metadata.is_some();
+    let partial = is_known.then(|| reapi::ExecutedActionMetadata {
         queued_timestamp: Some(action.queued_timestamp),
         // REAPI has no field for it: those who print the metadata of an operation see it here.
-        auxiliary_metadata: vec![string(&explanation.to_string())],
-        ..Default::default()
+        auxiliary_metadata: explanation.iter().map(|text| string(text)).collect(),
+        ..details.metadata.unwrap_or_default()
     });
-    operation(name, &action.digest, stage, completed, details)
+    let streams = (stage == StageValue::Executing).then(|| {
+        [Output::Stdout, Output::Stderr].map(|output| {
+            let name = StreamName {
+                instance: action.instance.clone(),
+                operation: uuid,
+                output,
+            };
+            name.to_string()
+        })
+    });
+    operation(name, &action.digest, stage, completed, partial, streams)
 }
 
 pub(super) fn operation(
@@ -48,14 +77,17 @@ pub(super) fn operation(
     digest: &Digest,
     stage: StageValue,
     completed: Option<&EncodedResponse>,
-    details: Option<reapi::ExecutedActionMetadata>,
+    partial: Option<reapi::ExecutedActionMetadata>,
+    streams: Option<[String; 2]>,
 ) -> Operation {
+    let [stdout, stderr] = streams.unwrap_or_default();
     let metadata = reapi::ExecuteOperationMetadata {
         stage: stage as i32,
         action_digest: Some(digest.to_proto()),
         digest_function: digest.function().to_proto() as i32,
-        partial_execution_metadata: details,
-        ..Default::default()
+        partial_execution_metadata: partial,
+        stdout_stream_name: stdout,
+        stderr_stream_name: stderr,
     };
     let response = completed.map(|outcome| Any {
         type_url: reapi::ExecuteResponse::type_url(),

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{
     execution::ExecutionService,
-    operation_message,
+    operation_message::{self, Details},
     operation_name::{OperationName, ParsedName},
     queue::{OperationRow, Progress, Stage, StageKind},
     status::{self, invalid},
@@ -151,7 +151,13 @@ impl Operations for OperationsService {
         }
         let progress = waiter.progress();
         let action = &waiter.attached.action;
-        let operation = operation_message::of_progress(request.name, action, &progress, None);
+        let operation = operation_message::of_progress(
+            request.name,
+            waiter.attached.operation,
+            action,
+            &progress,
+            Details::default(),
+        );
         Ok(Response::new(operation))
     }
 }
@@ -197,12 +203,11 @@ impl OperationsService {
             Stage::Completed(_) => None,
             Stage::Queued | Stage::Executing => self.0.queue.explain(row.name),
         };
-        operation_message::of_progress(
-            name.to_string(),
-            &row.action,
-            &progress,
-            explanation.as_ref(),
-        )
+        let details = Details {
+            explanation,
+            metadata: None,
+        };
+        operation_message::of_progress(name.to_string(), row.name, &row.action, &progress, details)
     }
 }
 

@@ -37,6 +37,8 @@ pub(super) struct OperationQueueService {
     pub queue: Arc<SharedQueue>,
     pub routing: Arc<ActionRouting>,
     pub idle_interval: Duration,
+    /// Where the pages are, for links in messages of workers.
+    pub pages: Option<String>,
     pub stopping: CancellationToken,
 }
 
@@ -90,7 +92,11 @@ impl OperationQueue for OperationQueueService {
                 },
             );
         }
-        Ok(Response::new(synchronize_response(instruction)))
+        let mut response = Response::new(synchronize_response(instruction));
+        if let Some(pages) = &self.pages {
+            metadata::set_pages(&mut response, pages);
+        }
+        Ok(response)
     }
 }
 

@@ -11,6 +11,7 @@
 
 use std::{
     collections::BTreeMap,
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -21,9 +22,11 @@ use tonic::Code;
 
 use super::{
     availability::{Availability, NotReady},
+    browser_link::BrowserUrl,
     command::Command,
     fault::Fault,
     inputs::{InputRoot, InputRoots, LOCK_TIMEOUT},
+    live_output::RunningOutputs,
     outputs::{self, CollectedOutputs, Collector},
     response_size, runner_client,
     task::AssignedTask,
@@ -65,7 +68,9 @@ pub struct Executor {
     pub force_upload_trees_and_directories: bool,
     pub outputs: Outputs,
     /// For links in messages; without one there are none.
-    pub browser_url: Option<String>,
+    pub browser_url: BrowserUrl,
+    /// What is executed now, for those who read its output meanwhile.
+    pub running: Arc<RunningOutputs>,
 }
 
 /// What became of a call to the runner.
@@ -147,6 +152,9 @@ impl Executor {
             request
         };
         metadata.execution_start_timestamp = now();
+        let readable = self
+            .running
+            .insert(&task.digest, root.directory(), metadata);
         let mut start = Instant::now();
         let mut run = async || {
             // Whatever does not answer first is dropped, and the runner sees its call cancelled.
@@ -191,6 +199,7 @@ impl Executor {
             }));
         }
 
+        drop(readable);
         phase.send_replace(ExecutionPhase::UploadingOutputs);
         metadata.output_upload_start_timestamp = now();
         let timeout = self.outputs.timeout.get();
@@ -345,7 +354,7 @@ impl Executor {
                     response.status = Some(fault.status());
                 }
             }
-        } else if self.browser_url.is_some() {
+        } else if self.browser_url.get().is_some() {
             // Without a link nobody could find it.
             let historical = cas::HistoricalExecuteResponse {
                 action_digest: Some(action.to_proto()),
@@ -375,7 +384,7 @@ impl Executor {
         digest: &Digest,
         response: &mut reapi::ExecuteResponse,
     ) {
-        let Some(browser) = &self.browser_url else {
+        let Some(browser) = self.browser_url.get() else {
             return;
         };
         let mut url = browser.trim_end_matches('/').to_owned();

@@ -6,6 +6,7 @@
 //! - `execute` is one action, in order: `inputs` makes its root, `runner_client` knows of its runner,
 //!   `outputs` collects what it left, `response_size` and `completion_log` tell of it; `command` is what
 //!   it runs, and `fault` why it has no result.
+//! - `live_output` has what actions print read meanwhile, and `browser_link` says where results are looked at.
 //! - `availability` says whether slots take work, as `health`, which is pure, decides.
 //! - `setup` is a worker's start, `probe` what `--check` tries, `status_line` what systemctl shows.
 //! - `beneath`, `removal` and `attributes` handle what actions may have made; `blocking` has threads for
@@ -15,12 +16,14 @@ use std::sync::Arc;
 
 use self::{
     availability::Availability,
+    browser_link::BrowserUrl,
     execute::Executor,
     inputs::{
         InputRoots,
         directories::DirectoryCache,
         file_cache::{LinkMode, Verifier},
     },
+    live_output::RunningOutputs,
     status_line::StatusLine,
 };
 use crate::{
@@ -33,12 +36,14 @@ mod attributes;
 pub mod availability;
 pub mod beneath;
 mod blocking;
+pub mod browser_link;
 pub mod command;
 mod completion_log;
 pub mod execute;
 pub mod fault;
 pub mod health;
 pub mod inputs;
+pub mod live_output;
 pub mod lru;
 pub mod outputs;
 mod probe;
@@ -100,6 +105,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let credentials = Credentials::open("scheduler.tls", &config.scheduler.tls, &lifecycle)?;
     let scheduler = daemon::connect_with(&config.scheduler.endpoint, &credentials);
     let mut executors = Vec::new();
+    let running = Arc::new(RunningOutputs::default());
+    let mut live_outputs = tokio::task::JoinSet::new();
     let status_line = Arc::new(StatusLine::new(&config.scheduler.endpoint, slots));
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
@@ -130,9 +137,18 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             environment_variables: runner.environment_variables.clone(),
             force_upload_trees_and_directories: config.storage.force_upload_trees_and_directories,
             outputs: config.outputs.clone(),
-            browser_url: Some(config.storage.browser_url.clone()).filter(|url| !url.is_empty()),
+            browser_url: BrowserUrl::new(&config.storage.browser_url),
+            running: running.clone(),
         });
         executors.push(executor.clone());
+        live_outputs.spawn(live_output::run(
+            scheduler.clone(),
+            executor.workers.clone(),
+            runner.instance_name_prefix.clone(),
+            running.clone(),
+            config.build_directory.clone(),
+            lifecycle.stopping(),
+        ));
         for (slot, identity) in identities.into_iter().enumerate() {
             clients.spawn(slot_loop::run(
                 scheduler.clone(),
@@ -163,6 +179,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         () = async { while clients.join_next().await.is_some() {} } => {}
         () = lifecycle.keep_status(line) => {}
     }
+    live_outputs.abort_all();
     tracing::info!("laid out {}", store.counts());
     tracing::info!("verified {}", cache.verified());
     Ok(())

@@ -128,12 +128,11 @@ pub async fn run(
                 let phase = execution.as_ref().map(|e| *e.phase.borrow());
                 number.number += 1;
                 let request = request(&identity, report, phase, started.as_ref(), number);
-                let mut client = client.clone();
+                let (mut client, executor) = (client.clone(), executor.clone());
                 call = Some(Box::pin(async move {
-                    client
-                        .synchronize(request)
-                        .await
-                        .map(tonic::Response::into_inner)
+                    let response = client.synchronize(request).await?;
+                    executor.browser_url.tell(metadata::pages_of(&response));
+                    Ok(response.into_inner())
                 }));
                 continue;
             }

@@ -34,6 +34,7 @@ use prost::Message;
 
 use pki::{Authority, Leaf};
 
+pub mod browser;
 pub mod parts;
 pub mod pki;
 
@@ -72,7 +73,7 @@ struct Files {
 /// Users that each farm has for its actions.
 pub const USERS: u32 = 16;
 
-/// A range of users, and two ports, that no other test on this host has. (What a packaged runner
+/// A range of users, and two ports, and one a thousand above the first, that no other test on this host has. (What a packaged runner
 /// uses lies below all of them.)
 fn claim_users() -> (u32, u16, fs::File) {
     use nix::fcntl::{FcntlArg, fcntl};
@@ -210,6 +211,7 @@ impl Farm {
         fs::set_permissions(root, fs::Permissions::from_mode(0o755)).unwrap();
         for (name, owner, mode) in [
             ("storage", SCHEDULER_USER, 0o700),
+            ("state", SCHEDULER_USER, 0o700),
             ("worker", WORKER_USER, 0o755),
             ("worker/cache", WORKER_USER, 0o700),
             ("worker/build", WORKER_USER, 0o711),
@@ -259,6 +261,7 @@ impl Farm {
         };
         let root = self.path().display();
         let (clients, workers, users) = (self.clients, self.workers, self.users);
+        let pages = self.pages_port();
         let write = |name: &str, text: String| fs::write(self.path().join(name), text).unwrap();
         write(
             "bb_scheduler.toml",
@@ -267,7 +270,7 @@ impl Farm {
                  workers.listen = \"127.0.0.1:{workers}\"\n\
                  state.listen = \"127.0.0.1:0\"\n\
                  state.directory = \"{root}/state\"\n\
-                 web.listen = \"127.0.0.1:0\"\n\
+                 web.listen = \"127.0.0.1:{pages}\"\n\
                  storage.embedded.directory = \"{root}/storage\"\n{scheduler_extra}\n"
             ),
         );
@@ -409,6 +412,15 @@ impl Farm {
             }
         };
         *self.child(daemon) = Some(child);
+    }
+
+    /// Where the pages are, without a slash at the end.
+    pub fn pages(&self) -> String {
+        format!("http://localhost:{}", self.pages_port())
+    }
+
+    fn pages_port(&self) -> u16 {
+        self.clients + 1000
     }
 
     /// The port that clients use.

@@ -325,6 +325,7 @@ fn a_status_is_made_only_at_the_edge() {
             "control.rs",
             "execution.rs",
             "operations.rs",
+            "output_stream.rs",
             "state.rs",
             "status.rs",
             "workers.rs",

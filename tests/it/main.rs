@@ -26,5 +26,6 @@ mod server;
 mod simulation;
 mod storage;
 mod tls;
+mod web;
 mod wire;
 mod worker;

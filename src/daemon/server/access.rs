@@ -79,8 +79,8 @@ impl Policy {
     }
 }
 
-/// What a request for a page may do; in its extensions.
-#[derive(Clone, Debug)]
+/// What a request for a page may do; in its extensions. Everything where no server of ours asks.
+#[derive(Clone, Debug, Default)]
 pub struct PageAccess {
     identity: Arc<Identity>,
     grants: Arc<Grants>,

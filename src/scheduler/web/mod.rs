@@ -35,9 +35,11 @@ mod protection;
 mod queue_key;
 mod queues;
 mod steering;
+#[cfg(test)]
+mod tests;
 mod workers;
 
-use super::{drain_file::DrainFile, shared_queue::SharedQueue};
+use super::{drain_file::DrainFile, live_output::LiveOutput, shared_queue::SharedQueue};
 use crate::storage::{Backend, InitialSizeClassCache};
 pub(super) use history::{CacheLookups, History};
 pub(super) use protection::Protection;
@@ -48,6 +50,7 @@ pub(super) struct Pages {
     pub queue: Arc<SharedQueue>,
     pub drains: Arc<DrainFile>,
     pub storage: Backend,
+    pub live: Arc<LiveOutput>,
     pub statistics: InitialSizeClassCache,
     pub history: Arc<History>,
     pub protection: Protection,
@@ -65,6 +68,7 @@ impl Pages {
         queue: Arc<SharedQueue>,
         drains: Arc<DrainFile>,
         storage: Backend,
+        live: Arc<LiveOutput>,
         statistics: InitialSizeClassCache,
         history: Arc<History>,
         protection: Protection,
@@ -73,6 +77,7 @@ impl Pages {
             queue,
             drains,
             storage,
+            live,
             statistics,
             history,
             protection,

@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 use super::{
     Pages,
-    browser::{Place, result},
-    format::{duration, name, timestamp},
+    browser::{Place, log, result},
+    format::{duration, name, size, timestamp},
     layout::{self, Page, Section},
     operations,
     protection::MaySee,
@@ -24,8 +24,11 @@ use super::{
 use crate::{
     config::grants::Permission,
     digest::Digest,
-    proto::{self, reapi},
-    scheduler::queue::{OperationRow, Stage},
+    proto::{self, live_output::Output, reapi},
+    scheduler::{
+        live_output::{LARGEST_PIECE, Wanted},
+        queue::{OperationRow, Stage},
+    },
 };
 
 pub(super) async fn page(
@@ -112,8 +115,42 @@ async fn show(pages: &Pages, see: &MaySee, row: &OperationRow) -> Markup {
 }
 
 async fn live_output(pages: &Pages, row: &OperationRow, may_read: bool) -> Markup {
-    let _ = (pages, row, may_read);
-    html! {}
+    let Some(worker) = row.live_slot() else {
+        return html! {};
+    };
+    if !may_read {
+        return html! { p.empty { "You may not read what it prints (cas.read)." } };
+    }
+    let mut shown = Vec::new();
+    for (output, title) in [
+        (Output::Stdout, "Standard output"),
+        (Output::Stderr, "Standard error"),
+    ] {
+        let wanted = Wanted {
+            output,
+            offset: -i64::from(LARGEST_PIECE),
+            size: LARGEST_PIECE,
+        };
+        let asked = pages.live.ask(&worker, &row.action.digest, wanted);
+        let Some(answer) = asked.await else {
+            return html! {
+                p.empty { "What it prints can be read when it has ended: its worker does not tell it before." }
+            };
+        };
+        shown.push((title, answer));
+    }
+    html! {
+        @for (title, answer) in shown {
+            h2 { (title) }
+            @if answer.size == 0 { p.empty { "Nothing yet." } } @else {
+                p.quiet {
+                    (size(answer.size)) " so far"
+                    @if answer.offset > 0 { ", of which the end is shown" }
+                }
+                (log::frame(title, &log::coloured(&answer.data)))
+            }
+        }
+    }
 }
 
 fn since(time: &prost_types::Timestamp) -> String {

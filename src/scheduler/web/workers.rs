@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{
     Pages,
-    format::{duration, encode, name},
+    format::{duration, encode, name, size},
     layout::{Page, Section, labels},
     protection::MaySee,
     queue_key::QueueQuery,
@@ -131,7 +131,7 @@ fn table(pages: &Pages, see: &MaySee, rows: &[WorkerSight], now: Instant) -> Mar
                         th scope="col" { "Does" }
                         th.number scope="col" { "For" }
                         th scope="col" { "State" }
-                        th scope="col" { "Address" }
+                        th scope="col" { "Host" }
                         @if see.may_steer() { th scope="col" { "Act" } }
                     }
                 }
@@ -141,7 +141,7 @@ fn table(pages: &Pages, see: &MaySee, rows: &[WorkerSight], now: Instant) -> Mar
                             th scope="row" { (labels(row.id.labels())) }
                             (activity(row, now))
                             td { (state(pages, row)) }
-                            td { (name(&row.peer)) }
+                            td { (host(pages, row)) }
                             @if see.may_steer() {
                                 td { (steering::worker_forms(pages, row)) }
                             }
@@ -174,6 +174,25 @@ fn activity(row: &WorkerSight, now: Instant) -> Markup {
                     }
                 }
                 td.number { (duration(now.saturating_duration_since(*since))) }
+            }
+        }
+    }
+}
+
+/// Where it is, and what its worker says of itself.
+fn host(pages: &Pages, row: &WorkerSight) -> Markup {
+    let state = pages
+        .live
+        .state_of(&(row.key.prefix.as_str().to_owned(), row.id.to_string()));
+    html! {
+        (name(&row.peer))
+        @if let Some(state) = state {
+            br;
+            span.quiet {
+                "bb_worker " (name(&state.version))
+                @if state.disk_size_bytes > 0 {
+                    ", " (size(state.disk_free_bytes)) " of " (size(state.disk_size_bytes)) " free"
+                }
             }
         }
     }

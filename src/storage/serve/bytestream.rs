@@ -27,7 +27,9 @@ use super::{
     compressed_write,
 };
 
-pub(super) struct ByteStreamService {
+/// Blobs of a back end.
+pub struct ByteStreamService {
+    /// Where they are.
     pub backend: Backend,
 }
 

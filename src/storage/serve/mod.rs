@@ -16,7 +16,7 @@ use crate::{
     digest::{Digest, DigestError, DigestFunction},
     instance::{InstanceName, InstanceNameError},
     proto::{
-        bytestream::byte_stream_server::ByteStreamServer,
+        bytestream::byte_stream_server::{ByteStream, ByteStreamServer},
         reapi::{
             self, action_cache_server::ActionCacheServer,
             content_addressable_storage_server::ContentAddressableStorageServer,
@@ -27,7 +27,7 @@ use crate::{
 };
 
 use action_cache::ActionCacheService;
-use bytestream::ByteStreamService;
+pub use bytestream::ByteStreamService;
 pub use capabilities::capabilities;
 use cas::CasService;
 
@@ -52,17 +52,29 @@ const MAXIMUM_REQUEST_SIZE: usize = 16 << 20;
 
 /// Adds CAS, ByteStream and Action Cache.
 pub fn add_to(services: Services, backend: &Backend) -> Services {
+    let bytes = byte_stream(ByteStreamService {
+        backend: backend.clone(),
+    });
+    add_beside_byte_stream(services, backend).add(bytes)
+}
+
+/// A service of streams, with the limits of this one.
+pub fn byte_stream<S: ByteStream>(service: S) -> ByteStreamServer<S> {
+    ByteStreamServer::new(service)
+        .accept_compressed(CompressionEncoding::Gzip)
+        .max_decoding_message_size(MAXIMUM_REQUEST_SIZE)
+}
+
+/// Adds CAS and Action Cache, for a server whose ByteStream has more than blobs.
+pub fn add_beside_byte_stream(services: Services, backend: &Backend) -> Services {
     let backend = || backend.clone();
     let cas = ContentAddressableStorageServer::new(CasService { backend: backend() })
-        .accept_compressed(CompressionEncoding::Gzip)
-        .max_decoding_message_size(MAXIMUM_REQUEST_SIZE);
-    let bytes = ByteStreamServer::new(ByteStreamService { backend: backend() })
         .accept_compressed(CompressionEncoding::Gzip)
         .max_decoding_message_size(MAXIMUM_REQUEST_SIZE);
     let actions = ActionCacheServer::new(ActionCacheService { backend: backend() })
         .accept_compressed(CompressionEncoding::Gzip)
         .max_decoding_message_size(MAXIMUM_REQUEST_SIZE);
-    services.add(cas).add(bytes).add(actions)
+    services.add(cas).add(actions)
 }
 
 /// Room for an answer; `None` outside of a server of ours.

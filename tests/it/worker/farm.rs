@@ -30,6 +30,7 @@ use bb_remote_execution::{
     storage::{Backend, Content, embedded::Store, serve},
     worker::{
         availability::Availability,
+        browser_link::BrowserUrl,
         execute::{ExecutionPhase, Executor},
         inputs::{
             InputRoots, RootStore,
@@ -357,7 +358,8 @@ fn executor(
             maximum_size: Size(settings.outputs_size),
             timeout: ConfiguredDuration::seconds(60),
         },
-        browser_url: Some("http://browser/".to_owned()),
+        browser_url: BrowserUrl::new("http://browser/"),
+        running: Arc::default(),
     };
     Ok((Arc::new(executor), cache))
 }

@@ -116,7 +116,7 @@ fn nearest_of([red, green, blue]: [u32; 3]) -> u8 {
 }
 
 /// Text with colours, as markup.
-pub(super) fn coloured(data: &[u8]) -> Markup {
+pub(in crate::scheduler::web) fn coloured(data: &[u8]) -> Markup {
     let text = String::from_utf8_lossy(data);
     let mut look = Look::default();
     let mut out = String::with_capacity(text.len() + 64);
@@ -217,7 +217,7 @@ fn write_text(text: &str, look: &Look, out: &mut String) {
 }
 
 /// A frame around what was printed.
-pub(super) fn frame(title: &str, content: &Markup) -> Markup {
+pub(in crate::scheduler::web) fn frame(title: &str, content: &Markup) -> Markup {
     html! {
         pre.log tabindex="0" role="region" aria-label=(title) { (content) }
     }

@@ -31,7 +31,7 @@ mod compare;
 mod directory;
 mod fields;
 mod file;
-mod log;
+pub(super) mod log;
 mod read;
 pub(super) mod result;
 mod tar;
