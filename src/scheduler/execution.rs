@@ -413,7 +413,7 @@ impl ExecutionService {
     /// What is known of an operation that goes on.
     pub(super) async fn details(&self, operation: Uuid) -> Details {
         let row = self.queue.look(|queue| queue.operation(operation));
-        let running = row.and_then(|row| Some((row.worker?.to_string(), row.action.digest)));
+        let running = row.and_then(|row| Some((row.live_slot()?, row.action.digest)));
         let metadata = match running {
             None => None,
             Some((worker, action)) => {

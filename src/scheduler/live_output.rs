@@ -21,7 +21,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
+    daemon::Access,
     digest::Digest,
+    instance::InstanceName,
     proto::live_output::{
         Answer, Output, Question, WorkerMessage, WorkerState, live_output_server, worker_message,
     },
@@ -37,16 +39,18 @@ const MOST_SLOTS: usize = 4096;
 /// Bytes of one answer.
 pub(super) const LARGEST_PIECE: u32 = 64 << 10;
 
-/// Workers that can be asked, by their slots.
+/// Workers that can be asked, by their slots: a prefix of instance names, and labels as JSON.
 #[derive(Default)]
 pub(super) struct LiveOutput {
-    workers: Mutex<HashMap<String, Arc<AskedWorker>>>,
+    workers: Mutex<HashMap<(String, String), Arc<AskedWorker>>>,
     next: AtomicU64,
 }
 
 struct AskedWorker {
     questions: mpsc::Sender<Question>,
     waiting: Mutex<HashMap<u64, oneshot::Sender<Answer>>>,
+    /// Of the instance names that it works for.
+    prefix: String,
     state: Mutex<WorkerState>,
 }
 
@@ -63,11 +67,11 @@ impl LiveOutput {
     /// What a slot says of the action that it executes; `None` when it says nothing, or executes another.
     pub(super) async fn ask(
         &self,
-        worker: &str,
+        slot: &(String, String),
         action: &Digest,
         wanted: Wanted,
     ) -> Option<Answer> {
-        let asked = self.workers.lock().get(worker).cloned()?;
+        let asked = self.workers.lock().get(slot).cloned()?;
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = oneshot::channel();
         {
@@ -83,7 +87,7 @@ impl LiveOutput {
         };
         let question = Question {
             number,
-            worker_id: worker.to_owned(),
+            worker_id: slot.1.clone(),
             action_digest: Some(action.to_proto()),
             output: wanted.output as i32,
             offset: wanted.offset,
@@ -100,8 +104,8 @@ impl LiveOutput {
     }
 
     /// What a worker says of itself; `None` for one that says nothing.
-    pub(super) fn state_of(&self, worker: &str) -> Option<WorkerState> {
-        let asked = self.workers.lock().get(worker).cloned()?;
+    pub(super) fn state_of(&self, slot: &(String, String)) -> Option<WorkerState> {
+        let asked = self.workers.lock().get(slot).cloned()?;
         let state = asked.state.lock();
         Some(WorkerState {
             worker_ids: Vec::new(),
@@ -112,7 +116,7 @@ impl LiveOutput {
     fn insert(&self, asked: &Arc<AskedWorker>, state: WorkerState) {
         let mut workers = self.workers.lock();
         for id in state.worker_ids.iter().take(MOST_SLOTS) {
-            workers.insert(id.clone(), asked.clone());
+            workers.insert((asked.prefix.clone(), id.clone()), asked.clone());
         }
         *asked.state.lock() = state;
     }
@@ -120,7 +124,7 @@ impl LiveOutput {
     fn remove(&self, asked: &Arc<AskedWorker>) {
         let ids = asked.state.lock().worker_ids.clone();
         let mut workers = self.workers.lock();
-        for id in ids {
+        for id in ids.into_iter().map(|id| (asked.prefix.clone(), id)) {
             // Another call of the worker may have taken its place.
             if workers
                 .get(&id)
@@ -158,6 +162,8 @@ struct ServedWorker {
     asked: Arc<AskedWorker>,
     asking: mpsc::Receiver<Question>,
     stopping: CancellationToken,
+    /// The worker says nothing more.
+    gone: CancellationToken,
     /// Reads what the worker says, and ends with the call.
     _reading: tokio_util::sync::DropGuard,
 }
@@ -176,23 +182,34 @@ impl live_output_server::LiveOutput for LiveOutputService {
         &self,
         request: Request<Streaming<WorkerMessage>>,
     ) -> Result<Response<Questions>, Status> {
+        let access = Access::of(&request);
         let mut messages = request.into_inner();
+        let state = match messages.message().await?.and_then(|first| first.message) {
+            Some(worker_message::Message::State(state)) => state,
+            Some(worker_message::Message::Answer(_)) | None => WorkerState::default(),
+        };
+        let prefix = InstanceName::parse(&state.instance_name_prefix).map_err(status::invalid)?;
+        access.require(&prefix)?;
         let (questions, asking) = mpsc::channel(MOST_QUESTIONS);
         let asked = Arc::new(AskedWorker {
             questions,
             waiting: Mutex::default(),
+            prefix: prefix.as_str().to_owned(),
             state: Mutex::default(),
         });
-        let ended = CancellationToken::new();
+        self.live.insert(&asked, state);
+        let (ended, gone) = (CancellationToken::new(), CancellationToken::new());
         let served = ServedWorker {
             live: self.live.clone(),
             asked: asked.clone(),
             asking,
             stopping: self.stopping.clone(),
+            gone: gone.clone(),
             _reading: ended.clone().drop_guard(),
         };
         let live = self.live.clone();
         tokio::spawn(async move {
+            let _gone = gone.drop_guard();
             loop {
                 let message = tokio::select! {
                     message = messages.message() => message,
@@ -215,6 +232,7 @@ impl live_output_server::LiveOutput for LiveOutputService {
         let questions = stream::unfold(served, |mut served| async move {
             tokio::select! {
                 question = served.asking.recv() => question.map(|question| (Ok(question), served)),
+                () = served.gone.clone().cancelled_owned() => None,
                 () = served.stopping.clone().cancelled_owned() => {
                     Some((Err(status::stopping()), served))
                 }

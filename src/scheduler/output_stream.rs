@@ -155,7 +155,7 @@ impl Reader {
     }
 
     async fn ask(&mut self, row: &OperationRow) -> Option<Bytes> {
-        let worker = row.worker.as_ref()?.to_string();
+        let worker = row.live_slot()?;
         let wanted = Wanted {
             output: self.name.output,
             offset: i64::try_from(self.offset).ok()?,

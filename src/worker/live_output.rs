@@ -144,6 +144,7 @@ fn read(
 pub(super) async fn run(
     channel: Channel,
     workers: Vec<String>,
+    prefix: String,
     running: Arc<RunningOutputs>,
     directory: PathBuf,
     stopping: CancellationToken,
@@ -154,6 +155,7 @@ pub(super) async fn run(
             message: Some(Message::State(WorkerState {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 worker_ids: workers.clone(),
+                instance_name_prefix: prefix.clone(),
                 disk_free_bytes: space.as_ref().map_or(0, |space| space.available),
                 disk_size_bytes: space.as_ref().map_or(0, |space| space.total),
             })),

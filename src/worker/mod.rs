@@ -115,6 +115,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let mut executors = Vec::new();
     let executions = Arc::new(ExecutionMetrics::default());
     let running = Arc::new(RunningOutputs::default());
+    let mut live_outputs = tokio::task::JoinSet::new();
     let status_line = Arc::new(StatusLine::new(&config.scheduler.endpoint, slots));
     let mut clients = tokio::task::JoinSet::new();
     for runner in &config.runners {
@@ -150,6 +151,14 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             running: running.clone(),
         });
         executors.push(executor.clone());
+        live_outputs.spawn(live_output::run(
+            scheduler.clone(),
+            executor.workers.clone(),
+            runner.instance_name_prefix.clone(),
+            running.clone(),
+            config.build_directory.clone(),
+            lifecycle.stopping(),
+        ));
         for (slot, identity) in identities.into_iter().enumerate() {
             clients.spawn(slot_loop::run(
                 scheduler.clone(),
@@ -213,24 +222,13 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             .chain(store.retention_suspension(std::time::Instant::now()));
         troubles.fold(line, |line, trouble| format!("{line}; {trouble}"))
     };
-    let workers = executors
-        .iter()
-        .flat_map(|executor| executor.workers.clone());
-    let live_output = live_output::run(
-        scheduler.clone(),
-        workers.collect(),
-        running,
-        config.build_directory.clone(),
-        stopping.clone(),
-    );
-    let live_output = tokio::spawn(live_output);
     tokio::select! {
         () = async { while clients.join_next().await.is_some() {} } => {}
         () = lifecycle.keep_status(line) => {}
     }
     late.abort();
     observed.abort();
-    live_output.abort();
+    live_outputs.abort_all();
     tracing::info!("laid out {}", store.counts());
     tracing::info!("verified {}", cache.verified());
     Ok(())

@@ -134,9 +134,9 @@ impl Browser {
         result["result"]["value"].clone()
     }
 
-    /// Text of the page as a person sees it.
+    /// Text of the page as a person sees it, without empty lines.
     pub fn text(&mut self) -> String {
-        let text = self.evaluate("document.body.innerText");
+        let text = self.evaluate(r"document.body.innerText.replace(/\n+/g, '\n')");
         text.as_str().unwrap_or_default().to_owned()
     }
 

@@ -230,6 +230,7 @@ impl Farm {
         fs::set_permissions(root, fs::Permissions::from_mode(0o755)).unwrap();
         for (name, owner, mode) in [
             ("storage", SCHEDULER_USER, 0o700),
+            ("state", SCHEDULER_USER, 0o700),
             ("worker", WORKER_USER, 0o755),
             ("worker/cache", WORKER_USER, 0o700),
             ("worker/build", WORKER_USER, 0o711),

@@ -143,6 +143,14 @@ impl StageKind {
     }
 }
 
+impl OperationRow {
+    /// The slot that executes it: the prefix of its queue, and its labels as JSON.
+    pub fn live_slot(&self) -> Option<(String, String)> {
+        let worker = self.worker.as_ref()?.to_string();
+        Some((self.key.prefix.as_str().to_owned(), worker))
+    }
+}
+
 impl OperationFilter {
     /// Whether an operation is listed.
     pub fn admits(&self, row: &OperationRow) -> bool {

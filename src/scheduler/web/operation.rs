@@ -115,13 +115,13 @@ async fn show(pages: &Pages, see: &MaySee, row: &OperationRow) -> Markup {
 }
 
 async fn live_output(pages: &Pages, row: &OperationRow, may_read: bool) -> Markup {
-    let Some(worker) = &row.worker else {
+    let Some(worker) = row.live_slot() else {
         return html! {};
     };
     if !may_read {
         return html! { p.empty { "You may not read what it prints (cas.read)." } };
     }
-    let (worker, mut shown) = (worker.to_string(), Vec::new());
+    let mut shown = Vec::new();
     for (output, title) in [
         (Output::Stdout, "Standard output"),
         (Output::Stderr, "Standard error"),

@@ -181,7 +181,9 @@ fn activity(row: &WorkerSight, now: Instant) -> Markup {
 
 /// Where it is, and what its worker says of itself.
 fn host(pages: &Pages, row: &WorkerSight) -> Markup {
-    let state = pages.live.state_of(&row.id.to_string());
+    let state = pages
+        .live
+        .state_of(&(row.key.prefix.as_str().to_owned(), row.id.to_string()));
     html! {
         (name(&row.peer))
         @if let Some(state) = state {

@@ -103,7 +103,11 @@ async fn whoever_may_not_see_is_shown_nothing() {
     for path in ["/", "/nothing"] {
         let page = scheduler.page(path).await;
         assert_eq!(page.status, 403, "{path}");
-        assert!(page.body.contains("may not \"see\""), "{}", page.body);
+        assert!(
+            page.body.contains("may not &quot;see&quot;"),
+            "{}",
+            page.body
+        );
     }
 }
 

@@ -88,7 +88,10 @@ async fn reflection_lists_just_what_is_served() {
         "google.bytestream.ByteStream".to_owned(),
         "google.longrunning.Operations".to_owned(),
     ];
-    let workers = ["buildbarn.remoteworker.OperationQueue".to_owned()];
+    let workers = [
+        "bb_remote_execution.live_output.LiveOutput".to_owned(),
+        "buildbarn.remoteworker.OperationQueue".to_owned(),
+    ];
     for (channel, own) in [
         (&scheduler.clients, &clients[..]),
         (&scheduler.workers, &workers[..]),
