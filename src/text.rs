@@ -47,6 +47,27 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
+/// A word as bash reads it back, in characters that do a terminal no harm (bash(1), QUOTING).
+pub fn shell_word(word: &str) -> Cow<'_, str> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=+,@%^".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        return Cow::Borrowed(word);
+    }
+    if printable(word) == word {
+        return Cow::Owned(format!("'{}'", word.replace('\'', "'\\''")));
+    }
+    let mut quoted = String::from("$'");
+    for byte in word.bytes() {
+        match byte {
+            b'\'' | b'\\' => quoted.extend(['\\', char::from(byte)]),
+            b' '..=b'~' => quoted.push(char::from(byte)),
+            _ => quoted.push_str(&format!("\\x{byte:02x}")),
+        }
+    }
+    quoted.push('\'');
+    Cow::Owned(quoted)
+}
+
 /// Lists words for a message: `"a", "b" or "c"`.
 pub fn one_of(words: &[&str]) -> String {
     let quoted: Vec<String> = words.iter().map(|word| format!("{word:?}")).collect();
@@ -82,6 +103,28 @@ pub fn parse_hex(text: &str, bytes: &mut [u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn words_for_a_shell_are_read_back_by_it_and_do_nothing_else() {
+        for word in [
+            "",
+            "plain",
+            "two words",
+            "it's",
+            "X;touch${IFS}/tmp/x;Y=1",
+            "$(id)`id`",
+            "a\nb\tc\\'",
+            "\u{1b}[31m\u{202e}ü",
+        ] {
+            let quoted = shell_word(word);
+            assert_eq!(printable(&quoted), quoted, "{word:?}");
+            let script = format!("printf %s {quoted}");
+            let shell = std::process::Command::new("bash")
+                .args(["-c", &script])
+                .output();
+            assert_eq!(shell.unwrap().stdout, word.as_bytes(), "{quoted}");
+        }
+    }
 
     #[test]
     fn hexadecimal_digits_survive_being_written_and_read_and_nothing_else_is_read() {

@@ -174,6 +174,8 @@ pub struct Limits {
     /// Results of workers that were handed the action by a scheduler before this one.
     pub kept_results: usize,
     pub kept_results_size: Size,
+    /// Of actions that are queued, executing, or completed a moment ago.
+    pub actions_size: Size,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -282,6 +284,7 @@ impl Default for Limits {
             drains: 10_000,
             kept_results: 10_000,
             kept_results_size: Size::mib(256),
+            actions_size: Size::gib(1),
         }
     }
 }

@@ -24,7 +24,7 @@ pub fn listen_if_possible(
     match listen(name, key, address, permissions) {
         Ok(listener) => Ok(Some(listener)),
         Err(error) if is_default => {
-            tracing::debug!(%error, "goes on without it");
+            tracing::info!(%error, "goes on without it");
             Ok(None)
         }
         Err(error) => Err(error),

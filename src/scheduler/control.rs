@@ -64,6 +64,8 @@ impl SchedulerControl for ControlService {
         let (rows, totals) = self
             .queue
             .look(|queue| (queue.platform_queues(), queue.totals()));
+        let drained = self.queue.look(|queue| queue.drained_queues());
+        let drained_queues = drained.iter().map(size_class_queue_name).collect();
         let rows = rows.iter().flat_map(|row| &row.size_classes);
         let queues: Vec<SizeClassQueueStatus> = rows
             .map(|row| {
@@ -105,6 +107,7 @@ impl SchedulerControl for ControlService {
                 None => None,
             },
             queues,
+            drained_queues,
         }))
     }
 

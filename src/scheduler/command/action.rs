@@ -16,6 +16,7 @@ use crate::{
         control::{ActionDescription, GetActionRequest},
         reapi,
     },
+    text::shell_word,
 };
 
 /// The keys of `action`.
@@ -127,29 +128,31 @@ fn result_row(result: reapi::ActionResult) -> ResultRow {
 }
 
 /// A command for a shell (POSIX, section 2.2), to be run in the input root.
+/// Nothing in it is read by the shell but what this function wrote.
 fn shell_line(command: &reapi::Command) -> String {
     let mut words = Vec::new();
+    if !command.working_directory.is_empty() {
+        words.push(format!(
+            "cd ./{} &&",
+            shell_word(&command.working_directory)
+        ));
+    }
+    words.push("env -i --".to_owned());
     for variable in &command.environment_variables {
-        words.push(format!("{}={}", variable.name, quoted(&variable.value)));
+        let assignment = format!("{}={}", variable.name, variable.value);
+        words.push(shell_word(&assignment).into_owned());
     }
-    words.extend(command.arguments.iter().map(|argument| quoted(argument)));
-    let line = words.join(" ");
-    let environment = match command.environment_variables.is_empty() {
-        true => "",
-        false => "env - ",
-    };
-    match command.working_directory.as_str() {
-        "" => format!("{environment}{line}"),
-        directory => format!("cd {} && {environment}{line}", quoted(directory)),
+    // Which env(1) would take for one more variable.
+    let is_assignment = command
+        .arguments
+        .first()
+        .is_some_and(|word| word.contains('='));
+    if is_assignment {
+        words.push("sh -c 'exec \"$@\"' sh".to_owned());
     }
-}
-
-fn quoted(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=+,@%^".contains(c);
-    match !word.is_empty() && word.chars().all(plain) {
-        true => word.to_owned(),
-        false => format!("'{}'", word.replace('\'', "'\\''")),
-    }
+    let arguments = command.arguments.iter();
+    words.extend(arguments.map(|argument| shell_word(argument).into_owned()));
+    words.join(" ")
 }
 
 fn print(output: &Output, row: &ActionRow) {

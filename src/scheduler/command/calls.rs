@@ -7,7 +7,7 @@ use crate::{
             self as wire, build_queue_state_client::BuildQueueStateClient, list_operations_request,
             list_workers_request,
         },
-        control::scheduler_control_client::SchedulerControlClient,
+        control::{GetStatusRequest, scheduler_control_client::SchedulerControlClient},
         reapi::execution_stage::Value as StageValue,
     },
 };
@@ -46,6 +46,18 @@ impl Scheduler {
                 })
         });
         Ok(names.collect())
+    }
+
+    /// Those that have drains, though they may be gone for want of workers.
+    pub(super) async fn drained_queues(
+        &self,
+    ) -> Result<Vec<wire::SizeClassQueueName>, CommandError> {
+        match self.control().get_status(GetStatusRequest {}).await {
+            Ok(status) => Ok(status.into_inner().drained_queues),
+            // Buildbarn's scheduler knows no such call.
+            Err(status) if status.code() == tonic::Code::Unimplemented => self.queues().await,
+            Err(status) => Err(status.into()),
+        }
     }
 
     /// All workers of a queue; none when it is gone by now.

@@ -24,7 +24,7 @@ async fn drains(
     filter: &QueueFilter,
 ) -> Result<Vec<(SizeClassQueueName, DrainRow)>, CommandError> {
     let mut rows = Vec::new();
-    for name in scheduler.queues().await? {
+    for name in scheduler.drained_queues().await? {
         let queue = QueueName::from(&name);
         if !filter.admits(&queue) {
             continue;
@@ -53,6 +53,7 @@ pub(super) async fn drain(
     filter: &QueueFilter,
 ) -> Result<(), CommandError> {
     let mut rows = Vec::new();
+    let mut trouble = None;
     for name in scheduler.queues().await? {
         let queue = QueueName::from(&name);
         if !filter.admits(&queue) {
@@ -68,7 +69,11 @@ pub(super) async fn drain(
             size_class_queue_name: Some(name),
             worker_id_pattern: pattern.0.clone(),
         };
-        scheduler.state().add_drain(request).await?;
+        // One queue's trouble is no reason to leave the others' workers undrained.
+        if let Err(status) = scheduler.state().add_drain(request).await {
+            trouble.get_or_insert(status);
+            continue;
+        }
         if !output.is_json() {
             output.line(&format!(
                 "Drained {slots} slots of {} ({}).",
@@ -81,6 +86,9 @@ pub(super) async fn drain(
             queue,
             created: None,
         });
+    }
+    if let Some(status) = trouble {
+        return Err(status.into());
     }
     if rows.is_empty() {
         return Err(no_such_worker());
@@ -199,7 +207,8 @@ pub(super) async fn kill(
             filter: Some(Filter {
                 r#type: Some(r#type),
             }),
-            status: Some(proto::status(rpc::Code::Aborted, reason)),
+            // Unlike ABORTED, CANCELLED and others, no client takes it for a reason to try again.
+            status: Some(proto::status(rpc::Code::PermissionDenied, reason)),
         };
         scheduler.state().kill_operations(request).await
     };

@@ -107,6 +107,11 @@ impl QueuedAction {
         }
     }
 
+    /// How many bytes of what a client sent it holds.
+    pub fn size(&self) -> usize {
+        self.encoded.len()
+    }
+
     fn decode(&self) -> Executing {
         Executing::decode(&*self.encoded).unwrap_or_default()
     }
@@ -234,7 +239,9 @@ fn execution_duration(metadata: &reapi::ExecutedActionMetadata) -> Option<Durati
     }
     let start = metadata.execution_start_timestamp.as_ref()?;
     let end = metadata.execution_completed_timestamp.as_ref()?;
-    let nanos = i128::from(end.seconds - start.seconds) * 1_000_000_000
-        + i128::from(end.nanos - start.nanos);
+    // Whoever may write results chooses both.
+    let nanos =
+        |time: &Timestamp| i128::from(time.seconds) * 1_000_000_000 + i128::from(time.nanos);
+    let nanos = nanos(end) - nanos(start);
     u64::try_from(nanos).ok().map(Duration::from_nanos)
 }

@@ -141,6 +141,7 @@ impl<C, W: Clone> Queue<C, W> {
         let from = self.operations[number].task;
         self.leave(from, number);
         let task = &self.tasks[from];
+        self.action_bytes += task.action.size();
         let alone = self.tasks.insert(Task {
             action: task.action.clone(),
             key: task.key.clone(),
@@ -311,7 +312,7 @@ impl<C, W: Clone> Queue<C, W> {
             self.complete(now, task, outcome);
         }
         self.forget(number);
-        self.tasks.remove(task);
+        self.remove_task(task);
         self.totals.forgotten += 1;
     }
 

@@ -69,8 +69,19 @@ impl<C, W: Clone> Queue<C, W> {
 
     /// Of one size-class queue, in the order of their patterns.
     pub fn drains(&self, key: &SizeClassQueueKey) -> Result<Vec<Drain>, UnknownQueue> {
-        self.find_queue(key)?;
-        Ok(self.drains_of(key).collect())
+        let drains: Vec<Drain> = self.drains_of(key).collect();
+        // They outlive their queue.
+        match drains.is_empty() {
+            true => self.find_queue(key).map(|_| drains),
+            false => Ok(drains),
+        }
+    }
+
+    /// The size-class queues that have drains, whether they are there now or not.
+    pub fn drained_queues(&self) -> Vec<SizeClassQueueKey> {
+        let mut keys: Vec<_> = self.drains.keys().map(|(key, _)| key.clone()).collect();
+        keys.dedup();
+        keys
     }
 
     pub(super) fn drains_of(&self, key: &SizeClassQueueKey) -> impl Iterator<Item = Drain> {

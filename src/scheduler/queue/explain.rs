@@ -45,7 +45,7 @@ pub struct QueuedExplanation {
     /// All that is queued for workers of this kind.
     pub queued: usize,
     pub workers: MatchingWorkers,
-    /// How long it waits most likely; `None` when no worker takes work.
+    /// How long it waits most likely; `None` when no worker takes work, or none has executed anything.
     pub expected_wait: Option<Duration>,
     /// Workers that were lost with it before.
     pub lost: usize,
@@ -141,6 +141,9 @@ impl fmt::Display for QueuedExplanation {
         }
         match self.expected_wait {
             Some(wait) => write!(f, "; about {} s to wait", wait.as_secs()),
+            None if all > drained => {
+                f.write_str("; how long it waits is known when one of them has executed something")
+            }
             None => f.write_str("; it waits until a worker takes work"),
         }
     }
@@ -198,6 +201,7 @@ impl<C, W: Clone> Queue<C, W> {
         let ahead = before_it
             .saturating_mul(siblings)
             .min(self.invocations.get(root).queued_in_all);
+        let mean = self.queues[task.queue].mean_duration;
         QueuedExplanation {
             before_it: before_it.min(COUNTED),
             more_before_it: before_it > COUNTED,
@@ -205,10 +209,10 @@ impl<C, W: Clone> Queue<C, W> {
             invocations_before,
             queued: self.invocations.get(root).queued_in_all,
             workers,
-            expected_wait: (willing > 0).then(|| {
+            expected_wait: mean.filter(|_| willing > 0).map(|mean| {
                 let rounds = ahead / willing + 1;
                 let rounds = u32::try_from(rounds).unwrap_or(u32::MAX);
-                task.expected_duration.saturating_mul(rounds)
+                mean.saturating_mul(rounds)
             }),
             lost: task.lost().len(),
         }

@@ -236,6 +236,11 @@ impl<C, W: Clone> Queue<C, W> {
             cacheable == self.in_flight.len(),
             "a task that is in flight does not exist",
         )?;
+        let bytes: usize = self.tasks.iter().map(|(_, task)| task.action.size()).sum();
+        ensure(
+            bytes == self.action_bytes,
+            "the bytes of actions are miscounted",
+        )?;
         ensure(
             awaiting == self.awaited_reports.len(),
             "a task is listed that waits for no report",

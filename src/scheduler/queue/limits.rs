@@ -61,6 +61,7 @@ impl<C, W: Clone> Queue<C, W> {
         let limits = &self.settings.limits;
         let full = |scope: String, key, limit| QueueFull {
             scope,
+            what: "operations queued",
             key,
             limit,
             retry_after: RETRY_AFTER,
@@ -68,6 +69,13 @@ impl<C, W: Clone> Queue<C, W> {
         let limit = limits.queued_operations;
         if self.queued.all + self.awaited_reports.len() >= limit {
             return Err(full("The scheduler".to_owned(), "queued_operations", limit));
+        }
+        let limit = limits.action_bytes;
+        if self.action_bytes + request.action.size() > limit {
+            return Err(QueueFull {
+                what: "bytes of actions",
+                ..full("The scheduler".to_owned(), "actions_size", limit)
+            });
         }
         let instance = &request.action.instance;
         let limit = limits.queued_operations_per_instance_name;

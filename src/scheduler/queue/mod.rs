@@ -150,6 +150,8 @@ pub struct Queue<C, W> {
     effects: Vec<Effect<C, W>>,
     last_number: u64,
     platform_queues_made: u64,
+    /// Of the tasks that there are.
+    action_bytes: usize,
     totals: Totals,
 }
 
@@ -201,6 +203,7 @@ impl<C, W: Clone> Queue<C, W> {
             effects: Vec::new(),
             last_number: 0,
             platform_queues_made: 0,
+            action_bytes: 0,
             totals: Totals::default(),
             settings,
         };

@@ -97,6 +97,7 @@ impl<C, W: Clone> Queue<C, W> {
             root: InvocationNumber::new(u32::MAX, u32::MAX),
             workers: BTreeMap::new(),
             deadline: None,
+            mean_duration: None,
             killing: None,
         });
         self.queues[number].root = self.invocations.insert_root(number);

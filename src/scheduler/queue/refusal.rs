@@ -27,12 +27,11 @@ pub struct NoWorkers {
 
 /// As much is queued as may be. The client is to try again later.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{scope} already has {limit} operations queued, which is the limit scheduling.limits.{key}"
-)]
+#[error("{scope} already has {limit} {what}, which is the limit scheduling.limits.{key}")]
 pub struct QueueFull {
     /// Whose limit it is.
     pub scope: String,
+    pub what: &'static str,
     pub key: &'static str,
     pub limit: usize,
     /// When it is worth trying again, from now.

@@ -50,6 +50,7 @@ impl<C, W: Clone> Queue<C, W> {
     ) -> TaskNumber {
         let arrival = self.number();
         self.totals.tasks += 1;
+        self.action_bytes += action.size();
         self.tasks.insert(Task {
             action,
             key: self.queues[queue].key.clone(),
@@ -68,6 +69,12 @@ impl<C, W: Clone> Queue<C, W> {
             in_state_since: None,
             version: 0,
         })
+    }
+
+    pub(super) fn remove_task(&mut self, number: TaskNumber) -> Task {
+        let task = self.tasks.remove(number);
+        self.action_bytes -= task.action.size();
+        task
     }
 
     /// Hands a task that is in no tree to an idle worker, or puts it into the tree.
@@ -227,6 +234,12 @@ impl<C, W: Clone> Queue<C, W> {
         number: TaskNumber,
         outcome: Arc<EncodedResponse>,
     ) {
+        if let TaskState::Executing { since, .. } = self.tasks[number].state {
+            let took = now.saturating_duration_since(since);
+            let queue = self.tasks[number].queue;
+            let mean = &mut self.queues[queue].mean_duration;
+            *mean = Some(mean.map_or(took, |mean| (mean * 7 + took) / 8));
+        }
         self.withdraw(now, number);
         let hash = self.action_hash(&self.tasks[number].action);
         self.in_flight.remove(&(hash, number));
@@ -237,7 +250,7 @@ impl<C, W: Clone> Queue<C, W> {
             self.end_operation(now, self.tasks[number].operations[i]);
         }
         if self.tasks[number].background {
-            let task = self.tasks.remove(number);
+            let task = self.remove_task(number);
             self.totals.forgotten += 1;
             for operation in task.operations {
                 self.forget(operation);

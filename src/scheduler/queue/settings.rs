@@ -57,6 +57,8 @@ pub struct Limits {
     /// Results of workers that this scheduler did not hand the action to, for clients to ask for.
     pub kept_results: usize,
     pub kept_result_bytes: usize,
+    /// Of the actions of all tasks, with what their clients sent for workers.
+    pub action_bytes: usize,
 }
 
 /// A platform queue that is never removed.
@@ -125,6 +127,7 @@ impl From<&config::scheduler::Limits> for Limits {
             workers: config.workers,
             drains: config.drains,
             kept_results: config.kept_results,
+            action_bytes: usize::try_from(config.actions_size.get()).unwrap_or(usize::MAX),
             kept_result_bytes: usize::try_from(config.kept_results_size.get())
                 .unwrap_or(usize::MAX),
         }

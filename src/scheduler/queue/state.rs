@@ -58,6 +58,8 @@ pub(super) struct SizeClassQueue {
     pub workers: BTreeMap<WorkerId, WorkerNumber>,
     /// While it has no workers, or `killing`.
     pub deadline: Deadline,
+    /// How long its tasks executed lately: a moving mean; `None` before the first one.
+    pub mean_duration: Option<Duration>,
     /// What is queued in it gets this response, piece by piece.
     pub killing: Option<Arc<EncodedResponse>>,
 }

@@ -133,11 +133,84 @@ fn whoever_waits_can_hear_why() {
     assert_eq!((queued.before_it, queued.queued), (1, 3));
     assert_eq!(queued.invocations_before, [1]);
     assert_eq!((queued.workers.all, queued.workers.executing), (1, 1));
-    assert!(queued.expected_wait.is_some());
+    // Nothing has been executed so far, so that nobody knows.
+    assert_eq!(queued.expected_wait, None);
     let text = why.to_string();
     assert!(
         text.contains("1 operation before it") && text.contains("1 worker"),
         "{text}"
     );
     assert!(farm.queue.explain(farm.now, Uuid::from_u128(99)).is_none());
+    farm.pass(3 * SECOND);
+    farm.now("a", completed("busy", rpc::Code::Ok));
+    let why = farm.queue.explain(farm.now, last.operation).unwrap();
+    assert!(why.to_string().contains("about 9 s to wait"), "{why}");
+}
+
+#[test]
+fn actions_have_room_for_so_many_bytes_in_all() {
+    let mut farm = Farm::with(|settings| settings.limits.action_bytes = 100_000);
+    let large = |name: &str| {
+        let asked = request(name);
+        let action = reapi::Action {
+            salt: vec![7; 30_000].into(),
+            do_not_cache: true,
+            ..Default::default()
+        };
+        let old = &asked.action;
+        Request {
+            action: Arc::new(QueuedAction::new(
+                old.instance.clone(),
+                old.digest,
+                action,
+                old.timeout,
+                Vec::new(),
+                old.queued_timestamp,
+            )),
+            ..asked
+        }
+    };
+    farm.now(
+        "a",
+        WorkerReport {
+            prefer_being_idle: true,
+            ..idle()
+        },
+    );
+    for i in 0..3 {
+        farm.execute(large("x"), i).unwrap();
+    }
+    let refusal = full(&mut farm, large("x"));
+    assert_eq!((refusal.key, refusal.limit), ("actions_size", 100_000));
+    // One that is completed goes with its last operation.
+    farm.queue.cancel(farm.now, Uuid::from_u128(1)).unwrap();
+    farm.queue.detach(farm.now, Uuid::from_u128(1));
+    farm.perform();
+    farm.pass(61 * SECOND);
+    farm.execute(large("x"), 9).unwrap();
+}
+
+#[test]
+fn times_that_nobody_can_have_are_no_duration() {
+    let metadata = |start, end| reapi::ExecutedActionMetadata {
+        execution_start_timestamp: Some(prost_types::Timestamp {
+            seconds: start,
+            nanos: i32::MIN,
+        }),
+        execution_completed_timestamp: Some(prost_types::Timestamp {
+            seconds: end,
+            nanos: i32::MAX,
+        }),
+        ..Default::default()
+    };
+    for (start, end) in [(i64::MIN, i64::MAX), (i64::MAX, i64::MIN)] {
+        let response = EncodedResponse::new(&reapi::ExecuteResponse {
+            result: Some(reapi::ActionResult {
+                execution_metadata: Some(metadata(start, end)),
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+        assert_eq!(response.duration, Duration::ZERO);
+    }
 }

@@ -41,10 +41,18 @@ pub(super) fn shell_script(command: &Command) -> String {
         let directory = format!("./{}", command.working_directory);
         script.push_str(&format!("cd {}\n", quote(&directory)));
     }
-    script.push_str("exec env -i \\\n");
+    script.push_str("exec env -i -- \\\n");
     for variable in &command.environment_variables {
         let pair = format!("{}={}", variable.name, variable.value);
         script.push_str(&format!("  {} \\\n", quote(&pair)));
+    }
+    // Which env(1) would take for one more variable.
+    if command
+        .arguments
+        .first()
+        .is_some_and(|word| word.contains('='))
+    {
+        script.push_str("  sh -c 'exec \"$@\"' sh \\\n");
     }
     let words: Vec<String> = command.arguments.iter().map(|word| quote(word)).collect();
     script.push_str(&format!("  {}\n", words.join(" \\\n    ")));
