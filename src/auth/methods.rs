@@ -48,7 +48,7 @@ pub fn requirement(path: &str) -> Option<Requirement> {
             "UpdateActionResult" => InInstance(&[ActionCacheWrite]),
             _ => return None,
         },
-        ("bb_remote_execution.live_output.LiveOutput", "Serve") => Anywhere(Work),
+        ("bb_remote_execution.live_output.LiveOutput", "Serve") => InInstance(&[Work]),
         ("buildbarn.remoteworker.OperationQueue", "Synchronize") => InInstance(&[Work]),
         ("google.longrunning.Operations", method) => match method {
             "GetOperation" | "ListOperations" | "WaitOperation" => Anywhere(See),

@@ -7,7 +7,7 @@
 //!   `outputs` collects what it left, `response_size` and `completion_log` tell of it; `command` is what
 //!   it runs, and `fault` why it has no result.
 //! - `live_output` has what actions print read meanwhile, and `browser_link` says where results are looked
-//!   at; `metrics` are its numbers, and `commands` ask it.
+//!   at; `metrics` and `execution_metrics` are its numbers, and `commands` ask it.
 //! - `availability` says whether slots take work, as `health`, which is pure, decides.
 //! - `setup` is a worker's start, `probe` what `--check` tries, `status_line` what systemctl shows.
 //! - `beneath`, `removal` and `attributes` handle what actions may have made; `blocking` has threads for
@@ -19,13 +19,14 @@ use self::{
     availability::Availability,
     browser_link::BrowserUrl,
     execute::Executor,
+    execution_metrics::ExecutionMetrics,
     inputs::{
         InputRoots,
         directories::DirectoryCache,
         file_cache::{LinkMode, Verifier},
     },
     live_output::RunningOutputs,
-    metrics::{ExecutionMetrics, Sources},
+    metrics::Sources,
     status_line::StatusLine,
 };
 use crate::{
@@ -44,6 +45,7 @@ pub mod command;
 mod commands;
 mod completion_log;
 pub mod execute;
+mod execution_metrics;
 pub mod fault;
 pub mod health;
 pub mod inputs;

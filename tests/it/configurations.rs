@@ -1247,12 +1247,12 @@ fn what_the_daemon_itself_holds_is_good_and_what_another_holds_is_named() {
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{output:?}");
     let process = format!("bb_scheduler (process {}", running.0.id());
-    assert_eq!(said.matches(&process).count(), 4, "{said}");
+    assert_eq!(said.matches(&process).count(), 5, "{said}");
 
     let output = scheduler("other.toml").arg("--check").output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(78), "{said}");
-    assert_eq!(said.matches(&process).count(), 4, "{said}");
+    assert_eq!(said.matches(&process).count(), 5, "{said}");
     assert!(
         said.contains("bb_scheduler.toml) listens there; stop it"),
         "{said}"

@@ -238,6 +238,7 @@ fn units_of_further_runners_differ_from_the_first_ones_by_their_name_only() {
                 "[Unit]Before",
                 "[Unit]Description",
                 "[Unit]Requires",
+                "[Unit]Wants",
                 "[Service]ExecReload",
                 "[Service]ExecStart",
                 "[Service]ExecStopPost",

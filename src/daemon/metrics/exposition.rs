@@ -201,8 +201,8 @@ mod tests {
             exposition.durations("c", "Cs", [(Labels::new(), durations)])
         });
         let text = metrics.render();
-        let start = "# HELP a As.\n# TYPE a counter\na_total{x=\"q\\\"\\\\\\n\"} 2\n\
-                     # HELP b Bs.\n# TYPE b gauge\nb 1.5\n# HELP c Cs.\n# TYPE c histogram\nc_sum 1.5\nc_count 1\n";
+        let start = "# HELP a As\n# TYPE a counter\na_total{x=\"q\\\"\\\\\\n\"} 2\n\
+                     # HELP b Bs\n# TYPE b gauge\nb 1.5\n# HELP c Cs\n# TYPE c histogram\nc_sum 1.5\nc_count 1\n";
         assert!(text.starts_with(start), "{text}");
         assert!(
             text.contains("c_bucket{le=\"1.0\"} 0\n") && text.contains("c_bucket{le=\"+Inf\"} 1\n"),
