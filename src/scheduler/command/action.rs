@@ -233,13 +233,13 @@ mod tests {
                 .map(str::to_owned)
                 .into(),
             environment_variables: vec![reapi::command::EnvironmentVariable {
-                name: "PATH".to_owned(),
+                name: "X;exit 1;PATH".to_owned(),
                 value: "/bin:/usr/bin".to_owned(),
             }],
             ..Default::default()
         };
         let line = shell_line(&command);
-        let shell = std::process::Command::new("sh")
+        let shell = std::process::Command::new("bash")
             .arg("-c")
             .arg(&line)
             .output()
@@ -250,6 +250,6 @@ mod tests {
             arguments: vec!["true".to_owned()],
             ..Default::default()
         };
-        assert_eq!(shell_line(&elsewhere), "cd 'a b' && true");
+        assert_eq!(shell_line(&elsewhere), "cd ./'a b' && env -i -- true");
     }
 }

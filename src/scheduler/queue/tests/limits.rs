@@ -144,7 +144,7 @@ fn whoever_waits_can_hear_why() {
     farm.pass(3 * SECOND);
     farm.now("a", completed("busy", rpc::Code::Ok));
     let why = farm.queue.explain(farm.now, last.operation).unwrap();
-    assert!(why.to_string().contains("about 9 s to wait"), "{why}");
+    assert!(why.to_string().contains("about 6 s to wait"), "{why}");
 }
 
 #[test]
