@@ -235,15 +235,15 @@ async fn a_worker_serves_when_its_scheduler_answers_and_starts_without_it() {
     farm.kill(Daemon::Worker);
     farm.spawn(Daemon::Worker);
     for _ in 0..200 {
-        if farm.log("worker").contains("not serving yet: ") {
+        if farm.log("bb_worker").contains("not serving yet: ") {
             break;
         }
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
     assert!(
-        farm.log("worker").contains("not serving yet: "),
+        farm.log("bb_worker").contains("not serving yet: "),
         "{}",
-        farm.log("worker")
+        farm.log("bb_worker")
     );
     farm.spawn(Daemon::Scheduler);
     silent(&farm, 200).await;

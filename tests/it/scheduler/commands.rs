@@ -221,7 +221,7 @@ async fn workers_are_drained_and_operations_killed_by_commands() {
     let status = response(&mut stream).await.status.unwrap();
     assert_eq!(
         (status.code, &*status.message),
-        (rpc::Code::Aborted as i32, "it is late")
+        (rpc::Code::PermissionDenied as i32, "it is late")
     );
     let terminated = scheduler.json(&["terminate", "name=a"]).await;
     assert_eq!(terminated["terminated"], 1);
