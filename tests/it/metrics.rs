@@ -223,7 +223,12 @@ async fn a_worker_serves_when_its_scheduler_answers_and_starts_without_it() {
             }
             tokio::time::sleep(std::time::Duration::from_millis(100)).await;
         }
-        panic!("{:?}", get(farm, "worker", "/-/ready"));
+        panic!(
+            "{:?}\n{}\n{}",
+            get(farm, "worker", "/-/ready"),
+            farm.log("bb_worker"),
+            farm.log("bb_scheduler")
+        );
     };
     silent(&farm, 503).await;
     let (_, told) = get(&farm, "worker", "/metrics");
