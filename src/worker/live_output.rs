@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
 
+use super::status_line::StatusLine;
 use crate::{
     daemon::{self, Channel},
     digest::Digest,
@@ -147,6 +148,7 @@ pub(super) async fn run(
     prefix: String,
     running: Arc<RunningOutputs>,
     directory: PathBuf,
+    status_line: Arc<StatusLine>,
     stopping: CancellationToken,
 ) {
     let state = || {
@@ -163,8 +165,11 @@ pub(super) async fn run(
     };
     loop {
         let pause = tokio::select! {
-            ended = serve(LiveOutputClient::new(channel.clone()), &running, &state) => match ended {
-                Err(status) if status.code() == Code::Unimplemented => UNKNOWN_PAUSE,
+            ended = serve(LiveOutputClient::new(channel.clone()), &running, &state, &status_line) => match ended {
+                Err(status) if status.code() == Code::Unimplemented => {
+                    status_line.answered();
+                    UNKNOWN_PAUSE
+                }
                 _ => RETRY_PAUSE.mul_f64(0.5 + fastrand::f64()),
             },
             () = stopping.cancelled() => return,
@@ -180,6 +185,7 @@ async fn serve(
     mut client: LiveOutputClient<Channel>,
     running: &Arc<RunningOutputs>,
     state: &impl Fn() -> WorkerMessage,
+    status_line: &StatusLine,
 ) -> Result<(), Status> {
     let (sender, receiver) = mpsc::channel(4);
     let _ = sender.send(state()).await;
@@ -188,6 +194,8 @@ async fn serve(
         Some((message, receiver))
     });
     let mut questions = client.serve(messages).await?.into_inner();
+    // Calls of idle slots are held, so that they say it minutes later.
+    status_line.answered();
     let mut states = tokio::time::interval(STATE_INTERVAL);
     states.tick().await;
     loop {

@@ -159,6 +159,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             runner.instance_name_prefix.clone(),
             running.clone(),
             config.build_directory.clone(),
+            status_line.clone(),
             lifecycle.stopping(),
         ));
         for (slot, identity) in identities.into_iter().enumerate() {
