@@ -126,7 +126,7 @@ impl Space {
         let ceiling = (self.used() + disk.available).saturating_sub(self.minimum_free);
         let before = self.ceiling.swap(ceiling, Ordering::Relaxed);
         match (before < self.maximum_size, ceiling < self.maximum_size) {
-            (false, true) => tracing::warn!(
+            (false, true) => tracing::info!(
                 directory = %self.directory.display(),
                 available = %daemon::disk::rounded_to_mib(disk.available),
                 left = %daemon::disk::rounded_to_mib(ceiling),
