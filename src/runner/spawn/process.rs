@@ -57,8 +57,10 @@ pub(crate) enum WaitEnd {
 pub(crate) struct Exit {
     pub cause: EndCause,
     pub usage: libc::rusage,
-    /// Whether `usage` has the memory that this daemon used: a process keeps the highest figure of
-    /// what it shared before it executed a program. Then the command's was this at most.
+    /// Whether `usage` may have the memory that this daemon used: a process keeps the highest figure
+    /// of what it shared before it executed a program. Then the command's was this at most. The
+    /// kernel adds each thread's pages to a figure in lots of 64, so that it can read a little more
+    /// to the new process than to this daemon a moment later; hence up to twice the daemon's.
     pub memory_is_daemons: bool,
 }
 
@@ -176,7 +178,7 @@ impl Process {
                 false => EndCause::Code(libc::WEXITSTATUS(status)),
             },
             usage,
-            memory_is_daemons: usage.ru_maxrss <= self.daemon_peak,
+            memory_is_daemons: usage.ru_maxrss <= self.daemon_peak.saturating_mul(2),
         })
     }
 }
