@@ -29,6 +29,9 @@ const LONGEST_PAGES: usize = 1 << 10;
 
 /// W3C Trace Context: in a header, and among desired_state.Executing.w3c_trace_context.
 pub const TRACEPARENT: &str = "traceparent";
+const TRACESTATE: &str = "tracestate";
+/// This project's member of a `tracestate`: which attempt a recorded trace is about.
+const ATTEMPT_MEMBER: &str = "bb=";
 
 /// Between this project's worker and runner: which worker asks.
 const WORKER_HEADER: &str = "bb-worker-bin";
@@ -71,6 +74,8 @@ pub struct ActionContext {
     pub attempt: Option<Attempt>,
     /// A worker's labels as JSON, as in ExecutedActionMetadata.worker.
     pub worker: Option<String>,
+    /// The span that the request is part of, if it is recorded.
+    pub trace: Option<TraceContext>,
 }
 
 impl ActionContext {
@@ -89,8 +94,10 @@ impl ActionContext {
         {
             headers.insert_bin(WORKER_HEADER, MetadataValue::from_bytes(worker.as_bytes()));
         }
-        if let Some(attempt) = self.attempt {
-            attempt.attach_to(&mut request);
+        for (name, value) in trace_headers(self.attempt, self.trace.as_ref()) {
+            if let Ok(value) = value.parse() {
+                request.metadata_mut().insert(name, value);
+            }
         }
         request
     }
@@ -105,6 +112,7 @@ impl ActionContext {
         ActionContext {
             action: metadata.action_id,
             attempt: Attempt::of(request),
+            trace: TraceContext::of(headers.as_ref()),
             worker: bytes(WORKER_HEADER).and_then(|data| String::from_utf8(data.into()).ok()),
         }
     }
@@ -136,9 +144,82 @@ impl Attempt {
         }
     }
 
-    /// The attempt that `attach_to` named.
+    /// The attempt that `attach_to` or `trace_headers` named.
     pub fn of<T>(request: &Request<T>) -> Option<Self> {
-        Self::parse(request.metadata().get(TRACEPARENT)?.to_str().ok()?)
+        let headers = request.metadata();
+        Self::of_headers(|name| headers.get(name)?.to_str().ok())
+    }
+
+    /// The attempt that `trace_headers` named.
+    pub fn of_headers<'h>(header: impl Fn(&str) -> Option<&'h str>) -> Option<Self> {
+        let state = header(TRACESTATE).unwrap_or_default();
+        let mut members = state.split(',').map(str::trim);
+        match members.find_map(|member| member.strip_prefix(ATTEMPT_MEMBER)) {
+            Some(attempt) => Self::parse(&format!("00-{attempt}")),
+            None => Self::parse(header(TRACEPARENT)?),
+        }
+    }
+}
+
+/// A span of a trace, as it is named between programs (W3C Trace Context, version 00).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceContext {
+    /// Not 0.
+    pub trace: u128,
+    /// Not 0.
+    pub span: u64,
+    /// Whether those who take part shall record it.
+    pub is_sampled: bool,
+}
+
+impl TraceContext {
+    /// `None` for what is no `traceparent`.
+    pub fn parse(traceparent: &str) -> Option<Self> {
+        let hex = |text: &str, digits: usize| {
+            let plain = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+            let right = text.len() == digits && text.bytes().all(plain);
+            right.then(|| u128::from_str_radix(text, 16).ok()).flatten()
+        };
+        let mut parts = traceparent.split('-');
+        let version = hex(parts.next()?, 2)?;
+        let trace = hex(parts.next()?, 32)?;
+        let span = hex(parts.next()?, 16)?;
+        let flags = hex(parts.next()?, 2)?;
+        // Later versions may have more behind.
+        let right = version != 0xff && (version != 0 || parts.next().is_none());
+        (right && trace != 0 && span != 0).then_some(TraceContext {
+            trace,
+            span: span as u64,
+            is_sampled: flags & 1 == 1,
+        })
+    }
+
+    /// The span that a request is part of.
+    pub fn of(headers: &http::HeaderMap) -> Option<Self> {
+        Self::parse(headers.get(TRACEPARENT)?.to_str().ok()?)
+    }
+}
+
+impl std::fmt::Display for TraceContext {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let flags = u8::from(self.is_sampled);
+        write!(f, "00-{:032x}-{:016x}-{flags:02x}", self.trace, self.span)
+    }
+}
+
+/// What says which attempt a message is about, and which recorded span it is part of.
+pub fn trace_headers(
+    attempt: Option<Attempt>,
+    trace: Option<&TraceContext>,
+) -> Vec<(&'static str, String)> {
+    match (attempt, trace) {
+        (None, None) => Vec::new(),
+        (Some(attempt), None) => vec![(TRACEPARENT, attempt.to_string())],
+        (None, Some(trace)) => vec![(TRACEPARENT, trace.to_string())],
+        (Some(Attempt { operation, number }), Some(trace)) => {
+            let attempt = format!("{ATTEMPT_MEMBER}{}-{number:016x}", operation.simple());
+            vec![(TRACEPARENT, trace.to_string()), (TRACESTATE, attempt)]
+        }
     }
 }
 
@@ -219,6 +300,28 @@ mod tests {
     }
 
     #[test]
+    fn a_span_is_what_its_header_says() {
+        let text = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let span = TraceContext::parse(text).unwrap();
+        assert_eq!((span.to_string().as_str(), span.is_sampled), (text, true));
+        assert!(TraceContext::parse(&text.replace("00-0", "01-0")).is_some());
+        assert!(TraceContext::parse(&format!("{}-more", text.replace("00-0", "01-0"))).is_some());
+        for bad in [
+            "",
+            "00",
+            "ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01",
+            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-0000000000000000-01",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-1",
+            "00-0af7651916cd43dd8448eb211c80319c-+7ad6b7169203331-01",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more",
+        ] {
+            assert_eq!(TraceContext::parse(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
     fn a_call_of_a_worker_survives_in_a_header() {
         let call = WorkerCall {
             session: u64::MAX,
@@ -236,8 +339,23 @@ mod tests {
             action: "abc".to_owned(),
             attempt: Attempt::parse("00-00000000000000000000000000000007-0000000000000001-00"),
             worker: Some("{\"hostname\":\"ä\"}".to_owned()),
+            trace: None,
         };
-        assert_eq!(ActionContext::of(&context.request(())), context);
+        let told = ActionContext::of(&context.request(()));
+        // The attempt is a trace that is not recorded.
+        assert!(told.trace.is_some_and(|trace| !trace.is_sampled));
+        assert_eq!(
+            ActionContext {
+                trace: None,
+                ..told
+            },
+            context
+        );
+        let recorded = ActionContext {
+            trace: TraceContext::parse("00-000000000000000000000000000000ab-00000000000000cd-01"),
+            ..context
+        };
+        assert_eq!(ActionContext::of(&recorded.request(())), recorded);
         assert_eq!(
             ActionContext::of(&Request::new(())),
             ActionContext::default()

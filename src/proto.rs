@@ -24,6 +24,7 @@ pub use generated::buildbarn::{
     resourceusage, runner,
 };
 pub use generated::google::{bytestream, longrunning, rpc};
+pub use generated::opentelemetry::proto as opentelemetry;
 
 /// A FileDescriptorSet of everything above.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

@@ -28,6 +28,15 @@ pub fn shorten(text: &str) -> String {
     shown
 }
 
+/// Leaves at most so many bytes of a text, and shows that something was cut off.
+pub fn cut(text: &mut String, limit: usize) {
+    if text.len() > limit {
+        let end = (0..=limit).rev().find(|end| text.is_char_boundary(*end));
+        text.truncate(end.unwrap_or(0));
+        text.push('…');
+    }
+}
+
 /// What a terminal may be shown of a text that somebody else chose: on one line, without what moves the
 /// cursor, changes colours, hides, or turns the direction of reading (Unicode's categories C, Zl and Zp).
 /// Such characters are written as Rust does, `\u{202e}`.
@@ -47,14 +56,19 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
+/// A word as any POSIX shell reads it back, for scripts (XCU, section 2.2).
+pub fn posix_shell_word(word: &str) -> Cow<'_, str> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=+,@%".contains(c);
+    match !word.is_empty() && word.chars().all(is_plain) {
+        true => Cow::Borrowed(word),
+        false => Cow::Owned(format!("'{}'", word.replace('\'', "'\\''"))),
+    }
+}
+
 /// A word as bash reads it back, in characters that do a terminal no harm (bash(1), QUOTING).
 pub fn shell_word(word: &str) -> Cow<'_, str> {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-./:=+,@%^".contains(c);
-    if !word.is_empty() && word.chars().all(is_plain) {
-        return Cow::Borrowed(word);
-    }
     if printable(word) == word {
-        return Cow::Owned(format!("'{}'", word.replace('\'', "'\\''")));
+        return posix_shell_word(word);
     }
     let mut quoted = String::from("$'");
     for byte in word.bytes() {

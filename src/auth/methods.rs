@@ -89,6 +89,7 @@ mod tests {
             "buildbarn.iscc.InitialSizeClassCache",
             "buildbarn.remoteactionrouter.ActionRouter",
             "buildbarn.completedactionlogger.CompletedActionLogger",
+            "opentelemetry.proto.collector.trace.v1.TraceService",
         ];
         let mut known = 0;
         for file in files.file {

@@ -191,7 +191,10 @@ mod tests {
             ("cache.maximumSizeBytes = 1", "did you mean maximum_size?"),
             ("cache.build_directory = 1", "write it above the first line"),
             ("maximum_files = 1", "did you mean cache.maximum_files?"),
-            ("endpoint = 1", "runners.endpoint or scheduler.endpoint?"),
+            (
+                "endpoint = 1",
+                "runners.endpoint or scheduler.endpoint or traces.endpoint?",
+            ),
             (
                 "\"cache.directory\" = 1",
                 "write cache.directory without quotes",

@@ -7,7 +7,7 @@
 //!    the rest is read again.
 //!
 //! To read in this order: this file; `runner`, `scheduler` (with `routing` and `size_classes`) and `worker`,
-//! the three programs' keys, with `value` (what is written in them), `tls`, `call_headers`, `tokens`, `callers`, `grants`, `control`
+//! the three programs' keys, with `value` (what is written in them), `tls`, `call_headers`, `tokens`, `callers`, `grants`, `control`, `traces`
 //! and `directory_kind`;
 //! `parse`, which keeps the facts of an error,
 //! and `error_message`, which tells them; `print`.
@@ -35,6 +35,7 @@ pub mod scheduler;
 pub mod size_classes;
 pub mod tls;
 pub mod tokens;
+pub mod traces;
 mod value;
 pub mod web;
 pub mod worker;
@@ -42,7 +43,7 @@ pub mod worker;
 pub use directory_kind::{DirectoryKind, directory_kind, path_error};
 use parse::PathStep;
 pub use print::effective;
-pub use value::{Duration, Endpoint, ListenAddress, Size};
+pub use value::{Duration, Endpoint, ListenAddress, OptionalEndpoint, Size};
 
 /// A configuration of one of the programs, whose values are checked against each other.
 pub trait Validate: DeserializeOwned + Serialize + Default + PartialEq {

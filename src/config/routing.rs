@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Diagnostics, Duration, Endpoint};
+use super::{Diagnostics, Duration, OptionalEndpoint};
 use crate::instance::InstanceName;
 
 /// How the platform and the invocation keys of an action are found.
@@ -22,7 +22,7 @@ pub struct ActionRouter {
     /// Levels of the invocation tree, outermost first; none for one line.
     pub invocation_key_extractors: Vec<InvocationKeyExtractor>,
     /// Who is asked instead.
-    pub remote: RemoteActionRouter,
+    pub remote: OptionalEndpoint,
 }
 
 /// Where the platform of an action is written.
@@ -47,10 +47,6 @@ pub enum InvocationKeyExtractor {
     /// The public part of what is known of the user; no level where nothing is.
     AuthenticatedUser,
 }
-
-/// A server of buildbarn.remoteactionrouter.ActionRouter, or none.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RemoteActionRouter(pub Option<Endpoint>);
 
 /// The router of some instance names, or of one platform there.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -89,7 +85,7 @@ impl Default for ActionRouter {
                 InvocationKeyExtractor::AuthenticatedUser,
                 InvocationKeyExtractor::ToolInvocationId,
             ],
-            remote: RemoteActionRouter::default(),
+            remote: OptionalEndpoint::default(),
         }
     }
 }
@@ -105,28 +101,6 @@ impl Default for PlatformQueue {
             worker_invocation_stickiness_limits: Vec::new(),
             maximum_queued_background_learning_operations: 0,
             background_learning_operation_priority: 0,
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for RemoteActionRouter {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        if text.is_empty() {
-            return Ok(RemoteActionRouter(None));
-        }
-        let endpoint = text.parse().map_err(|error| {
-            serde::de::Error::custom(format!("{error}, or \"\" for no remote action router"))
-        })?;
-        Ok(RemoteActionRouter(Some(endpoint)))
-    }
-}
-
-impl Serialize for RemoteActionRouter {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match &self.0 {
-            None => serializer.serialize_str(""),
-            Some(endpoint) => endpoint.serialize(serializer),
         }
     }
 }

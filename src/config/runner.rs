@@ -13,6 +13,7 @@ use super::{
     Diagnostics, DirectoryKind, Duration, ListenAddress, Log, Size, Validate,
     control::{RunnerControl, RunnerMetrics},
     directory_kind, path_error,
+    traces::Traces,
 };
 
 /// One action each, at a time.
@@ -59,6 +60,7 @@ pub struct Config {
     pub metrics: RunnerMetrics,
     pub control: RunnerControl,
     pub shutdown: Shutdown,
+    pub traces: Traces,
     pub log: Log,
 }
 
@@ -274,6 +276,7 @@ impl Default for Config {
             metrics: RunnerMetrics::default(),
             control: RunnerControl::default(),
             shutdown: Shutdown::default(),
+            traces: Traces::default(),
             log: Log::default(),
         }
     }
@@ -310,6 +313,7 @@ impl Default for Shutdown {
 impl Validate for Config {
     fn validate(&self, diagnostics: &mut Diagnostics) {
         self.control.validate(diagnostics);
+        self.traces.validate(diagnostics);
         let mut is_wrong = |key: &str, wrong: bool, message: &str| {
             diagnostics.require(!wrong, key, message);
         };

@@ -24,6 +24,7 @@ use super::{
     size_classes::SizeClasses,
     tls::{ClientTls, ServerTls},
     tokens::Tokens,
+    traces::SchedulerTraces,
     web::Web,
 };
 
@@ -46,6 +47,7 @@ pub struct Config {
     pub action_router_backends: Vec<ActionRouterBackend>,
     pub predeclared_platform_queues: Vec<PlatformQueue>,
     pub shutdown: Shutdown,
+    pub traces: SchedulerTraces,
     pub log: Log,
 }
 
@@ -141,7 +143,8 @@ pub struct Scheduling {
     pub platform_queue_with_no_workers_timeout: Duration,
     /// How often a worker may claim to have lost an action before the action is blamed.
     pub worker_task_retry_count: u32,
-    /// How often an action is executed again after its worker was lost (Buildbarn: never).
+    /// How often an action is executed again after its worker was lost or was at fault itself (Buildbarn:
+    /// never).
     pub lost_worker_retry_count: u32,
     /// For each level of the invocation tree, for how long a worker prefers the invocation that it
     /// worked for; of platform queues that are not predeclared.
@@ -346,6 +349,7 @@ impl Validate for Config {
         self.workers.tls.validate("workers.tls", diagnostics);
         self.state.tls.validate("state.tls", diagnostics);
         self.control.validate(diagnostics);
+        self.traces.validate(diagnostics);
         self.web.check(diagnostics);
         self.state.check(&self.storage.embedded, diagnostics);
         let asks = |tls: &ServerTls| !tls.client_ca.as_os_str().is_empty();

@@ -198,6 +198,32 @@ pub enum Endpoint {
     Unix(PathBuf),
 }
 
+/// A peer that there need not be; written as `""` where there is none.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OptionalEndpoint(pub Option<Endpoint>);
+
+impl<'de> Deserialize<'de> for OptionalEndpoint {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        if text.is_empty() {
+            return Ok(OptionalEndpoint(None));
+        }
+        let endpoint = text.parse();
+        let endpoint = endpoint
+            .map_err(|error| serde::de::Error::custom(format!("{error}, or \"\" for none")))?;
+        Ok(OptionalEndpoint(Some(endpoint)))
+    }
+}
+
+impl Serialize for OptionalEndpoint {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match &self.0 {
+            None => serializer.serialize_str(""),
+            Some(endpoint) => endpoint.serialize(serializer),
+        }
+    }
+}
+
 impl Endpoint {
     const EXPECTED: &str = r#"an endpoint, such as "grpc://storage.example:8980", "grpcs://storage.example:8980" for TLS, or "unix:/run/bb-runner/runner.sock""#;
 }

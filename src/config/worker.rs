@@ -15,6 +15,7 @@ use super::{
     control::{WorkerControl, WorkerMetrics},
     directory_kind, path_error,
     tls::ClientTls,
+    traces::Traces,
     web::is_base_url,
 };
 
@@ -34,6 +35,7 @@ pub struct Config {
     pub metrics: WorkerMetrics,
     pub control: WorkerControl,
     pub shutdown: Shutdown,
+    pub traces: Traces,
     pub log: Log,
 }
 
@@ -144,6 +146,7 @@ impl Default for Config {
             metrics: WorkerMetrics::default(),
             control: WorkerControl::default(),
             shutdown: Shutdown::default(),
+            traces: Traces::default(),
             log: Log::default(),
         }
     }
@@ -227,6 +230,7 @@ impl Default for Shutdown {
 impl Validate for Config {
     fn validate(&self, diagnostics: &mut Diagnostics) {
         self.control.validate(diagnostics);
+        self.traces.validate(diagnostics);
         for (key, path) in [
             ("build_directory", &self.build_directory),
             ("cache.directory", &self.cache.directory),

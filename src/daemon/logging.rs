@@ -47,7 +47,7 @@ use tracing_subscriber::{
 use uuid::Uuid;
 
 use super::message_id;
-use crate::config;
+use crate::{config, text::cut};
 
 /// Bytes of one value.
 const LONGEST_VALUE: usize = 8 << 10;
@@ -379,18 +379,6 @@ impl Visit for Fields {
 
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         self.put(field, format!("{value:?}"));
-    }
-}
-
-/// What was cut off shows.
-fn cut(value: &mut String, limit: usize) {
-    if value.len() > limit {
-        let end = (0..=limit)
-            .rev()
-            .find(|end| value.is_char_boundary(*end))
-            .unwrap_or(0);
-        value.truncate(end);
-        value.push('…');
     }
 }
 

@@ -43,6 +43,7 @@ mod server;
 mod systemd_unit;
 mod tls;
 mod tokens;
+pub mod traces;
 
 pub use check::{CheckReport, Installation, SHIPPED_STOP_TIMEOUT};
 pub use cli::main;

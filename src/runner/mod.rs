@@ -28,7 +28,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::runner::{Config, Root},
-    daemon::{self, Failure, Lifecycle, Observation, Program, Services, SocketPermissions},
+    daemon::{
+        self, Failure, Lifecycle, Observation, Program, Services, SocketPermissions,
+        traces::TraceExporter,
+    },
 };
 
 mod action_directory;
@@ -108,6 +111,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         (&port.listen, port.is_default()),
         (&socket.listen, socket.is_default(), &socket.socket_group),
     )?;
+    let traces = TraceExporter::start("bb_runner", &config.traces, &lifecycle)?;
     prepare_process();
     let (layers, cgroups) = sandbox::detect(&config)?;
     if config.root != Root::Host && !layers.contains(Layers::MOUNTS) {
@@ -195,6 +199,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         () = kill_what_is_late => Ok(()),
     };
     observed.abort();
+    traces.flush().await;
     killing.cancel();
     if !users.all_back(KILL_TIMEOUT).await {
         tracing::warn!("leaving although not everything that was killed is gone");

@@ -175,6 +175,7 @@ impl runner_server::Runner for RunnerService {
             action,
             attempt,
             worker,
+            trace: _,
         } = ActionContext::of(&request);
         let span = daemon::action_span(
             &action,

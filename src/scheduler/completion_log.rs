@@ -1,9 +1,12 @@
-//! The line in the log that tells how an operation ended.
+//! The line in the log that tells how an operation ended, and its span in the trace.
 
 use prost::Message;
 use uuid::Uuid;
 
-use super::queue::{EncodedResponse, QueuedAction};
+use super::{
+    action_trace,
+    queue::{EncodedResponse, QueuedAction},
+};
 use crate::{
     daemon,
     proto::{reapi, rpc},
@@ -23,6 +26,7 @@ pub(super) fn log_completion(
     let worker = Some(outcome.worker.as_str()).filter(|worker| !worker.is_empty());
     let span = daemon::action_span(&queued.digest.hash_hex(), Some(operation), worker);
     let _entered = span.enter();
+    action_trace::record(operation, queued, outcome);
     let code = rpc::Code::try_from(outcome.code).unwrap_or(rpc::Code::Unknown);
     match code {
         rpc::Code::Unavailable

@@ -22,6 +22,7 @@ use uuid::Uuid;
 
 use super::{
     action_routing::{ActionRouting, Routed},
+    action_trace::trace_of,
     completion_log::log_completion,
     live_output::{LiveOutput, Wanted},
     operation_message::{self, Details, Update},
@@ -39,7 +40,7 @@ use crate::{
     daemon::{self, Access, LogRateLimit},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
-    metadata::REQUEST_METADATA_HEADER,
+    metadata::{REQUEST_METADATA_HEADER, TraceContext},
     proto::{
         self,
         auth::AuthenticationMetadata,
@@ -64,6 +65,8 @@ pub(super) struct ExecutionService {
     pub live: Arc<LiveOutput>,
     /// In the names of operations: which scheduler gave them.
     pub scheduler: u64,
+    /// How many of the actions are recorded whose clients say nothing of it.
+    pub trace_sample_ratio: f64,
     pub started: Instant,
     pub stopping: CancellationToken,
 }
@@ -82,6 +85,8 @@ struct Asked {
     client: String,
     /// What is to be in the result beside its digests.
     inline: InlineHints,
+    /// The client's span, if it names one.
+    trace: Option<TraceContext>,
 }
 
 #[tonic::async_trait]
@@ -149,6 +154,7 @@ impl reapi::execution_server::Execution for ExecutionService {
                     user: status::user(&request),
                     client: daemon::client_name(&request),
                     inline: InlineHints::default(),
+                    trace: TraceContext::of(request.metadata().as_ref()),
                     name: *name,
                 };
                 self.resume(asked).instrument(span).await.map(Response::new)
@@ -162,6 +168,7 @@ impl ExecutionService {
         let header = request_metadata_header(request.metadata());
         let (user, access) = (status::user(&request), Access::of(&request));
         let client = daemon::client_name(&request);
+        let trace = TraceContext::of(request.metadata().as_ref());
         let request = request.into_inner();
         let inline = InlineHints::from(&request);
         let instance = InstanceName::parse(&request.instance_name).map_err(invalid)?;
@@ -183,6 +190,7 @@ impl ExecutionService {
             user,
             client,
             inline,
+            trace,
         })
     }
 
@@ -207,6 +215,7 @@ impl ExecutionService {
             user,
             client,
             inline,
+            trace,
         } = asked;
         let (instance, digest) = (name.instance.clone(), name.digest);
         let mut action = self.action(&instance, &digest).await?;
@@ -263,6 +272,7 @@ impl ExecutionService {
                 timeout,
                 auxiliary_metadata,
                 proto::timestamp(SystemTime::now()),
+                trace_of(name.operation, trace, self.trace_sample_ratio),
             )),
         };
         let workers = self.started + self.scheduling.worker_registration_timeout.get();

@@ -15,6 +15,7 @@ use std::{
 use tonic::codec::CompressionEncoding;
 
 mod action_routing;
+mod action_trace;
 mod command;
 mod completion_log;
 mod control;
@@ -44,7 +45,7 @@ use crate::{
     },
     daemon::{
         self, CheckReport, Credentials, Failure, Installation, Lifecycle, PageLimits, Policy,
-        Program, ServerLimits, Services, Tokens,
+        Program, ServerLimits, Services, Tokens, traces::TraceExporter,
     },
     instance::InstanceName,
     proto::{
@@ -154,6 +155,8 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     daemon::check_server("web.tls", &config.web.tls, report);
     daemon::check_client("storage.tls", &config.storage.tls, report);
     daemon::check_headers(config.storage.call_headers(), report);
+    daemon::check_client("traces.tls", &config.traces.tls, report);
+    daemon::check_headers(config.traces.exported().call_headers(), report);
     let mut failures = Backend::probe(&config.storage).await;
     let what = match &config.storage.cas {
         StorageLocation::Embedded => {
@@ -185,6 +188,7 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
 /// Runs until told to stop.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     daemon::raise_file_limit();
+    let traces = TraceExporter::start("bb_scheduler", &config.traces.exported(), &lifecycle)?;
     let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?
         .with_headers(config.storage.call_headers(), Some(&lifecycle))?;
     let place = config.storage.clone();
@@ -285,6 +289,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         lookups: history.lookups.clone(),
         live: live.clone(),
         scheduler: fastrand::u64(..),
+        trace_sample_ratio: config.traces.sample_ratio,
         started: Instant::now(),
         stopping: stopping.clone(),
     };
@@ -412,5 +417,6 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     };
     queue.log_totals();
     statistics.write_all().await;
+    traces.flush().await;
     ended
 }

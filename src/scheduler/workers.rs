@@ -170,8 +170,9 @@ fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse 
             attempt,
             timeout,
         } => {
-            let (action, auxiliary_metadata) = queued.for_worker(timeout);
-            let trace = attempt.to_string();
+            let (action, auxiliary_metadata, trace) = queued.for_worker(timeout);
+            let headers =
+                metadata::trace_headers(Some(attempt), trace.map(|trace| trace.context).as_ref());
             Some(WorkerState::Executing(desired_state::Executing {
                 action_digest: Some(queued.digest.to_proto()),
                 action: Some(action),
@@ -179,7 +180,10 @@ fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse 
                 auxiliary_metadata,
                 instance_name_suffix: suffix.as_str().to_owned(),
                 digest_function: queued.digest.function().to_proto() as i32,
-                w3c_trace_context: [(metadata::TRACEPARENT.to_owned(), trace)].into(),
+                w3c_trace_context: headers
+                    .into_iter()
+                    .map(|(name, value)| (name.to_owned(), value))
+                    .collect(),
             }))
         }
     };

@@ -25,6 +25,7 @@ use super::{
     browser_link::BrowserUrl,
     command::Command,
     execution_metrics::ExecutionMetrics,
+    execution_spans::ExecutionSpans,
     fault::Fault,
     inputs::{InputRoot, InputRoots, LOCK_TIMEOUT},
     live_output::RunningOutputs,
@@ -107,8 +108,10 @@ impl Executor {
         };
         let began = self.availability.begin(slot);
         let client = request_metadata(&task);
-        let work = self.run_and_collect(&task, phase, cancel, &mut metadata, &mut response);
-        let fault = grpc::on_behalf_of(client.clone(), work).await.err();
+        let spans = ExecutionSpans::new(&task);
+        let work = self.run_and_collect(&task, phase, cancel, &spans, &mut metadata, &mut response);
+        let work = grpc::on_behalf_of(client.clone(), spans.of_storage(), work);
+        let fault = work.await.err();
         self.availability.ended(began, fault.as_ref());
         metadata.worker_completed_timestamp = now();
         if let Some(result) = &mut response.result {
@@ -117,8 +120,10 @@ impl Executor {
         response.status = fault.as_ref().map(Fault::status);
         response_size::truncate(&mut response);
         if fault != Some(Fault::Cancelled) {
-            grpc::on_behalf_of(client, self.record(&task, &mut response)).await;
+            let record = self.record(&task, &mut response);
+            grpc::on_behalf_of(client, spans.of_storage(), record).await;
         }
+        spans.record(&task, &response);
         self.metrics.executed(&response);
         response
     }
@@ -129,6 +134,7 @@ impl Executor {
         task: &AssignedTask,
         phase: &watch::Sender<ExecutionPhase>,
         cancel: &CancellationToken,
+        spans: &ExecutionSpans,
         metadata: &mut reapi::ExecutedActionMetadata,
         response: &mut reapi::ExecuteResponse,
     ) -> Result<(), Fault> {
@@ -145,6 +151,7 @@ impl Executor {
             action: task.digest.hash_hex(),
             attempt: task.attempt,
             worker: Some(metadata.worker.clone()),
+            trace: spans.of_run(),
         };
         let request = || {
             let request = self.run_request(&command, &root);

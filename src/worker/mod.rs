@@ -31,7 +31,7 @@ use self::{
 };
 use crate::{
     config::worker::{Config, Inputs, Runner},
-    daemon::{self, Credentials, Failure, Lifecycle, Observation, Program},
+    daemon::{self, Credentials, Failure, Lifecycle, Observation, Program, traces::TraceExporter},
     proto::runner::runner_client::RunnerClient,
     storage::Backend,
 };
@@ -46,6 +46,7 @@ mod commands;
 mod completion_log;
 pub mod execute;
 mod execution_metrics;
+mod execution_spans;
 pub mod fault;
 pub mod health;
 pub mod inputs;
@@ -87,6 +88,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         (&socket.listen, socket.is_default(), &socket.socket_group),
     )?;
     let slots: usize = config.runners.iter().map(Runner::slots).sum();
+    let traces = TraceExporter::start("bb_worker", &config.traces, &lifecycle)?;
     let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?
         .with_headers(config.storage.call_headers(), Some(&lifecycle))?;
     let storage = setup::connect_storage(&config, credentials);
@@ -234,6 +236,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     live_outputs.abort_all();
     tracing::info!("laid out {}", store.counts());
     tracing::info!("verified {}", cache.verified());
+    traces.flush().await;
     Ok(())
 }
 

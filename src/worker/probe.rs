@@ -152,6 +152,8 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     daemon::check_client("storage.tls", &config.storage.tls, report);
     daemon::check_headers(config.scheduler.call_headers(), report);
     daemon::check_headers(config.storage.call_headers(), report);
+    daemon::check_client("traces.tls", &config.traces.tls, report);
+    daemon::check_headers(config.traces.call_headers(), report);
     let credentials = Credentials::of("scheduler.tls", &config.scheduler.tls);
     let credentials = credentials
         .clone()

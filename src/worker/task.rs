@@ -7,7 +7,7 @@ use prost_types::{Any, Timestamp};
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
-    metadata::{self, Attempt},
+    metadata::{self, Attempt, TraceContext},
     proto::{
         self,
         reapi::{Action, ExecuteResponse},
@@ -33,6 +33,8 @@ pub struct AssignedTask {
     pub auxiliary_metadata: Vec<Any>,
     /// Which handing-out of the task this is, if the scheduler tells.
     pub attempt: Option<Attempt>,
+    /// The scheduler's span, if it has the action recorded.
+    pub trace: Option<TraceContext>,
 }
 
 impl AssignedTask {
@@ -56,10 +58,11 @@ impl AssignedTask {
             .map_err(|error| refuse(error.to_string()))?;
         let digest = Digest::parse_required(function, executing.action_digest.as_ref())
             .map_err(|error| refuse(error.to_string()))?;
-        let attempt = executing
-            .w3c_trace_context
-            .get(metadata::TRACEPARENT)
-            .and_then(|trace| Attempt::parse(trace));
+        let header = |name: &str| executing.w3c_trace_context.get(name).map(String::as_str);
+        let attempt = Attempt::of_headers(header);
+        let trace = header(metadata::TRACEPARENT)
+            .and_then(TraceContext::parse)
+            .filter(|trace| trace.is_sampled);
         let action = executing
             .action
             .ok_or_else(|| refuse("no action was given".to_owned()))?;
@@ -77,6 +80,7 @@ impl AssignedTask {
             queued_timestamp: executing.queued_timestamp,
             auxiliary_metadata: executing.auxiliary_metadata,
             attempt,
+            trace,
         })
     }
 }

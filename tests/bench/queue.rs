@@ -224,6 +224,7 @@ impl Bench {
                 Duration::from_secs(1800),
                 vec![metadata],
                 prost_types::Timestamp::default(),
+                None,
             )),
             platform: self.key.platform.clone(),
             selector: Analyzer::Fallback.selector(

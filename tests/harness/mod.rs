@@ -169,6 +169,18 @@ impl Farm {
         Farm::start_of(parent, slots, files, runner_extra).await
     }
 
+    /// With all daemons sending traces to a collector.
+    pub async fn start_traced(parent: &Path, slots: usize, collector: &str) -> Farm {
+        let key = format!("traces.endpoint = \"{collector}\"\n");
+        let files = Files {
+            scheduler: key.clone(),
+            worker: key.clone(),
+            certificates: None,
+            authority: None,
+        };
+        Farm::start_of(parent, slots, files, |_| key).await
+    }
+
     /// With TLS and certificates, in files of `pki`, on all sides: clients are `CN=client`, workers
     /// `CN=worker`.
     pub async fn start_encrypted(

@@ -466,10 +466,7 @@ const SCHEDULER: &[Row] = &[
         Refused("tool_invocation_id"),
     ),
     ("action_router.remote = \"grpc://127.0.0.1:1\"", Good),
-    (
-        "action_router.remote = \"x\"",
-        Refused("or \"\" for no remote"),
-    ),
+    ("action_router.remote = \"x\"", Refused("or \"\" for none")),
     (
         "[[action_router_backends]]\ninstance_name_prefix = \"a/b\"\naction_router = { invocation_key_extractors = [] }",
         Good,

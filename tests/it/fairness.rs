@@ -269,6 +269,7 @@ impl World {
                 duration,
                 Vec::new(),
                 prost_types::Timestamp::default(),
+                None,
             )),
             platform: self.key.platform.clone(),
             selector: Analyzer::Fallback.selector(duration, None, SystemTime::UNIX_EPOCH),

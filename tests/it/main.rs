@@ -29,6 +29,7 @@ mod simulation;
 mod storage;
 mod tls;
 mod tokens;
+mod traces;
 mod web;
 mod wire;
 mod worker;

@@ -53,6 +53,7 @@ mod routing;
 mod rows;
 mod services;
 mod state;
+mod stuck;
 mod workers;
 
 struct Scheduler {

@@ -9,7 +9,7 @@ use std::{
         LazyLock,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant, SystemTime},
 };
 
 use http::HeaderMap;
@@ -17,7 +17,11 @@ use prost::Message;
 use prost_types::FileDescriptorSet;
 
 use super::{Exposition, Histogram, Labels};
-use crate::proto;
+use crate::{
+    daemon::traces::{self, Attribute, Span},
+    metadata::TraceContext,
+    proto,
+};
 
 /// OK to UNAUTHENTICATED (gRPC: status codes).
 const CODES: [&str; 17] = [
@@ -41,6 +45,8 @@ const CODES: [&str; 17] = [
 ];
 const CANCELED: usize = 1;
 const UNKNOWN: usize = 2;
+/// Which are no fault of the caller's.
+const SERVER_ERRORS: [usize; 6] = [UNKNOWN, 4, 12, 13, 14, 15];
 
 /// Of one method.
 #[derive(Default)]
@@ -99,17 +105,23 @@ pub(in crate::daemon) struct CountedCall {
     method: &'static MethodCalls,
     began: Instant,
     code: usize,
+    /// The caller's span, where it is recorded.
+    trace: Option<TraceContext>,
 }
 
 impl CountedCall {
-    /// A call of the method at this path begins.
-    pub(in crate::daemon) fn begin(path: &str) -> Self {
+    /// A call of the method at this path, with these headers, begins.
+    pub(in crate::daemon) fn begin(path: &str, headers: &HeaderMap) -> Self {
         let method = METHODS.get(path).unwrap_or(&OTHERS);
         method.started.fetch_add(1, Ordering::Relaxed);
         CountedCall {
             method,
             began: Instant::now(),
             code: CANCELED,
+            trace: traces::is_on()
+                .then(|| TraceContext::of(headers))
+                .flatten()
+                .filter(|trace| trace.is_sampled),
         }
     }
 
@@ -125,7 +137,38 @@ impl CountedCall {
 impl Drop for CountedCall {
     fn drop(&mut self) {
         self.method.handled[self.code].fetch_add(1, Ordering::Relaxed);
-        self.method.durations.observe(self.began.elapsed());
+        let took = self.began.elapsed();
+        self.method.durations.observe(took);
+        if let Some(caller) = self.trace {
+            self.record_span(caller, took);
+        }
+    }
+}
+
+impl CountedCall {
+    /// As OpenTelemetry's "Semantic Conventions for gRPC" names things.
+    fn record_span(&self, caller: TraceContext, took: Duration) {
+        let (service, method) = (&self.method.service, &self.method.method);
+        let end = SystemTime::now();
+        let is_error = SERVER_ERRORS.contains(&self.code);
+        traces::record(Span {
+            context: TraceContext {
+                span: traces::new_span(),
+                ..caller
+            },
+            parent: Some(caller.span),
+            name: format!("{service}/{method}"),
+            is_server: true,
+            start: end.checked_sub(took).unwrap_or(end),
+            end,
+            attributes: vec![
+                ("rpc.system", Attribute::Text("grpc".to_owned())),
+                ("rpc.service", Attribute::Text(service.clone())),
+                ("rpc.method", Attribute::Text(method.clone())),
+                ("rpc.grpc.status_code", Attribute::Integer(self.code as i64)),
+            ],
+            error: is_error.then(|| CODES[self.code].to_owned()),
+        });
     }
 }
 

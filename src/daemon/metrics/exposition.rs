@@ -10,6 +10,7 @@ use prometheus_client::{
 };
 
 use super::{Durations, calls};
+use crate::daemon::traces;
 
 /// Names of labels, and their values.
 pub type Labels = Vec<(&'static str, String)>;
@@ -52,6 +53,7 @@ impl Metrics {
         Metrics(Registry::default())
             .with(process)
             .with(calls::expose)
+            .with(spans)
     }
 
     /// With one more source.
@@ -156,6 +158,18 @@ impl Exposition<'_> {
         }
         Ok(())
     }
+}
+
+fn spans(exposition: &mut Exposition<'_>) -> fmt::Result {
+    let Some(counts) = traces::counts() else {
+        return Ok(());
+    };
+    let row = |result: &str, count| (vec![("result", result.to_owned())], count);
+    exposition.counters(
+        "bb_trace_spans",
+        "Spans that were recorded, by what became of them",
+        [row("Sent", counts.sent), row("Lost", counts.lost)],
+    )
 }
 
 /// What the kernel says of this process, by the names that Prometheus's own libraries have.

@@ -130,7 +130,7 @@ pub(super) async fn answer(
             return refuse(caller, Status::resource_exhausted(text), None);
         }
     };
-    let mut counted = CountedCall::begin(request.uri().path());
+    let mut counted = CountedCall::begin(request.uri().path(), request.headers());
     // First of all: a call that waits for its token to be verified holds its headers.
     let weight = CALL_OVERHEAD + weight(request.headers());
     let headers = match accounts.received.reserve(weight).await {

@@ -1,6 +1,6 @@
 //! What clients ask for, and what they hear.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use prost::{Message, Name};
 use prost_types::{Any, Timestamp};
@@ -10,6 +10,7 @@ use super::{Platform, WorkerId};
 use crate::{
     digest::Digest,
     instance::InstanceName,
+    metadata::{TRACEPARENT, TraceContext},
     proto::{self, reapi, remoteworker::desired_state::Executing, rpc},
     scheduler::size_class::Selector,
 };
@@ -65,6 +66,34 @@ impl Default for InvocationKeys {
     }
 }
 
+/// The names of the span that an operation is in the trace of its action, and of the one that it is part of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ActionTrace {
+    pub context: TraceContext,
+    /// The client's span.
+    pub parent: Option<u64>,
+}
+
+impl ActionTrace {
+    const PARENT: &str = "parent";
+
+    fn encode(self) -> BTreeMap<String, String> {
+        let parent = self.parent.map(|parent| parent.to_string());
+        let parent = parent.map(|parent| (Self::PARENT.to_owned(), parent));
+        let context = (TRACEPARENT.to_owned(), self.context.to_string());
+        [context].into_iter().chain(parent).collect()
+    }
+
+    fn decode(encoded: &BTreeMap<String, String>) -> Option<Self> {
+        Some(ActionTrace {
+            context: TraceContext::parse(encoded.get(TRACEPARENT)?)?,
+            parent: encoded
+                .get(Self::PARENT)
+                .and_then(|parent| parent.parse().ok()),
+        })
+    }
+}
+
 /// What a worker is handed. The messages in it are kept encoded, as there may be a million.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QueuedAction {
@@ -74,7 +103,7 @@ pub struct QueuedAction {
     /// The action's own, or the default.
     pub timeout: Duration,
     pub queued_timestamp: Timestamp,
-    /// An `Executing` that has the action and the auxiliary metadata.
+    /// An `Executing` that has the action, the auxiliary metadata and the trace.
     encoded: Box<[u8]>,
 }
 
@@ -87,6 +116,7 @@ impl QueuedAction {
         timeout: Duration,
         auxiliary_metadata: Vec<Any>,
         queued_timestamp: Timestamp,
+        trace: Option<ActionTrace>,
     ) -> Self {
         QueuedAction {
             instance,
@@ -100,6 +130,7 @@ impl QueuedAction {
                     ..action
                 }),
                 auxiliary_metadata,
+                w3c_trace_context: trace.map(ActionTrace::encode).unwrap_or_default(),
                 ..Default::default()
             }
             .encode_to_vec()
@@ -116,11 +147,12 @@ impl QueuedAction {
         Executing::decode(&*self.encoded).unwrap_or_default()
     }
 
-    /// The action and the auxiliary metadata, for a worker that has so long.
-    pub fn for_worker(&self, timeout: Duration) -> (reapi::Action, Vec<Any>) {
+    /// What a worker is told that has so long, and the trace that it takes part in.
+    pub fn for_worker(&self, timeout: Duration) -> (reapi::Action, Vec<Any>, Option<ActionTrace>) {
         let Executing {
             action,
             auxiliary_metadata,
+            w3c_trace_context,
             ..
         } = self.decode();
         let action = reapi::Action {
@@ -128,7 +160,13 @@ impl QueuedAction {
             do_not_cache: self.do_not_cache,
             ..action.unwrap_or_default()
         };
-        (action, auxiliary_metadata)
+        let trace = ActionTrace::decode(&w3c_trace_context);
+        (action, auxiliary_metadata, trace)
+    }
+
+    /// The trace that it is recorded in, if it is.
+    pub fn trace(&self) -> Option<ActionTrace> {
+        ActionTrace::decode(&self.decode().w3c_trace_context)
     }
 
     /// What its client said of itself; empty when it said nothing.

@@ -42,6 +42,8 @@ pub struct QueuedExplanation {
     pub priority: i32,
     /// Of each level, outermost first: invocations that are served before the one that it is in.
     pub invocations_before: Vec<usize>,
+    /// Of the workers that it waits for; 0 where they have none.
+    pub size_class: u32,
     /// All that is queued for workers of this kind.
     pub queued: usize,
     pub workers: MatchingWorkers,
@@ -124,7 +126,11 @@ impl fmt::Display for QueuedExplanation {
             overdue,
         } = self.workers;
         if all == 0 {
-            f.write_str("; no workers of its platform and size class are there now")?;
+            f.write_str("; no workers of its platform")?;
+            if self.size_class != 0 {
+                write!(f, " and size class {}", self.size_class)?;
+            }
+            f.write_str(" are there now")?;
         } else {
             write!(
                 f,
@@ -207,6 +213,7 @@ impl<C, W: Clone> Queue<C, W> {
             more_before_it: before_it > COUNTED,
             priority: self.operations[number].priority,
             invocations_before,
+            size_class: self.queues[task.queue].key.size_class,
             queued: self.invocations.get(root).queued_in_all,
             workers,
             expected_wait: mean.filter(|_| willing > 0).map(|mean| {

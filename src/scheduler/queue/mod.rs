@@ -79,7 +79,8 @@ mod workers;
 
 pub use crate::metadata::Attempt;
 pub use action::{
-    EncodedResponse, InvocationKey, InvocationKeys, Progress, QueuedAction, Request, Stage,
+    ActionTrace, EncodedResponse, InvocationKey, InvocationKeys, Progress, QueuedAction, Request,
+    Stage,
 };
 pub use browse::{Load, QueueLoad, WorkerSight, WorkerSightActivity};
 pub use clients::AttachedWaiter;

@@ -25,7 +25,7 @@ pub struct Settings {
     pub platform_queue_with_no_workers_timeout: Duration,
     /// How often a worker may claim to have lost a task before the action is blamed.
     pub worker_task_retry_count: u32,
-    /// How often a task is executed again after its worker was lost.
+    /// How often a task is executed again after its worker was lost or was at fault itself.
     pub lost_worker_retry_count: u32,
     pub limits: Limits,
     /// Platform queues that there are without workers, too.

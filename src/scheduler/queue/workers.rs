@@ -81,6 +81,12 @@ impl<C, W: Clone> Queue<C, W> {
                 if self.is_present_attempt(*task, &action) =>
             {
                 let task = *task;
+                if self.is_worker_fault(task, &outcome) {
+                    // Idle workers are offered it; this one only when it calls again.
+                    self.lose_worker(now, number);
+                    self.expect_call(now, number);
+                    return Ok(SynchronizeAnswer::Now(GO_IDLE));
+                }
                 let near = self.common_invocation(task);
                 self.invocations.hold(near);
                 self.finish(now, task, outcome);
@@ -411,8 +417,17 @@ impl<C, W: Clone> Queue<C, W> {
         true
     }
 
-    /// A worker that executes is gone, or another process has its place: what it executes is queued
-    /// again, but not for ever. It is idle afterwards.
+    /// Whether a result says that the worker or its host is at fault, rather than the action, and the
+    /// action may be executed once more.
+    fn is_worker_fault(&self, number: TaskNumber, outcome: &EncodedResponse) -> bool {
+        let task = &self.tasks[number];
+        outcome.code == rpc::Code::Unavailable as i32
+            && !task.background
+            && (task.lost().len() as u64) < u64::from(self.settings.lost_worker_retry_count)
+    }
+
+    /// A worker that executes is gone or has failed, or another process has its place: what it executes
+    /// is queued again, but not for ever. It is idle afterwards.
     fn lose_worker(&mut self, now: Instant, worker: WorkerNumber) {
         let WorkerState::Executing { task: number, .. } = self.workers[worker].state else {
             unreachable!("a worker that executes nothing is lost with it");

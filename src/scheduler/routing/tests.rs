@@ -6,7 +6,10 @@ use proptest::prelude::*;
 
 use super::{super::queue::InvocationKey, *};
 use crate::{
-    config::routing::{ActionRouterBackend, PlatformQueue, RemoteActionRouter},
+    config::{
+        OptionalEndpoint,
+        routing::{ActionRouterBackend, PlatformQueue},
+    },
     proto::{self, reapi::RequestMetadata},
 };
 
@@ -332,7 +335,7 @@ fn the_router_is_that_of_the_longest_prefix_and_the_exact_platform() {
 fn a_remote_router_may_change_the_action_and_must_name_platform_and_keys() {
     let mut config = Config::default();
     let endpoint: Endpoint = "grpc://router.example:1".parse().unwrap();
-    config.action_router.remote = RemoteActionRouter(Some(endpoint.clone()));
+    config.action_router.remote = OptionalEndpoint(Some(endpoint.clone()));
     let router = Router::new(&config);
     let mut asked = Asked::new("x", action(&[("a", "1")]));
     let Ok(Step::NeedsAnswer {

@@ -99,6 +99,7 @@ async fn lists_of_100_000_operations_and_10_000_workers_are_small_and_soon_there
                 Duration::from_secs(60),
                 Vec::new(),
                 Timestamp::default(),
+                None,
             )),
             platform: platform.clone(),
             selector: selector.clone(),

@@ -23,7 +23,7 @@ use tonic::{Code, service::interceptor::InterceptedService};
 
 use self::{
     limits::{Announced, CallLimits},
-    on_behalf::AddRequestMetadata,
+    on_behalf::AddCarriedHeaders,
 };
 use super::{Error, compression, single_flight::SingleFlight};
 use crate::{
@@ -119,7 +119,7 @@ impl Default for Options {
     }
 }
 
-type Channel = InterceptedService<daemon::Channel, AddRequestMetadata>;
+type Channel = InterceptedService<daemon::Channel, AddCarriedHeaders>;
 
 /// Cheap to clone.
 #[derive(Clone)]
@@ -158,7 +158,7 @@ impl Client {
     pub fn connect(cas: &Endpoint, action_cache: &Endpoint, options: Options) -> Self {
         let connect = |endpoint| {
             let channel = daemon::connect_with(endpoint, &options.credentials);
-            InterceptedService::new(channel, AddRequestMetadata)
+            InterceptedService::new(channel, AddCarriedHeaders)
         };
         let permits = |n: NonZeroUsize| Semaphore::new(n.get().min(Semaphore::MAX_PERMITS));
         Client(Arc::new(ClientState {

@@ -29,7 +29,7 @@ impl Scheduler {
     }
 
     /// Its standard output, once it has done what it should.
-    async fn told(&self, words: &[&str]) -> String {
+    pub async fn told(&self, words: &[&str]) -> String {
         let output = self.command(words).await;
         assert!(output.status.success(), "{words:?}: {output:?}");
         String::from_utf8(output.stdout).unwrap()

@@ -1,6 +1,6 @@
 //! Where actions go, by the configuration.
 
-use bb_remote_execution::config::routing::{PlatformQueue, RemoteActionRouter};
+use bb_remote_execution::config::{OptionalEndpoint, routing::PlatformQueue};
 use bb_remote_execution::proto::remoteactionrouter::{
     RouteActionRequest, RouteActionResponse,
     action_router_server::{ActionRouter, ActionRouterServer},
@@ -104,7 +104,7 @@ async fn a_remote_router_decides_and_its_refusal_is_the_clients() {
             .serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener)),
     );
     let scheduler = Scheduler::start(|config| {
-        config.action_router.remote = RemoteActionRouter(Some(Endpoint::Unix(socket)));
+        config.action_router.remote = OptionalEndpoint(Some(Endpoint::Unix(socket)));
     })
     .await;
     let held = scheduler.parked("w").await;

@@ -279,6 +279,7 @@ impl World {
                 MINUTE,
                 Vec::new(),
                 arrival,
+                None,
             )),
             name: resumed.unwrap_or(Uuid::from_u64_pair(self.random.next(), self.random.next())),
         };

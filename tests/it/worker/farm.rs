@@ -285,6 +285,7 @@ impl Farm {
             queued_timestamp: None,
             auxiliary_metadata: Vec::new(),
             attempt: None,
+            trace: None,
         }
     }
 

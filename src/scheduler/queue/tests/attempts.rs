@@ -64,6 +64,49 @@ fn a_task_that_lost_four_workers_fails_and_names_them() {
 }
 
 #[test]
+fn what_fails_for_a_fault_of_the_worker_is_executed_elsewhere_until_the_limit() {
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.held("b", idle(), 2);
+    farm.execute(request("x"), 7).unwrap();
+    let (first, second, call) = match farm.answered.contains_key(&1) {
+        true => ("a", "b", 2),
+        false => ("b", "a", 1),
+    };
+    // Its next call is not answered with the same at once, since another one takes it.
+    let answer = farm.now(first, completed("x", rpc::Code::Unavailable));
+    assert_eq!(answer.desired, DesiredWorkerState::Idle);
+    assert_eq!(farm.told[&7], Stage::Executing);
+    assert_eq!(action(&farm.answered[&call]), Some(digest("x")));
+    // Nobody else is there: it is the same worker's again, once it calls.
+    for _ in 0..2 {
+        farm.now(second, completed("x", rpc::Code::Unavailable));
+        assert_eq!(farm.told[&7], Stage::Queued);
+        assert_eq!(action(&farm.now(second, idle())), Some(digest("x")));
+    }
+    farm.held(second, completed("x", rpc::Code::Unavailable), 9);
+    assert_eq!(
+        farm.told[&7],
+        Stage::Completed(outcome(rpc::Code::Unavailable))
+    );
+}
+
+#[test]
+fn what_fails_for_its_own_fault_is_not_executed_again() {
+    for code in [
+        rpc::Code::Internal,
+        rpc::Code::ResourceExhausted,
+        rpc::Code::DeadlineExceeded,
+    ] {
+        let mut farm = Farm::new();
+        farm.held("a", idle(), 1);
+        farm.execute(request("x"), 7).unwrap();
+        farm.held("a", completed("x", code), 2);
+        assert_eq!(farm.told[&7], Stage::Completed(outcome(code)));
+    }
+}
+
+#[test]
 fn what_a_lost_worker_brings_late_changes_nothing() {
     let mut farm = Farm::new();
     farm.held("a", idle(), 1);

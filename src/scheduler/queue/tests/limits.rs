@@ -166,6 +166,7 @@ fn actions_have_room_for_so_many_bytes_in_all() {
                 old.timeout,
                 Vec::new(),
                 old.queued_timestamp,
+                None,
             )),
             ..asked
         }

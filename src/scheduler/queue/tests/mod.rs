@@ -102,6 +102,7 @@ fn request_of(instance: &str, action: &str) -> Request {
             old.timeout,
             metadata,
             old.queued_timestamp,
+            None,
         )),
         ..asked
     }
@@ -123,6 +124,7 @@ fn request_for(instance: &str, digest: Digest, do_not_cache: bool) -> Request {
             timeout,
             Vec::new(),
             Default::default(),
+            None,
         )),
         platform: linux(),
         selector: Analyzer::Fallback.selector(timeout, None, SystemTime::UNIX_EPOCH),

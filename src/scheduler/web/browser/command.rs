@@ -1,5 +1,7 @@
 //! Commands: as a line for a shell, with their environment and platform.
 
+use std::borrow::Cow;
+
 use axum::{
     http::header,
     response::{IntoResponse, Response},
@@ -18,20 +20,12 @@ use crate::{
         format::name,
         layout::{Page, Section, properties},
     },
+    text::posix_shell_word,
 };
 
 /// Arguments that a page shows, and bytes of one of them.
 const MOST_ARGUMENTS: usize = 5_000;
 const LONGEST_ARGUMENT: usize = 16 << 10;
-
-/// A word as a POSIX shell reads it back (XCU, section 2.2).
-pub(super) fn quote(word: &str) -> String {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_@%+=:,./-".contains(c);
-    match !word.is_empty() && word.chars().all(is_plain) {
-        true => word.to_owned(),
-        false => format!("'{}'", word.replace('\'', "'\\''")),
-    }
-}
 
 /// The program that runs a command as its worker would, from the input root in `root` beside it.
 pub(super) fn shell_script(command: &Command) -> String {
@@ -39,12 +33,12 @@ pub(super) fn shell_script(command: &Command) -> String {
     script.push_str("cd \"$(dirname \"$0\")/root\"\n");
     if !command.working_directory.is_empty() {
         let directory = format!("./{}", command.working_directory);
-        script.push_str(&format!("cd {}\n", quote(&directory)));
+        script.push_str(&format!("cd {}\n", posix_shell_word(&directory)));
     }
     script.push_str("exec env -i -- \\\n");
     for variable in &command.environment_variables {
         let pair = format!("{}={}", variable.name, variable.value);
-        script.push_str(&format!("  {} \\\n", quote(&pair)));
+        script.push_str(&format!("  {} \\\n", posix_shell_word(&pair)));
     }
     // Which env(1) would take for one more variable.
     if command
@@ -54,7 +48,8 @@ pub(super) fn shell_script(command: &Command) -> String {
     {
         script.push_str("  sh -c 'exec \"$@\"' sh \\\n");
     }
-    let words: Vec<String> = command.arguments.iter().map(|word| quote(word)).collect();
+    let arguments = command.arguments.iter();
+    let words: Vec<Cow<str>> = arguments.map(|word| posix_shell_word(word)).collect();
     script.push_str(&format!("  {}\n", words.join(" \\\n    ")));
     script
 }
@@ -143,7 +138,7 @@ pub(super) fn show(command: &Command, place: &Place, digest: &Digest) -> Markup 
 }
 
 fn argument(word: &str) -> Markup {
-    let quoted = quote(word);
+    let quoted = posix_shell_word(word);
     let cut = quoted.char_indices().nth(LONGEST_ARGUMENT);
     html! {
         @match cut {
@@ -205,7 +200,7 @@ mod tests {
             "ü\u{202e}",
             "#x",
         ];
-        let quoted: Vec<String> = words.iter().map(|word| quote(word)).collect();
+        let quoted: Vec<Cow<str>> = words.iter().map(|word| posix_shell_word(word)).collect();
         let output = process::Command::new("sh")
             .arg("-c")
             .arg(format!("printf '%s\\0' {}", quoted.join(" ")))
