@@ -308,7 +308,7 @@ async fn a_worker_is_drained_by_a_click_and_an_action_killed() {
 
     let waiting = execute(&client, &Task::shell("true"), "//pkg:waits").await;
     browser.open(&operation_page(&pages, &waiting));
-    assert!(browser.text().contains("are drained"), "{}", browser.text());
+    assert!(browser.text().contains("1 drained"), "{}", browser.text());
     browser.picture(&pictures().join("why-light.png"));
     browser.open(&format!("{pages}/queues"));
     browser.evaluate("document.querySelector('tbody th a').click()");

@@ -134,8 +134,8 @@ impl fmt::Display for QueuedExplanation {
         } else {
             write!(
                 f,
-                "; of {}, {executing} execute, {drained} are drained, {overdue} are silent",
-                plural(all, "worker that matches", "workers that match")
+                "; {}: {executing} executing, {drained} drained, {overdue} silent",
+                plural(all, "worker matches", "workers match")
             )?;
         }
         if self.lost > 0 {
