@@ -5,12 +5,12 @@
 //! 2. An upload that no call writes to waits for its client to come back, for a while.
 //! 3. All of them together have a quarter of the store, or one of them alone what a blob may have; so
 //!    they never evict more than that, however many are begun and never finished.
-//! 4. Nobody has more of them than remain for others.
+//! 4. Nobody has more of them, nor of their bytes, than remain for others; but one alone may have all.
 //! 5. When space is short, an upload that nobody writes to is given up before any blob is evicted; and
 //!    so is one that makes no progress.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -42,8 +42,14 @@ const MINIMUM_RATE: u64 = 64 << 10;
 pub struct Uploads {
     next_lease: AtomicU64,
     uploads: Mutex<HashMap<String, OwnedUpload>>,
-    /// Bytes of all of them.
-    received: AtomicU64,
+    received: Mutex<ReceivedBytes>,
+}
+
+/// Bytes of uploads that are not finished.
+#[derive(Default)]
+struct ReceivedBytes {
+    all: u64,
+    by_owner: BTreeMap<Arc<str>, u64>,
 }
 
 type SharedUpload = Arc<Mutex<UploadState>>;
@@ -80,14 +86,20 @@ struct CountedUpload {
 
 struct ByteCount {
     uploads: Arc<Uploads>,
+    owner: Arc<str>,
     bytes: u64,
 }
 
 impl Drop for ByteCount {
     fn drop(&mut self) {
-        self.uploads
-            .received
-            .fetch_sub(self.bytes, Ordering::Relaxed);
+        let mut received = self.uploads.received.lock();
+        received.all -= self.bytes;
+        if let Some(own) = received.by_owner.get_mut(&self.owner) {
+            *own -= self.bytes;
+            if *own == 0 {
+                received.by_owner.remove(&self.owner);
+            }
+        }
     }
 }
 
@@ -95,6 +107,8 @@ impl Drop for ByteCount {
 pub struct WriteLease {
     uploads: Arc<Uploads>,
     name: String,
+    /// Whose the upload is.
+    owner: Arc<str>,
     shared: SharedUpload,
     number: u64,
 }
@@ -133,17 +147,15 @@ impl Uploads {
             }))
         };
         let entry = uploads.entry(name.to_owned());
-        let shared = entry
-            .or_insert_with(|| OwnedUpload {
-                owner: owner.into(),
-                shared: fresh(),
-            })
-            .shared
-            .clone();
+        let upload = entry.or_insert_with(|| OwnedUpload {
+            owner: owner.into(),
+            shared: fresh(),
+        });
         Ok(WriteLease {
             uploads: self.clone(),
             name: name.to_owned(),
-            shared,
+            owner: upload.owner.clone(),
+            shared: upload.shared.clone(),
             number,
         })
     }
@@ -283,6 +295,7 @@ impl WriteLease {
                 upload: store.writer(digest)?,
                 count: ByteCount {
                     uploads: self.uploads.clone(),
+                    owner: self.owner.clone(),
                     bytes: 0,
                 },
             });
@@ -340,23 +353,37 @@ impl WriteLease {
 impl ByteCount {
     /// Counts bytes that are about to be written.
     fn grow(&mut self, bytes: u64, most: u64, now: Instant) -> Result<(), Error> {
-        let all = &self.uploads.received;
         loop {
-            let others = all.load(Ordering::Relaxed).saturating_sub(self.bytes);
-            if others == 0 || others + self.bytes + bytes <= most {
-                break;
+            let mut received = self.uploads.received.lock();
+            let all = received.all;
+            let own = received.by_owner.get(&self.owner).copied().unwrap_or(0);
+            // As many remain for others.
+            let share = (most.saturating_sub(all) + own) / 2;
+            let is_alone = all == self.bytes;
+            let fits = is_alone || all + bytes <= most;
+            let fits_share = own == self.bytes || own + bytes <= share;
+            if fits && fits_share {
+                received.all += bytes;
+                *received.by_owner.entry(self.owner.clone()).or_default() += bytes;
+                self.bytes += bytes;
+                return Ok(());
             }
-            if !self.uploads.abandon_one(None, now) {
-                return Err(Error::Full(format!(
-                    "uploads under way take {} bytes of this store, and may take {most}; try again \
-                     later, or raise storage.embedded.maximum_size",
-                    others + self.bytes
-                )));
+            drop(received);
+            let of = fits.then_some(&*self.owner);
+            if self.uploads.abandon_one(of, now) {
+                continue;
             }
+            return Err(Error::Full(match fits {
+                false => format!(
+                    "uploads under way take {all} bytes of this store, and may take {most}; try again \
+                     later, or raise storage.embedded.maximum_size"
+                ),
+                true => format!(
+                    "uploads of yours that are not finished take {own} bytes, which leaves no more than \
+                     that for others; finish some of them, or raise storage.embedded.maximum_size"
+                ),
+            }));
         }
-        all.fetch_add(bytes, Ordering::Relaxed);
-        self.bytes += bytes;
-        Ok(())
     }
 }
 
@@ -375,5 +402,58 @@ impl Drop for WriteLease {
             drop(state);
             self.uploads.remove(&self.name, &self.shared);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_leaves_bytes_unfinished_leaves_as_many_to_others() {
+        let uploads = Arc::new(Uploads::default());
+        let now = Instant::now();
+        let count = |owner: &str| ByteCount {
+            uploads: uploads.clone(),
+            owner: owner.into(),
+            bytes: 0,
+        };
+        let mut first = count("greedy");
+        // One alone may have more than all together.
+        first.grow(1500, 1000, now).unwrap();
+        drop(first);
+        let mut greedy: Vec<ByteCount> = (0..100).map(|_| count("greedy")).collect();
+        let refused = greedy
+            .iter_mut()
+            .filter_map(|upload| upload.grow(10, 1000, now).err());
+        let refused: Vec<String> = refused.map(|error| error.to_string()).collect();
+        assert_eq!(refused.len(), 50, "{refused:?}");
+        assert!(refused[0].contains("uploads of yours that are not finished take 500 bytes"));
+        count("other").grow(400, 1000, now).unwrap();
+        drop(greedy);
+        let received = uploads.received.lock();
+        assert_eq!((received.all, received.by_owner.len()), (0, 0));
+    }
+
+    #[test]
+    fn an_upload_whose_client_left_waits_a_while_and_is_then_given_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path(), 64 << 20).unwrap();
+        let digest = crate::digest::DigestFunction::Sha256.digest_of(&[7; 1000]);
+        let now = Instant::now();
+        let lease = store.uploads().lease("name", "somebody", now).unwrap();
+        lease.begin(&store, digest, 0, now).unwrap();
+        lease
+            .write(&store, 0, &Bytes::from_static(&[7; 600]), now)
+            .unwrap();
+        drop(lease);
+        let left = Instant::now();
+        store
+            .uploads()
+            .expire(now + WAITING_TIMEOUT - Duration::from_secs(1));
+        assert_eq!(store.uploads().received("name"), 600);
+        store.uploads().expire(left + WAITING_TIMEOUT);
+        assert_eq!(store.uploads().received("name"), 0);
+        assert_eq!(store.uploads().received.lock().all, 0);
     }
 }
