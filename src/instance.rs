@@ -17,7 +17,7 @@ const RESERVED: [&str; 7] = [
     "compressed-blobs",
 ];
 
-/// Components separated by slashes; may have none. No component is empty or reserved.
+/// Components separated by slashes; may have none. No component is empty or reserved, nor leads elsewhere in a path.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InstanceName(Arc<str>);
 
@@ -29,6 +29,10 @@ pub enum InstanceNameError {
     EmptyComponent(String),
     #[error("instance name {0:?} contains the reserved word {1:?}")]
     Reserved(String, &'static str),
+    #[error(
+        "instance name {0:?} has the component {1:?}, which leads elsewhere in paths of pages and files"
+    )]
+    Dots(String, String),
     #[error("instance name {0:?} has a NUL or control character in it")]
     ControlCharacter(String),
     #[error("instance name of {0} bytes is longer than 1024 bytes")]
@@ -48,6 +52,9 @@ impl InstanceName {
             for component in name.split('/') {
                 if component.is_empty() {
                     return Err(InstanceNameError::EmptyComponent(shorten(name)));
+                }
+                if matches!(component, "." | "..") {
+                    return Err(InstanceNameError::Dots(shorten(name), component.to_owned()));
                 }
                 if let Some(word) = RESERVED.into_iter().find(|word| *word == component) {
                     return Err(InstanceNameError::Reserved(shorten(name), word));
@@ -146,9 +153,13 @@ mod tests {
             "a/uploads/b",
             "compressed-blobs",
             "a\0b",
+            "a/../b",
+            "..",
+            "a/.",
         ] {
             assert!(InstanceName::parse(bad).is_err(), "{bad:?}");
         }
         assert!(InstanceName::parse("blobs2/main").is_ok());
+        assert!(InstanceName::parse("v1.0/...").is_ok());
     }
 }

@@ -216,6 +216,18 @@ pub fn validate(
             let text = format!("{:?} is among may, too; leave one of them out", both.name());
             diagnostics.add(key("may_not"), text);
         }
+        let mut named = grant.may.iter().chain(&grant.may_not);
+        let whole = named.find(|it| matches!(it, Permission::See | Permission::Steer));
+        if let Some(whole) = whole
+            && !grant.r#where.is_empty()
+        {
+            let text = format!(
+                "{:?} is about all instances, wherever this says; say that in [[grants]] of its own, without \
+                 where",
+                whole.name()
+            );
+            diagnostics.add(key("where"), text);
+        }
         for name in &grant.r#where {
             if let Err(error) = InstanceName::parse(name) {
                 diagnostics.add(key("where"), error.to_string());

@@ -120,6 +120,10 @@ const SCHEDULER: &[Row] = &[
         Refused("did you mean \"execute\"?"),
     ),
     (
+        "[[grants]]\nwho = [\"anyone\"]\nmay = [\"execute\", \"see\"]\nwhere = [\"a\"]",
+        Refused("\"see\" is about all instances"),
+    ),
+    (
         "[[grants]]\nwho = [\"anyone\"]\nmay = [\"see\"]\n[[grants]]\nwho = [\"uid:0\"]\nmay = [\"see\"]",
         Refused("number 1 decides all that this one says"),
     ),
