@@ -110,9 +110,12 @@ fn write(path: &Path, clients: &Endpoint, text: &str) {
         true => String::new(),
         false => format!("workers.listen = \"unix:{dir}/workers\"\n"),
     };
+    let web = match text.contains("web.listen") {
+        true => String::new(),
+        false => format!("web.listen = \"unix:{dir}/web\"\n"),
+    };
     let whole = format!(
-        "clients.listen = \"{clients}\"\n{workers}\
-         web.listen = \"unix:{dir}/web\"\n\
+        "clients.listen = \"{clients}\"\n{workers}{web}\
          state = {{ listen = \"unix:{dir}/state\", directory = \"{dir}/drains\" }}\n\
          storage.embedded = {{ directory = \"{dir}/storage\", maximum_size = \"256MiB\" }}\n{text}"
     );

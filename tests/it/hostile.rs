@@ -440,3 +440,64 @@ async fn callers_that_ask_faster_than_they_may_are_slowed_down_and_nobody_else_i
     );
     attacked.stop.cancel();
 }
+
+/// The head of an answer to a page, as far as it came at once.
+async fn head_of_page(stream: &mut TcpStream, request: &[u8]) -> std::io::Result<String> {
+    stream.write_all(request).await?;
+    let mut head = vec![0; 64];
+    let length = stream.read(&mut head).await?;
+    Ok(String::from_utf8_lossy(&head[..length]).into_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_are_served_while_one_caller_holds_all_the_connections_it_can() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let web = free.local_addr().unwrap();
+    drop(free);
+    let attacked = Attacked::start(&format!("web.listen = \"{web}\"\n")).await;
+    use futures::StreamExt;
+    let page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    // Half of them say nothing, and half ask for something that they never say the end of.
+    let connecting = futures::stream::iter(0..3000).map(|number| async move {
+        let mut stream = connect(web).await?;
+        if number % 2 == 0 {
+            stream.write_all(&page[..page.len() - 2]).await?;
+        }
+        Ok::<_, std::io::Error>(stream)
+    });
+    let open: Vec<_> = connecting.buffer_unordered(200).collect().await;
+    for _ in 0..20 {
+        let begun = Instant::now();
+        let mut honest = TcpStream::connect(web).await.unwrap();
+        let head = head_of_page(&mut honest, page).await.unwrap();
+        assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(5), "{took:?}");
+    }
+    drop(open);
+    attacked.end("connections for pages", 200 * MIB).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_form_that_is_too_large_is_refused() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let web = free.local_addr().unwrap();
+    drop(free);
+    let attacked = Attacked::start(&format!("web.listen = \"{web}\"\n")).await;
+    // A byte more than it may have, so that all of it is read.
+    let form = "x=".to_owned() + &"y".repeat((64 << 10) - 1);
+    let mut codes = Vec::new();
+    for form in ["x=y", &form] {
+        let request = format!(
+            "POST /workers/drain HTTP/1.1\r\nHost: {web}\r\nOrigin: http://{web}\r\nSec-Fetch-Site: same-origin\r\n\
+             Content-Type: application/x-www-form-urlencoded\r\nContent-Length: {}\r\n\r\n{form}",
+            form.len()
+        );
+        let mut stream = TcpStream::connect(web).await.unwrap();
+        let head = head_of_page(&mut stream, request.as_bytes()).await.unwrap();
+        codes.push(head.split(' ').nth(1).unwrap_or_default().to_owned());
+    }
+    assert_ne!(codes[0], "413");
+    assert_eq!(codes[1], "413");
+    attacked.end("forms", 50 * MIB).await;
+}

@@ -431,3 +431,36 @@ async fn a_message_that_is_too_large_is_refused_with_what_to_do() {
     }
     assert!(client.find_missing_blobs(digests(1)).await.is_ok());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_does_not_end_and_a_stream_that_does_not_go_on_are_given_up() {
+    let server = Server::start(ServerLimits {
+        message: Duration::from_millis(50),
+        pause: Duration::from_millis(200),
+        ..ServerLimits::default()
+    });
+    // The head of a message of nine bytes, and its first one; and nothing at all.
+    for sent in [&[0, 0, 0, 0, 9, 1][..], &[]] {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        let mut begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        begin.extend(frame(4, 0, 0, &[]));
+        begin.extend(frame(1, 4, 1, &headers()));
+        begin.extend(frame(0, 0, 1, sent));
+        stream.write_all(&begin).await.unwrap();
+        let answered = async {
+            loop {
+                let mut head = [0; 9];
+                stream.read_exact(&mut head).await.unwrap();
+                let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+                let mut data = vec![0; length as usize];
+                stream.read_exact(&mut data).await.unwrap();
+                // HEADERS that end the stream.
+                if head[3] == 1 && head[4] & 1 == 1 {
+                    return;
+                }
+            }
+        };
+        let answered = tokio::time::timeout(Duration::from_secs(10), answered).await;
+        assert!(answered.is_ok(), "{sent:?}");
+    }
+}

@@ -3,10 +3,9 @@
 //! 1. A request's message is counted in the connection's account from the moment that its length is
 //!    known until its handler has taken it (`RequestReservation` is among the request's extensions), and is not
 //!    read from the connection before there is room for it.
-//! 2. An answer is made only when there is room for it, and counted until its bytes were written to
-//!    the connection: each piece of it carries its reservation.
-//! 3. What a handler holds before its answer is made, it reserves by `ResponseBudget`.
-//! 4. A call that only waits, such as a Synchronize or an Execute, holds nothing of either.
+//! 2. A call that only waits, such as a Synchronize or an Execute, holds nothing.
+//!
+//! What becomes of its answer is in `response_body`.
 
 use std::{
     pin::Pin,
@@ -27,20 +26,17 @@ use tower::Service;
 use crate::auth::Identity;
 
 use super::{
+    ServerLimits,
     budget::{BudgetExhausted, BudgetReservation, ConnectionBudget},
-    caller::{Accounts, Caller},
-    connection::{ActiveCall, CallOwner, ClientConnection},
+    caller::Caller,
+    connection::{CallOwner, ClientConnection},
+    response_body::{ResponseBody, ResponseBudget, ResponseReservation},
     status,
 };
 use crate::daemon::metrics::CountedCall;
 
-/// Between two messages of a stream passes no more time.
-const PAUSE_TIMEOUT: Duration = Duration::from_secs(300);
-/// A message that has begun is there within this, and a second for each `MIN_BYTES_PER_SECOND` bytes.
-const MESSAGE_TIMEOUT: Duration = Duration::from_secs(60);
+/// A message that has begun may take a second more for so many bytes.
 const MIN_BYTES_PER_SECOND: u64 = 64 << 10;
-/// An answer is handed to the connection in pieces of this size, whose writing is progress.
-const CHUNK_SIZE: usize = 64 << 10;
 /// Bytes that one byte of gzip can stand for.
 const MAX_GZIP_RATIO: u64 = 1032;
 /// A caller that asks faster than it may is kept waiting so long, and then refused.
@@ -58,46 +54,11 @@ struct RequestParts {
     message: Option<BudgetReservation>,
 }
 
-/// Where a handler asks for room before it makes an answer.
-#[derive(Clone, Debug)]
-pub struct ResponseBudget(Arc<ConnectionBudget>);
-
-/// Room for an answer that a handler has made; among the response's extensions.
-#[derive(Clone, Debug)]
-struct ResponseReservation(
-    #[expect(dead_code, reason = "it is held, not read")] Arc<BudgetReservation>,
-);
-
 impl RequestReservation {
     /// For handlers that keep what they were sent while they answer.
     pub fn of<T>(request: &tonic::Request<T>) -> Option<Self> {
         request.extensions().get().cloned()
     }
-}
-
-impl ResponseBudget {
-    /// `None` when it is no server of ours that calls.
-    pub fn of<T>(request: &tonic::Request<T>) -> Option<Self> {
-        request.extensions().get().cloned()
-    }
-
-    /// Waits for room for so many bytes; an error is the call's answer.
-    pub async fn reserve(&self, bytes: u64) -> Result<BudgetReservation, Status> {
-        self.0.reserve(bytes).await.map_err(exhausted)
-    }
-}
-
-/// Counts an answer until it is written.
-pub fn with_reservation<T>(
-    mut response: tonic::Response<T>,
-    reservation: Option<BudgetReservation>,
-) -> tonic::Response<T> {
-    if let Some(reservation) = reservation {
-        response
-            .extensions_mut()
-            .insert(ResponseReservation(Arc::new(reservation)));
-    }
-    response
 }
 
 /// OUT_OF_RANGE, as tonic says it: clients try RESOURCE_EXHAUSTED again.
@@ -109,7 +70,7 @@ fn too_large(length: u64, largest: u64) -> Status {
     ))
 }
 
-fn exhausted(error: BudgetExhausted) -> Status {
+pub(super) fn exhausted(error: BudgetExhausted) -> Status {
     Status::resource_exhausted(error.to_string())
 }
 
@@ -167,11 +128,11 @@ pub(super) async fn answer(
     request.extensions_mut().insert(received.clone());
     request
         .extensions_mut()
-        .insert(ResponseBudget(accounts.answers.clone()));
+        .insert(ResponseBudget::new(&accounts));
     let request = request.map(|body| {
         Body::new(RequestBody {
             inner: body,
-            largest: caller.largest_message,
+            limits: caller.limits.clone(),
             account: accounts.received.clone(),
             caller: owner.caller.clone(),
             pause: None,
@@ -179,7 +140,7 @@ pub(super) async fn answer(
             framing: MessageFraming::Header(Vec::new()),
             reservation: None,
             waiting: None,
-            timer: Box::pin(tokio::time::sleep(PAUSE_TIMEOUT)),
+            timer: Box::pin(tokio::time::sleep(caller.limits.pause)),
         })
     });
     let response = routes.call(request);
@@ -206,18 +167,17 @@ pub(super) async fn answer(
     }
     status::shorten(&mut head.headers);
     counted.note(&head.headers);
-    let reservation = head.extensions.remove::<ResponseReservation>();
-    let body = ResponseBody::new(
-        &accounts,
-        body,
-        reservation,
-        Some((under_way, owner, counted)),
-    );
+    let reservation = ResponseReservation::take(&mut head.extensions);
+    let under_way = Some((under_way, owner, counted));
+    let body = ResponseBody::new(&accounts, body, reservation, under_way);
     Response::from_parts(head, body)
 }
 
 /// Counts a call as its caller's, and waits until that one may ask for more.
-async fn begin(caller: &ClientConnection, identity: &Identity) -> Result<CallOwner, Status> {
+pub(super) async fn begin(
+    caller: &ClientConnection,
+    identity: &Identity,
+) -> Result<CallOwner, Status> {
     let owner = caller.owner(identity).map_err(|caller| {
         Status::resource_exhausted(format!(
             "as many calls of {caller} are under way as it may have; wait for some of them"
@@ -333,11 +293,11 @@ impl MessageFraming {
     }
 }
 
-type PendingFuture<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
+pub(super) type PendingFuture<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
 
 struct RequestBody {
     inner: Incoming,
-    largest: u64,
+    limits: Arc<ServerLimits>,
     account: Arc<ConnectionBudget>,
     caller: Arc<Caller>,
     /// Its caller has sent more than it may in a second.
@@ -355,11 +315,11 @@ impl RequestBody {
     fn restart_timer(&mut self, begun: u64) {
         let limit = match self.framing {
             MessageFraming::Message { .. } if begun > 0 => {
-                MESSAGE_TIMEOUT + Duration::from_secs(begun / MIN_BYTES_PER_SECOND)
+                self.limits.message + Duration::from_secs(begun / MIN_BYTES_PER_SECOND)
             }
             // It has begun before.
             MessageFraming::Message { .. } => return,
-            MessageFraming::Header(_) => PAUSE_TIMEOUT,
+            MessageFraming::Header(_) => self.limits.pause,
         };
         self.timer.as_mut().reset(Instant::now() + limit);
     }
@@ -385,7 +345,9 @@ impl HttpBody for RequestBody {
             if let Some(pause) = &mut this.pause {
                 ready!(pause.as_mut().poll(context));
                 this.pause = None;
-                this.timer.as_mut().reset(Instant::now() + PAUSE_TIMEOUT);
+                this.timer
+                    .as_mut()
+                    .reset(Instant::now() + this.limits.pause);
             }
             if let Some(reservation) = &mut this.reservation {
                 let reservation = ready!(reservation.as_mut().poll(context));
@@ -413,9 +375,10 @@ impl HttpBody for RequestBody {
                 Ok(data) => data,
                 Err(frame) => return Poll::Ready(Some(Ok(frame))),
             };
-            let begun = match this.framing.follow(&data, this.largest) {
+            let largest = this.limits.largest_message;
+            let begun = match this.framing.follow(&data, largest) {
                 Ok(begun) => begun,
-                Err(length) => return Poll::Ready(Some(Err(too_large(length, this.largest)))),
+                Err(length) => return Poll::Ready(Some(Err(too_large(length, largest)))),
             };
             this.restart_timer(begun);
             this.pause = pause_for(&this.caller, data.len());
@@ -434,128 +397,10 @@ impl HttpBody for RequestBody {
     }
 }
 
-/// What a call answers, in pieces that are counted until they are written.
-pub(super) struct ResponseBody {
-    inner: Body,
-    account: Arc<ConnectionBudget>,
-    reservation: Option<ResponseReservation>,
-    waiting: PendingFuture<()>,
-    /// Its caller has been sent more than it may in a second.
-    pause: Option<Pin<Box<Sleep>>>,
-    rest: Option<(Bytes, Arc<BudgetReservation>)>,
-    /// Until the answer was handed to the connection.
-    under_way: Option<(ActiveCall, CallOwner, CountedCall)>,
-}
-
 /// After so many bytes.
-fn pause_for(caller: &Caller, bytes: usize) -> Option<Pin<Box<Sleep>>> {
+pub(super) fn pause_for(caller: &Caller, bytes: usize) -> Option<Pin<Box<Sleep>>> {
     let delay = caller.bytes.take(bytes as u64, std::time::Instant::now());
     (!delay.is_zero()).then(|| Box::pin(tokio::time::sleep(delay)))
-}
-
-/// A piece of an answer. All pieces share their memory, which is free when the last one is written.
-struct Chunk {
-    data: Bytes,
-    reservation: Arc<BudgetReservation>,
-}
-
-impl Drop for Chunk {
-    fn drop(&mut self) {
-        self.reservation.progressed();
-    }
-}
-
-impl AsRef<[u8]> for Chunk {
-    fn as_ref(&self) -> &[u8] {
-        &self.data
-    }
-}
-
-impl ResponseBody {
-    fn new(
-        accounts: &Accounts,
-        inner: Body,
-        reservation: Option<ResponseReservation>,
-        under_way: Option<(ActiveCall, CallOwner, CountedCall)>,
-    ) -> Self {
-        ResponseBody {
-            inner,
-            account: accounts.answers.clone(),
-            reservation,
-            waiting: None,
-            pause: None,
-            rest: None,
-            under_way,
-        }
-    }
-
-    fn next_chunk(&mut self) -> Option<Bytes> {
-        let (data, reservation) = self.rest.as_mut()?;
-        let (data, reservation) = match data.len() > CHUNK_SIZE {
-            true => (data.split_to(CHUNK_SIZE), reservation.clone()),
-            false => self.rest.take()?,
-        };
-        Some(Bytes::from_owner(Chunk { data, reservation }))
-    }
-}
-
-impl HttpBody for ResponseBody {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let this = self.get_mut();
-        if let Some(piece) = this.next_chunk() {
-            return Poll::Ready(Some(Ok(Frame::data(piece))));
-        }
-        if let Some(pause) = &mut this.pause {
-            ready!(pause.as_mut().poll(context));
-            this.pause = None;
-        }
-        if this.reservation.is_none() {
-            if this.waiting.is_none() && !this.account.has_room() {
-                this.waiting = Some(Box::pin(this.account.clone().wait_for_space()));
-            }
-            if let Some(waiting) = &mut this.waiting {
-                ready!(waiting.as_mut().poll(context));
-                this.waiting = None;
-            }
-        }
-        let frame = match ready!(Pin::new(&mut this.inner).poll_frame(context)) {
-            Some(Ok(frame)) => frame,
-            end => return Poll::Ready(end),
-        };
-        let frame = match frame.into_data() {
-            Ok(data) if data.is_empty() => Frame::data(data),
-            Ok(data) => {
-                if let Some((_, owner, _)) = &this.under_way {
-                    this.pause = pause_for(&owner.caller, data.len());
-                }
-                let reservation = Arc::new(this.account.charge(data.len() as u64));
-                this.reservation = None;
-                this.rest = Some((data, reservation));
-                Frame::data(this.next_chunk().unwrap_or_default())
-            }
-            Err(frame) => match frame.into_trailers() {
-                Ok(mut trailers) => {
-                    status::shorten(&mut trailers);
-                    if let Some((_, _, counted)) = &mut this.under_way {
-                        counted.note(&trailers);
-                    }
-                    Frame::trailers(trailers)
-                }
-                Err(frame) => frame,
-            },
-        };
-        Poll::Ready(Some(Ok(frame)))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.rest.is_none() && self.inner.is_end_stream()
-    }
 }
 
 #[cfg(test)]

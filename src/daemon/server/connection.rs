@@ -25,6 +25,7 @@ use tonic::service::Routes;
 
 use super::{
     ServerLimits,
+    accept::Server,
     access::{self, Policy},
     budget::BudgetReservation,
     call,
@@ -33,18 +34,17 @@ use super::{
 };
 use crate::{
     auth::Identity,
-    daemon::{
-        LogRateLimit, Peer, PeerCertificate, listen::AcceptedStream, tls::TlsAcceptor,
-        tokens::TokenTurn,
-    },
+    daemon::{LogRateLimit, Peer, PeerCertificate, listen::AcceptedStream, tokens::TokenTurn},
 };
 
 /// How often a connection is looked at.
-const CHECK_INTERVAL: Duration = Duration::from_secs(5);
+pub(super) const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// What a client has to read GOAWAY and to close the connection by itself.
-const GOAWAY_GRACE: Duration = Duration::from_secs(2);
+pub(super) const GOAWAY_GRACE: Duration = Duration::from_secs(2);
 /// Lines about connections on which HTTP/2 did not begin.
 static REFUSALS: LogRateLimit = LogRateLimit::new(20, Duration::from_secs(10));
+/// Of a connection of gRPC that stays silent.
+pub(super) const NO_HTTP2: &str = "its peer does not speak HTTP/2, or not at all";
 /// The preface of HTTP/2, and the head of the frame that follows it.
 const PREFACE: u64 = 24 + 9;
 
@@ -58,7 +58,7 @@ pub(super) struct ClientConnection {
     pub policy: Policy,
     /// In the line of those whose tokens are verified.
     pub token_turn: TokenTurn,
-    pub largest_message: u64,
+    pub limits: Arc<ServerLimits>,
     callers: Arc<Callers>,
     accounts: Mutex<ConnectionAccounts>,
     activity: Mutex<CallActivity>,
@@ -114,7 +114,7 @@ enum Decision {
 impl ClientConnection {
     pub(super) fn new(
         connection: &AcceptedStream,
-        largest_message: u64,
+        limits: Arc<ServerLimits>,
         policy: Policy,
         callers: Arc<Callers>,
         accounts: Accounts,
@@ -125,7 +125,7 @@ impl ClientConnection {
             identity: OnceLock::new(),
             policy,
             token_turn: TokenTurn::default(),
-            largest_message,
+            limits,
             callers,
             accounts: Mutex::new(ConnectionAccounts {
                 current: Arc::new(accounts),
@@ -200,6 +200,56 @@ impl ClientConnection {
         (activity.under_way == 0).then_some((activity.called, activity.since))
     }
 
+    /// What `opening` makes of the connection; `None` when it is over already.
+    pub(super) async fn open<T>(
+        &self,
+        server: &Server,
+        opening: impl Future<Output = Result<T, String>>,
+    ) -> Option<T> {
+        let opened = tokio::select! {
+            opened = tokio::time::timeout(server.limits.handshake, opening) => opened,
+            () = server.killed.cancelled() => return None,
+            () = server.stopping.cancelled() => return None,
+            () = self.evict.cancelled() => return None,
+        };
+        let reason = match opened {
+            Ok(Ok(opened)) => return Some(opened),
+            Ok(Err(reason)) => reason,
+            Err(_) => server.reason_of_silence()?.to_owned(),
+        };
+        if let Some(lines_withheld) = REFUSALS.admit(Instant::now()) {
+            tracing::info!(peer = ?self.peer, reason, lines_withheld, "closed a connection");
+        }
+        None
+    }
+
+    /// What the peer has shown in its handshake; called once, before it is known who calls.
+    pub(super) fn show(&self, certificate: Option<PeerCertificate>) {
+        if let Some(certificate) = certificate {
+            let _ = self.certificate.set(certificate);
+        }
+    }
+
+    /// Now it is known who makes the connection. False when it may have no more of them.
+    pub(super) fn identify(&self, server: &Server, number: u64) -> bool {
+        let identity = access::identify(&self.peer, self.certificate.get());
+        let may_go_on = server.opened(number, self, &identity);
+        // It is set here alone.
+        let _ = self.identity.set(Arc::new(identity));
+        may_go_on
+    }
+
+    /// Whether what the peer has shown counts no longer.
+    pub(super) fn has_expired(&self) -> bool {
+        let certificate = self.certificate.get();
+        certificate.is_some_and(|certificate| certificate.not_after < SystemTime::now())
+    }
+
+    /// Returns when somebody else needs its place.
+    pub(super) async fn evicted(&self) {
+        self.evict.cancelled().await;
+    }
+
     pub(super) fn is_evicted(&self) -> bool {
         self.evict.is_cancelled()
     }
@@ -230,9 +280,7 @@ impl ClientConnection {
         if stalls {
             return Decision::Abort("its peer does not read what it asked for");
         }
-        if let Some(certificate) = self.certificate.get()
-            && certificate.not_after < SystemTime::now()
-        {
+        if self.has_expired() {
             return Decision::CloseGracefully;
         }
         let Some((called, since)) = self.idle() else {
@@ -240,7 +288,7 @@ impl ClientConnection {
         };
         let idle = now.saturating_duration_since(since);
         if self.arrived.load(Ordering::Relaxed) < PREFACE && idle >= limits.handshake {
-            return Decision::Abort("its peer does not speak HTTP/2, or not at all");
+            return Decision::Abort(NO_HTTP2);
         }
         let limit = if called {
             limits.idle
@@ -270,66 +318,25 @@ enum Event {
     Look,
 }
 
-/// The connection when it can be used; `None` when it is over already.
-async fn open(
-    connection: AcceptedStream,
-    caller: &ClientConnection,
-    acceptor: Option<TlsAcceptor>,
-    limit: Duration,
-    [stopping, killed]: [&CancellationToken; 2],
-) -> Option<OpenedConnection> {
-    let opening = opening::open(connection, acceptor.as_ref());
-    let opened = tokio::select! {
-        opened = tokio::time::timeout(limit, opening) => opened,
-        () = killed.cancelled() => return None,
-        () = stopping.cancelled() => return None,
-        () = caller.evict.cancelled() => return None,
-    };
-    let reason = match opened {
-        Ok(Ok(opened)) => return Some(opened),
-        Ok(Err(reason)) => reason,
-        Err(_) => "its peer does not speak HTTP/2, or not at all".to_owned(),
-    };
-    if let Some(lines_withheld) = REFUSALS.admit(Instant::now()) {
-        tracing::info!(peer = ?caller.peer, reason, lines_withheld, "closed a connection");
-    }
-    None
-}
-
-/// Until the connection is closed. When `stopping`, no new call is taken; when `killed`, it ends.
-/// `opened` is called as soon as HTTP/2 can begin, with who makes the connection, and says whether it may.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "they are what one connection is served with"
-)]
+/// Until the connection is closed, or the server stops.
 pub(super) async fn serve(
+    server: &Server,
+    number: u64,
     connection: AcceptedStream,
     caller: Arc<ClientConnection>,
-    acceptor: Option<TlsAcceptor>,
-    opened: impl FnOnce(&Identity) -> bool,
     routes: Routes,
-    limits: Arc<ServerLimits>,
-    stopping: CancellationToken,
-    killed: CancellationToken,
 ) {
-    let ends = [&stopping, &killed];
-    let opening = open(connection, &caller, acceptor, limits.handshake, ends).await;
-    let (connection, refusal) = match opening {
+    let limits = &server.limits;
+    let opening = opening::open(connection, server.acceptor.as_ref());
+    let (connection, refusal) = match caller.open(server, opening).await {
         None => return,
         Some(OpenedConnection::Refused(connection, why)) => (connection, Some(why)),
         Some(OpenedConnection::Served(connection, certificate)) => {
-            if let Some(certificate) = certificate {
-                // It is set here alone.
-                let _ = caller.certificate.set(certificate);
-            }
+            caller.show(certificate);
             (connection, None)
         }
     };
-    let identity = access::identify(&caller.peer, caller.certificate.get());
-    let may_go_on = opened(&identity);
-    // It is set here alone.
-    let _ = caller.identity.set(Arc::new(identity));
-    if !may_go_on {
+    if !caller.identify(server, number) {
         return;
     }
     let service = {
@@ -359,8 +366,8 @@ pub(super) async fn serve(
     loop {
         let event = tokio::select! {
             ended = &mut serving => Event::Ended(ended),
-            () = killed.cancelled() => Event::Killed,
-            () = stopping.cancelled(), if !told_to_stop => Event::Stopping,
+            () = server.killed.cancelled() => Event::Killed,
+            () = server.stopping.cancelled(), if !told_to_stop => Event::Stopping,
             () = caller.evict.cancelled(), if leaving.is_none() => Event::Evict,
             () = tokio::time::sleep(round) => Event::Look,
         };
@@ -373,11 +380,11 @@ pub(super) async fn serve(
             }
             Event::Evict if caller.idle().is_some_and(|(called, _)| !called) => return,
             Event::Stopping | Event::Evict => {
-                told_to_stop |= stopping.is_cancelled();
+                told_to_stop |= server.stopping.is_cancelled();
                 serving.as_mut().graceful_shutdown();
                 leaving.get_or_insert(now + GOAWAY_GRACE);
             }
-            Event::Look => match caller.decide(now, &limits) {
+            Event::Look => match caller.decide(now, limits) {
                 Decision::Abort(reason) => {
                     tracing::info!(peer = ?caller.peer, reason, "closed a connection");
                     return;

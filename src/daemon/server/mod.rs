@@ -8,41 +8,25 @@
 //!    has more than its share of them, one of its own.
 //! 3. Whatever a status says fits into everybody's headers (`status`).
 //!
-//! To read in this order: this file accepts connections; `opening` is how one begins, `connection` what
-//! it is then, `call` one call on it, `access` whether it is allowed; `services` are what is called.
-//! `pages` serves browsers, in place of all that.
+//! To read in this order: this file has what a listener grants; `accept` accepts connections; `opening`
+//! is how one begins, `connection` what it is then, `call` one call on it, `response_body` what that
+//! answers, `access` whether it is allowed; `services` are what is called. `pages` is what a connection
+//! of a browser is.
 //!
 //! tonic's own server could not keep (1) and (2): none of its connections can be told to go away, or be
 //! cut, by itself.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::time::Duration;
 
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use parking_lot::Mutex;
-use tokio::sync::Notify;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use self::{
-    caller::{Accounts, Caller, CallerKey, Callers},
-    connection::ClientConnection,
-};
-use super::{
-    Failure, LogRateLimit,
-    listen::{AcceptedStream, Listener, Socket},
-    process,
-    tls::TlsAcceptor,
-};
-use crate::auth::Identity;
+use self::accept::Protocol;
+use super::{Failure, listen::Listener, process};
 
+mod accept;
 mod access;
 mod budget;
 mod call;
@@ -51,13 +35,15 @@ mod connection;
 mod opening;
 mod pages;
 mod rate;
+mod response_body;
 mod services;
 mod status;
 
 pub use access::{Access, PageAccess, Policy, client_name, warn_grants};
 pub use budget::BudgetReservation;
-pub use call::{RequestReservation, ResponseBudget, with_reservation};
+pub use call::RequestReservation;
 pub use pages::{PageLimits, PageOrigin, serve_pages};
+pub use response_body::{ResponseBudget, with_reservation};
 pub use services::Services;
 
 /// What one listener grants its callers.
@@ -89,6 +75,10 @@ pub struct ServerLimits {
     pub first_call: Duration,
     /// Without a call.
     pub idle: Duration,
+    /// Between two messages of a stream.
+    pub pause: Duration,
+    /// For a message that has begun, and a second for each 64 KiB of it.
+    pub message: Duration,
     /// Of each caller; 0 for as many as it likes.
     pub requests_per_second: u64,
     /// Of messages of each caller, in both directions; 0 for as many as it likes.
@@ -117,6 +107,8 @@ impl Default for ServerLimits {
             handshake: Duration::from_secs(10),
             first_call: Duration::from_secs(60),
             idle: Duration::from_secs(30 * 60),
+            pause: Duration::from_secs(300),
+            message: Duration::from_secs(60),
             requests_per_second: 0,
             bytes_per_second: 0,
             stalled: Duration::from_secs(300),
@@ -168,29 +160,6 @@ impl ServerLimits {
     }
 }
 
-struct Server {
-    limits: Arc<ServerLimits>,
-    routes: Routes,
-    callers: Arc<Callers>,
-    acceptor: Option<TlsAcceptor>,
-    policy: Policy,
-    open: Mutex<BTreeMap<u64, Arc<ClientConnection>>>,
-    half_open: Mutex<HalfOpen>,
-    next: AtomicU64,
-    ended: Notify,
-    tasks: TaskTracker,
-    stopping: CancellationToken,
-    killed: CancellationToken,
-}
-
-/// Connections on which neither TLS nor HTTP/2 has begun.
-#[derive(Default)]
-struct HalfOpen {
-    connections: BTreeMap<u64, Arc<ClientConnection>>,
-    /// Their numbers, by who makes them.
-    by_caller: BTreeMap<CallerKey, BTreeSet<u64>>,
-}
-
 /// Serves until `stopping`, then gives calls that are under way `drain` to finish.
 pub async fn serve(
     listener: Listener,
@@ -209,208 +178,7 @@ pub async fn serve_within(
     stopping: CancellationToken,
     drain: Duration,
 ) -> Result<(), Failure> {
-    let limits = Arc::new(limits);
-    let server = Arc::new(Server {
-        routes: routes.prepare(),
-        callers: Arc::new(Callers::new(&limits)),
-        limits,
-        acceptor: listener.acceptor(),
-        policy: listener.policy(),
-        open: Mutex::default(),
-        half_open: Mutex::default(),
-        next: AtomicU64::new(0),
-        ended: Notify::new(),
-        tasks: TaskTracker::new(),
-        stopping,
-        // Also when this future is dropped.
-        killed: CancellationToken::new(),
-    });
-    let _kill = server.killed.clone().drop_guard();
-    for socket in listener.into_sockets() {
-        server.tasks.spawn(server.clone().accept_all(socket));
-    }
-    server.stopping.cancelled().await;
-    server.tasks.close();
-    // Whatever is left then is killed.
-    let _ = tokio::time::timeout(drain, server.tasks.wait()).await;
+    let protocol = Protocol::Grpc(routes.prepare());
+    accept::accept_and_drain(listener, protocol, limits, stopping, drain).await;
     Ok(())
-}
-
-impl Server {
-    async fn accept_all(self: Arc<Self>, socket: Socket) {
-        loop {
-            let accepted = tokio::select! {
-                () = self.stopping.cancelled() => return,
-                accepted = socket.accept() => accepted,
-            };
-            match accepted {
-                Ok(connection) => {
-                    tokio::select! {
-                        () = self.stopping.cancelled() => return,
-                        () = self.wait_for_capacity() => self.start(connection),
-                    }
-                }
-                Err(error) => {
-                    // Out of descriptors, or a connection that died in the queue: neither ends the
-                    // server, and the first one must not make it spin.
-                    tracing::warn!(%error, "could not accept a connection");
-                    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
-                        self.close_idle_connection(None);
-                    }
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        }
-    }
-
-    /// Returns when there may be one connection more.
-    async fn wait_for_capacity(&self) {
-        loop {
-            let ended = self.ended.notified();
-            if self.open.lock().len() < self.limits.connections || self.close_idle_connection(None)
-            {
-                return;
-            }
-            tracing::warn!(
-                connections = self.limits.connections,
-                "all connections that this process has descriptors for have calls under way; a new one \
-                 waits (raise LimitNOFILE= of the unit)"
-            );
-            ended.await;
-        }
-    }
-
-    /// Has the connection that called nothing for longest give way; those that never called first. `of` is
-    /// the caller whose it must be, if any.
-    fn close_idle_connection(&self, of: Option<&CallerKey>) -> bool {
-        let open = self.open.lock();
-        let longest = open
-            .values()
-            .filter(|client| !client.is_evicted())
-            .filter(|client| of.is_none_or(|of| client.accounts().caller.key == *of))
-            .filter_map(|client| Some((client.idle()?, client)))
-            .min_by_key(|(idle, _)| *idle);
-        match longest {
-            Some((_, client)) => {
-                client.evict();
-                true
-            }
-            None => false,
-        }
-    }
-
-    /// A place for one more connection of a caller; of one that has as many as it may, an idle one gives way.
-    fn connect(&self, caller: &Arc<Caller>) -> Option<Accounts> {
-        caller.connect().or_else(|| {
-            let is_leaving = |client: &ClientConnection| {
-                client.is_evicted() && client.accounts().caller.key == caller.key
-            };
-            let makes_way = self.close_idle_connection(Some(&caller.key))
-                || self.open.lock().values().any(|client| is_leaving(client));
-            if !makes_way && let Some(lines_withheld) = REFUSALS.admit(std::time::Instant::now()) {
-                tracing::info!(
-                    client = %caller.key,
-                    lines_withheld,
-                    "closed a connection: its caller has as many as it may, and all have calls under way"
-                );
-            }
-            makes_way.then(|| caller.connect_beyond())
-        })
-    }
-
-    fn start(self: &Arc<Self>, connection: AcceptedStream) {
-        let key = CallerKey::of(&Identity::nobody(), &connection.peer());
-        let Some(accounts) = self.connect(&self.callers.get(&key)) else {
-            return;
-        };
-        let policy = self.policy.clone();
-        let client = ClientConnection::new(
-            &connection,
-            self.limits.largest_message,
-            policy,
-            self.callers.clone(),
-            accounts,
-        );
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        self.open.lock().insert(number, client.clone());
-        self.insert_half_open(number, key, &client);
-        let server = self.clone();
-        self.tasks.spawn(async move {
-            let open = ConnectionGuard { server, number };
-            let server = &open.server;
-            connection::serve(
-                connection,
-                client.clone(),
-                server.acceptor.clone(),
-                |identity| server.opened(number, &client, identity),
-                server.routes.clone(),
-                server.limits.clone(),
-                server.stopping.clone(),
-                server.killed.clone(),
-            )
-            .await;
-        });
-    }
-
-    /// A connection has said who makes it. False when that caller may have no more.
-    fn opened(&self, number: u64, client: &ClientConnection, identity: &Identity) -> bool {
-        self.half_open.lock().remove(number);
-        let key = CallerKey::of(identity, &client.peer);
-        if client.accounts().caller.key == key {
-            return true;
-        }
-        match self.connect(&self.callers.get(&key)) {
-            Some(accounts) => {
-                client.belong_to(accounts);
-                true
-            }
-            None => false,
-        }
-    }
-
-    fn insert_half_open(&self, number: u64, key: CallerKey, client: &Arc<ClientConnection>) {
-        let mut half_open = self.half_open.lock();
-        half_open.connections.insert(number, client.clone());
-        half_open.by_caller.entry(key).or_default().insert(number);
-        if half_open.connections.len() > self.limits.half_open {
-            half_open.evict_one();
-        }
-    }
-}
-
-/// Lines about connections that were refused.
-static REFUSALS: LogRateLimit = LogRateLimit::new(20, Duration::from_secs(10));
-
-impl HalfOpen {
-    fn remove(&mut self, number: u64) -> Option<Arc<ClientConnection>> {
-        let client = self.connections.remove(&number)?;
-        self.by_caller.retain(|_, numbers| {
-            numbers.remove(&number);
-            !numbers.is_empty()
-        });
-        Some(client)
-    }
-
-    /// The oldest of whoever has most of them.
-    fn evict_one(&mut self) {
-        let most = self.by_caller.values().max_by_key(|numbers| numbers.len());
-        let oldest = most.and_then(|numbers| numbers.first().copied());
-        if let Some(client) = oldest.and_then(|oldest| self.remove(oldest)) {
-            client.evict();
-        }
-    }
-}
-
-/// A connection's place.
-struct ConnectionGuard {
-    server: Arc<Server>,
-    number: u64,
-}
-
-impl Drop for ConnectionGuard {
-    fn drop(&mut self) {
-        self.server.half_open.lock().remove(self.number);
-        self.server.open.lock().remove(&self.number);
-        self.server.ended.notify_waiters();
-    }
 }

@@ -44,7 +44,7 @@ pub(super) async fn open(
         None => Ok(OpenedConnection::Served(connection, None)),
         Some(acceptor) if is_tls || start.is_empty() => match connection.encrypt(acceptor).await {
             Ok((connection, certificate)) => Ok(OpenedConnection::Served(connection, certificate)),
-            Err(error) => Err(format!("TLS: {error}")),
+            Err(error) => Err(explain(&error)),
         },
         // The preface of HTTP/2 (RFC 9113, section 3.4); HTTP/1's methods are PUT, POST and PATCH.
         Some(_) if b"PR".starts_with(start) => Ok(OpenedConnection::Refused(connection, NEEDS_TLS)),
@@ -75,12 +75,26 @@ pub(super) async fn open_pages(
         None => Ok((connection, None)),
         Some(acceptor) if is_tls || length == 0 => {
             let encrypted = connection.encrypt_pages(acceptor).await;
-            encrypted.map_err(|error| format!("TLS: {error}"))
+            encrypted.map_err(|error| explain(&error))
         }
         Some(_) => {
             let _ = answer(&mut connection, refusal(PAGES_NEED_TLS).as_bytes()).await;
             Err("it does not speak TLS, as this port does".to_owned())
         }
+    }
+}
+
+/// Why there was no handshake, and what helps where the peer alone cannot tell.
+fn explain(error: &io::Error) -> String {
+    use rustls::{Error, PeerMisbehaved};
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref());
+    match cause {
+        Some(Error::PeerMisbehaved(PeerMisbehaved::ServerNameMustContainOneHostName)) => {
+            "TLS: the server name that it asks for is none, such as one with a port; Buildbarn's \
+             daemons need server_name in their tls configuration"
+                .to_owned()
+        }
+        _ => format!("TLS: {error}"),
     }
 }
 

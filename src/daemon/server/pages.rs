@@ -1,7 +1,7 @@
 //! Serving pages on a listener, by HTTP/1.1 and HTTP/2, to browsers and whatever else fetches them.
 //!
-//! 1. At most `PageLimits::connections` are open; when all are, one on which nothing is asked for gives
-//!    way.
+//! 1. At most `PageLimits::connections` are open, shared among callers like those of gRPC; when all are, one
+//!    on which nothing is asked for gives way.
 //! 2. A connection on which no byte passes in either direction for `PageLimits::silence` is closed,
 //!    whatever it waits for.
 //! 3. Every request has a `PageAccess` and a `PageOrigin` among its extensions. What it asks for is its
@@ -11,16 +11,14 @@ use std::{
     convert::Infallible,
     io,
     pin::{Pin, pin},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use axum::{Router, body::Body};
 use http::{Request, Response, StatusCode};
+use http_body_util::BodyExt;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -28,22 +26,25 @@ use hyper_util::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    sync::{Notify, OwnedSemaphorePermit, Semaphore},
     time::{Instant, Sleep},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use tower::Service;
 
 use super::{
-    access::{self, Policy},
+    ServerLimits,
+    accept::{self, Protocol, Server},
+    call,
+    connection::{CHECK_INTERVAL, ClientConnection, GOAWAY_GRACE},
     opening,
 };
 use crate::daemon::{
     Failure,
-    listen::{AcceptedStream, Listener, Socket},
-    tls::TlsAcceptor,
-    tokens::TokenTurn,
+    listen::{AcceptedStream, Listener},
 };
+
+/// Requests under way on one connection of HTTP/2.
+const MAX_STREAMS: u32 = 32;
 
 /// What a listener for pages grants its callers.
 #[derive(Clone, Debug)]
@@ -76,19 +77,6 @@ pub struct PageOrigin {
     pub is_local_socket: bool,
 }
 
-struct Server {
-    router: Router,
-    limits: PageLimits,
-    acceptor: Option<TlsAcceptor>,
-    policy: Policy,
-    room: Arc<Semaphore>,
-    /// Somebody waits for a connection's place.
-    wanted: Notify,
-    tasks: TaskTracker,
-    stopping: CancellationToken,
-    killed: CancellationToken,
-}
-
 /// Serves until `stopping`, then gives requests that are under way `drain` to finish.
 pub async fn serve_pages(
     listener: Listener,
@@ -97,167 +85,134 @@ pub async fn serve_pages(
     stopping: CancellationToken,
     drain: Duration,
 ) -> Result<(), Failure> {
-    let server = Arc::new(Server {
-        router,
-        acceptor: listener.acceptor(),
-        policy: listener.policy(),
-        room: Arc::new(Semaphore::new(limits.connections)),
-        wanted: Notify::new(),
-        limits,
-        tasks: TaskTracker::new(),
-        stopping,
-        killed: CancellationToken::new(),
-    });
-    // Also when this future is dropped.
-    let _kill = server.killed.clone().drop_guard();
-    for socket in listener.into_sockets() {
-        server.tasks.spawn(server.clone().accept_all(socket));
-    }
-    server.stopping.cancelled().await;
-    server.tasks.close();
-    // Whatever is left then is killed.
-    let _ = tokio::time::timeout(drain, server.tasks.wait()).await;
+    let limits = ServerLimits {
+        connections: limits.connections,
+        half_open: limits.connections,
+        handshake: limits.head,
+        idle: limits.silence,
+        calls_per_connection: MAX_STREAMS,
+        ..ServerLimits::default()
+    };
+    let protocol = Protocol::Pages(router);
+    accept::accept_and_drain(listener, protocol, limits, stopping, drain).await;
     Ok(())
 }
 
-impl Server {
-    async fn accept_all(self: Arc<Self>, socket: Socket) {
-        loop {
-            let accepted = tokio::select! {
-                () = self.stopping.cancelled() => return,
-                accepted = socket.accept() => accepted,
-            };
-            match accepted {
-                Ok(connection) => {
-                    let place = tokio::select! {
-                        () = self.stopping.cancelled() => return,
-                        place = self.place() => place,
-                    };
-                    let serving = self.clone().serve(connection, place);
-                    self.tasks.spawn(serving);
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "could not accept a connection");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        }
+/// Until the connection is closed, or the server stops.
+pub(super) async fn serve(
+    server: &Server,
+    number: u64,
+    connection: AcceptedStream,
+    caller: Arc<ClientConnection>,
+    router: Router,
+) {
+    let limits = &server.limits;
+    let opening = opening::open_pages(connection, server.acceptor.as_ref());
+    let Some((connection, certificate)) = caller.open(server, opening).await else {
+        return;
+    };
+    caller.show(certificate);
+    if !caller.identify(server, number) {
+        return;
     }
-
-    async fn place(&self) -> Option<OwnedSemaphorePermit> {
-        const ROUND: Duration = Duration::from_millis(100);
-        loop {
-            if let Ok(place) = self.room.clone().try_acquire_owned() {
-                return Some(place);
-            }
-            self.wanted.notify_one();
-            if let Ok(place) = tokio::time::timeout(ROUND, self.room.clone().acquire_owned()).await
-            {
-                return place.ok();
-            }
-        }
-    }
-
-    async fn serve(
-        self: Arc<Self>,
-        connection: AcceptedStream,
-        _place: Option<OwnedSemaphorePermit>,
-    ) {
-        let peer = connection.peer();
-        let opening = opening::open_pages(connection, self.acceptor.as_ref());
-        let opened = tokio::select! {
-            opened = tokio::time::timeout(self.limits.head, opening) => opened,
-            () = self.killed.cancelled() => return,
-        };
-        let (connection, certificate) = match opened {
-            Ok(Ok(opened)) => opened,
-            Ok(Err(reason)) => {
-                tracing::debug!(?peer, reason, "closed a connection");
-                return;
-            }
-            Err(_) => return,
-        };
-        let origin = PageOrigin {
-            is_encrypted: self.acceptor.is_some() && connection.is_tcp(),
-            is_local_socket: !connection.is_tcp(),
-        };
-        let identity = Arc::new(access::identify(&peer, certificate.as_ref()));
-        let turn = Arc::new(TokenTurn::default());
-        let under_way = Arc::new(AtomicUsize::new(0));
-        let service = {
-            let (router, under_way) = (self.router.clone(), under_way.clone());
-            let policy = self.policy.clone();
-            service_fn(move |request: Request<Incoming>| {
-                let mut router = router.clone();
-                let (policy, identity, turn) = (policy.clone(), identity.clone(), turn.clone());
-                let begun = BegunRequest::new(under_way.clone());
-                let mut request = request.map(Body::new);
-                request.extensions_mut().insert(origin);
-                async move {
-                    let headers = request.headers();
-                    let identity = match policy.authenticate(&identity, &turn, headers).await {
-                        Ok(identity) => identity,
-                        Err(status) => {
-                            let mut refusal =
-                                Response::new(Body::from(status.message().to_owned()));
-                            *refusal.status_mut() = StatusCode::UNAUTHORIZED;
-                            return Ok(refusal);
-                        }
-                    };
-                    let allowed = policy.of_pages(&identity);
-                    request.extensions_mut().insert(allowed);
-                    let answer = router.call(request).await;
-                    drop(begun);
-                    answer as Result<_, Infallible>
+    let origin = PageOrigin {
+        is_encrypted: server.acceptor.is_some() && connection.is_tcp(),
+        is_local_socket: !connection.is_tcp(),
+    };
+    let service = {
+        let caller = caller.clone();
+        service_fn(move |request: Request<Incoming>| {
+            let (caller, router) = (caller.clone(), router.clone());
+            async move { Ok::<_, Infallible>(answer(&caller, router, origin, request).await) }
+        })
+    };
+    let mut protocol = auto::Builder::new(TokioExecutor::new());
+    protocol
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.handshake.max(Duration::from_secs(30)))
+        .max_buf_size(64 << 10);
+    protocol
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.calls_per_connection)
+        .max_header_list_size(16 << 10)
+        .keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(20));
+    let stream = TokioIo::new(AbortWhenSilent::new(connection, limits.idle));
+    let mut serving = pin!(protocol.serve_connection(stream, service));
+    // From when on it is cut, unless requests are under way.
+    let mut leaving: Option<Instant> = None;
+    loop {
+        let now = tokio::select! {
+            _ = serving.as_mut() => return,
+            () = server.killed.cancelled() => return,
+            () = server.stopping.cancelled(), if leaving.is_none() => Instant::now(),
+            () = caller.evicted(), if leaving.is_none() => {
+                if caller.idle().is_some_and(|(called, _)| !called) {
+                    return;
                 }
-            })
-        };
-        let mut protocol = auto::Builder::new(TokioExecutor::new());
-        protocol
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(self.limits.head.max(Duration::from_secs(30)))
-            .max_buf_size(64 << 10);
-        protocol
-            .http2()
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(32)
-            .max_header_list_size(16 << 10)
-            .keep_alive_interval(Duration::from_secs(20))
-            .keep_alive_timeout(Duration::from_secs(20));
-        let stream = TokioIo::new(AbortWhenSilent::new(connection, self.limits.silence));
-        let mut serving = pin!(protocol.serve_connection(stream, service));
-        let mut is_leaving = false;
-        loop {
-            let is_wanted = tokio::select! {
-                _ = serving.as_mut() => return,
-                () = self.killed.cancelled() => return,
-                () = self.stopping.cancelled(), if !is_leaving => false,
-                () = self.wanted.notified(), if !is_leaving => true,
-            };
-            if is_wanted && under_way.load(Ordering::Relaxed) > 0 {
-                continue;
+                Instant::now()
             }
+            () = tokio::time::sleep(CHECK_INTERVAL.min(GOAWAY_GRACE)) => {
+                let now = Instant::now();
+                match leaving {
+                    None if !caller.has_expired() => continue,
+                    Some(end) if now >= end && caller.idle().is_some() => return,
+                    None | Some(_) => now,
+                }
+            }
+        };
+        if leaving.is_none() {
             serving.as_mut().graceful_shutdown();
-            is_leaving = true;
+            leaving = Some(now + GOAWAY_GRACE);
         }
     }
 }
 
-/// A request that has no answer yet.
-struct BegunRequest(Arc<AtomicUsize>);
-
-impl BegunRequest {
-    fn new(under_way: Arc<AtomicUsize>) -> Self {
-        under_way.fetch_add(1, Ordering::Relaxed);
-        BegunRequest(under_way)
-    }
+/// The answer to one request of a connection.
+async fn answer(
+    caller: &Arc<ClientConnection>,
+    mut router: Router,
+    origin: PageOrigin,
+    request: Request<Incoming>,
+) -> Response<Body> {
+    let begun = match caller.begin_call(&caller.accounts()) {
+        Ok(begun) => begun,
+        Err(_) => {
+            let text = "as many requests are under way as there may be; ask again later";
+            return refuse(StatusCode::SERVICE_UNAVAILABLE, text);
+        }
+    };
+    let policy = &caller.policy;
+    let known = caller.identity.get().cloned().unwrap_or_default();
+    let authenticated = policy.authenticate(&known, &caller.token_turn, request.headers());
+    let identity = match authenticated.await {
+        Ok(identity) => identity,
+        Err(status) => return refuse(StatusCode::UNAUTHORIZED, status.message()),
+    };
+    let owner = match call::begin(caller, &identity).await {
+        Ok(owner) => owner,
+        Err(status) => return refuse(StatusCode::TOO_MANY_REQUESTS, status.message()),
+    };
+    let mut request = request.map(Body::new);
+    request.extensions_mut().insert(origin);
+    request.extensions_mut().insert(policy.of_pages(&identity));
+    let Ok(answer) = router.call(request).await;
+    // It is under way until its last byte was taken.
+    let under_way = (begun, owner);
+    answer.map(|body| {
+        Body::new(body.map_frame(move |frame| {
+            let _ = &under_way;
+            frame
+        }))
+    })
 }
 
-impl Drop for BegunRequest {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
+fn refuse(status: StatusCode, text: &str) -> Response<Body> {
+    let mut refusal = Response::new(Body::from(text.to_owned()));
+    *refusal.status_mut() = status;
+    refusal
 }
 
 /// A connection that fails when nothing passes for too long.
