@@ -123,7 +123,7 @@ fn operation_name(instance: &str, action: &[u8], operation: Uuid) -> String {
 }
 
 /// One call, until its first answer or its end.
-async fn call(channel: &Channel, path: &str) -> Result<(), Status> {
+pub async fn call(channel: &Channel, path: &str) -> Result<(), Status> {
     let mut client = tonic::client::Grpc::new(channel.clone());
     client.ready().await?;
     let mut asked = Request::new(request(path));
@@ -135,7 +135,7 @@ async fn call(channel: &Channel, path: &str) -> Result<(), Status> {
 }
 
 /// The paths of all methods that there are.
-fn methods() -> Vec<String> {
+pub fn methods() -> Vec<String> {
     let mut paths = Vec::new();
     for set in [
         proto::DESCRIPTORS,

@@ -20,6 +20,7 @@ mod escape;
 mod fairness;
 mod farm;
 mod hostile;
+mod intruder;
 mod metrics;
 mod packages;
 mod runner;

@@ -19,6 +19,7 @@ fail() {
 # What the hosts have: systemd, and a Bazel with a C++ compiler, since actions use the host's.
 packages=systemd,systemd-sysv,dbus,libpam-systemd,procps,iproute2,man-db,less,apt-utils
 packages+=,g++,libc6-dev,bazel-bootstrap,bazel-rules-java,bazel-rules-proto,bazel-skylib
+packages+=,openssl,python3,libnetty-tcnative-java,libnetty-tcnative-jni
 recipe=1 # count up when `root_file_system` changes
 
 # Makes the root file system of all hosts, if it is not there; prints where.
