@@ -7,7 +7,7 @@
 //!    the rest is read again.
 //!
 //! To read in this order: this file; `runner`, `scheduler` (with `routing` and `size_classes`) and `worker`,
-//! the three programs' keys, with `value` (what is written in them), `tls`, `call_headers`, `tokens`, `callers`, `grants`, `control`, `traces`
+//! the three programs' keys, with `value` (what is written in them), `storage`, `tls`, `call_headers`, `tokens`, `callers`, `grants`, `control`, `traces`
 //! and `directory_kind`;
 //! `parse`, which keeps the facts of an error,
 //! and `error_message`, which tells them; `print`.
@@ -33,6 +33,7 @@ pub mod routing;
 pub mod runner;
 pub mod scheduler;
 pub mod size_classes;
+pub mod storage;
 pub mod tls;
 pub mod tokens;
 pub mod traces;

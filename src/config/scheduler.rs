@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Diagnostics, DirectoryKind, Duration, Endpoint, ListenAddress, Log, Size, Validate,
+    Diagnostics, DirectoryKind, Duration, ListenAddress, Log, Size, Validate,
     call_headers::{CallHeaders, MetadataHeader},
     callers::Callers,
     control::SchedulerControl,
@@ -22,11 +22,14 @@ use super::{
         validate_platform_queues,
     },
     size_classes::SizeClasses,
+    storage::{Health, Places, Shard},
     tls::{ClientTls, ServerTls},
     tokens::Tokens,
     traces::SchedulerTraces,
     web::Web,
 };
+
+pub use super::storage::StorageLocation;
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -81,11 +84,12 @@ pub struct State {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Storage {
-    /// Both are embedded or both are not; see `Validate`.
     pub cas: StorageLocation,
     pub action_cache: StorageLocation,
     /// Used where size classes are feedback-driven.
     pub initial_size_class_cache: StorageLocation,
+    pub shards: Vec<Shard>,
+    pub health: Health,
     /// For endpoints that speak TLS.
     pub tls: ClientTls,
     /// A file with a token that the storage knows this daemon by; empty for none.
@@ -93,12 +97,6 @@ pub struct Storage {
     /// What else it is shown in each call.
     pub add_metadata: Vec<MetadataHeader>,
     pub embedded: Embedded,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum StorageLocation {
-    Embedded,
-    Endpoint(Endpoint),
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -222,6 +220,8 @@ impl Default for Storage {
             cas: StorageLocation::Embedded,
             action_cache: StorageLocation::Embedded,
             initial_size_class_cache: StorageLocation::Embedded,
+            shards: Vec::new(),
+            health: Health::default(),
             tls: ClientTls::default(),
             authorization_file: PathBuf::new(),
             add_metadata: Vec::new(),
@@ -300,31 +300,6 @@ impl Default for Shutdown {
     }
 }
 
-impl<'de> Deserialize<'de> for StorageLocation {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        if text == "embedded" {
-            return Ok(StorageLocation::Embedded);
-        }
-        text.parse()
-            .map(StorageLocation::Endpoint)
-            .map_err(|error| {
-                serde::de::Error::custom(format!(
-                    "{error}, or \"embedded\" for a store in bb_scheduler"
-                ))
-            })
-    }
-}
-
-impl Serialize for StorageLocation {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            StorageLocation::Embedded => serializer.serialize_str("embedded"),
-            StorageLocation::Endpoint(endpoint) => endpoint.serialize(serializer),
-        }
-    }
-}
-
 impl Validate for Config {
     fn validate(&self, diagnostics: &mut Diagnostics) {
         let listen: [(&str, &ListenAddress); 4] = [
@@ -377,9 +352,9 @@ impl Validate for Config {
         diagnostics.require(
             !self.scheduling.size_classes.feedback_driven
                 || !embedded(&self.storage.initial_size_class_cache)
-                || embedded(&self.storage.cas),
+                || self.storage.places().has_embedded(),
             "storage.initial_size_class_cache",
-            "there is no embedded store, since storage.cas is an endpoint, and scheduling.size_classes.feedback_driven needs one of the two; write where the storage is, such as \"grpc://storage.example:8981\"",
+            "there is no embedded store, since neither storage.cas nor storage.action_cache is \"embedded\", and scheduling.size_classes.feedback_driven needs one of the two; write where the storage is, such as \"grpc://storage.example:8981\"",
         );
     }
 }
@@ -406,6 +381,16 @@ impl State {
 }
 
 impl Storage {
+    /// Where blobs and results are.
+    pub fn places(&self) -> Places<'_> {
+        Places {
+            cas: &self.cas,
+            action_cache: &self.action_cache,
+            shards: &self.shards,
+            health: &self.health,
+        }
+    }
+
     /// What the storage is shown in each call.
     pub fn call_headers(&self) -> CallHeaders<'_> {
         CallHeaders {
@@ -416,44 +401,23 @@ impl Storage {
     }
 
     fn check(&self, clients: &ListenAddress, diagnostics: &mut Diagnostics) {
-        let embedded = |place: &StorageLocation| *place == StorageLocation::Embedded;
+        self.places().validate(Some(clients), diagnostics);
+        let cache = &self.initial_size_class_cache;
+        let key = "storage.initial_size_class_cache";
         diagnostics.require(
-            embedded(&self.cas) == embedded(&self.action_cache),
-            // The one that somebody wrote.
-            match embedded(&self.cas) {
-                true => "storage.action_cache",
-                false => "storage.cas",
-            },
-            "the CAS and the Action Cache are either both \"embedded\" or both endpoints; set the other one alike",
+            *cache != StorageLocation::Shards,
+            key,
+            "it is in one place; write \"embedded\", or an endpoint",
         );
-        for (key, place) in [
-            ("storage.cas", &self.cas),
-            ("storage.action_cache", &self.action_cache),
-            (
-                "storage.initial_size_class_cache",
-                &self.initial_size_class_cache,
-            ),
-        ] {
-            if let StorageLocation::Endpoint(endpoint) = place {
-                diagnostics.require(
-                    !endpoint.is_at(clients),
-                    key,
-                    "that is this scheduler's own port, so that it would ask itself; write \"embedded\", or where the storage is",
-                );
-            }
+        let mut endpoints = self.places().endpoints();
+        if let Some(endpoint) = cache.endpoint() {
+            diagnostics.require(
+                !endpoint.is_at(clients),
+                key,
+                "that is this scheduler's own port, so that it would ask itself; write \"embedded\", or where the storage is",
+            );
+            endpoints.push(endpoint);
         }
-        let places = [
-            &self.cas,
-            &self.action_cache,
-            &self.initial_size_class_cache,
-        ];
-        let endpoints: Vec<&Endpoint> = places
-            .into_iter()
-            .filter_map(|place| match place {
-                StorageLocation::Embedded => None,
-                StorageLocation::Endpoint(endpoint) => Some(endpoint),
-            })
-            .collect();
         self.tls.validate("storage.tls", &endpoints, diagnostics);
         self.call_headers().validate(diagnostics);
         let directory = &self.embedded.directory;

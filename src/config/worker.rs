@@ -14,6 +14,7 @@ use super::{
     call_headers::{CallHeaders, MetadataHeader},
     control::{WorkerControl, WorkerMetrics},
     directory_kind, path_error,
+    storage::{Health, Places, Shard, StorageLocation},
     tls::ClientTls,
     traces::Traces,
     web::is_base_url,
@@ -53,8 +54,10 @@ pub struct Scheduler {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Storage {
-    pub cas: Endpoint,
-    pub action_cache: Endpoint,
+    pub cas: StorageLocation,
+    pub action_cache: StorageLocation,
+    pub shards: Vec<Shard>,
+    pub health: Health,
     pub tls: ClientTls,
     /// The same for the storage.
     pub authorization_file: PathBuf,
@@ -165,10 +168,12 @@ impl Default for Scheduler {
 
 impl Default for Storage {
     fn default() -> Self {
-        let embedded = Endpoint::Tcp("127.0.0.1:8980".to_owned());
+        let embedded = StorageLocation::from(Endpoint::Tcp("127.0.0.1:8980".to_owned()));
         Storage {
             cas: embedded.clone(),
             action_cache: embedded,
+            shards: Vec::new(),
+            health: Health::default(),
             tls: ClientTls::default(),
             authorization_file: PathBuf::new(),
             add_metadata: Vec::new(),
@@ -332,6 +337,16 @@ impl Scheduler {
 }
 
 impl Storage {
+    /// Where blobs and results are.
+    pub fn places(&self) -> Places<'_> {
+        Places {
+            cas: &self.cas,
+            action_cache: &self.action_cache,
+            shards: &self.shards,
+            health: &self.health,
+        }
+    }
+
     /// What the storage is shown in each call.
     pub fn call_headers(&self) -> CallHeaders<'_> {
         CallHeaders {
@@ -342,7 +357,18 @@ impl Storage {
     }
 
     fn validate(&self, diagnostics: &mut Diagnostics) {
-        let endpoints = [&self.cas, &self.action_cache];
+        for (key, place) in [
+            ("storage.cas", &self.cas),
+            ("storage.action_cache", &self.action_cache),
+        ] {
+            diagnostics.require(
+                *place != StorageLocation::Embedded,
+                key,
+                "the embedded store is bb_scheduler's, and is reached at its port for clients; write that, such as \"grpc://127.0.0.1:8980\"",
+            );
+        }
+        self.places().validate(None, diagnostics);
+        let endpoints = self.places().endpoints();
         self.tls.validate("storage.tls", &endpoints, diagnostics);
         self.call_headers().validate(diagnostics);
         for (key, concurrency) in [

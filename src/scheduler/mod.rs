@@ -97,7 +97,7 @@ pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut 
     daemon::warn_server("state.tls", &config.state.tls, diagnostics);
     daemon::warn_server("web.tls", &config.web.tls, diagnostics);
     daemon::warn_client("storage.tls", &config.storage.tls, diagnostics);
-    if config.storage.cas == StorageLocation::Embedded {
+    if config.storage.places().has_embedded() {
         let embedded = &config.storage.embedded;
         let key = "storage.embedded.maximum_size";
         installation.check_size(key, embedded.maximum_size, &embedded.directory, diagnostics);
@@ -158,30 +158,41 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     daemon::check_client("traces.tls", &config.traces.tls, report);
     daemon::check_headers(config.traces.exported().call_headers(), report);
     let mut failures = Backend::probe(&config.storage).await;
-    let what = match &config.storage.cas {
-        StorageLocation::Embedded => {
-            let embedded = &config.storage.embedded;
-            let lock = embedded.directory.join("lock");
-            report.try_lock(installation, "storage.embedded.directory", &lock);
-            failures.retain(|failure| match failure {
-                Failure::Configuration { key, message } if key.ends_with("maximum_size") => {
-                    let given = installation.explicit_keys().contains(key);
-                    if !given {
-                        report.note(format!("{key}: {message}"));
-                    }
-                    // More than the whole disk is a warning's.
-                    given
-                        && daemon::disk::space(&embedded.directory)
-                            .is_none_or(|disk| embedded.maximum_size.get() <= disk.total)
+    let storage = &config.storage;
+    if storage.places().has_embedded() {
+        let embedded = &storage.embedded;
+        let lock = embedded.directory.join("lock");
+        report.try_lock(installation, "storage.embedded.directory", &lock);
+        failures.retain(|failure| match failure {
+            Failure::Configuration { key, message } if key.ends_with("maximum_size") => {
+                let given = installation.explicit_keys().contains(key);
+                if !given {
+                    report.note(format!("{key}: {message}"));
                 }
-                Failure::Configuration { .. } => true,
-                // Told of the lock, with who has it.
-                Failure::Environment { .. } => false,
-            });
-            format!("storage: {} can be used", embedded.directory.display())
+                // More than the whole disk is a warning's.
+                given
+                    && daemon::disk::space(&embedded.directory)
+                        .is_none_or(|disk| embedded.maximum_size.get() <= disk.total)
+            }
+            Failure::Configuration { .. } => true,
+            // Told of the lock, with who has it.
+            Failure::Environment { .. } => false,
+        });
+    }
+    let mut kinds = Vec::new();
+    for place in [&storage.cas, &storage.action_cache] {
+        let kind = match place {
+            StorageLocation::Embedded => {
+                format!("{} can be used", storage.embedded.directory.display())
+            }
+            StorageLocation::Endpoint(endpoint) => format!("{endpoint} answers"),
+            StorageLocation::Shards => format!("all of {} shards answer", storage.shards.len()),
+        };
+        if !kinds.contains(&kind) {
+            kinds.push(kind);
         }
-        StorageLocation::Endpoint(endpoint) => format!("storage: {endpoint} answers"),
-    };
+    }
+    let what = format!("storage: {}", kinds.join(", "));
     report.record(what, failures);
 }
 

@@ -1,12 +1,20 @@
 //! Whether all outputs of an action's result are in a CAS elsewhere. The embedded store looks at its own
 //! index instead.
+//!
+//! 1. All that one result names is asked for at once, Directories level by level.
+//! 2. That a result is complete, and that an output is there, is believed for two seconds; that something
+//!    is missing is never. It is forgotten when a read finds a blob missing.
 
-use std::collections::HashSet;
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use prost::Message;
 
-use super::{Error, grpc};
+use super::{Backend, Error, recently::Recently};
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
@@ -18,6 +26,38 @@ const MAXIMUM_MESSAGE_SIZE: u64 = 64 << 20;
 /// Directories below an output directory's root.
 const MAXIMUM_DIRECTORIES: usize = 1 << 20;
 
+/// How long what was seen is believed.
+const LIFETIME: Duration = Duration::from_secs(2);
+
+/// Results, and outputs, that are remembered.
+const MOST_RESULTS: usize = 20_000;
+const MOST_OUTPUTS: usize = 100_000;
+
+/// What a CAS had a moment ago.
+#[derive(Debug)]
+pub(super) struct SeenOutputs {
+    /// By the digests of their messages.
+    results: Mutex<Recently<(InstanceName, Digest)>>,
+    blobs: Mutex<Recently<(InstanceName, Digest)>>,
+}
+
+impl Default for SeenOutputs {
+    fn default() -> Self {
+        SeenOutputs {
+            results: Mutex::new(Recently::new(LIFETIME, MOST_RESULTS)),
+            blobs: Mutex::new(Recently::new(LIFETIME, MOST_OUTPUTS)),
+        }
+    }
+}
+
+impl SeenOutputs {
+    /// Something is gone that was there.
+    pub(super) fn forget(&self) {
+        self.results.lock().clear();
+        self.blobs.lock().clear();
+    }
+}
+
 /// What a result names, and so must be there.
 struct Outputs {
     function: DigestFunction,
@@ -26,9 +66,31 @@ struct Outputs {
     directories: Vec<Digest>,
 }
 
-/// Whether the client's CAS has all that the result names.
+/// Whether the CAS has all that the result names.
 pub(super) async fn is_complete(
-    client: &grpc::Client,
+    cas: &Backend,
+    seen: &SeenOutputs,
+    instance: &InstanceName,
+    function: DigestFunction,
+    result: &ActionResult,
+) -> Result<bool, Error> {
+    let key = function.digest_of(&result.encode_to_vec());
+    let key = (instance.clone(), key);
+    let begun = Instant::now();
+    if seen.results.lock().contains(&key, begun) {
+        return Ok(true);
+    }
+    let complete = look(cas, seen, instance, function, result).await?;
+    if complete {
+        // As old as the first of its looks.
+        seen.results.lock().insert(key, begun);
+    }
+    Ok(complete)
+}
+
+async fn look(
+    cas: &Backend,
+    seen_outputs: &SeenOutputs,
     instance: &InstanceName,
     function: DigestFunction,
     result: &ActionResult,
@@ -37,7 +99,7 @@ pub(super) async fn is_complete(
         return Ok(false);
     };
     let trees = std::mem::take(&mut outputs.trees);
-    let Some(trees) = read::<reapi::Tree>(client, instance, &trees).await? else {
+    let Some(trees) = read::<reapi::Tree>(cas, instance, &trees).await? else {
         return Ok(false);
     };
     let in_trees = trees
@@ -51,7 +113,7 @@ pub(super) async fn is_complete(
     let mut seen: HashSet<Digest> = outputs.directories.iter().copied().collect();
     while !outputs.directories.is_empty() {
         let wanted = std::mem::take(&mut outputs.directories);
-        let Some(directories) = read::<reapi::Directory>(client, instance, &wanted).await? else {
+        let Some(directories) = read::<reapi::Directory>(cas, instance, &wanted).await? else {
             return Ok(false);
         };
         for directory in &directories {
@@ -71,21 +133,36 @@ pub(super) async fn is_complete(
     }
     outputs.blobs.sort_unstable();
     outputs.blobs.dedup();
-    Ok(client
-        .find_missing(instance, &outputs.blobs)
-        .await?
-        .is_empty())
+    let now = Instant::now();
+    {
+        let mut known = seen_outputs.blobs.lock();
+        outputs
+            .blobs
+            .retain(|digest| !known.contains(&(instance.clone(), *digest), now));
+    }
+    if outputs.blobs.is_empty() {
+        return Ok(true);
+    }
+    let missing = cas.find_missing(instance, &outputs.blobs).await?;
+    let missing: HashSet<Digest> = missing.into_iter().collect();
+    let mut known = seen_outputs.blobs.lock();
+    for digest in outputs
+        .blobs
+        .iter()
+        .filter(|digest| !missing.contains(digest))
+    {
+        known.insert((instance.clone(), *digest), now);
+    }
+    Ok(missing.is_empty())
 }
 
 /// `None` when one is missing, or is none.
 async fn read<M: Message + Default>(
-    client: &grpc::Client,
+    cas: &Backend,
     instance: &InstanceName,
     digests: &[Digest],
 ) -> Result<Option<Vec<M>>, Error> {
-    let contents = client
-        .read_many(instance, digests, MAXIMUM_MESSAGE_SIZE)
-        .await;
+    let contents = cas.read_many(instance, digests, MAXIMUM_MESSAGE_SIZE).await;
     let mut messages = Vec::with_capacity(contents.len());
     for content in contents {
         let content: Bytes = match content {

@@ -4,8 +4,26 @@ use std::{fs::File, io::ErrorKind, os::unix::fs::FileExt, sync::Arc};
 
 use bytes::Bytes;
 
-use super::Error;
+use super::{Error, blocking, verify};
 use crate::digest::Digest;
+
+/// Which of the blobs that somebody sent have the digests that they should have, with those that have.
+pub(super) async fn verify_all(
+    blobs: Vec<(Digest, Bytes)>,
+) -> Result<(Vec<Result<(), Error>>, Vec<(Digest, Content)>), Error> {
+    let verify =
+        |(digest, content): &(Digest, Bytes)| verify(digest, digest.function().digest_of(content));
+    let (results, blobs) = blocking(move || {
+        let results: Vec<Result<(), Error>> = blobs.iter().map(verify).collect();
+        (results, blobs)
+    })
+    .await?;
+    let right = blobs.into_iter().zip(&results);
+    let right = right.filter(|(_, result)| result.is_ok());
+    let right = right.map(|((digest, content), _)| (digest, Content::Bytes(content)));
+    let right = right.collect();
+    Ok((results, right))
+}
 
 /// The content of a blob that is to be uploaded.
 #[derive(Clone, Debug)]

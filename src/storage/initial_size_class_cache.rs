@@ -27,14 +27,12 @@ impl InitialSizeClassCache {
     /// Connects at the first call. The embedded one is where the blobs are, if these are embedded.
     pub fn open(location: &StorageLocation, backend: &Backend, credentials: &Credentials) -> Self {
         const TIMEOUT: Duration = Duration::from_secs(60);
-        match (location, backend) {
+        match (location, backend.embedded()) {
             (StorageLocation::Endpoint(endpoint), _) => InitialSizeClassCache::Grpc(
                 grpc::InitialSizeClassCacheClient::connect(endpoint, credentials, TIMEOUT),
             ),
-            (StorageLocation::Embedded, Backend::Embedded(store)) => {
-                InitialSizeClassCache::Embedded(store.clone())
-            }
-            (StorageLocation::Embedded, Backend::Grpc(_)) => InitialSizeClassCache::Absent,
+            (_, Some(store)) => InitialSizeClassCache::Embedded(store.clone()),
+            (_, None) => InitialSizeClassCache::Absent,
         }
     }
 

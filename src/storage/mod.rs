@@ -3,7 +3,8 @@
 //! [`Backend`] is the one way to blobs and action results, for the worker, the scheduler, and the
 //! services. To read in this order: this file; `single_flight`, `batch`, `retry` and `compression`, which
 //! all back ends share; [`embedded`], the store on this host's disk; [`grpc`], the client of any REAPI
-//! storage; [`serve`], the services over any back end.
+//! storage; [`shards`], several of those as one; `open`, which of them a configuration asks for; [`serve`],
+//! the services over any back end.
 //!
 //! 1. No blob is returned whose content does not match its digest.
 //! 2. The empty blob of every digest function is always present.
@@ -16,11 +17,7 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 
 use crate::{
-    config::{
-        Endpoint,
-        scheduler::{self as config, StorageLocation},
-    },
-    daemon::{self, Credentials, Failure},
+    daemon,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::reapi::ActionResult,
@@ -34,14 +31,20 @@ pub mod embedded;
 pub mod grpc;
 mod initial_size_class_cache;
 mod inline;
+mod open;
+mod recently;
 mod retry;
 pub mod serve;
+pub mod shards;
 pub mod single_flight;
 mod upload;
 
 pub use content::Content;
 pub use initial_size_class_cache::InitialSizeClassCache;
 pub use inline::InlineHints;
+pub use open::probe_servers;
+pub use retry::RetryPolicy;
+use shards::Shards;
 pub use upload::{Upload, UploadError};
 
 /// Why storage did not do what it was asked; each variant says who must act.
@@ -105,108 +108,91 @@ pub enum Backend {
     Embedded(Arc<embedded::Store>),
     /// Another server's, over gRPC.
     Grpc(grpc::Client),
+    /// Several servers', over gRPC.
+    Shards(Arc<Shards>),
+    /// CAS and AC in different places.
+    Separate(Arc<Separate>),
+}
+
+/// CAS and AC in different places.
+pub struct Separate {
+    /// Whose CAS is used.
+    pub cas: Backend,
+    /// Whose AC is used.
+    pub action_cache: Backend,
+}
+
+/// Where one of both is.
+#[derive(Clone, Copy)]
+enum Place<'b> {
+    Embedded(&'b Arc<embedded::Store>),
+    Grpc(&'b grpc::Client),
+    Shards(&'b Arc<Shards>),
+}
+
+impl<'b> Place<'b> {
+    async fn answers(self) -> Result<(), Error> {
+        match self {
+            Place::Embedded(_) => Ok(()),
+            Place::Grpc(client) => client.probe().await,
+            Place::Shards(shards) => shards.answers().await,
+        }
+    }
+
+    /// Of a CAS elsewhere.
+    fn seen_outputs(self) -> Option<&'b completeness::SeenOutputs> {
+        match self {
+            Place::Embedded(_) => None,
+            Place::Grpc(client) => Some(client.seen_outputs()),
+            Place::Shards(shards) => Some(shards.seen_outputs()),
+        }
+    }
 }
 
 impl Backend {
-    /// A client of REAPI servers, which connects at the first call.
-    pub fn connect(cas: &Endpoint, action_cache: &Endpoint, options: grpc::Options) -> Self {
-        Backend::Grpc(grpc::Client::connect(cas, action_cache, options))
-    }
-
-    /// Opens the embedded store, which blocks for up to a few seconds, or prepares to connect.
-    pub fn open(config: &config::Storage, credentials: Credentials) -> Result<Self, Failure> {
-        let embedded = || {
-            let size = config.embedded.maximum_size.0;
-            let minimum_free = config.embedded.minimum_free.0;
-            let directory = &config.embedded.directory;
-            let store = embedded::Store::open_leaving(directory, size, minimum_free)?;
-            tracing::info!(
-                directory = %config.embedded.directory.display(),
-                entries = store.count(),
-                bytes = store.used(),
-                "opened the embedded store"
-            );
-            let directory = &config.embedded.directory;
-            if let Some(disk) = daemon::disk::space(directory)
-                && store.used().saturating_add(disk.available) < size
-            {
-                tracing::warn!(
-                    directory = %directory.display(),
-                    left = %daemon::disk::rounded_to_mib(store.used() + disk.available),
-                    "the disk has less left for the embedded store than storage.embedded.maximum_size, \
-                     {}; lower that, or free space there",
-                    config.embedded.maximum_size
-                );
-            }
-            Ok(Backend::Embedded(Arc::new(store)))
-        };
-        match (&config.cas, &config.action_cache) {
-            (StorageLocation::Endpoint(cas), StorageLocation::Endpoint(action_cache)) => {
-                let options = grpc::Options {
-                    credentials,
-                    ..Default::default()
-                };
-                let client = grpc::Client::connect(cas, action_cache, options);
-                Ok(Backend::Grpc(client))
-            }
-            // The configuration's check refuses a mixture.
-            _ => embedded(),
-        }
-    }
-
-    /// What would keep this storage from working.
-    pub async fn probe(config: &config::Storage) -> Vec<Failure> {
-        match (&config.cas, &config.action_cache) {
-            (StorageLocation::Endpoint(cas), StorageLocation::Endpoint(action_cache)) => {
-                let credentials = Credentials::of("storage.tls", &config.tls);
-                let credentials = credentials
-                    .clone()
-                    .with_headers(config.call_headers(), None)
-                    // That is told by itself.
-                    .unwrap_or(credentials);
-                let options = grpc::Options {
-                    credentials,
-                    ..Default::default()
-                };
-                let client = grpc::Client::connect(cas, action_cache, options);
-                match client.probe().await {
-                    Ok(()) => Vec::new(),
-                    Err(error) => vec![Failure::Configuration {
-                        key: "storage.cas",
-                        message: error.to_string(),
-                    }],
-                }
-            }
-            _ => embedded::probe(&config.embedded.directory, config.embedded.maximum_size.0),
-        }
-    }
-
-    /// Whether there is a storage at the other end.
-    pub async fn answers(&self) -> Result<(), Error> {
-        match self {
-            Backend::Embedded(_) => Ok(()),
-            Backend::Grpc(client) => client.probe().await,
-        }
-    }
-
-    /// The embedded store, if that is what this is.
+    /// The embedded store, if blobs or results are in one.
     pub fn embedded(&self) -> Option<&Arc<embedded::Store>> {
-        match self {
-            Backend::Embedded(store) => Some(store),
-            Backend::Grpc(_) => None,
+        match (self.cas(), self.action_cache()) {
+            (Place::Embedded(store), _) | (_, Place::Embedded(store)) => Some(store),
+            _ => None,
         }
     }
 
-    /// Whether clients must be served here, since this back end is no REAPI server itself.
+    /// Whether clients must be served here, since nobody else has all of this.
     pub fn needs_services(&self) -> bool {
-        matches!(self, Backend::Embedded(_))
+        !matches!(self, Backend::Grpc(_))
+    }
+
+    fn cas(&self) -> Place<'_> {
+        match self {
+            Backend::Embedded(store) => Place::Embedded(store),
+            Backend::Grpc(client) => Place::Grpc(client),
+            Backend::Shards(shards) => Place::Shards(shards),
+            Backend::Separate(places) => places.cas.cas(),
+        }
+    }
+
+    fn action_cache(&self) -> Place<'_> {
+        match self {
+            Backend::Separate(places) => places.action_cache.action_cache(),
+            _ => self.cas(),
+        }
+    }
+
+    /// Outputs that were there a moment ago may be gone.
+    fn note<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
+        if let (Err(Error::Missing(_)), Some(seen)) = (&result, self.cas().seen_outputs()) {
+            seen.forget();
+        }
+        result
     }
 
     /// Bytes of the largest blob that is taken; the most there is when a server does not say.
     pub async fn maximum_blob_size(&self, instance: &InstanceName) -> u64 {
-        match self {
-            Backend::Embedded(store) => store.maximum_blob_size(),
-            Backend::Grpc(client) => client.maximum_blob_size(instance).await,
+        match self.cas() {
+            Place::Embedded(store) => store.maximum_blob_size(),
+            Place::Grpc(client) => client.maximum_blob_size(instance).await,
+            Place::Shards(shards) => shards.maximum_blob_size(instance).await,
         }
     }
 
@@ -216,10 +202,11 @@ impl Backend {
         instance: &InstanceName,
         digests: &[Digest],
     ) -> Result<Vec<Digest>, Error> {
-        match self {
+        match self.cas() {
             // The index is in memory.
-            Backend::Embedded(store) => Ok(store.find_missing(digests)),
-            Backend::Grpc(client) => client.find_missing(instance, digests).await,
+            Place::Embedded(store) => Ok(store.find_missing(digests)),
+            Place::Grpc(client) => client.find_missing(instance, digests).await,
+            Place::Shards(shards) => shards.find_missing(instance, digests).await,
         }
     }
 
@@ -230,12 +217,18 @@ impl Backend {
         digest: &Digest,
         limit: u64,
     ) -> Result<Bytes, Error> {
-        match self {
-            Backend::Embedded(store) => {
+        match self.cas() {
+            Place::Embedded(store) => {
                 let (store, digest) = (store.clone(), *digest);
                 blocking(move || store.read(&digest, limit)).await?
             }
-            Backend::Grpc(client) => client.read(instance, digest, limit).await,
+            Place::Grpc(client) => self.note(client.read(instance, digest, limit).await),
+            Place::Shards(shards) => {
+                let mut one = shards.read_many(instance, &[*digest], limit).await;
+                let one = one.pop();
+                let none = || Err(Error::Internal("a read had no result".to_owned()));
+                self.note(one.unwrap_or_else(none))
+            }
         }
     }
 
@@ -247,15 +240,28 @@ impl Backend {
         digests: &[Digest],
         limit: u64,
     ) -> Vec<Result<Bytes, Error>> {
-        match self {
-            Backend::Embedded(store) => {
+        match self.cas() {
+            Place::Embedded(store) => {
                 let (store, wanted) = (store.clone(), digests.to_vec());
                 let read = move |digest: &Digest| store.read(digest, limit);
                 blocking(move || wanted.iter().map(read).collect())
                     .await
                     .unwrap_or_else(|error| vec![Err(error); digests.len()])
             }
-            Backend::Grpc(client) => client.read_many(instance, digests, limit).await,
+            Place::Grpc(client) => {
+                let results = client.read_many(instance, digests, limit).await;
+                results
+                    .into_iter()
+                    .map(|result| self.note(result))
+                    .collect()
+            }
+            Place::Shards(shards) => {
+                let results = shards.read_many(instance, digests, limit).await;
+                results
+                    .into_iter()
+                    .map(|result| self.note(result))
+                    .collect()
+            }
         }
     }
 
@@ -268,9 +274,10 @@ impl Backend {
         start: u64,
         end: u64,
     ) -> Result<BlobStream, Error> {
-        match self {
-            Backend::Embedded(store) => store.stream(digest, start, end).await,
-            Backend::Grpc(client) => Ok(client.stream(instance, digest, start, end)),
+        match self.cas() {
+            Place::Embedded(store) => store.stream(digest, start, end).await,
+            Place::Grpc(client) => Ok(client.stream(instance, digest, start, end)),
+            Place::Shards(shards) => self.note(shards.stream(instance, digest, start, end).await),
         }
     }
 
@@ -281,12 +288,13 @@ impl Backend {
         digest: &Digest,
         file: Arc<std::fs::File>,
     ) -> Result<(), Error> {
-        match self {
-            Backend::Embedded(store) => {
+        match self.cas() {
+            Place::Embedded(store) => {
                 let (store, digest) = (store.clone(), *digest);
                 blocking(move || store.read_to_file(&digest, &file)).await?
             }
-            Backend::Grpc(client) => client.read_to_file(instance, digest, file).await,
+            Place::Grpc(client) => self.note(client.read_to_file(instance, digest, file).await),
+            Place::Shards(shards) => self.note(shards.read_to_file(instance, digest, file).await),
         }
     }
 
@@ -296,12 +304,13 @@ impl Backend {
         instance: &InstanceName,
         blobs: Vec<(Digest, Content)>,
     ) -> Result<(), Error> {
-        match self {
-            Backend::Embedded(store) => {
+        match self.cas() {
+            Place::Embedded(store) => {
                 let store = store.clone();
                 blocking(move || store.store_all(blobs)).await?
             }
-            Backend::Grpc(client) => client.upload(instance, blobs).await,
+            Place::Grpc(client) => client.upload(instance, blobs).await,
+            Place::Shards(shards) => shards.upload(instance, blobs).await,
         }
     }
 
@@ -311,12 +320,13 @@ impl Backend {
         instance: &InstanceName,
         blobs: Vec<(Digest, Bytes)>,
     ) -> Result<Vec<Result<(), Error>>, Error> {
-        match self {
-            Backend::Embedded(store) => {
+        match self.cas() {
+            Place::Embedded(store) => {
                 let store = store.clone();
                 blocking(move || store.put(&blobs)).await
             }
-            Backend::Grpc(client) => client.put_many(instance, blobs).await,
+            Place::Grpc(client) => client.put_many(instance, blobs).await,
+            Place::Shards(shards) => shards.put_many(instance, blobs).await,
         }
     }
 
@@ -329,22 +339,31 @@ impl Backend {
         digest: Digest,
         offset: i64,
     ) -> Result<Upload, UploadError> {
-        match self {
-            Backend::Embedded(store) => {
+        match self.cas() {
+            Place::Embedded(store) => {
                 Upload::resume_embedded(store, resource_name, owner, digest, offset).await
             }
-            Backend::Grpc(client) => Ok(Upload::Grpc(client.forward_upload(resource_name, digest))),
+            Place::Grpc(client) => Ok(Upload::Grpc(client.forward_upload(resource_name, digest))),
+            Place::Shards(shards) => {
+                let upload = shards.forward_upload(resource_name, digest)?;
+                Ok(Upload::Shards(upload))
+            }
         }
     }
 
     /// How many bytes of an upload have been received, for a blob that is not there yet.
-    pub async fn upload_progress(&self, resource_name: &str) -> Result<u64, Error> {
-        match self {
-            Backend::Embedded(store) => {
+    pub async fn upload_progress(
+        &self,
+        resource_name: &str,
+        digest: &Digest,
+    ) -> Result<u64, Error> {
+        match self.cas() {
+            Place::Embedded(store) => {
                 let (uploads, name) = (store.uploads().clone(), resource_name.to_owned());
                 blocking(move || uploads.received(&name)).await
             }
-            Backend::Grpc(client) => client.committed_size(resource_name).await,
+            Place::Grpc(client) => client.upload_progress(resource_name).await,
+            Place::Shards(shards) => shards.upload_progress(resource_name, digest).await,
         }
     }
 
@@ -354,29 +373,33 @@ impl Backend {
         instance: &InstanceName,
         action: &Digest,
     ) -> Result<Option<ActionResult>, Error> {
-        let result = self.action_result(instance, action).await?;
-        let (Backend::Grpc(client), Some(result)) = (self, &result) else {
-            return Ok(result);
+        let Some(result) = self.action_result(instance, action).await? else {
+            return Ok(None);
         };
-        let function = action.function();
-        let complete = completeness::is_complete(client, instance, function, result).await?;
-        Ok(complete.then(|| result.clone()))
+        // The embedded store has looked already.
+        let complete = matches!(self, Backend::Embedded(_))
+            || self
+                .is_complete(instance, action.function(), &result)
+                .await?;
+        Ok(complete.then_some(result))
     }
 
-    /// Whether all outputs of a result are in the CAS.
+    /// Whether all outputs of a result are in the CAS. Elsewhere than in the embedded store, what was
+    /// there two seconds ago counts.
     pub async fn is_complete(
         &self,
         instance: &InstanceName,
         function: DigestFunction,
         result: &ActionResult,
     ) -> Result<bool, Error> {
-        match self {
-            Backend::Embedded(store) => {
+        match (self.cas(), self.cas().seen_outputs()) {
+            (Place::Embedded(store), _) => {
                 let (store, result) = (store.clone(), result.clone());
                 blocking(move || store.is_complete(function, &result)).await
             }
-            Backend::Grpc(client) => {
-                completeness::is_complete(client, instance, function, result).await
+            (_, None) => Ok(false),
+            (_, Some(seen)) => {
+                completeness::is_complete(self, seen, instance, function, result).await
             }
         }
     }
@@ -387,12 +410,18 @@ impl Backend {
         instance: &InstanceName,
         action: &Digest,
     ) -> Result<Option<ActionResult>, Error> {
-        match self {
-            Backend::Embedded(store) => {
+        match self.action_cache() {
+            Place::Embedded(store) => {
                 let (store, instance, action) = (store.clone(), instance.clone(), *action);
-                blocking(move || store.action_result(&instance, &action)).await?
+                let has_blobs = matches!(self, Backend::Embedded(_));
+                blocking(move || match has_blobs {
+                    true => store.action_result(&instance, &action),
+                    false => store.unchecked_action_result(&instance, &action),
+                })
+                .await?
             }
-            Backend::Grpc(client) => client.action_result(instance, action).await,
+            Place::Grpc(client) => client.action_result(instance, action).await,
+            Place::Shards(shards) => shards.action_result(instance, action).await,
         }
     }
 
@@ -403,12 +432,13 @@ impl Backend {
         action: &Digest,
         result: ActionResult,
     ) -> Result<(), Error> {
-        match self {
-            Backend::Embedded(store) => {
+        match self.action_cache() {
+            Place::Embedded(store) => {
                 let (store, instance, action) = (store.clone(), instance.clone(), *action);
                 blocking(move || store.update_action_result(&instance, &action, &result)).await?
             }
-            Backend::Grpc(client) => client.update_action_result(instance, action, result).await,
+            Place::Grpc(client) => client.update_action_result(instance, action, result).await,
+            Place::Shards(shards) => shards.update_action_result(instance, action, result).await,
         }
     }
 }

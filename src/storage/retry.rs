@@ -1,11 +1,21 @@
 //! Trying again: whether, how often, for how long, and how long to wait in between.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 
-/// From the first failure, how long a call is tried again.
+/// From the first failure, how long a call is tried again where nothing else can be asked.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Of a budget of retries: each call adds one of these, and each retry takes `RETRY_COST`.
+const MOST_SAVED: u32 = 100 * RETRY_COST;
+const RETRY_COST: u32 = 10;
 
 /// How often a server may say that the trouble is its own, or that it is full, before it is believed.
 const BELIEVED_AFTER: u32 = 5;
@@ -27,21 +37,81 @@ pub(super) enum Transience {
     Transient,
 }
 
+/// How calls to one peer are tried again.
+#[derive(Clone, Debug)]
+pub struct RetryPolicy {
+    /// From the first failure.
+    timeout: Duration,
+    /// `None` where nothing else can be asked, so that retries are all that is left.
+    budget: Option<Arc<RetryBudget>>,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        RetryPolicy {
+            timeout: RETRY_TIMEOUT,
+            budget: None,
+        }
+    }
+}
+
+impl RetryPolicy {
+    /// For so long, and no more than one retry for ten calls in the long run, so that a peer that is in
+    /// trouble is not asked several times as much as before.
+    pub fn budgeted(timeout: Duration) -> Self {
+        RetryPolicy {
+            timeout,
+            budget: Some(Arc::default()),
+        }
+    }
+
+    /// The attempts at a call that is about to be made.
+    pub(super) fn attempts(&self) -> Attempts {
+        if let Some(budget) = &self.budget {
+            budget.save();
+        }
+        Attempts {
+            failures: 0,
+            first_failure: None,
+            delays: DELAYS.build(),
+            policy: self.clone(),
+        }
+    }
+}
+
+/// How many retries all calls to a peer have left together.
+#[derive(Debug)]
+struct RetryBudget(AtomicU32);
+
+impl Default for RetryBudget {
+    fn default() -> Self {
+        RetryBudget(AtomicU32::new(MOST_SAVED))
+    }
+}
+
+impl RetryBudget {
+    fn save(&self) {
+        let more = |saved: u32| Some((saved + 1).min(MOST_SAVED));
+        let _ = self
+            .0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+    }
+
+    /// False when nothing is left.
+    fn take(&self) -> bool {
+        let less = |saved: u32| saved.checked_sub(RETRY_COST);
+        self.0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less)
+            .is_ok()
+    }
+}
+
 /// The attempts at one call.
 pub(super) struct Attempts {
     failures: u32,
     first_failure: Option<Instant>,
     delays: <ExponentialBuilder as BackoffBuilder>::Backoff,
-}
-
-impl Default for Attempts {
-    fn default() -> Self {
-        Attempts {
-            failures: 0,
-            first_failure: None,
-            delays: DELAYS.build(),
-        }
-    }
+    policy: RetryPolicy,
 }
 
 impl Attempts {
@@ -54,7 +124,15 @@ impl Attempts {
         };
         self.failures += 1;
         let first = *self.first_failure.get_or_insert_with(Instant::now);
-        if self.failures >= most || first.elapsed() >= RETRY_TIMEOUT {
+        if self.failures >= most || first.elapsed() >= self.policy.timeout {
+            return false;
+        }
+        if self
+            .policy
+            .budget
+            .as_ref()
+            .is_some_and(|budget| !budget.take())
+        {
             return false;
         }
         tokio::time::sleep(self.delays.next().unwrap_or_default()).await;
@@ -68,13 +146,26 @@ mod tests {
 
     #[tokio::test]
     async fn a_doubtful_failure_is_believed_when_it_is_repeated() {
-        let mut attempts = Attempts::default();
+        let mut attempts = RetryPolicy::default().attempts();
         assert!(!attempts.wait(Transience::Permanent).await);
         for _ in 1..BELIEVED_AFTER {
             assert!(attempts.wait(Transience::Doubtful).await);
         }
         assert!(!attempts.wait(Transience::Doubtful).await);
         assert!(attempts.wait(Transience::Transient).await);
+    }
+
+    #[tokio::test]
+    async fn a_budget_of_retries_runs_out_and_is_filled_by_calls() {
+        let policy = RetryPolicy::budgeted(Duration::from_secs(60));
+        let budget = policy.budget.clone().unwrap();
+        while budget.take() {}
+        assert!(!policy.attempts().wait(Transience::Transient).await);
+        for _ in 0..RETRY_COST {
+            policy.attempts();
+        }
+        assert!(policy.attempts().wait(Transience::Transient).await);
+        assert!(!policy.attempts().wait(Transience::Transient).await);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
 
-use super::{Error, blocking, embedded, grpc};
+use super::{Error, blocking, embedded, grpc, shards};
 use crate::digest::Digest;
 
 /// A call's part in an upload.
@@ -19,6 +19,8 @@ pub enum Upload {
     },
     /// To another server, as it comes.
     Grpc(grpc::ForwardedUpload),
+    /// To the servers of a shard, as it comes.
+    Shards(shards::ShardUpload),
 }
 
 /// Why a call cannot go on; the client must act.
@@ -78,6 +80,12 @@ impl Upload {
                 }
                 Ok(())
             }
+            Upload::Shards(upload) => {
+                for (offset, data) in parts {
+                    upload.write(offset, data).await?;
+                }
+                Ok(())
+            }
         }
     }
 
@@ -88,6 +96,7 @@ impl Upload {
                 blocking(move || lease.finish(&digest, finish_write)).await?
             }
             Upload::Grpc(upload) => upload.finish(finish_write).await,
+            Upload::Shards(upload) => upload.finish(finish_write).await,
         }
     }
 }

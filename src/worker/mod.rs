@@ -91,7 +91,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let traces = TraceExporter::start("bb_worker", &config.traces, &lifecycle)?;
     let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?
         .with_headers(config.storage.call_headers(), Some(&lifecycle))?;
-    let storage = setup::connect_storage(&config, credentials);
+    let storage = setup::connect_storage(&config, credentials)?;
     let (cache, store) = setup::open_directories(&config, slots, &storage).await?;
     let (files, bytes) = cache.usage();
     tracing::info!(files, bytes, directory = %cache.path().display(), "opened the cache");

@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
-use super::setup::{check_own, connect_storage, group_of, one_file_system};
+use super::setup::{check_own, group_of, one_file_system, storage_options};
 use crate::{
     config::{
         self, Diagnostics, DirectoryKind, directory_kind,
@@ -16,6 +16,7 @@ use crate::{
         remoteworker::{SynchronizeRequest, operation_queue_client::OperationQueueClient},
         runner::{CheckReadinessRequest, runner_client::RunnerClient},
     },
+    storage::probe_servers,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -194,22 +195,20 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
         .clone()
         .with_headers(config.storage.call_headers(), None)
         .unwrap_or(credentials);
-    let storage = connect_storage(config, credentials);
-    let wrong = match tokio::time::timeout(TIMEOUT, storage.answers()).await {
-        Ok(Ok(())) => None,
-        Ok(Err(error)) => Some(Failure::Configuration {
-            key: "storage.cas",
-            message: format!("{}: {error}", config.storage.cas),
-        }),
-        Err(_) => Some(Failure::Configuration {
+    let options = storage_options(config, credentials);
+    let places = config.storage.places();
+    let wrong = tokio::time::timeout(TIMEOUT, probe_servers(&places, &options)).await;
+    let wrong = wrong.unwrap_or_else(|_| {
+        vec![Failure::Configuration {
             key: "storage.cas",
             message: format!("{} does not answer", config.storage.cas),
-        }),
+        }]
+    });
+    let what = match places.has_shards() {
+        true => format!("storage: all of {} shards answer", places.shards.len()),
+        false => format!("storage.cas: {} answers", config.storage.cas),
     };
-    report.record(
-        format!("storage.cas: {} answers", config.storage.cas),
-        wrong,
-    );
+    report.record(what, wrong);
 }
 
 /// Whether it is ready, and looks for actions where this worker lays them out.

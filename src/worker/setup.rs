@@ -23,17 +23,22 @@ use crate::{
     storage::{Backend, grpc},
 };
 
-pub(super) fn connect_storage(config: &Config, credentials: Credentials) -> Backend {
-    Backend::connect(
-        &config.storage.cas,
-        &config.storage.action_cache,
-        grpc::Options {
-            download_concurrency: config.storage.download_concurrency,
-            upload_concurrency: config.storage.upload_concurrency,
-            credentials,
-            ..Default::default()
-        },
-    )
+pub(super) fn connect_storage(
+    config: &Config,
+    credentials: Credentials,
+) -> Result<Backend, Failure> {
+    let options = storage_options(config, credentials);
+    // Embedded is nothing here, as the configuration's check says.
+    Backend::connect_to(&config.storage.places(), None, &options)
+}
+
+pub(super) fn storage_options(config: &Config, credentials: Credentials) -> grpc::Options {
+    grpc::Options {
+        download_concurrency: config.storage.download_concurrency,
+        upload_concurrency: config.storage.upload_concurrency,
+        credentials,
+        ..Default::default()
+    }
 }
 
 /// The file cache and the build directory.

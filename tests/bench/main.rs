@@ -15,6 +15,7 @@ mod queue;
 mod roots;
 mod runs;
 mod secure;
+mod shards;
 mod soak;
 mod stream;
 
@@ -36,6 +37,7 @@ fn main() {
         ("roots", roots::run),
         ("runs", runs::run),
         ("secure", secure::run),
+        ("shards", shards::run),
         ("soak", soak::run),
         ("stream", stream::run),
     ] {
@@ -46,7 +48,7 @@ fn main() {
     }
     if !known {
         eprintln!(
-            "no benchmark {name:?}; there are: actions, cas, noop, queue, roots, runs, secure, soak, stream"
+            "no benchmark {name:?}; there are: actions, cas, noop, queue, roots, runs, secure, shards, soak, stream"
         );
         std::process::exit(2);
     }

@@ -356,9 +356,43 @@ const SCHEDULER: &[Row] = &[
         Refused("workers.listen"),
     ),
     // Storage.
+    ("storage.cas = \"grpc://127.0.0.1:1\"", Waits("storage.cas")),
     (
-        "storage.cas = \"grpc://127.0.0.1:1\"",
-        Refused("either both \"embedded\" or both endpoints"),
+        "storage.action_cache = \"grpc://127.0.0.1:1\"",
+        Waits("storage.action_cache"),
+    ),
+    (
+        "storage.cas = \"shards\"",
+        Refused("there are no storage.shards"),
+    ),
+    (
+        "storage.shards = [{ name = \"a\", endpoints = [\"grpc://127.0.0.1:1\"] }]",
+        Refused("write cas = \"shards\""),
+    ),
+    (
+        "storage.cas = \"shards\"\nstorage.shards = [{ name = \"a\", endpoints = [\"grpc://127.0.0.1:1\"] }]",
+        Waits("shard a at grpc://127.0.0.1:1"),
+    ),
+    (
+        "storage.cas = \"shards\"\nstorage.shards = [{ endpoints = [\"grpc://127.0.0.1:1\"] }]",
+        Refused("a name of its own"),
+    ),
+    (
+        "storage.cas = \"shards\"\nstorage.shards = [{ name = \"a\", endpoints = [] }]",
+        Refused("up to 8 that mirror each other"),
+    ),
+    (
+        "storage.cas = \"shards\"\nstorage.shards = [{ name = \"a\", weight = 0, endpoints = [\"grpc://127.0.0.1:1\"] }]",
+        Refused("from 1 to 1000000"),
+    ),
+    (
+        "storage.cas = \"shards\"\nstorage.shards = [{ name = \"a\", endpoints = [\"grpc://127.0.0.1:{clients}\"] }]",
+        Refused("this scheduler's own port"),
+    ),
+    ("storage.health.faults = 0", Refused("3 is a good start")),
+    (
+        "storage.health.timeout = \"1ms\"",
+        Refused("less than 100ms"),
     ),
     (
         "storage.cas = \"grpc://127.0.0.1:1\"\nstorage.action_cache = \"grpc://127.0.0.1:1\"",
@@ -368,7 +402,7 @@ const SCHEDULER: &[Row] = &[
         "storage.cas = \"grpc://127.0.0.1:{clients}\"\nstorage.action_cache = \"grpc://127.0.0.1:{clients}\"",
         Refused("this scheduler's own port"),
     ),
-    ("storage.cas = \"grpcs://a:1\"", Refused("storage.cas")),
+    ("storage.cas = \"grpcs://a:1\"", Waits("storage.cas")),
     ("storage.cas = \"http://a:1/\"", Refused("grpc://")),
     ("storage.cas = \"embeded\"", Refused("or \"embedded\"")),
     (

@@ -25,6 +25,7 @@ mod compression;
 mod disk;
 mod limits;
 mod peers;
+mod shards;
 
 /// A back end that is served on a socket of its own.
 pub struct Serving {

@@ -29,6 +29,16 @@ impl Store {
         instance: &InstanceName,
         action: &Digest,
     ) -> Result<Option<ActionResult>, Error> {
+        let result = self.unchecked_action_result(instance, action)?;
+        Ok(result.filter(|result| self.check_complete(action.function(), result).is_ok()))
+    }
+
+    /// The same for outputs that are in another CAS.
+    pub fn unchecked_action_result(
+        &self,
+        instance: &InstanceName,
+        action: &Digest,
+    ) -> Result<Option<ActionResult>, Error> {
         let key = IndexKey::action(instance, action);
         let Some(content) = self
             .space
@@ -43,10 +53,7 @@ impl Store {
                 "the stored result of action {action} cannot be read: {error}"
             ))
         })?;
-        Ok(self
-            .check_complete(action.function(), &result)
-            .is_ok()
-            .then_some(result))
+        Ok(Some(result))
     }
 
     /// Whether all outputs of a result are there; they are then recently used.

@@ -7,17 +7,18 @@ use tonic::{Response, Status};
 use super::status::{may_be_too_large, wait};
 use crate::{
     digest::Digest,
-    storage::{Error, retry::Attempts},
+    storage::{Error, retry::RetryPolicy},
 };
 
 /// Calls until there is an answer, or it is no use. Each answer takes no longer than `limit`;
 /// `digest` is what NOT_FOUND is about.
 pub(super) async fn unary<T, F: Future<Output = Result<Response<T>, Status>> + Send>(
     limit: Duration,
+    retry: &RetryPolicy,
     digest: Option<&Digest>,
     call: impl Fn() -> F + Send,
 ) -> Result<T, Error> {
-    let mut attempts = Attempts::default();
+    let mut attempts = retry.attempts();
     loop {
         match timely(limit, call()).await {
             Ok(answer) => return Ok(answer.into_inner()),
@@ -29,9 +30,10 @@ pub(super) async fn unary<T, F: Future<Output = Result<Response<T>, Status>> + S
 /// The same as `unary` for a call that can be made in parts; the inner error is a refusal of its size.
 pub(super) async fn divisible<T, F: Future<Output = Result<Response<T>, Status>> + Send>(
     limit: Duration,
+    retry: &RetryPolicy,
     call: impl Fn() -> F + Send,
 ) -> Result<Result<T, Status>, Error> {
-    let mut attempts = Attempts::default();
+    let mut attempts = retry.attempts();
     loop {
         match timely(limit, call()).await {
             Ok(answer) => return Ok(Ok(answer.into_inner())),

@@ -77,11 +77,11 @@ impl Client {
             return Ok(Ok(Vec::new()));
         };
         let request = FindMissingBlobsRequest {
-            instance_name: instance.to_string(),
+            instance_name: self.name_there(instance).to_string(),
             blob_digests: digests.iter().map(Digest::to_proto).collect(),
             digest_function: function.to_proto() as i32,
         };
-        let answer = call::divisible(self.0.timeouts.call, || {
+        let answer = call::divisible(self.0.timeouts.call, &self.0.retry, || {
             let (mut client, request) = (self.cas(), request.clone());
             async move { client.find_missing_blobs(request).await }
         });

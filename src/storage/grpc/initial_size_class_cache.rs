@@ -13,7 +13,7 @@ use crate::{
         UpdatePreviousExecutionStatsRequest,
         initial_size_class_cache_client::InitialSizeClassCacheClient as Stub,
     },
-    storage::Error,
+    storage::{Error, retry::RetryPolicy},
 };
 
 /// Cheap to clone.
@@ -44,7 +44,8 @@ impl InitialSizeClassCacheClient {
             reduced_action_digest: Some(reduced_action.to_proto()),
             digest_function: reduced_action.function().to_proto() as i32,
         };
-        let answer = call::unary(self.timeout, Some(reduced_action), || {
+        let retry = RetryPolicy::default();
+        let answer = call::unary(self.timeout, &retry, Some(reduced_action), || {
             let (mut stub, request) = (self.stub.clone(), request.clone());
             async move { stub.get_previous_execution_stats(request).await }
         });
@@ -68,7 +69,8 @@ impl InitialSizeClassCacheClient {
             previous_execution_stats: Some(stats),
             digest_function: reduced_action.function().to_proto() as i32,
         };
-        let answer = call::unary(self.timeout, None, || {
+        let retry = RetryPolicy::default();
+        let answer = call::unary(self.timeout, &retry, None, || {
             let (mut stub, request) = (self.stub.clone(), request.clone());
             async move { stub.update_previous_execution_stats(request).await }
         });

@@ -25,7 +25,9 @@ use self::{
     limits::{Announced, CallLimits},
     on_behalf::AddCarriedHeaders,
 };
-use super::{Error, compression, single_flight::SingleFlight};
+use super::{
+    Error, completeness::SeenOutputs, compression, retry::RetryPolicy, single_flight::SingleFlight,
+};
 use crate::{
     config::Endpoint,
     daemon::{self, Credentials},
@@ -71,6 +73,10 @@ pub struct Options {
     pub credentials: Credentials,
     /// Whether blobs travel compressed.
     pub compression: Compression,
+    /// How calls that fail are tried again.
+    pub retry: RetryPolicy,
+    /// What is put before the instance name of each call.
+    pub instance_name_prefix: InstanceName,
 }
 
 /// Whether blobs travel compressed, where their server announces that they may.
@@ -115,6 +121,8 @@ impl Default for Options {
             timeouts: Timeouts::default(),
             credentials: Credentials::default(),
             compression: Compression::default(),
+            retry: RetryPolicy::default(),
+            instance_name_prefix: InstanceName::empty(),
         }
     }
 }
@@ -135,11 +143,14 @@ struct ClientState {
     action_cache: Channel,
     limits: CallLimits,
     timeouts: Timeouts,
+    retry: RetryPolicy,
+    instance_name_prefix: InstanceName,
     /// Where the CAS announces it.
     compresses: bool,
     downloads: Arc<Semaphore>,
     uploads: Semaphore,
     reads: SingleFlight<FlightKey, Result<Bytes, Error>>,
+    seen_outputs: SeenOutputs,
 }
 
 /// Blobs of at most this size travel in batches, if the server's batches are not smaller still.
@@ -167,6 +178,8 @@ impl Client {
             action_cache: connect(action_cache),
             limits: CallLimits::default(),
             timeouts: options.timeouts,
+            retry: options.retry,
+            instance_name_prefix: options.instance_name_prefix,
             compresses: match options.compression {
                 Compression::BetweenHosts => !cas.is_local(),
                 Compression::Always => true,
@@ -175,18 +188,25 @@ impl Client {
             downloads: Arc::new(permits(options.download_concurrency)),
             uploads: permits(options.upload_concurrency),
             reads: SingleFlight::default(),
+            seen_outputs: SeenOutputs::default(),
         }))
     }
 
     /// One GetCapabilities, for `--check`: is there a CAS at the other end?
     pub async fn probe(&self) -> Result<(), Error> {
-        let request = GetCapabilitiesRequest::default();
+        let request = GetCapabilitiesRequest {
+            instance_name: self.0.instance_name_prefix.to_string(),
+        };
+        let limit = self.0.timeouts.capabilities;
         let answer = tokio::time::timeout(
-            self.0.timeouts.capabilities,
+            limit,
             CapabilitiesClient::new(self.channel()).get_capabilities(request),
         )
         .await
-        .map_err(|_| Error::Unavailable("the CAS did not answer within 10 seconds".to_owned()))?;
+        .map_err(|_| {
+            let seconds = limit.as_secs();
+            Error::Unavailable(format!("the CAS did not answer within {seconds} seconds"))
+        })?;
         match answer {
             Ok(answer) if answer.get_ref().cache_capabilities.is_none() => Err(Error::Invalid(
                 "the server announces no cache_capabilities, so it is no CAS".to_owned(),
@@ -229,13 +249,13 @@ impl Client {
         action: &Digest,
     ) -> Result<Option<ActionResult>, Error> {
         let request = GetActionResultRequest {
-            instance_name: instance.to_string(),
+            instance_name: self.name_there(instance).to_string(),
             action_digest: Some(action.to_proto()),
             digest_function: action.function().to_proto() as i32,
             ..Default::default()
         };
         let limit = self.0.timeouts.call;
-        let result = call::unary(limit, Some(action), || {
+        let result = call::unary(limit, &self.0.retry, Some(action), || {
             let (mut client, request) = (self.actions(), request.clone());
             async move { client.get_action_result(request).await }
         });
@@ -254,17 +274,27 @@ impl Client {
         result: ActionResult,
     ) -> Result<(), Error> {
         let request = UpdateActionResultRequest {
-            instance_name: instance.to_string(),
+            instance_name: self.name_there(instance).to_string(),
             action_digest: Some(action.to_proto()),
             action_result: Some(result),
             results_cache_policy: None,
             digest_function: action.function().to_proto() as i32,
         };
-        let answer = call::unary(self.0.timeouts.call, None, || {
+        let answer = call::unary(self.0.timeouts.call, &self.0.retry, None, || {
             let (mut client, request) = (self.actions(), request.clone());
             async move { client.update_action_result(request).await }
         });
         answer.await.map(drop)
+    }
+
+    /// What its CAS had a moment ago.
+    pub(super) fn seen_outputs(&self) -> &SeenOutputs {
+        &self.0.seen_outputs
+    }
+
+    /// What the server calls an instance.
+    fn name_there(&self, instance: &InstanceName) -> InstanceName {
+        self.0.instance_name_prefix.join(instance)
     }
 
     fn channel(&self) -> Channel {
@@ -322,7 +352,7 @@ impl Client {
     async fn ask_for_limits(&self, instance: &InstanceName) {
         let ask = async {
             let request = GetCapabilitiesRequest {
-                instance_name: instance.to_string(),
+                instance_name: self.name_there(instance).to_string(),
             };
             let mut client = CapabilitiesClient::new(self.channel());
             let answer = client.get_capabilities(request);

@@ -17,7 +17,6 @@ use crate::{
     resource::Compressor,
     storage::{
         Error, batch, blocking, compression,
-        retry::Attempts,
         single_flight::{self, Follower, Role},
         verify,
     },
@@ -150,7 +149,7 @@ impl Client {
         instance: &InstanceName,
         mut leaders: Vec<ReadLeader>,
     ) -> Option<(Vec<ReadLeader>, Status)> {
-        let mut attempts = Attempts::default();
+        let mut attempts = self.0.retry.attempts();
         let mut corrupt_before = false;
         while let Some(first) = leaders.first() {
             let function = first.digest().function();
@@ -160,7 +159,7 @@ impl Client {
             leaders = same;
             let rest: Vec<ReadLeader> = other;
             let request = BatchReadBlobsRequest {
-                instance_name: instance.to_string(),
+                instance_name: self.name_there(instance).to_string(),
                 digests: leaders
                     .iter()
                     .map(|leader| leader.digest().to_proto())
@@ -172,7 +171,7 @@ impl Client {
                 digest_function: function.to_proto() as i32,
             };
             let permit = self.0.downloads.acquire().await;
-            let answer = call::divisible(self.0.timeouts.call, || {
+            let answer = call::divisible(self.0.timeouts.call, &self.0.retry, || {
                 let (mut client, request) = (self.cas(), request.clone());
                 async move { client.batch_read_blobs(request).await }
             });

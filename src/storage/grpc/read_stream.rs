@@ -156,7 +156,11 @@ impl PieceReader {
         let permit = permit.map_err(|error| Status::internal(error.to_string()))?;
         let to_the_end = self.end == self.digest.size();
         let request = ReadRequest {
-            resource_name: ReadName::format_as(&self.instance, &self.digest, compressor),
+            resource_name: ReadName::format_as(
+                &self.client.name_there(&self.instance),
+                &self.digest,
+                compressor,
+            ),
             read_offset: self.at as i64,
             read_limit: if to_the_end {
                 0
@@ -195,7 +199,7 @@ impl Client {
             digest: *digest,
             at: start,
             end,
-            attempts: Attempts::default(),
+            attempts: self.0.retry.attempts(),
             compressor: None,
             open: None,
         }

@@ -15,7 +15,7 @@ use crate::{
     instance::InstanceName,
     proto::reapi::{BatchUpdateBlobsRequest, batch_update_blobs_request::Request},
     resource::Compressor,
-    storage::{Content, Error, batch, blocking, compression::compressed, retry::Attempts, verify},
+    storage::{Content, Error, batch, blocking, compression::compressed, content},
 };
 
 impl Client {
@@ -94,7 +94,7 @@ impl Client {
         instance: &InstanceName,
         mut blobs: Vec<(Digest, Content)>,
     ) -> Result<Vec<(Digest, Content)>, Error> {
-        let mut attempts = Attempts::default();
+        let mut attempts = self.0.retry.attempts();
         while let Some((first, _)) = blobs.first() {
             let function = first.function();
             let (same, other): (Vec<_>, Vec<_>) = blobs
@@ -120,11 +120,11 @@ impl Client {
             })
             .await?;
             let request = BatchUpdateBlobsRequest {
-                instance_name: instance.to_string(),
+                instance_name: self.name_there(instance).to_string(),
                 requests: requests?,
                 digest_function: function.to_proto() as i32,
             };
-            let answer = call::divisible(self.0.timeouts.call, || {
+            let answer = call::divisible(self.0.timeouts.call, &self.0.retry, || {
                 let (mut client, request) = (self.cas(), request.clone());
                 async move { client.batch_update_blobs(request).await }
             });
@@ -171,20 +171,8 @@ impl Client {
         instance: &InstanceName,
         blobs: Vec<(Digest, Bytes)>,
     ) -> Result<Vec<Result<(), Error>>, Error> {
-        let verify = |(digest, content): &(Digest, Bytes)| {
-            verify(digest, digest.function().digest_of(content))
-        };
-        let (mut results, blobs) = blocking(move || {
-            let results: Vec<Result<(), Error>> = blobs.iter().map(verify).collect();
-            (results, blobs)
-        })
-        .await?;
-        let right = blobs
-            .into_iter()
-            .zip(&results)
-            .filter(|(_, result)| result.is_ok());
-        let right = right.map(|((digest, content), _)| (digest, Content::Bytes(content)));
-        if let Err(error) = self.upload(instance, right.collect()).await {
+        let (mut results, right) = content::verify_all(blobs).await?;
+        if let Err(error) = self.upload(instance, right).await {
             let rights = results.iter_mut().filter(|result| result.is_ok());
             rights.for_each(|result| *result = Err(error.clone()));
         }

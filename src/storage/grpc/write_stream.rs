@@ -22,7 +22,6 @@ use crate::{
     storage::{
         Content, Error, UploadError, blocking,
         compression::{self, Encoder},
-        retry::Attempts,
     },
 };
 
@@ -109,9 +108,10 @@ impl Client {
         if compressor == Compressor::Zstd && !is_compressible(&digest, &content).await? {
             compressor = Compressor::Identity;
         }
+        let instance = &self.name_there(instance);
         let name = |compressor| WriteName::format_as(instance, Uuid::new_v4(), &digest, compressor);
         let mut resource_name = name(compressor);
-        let mut attempts = Attempts::default();
+        let mut attempts = self.0.retry.attempts();
         let mut offset = 0;
         loop {
             let permit = self.0.uploads.acquire().await;
@@ -233,8 +233,22 @@ impl Client {
         Ok((call.finish(self.last_silence(&digest)).await, sent))
     }
 
+    /// How many bytes of a client's upload the server has; one attempt.
+    pub async fn upload_progress(&self, resource_name: &str) -> Result<u64, Error> {
+        self.committed_size(&self.upload_name_there(resource_name))
+            .await
+    }
+
+    /// The name of a client's upload that is passed on.
+    fn upload_name_there(&self, resource_name: &str) -> String {
+        match self.0.instance_name_prefix.is_empty() {
+            true => resource_name.to_owned(),
+            false => format!("{}/{resource_name}", self.0.instance_name_prefix),
+        }
+    }
+
     /// How many bytes of an upload the server has; one attempt.
-    pub async fn committed_size(&self, resource_name: &str) -> Result<u64, Error> {
+    async fn committed_size(&self, resource_name: &str) -> Result<u64, Error> {
         let request = QueryWriteStatusRequest {
             resource_name: resource_name.to_owned(),
         };
@@ -248,7 +262,7 @@ impl Client {
     pub fn forward_upload(&self, resource_name: &str, digest: Digest) -> ForwardedUpload {
         ForwardedUpload {
             call: self.write_call(),
-            resource_name: resource_name.to_owned(),
+            resource_name: self.upload_name_there(resource_name),
             digest,
             received: 0,
             answer: None,

@@ -30,7 +30,11 @@ impl ActionCache for ActionCacheService {
         access.require(&instance)?;
         let action = digest(request.digest_function, request.action_digest.as_ref())?;
         let hints = InlineHints::from(&request);
-        match self.backend.action_result(&instance, &action).await? {
+        match self
+            .backend
+            .complete_action_result(&instance, &action)
+            .await?
+        {
             Some(mut result) => {
                 let function = action.function();
                 let inlining = hints.apply(&self.backend, &instance, function, &mut result);

@@ -184,7 +184,10 @@ impl ByteStream for ByteStreamService {
         };
         let (committed, complete) = match self.contains(&name.instance, name.digest).await? {
             true => (name.digest.size(), true),
-            false => (self.backend.upload_progress(&key).await?, false),
+            false => (
+                self.backend.upload_progress(&key, &name.digest).await?,
+                false,
+            ),
         };
         Ok(Response::new(QueryWriteStatusResponse {
             committed_size: committed as i64,

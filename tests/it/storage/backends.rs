@@ -151,7 +151,7 @@ async fn an_upload_goes_on_where_it_was_interrupted() {
             ),
             "{unfinished}"
         );
-        let received = backend.upload_progress(&name).await.unwrap();
+        let received = backend.upload_progress(&name, &digest).await.unwrap();
         assert_eq!(received, 2_000_000);
         let mut upload = backend
             .resume_upload(&name, "somebody", digest, 2_000_000)

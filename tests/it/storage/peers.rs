@@ -88,6 +88,12 @@ impl Peer {
     }
 
     pub async fn start_with(self, options: Options) -> (Client, CancellationToken) {
+        let (endpoint, stop) = self.start_at_endpoint().await;
+        let client = Client::connect(&endpoint, &endpoint, options);
+        (client, stop)
+    }
+
+    pub async fn start_at_endpoint(self) -> (Endpoint, CancellationToken) {
         let address = ListenAddress::Tcp(ANYWHERE);
         let listener = daemon::listen("", "listen", &address, None).unwrap();
         let endpoint = Endpoint::Tcp(listener.address());
@@ -103,8 +109,7 @@ impl Peer {
             stop.clone(),
             Duration::ZERO,
         ));
-        let client = Client::connect(&endpoint, &endpoint, options);
-        (client, stop)
+        (endpoint, stop)
     }
 
     /// As bb_storage does with its maximum_message_size_bytes.

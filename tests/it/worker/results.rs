@@ -349,7 +349,8 @@ async fn a_check_names_each_key_that_must_be_changed() {
     };
     settings.cache.directory = directory.path().join("cache");
     settings.scheduler.endpoint = nobody("scheduler.sock");
-    settings.storage.cas = nobody("storage.sock");
+    settings.storage.cas = nobody("storage.sock").into();
+    settings.storage.action_cache = nobody("storage.sock").into();
     settings.runners[0].endpoint = nobody("runner.sock");
     let path = directory.path().join("bb_worker.toml");
     let loaded = config::examine::<worker::Config>(&path, true);

@@ -1,0 +1,299 @@
+//! One shard: a server, or several that mirror each other.
+//!
+//! 1. What is written goes to all that are in use; one that takes it is enough.
+//! 2. What is read comes from one of them; what that one lacks, or has damaged, comes from another, and is
+//!    written where it was lacking.
+//! 3. A blob is missing when every server that answers lacks it.
+
+use std::{
+    collections::HashSet,
+    fs::File,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use futures::{StreamExt, future::join_all, stream};
+
+use super::{member::Member, repair::Repairs};
+use crate::{
+    digest::Digest,
+    instance::InstanceName,
+    proto::reapi::ActionResult,
+    storage::{BlobStream, Content, Error, blocking},
+};
+
+pub(super) struct Shard {
+    pub(super) name: String,
+    pub(super) members: Vec<Arc<Member>>,
+    /// Who is read from, in turn.
+    next: AtomicUsize,
+    repairs: Repairs,
+}
+
+/// Whether another server may have what this one failed to give.
+pub(super) fn may_be_elsewhere(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Missing(_) | Error::Corrupt { .. } | Error::Unavailable(_) | Error::Internal(_)
+    )
+}
+
+impl Shard {
+    pub(super) fn new(name: String, members: Vec<Arc<Member>>) -> Self {
+        Shard {
+            name,
+            members,
+            next: AtomicUsize::new(0),
+            repairs: Repairs::default(),
+        }
+    }
+
+    pub(super) fn is_usable(&self) -> bool {
+        self.members.iter().any(|member| member.is_usable())
+    }
+
+    /// Those in use; each begins in its turn.
+    pub(super) fn usable(&self) -> Vec<Arc<Member>> {
+        let first = self.next.fetch_add(1, Ordering::Relaxed) % self.members.len();
+        let (later, earlier) = self.members.split_at(first);
+        let in_turn = earlier.iter().chain(later);
+        in_turn
+            .filter(|member| member.is_usable())
+            .cloned()
+            .collect()
+    }
+
+    fn lost(&self) -> Error {
+        let name = &self.name;
+        Error::Unavailable(format!(
+            "shard {name} is out of use, since it does not answer"
+        ))
+    }
+
+    pub(super) async fn find_missing(
+        &self,
+        instance: &InstanceName,
+        digests: &[Digest],
+    ) -> Result<Vec<Digest>, Error> {
+        let members = self.usable();
+        let asked = members
+            .iter()
+            .map(|member| member.call(member.client.find_missing(instance, digests)));
+        let mut answers = Vec::new();
+        let mut failure = None;
+        for (member, answer) in members.iter().zip(join_all(asked).await) {
+            match answer {
+                Ok(missing) => answers.push((member, HashSet::from_iter(missing))),
+                Err(error) => failure = Some(error),
+            }
+        }
+        let Some((first, lacking)) = answers.first() else {
+            return Err(failure.unwrap_or_else(|| self.lost()));
+        };
+        let mut missing: HashSet<Digest> = lacking.clone();
+        for (other, theirs) in &answers[1..] {
+            for (from, to, lack) in [
+                (other, first, lacking.difference(theirs)),
+                (first, other, theirs.difference(lacking)),
+            ] {
+                for digest in lack {
+                    self.repairs.copy_blob(instance, digest, from, to);
+                }
+            }
+            missing.retain(|digest| theirs.contains(digest));
+        }
+        let missing = digests.iter().filter(|digest| missing.remove(digest));
+        Ok(missing.copied().collect())
+    }
+
+    pub(super) async fn read_many(
+        &self,
+        instance: &InstanceName,
+        digests: &[Digest],
+        limit: u64,
+    ) -> Vec<Result<Bytes, Error>> {
+        let mut results: Vec<Result<Bytes, Error>> =
+            digests.iter().map(|_| Err(self.lost())).collect();
+        // Who lacked which.
+        let mut lacking: Vec<(usize, Arc<Member>)> = Vec::new();
+        let mut open: Vec<usize> = (0..digests.len()).collect();
+        for (number, member) in self.usable().into_iter().enumerate() {
+            let wanted: Vec<Digest> = open.iter().map(|i| digests[*i]).collect();
+            let work = member.client.read_many(instance, &wanted, limit);
+            let answers = member.call_many(wanted.len(), work).await;
+            for (i, answer) in std::mem::take(&mut open).into_iter().zip(answers) {
+                match answer {
+                    Err(error) if may_be_elsewhere(&error) => {
+                        if matches!(error, Error::Missing(_)) {
+                            lacking.push((i, member.clone()));
+                        }
+                        // That one has it not says more than that another could not be asked.
+                        if number == 0 || !matches!(results[i], Err(Error::Missing(_))) {
+                            results[i] = Err(error);
+                        }
+                        open.push(i);
+                    }
+                    answer => {
+                        if answer.is_ok() {
+                            for (_, to) in lacking.iter().filter(|(lacked, _)| *lacked == i) {
+                                self.repairs.copy_blob(instance, &digests[i], &member, to);
+                            }
+                        }
+                        results[i] = answer;
+                    }
+                }
+            }
+            if open.is_empty() {
+                break;
+            }
+        }
+        results
+    }
+
+    /// A stream whose first piece has come.
+    pub(super) async fn stream(
+        &self,
+        instance: &InstanceName,
+        digest: &Digest,
+        start: u64,
+        end: u64,
+    ) -> Result<BlobStream, Error> {
+        let mut failure = self.lost();
+        let mut lacking = Vec::new();
+        for member in self.usable() {
+            let mut pieces = member.client.stream(instance, digest, start, end);
+            let first =
+                member.call(async { Ok::<_, Error>((pieces.next().await.transpose()?, pieces)) });
+            match first.await {
+                Ok((first, pieces)) => {
+                    for to in &lacking {
+                        self.repairs.copy_blob(instance, digest, &member, to);
+                    }
+                    let first = stream::iter(first.map(Ok));
+                    return Ok(first.chain(pieces).boxed());
+                }
+                Err(error) if may_be_elsewhere(&error) => {
+                    if matches!(error, Error::Missing(_)) {
+                        lacking.push(member);
+                    }
+                    if !matches!(failure, Error::Missing(_)) {
+                        failure = error;
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(failure)
+    }
+
+    pub(super) async fn read_to_file(
+        &self,
+        instance: &InstanceName,
+        digest: &Digest,
+        file: &Arc<File>,
+    ) -> Result<(), Error> {
+        let mut failure = self.lost();
+        let mut lacking = Vec::new();
+        for member in self.usable() {
+            let work = member.client.read_to_file(instance, digest, file.clone());
+            match member.call(work).await {
+                Ok(()) => {
+                    for to in &lacking {
+                        self.repairs.copy_blob(instance, digest, &member, to);
+                    }
+                    return Ok(());
+                }
+                Err(error) if may_be_elsewhere(&error) => {
+                    if matches!(error, Error::Missing(_)) {
+                        lacking.push(member);
+                    }
+                    if !matches!(failure, Error::Missing(_)) {
+                        failure = error;
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+            let file = file.clone();
+            blocking(move || file.set_len(0))
+                .await?
+                .map_err(Error::of_file)?;
+        }
+        Err(failure)
+    }
+
+    pub(super) async fn upload(
+        &self,
+        instance: &InstanceName,
+        blobs: &[(Digest, Content)],
+    ) -> Result<(), Error> {
+        let members = self.usable();
+        let work = members
+            .iter()
+            .map(|member| member.call(member.client.upload(instance, blobs.to_vec())));
+        self.one_is_enough(join_all(work).await)
+    }
+
+    pub(super) async fn action_result(
+        &self,
+        instance: &InstanceName,
+        action: &Digest,
+    ) -> Result<Option<ActionResult>, Error> {
+        let mut failure = None;
+        let mut answered = false;
+        let mut lacking = Vec::new();
+        for member in self.usable() {
+            match member
+                .call(member.client.action_result(instance, action))
+                .await
+            {
+                Ok(Some(result)) => {
+                    for to in lacking {
+                        self.repairs.copy_result(instance, action, &result, to);
+                    }
+                    return Ok(Some(result));
+                }
+                Ok(None) => {
+                    answered = true;
+                    lacking.push(member);
+                }
+                Err(error) => failure = Some(error),
+            }
+        }
+        match answered {
+            true => Ok(None),
+            false => Err(failure.unwrap_or_else(|| self.lost())),
+        }
+    }
+
+    pub(super) async fn update_action_result(
+        &self,
+        instance: &InstanceName,
+        action: &Digest,
+        result: &ActionResult,
+    ) -> Result<(), Error> {
+        let members = self.usable();
+        let work = members.iter().map(|member| {
+            let client = &member.client;
+            member.call(client.update_action_result(instance, action, result.clone()))
+        });
+        self.one_is_enough(join_all(work).await)
+    }
+
+    fn one_is_enough(&self, results: Vec<Result<(), Error>>) -> Result<(), Error> {
+        let mut failure = self.lost();
+        let mut succeeded = false;
+        for result in results {
+            match result {
+                Ok(()) => succeeded = true,
+                Err(error) => failure = error,
+            }
+        }
+        match succeeded {
+            true => Ok(()),
+            false => Err(failure),
+        }
+    }
+}
