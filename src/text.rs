@@ -92,6 +92,11 @@ pub fn one_of(words: &[&str]) -> String {
     }
 }
 
+/// How many of something there are: `1 worker`, `2 workers`.
+pub fn plural(count: u64, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
+}
+
 /// Appends two digits for each byte.
 pub fn push_hex(text: &mut String, bytes: &[u8]) {
     for byte in bytes {

@@ -63,7 +63,10 @@ pub fn requirement(path: &str) -> Option<Requirement> {
         },
         ("bb_remote_execution.control.SchedulerControl", method) => match method {
             "GetStatus" | "ExplainOperation" | "GetAction" | "GetStoreUsage" => Anywhere(See),
-            "CheckStore" | "RemoveActionResult" => Anywhere(Steer),
+            "ListOldestOperations" | "ListDrainedQueues" | "ListTerminatingWorkers" => {
+                Anywhere(See)
+            }
+            "KillOperation" | "CheckStore" | "RemoveActionResult" => Anywhere(Steer),
             _ => return None,
         },
         ("grpc.health.v1.Health", "Check" | "Watch" | "List") => Nothing,

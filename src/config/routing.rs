@@ -46,6 +46,8 @@ pub enum InvocationKeyExtractor {
     CorrelatedInvocationsId,
     /// The public part of what is known of the user; no level where nothing is.
     AuthenticatedUser,
+    /// The same; where nothing is known, the address that the client calls from.
+    AuthenticatedUserOrAddress,
 }
 
 /// The router of some instance names, or of one platform there.
@@ -82,7 +84,7 @@ impl Default for ActionRouter {
             platform_key_extractor: PlatformKeyExtractor::default(),
             static_platform: BTreeMap::new(),
             invocation_key_extractors: vec![
-                InvocationKeyExtractor::AuthenticatedUser,
+                InvocationKeyExtractor::AuthenticatedUserOrAddress,
                 InvocationKeyExtractor::ToolInvocationId,
             ],
             remote: OptionalEndpoint::default(),

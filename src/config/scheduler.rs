@@ -147,6 +147,10 @@ pub struct Scheduling {
     /// For each level of the invocation tree, for how long a worker prefers the invocation that it
     /// worked for; of platform queues that are not predeclared.
     pub worker_invocation_stickiness_limits: Vec<Duration>,
+    /// More urgent ones that clients ask for are taken for this one (Buildbarn: none are).
+    pub minimum_priority: i32,
+    /// Less urgent ones likewise.
+    pub maximum_priority: i32,
     /// Whether Execute answers with what the Action Cache has (Buildbarn: no).
     pub action_cache_lookup: bool,
     /// Largest Action that is read from the CAS.
@@ -257,6 +261,8 @@ impl Default for Scheduling {
             worker_task_retry_count: 9,
             lost_worker_retry_count: 3,
             worker_invocation_stickiness_limits: Vec::new(),
+            minimum_priority: -300,
+            maximum_priority: 1000,
             action_cache_lookup: true,
             maximum_message_size: Size::mib(2),
             default_platform: BTreeMap::from([("OSFamily".to_owned(), "linux".to_owned())]),
@@ -439,6 +445,11 @@ impl Storage {
 }
 
 impl Scheduling {
+    /// The priority that is given to one that a client asks for.
+    pub fn priority(&self, asked: i32) -> i32 {
+        asked.min(self.maximum_priority).max(self.minimum_priority)
+    }
+
     fn validate(&self, diagnostics: &mut Diagnostics) {
         const MILLISECOND: std::time::Duration = std::time::Duration::from_millis(1);
         const SECOND: std::time::Duration = std::time::Duration::from_secs(1);
@@ -512,6 +523,18 @@ impl Scheduling {
                 self.maximum_execution_timeout
             ),
         );
+        for (key, is_beyond, bound) in [
+            ("minimum_priority", self.minimum_priority > 0, "0 or below"),
+            ("maximum_priority", self.maximum_priority < 0, "0 or above"),
+        ] {
+            diagnostics.require(
+                !is_beyond,
+                &format!("scheduling.{key}"),
+                format!(
+                    "clients that say nothing have priority 0, which is to be within; write {bound}"
+                ),
+            );
+        }
         diagnostics.require(
             self.maximum_message_size <= Size::mib(64),
             "scheduling.maximum_message_size",

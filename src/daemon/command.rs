@@ -2,23 +2,31 @@
 //!
 //! Exit codes: 0 when what was asked for is done; 66 (sysexits(3), EX_NOINPUT) when what was named is not
 //! there; 69 (EX_UNAVAILABLE) when the daemon does not answer; 77 (EX_NOPERM) when the caller may not do
-//! this; 1 for every other failure.
+//! this; 2 when options or arguments are wrong, whoever finds that; 1 for every other failure.
 
 use std::{
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::ExitCode,
+    task::{Context, Poll},
+    time::Duration,
 };
 
+use futures::future::BoxFuture;
 use tonic::{
     Code, Status,
+    body::Body,
     metadata::{Ascii, MetadataValue},
     service::{Interceptor, interceptor::InterceptedService},
 };
+use tower::Service;
 
 use super::{Channel, Credentials, Output, connect_with, logging::print_error};
 use crate::config::{Endpoint, ListenAddress, tls::ClientTls};
+
+/// By then a daemon that runs has begun its answer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Whom a command asks, and how it prints what it hears.
 #[derive(Clone, Debug, clap::Args)]
@@ -51,6 +59,9 @@ pub struct CommandOptions {
 /// Why a command did not do what it was asked for; each variant has its exit code.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CommandError {
+    /// The options or arguments are wrong.
+    #[error("{0}")]
+    Usage(String),
     /// What was named is not there.
     #[error("{0}")]
     NotFound(String),
@@ -68,6 +79,7 @@ pub enum CommandError {
 impl CommandError {
     fn code(&self) -> u8 {
         match self {
+            CommandError::Usage(_) => 2,
             CommandError::NotFound(_) => 66,
             CommandError::Unavailable(_) => 69,
             CommandError::NotPermitted(_) => 77,
@@ -88,6 +100,7 @@ impl From<Status> for CommandError {
     fn from(status: Status) -> Self {
         let text = status.message().to_owned();
         match status.code() {
+            Code::InvalidArgument => CommandError::Usage(text),
             Code::NotFound => CommandError::NotFound(text),
             Code::Unavailable => CommandError::Unavailable(text),
             Code::PermissionDenied | Code::Unauthenticated => CommandError::NotPermitted(text),
@@ -99,8 +112,58 @@ impl From<Status> for CommandError {
     }
 }
 
-/// A channel whose calls show a token, if there is one.
-pub type CommandChannel = InterceptedService<Channel, Authorization>;
+/// A channel whose calls show a token, if there is one, and end when they are not answered in time.
+pub type CommandChannel = InterceptedService<AnsweredChannel, Authorization>;
+
+/// Among the extensions of a request whose answer takes as long as it takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Unhurried;
+
+/// Ends calls that are not answered in time, with what to do about it.
+#[derive(Clone)]
+pub struct AnsweredChannel {
+    channel: Channel,
+    /// Who does not answer, and what to look at.
+    silence: String,
+}
+
+impl AnsweredChannel {
+    fn new(channel: Channel, program: &str, endpoint: &Endpoint) -> Self {
+        AnsweredChannel {
+            channel,
+            silence: silence(program, &endpoint.to_string()),
+        }
+    }
+}
+
+fn silence(program: &str, place: &str) -> String {
+    let (unit, seconds) = (program.replace('_', "-"), ANSWER_TIMEOUT.as_secs());
+    format!(
+        "{program} at {place} does not answer within {seconds} s: it is stopped, or its host is overloaded; look there with \"systemctl status {unit}\" and \"journalctl -u {unit}\""
+    )
+}
+
+impl Service<http::Request<Body>> for AnsweredChannel {
+    type Response = http::Response<Body>;
+    type Error = Status;
+    type Future = BoxFuture<'static, Result<http::Response<Body>, Status>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        self.channel.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let is_unhurried = request.extensions().get::<Unhurried>().is_some();
+        let (answer, silence) = (self.channel.call(request), self.silence.clone());
+        match is_unhurried {
+            true => answer,
+            false => Box::pin(async move {
+                let answered = tokio::time::timeout(ANSWER_TIMEOUT, answer).await;
+                answered.unwrap_or_else(|_| Err(Status::unavailable(silence)))
+            }),
+        }
+    }
+}
 
 /// Adds the header `authorization` (RFC 6750) to each call.
 #[derive(Clone, Debug)]
@@ -139,7 +202,11 @@ impl CommandOptions {
             }
         };
         try_socket(program, path)?;
-        let told = super::observation::fetch_status(path).await;
+        let asked = super::observation::fetch_status(path);
+        let told = tokio::time::timeout(ANSWER_TIMEOUT, asked).await;
+        let told = told.map_err(|_| {
+            CommandError::Unavailable(silence(program, &path.display().to_string()))
+        })?;
         told.map_err(|error| {
             CommandError::Unavailable(format!("{program} at {}: {error}", path.display()))
         })
@@ -179,6 +246,7 @@ impl CommandOptions {
             },
         );
         let channel = connect_with(&endpoint, &credentials);
+        let channel = AnsweredChannel::new(channel, program, &endpoint);
         Ok(InterceptedService::new(channel, Authorization(token)))
     }
 }

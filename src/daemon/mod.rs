@@ -48,7 +48,7 @@ pub mod traces;
 pub use check::{CheckReport, Installation, SHIPPED_STOP_TIMEOUT};
 pub use cli::main;
 pub use client::{Channel, connect, connect_with};
-pub use command::{CommandChannel, CommandError, CommandOptions};
+pub use command::{AnsweredChannel, CommandChannel, CommandError, CommandOptions, Unhurried};
 pub use control::{control_grants, control_permissions, listen_if_possible, observation_listeners};
 pub use health::Heartbeat;
 pub use lifecycle::Lifecycle;
@@ -60,8 +60,8 @@ pub use output::{Cell, Emphasis, Output, Table, age, bytes, span};
 pub use process::{Program, boot_id, hostname, raise_file_limit};
 pub use server::{
     Access, BudgetReservation, PageAccess, PageLimits, PageOrigin, Policy, RequestReservation,
-    ResponseBudget, ServerLimits, Services, client_name, serve, serve_pages, serve_within,
-    warn_grants, with_reservation,
+    ResponseBudget, ServerLimits, Services, client_address, client_name, serve, serve_pages,
+    serve_within, warn_grants, with_reservation,
 };
 pub use tls::{
     Credentials, PeerCertificate, ServerTls, check_client, check_headers, check_server, server_tls,

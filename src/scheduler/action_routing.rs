@@ -45,6 +45,8 @@ pub(super) struct Routed<'a> {
     pub action: &'a reapi::Action,
     pub metadata: &'a reapi::RequestMetadata,
     pub user: Option<&'a AuthenticationMetadata>,
+    /// Where the client calls from.
+    pub address: Option<&'a str>,
     /// The keys that the name of an operation has that is taken up again.
     pub claimed: Option<&'a InvocationKeys>,
 }
@@ -77,6 +79,7 @@ impl ActionRouting {
                 action: asked.action,
                 metadata: asked.metadata,
                 user: asked.user,
+                address: asked.address,
                 claimed: asked.claimed,
                 command: command.as_ref(),
                 answer: answer.as_ref(),

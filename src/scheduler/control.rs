@@ -14,9 +14,12 @@ use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
 use super::{
-    queue::{Explanation, Queue, UnknownOperation},
+    queue::{EncodedResponse, Explanation, KILLED, Queue, UnknownOperation},
     shared_queue::SharedQueue,
-    state::{Details, Times, operation_name, operation_state, size_class_queue_name},
+    state::{
+        Details, LARGEST_STATUS, Times, operation_name, operation_state, size_class_queue_name,
+        stage_kind,
+    },
     status::{self, invalid},
 };
 use crate::{
@@ -26,10 +29,13 @@ use crate::{
     proto::{
         self,
         control::{
-            ActionDescription, CheckStoreRequest, ExecutingReason, ExplainOperationRequest,
-            GetActionRequest, GetStatusRequest, GetStoreUsageRequest, OperationExplanation,
-            QueuedReason, RemoveActionResultRequest, RemoveActionResultResponse, SchedulerStatus,
-            SizeClassQueueStatus, StoreCheck, StoreUsage, operation_explanation,
+            ActionDescription, CheckStoreRequest, DrainedQueues, ExecutingReason,
+            ExplainOperationRequest, GetActionRequest, GetStatusRequest, GetStoreUsageRequest,
+            KillOperationRequest, KilledOperations, ListDrainedQueuesRequest,
+            ListOldestOperationsRequest, ListTerminatingWorkersRequest, OldestOperations,
+            OperationExplanation, QueuedReason, RemoveActionResultRequest,
+            RemoveActionResultResponse, SchedulerStatus, SizeClassQueueStatus, StoreCheck,
+            StoreUsage, TerminatingWorker, TerminatingWorkers, operation_explanation,
             scheduler_control_server::SchedulerControl,
         },
         reapi,
@@ -41,6 +47,9 @@ use crate::{
 const LARGEST_MESSAGE: u64 = 16 << 20;
 /// Operations that are looked at under one lock.
 const PIECE: usize = 256;
+/// Operations of one list by age, and its bytes.
+const MOST_OLDEST: usize = 10_000;
+const LARGEST_LIST: usize = 32 << 20;
 /// Of one action.
 const MOST_OPERATIONS: usize = 100;
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(500);
@@ -159,6 +168,83 @@ impl SchedulerControl for ControlService {
         }))
     }
 
+    async fn list_oldest_operations(
+        &self,
+        request: Request<ListOldestOperationsRequest>,
+    ) -> Result<Response<OldestOperations>, Status> {
+        let request = request.into_inner();
+        let stage = stage_kind(request.stage)?;
+        let limit = usize::try_from(request.limit).unwrap_or(MOST_OLDEST);
+        let limit = limit.clamp(1, MOST_OLDEST);
+        let (names, total) = self.queue.oldest_operations(stage, limit).await;
+        let (mut operations, mut size) = (Vec::new(), 0);
+        'pieces: for names in names.chunks(PIECE) {
+            let (rows, times) = self.queue.look_now(|queue, now| {
+                let rows = names.iter().filter_map(|name| queue.operation(*name));
+                (rows.collect::<Vec<_>>(), Times::new(now))
+            });
+            for row in rows {
+                let state = operation_state(row, times, Details::ALL);
+                size += state.encoded_len() + 8;
+                if size > LARGEST_LIST {
+                    break 'pieces;
+                }
+                operations.push(state);
+            }
+            tokio::task::yield_now().await;
+        }
+        Ok(Response::new(OldestOperations {
+            operations,
+            total: total as u64,
+        }))
+    }
+
+    async fn kill_operation(
+        &self,
+        request: Request<KillOperationRequest>,
+    ) -> Result<Response<KilledOperations>, Status> {
+        let client = daemon::client_name(&request);
+        let KillOperationRequest {
+            operation_name: text,
+            reason,
+        } = request.into_inner();
+        let name = operation_name(&text)?;
+        if reason.len() > LARGEST_STATUS {
+            return Err(invalid("reason has more than 64 KiB"));
+        }
+        let response = Arc::new(EncodedResponse::failure(KILLED, reason.clone()));
+        let killed = self.queue.kill_operation(name, response);
+        let (names, total) = killed.map_err(status::unknown_operation)?;
+        tracing::info!(operation = %name, operations = total, client, reason, "an operation was killed");
+        Ok(Response::new(KilledOperations {
+            operation_names: names.iter().map(Uuid::to_string).collect(),
+            total: total as u64,
+        }))
+    }
+
+    async fn list_drained_queues(
+        &self,
+        _: Request<ListDrainedQueuesRequest>,
+    ) -> Result<Response<DrainedQueues>, Status> {
+        let drained = self.queue.look(|queue| queue.drained_queues());
+        Ok(Response::new(DrainedQueues {
+            queues: drained.iter().map(size_class_queue_name).collect(),
+        }))
+    }
+
+    async fn list_terminating_workers(
+        &self,
+        _: Request<ListTerminatingWorkersRequest>,
+    ) -> Result<Response<TerminatingWorkers>, Status> {
+        let workers = self.queue.terminating_workers().await.into_iter();
+        let workers = workers.map(|worker| TerminatingWorker {
+            worker_id: worker.labels().clone(),
+        });
+        Ok(Response::new(TerminatingWorkers {
+            workers: workers.collect(),
+        }))
+    }
+
     async fn get_action(
         &self,
         request: Request<GetActionRequest>,
@@ -172,14 +258,15 @@ impl SchedulerControl for ControlService {
             Err(crate::storage::Error::Missing(_)) => return Err(status::unknown_action(&digest)),
             read => read.map_err(failed)?,
         };
-        let action = reapi::Action::decode(action)
-            .map_err(|error| invalid(format!("{digest} is no Action: {error}")))?;
-        let command =
-            Digest::parse_required(Some(digest.function()), action.command_digest.as_ref()).ok();
-        let command = match command {
-            Some(command) => read(&command).await.ok(),
-            None => None,
-        };
+        // Most blobs can be taken for an Action that has nothing in it.
+        let action =
+            reapi::Action::decode(action).map_err(|error| status::no_action(&digest, &error))?;
+        let parse = |digest_of| Digest::parse_required(Some(digest.function()), digest_of);
+        let command = parse(action.command_digest.as_ref());
+        let command = command.map_err(|error| status::no_action(&digest, &error))?;
+        parse(action.input_root_digest.as_ref())
+            .map_err(|error| status::no_action(&digest, &error))?;
+        let command = read(&command).await.ok();
         let action_result = self.storage.action_result(&instance, &digest).await;
         Ok(Response::new(ActionDescription {
             command: command.and_then(|command| reapi::Command::decode(command).ok()),

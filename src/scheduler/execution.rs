@@ -71,22 +71,46 @@ pub(super) struct ExecutionService {
     pub stopping: CancellationToken,
 }
 
-type Operations = Pin<Box<dyn Stream<Item = Result<Operation, Status>> + Send>>;
+pub(super) type Operations = Pin<Box<dyn Stream<Item = Result<Operation, Status>> + Send>>;
 
 /// An action to be executed, and who asks.
-struct Asked {
+pub(super) struct Asked {
     name: OperationName,
     /// It is an operation of a scheduler before this one.
     resumes: bool,
     /// The header of RequestMetadata, encoded.
     header: Option<bytes::Bytes>,
     user: Option<AuthenticationMetadata>,
+    /// Where a client calls from that did not prove who it is.
+    address: Option<String>,
     /// For the log.
     client: String,
     /// What is to be in the result beside its digests.
     inline: InlineHints,
     /// The client's span, if it names one.
     trace: Option<TraceContext>,
+}
+
+/// A request for the queue, but for the platform, of which there may be several that would do.
+struct Routable {
+    request: queue::Request,
+    platforms: Vec<Platform>,
+}
+
+impl Asked {
+    /// An operation of a scheduler before this one, as its name has it.
+    pub(super) fn again<T>(name: OperationName, request: &Request<T>) -> Self {
+        Asked {
+            resumes: true,
+            header: request_metadata_header(request.metadata()),
+            user: status::user(request),
+            address: daemon::client_address(request),
+            client: daemon::client_name(request),
+            inline: InlineHints::default(),
+            trace: TraceContext::of(request.metadata().as_ref()),
+            name,
+        }
+    }
 }
 
 #[tonic::async_trait]
@@ -148,15 +172,7 @@ impl reapi::execution_server::Execution for ExecutionService {
             ParsedName::Full(name) => {
                 access.require(&name.instance)?;
                 let span = daemon::action_span(&name.digest.hash_hex(), Some(name.operation), None);
-                let asked = Asked {
-                    resumes: true,
-                    header: request_metadata_header(request.metadata()),
-                    user: status::user(&request),
-                    client: daemon::client_name(&request),
-                    inline: InlineHints::default(),
-                    trace: TraceContext::of(request.metadata().as_ref()),
-                    name: *name,
-                };
+                let asked = Asked::again(*name, &request);
                 self.resume(asked).instrument(span).await.map(Response::new)
             }
         }
@@ -167,6 +183,7 @@ impl ExecutionService {
     fn parse(&self, request: Request<reapi::ExecuteRequest>) -> Result<Asked, Status> {
         let header = request_metadata_header(request.metadata());
         let (user, access) = (status::user(&request), Access::of(&request));
+        let address = daemon::client_address(&request);
         let client = daemon::client_name(&request);
         let trace = TraceContext::of(request.metadata().as_ref());
         let request = request.into_inner();
@@ -188,13 +205,14 @@ impl ExecutionService {
             resumes: false,
             header,
             user,
+            address,
             client,
             inline,
             trace,
         })
     }
 
-    async fn resume(&self, asked: Asked) -> Result<Operations, Status> {
+    pub(super) async fn resume(&self, asked: Asked) -> Result<Operations, Status> {
         if let Some(withheld) = RESUMED.admit(Instant::now()) {
             tracing::info!(
                 instance = asked.name.instance.as_str(),
@@ -208,28 +226,69 @@ impl ExecutionService {
 
     async fn take(&self, asked: Asked) -> Result<Operations, Status> {
         self.refuse_when_stopping()?;
-        let Asked {
-            mut name,
-            resumes,
-            header,
-            user,
-            client,
-            inline,
-            trace,
-        } = asked;
-        let (instance, digest) = (name.instance.clone(), name.digest);
-        let mut action = self.action(&instance, &digest).await?;
+        let (instance, digest) = (asked.name.instance.clone(), asked.name.digest);
+        let action = self.action(&instance, &digest).await?;
         let may_look_up = self.scheduling.action_cache_lookup && !action.do_not_cache;
         if may_look_up
-            && !name.skip_cache_lookup
+            && !asked.name.skip_cache_lookup
             && let Some(mut result) = self.look_up(&instance, &digest).await
         {
             let function = digest.function();
-            let inlining = inline.apply(&self.storage, &instance, function, &mut result);
+            let inlining = asked
+                .inline
+                .apply(&self.storage, &instance, function, &mut result);
             inlining.await;
-            return Ok(self.answer_from_cache(&name, result, &client));
+            return Ok(self.answer_from_cache(&asked.name, result, &asked.client));
         }
-        let (mut auxiliary_metadata, metadata) = request_metadata(header);
+        let Routable {
+            mut request,
+            platforms,
+        } = self.route(&asked, action).await?;
+        let workers = self.started + self.scheduling.worker_registration_timeout.get();
+        let waiter = tokio::select! {
+            biased;
+            () = self.stopping.cancelled() => return Err(status::stopping()),
+            decided = self.queue.execute_with_first_workers(&platforms, &mut request, workers) => {
+                decided.map_err(status::execute)?
+            }
+        };
+        let name = OperationName {
+            priority: request.priority,
+            invocation: request.invocation.clone(),
+            ..asked.name
+        };
+        let waiter = self.without_incomplete_result(waiter, request).await?;
+        let name = OperationName {
+            operation: waiter.attached.operation,
+            ..name
+        };
+        Ok(self.watch(waiter, name.to_string(), asked.client, asked.inline))
+    }
+
+    /// Ends an operation of a scheduler before this one that nobody has taken up here.
+    pub(super) async fn cancel_unknown(&self, asked: Asked) -> Result<(), Status> {
+        self.refuse_when_stopping()?;
+        let action = self
+            .action(&asked.name.instance, &asked.name.digest)
+            .await?;
+        let Routable { request, platforms } = self.route(&asked, action).await?;
+        let ended = self.queue.cancel_unknown(&platforms, request);
+        ended.map_err(status::execute)
+    }
+
+    /// What is queued, and for which workers.
+    async fn route(&self, asked: &Asked, mut action: reapi::Action) -> Result<Routable, Status> {
+        let Asked {
+            name,
+            resumes,
+            header,
+            user,
+            address,
+            trace,
+            ..
+        } = asked;
+        let (instance, digest) = (name.instance.clone(), name.digest);
+        let (mut auxiliary_metadata, metadata) = request_metadata(header.clone());
         let route = self
             .routing
             .route(Routed {
@@ -238,31 +297,31 @@ impl ExecutionService {
                 action: &action,
                 metadata: &metadata,
                 user: user.as_ref(),
-                claimed: resumes.then_some(&name.invocation),
+                address: address.as_deref(),
+                claimed: (*resumes).then_some(&name.invocation),
             })
             .await?;
         if let Some(changed) = route.action {
             action = changed;
         }
-        if let Some(user) = user.filter(|user| user.public.is_some()) {
+        if let Some(user) = user.as_ref().filter(|user| user.public.is_some()) {
             auxiliary_metadata.insert(
                 0,
                 proto::pack(&AuthenticationMetadata {
-                    public: user.public,
+                    public: user.public.clone(),
                     ..Default::default()
                 }),
             );
         }
         let timeout =
             execution_timeout(action.timeout.as_ref(), &self.scheduling).map_err(invalid)?;
-        let selector = self.selector(&name, &action, timeout).await;
-        name.invocation = route.invocation;
-        let mut queued = queue::Request {
+        let selector = self.selector(name, &action, timeout).await;
+        let request = queue::Request {
             name: name.operation,
-            resumes,
+            resumes: *resumes,
             platform: Platform::default(),
-            priority: name.priority,
-            invocation: name.invocation.clone(),
+            priority: self.scheduling.priority(name.priority),
+            invocation: route.invocation,
             skip_cache_lookup: name.skip_cache_lookup,
             selector,
             action: Arc::new(QueuedAction::new(
@@ -275,17 +334,10 @@ impl ExecutionService {
                 trace_of(name.operation, trace, self.trace_sample_ratio),
             )),
         };
-        let workers = self.started + self.scheduling.worker_registration_timeout.get();
-        let waiter = tokio::select! {
-            biased;
-            () = self.stopping.cancelled() => return Err(status::stopping()),
-            decided = self.queue.execute_with_first_workers(&route.platforms, &mut queued, workers) => {
-                decided.map_err(status::execute)?
-            }
-        };
-        let waiter = self.without_incomplete_result(waiter, queued).await?;
-        name.operation = waiter.attached.operation;
-        Ok(self.watch(waiter, name.to_string(), client, inline))
+        Ok(Routable {
+            request,
+            platforms: route.platforms,
+        })
     }
 
     /// On workers of which size it is executed.

@@ -3,20 +3,25 @@
 //! `ListOperations` has a filter, in which terms are joined by `AND`: `stage = QUEUED`, `EXECUTING` or
 //! `COMPLETED`; `done = true` or `false`; `tool_invocation_id = "…"`. The name of the collection is an
 //! instance name: operations of it, and of those below it, are listed.
+//!
+//! An operation of a scheduler before this one is taken up by whoever asks for it by its whole name and
+//! may execute, as by `WaitExecution`; whoever cancels it need not be allowed that, as nothing is executed.
 
 use std::time::Duration;
 
+use futures::StreamExt;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
 use super::{
-    execution::ExecutionService,
+    execution::{Asked, ExecutionService, Operations as OperationStream},
     operation_message::{self, Details},
     operation_name::{OperationName, ParsedName},
     queue::{OperationRow, Progress, Stage, StageKind},
     status::{self, invalid},
 };
 use crate::{
+    config::grants::Permission,
     daemon::{self, Access},
     instance::InstanceName,
     proto::{
@@ -99,8 +104,19 @@ impl Operations for OperationsService {
         &self,
         request: Request<GetOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
-        let row = self.row(&request.get_ref().name, &Access::of(&request))?;
-        Ok(Response::new(self.operation(&row)))
+        let text = &request.get_ref().name;
+        match self.find(text, &Access::of(&request))? {
+            Found::Here(row) => Ok(Response::new(self.operation(&row))),
+            Found::Before(name) => {
+                let mut operations = self.take_up(*name, &request).await?;
+                let first = operations.next().await;
+                let first = first.ok_or_else(|| status::unknown_name(text, &"it is gone"))??;
+                Ok(Response::new(Operation {
+                    name: text.clone(),
+                    ..first
+                }))
+            }
+        }
     }
 
     async fn delete_operation(
@@ -117,13 +133,21 @@ impl Operations for OperationsService {
         request: Request<CancelOperationRequest>,
     ) -> Result<Response<()>, Status> {
         let text = &request.get_ref().name;
-        let row = self.row(text, &Access::of(&request))?;
-        self.0
-            .queue
-            .cancel(row.name)
-            .map_err(|error| status::unknown_name(text, &error))?;
+        let operation = match self.find(text, &Access::of(&request))? {
+            Found::Here(row) => {
+                let cancelled = self.0.queue.cancel(row.name);
+                cancelled.map_err(|error| status::unknown_name(text, &error))?;
+                row.name
+            }
+            Found::Before(name) => {
+                let operation = name.operation;
+                let asked = Asked::again(*name, &request);
+                self.0.cancel_unknown(asked).await?;
+                operation
+            }
+        };
         let client = daemon::client_name(&request);
-        tracing::info!(operation = %row.name, client, "an operation was cancelled");
+        tracing::info!(%operation, client, "an operation was cancelled");
         Ok(Response::new(()))
     }
 
@@ -133,11 +157,20 @@ impl Operations for OperationsService {
         request: Request<WaitOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
         self.0.refuse_when_stopping()?;
-        let access = Access::of(&request);
-        let request = request.into_inner();
-        let timeout = request.timeout.as_ref().and_then(proto::duration);
+        let found = self.find(&request.get_ref().name, &Access::of(&request))?;
+        let timeout = request.get_ref().timeout.as_ref();
+        let timeout = timeout.and_then(proto::duration);
         let timeout = timeout.unwrap_or(LONGEST_WAIT).min(LONGEST_WAIT);
-        let row = self.row(&request.name, &access)?;
+        let row = match found {
+            Found::Here(row) => row,
+            Found::Before(name) => {
+                let operations = self.take_up(*name, &request).await?;
+                let mut last = last_within(operations, timeout).await?;
+                last.name = request.into_inner().name;
+                return Ok(Response::new(last));
+            }
+        };
+        let request = request.into_inner();
         let mut waiter = self
             .0
             .queue
@@ -164,16 +197,71 @@ impl Operations for OperationsService {
     }
 }
 
+/// An operation that somebody asks for.
+enum Found {
+    Here(Box<OperationRow>),
+    /// A scheduler before this one may have had it.
+    Before(Box<OperationName>),
+}
+
+/// The last of these within that time.
+async fn last_within(
+    mut operations: OperationStream,
+    timeout: Duration,
+) -> Result<Operation, Status> {
+    let end = tokio::time::Instant::now() + timeout;
+    let mut last = None;
+    loop {
+        // The first one comes at once.
+        let next = match &last {
+            None => operations.next().await,
+            Some(_) => match tokio::time::timeout_at(end, operations.next()).await {
+                Ok(next) => next,
+                Err(_) => None,
+            },
+        };
+        match (next, last) {
+            (Some(operation), _) => last = Some(operation?),
+            (None, Some(last)) => return Ok(last),
+            (None, None) => return Err(status::stopping()),
+        }
+    }
+}
+
 impl OperationsService {
-    fn row(&self, text: &str, access: &Access) -> Result<OperationRow, Status> {
+    /// As `WaitExecution` does, whose permission it asks.
+    async fn take_up<T>(
+        &self,
+        name: OperationName,
+        request: &Request<T>,
+    ) -> Result<OperationStream, Status> {
+        let access = Access::of(request);
+        if !access.may(Permission::Execute, &name.instance) {
+            return Err(Status::unavailable(format!(
+                "Operation {} is of a scheduler before this one; it is known here as soon as its client waits for it, or whoever asks has the permission \"execute\"",
+                name.operation
+            )));
+        }
+        let asked = Asked::again(name, request);
+        self.0.resume(asked).await
+    }
+
+    fn find(&self, text: &str, access: &Access) -> Result<Found, Status> {
         let name = ParsedName::parse(text).map_err(|error| status::unknown_name(text, &error))?;
         let row = self.0.queue.look(|queue| queue.operation(name.operation()));
-        let row = row.ok_or_else(|| {
-            status::unknown_name(
-                text,
-                &"if it is of another scheduler, WaitExecution takes it up again",
-            )
-        })?;
+        let row = match (row, &name) {
+            (Some(row), _) => row,
+            (None, ParsedName::Full(name)) => {
+                access.require(&name.instance)?;
+                return Ok(Found::Before(name.clone()));
+            }
+            (None, ParsedName::Plain(_)) => {
+                return Err(status::unknown_name(
+                    text,
+                    &"nor does the name say what it executed",
+                ));
+            }
+        };
         match &name {
             ParsedName::Full(name)
                 if name.digest != row.action.digest || name.instance != row.action.instance =>
@@ -182,7 +270,7 @@ impl OperationsService {
             }
             _ => {
                 access.require(&row.action.instance)?;
-                Ok(row)
+                Ok(Found::Here(Box::new(row)))
             }
         }
     }

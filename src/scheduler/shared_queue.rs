@@ -17,13 +17,16 @@ use super::queue::{
     AttachedWaiter, Caller, Clock, Drain, DrainRefusal, Effect, EncodedResponse, ExecuteRefusal,
     Explanation, HeldCall, Instruction, KillRefusal, NextWorker, OperationFilter, OperationRow,
     Page, Platform, Progress, Queue, Refusal, Request, Settings, SizeClassQueueKey, Stage,
-    SynchronizeAnswer, TICK, UnknownOperation, UnknownQueue, WorkerPattern, WorkerReport,
+    StageKind, SynchronizeAnswer, TICK, UnknownOperation, UnknownQueue, WorkerId, WorkerPattern,
+    WorkerReport,
 };
 use super::{completion_log::log_completion, statistics_store::StatisticsStore};
 use crate::{daemon::message_id, instance::InstanceName};
 
 /// Operations that are looked at under one lock.
 const PIECE: usize = 256;
+/// How often workers are looked at that somebody waits for until they have ended what they execute.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 type Held = oneshot::Sender<Instruction>;
 type Watch = watch::Sender<Progress>;
@@ -318,6 +321,21 @@ impl SharedQueue {
         look(&state.queue, now)
     }
 
+    /// `Queue::cancel_unknown`.
+    pub(super) fn cancel_unknown(
+        &self,
+        platforms: &[Platform],
+        mut request: Request,
+    ) -> Result<(), ExecuteRefusal> {
+        let best = self.first_served(platforms, &request.action.instance);
+        request.platform = best.unwrap_or_default();
+        let (watch, _) = watch::channel(Progress {
+            version: 0,
+            stage: Stage::Queued,
+        });
+        self.decide(|queue, now| queue.cancel_unknown(now, request, watch))
+    }
+
     pub(super) fn cancel(&self, operation: Uuid) -> Result<(), UnknownOperation> {
         self.decide(|queue, now| queue.cancel(now, operation))
     }
@@ -326,7 +344,7 @@ impl SharedQueue {
         &self,
         operation: Uuid,
         response: Arc<EncodedResponse>,
-    ) -> Result<(), UnknownOperation> {
+    ) -> Result<(Vec<Uuid>, usize), UnknownOperation> {
         self.decide(|queue, now| queue.kill_operation(now, operation, response))
     }
 
@@ -377,17 +395,66 @@ impl SharedQueue {
         while let Some(from) = next {
             next = self.decide(|queue, now| queue.terminate(now, pattern, from, &mut executing));
         }
-        for task in executing {
-            let mut news = task.watch.subscribe();
-            // The queue forgets it.
-            drop(task.watch);
-            let _ = news.wait_for(|news| news.version > task.version).await;
+        while !executing.is_empty() {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            let mut rest = Vec::new();
+            for piece in executing.chunks(PIECE) {
+                let of_piece = piece.iter().copied();
+                self.look(|queue| {
+                    rest.extend(of_piece.filter(|worker| queue.is_executing(*worker)))
+                });
+                tokio::task::yield_now().await;
+            }
+            executing = rest;
         }
+    }
+
+    /// Those that were told to terminate.
+    pub(super) async fn terminating_workers(&self) -> Vec<WorkerId> {
+        let (mut ids, mut next) = (Vec::new(), Some(NextWorker::default()));
+        while let Some(from) = next {
+            let piece;
+            (piece, next) = self.look(|queue| queue.terminating_workers(from));
+            ids.extend(piece);
+            tokio::task::yield_now().await;
+        }
+        ids
     }
 
     /// `None` when there is no such operation.
     pub(super) fn explain(&self, operation: Uuid) -> Option<Explanation> {
         self.look_now(|queue, now| queue.explain(now, operation))
+    }
+
+    /// The oldest operations at a stage, oldest first, and how many there are. The queue is looked at piece
+    /// by piece, as in `list_operations`.
+    pub(super) async fn oldest_operations(
+        &self,
+        stage: Option<StageKind>,
+        limit: usize,
+    ) -> (Vec<Uuid>, usize) {
+        // The youngest of them is the first to go.
+        let mut oldest = std::collections::BinaryHeap::new();
+        let (mut total, mut last) = (0, None);
+        loop {
+            let piece: Vec<_> = self.look(|queue| queue.ages(last).take(PIECE).collect());
+            let Some((end, ..)) = piece.last() else {
+                break;
+            };
+            last = Some(*end);
+            for (name, queued, of) in piece {
+                if stage.is_none_or(|stage| stage == of) {
+                    total += 1;
+                    oldest.push((queued, name));
+                    if oldest.len() > limit {
+                        oldest.pop();
+                    }
+                }
+            }
+            tokio::task::yield_now().await;
+        }
+        let oldest = oldest.into_sorted_vec().into_iter();
+        (oldest.map(|(_, name)| name).collect(), total)
     }
 
     /// Operations by name, from the first one after `after`. The queue is looked at piece by piece, so
@@ -399,14 +466,25 @@ impl SharedQueue {
         page_size: usize,
     ) -> Page<OperationRow> {
         if *filter == OperationFilter::default() {
-            return self.look(|queue| {
-                let (start_index, total) = queue.place_of(after);
-                Page {
-                    rows: queue.operations(after).take(page_size).collect(),
-                    start_index,
-                    total,
-                }
-            });
+            let (start_index, total) = self.look(|queue| queue.place_of(after));
+            let (mut rows, mut last) = (Vec::new(), after);
+            while rows.len() < page_size {
+                let more = (page_size - rows.len()).min(PIECE);
+                let from = last;
+                let piece: Vec<OperationRow> =
+                    self.look(|queue| queue.operations(from).take(more).collect());
+                let Some(end) = piece.last() else {
+                    break;
+                };
+                last = Some(end.name);
+                rows.extend(piece);
+                tokio::task::yield_now().await;
+            }
+            return Page {
+                rows,
+                start_index,
+                total,
+            };
         }
         let mut page = Page {
             rows: Vec::new(),

@@ -2,7 +2,8 @@
 //! what these may do: kill operations, drain workers, terminate them.
 //!
 //! As Buildbarn's, with these additions: a name of an operation may be the whole one that clients have;
-//! a status that kills must be an error; a page ends early when its answer grows large; a drain that
+//! a status that kills must be an error; a page ends early when its answer grows large, or at a thousand
+//! rows; a drain may come before its queue; a drain that
 //! could not be kept for the next start is an error, though it holds.
 
 use std::{
@@ -45,8 +46,10 @@ use crate::{
 
 /// Of an answer, in bytes: rows that have no room any more are the next page's.
 const LARGEST_PAGE: usize = 2 << 20;
+/// In rows.
+const LONGEST_PAGE: usize = 1_000;
 /// Of a status that kills.
-const LARGEST_STATUS: usize = 64 << 10;
+pub(super) const LARGEST_STATUS: usize = 64 << 10;
 
 /// What operators call.
 #[derive(Clone)]
@@ -107,15 +110,7 @@ impl BuildQueueState for StateService {
         let request = request.into_inner();
         let after = request.start_after.as_ref();
         let after = after.map(|after| operation_name(&after.operation_name));
-        let stage = match StageValue::try_from(request.filter_stage) {
-            Ok(StageValue::Unknown) => None,
-            Ok(StageValue::Queued) => Some(StageKind::Queued),
-            Ok(StageValue::Executing) => Some(StageKind::Executing),
-            Ok(StageValue::Completed) => Some(StageKind::Completed),
-            Ok(StageValue::CacheCheck) | Err(_) => {
-                return Err(invalid("No operation is ever listed in this stage"));
-            }
-        };
+        let stage = stage_kind(request.filter_stage)?;
         let filter = OperationFilter {
             invocation: request
                 .filter_invocation_id
@@ -126,7 +121,7 @@ impl BuildQueueState for StateService {
         let times = self.queue.look_now(|_, now| Times::new(now));
         let page = self
             .queue
-            .list_operations(after.transpose()?, &filter, request.page_size as usize)
+            .list_operations(after.transpose()?, &filter, page_size(request.page_size))
             .await;
         let (operations, pagination_info) =
             fitting(page, |row| operation_state(row, times, Details::ALL));
@@ -162,8 +157,8 @@ impl BuildQueueState for StateService {
             Type::OperationName(text) => {
                 let name = operation_name(&text)?;
                 let killed = self.queue.kill_operation(name, response);
-                killed.map_err(status::unknown_operation)?;
-                tracing::info!(operation = %name, client, code, error = message, "an operation was killed");
+                let (_, operations) = killed.map_err(status::unknown_operation)?;
+                tracing::info!(operation = %name, operations, client, code, error = message, "an operation was killed");
             }
             Type::SizeClassQueueWithoutWorkers(queue) => {
                 let key = queue_key(Some(queue))?;
@@ -247,7 +242,7 @@ impl BuildQueueState for StateService {
                 queued_timestamp: after.queued_timestamp.unwrap_or_default(),
             })
         });
-        let (after, page_size) = (after.transpose()?, request.page_size as usize);
+        let (after, page_size) = (after.transpose()?, page_size(request.page_size));
         let (page, times) = self.queue.look_now(|queue, now| {
             let page = queue.queued_operations(&key, &keys, after, page_size);
             (page, Times::new(now))
@@ -283,7 +278,7 @@ impl BuildQueueState for StateService {
         let after = request.start_after;
         let after = after.map(|after| WorkerId::new(after.worker_id));
         let (page, times) = self.queue.look_now(|queue, now| {
-            let page_size = request.page_size as usize;
+            let page_size = page_size(request.page_size);
             let page = queue.workers(&key, &filter, after.as_ref(), page_size);
             (page, Times::new(now))
         });
@@ -376,6 +371,19 @@ pub(super) fn operation_name(text: &str) -> Result<Uuid, Status> {
     Ok(name.operation())
 }
 
+/// Which stage is meant; `None` for all.
+pub(super) fn stage_kind(stage: i32) -> Result<Option<StageKind>, Status> {
+    Ok(match StageValue::try_from(stage) {
+        Ok(StageValue::Unknown) => None,
+        Ok(StageValue::Queued) => Some(StageKind::Queued),
+        Ok(StageValue::Executing) => Some(StageKind::Executing),
+        Ok(StageValue::Completed) => Some(StageKind::Completed),
+        Ok(StageValue::CacheCheck) | Err(_) => {
+            return Err(invalid("No operation is ever listed in this stage"));
+        }
+    })
+}
+
 fn queue_key(name: Option<wire::SizeClassQueueName>) -> Result<SizeClassQueueKey, Status> {
     let name = name.ok_or_else(|| invalid("size_class_queue_name is absent"))?;
     let queue = name
@@ -424,6 +432,11 @@ fn fitting<R, M: Message>(
         first || size <= LARGEST_PAGE
     });
     (rows.collect(), Some(info))
+}
+
+/// What is looked at under one lock has a bound; there is more where a page is full.
+fn page_size(asked: u32) -> usize {
+    usize::try_from(asked).map_or(LONGEST_PAGE, |asked| asked.min(LONGEST_PAGE))
 }
 
 fn count(number: usize) -> u32 {

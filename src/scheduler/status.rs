@@ -90,6 +90,13 @@ pub(super) fn unknown_action(digest: &Digest) -> Status {
     ))
 }
 
+/// A blob is there, and it is something else.
+pub(super) fn no_action(digest: &Digest, why: &dyn Display) -> Status {
+    Status::not_found(format!(
+        "{digest} is in the storage, but is no Action: {why}"
+    ))
+}
+
 pub(super) fn no_result(digest: &Digest, instance: &InstanceName) -> Status {
     Status::not_found(format!(
         "There is no result of action {digest} with instance name {:?}",
@@ -116,7 +123,6 @@ pub(super) fn kill(refusal: KillRefusal) -> Status {
 
 pub(super) fn drain(refusal: DrainRefusal) -> Status {
     match refusal {
-        DrainRefusal::UnknownQueue(error) => unknown_queue(error),
         DrainRefusal::TooMany { .. } => Status::resource_exhausted(refusal.to_string()),
     }
 }

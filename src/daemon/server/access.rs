@@ -14,6 +14,7 @@ use http::{HeaderMap, header::AUTHORIZATION};
 use parking_lot::RwLock;
 use tonic::{Request, Status};
 
+use super::caller::CallerKey;
 use crate::{
     auth::{AccountKind, Grants, Identity, Requirement, requirement},
     config::{
@@ -217,6 +218,17 @@ impl Access {
             )),
             false => Ok(()),
         }
+    }
+}
+
+/// Where a caller calls from, as callers without identity are told apart: of IPv6 the first 64 bits.
+/// `None` where it proved who it is, or nothing is known.
+pub fn client_address<T>(request: &Request<T>) -> Option<String> {
+    let access = Access::of(request);
+    let peer = request.extensions().get()?;
+    match CallerKey::of(&access.identity, peer) {
+        CallerKey::Address(address) => Some(address.to_string()),
+        CallerKey::Identity(_) | CallerKey::Unknown => None,
     }
 }
 

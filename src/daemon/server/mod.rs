@@ -39,7 +39,7 @@ mod response_body;
 mod services;
 mod status;
 
-pub use access::{Access, PageAccess, Policy, client_name, warn_grants};
+pub use access::{Access, PageAccess, Policy, client_address, client_name, warn_grants};
 pub use budget::BudgetReservation;
 pub use call::RequestReservation;
 pub use pages::{PageLimits, PageOrigin, serve_pages};

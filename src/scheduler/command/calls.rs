@@ -1,5 +1,9 @@
 //! Calls of a scheduler that commands make: lists, page by page.
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use tonic::{Code, Response, Status};
+
 use crate::{
     daemon::{CommandChannel, CommandError},
     proto::{
@@ -7,7 +11,11 @@ use crate::{
             self as wire, build_queue_state_client::BuildQueueStateClient, list_operations_request,
             list_workers_request,
         },
-        control::{GetStatusRequest, scheduler_control_client::SchedulerControlClient},
+        control::{
+            KillOperationRequest, KilledOperations, ListDrainedQueuesRequest,
+            ListOldestOperationsRequest, ListTerminatingWorkersRequest,
+            scheduler_control_client::SchedulerControlClient,
+        },
         reapi::execution_stage::Value as StageValue,
     },
 };
@@ -15,6 +23,18 @@ use crate::{
 const PAGE: u32 = 1_000;
 /// Completed operations have whole responses.
 const LARGEST_ANSWER: usize = 64 << 20;
+
+/// The longest list that a scheduler makes by age.
+const MOST_OLDEST: usize = 10_000;
+
+/// What was told. `None` where nothing of the kind is: Buildbarn's scheduler does not know our calls.
+fn known<T>(answer: Result<Response<T>, Status>) -> Result<Option<T>, CommandError> {
+    match answer {
+        Ok(answer) => Ok(Some(answer.into_inner())),
+        Err(status) if status.code() == Code::Unimplemented => Ok(None),
+        Err(status) => Err(status.into()),
+    }
+}
 
 /// A scheduler that runs.
 pub(super) struct Scheduler(CommandChannel);
@@ -52,12 +72,34 @@ impl Scheduler {
     pub(super) async fn drained_queues(
         &self,
     ) -> Result<Vec<wire::SizeClassQueueName>, CommandError> {
-        match self.control().get_status(GetStatusRequest {}).await {
-            Ok(status) => Ok(status.into_inner().drained_queues),
-            // Buildbarn's scheduler knows no such call.
-            Err(status) if status.code() == tonic::Code::Unimplemented => self.queues().await,
-            Err(status) => Err(status.into()),
+        let request = ListDrainedQueuesRequest {};
+        match known(self.control().list_drained_queues(request).await)? {
+            Some(drained) => Ok(drained.queues),
+            None => self.queues().await,
         }
+    }
+
+    /// The labels of workers that were told to terminate, as far as that is told.
+    pub(super) async fn terminating_workers(
+        &self,
+    ) -> Result<BTreeSet<BTreeMap<String, String>>, CommandError> {
+        let request = ListTerminatingWorkersRequest {};
+        let listed = known(self.control().list_terminating_workers(request).await)?;
+        let workers = listed.unwrap_or_default().workers.into_iter();
+        Ok(workers.map(|worker| worker.worker_id).collect())
+    }
+
+    /// Ends an operation, and all others of its action. `None` where that is not told.
+    pub(super) async fn kill_operation(
+        &self,
+        operation_name: String,
+        reason: String,
+    ) -> Result<Option<KilledOperations>, CommandError> {
+        let request = KillOperationRequest {
+            operation_name,
+            reason,
+        };
+        known(self.control().kill_operation(request).await)
     }
 
     /// All workers of a queue; none when it is gone by now.
@@ -87,17 +129,40 @@ impl Scheduler {
         }
     }
 
-    /// Operations at a stage, if it is said, and no more than so many; with how many there are in all.
-    pub(super) async fn operations(
+    /// The oldest operations at a stage, if it is said, and no more than so many; with how many there are
+    /// in all.
+    pub(super) async fn oldest_operations(
         &self,
         stage: Option<StageValue>,
         limit: usize,
     ) -> Result<(Vec<wire::OperationState>, usize), CommandError> {
+        if limit <= MOST_OLDEST {
+            let request = ListOldestOperationsRequest {
+                limit: u32::try_from(limit).unwrap_or_default(),
+                stage: stage.map_or(0, |stage| stage as i32),
+            };
+            if let Some(listed) = known(self.control().list_oldest_operations(request).await)? {
+                return Ok((listed.operations, listed.total as usize));
+            }
+        }
+        let (mut operations, total) = self.operations(stage).await?;
+        operations.sort_by_key(|operation| {
+            let queued = operation.queued_timestamp.unwrap_or_default();
+            (queued.seconds, queued.nanos)
+        });
+        operations.truncate(limit);
+        Ok((operations, total))
+    }
+
+    /// All operations at a stage, if it is said, by their names.
+    async fn operations(
+        &self,
+        stage: Option<StageValue>,
+    ) -> Result<(Vec<wire::OperationState>, usize), CommandError> {
         let mut operations: Vec<wire::OperationState> = Vec::new();
         loop {
-            let left = limit - operations.len();
             let request = wire::ListOperationsRequest {
-                page_size: u32::try_from(left).unwrap_or(PAGE).min(PAGE),
+                page_size: PAGE,
                 start_after: operations
                     .last()
                     .map(|last| list_operations_request::StartAfter {
@@ -112,9 +177,6 @@ impl Scheduler {
                 return Ok((operations, total));
             }
             operations.extend(page.operations);
-            if operations.len() >= limit {
-                return Ok((operations, total));
-            }
         }
     }
 }

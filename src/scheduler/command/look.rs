@@ -16,6 +16,7 @@ use crate::{
         },
         reapi::execution_stage::Value as StageValue,
     },
+    text::plural,
 };
 
 async fn fetch_status(scheduler: &Scheduler) -> Result<StatusRow, CommandError> {
@@ -40,8 +41,10 @@ pub(super) async fn status(scheduler: &Scheduler, output: &Output) -> Result<(),
         output.fact("Listens", format!("{what} on {address}"));
     }
     let slots = format!(
-        "{} slots: {} executing, {} idle",
-        status.workers, status.executing, status.idle
+        "{}: {} executing, {} idle",
+        plural(status.workers, "slot", "slots"),
+        status.executing,
+        status.idle
     );
     let slots = match status.workers {
         0 => Cell::new("none", Emphasis::Bad),
@@ -51,7 +54,8 @@ pub(super) async fn status(scheduler: &Scheduler, output: &Output) -> Result<(),
     let queued = match status.queued {
         0 => "nothing".to_owned(),
         queued => format!(
-            "{queued} operations, the oldest for {}",
+            "{}, the oldest for {}",
+            plural(queued, "operation", "operations"),
             span(status.oldest_wait_seconds)
         ),
     };
@@ -59,19 +63,21 @@ pub(super) async fn status(scheduler: &Scheduler, output: &Output) -> Result<(),
     output.fact(
         "Since the start",
         format!(
-            "{} operations of {} actions, {} completed",
-            status.operations, status.actions, status.completed
+            "{} of {}, {} completed",
+            plural(status.operations, "operation", "operations"),
+            plural(status.actions, "action", "actions"),
+            status.completed
         ),
     );
     match &status.store {
         Some(store) => output.fact(
             "Store",
             format!(
-                "{} of {} in {}, {} entries; {} free on its file system",
+                "{} of {} in {}, {}; {} free on its file system",
                 bytes(store.used_bytes),
                 bytes(store.maximum_bytes),
                 store.directory,
-                store.entries,
+                plural(store.entries, "entry", "entries"),
                 bytes(store.free_bytes)
             ),
         ),
@@ -132,11 +138,15 @@ pub(super) async fn workers(
     pattern: Option<&Pattern>,
 ) -> Result<(), CommandError> {
     let mut rows: Vec<WorkerRow> = Vec::new();
+    let terminating = scheduler.terminating_workers().await?;
     for name in scheduler.queues().await? {
         let queue = QueueName::from(&name);
         let workers = scheduler.workers(&name).await?.into_iter();
         let meant = workers.filter(|worker| pattern.is_none_or(|p| p.matches(&worker.id)));
-        rows.extend(meant.map(|worker| WorkerRow::new(worker, queue.clone())));
+        rows.extend(meant.map(|worker| {
+            let terminating = terminating.contains(&worker.id);
+            WorkerRow::new(worker, terminating, queue.clone())
+        }));
     }
     if rows.is_empty() && pattern.is_some() {
         return Err(no_such_worker());
@@ -181,7 +191,7 @@ pub(super) async fn operations(
         StageName::Completed => StageValue::Completed,
     });
     let limit = if limit == 0 { usize::MAX } else { limit };
-    let (operations, total) = scheduler.operations(stage, limit).await?;
+    let (operations, total) = scheduler.oldest_operations(stage, limit).await?;
     let rows: Vec<OperationRow> = operations.into_iter().map(OperationRow::from).collect();
     if output.is_json() {
         output.json(&rows);
@@ -202,9 +212,16 @@ pub(super) async fn operations(
         ]);
     }
     output.table(&table);
-    if rows.len() < total {
-        output.line(&format!("{} of {total}; --limit 0 shows all.", rows.len()));
-    }
+    output.line(&match rows.len() < total {
+        true => format!(
+            "{} of {total}, oldest first; --limit 0 shows all.",
+            rows.len()
+        ),
+        false => format!(
+            "{}, oldest first.",
+            plural(total as u64, "operation", "operations")
+        ),
+    });
     Ok(())
 }
 

@@ -15,6 +15,11 @@ use std::collections::BTreeMap;
 use crate::{
     config::scheduler::Config,
     daemon::{CommandError, CommandOptions, Output},
+    digest::Digest,
+    proto::{
+        buildqueuestate::{PlatformQueueName, SizeClassQueueName},
+        reapi::{Platform, platform::Property},
+    },
 };
 use calls::Scheduler;
 use rows::QueueName;
@@ -39,12 +44,12 @@ pub enum Command {
         #[command(flatten)]
         options: CommandOptions,
     },
-    /// List operations
+    /// List operations, oldest first
     Operations {
         /// Only those at this stage
         #[arg(long)]
         stage: Option<StageName>,
-        /// No more than so many; 0 for all
+        /// No more than so many, which are the oldest; 0 for all
         #[arg(long, default_value_t = 1000, value_name = "COUNT")]
         limit: usize,
         #[command(flatten)]
@@ -61,6 +66,10 @@ pub enum Command {
     Drain {
         /// Workers with these labels: LABEL=VALUE,…, or the value of hostname
         pattern: Pattern,
+        /// Also where there are no such workers now; where there is no such queue, that of --instance,
+        /// --platform and --size-class
+        #[arg(long)]
+        ahead: bool,
         #[command(flatten)]
         filter: QueueFilter,
         #[command(flatten)]
@@ -85,7 +94,7 @@ pub enum Command {
         #[command(flatten)]
         options: CommandOptions,
     },
-    /// End an operation with an error for those who wait for it
+    /// End an operation, and all others of its action, with an error for those who wait
     Kill {
         /// The operation, as its client or the list of operations has it
         #[arg(required_unless_present = "without_workers")]
@@ -144,7 +153,7 @@ pub enum StoreCommand {
 }
 
 /// Which platform queues are meant; all when nothing is said.
-#[derive(clap::Args)]
+#[derive(clap::Args, Default, PartialEq)]
 pub struct QueueFilter {
     /// Only queues of this instance name
     #[arg(long, value_name = "NAME")]
@@ -178,6 +187,28 @@ pub struct ActionName {
 }
 
 impl QueueFilter {
+    /// The queue that it describes, where none is there.
+    fn queue(&self) -> Result<SizeClassQueueName, CommandError> {
+        let mut properties = Vec::new();
+        for property in &self.platform {
+            let (name, value) = property.split_once('=').ok_or_else(|| {
+                CommandError::Usage(format!("--platform {property}: write NAME=VALUE"))
+            })?;
+            properties.push(Property {
+                name: name.to_owned(),
+                value: value.to_owned(),
+            });
+        }
+        properties.sort_by(|one, other| (&one.name, &one.value).cmp(&(&other.name, &other.value)));
+        Ok(SizeClassQueueName {
+            platform_queue_name: Some(PlatformQueueName {
+                instance_name_prefix: self.instance.clone().unwrap_or_default(),
+                platform: Some(Platform { properties }),
+            }),
+            size_class: self.size_class.unwrap_or_default(),
+        })
+    }
+
     fn admits(&self, queue: &QueueName) -> bool {
         let is_property = |wanted: &String| {
             let mut properties = queue.platform.iter();
@@ -231,11 +262,12 @@ impl std::str::FromStr for ActionName {
             ),
             None => (text, 0),
         };
-        crate::digest::DigestFunction::from_hash_length(hash).map_err(|error| error.to_string())?;
-        Ok(ActionName {
+        let name = ActionName {
             hash: hash.to_owned(),
             size,
-        })
+        };
+        Digest::parse_required(None, Some(&(&name).into())).map_err(|error| error.to_string())?;
+        Ok(name)
     }
 }
 
@@ -272,11 +304,12 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
         }
         Command::Drain {
             pattern,
+            ahead,
             filter,
             options,
         } => {
             let (scheduler, output) = connect(&options)?;
-            steer::drain(&scheduler, &output, &pattern, &filter).await
+            steer::drain(&scheduler, &output, &pattern, ahead, &filter).await
         }
         Command::Undrain {
             pattern,
@@ -298,8 +331,16 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
             options,
             without_workers: _,
         } => {
+            if name.is_some() && filter != QueueFilter::default() {
+                return Err(CommandError::Usage(
+                    "--instance, --platform and --size-class say which queues are meant by --without-workers; an operation is named without them".to_owned(),
+                ));
+            }
             let (scheduler, output) = connect(&options)?;
-            steer::kill(&scheduler, &output, name, &reason, &filter).await
+            match name {
+                Some(name) => steer::kill(&scheduler, &output, name, reason).await,
+                None => steer::kill_queued(&scheduler, &output, &reason, &filter).await,
+            }
         }
         Command::Action {
             digest,
@@ -356,6 +397,13 @@ mod tests {
             let name: ActionName = text.parse().unwrap();
             assert_eq!((name.hash, name.size), (hash.clone(), size));
         }
-        assert!("ab".parse::<ActionName>().is_err());
+        for bad in [
+            "ab".to_owned(),
+            hash.to_uppercase(),
+            format!("{hash}/x"),
+            format!("{hash}/-7"),
+        ] {
+            assert!(bad.parse::<ActionName>().is_err(), "{bad}");
+        }
     }
 }

@@ -132,7 +132,10 @@ pub(super) struct WorkerRow {
     #[serde(flatten)]
     pub queue: QueueName,
     pub state: &'static str,
+    /// It takes nothing new.
     pub drained: bool,
+    /// It was told to terminate, which is why it takes nothing new.
+    pub terminating: bool,
     /// What it executes.
     pub operation: Option<String>,
     pub action: Option<String>,
@@ -218,7 +221,7 @@ impl From<control::StoreUsage> for StoreRow {
 }
 
 impl WorkerRow {
-    pub(super) fn new(worker: wire::WorkerState, queue: QueueName) -> Self {
+    pub(super) fn new(worker: wire::WorkerState, terminating: bool, queue: QueueName) -> Self {
         let operation = worker.current_operation;
         WorkerRow {
             labels: worker.id,
@@ -229,6 +232,7 @@ impl WorkerRow {
                 (None, Some(_)) => "silent",
             },
             drained: worker.drained,
+            terminating,
             action: operation
                 .as_ref()
                 .map(|operation| digest(operation.action_digest.as_ref())),
@@ -241,6 +245,9 @@ impl WorkerRow {
     }
 
     pub(super) fn state_cell(&self) -> Cell {
+        if self.terminating {
+            return Cell::new("terminating", Emphasis::Warning);
+        }
         match (self.drained, self.state) {
             (true, "executing") => Cell::new("draining", Emphasis::Warning),
             (true, _) => Cell::new("drained", Emphasis::Warning),

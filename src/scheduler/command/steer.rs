@@ -1,5 +1,9 @@
 //! Commands that change something: drain, undrain, terminate, kill.
 
+use std::time::{Duration, Instant};
+
+use tonic::{Code, Request};
+
 use super::{
     Pattern, QueueFilter,
     calls::Scheduler,
@@ -7,16 +11,22 @@ use super::{
     rows::{DrainRow, QueueName, labels, rfc3339},
 };
 use crate::{
-    daemon::{CommandError, Output, Table},
+    daemon::{CommandError, Output, Table, Unhurried},
     proto::{
         self,
         buildqueuestate::{
             AddOrRemoveDrainRequest, KillOperationsRequest, ListDrainsRequest, SizeClassQueueName,
             TerminateWorkersRequest, kill_operations_request,
         },
-        rpc,
     },
+    scheduler::queue::KILLED,
+    text::plural,
 };
+
+/// How long the next scheduler may take to answer.
+const RESTART_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long workers may take to call it, then.
+const RECONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The drains that are, with the queues that they are of.
 async fn drains(
@@ -45,24 +55,27 @@ async fn drains(
     Ok(rows)
 }
 
-/// In every queue that is admitted and has a worker with these labels.
+/// In every queue that is admitted and has a worker with these labels; or, `ahead` of them, in every one.
 pub(super) async fn drain(
     scheduler: &Scheduler,
     output: &Output,
     pattern: &Pattern,
+    ahead: bool,
     filter: &QueueFilter,
 ) -> Result<(), CommandError> {
     let mut rows = Vec::new();
     let mut trouble = None;
-    for name in scheduler.queues().await? {
+    let mut queues = scheduler.queues().await?;
+    queues.retain(|name| filter.admits(&QueueName::from(name)));
+    if queues.is_empty() && ahead {
+        queues.push(filter.queue()?);
+    }
+    for name in queues {
         let queue = QueueName::from(&name);
-        if !filter.admits(&queue) {
-            continue;
-        }
         let workers = scheduler.workers(&name).await?;
         let meant = workers.iter().filter(|worker| pattern.matches(&worker.id));
         let slots = meant.count();
-        if slots == 0 {
+        if slots == 0 && !ahead {
             continue;
         }
         let request = AddOrRemoveDrainRequest {
@@ -76,7 +89,8 @@ pub(super) async fn drain(
         }
         if !output.is_json() {
             output.line(&format!(
-                "Drained {slots} slots of {} ({}).",
+                "Drained {} of {} ({}).",
+                plural(slots as u64, "slot", "slots"),
                 labels(&pattern.0),
                 queue.text()
             ));
@@ -161,31 +175,54 @@ fn list(output: &Output, rows: &[DrainRow]) {
     output.table(&table);
 }
 
-/// Returns when what the workers executed has ended.
+/// Slots of workers with these labels.
+async fn slots_of(scheduler: &Scheduler, pattern: &Pattern) -> Result<u64, CommandError> {
+    let mut slots = 0;
+    for name in scheduler.queues().await? {
+        let workers = scheduler.workers(&name).await?;
+        let meant = workers.iter().filter(|worker| pattern.matches(&worker.id));
+        slots += meant.count() as u64;
+    }
+    Ok(slots)
+}
+
+/// Returns when what the workers executed has ended, whether the scheduler is restarted meanwhile or not.
 pub(super) async fn terminate(
     scheduler: &Scheduler,
     output: &Output,
     pattern: Pattern,
 ) -> Result<(), CommandError> {
-    let mut slots = 0;
-    for name in scheduler.queues().await? {
-        let workers = scheduler.workers(&name).await?;
-        let meant = workers.iter().filter(|worker| pattern.matches(&worker.id));
-        slots += meant.count();
-    }
+    let slots = slots_of(scheduler, &pattern).await?;
     if slots == 0 {
         return Err(no_such_worker());
     }
     let shown = labels(&pattern.0);
-    if !output.is_json() {
-        output.line(&format!(
-            "Waiting until {slots} slots of {shown} have ended what they execute."
-        ));
-    }
-    let request = TerminateWorkersRequest {
-        worker_id_pattern: pattern.0,
+    let say = |text: &str| {
+        if !output.is_json() {
+            output.line(text);
+        }
     };
-    scheduler.state().terminate_workers(request).await?;
+    say(&format!(
+        "Waiting until {} of {shown} have ended what they execute.",
+        plural(slots, "slot", "slots")
+    ));
+    loop {
+        let mut request = Request::new(TerminateWorkersRequest {
+            worker_id_pattern: pattern.0.clone(),
+        });
+        request.extensions_mut().insert(Unhurried);
+        match scheduler.state().terminate_workers(request).await {
+            Ok(_) => break,
+            // A scheduler that was started again knows nothing of what the one before was told.
+            Err(status) if status.code() == Code::Unavailable => {
+                say(
+                    "The scheduler is gone; asking the next one as soon as these workers have called it.",
+                );
+                await_workers(scheduler, &pattern, slots, status.into()).await?;
+            }
+            Err(status) => return Err(status.into()),
+        }
+    }
     match output.is_json() {
         true => output.json(&serde_json::json!({ "terminated": slots })),
         false => output.line(&format!("{shown} execute nothing, and can be stopped.")),
@@ -193,33 +230,86 @@ pub(super) async fn terminate(
     Ok(())
 }
 
-/// One operation, or, without a name, what is queued in queues that have no workers.
+/// Returns as soon as a scheduler answers that as many slots have called, or some time after that at which
+/// all that are there have. `lost` is why there is none now.
+async fn await_workers(
+    scheduler: &Scheduler,
+    pattern: &Pattern,
+    slots: u64,
+    lost: CommandError,
+) -> Result<(), CommandError> {
+    let begin = Instant::now();
+    let mut answered: Option<Instant> = None;
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        match slots_of(scheduler, pattern).await {
+            Ok(known) if known >= slots => return Ok(()),
+            Ok(_) => {
+                let answered = answered.get_or_insert_with(Instant::now);
+                if answered.elapsed() > RECONNECTION_TIMEOUT {
+                    return Ok(());
+                }
+            }
+            Err(CommandError::Unavailable(_)) if begin.elapsed() < RESTART_TIMEOUT => {}
+            Err(CommandError::Unavailable(_)) => return Err(lost),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+async fn kill_matching(
+    scheduler: &Scheduler,
+    r#type: kill_operations_request::filter::Type,
+    reason: &str,
+) -> Result<(), CommandError> {
+    let request = KillOperationsRequest {
+        filter: Some(kill_operations_request::Filter {
+            r#type: Some(r#type),
+        }),
+        status: Some(proto::status(KILLED, reason)),
+    };
+    scheduler.state().kill_operations(request).await?;
+    Ok(())
+}
+
+/// One operation, and all others of its action.
 pub(super) async fn kill(
     scheduler: &Scheduler,
     output: &Output,
-    name: Option<String>,
+    name: String,
+    reason: String,
+) -> Result<(), CommandError> {
+    let told = scheduler
+        .kill_operation(name.clone(), reason.clone())
+        .await?;
+    let (names, count) = match told {
+        Some(killed) => (killed.operation_names, killed.total),
+        None => {
+            let by_name = kill_operations_request::filter::Type::OperationName(name.clone());
+            kill_matching(scheduler, by_name, &reason).await?;
+            (vec![name.clone()], 1)
+        }
+    };
+    if output.is_json() {
+        output.json(&serde_json::json!({ "killed": names }));
+        return Ok(());
+    }
+    output.line(&match count {
+        0 => format!("{name} had ended already."),
+        1 => format!("Killed {name}."),
+        count => format!("Killed {name} and what else waited for its action: {count} operations."),
+    });
+    Ok(())
+}
+
+/// What is queued in queues that have no workers.
+pub(super) async fn kill_queued(
+    scheduler: &Scheduler,
+    output: &Output,
     reason: &str,
     filter: &QueueFilter,
 ) -> Result<(), CommandError> {
-    use kill_operations_request::{Filter, filter::Type};
-    let kill = async |r#type: Type| {
-        let request = KillOperationsRequest {
-            filter: Some(Filter {
-                r#type: Some(r#type),
-            }),
-            // Unlike ABORTED, CANCELLED and others, no client takes it for a reason to try again.
-            status: Some(proto::status(rpc::Code::PermissionDenied, reason)),
-        };
-        scheduler.state().kill_operations(request).await
-    };
-    if let Some(name) = name {
-        kill(Type::OperationName(name.clone())).await?;
-        match output.is_json() {
-            true => output.json(&serde_json::json!({ "killed": [name] })),
-            false => output.line(&format!("Killed {name}.")),
-        }
-        return Ok(());
-    }
+    use kill_operations_request::filter::Type;
     let mut killed = Vec::new();
     let platform_queues = scheduler.state().list_platform_queues(()).await?;
     for platform_queue in platform_queues.into_inner().platform_queues {
@@ -235,10 +325,12 @@ pub(super) async fn kill(
             if size.workers_count > 0 || is_empty || !filter.admits(&queue) {
                 continue;
             }
-            kill(Type::SizeClassQueueWithoutWorkers(name)).await?;
+            let of_queue = Type::SizeClassQueueWithoutWorkers(name);
+            kill_matching(scheduler, of_queue, reason).await?;
             if !output.is_json() {
-                let count = queued.direct + queued.indirect;
-                output.line(&format!("Killed {count} operations of {}.", queue.text()));
+                let count = u64::from(queued.direct) + u64::from(queued.indirect);
+                let count = plural(count, "operation", "operations");
+                output.line(&format!("Killed {count} of {}.", queue.text()));
             }
             killed.push(queue);
         }

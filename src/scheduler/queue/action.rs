@@ -103,7 +103,8 @@ pub struct QueuedAction {
     /// The action's own, or the default.
     pub timeout: Duration,
     pub queued_timestamp: Timestamp,
-    /// An `Executing` that has the action, the auxiliary metadata and the trace.
+    /// An `Executing` that has the action, the auxiliary metadata and the trace; RequestMetadata is without
+    /// its type's name, as nearly every action has one.
     encoded: Box<[u8]>,
 }
 
@@ -114,10 +115,16 @@ impl QueuedAction {
         digest: Digest,
         action: reapi::Action,
         timeout: Duration,
-        auxiliary_metadata: Vec<Any>,
+        mut auxiliary_metadata: Vec<Any>,
         queued_timestamp: Timestamp,
         trace: Option<ActionTrace>,
     ) -> Self {
+        let request_metadata = reapi::RequestMetadata::type_url();
+        for any in &mut auxiliary_metadata {
+            if any.type_url == request_metadata {
+                any.type_url.clear();
+            }
+        }
         QueuedAction {
             instance,
             digest,
@@ -144,7 +151,13 @@ impl QueuedAction {
     }
 
     fn decode(&self) -> Executing {
-        Executing::decode(&*self.encoded).unwrap_or_default()
+        let mut executing = Executing::decode(&*self.encoded).unwrap_or_default();
+        for any in &mut executing.auxiliary_metadata {
+            if any.type_url.is_empty() {
+                any.type_url = reapi::RequestMetadata::type_url();
+            }
+        }
+        executing
     }
 
     /// What a worker is told that has so long, and the trace that it takes part in.

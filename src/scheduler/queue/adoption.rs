@@ -264,6 +264,18 @@ impl<C, W: Clone> Queue<C, W> {
         (of == platform_queue).then_some(task)
     }
 
+    /// Whether the operation that a worker reports is known, and completed: by its cancellation, or
+    /// with another one's result.
+    fn has_ended(&self, action: &ReportedAction) -> bool {
+        let operation = action
+            .attempt
+            .and_then(|attempt| self.names.get(attempt.operation));
+        operation.is_some_and(|operation| {
+            let task = &self.tasks[self.operations[operation].task];
+            task.is_completed() && action.digest.is(&task.action.digest)
+        })
+    }
+
     /// A worker that we did not know executes something: a task of ours, or perhaps of a client
     /// that will ask for it.
     pub(super) fn adopt_foreign_action(
@@ -294,6 +306,10 @@ impl<C, W: Clone> Queue<C, W> {
                 }
                 self.withdraw(now, task);
                 self.adopt(now, task, worker, action.attempt.map(|a| a.number));
+            }
+            None if self.has_ended(&action) => {
+                self.expect_call(now, worker);
+                return SynchronizeAnswer::Now(GO_IDLE);
             }
             None => {
                 let platform_queue = self.queues[queue].platform_queue;

@@ -21,6 +21,13 @@ pub struct AttachedWaiter<W> {
     pub progress: Progress,
 }
 
+/// What those hear who wait for an operation that somebody killed: unlike ABORTED, CANCELLED and
+/// others, no client takes it for a reason to try again.
+pub const KILLED: rpc::Code = rpc::Code::PermissionDenied;
+
+/// Operations that are named to who killed them.
+const MOST_NAMED: usize = 1_000;
+
 impl<C, W: Clone> Queue<C, W> {
     /// Queues an action, or joins its task that is under way. The request's name and `watch` are used
     /// where there is no operation to join.
@@ -36,13 +43,56 @@ impl<C, W: Clone> Queue<C, W> {
                 return Ok(attached);
             }
         }
+        let (task, operation) = self.find_or_insert_task(now, &request, watch)?;
+        if matches!(self.tasks[task].state, TaskState::Fresh) && !self.take_up(now, task, &request)
+        {
+            match request.resumes && self.may_be_reported(now) {
+                true => self.await_report(now, task),
+                false => self.schedule(now, task),
+            }
+        }
+        Ok(self.attach(operation))
+    }
+
+    /// Ends an operation of the scheduler before this one, which nobody has taken up: what a worker
+    /// executes for it ends, or its report is awaited in vain. Nothing is queued for it.
+    pub fn cancel_unknown(
+        &mut self,
+        now: Instant,
+        request: Request,
+        watch: W,
+    ) -> Result<(), ExecuteRefusal> {
+        let name = request.name;
+        if self.names.get(name).is_none() {
+            let (task, _) = self.find_or_insert_task(now, &request, watch)?;
+            // Only a worker that executes it is taken from it.
+            if matches!(self.tasks[task].state, TaskState::Fresh) {
+                self.take_up(now, task, &request);
+            }
+            // What joined another one's task leaves it again.
+            let _ = self.cancel(now, name);
+            self.detach(now, name);
+            return Ok(());
+        }
+        let _ = self.cancel(now, name);
+        Ok(())
+    }
+
+    /// The task that is under way for an action, or a new one that is in no tree, with the request's
+    /// operation.
+    fn find_or_insert_task(
+        &mut self,
+        now: Instant,
+        request: &Request,
+        watch: W,
+    ) -> Result<(TaskNumber, OperationNumber), ExecuteRefusal> {
         let action = &request.action;
         let cacheable = !action.do_not_cache;
         if cacheable && let Some(task) = self.find_in_flight(&action.instance, &action.digest) {
-            let operation = self.join(task, &request, watch);
+            let operation = self.join(task, request, watch);
             self.tasks[task].skips_cache_lookup |= request.skip_cache_lookup;
             self.count_joined(task);
-            return Ok(self.attach(operation));
+            return Ok((task, operation));
         }
         let platform_queue = self
             .route(&request.platform, &action.instance)
@@ -53,8 +103,8 @@ impl<C, W: Clone> Queue<C, W> {
                     .then(|| self.route(default, &action.instance))
                     .flatten()
             })
-            .ok_or_else(|| self.no_workers(now, &request))?;
-        self.admit_operation(&request)?;
+            .ok_or_else(|| self.no_workers(now, request))?;
+        self.admit_operation(request)?;
         let sizes = self.platform_queues[platform_queue].size_classes();
         let selection = request
             .selector
@@ -72,14 +122,8 @@ impl<C, W: Clone> Queue<C, W> {
             let hash = self.action_hash(action);
             self.in_flight.insert((hash, task));
         }
-        let operation = self.insert_operation(task, &request, Some(watch));
-        if !self.take_up(now, task, &request) {
-            match request.resumes && self.may_be_reported(now) {
-                true => self.await_report(now, task),
-                false => self.schedule(now, task),
-            }
-        }
-        Ok(self.attach(operation))
+        let operation = self.insert_operation(task, request, Some(watch));
+        Ok((task, operation))
     }
 
     /// One more stream for an operation that exists.
@@ -151,7 +195,7 @@ impl<C, W: Clone> Queue<C, W> {
             lost: None,
             operations: smallvec![number],
             timeout: task.timeout,
-            expected_duration: task.expected_duration,
+            expected_milliseconds: task.expected_milliseconds,
             learner: None,
             selector: task.selector.clone(),
             background: false,
@@ -167,19 +211,25 @@ impl<C, W: Clone> Queue<C, W> {
         self.tell(alone);
     }
 
-    /// All who wait for the operation's task get this response, unless it is completed.
+    /// All who wait for the operation's task get this response, unless it is completed. These are
+    /// returned, up to `MOST_NAMED` of them, with how many there are.
     pub fn kill_operation(
         &mut self,
         now: Instant,
         operation: Uuid,
         response: Arc<EncodedResponse>,
-    ) -> Result<(), UnknownOperation> {
+    ) -> Result<(Vec<Uuid>, usize), UnknownOperation> {
         let number = self.names.get(operation).ok_or(UnknownOperation)?;
         let task = self.operations[number].task;
-        if !self.tasks[task].is_completed() {
-            self.complete(now, task, response);
+        if self.tasks[task].is_completed() {
+            return Ok((Vec::new(), 0));
         }
-        Ok(())
+        let killed = self.tasks[task].operations.iter();
+        let names = killed.map(|operation| self.operations[*operation].name);
+        let names = names.take(MOST_NAMED).collect();
+        let count = self.tasks[task].operations.len();
+        self.complete(now, task, response);
+        Ok((names, count))
     }
 
     /// All that is queued in a size-class queue without workers gets this response, piece by piece.

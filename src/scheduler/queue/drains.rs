@@ -26,18 +26,14 @@ pub struct Drain {
     pub created: Timestamp,
 }
 
-/// What a worker executes has ended there when what `watch` tells has a higher version.
-#[derive(Clone, Debug)]
-pub struct ExecutingWorker<W> {
-    pub watch: W,
-    pub version: u64,
-}
+/// A worker that was told to terminate while it executed something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExecutingWorker(WorkerNumber);
 
 impl<C, W: Clone> Queue<C, W> {
-    /// Workers that match take no new work, as soon as `apply_drains` has gone through all workers. Adding
-    /// one that is there changes nothing.
+    /// Workers that match take no new work, as soon as `apply_drains` has gone through all workers; those
+    /// of a queue that is not there yet, when they come. Adding one that is there changes nothing.
     pub fn add_drain(&mut self, drain: Drain) -> Result<(), DrainRefusal> {
-        self.find_queue(&drain.key)?;
         let limit = self.settings.limits.drains;
         let key = (drain.key, drain.pattern);
         if self.drains.contains_key(&key) {
@@ -98,13 +94,13 @@ impl<C, W: Clone> Queue<C, W> {
     }
 
     /// Workers that match take no new work for as long as they are known. Some of them are told at once:
-    /// what they execute now is added to `executing`, and for the rest this is to be called again.
+    /// those that execute something are added to `executing`, and for the rest this is to be called again.
     pub fn terminate(
         &mut self,
         now: Instant,
         pattern: &WorkerPattern,
         from: NextWorker,
-        executing: &mut Vec<ExecutingWorker<W>>,
+        executing: &mut Vec<ExecutingWorker>,
     ) -> Option<NextWorker> {
         let (places, next) = self.workers.piece(from.0, LOOKED_AT_ONCE);
         for number in places {
@@ -113,18 +109,27 @@ impl<C, W: Clone> Queue<C, W> {
             }
             let drained = self.workers[number].drained;
             self.set_willingness(now, number, drained, true);
-            let WorkerState::Executing { task, .. } = self.workers[number].state else {
-                continue;
-            };
-            let task = &self.tasks[task];
-            let watches = task.operations.iter();
-            let watch = watches.filter_map(|operation| self.operations[*operation].watch.as_ref());
-            executing.extend(watch.take(1).map(|watch| ExecutingWorker {
-                watch: watch.clone(),
-                version: task.version,
-            }));
+            if self.workers[number].is_busy() {
+                executing.push(ExecutingWorker(number));
+            }
         }
         next.map(NextWorker)
+    }
+
+    /// Whether it has not ended yet what it executed.
+    pub fn is_executing(&self, worker: ExecutingWorker) -> bool {
+        let worker = self.workers.get(worker.0);
+        // One that was started again is to terminate no longer.
+        worker.is_some_and(|worker| worker.terminating && worker.is_busy())
+    }
+
+    /// Some workers that were told to terminate, from there on; and where to go on.
+    pub fn terminating_workers(&self, from: NextWorker) -> (Vec<WorkerId>, Option<NextWorker>) {
+        let (places, next) = self.workers.piece(from.0, LOOKED_AT_ONCE);
+        let workers = places.into_iter().map(|number| &self.workers[number]);
+        let terminating = workers.filter(|worker| worker.terminating);
+        let ids = terminating.map(|worker| worker.id.clone()).collect();
+        (ids, next.map(NextWorker))
     }
 
     pub(super) fn is_drained(&self, queue: QueueNumber, worker: &WorkerId) -> bool {

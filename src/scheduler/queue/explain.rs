@@ -65,7 +65,7 @@ pub struct MatchingWorkers {
 }
 
 fn plural(count: usize, one: &str, many: &str) -> String {
-    format!("{count} {}", if count == 1 { one } else { many })
+    crate::text::plural(count as u64, one, many)
 }
 
 impl fmt::Display for Explanation {

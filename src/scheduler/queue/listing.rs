@@ -6,8 +6,8 @@ use uuid::Uuid;
 
 use super::{
     InvocationFilter, InvocationKey, InvocationKeys, InvocationRow, OperationRow, Page,
-    PlatformQueueRow, Queue, QueuedCursor, SizeClassQueueKey, SizeClassQueueRow, Stage, TaskState,
-    UnknownInvocation, WorkerFilter, WorkerId, WorkerRow, WorkerState,
+    PlatformQueueRow, Queue, QueuedCursor, SizeClassQueueKey, SizeClassQueueRow, Stage, StageKind,
+    TaskState, UnknownInvocation, WorkerFilter, WorkerId, WorkerRow, WorkerState,
     arena::{InvocationNumber, OperationNumber, QueueNumber, WorkerNumber},
 };
 
@@ -117,7 +117,7 @@ impl<C, W: Clone> Queue<C, W> {
                 let cursor = &after.queued_timestamp;
                 (
                     operation.priority,
-                    Reverse(task.expected_duration),
+                    Reverse(task.expected_duration()),
                     (queued.seconds, queued.nanos),
                 ) > (
                     after.priority,
@@ -245,6 +245,23 @@ impl<C, W: Clone> Queue<C, W> {
         self.names.after(after).map(|(_, number)| self.row(number))
     }
 
+    /// The same, as far as their order by age needs: the seconds and nanoseconds at which they were
+    /// queued.
+    pub fn ages(&self, after: Option<Uuid>) -> impl Iterator<Item = (Uuid, (i64, i32), StageKind)> {
+        self.names.after(after).map(|(name, number)| {
+            let task = &self.tasks[self.operations[number].task];
+            let queued = &task.action.queued_timestamp;
+            let stage = match &task.state {
+                TaskState::Fresh | TaskState::AwaitingReport | TaskState::Queued => {
+                    StageKind::Queued
+                }
+                TaskState::Executing { .. } => StageKind::Executing,
+                TaskState::Completed(_) => StageKind::Completed,
+            };
+            (name, (queued.seconds, queued.nanos), stage)
+        })
+    }
+
     /// How many operations come up to this name, and how many there are.
     pub fn place_of(&self, after: Option<Uuid>) -> (usize, usize) {
         let place = after.map_or(0, |after| self.names.place_after(after));
@@ -269,7 +286,7 @@ impl<C, W: Clone> Queue<C, W> {
             invocation: self.keys_of(number).clone(),
             priority: operation.priority,
             skip_cache_lookup: operation.skip_cache_lookup,
-            expected_duration: task.expected_duration,
+            expected_duration: task.expected_duration(),
             removal: operation.deadline,
             stage,
             worker: worker.map(|worker| self.workers[worker].id.clone()),

@@ -83,7 +83,7 @@ pub use action::{
     Stage,
 };
 pub use browse::{Load, QueueLoad, WorkerSight, WorkerSightActivity};
-pub use clients::AttachedWaiter;
+pub use clients::{AttachedWaiter, KILLED};
 pub use clock::{Clock, TICK};
 pub use drains::{Drain, ExecutingWorker, NextWorker};
 pub use explain::{Explanation, MatchingWorkers, QueuedExplanation};

@@ -71,8 +71,6 @@ pub enum KillRefusal {
 /// Why a drain is not added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DrainRefusal {
-    #[error(transparent)]
-    UnknownQueue(#[from] UnknownQueue),
     #[error("There are {limit} drains already, as many as may be")]
     TooMany { limit: usize },
 }

@@ -29,12 +29,8 @@ const HELD_CALL_DELAY: Duration = Duration::from_millis(500);
 pub(super) const CALL_DELAY_TOLERANCE: Duration = Duration::from_secs(5);
 
 /// 49 days at most.
-fn milliseconds(duration: Duration) -> u32 {
+pub(super) fn milliseconds(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
-}
-
-pub(super) fn whole_milliseconds(duration: Duration) -> Duration {
-    Duration::from_millis(milliseconds(duration).into())
 }
 
 impl<C, W: Clone> Queue<C, W> {
@@ -60,7 +56,7 @@ impl<C, W: Clone> Queue<C, W> {
             lost: None,
             operations: SmallVec::new(),
             timeout: selection.timeout,
-            expected_duration: whole_milliseconds(selection.expected_duration),
+            expected_milliseconds: milliseconds(selection.expected_duration),
             learner: Some(selection.learner),
             selector,
             background,
@@ -341,7 +337,7 @@ impl<C, W: Clone> Queue<C, W> {
         let task = &self.tasks[operation.task];
         Position {
             priority: operation.priority,
-            expected_milliseconds: Reverse(milliseconds(task.expected_duration)),
+            expected_milliseconds: Reverse(task.expected_milliseconds),
             arrival: task.arrival,
             operation: number,
         }

@@ -133,8 +133,8 @@ pub(super) struct Task {
     /// One at least.
     pub operations: SmallVec<[OperationNumber; 1]>,
     pub timeout: Duration,
-    /// In whole milliseconds, as the order knows them.
-    pub expected_duration: Duration,
+    /// As the order knows it; 49 days at most.
+    pub expected_milliseconds: u32,
     /// Is told how the execution ends; `None` when it is on a size class that it did not choose.
     pub learner: Option<Learner>,
     pub selector: Selector,
@@ -196,6 +196,10 @@ impl Task {
                 TaskState::Completed(outcome) => Stage::Completed(outcome.clone()),
             },
         }
+    }
+
+    pub(super) fn expected_duration(&self) -> Duration {
+        Duration::from_millis(self.expected_milliseconds.into())
     }
 
     /// The rest of the instance name, beyond the queue's prefix.

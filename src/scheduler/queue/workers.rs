@@ -610,7 +610,7 @@ impl<C, W: Clone> Queue<C, W> {
         self.move_to(number, queue);
         let task = &mut self.tasks[number];
         task.timeout = timeout;
-        task.expected_duration = super::schedule::whole_milliseconds(expected_duration);
+        task.expected_milliseconds = super::schedule::milliseconds(expected_duration);
         self.schedule(now, number);
     }
 }

@@ -4,9 +4,12 @@
 //! is cut down to what the level tells apart; portals filter by it. Clients choose what is in it, so
 //! that it has bounds.
 
-use prost_types::Any;
+use prost_types::{Any, value::Kind};
 
-use super::super::queue::{InvocationKey, InvocationKeys};
+use super::{
+    super::queue::{InvocationKey, InvocationKeys},
+    Facts,
+};
 use crate::{
     config::routing::InvocationKeyExtractor,
     digest::DigestFunction,
@@ -29,14 +32,22 @@ pub enum InvocationKeysError {
 }
 
 /// One key for each level. Where an operation is taken up again, its keys are those that its name
-/// claims, except for the user's.
-pub(super) fn extract(
-    levels: &[InvocationKeyExtractor],
-    metadata: &RequestMetadata,
-    user: Option<&AuthenticationMetadata>,
-    claimed: Option<&InvocationKeys>,
-) -> InvocationKeys {
-    let claimed = claimed.map_or(&[][..], InvocationKeys::as_slice);
+/// claims, except for the user's or the address's.
+pub(super) fn extract(levels: &[InvocationKeyExtractor], facts: &Facts<'_>) -> InvocationKeys {
+    let metadata = facts.metadata;
+    let user = || Some(facts.user?.public.clone()?);
+    let address = || {
+        Some(prost_types::Value {
+            kind: Some(Kind::StringValue(format!("address:{}", facts.address?))),
+        })
+    };
+    let of_client = |public| {
+        Some(InvocationKey::new(&proto::pack(&AuthenticationMetadata {
+            public: Some(public?),
+            ..Default::default()
+        })))
+    };
+    let claimed = facts.claimed.map_or(&[][..], InvocationKeys::as_slice);
     let mut claimed = claimed.iter().filter(|key| {
         let type_url = key.any().type_url;
         key.as_bytes().len() <= LARGEST_KEY && !type_url.ends_with("AuthenticationMetadata")
@@ -51,13 +62,9 @@ pub(super) fn extract(
                 correlated_invocations_id: bounded(&metadata.correlated_invocations_id),
                 ..Default::default()
             }),
-            InvocationKeyExtractor::AuthenticatedUser => {
-                let public = user?.public.clone()?;
-                let user = proto::pack(&AuthenticationMetadata {
-                    public: Some(public),
-                    ..Default::default()
-                });
-                return Some(InvocationKey::new(&user));
+            InvocationKeyExtractor::AuthenticatedUser => return of_client(user()),
+            InvocationKeyExtractor::AuthenticatedUserOrAddress => {
+                return of_client(user().or_else(address));
             }
         };
         Some(

@@ -10,7 +10,7 @@
 //!
 //! 1. Routing asks for what it lacks (`Step`) and is called again with it; it never waits.
 //! 2. Ignored properties are dropped wherever a platform is compared: from actions' and from workers'.
-//! 3. A client gets the user's key of nobody else, whatever the name of an operation says.
+//! 3. A client gets the key of no other user or address, whatever the name of an operation says.
 //! 4. An action that asks for just what a platform queue offers goes there, before it is seen whether
 //!    queues with `any_value` or `at_least` would take it.
 
@@ -75,6 +75,8 @@ pub struct Facts<'a> {
     pub metadata: &'a reapi::RequestMetadata,
     /// Who its client proved to be.
     pub user: Option<&'a AuthenticationMetadata>,
+    /// Where its client calls from, if that is known.
+    pub address: Option<&'a str>,
     /// What the name of an operation says that is taken up again.
     pub claimed: Option<&'a InvocationKeys>,
     /// `None` until it was asked for.
@@ -167,12 +169,7 @@ impl Router {
         Ok(Step::Done(Route {
             action: None,
             platforms: self.candidates(facts.instance, &platform),
-            invocation: invocation::extract(
-                &rules.invocation,
-                facts.metadata,
-                facts.user,
-                facts.claimed,
-            ),
+            invocation: invocation::extract(&rules.invocation, &facts),
         }))
     }
 

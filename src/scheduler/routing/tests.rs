@@ -67,6 +67,7 @@ struct Asked {
     action: reapi::Action,
     metadata: RequestMetadata,
     user: Option<AuthenticationMetadata>,
+    address: Option<&'static str>,
     claimed: Option<InvocationKeys>,
     command: Option<reapi::Command>,
     answer: Option<RouteActionResponse>,
@@ -79,6 +80,7 @@ impl Asked {
             action,
             metadata: metadata(),
             user: None,
+            address: None,
             claimed: None,
             command: None,
             answer: None,
@@ -92,6 +94,7 @@ impl Asked {
             action: &self.action,
             metadata: &self.metadata,
             user: self.user.as_ref(),
+            address: self.address,
             claimed: self.claimed.as_ref(),
             command: self.command.as_ref(),
             answer: self.answer.as_ref(),
@@ -243,6 +246,19 @@ fn levels_of_the_tree_are_those_of_the_extractors_and_a_user_only_where_there_is
     let mut config = Config::default();
     let mut asked = Asked::new("", action(&[]));
     assert_eq!(keys(&asked, &config), std::slice::from_ref(&tool));
+    asked.address = Some("192.0.2.1");
+    let address = proto::pack(&AuthenticationMetadata {
+        public: Some(prost_types::Value {
+            kind: Some(prost_types::value::Kind::StringValue(
+                "address:192.0.2.1".to_owned(),
+            )),
+        }),
+        ..Default::default()
+    });
+    assert_eq!(keys(&asked, &config), [address, tool.clone()]);
+    config.action_router.invocation_key_extractors[0] = InvocationKeyExtractor::AuthenticatedUser;
+    assert_eq!(keys(&asked, &config), std::slice::from_ref(&tool));
+    config = Config::default();
     asked.user = Some(user());
     assert_eq!(
         keys(&asked, &config),

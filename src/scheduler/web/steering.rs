@@ -18,9 +18,9 @@ use super::{
     queue_key::{QueueQuery, read_pattern},
 };
 use crate::{
-    proto::{self, rpc},
+    proto,
     scheduler::queue::{
-        Drain, EncodedResponse, SizeClassQueueKey, WorkerId, WorkerPattern, WorkerSight,
+        Drain, EncodedResponse, KILLED, SizeClassQueueKey, WorkerId, WorkerPattern, WorkerSight,
     },
 };
 
@@ -196,10 +196,10 @@ pub(super) async fn kill(
         true => format!("killed by {}, on the scheduler's pages", sent.by),
         false => format!("killed by {}, on the scheduler's pages: {reason}", sent.by),
     };
-    let response = Arc::new(EncodedResponse::failure(rpc::Code::Cancelled, message));
+    let response = Arc::new(EncodedResponse::failure(KILLED, message));
     match pages.queue.kill_operation(operation, response) {
-        Ok(()) => {
-            tracing::info!(%operation, by = sent.by, reason, "an operation was killed");
+        Ok((_, operations)) => {
+            tracing::info!(%operation, operations, by = sent.by, reason, "an operation was killed");
             Redirect::to(&format!("/operations/{operation}")).into_response()
         }
         Err(_) => {
@@ -237,7 +237,10 @@ fn id_of(verb: &str, text: &str) -> String {
 
 pub(super) fn kill_form(pages: &Pages, operation: Uuid) -> Markup {
     let fields = html! {
-        p { "The action is stopped, and its clients are told that it was killed (CANCELLED)." }
+        p {
+            "The action is stopped, and all of its clients are told that it was killed "
+            "(PERMISSION_DENIED, which none takes for a reason to try again)."
+        }
         label { "Reason, for its clients " input name="reason" maxlength="200" autocomplete="off"; }
         button.danger { "Kill this operation" }
     };

@@ -118,13 +118,12 @@ fn who_terminates_workers_hears_what_they_execute_and_they_get_nothing_new() {
     assert_eq!(next, None);
     farm.perform();
     assert_eq!(executing.len(), 1);
-    assert_eq!(
-        (executing[0].watch, executing[0].version),
-        (7, farm.versions[&7])
-    );
+    assert!(farm.queue.is_executing(executing[0]));
+    let terminating = farm.queue.terminating_workers(NextWorker::default());
+    assert_eq!(terminating.0.len(), 2);
     farm.execute(request("y"), 8).unwrap();
     farm.held("a", completed("x", rpc::Code::Ok), 3);
-    assert!(farm.versions[&7] > executing[0].version);
+    assert!(!farm.queue.is_executing(executing[0]));
     assert_eq!(action(&farm.now("c", idle())), Some(digest("y")));
 }
 
