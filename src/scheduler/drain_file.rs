@@ -76,6 +76,21 @@ impl DrainFile {
         })
     }
 
+    /// How many drains there are at the start, where later ones could be kept; else why not. Nothing is
+    /// changed.
+    pub(super) fn check(directory: &Path) -> Result<usize, String> {
+        let drains = read(&directory.join(FILE))?.len();
+        let made = directory.ancestors().find(|path| path.exists());
+        let made = made.unwrap_or(Path::new("/"));
+        let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+        match made.is_dir() {
+            true => rustix::fs::access(made, access)
+                .map(|()| drains)
+                .map_err(|error| format!("{}: {error}", made.display())),
+            false => Err(format!("{} is no directory", made.display())),
+        }
+    }
+
     /// What the scheduler before this one drained.
     pub(super) fn read(&self) -> Vec<Drain> {
         match read(&self.path) {
@@ -245,6 +260,23 @@ mod tests {
             assert_eq!(DrainFile::new(&state).read(), drains);
         }
         assert_eq!(fs::read_dir(&state).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn whether_drains_can_be_kept_is_known_before_there_are_any() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = directory.path().join("state");
+        assert_eq!(DrainFile::check(&state), Ok(0));
+        assert!(!state.exists());
+        write(&state.join(FILE), &[drain(0)]).unwrap();
+        assert_eq!(DrainFile::check(&state), Ok(1));
+        fs::write(state.join(FILE), "{").unwrap();
+        assert!(DrainFile::check(&state).is_err());
+        assert!(state.join(FILE).exists());
+        let file = directory.path().join("file");
+        fs::write(&file, "").unwrap();
+        let why = DrainFile::check(&file.join("state")).unwrap_err();
+        assert!(why.contains("is no directory"), "{why}");
     }
 
     #[test]

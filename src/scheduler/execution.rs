@@ -331,7 +331,7 @@ impl ExecutionService {
                 timeout,
                 auxiliary_metadata,
                 proto::timestamp(SystemTime::now()),
-                trace_of(name.operation, trace, self.trace_sample_ratio),
+                trace_of(name.operation, *trace, self.trace_sample_ratio),
             )),
         };
         Ok(Routable {

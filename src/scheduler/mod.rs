@@ -157,6 +157,14 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     daemon::check_headers(config.storage.call_headers(), report);
     daemon::check_client("traces.tls", &config.traces.tls, report);
     daemon::check_headers(config.traces.exported().call_headers(), report);
+    let state = config.state.directory.display();
+    match DrainFile::check(&config.state.directory) {
+        Ok(drains) => report.good(format!("state.directory: {state}, drains: {drains}")),
+        // A start goes on all the same.
+        Err(error) => report.note(format!(
+            "state.directory: drains would not outlive the scheduler: {error}"
+        )),
+    }
     let mut failures = Backend::probe(&config.storage).await;
     let storage = &config.storage;
     if storage.places().has_embedded() {

@@ -215,10 +215,10 @@ async fn last_within(
         // The first one comes at once.
         let next = match &last {
             None => operations.next().await,
-            Some(_) => match tokio::time::timeout_at(end, operations.next()).await {
-                Ok(next) => next,
-                Err(_) => None,
-            },
+            Some(_) => {
+                let next = tokio::time::timeout_at(end, operations.next());
+                next.await.unwrap_or_default()
+            }
         };
         match (next, last) {
             (Some(operation), _) => last = Some(operation?),

@@ -1,6 +1,7 @@
 //! The OperationQueue service: what workers report, and what they are told to do.
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -31,6 +32,10 @@ use crate::{
         },
     },
 };
+
+/// Of a worker's ID: how many labels, and bytes of them all.
+const MOST_LABELS: usize = 64;
+const LARGEST_LABELS: usize = 4 << 10;
 
 /// What workers call.
 pub(super) struct OperationQueueService {
@@ -156,7 +161,22 @@ fn parse_worker(
         activity,
         prefer_being_idle: request.prefer_being_idle,
     };
-    Ok((key, WorkerId::new(request.worker_id), report))
+    Ok((key, worker_id(request.worker_id)?, report))
+}
+
+/// The labels are kept, and shown, for as long as the worker is known.
+fn worker_id(labels: BTreeMap<String, String>) -> Result<WorkerId, Status> {
+    let size: usize = labels
+        .iter()
+        .map(|(name, value)| name.len() + value.len())
+        .sum();
+    match labels.len() <= MOST_LABELS && size <= LARGEST_LABELS {
+        true => Ok(WorkerId::new(labels)),
+        false => Err(invalid(format!(
+            "worker_id has {} labels of {size} bytes together, and not at most {MOST_LABELS} of {LARGEST_LABELS}: leave some out in the worker's configuration",
+            labels.len()
+        ))),
+    }
 }
 
 fn synchronize_response(instruction: queue::Instruction) -> SynchronizeResponse {

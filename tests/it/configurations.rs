@@ -503,6 +503,19 @@ const SCHEDULER: &[Row] = &[
         "action_router.invocation_key_extractors = [\"user\"]",
         Refused("tool_invocation_id"),
     ),
+    (
+        "action_router.invocation_key_extractors = [\"authenticated_user\"]",
+        Good,
+    ),
+    ("scheduling.minimum_priority = -2147483648", Good),
+    (
+        "scheduling.minimum_priority = 1",
+        Refused("write 0 or below"),
+    ),
+    (
+        "scheduling.maximum_priority = -1",
+        Refused("write 0 or above"),
+    ),
     ("action_router.remote = \"grpc://127.0.0.1:1\"", Good),
     ("action_router.remote = \"x\"", Refused("or \"\" for none")),
     (

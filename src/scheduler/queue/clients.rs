@@ -120,7 +120,7 @@ impl<C, W: Clone> Queue<C, W> {
         );
         if cacheable {
             let hash = self.action_hash(action);
-            self.in_flight.insert((hash, task));
+            self.in_flight.insert(hash, task);
         }
         let operation = self.insert_operation(task, request, Some(watch));
         Ok((task, operation))

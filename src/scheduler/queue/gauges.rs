@@ -9,15 +9,14 @@ use super::{
     arena::{OperationNumber, QueueNumber},
 };
 
-/// Queued operations, oldest first: the seconds and nanoseconds at which they were queued.
+/// Queued operations, oldest first, by the arrival of their tasks.
 #[derive(Default)]
-pub(super) struct QueuedByAge(BTreeMap<QueueNumber, BTreeSet<(i64, i32, OperationNumber)>>);
+pub(super) struct QueuedByAge(BTreeMap<QueueNumber, BTreeSet<(u64, OperationNumber)>>);
 
 impl<C, W: Clone> Queue<C, W> {
     pub(super) fn note_queued(&mut self, number: OperationNumber, is_queued: bool) {
         let task = &self.tasks[self.operations[number].task];
-        let queued = &task.action.queued_timestamp;
-        let entry = (queued.seconds, queued.nanos, number);
+        let entry = (task.arrival, number);
         let of_queue = self.queued_by_age.0.entry(task.queue).or_default();
         match is_queued {
             true => {
@@ -36,10 +35,8 @@ impl<C, W: Clone> Queue<C, W> {
     /// When that was queued which waits for longest; `None` when nothing waits.
     pub fn oldest_queued(&self, key: &SizeClassQueueKey) -> Option<Timestamp> {
         let number = self.find_queue(key).ok()?;
-        let (seconds, nanos, _) = self.queued_by_age.0.get(&number)?.first()?;
-        Some(Timestamp {
-            seconds: *seconds,
-            nanos: *nanos,
-        })
+        let (_, operation) = self.queued_by_age.0.get(&number)?.first()?;
+        let task = &self.tasks[self.operations[*operation].task];
+        Some(task.action.queued_timestamp)
     }
 }

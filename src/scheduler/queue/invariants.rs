@@ -225,7 +225,7 @@ impl<C, W: Clone> Queue<C, W> {
                 TaskState::Completed(_) => completed += 1,
             }
             let hash = self.action_hash(&task.action);
-            let in_flight = self.in_flight.contains(&(hash, number));
+            let in_flight = self.in_flight.contains(hash, number);
             cacheable += usize::from(in_flight);
             ensure(
                 in_flight == (!task.is_completed() && !task.action.do_not_cache),

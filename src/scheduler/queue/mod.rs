@@ -8,8 +8,8 @@
 //! are queued. An *attempt* is one handing-out of a task.
 //!
 //! In the order to read it: `settings`, `platform`, `action` and `report` are what goes in and comes
-//! out, with `refusal`; `arena`, `state`, `names` and `timers` hold the objects. `fairness` has their
-//! order. The verbs are in `clients`, `workers` and `drains`, over `schedule`, `adoption`, `resumption`,
+//! out, with `refusal`; `arena`, `state`, `names`, `in_flight` and `timers` hold the objects. `fairness` has their
+//! order. The verbs are in `clients`, `workers` and `drains`, over `schedule`, `execution_end`, `adoption`, `resumption`,
 //! `background`, `platform_queues` and `limits`; `clock` has their time. Those who look are shown `rows`
 //! by `listing` and `browse`, reasons by `explain`, what waits for longest by `gauges`, and what has
 //! happened by `statistics`.
@@ -38,7 +38,7 @@
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     hash::{Hash, Hasher},
     sync::Arc,
     time::Instant,
@@ -55,9 +55,11 @@ mod browse;
 mod clients;
 mod clock;
 mod drains;
+mod execution_end;
 mod explain;
 mod fairness;
 mod gauges;
+mod in_flight;
 mod invariants;
 mod limits;
 mod listing;
@@ -108,11 +110,10 @@ pub use workers::{HeldCall, SynchronizeAnswer};
 use super::size_class::StatisticsUpdate;
 use crate::{digest::Digest, instance::InstanceName};
 use adoption::{ForeignActions, KeptResults};
-use arena::{
-    Arena, Number, OperationNumber, PlatformQueueNumber, QueueNumber, TaskNumber, WorkerNumber,
-};
+use arena::{Arena, OperationNumber, PlatformQueueNumber, QueueNumber, TaskNumber, WorkerNumber};
 use fairness::Invocations;
 use gauges::QueuedByAge;
+use in_flight::InFlight;
 use limits::QueuedCounts;
 use names::Names;
 use resumption::AwaitedReports;
@@ -122,8 +123,9 @@ use state::{
 use statistics::Statistics;
 use timers::{Timer, Timers};
 
-/// How many deadlines pass under one lock.
+/// How many deadlines pass under one lock; a worker's, whose task is queued again, counts as several.
 const EXPIRED_AT_ONCE: usize = 64;
+const WORKER_EXPIRES_AS: usize = 8;
 
 pub struct Queue<C, W> {
     settings: Settings,
@@ -136,8 +138,7 @@ pub struct Queue<C, W> {
     tasks: Arena<TaskNumber, Task>,
     operations: Arena<OperationNumber, Operation<W>>,
     names: Names,
-    /// Cacheable tasks that are not completed, by the hash of instance name and digest.
-    in_flight: BTreeSet<(u64, TaskNumber)>,
+    in_flight: InFlight,
     foreign_actions: ForeignActions,
     kept_results: KeptResults,
     awaited_reports: AwaitedReports,
@@ -191,7 +192,7 @@ impl<C, W: Clone> Queue<C, W> {
             tasks: Arena::default(),
             operations: Arena::default(),
             names: Names::new(),
-            in_flight: BTreeSet::new(),
+            in_flight: InFlight::new(),
             foreign_actions: ForeignActions::default(),
             kept_results: KeptResults::default(),
             awaited_reports: AwaitedReports::default(),
@@ -224,9 +225,12 @@ impl<C, W: Clone> Queue<C, W> {
 
     /// Does some of what is due by now. There is more when `poll_timeout` is not later than now.
     pub fn expire(&mut self, now: Instant) {
-        for _ in 0..EXPIRED_AT_ONCE {
+        let mut done = 0;
+        while done < EXPIRED_AT_ONCE {
+            done += 1;
             match self.timers.pop(now) {
                 Some(Timer::Worker(worker)) => {
+                    done += WORKER_EXPIRES_AS - 1;
                     self.workers[worker].deadline = None;
                     self.expire_worker(now, worker);
                 }
@@ -294,13 +298,9 @@ impl<C, W: Clone> Queue<C, W> {
 
     fn find_in_flight(&self, instance: &InstanceName, digest: &Digest) -> Option<TaskNumber> {
         let hash = self.hash_of(instance, digest);
-        let least = TaskNumber::new(0, 0);
-        let candidates = self.in_flight.range((hash, least)..);
-        let mut of_hash = candidates.take_while(|(other, _)| *other == hash);
-        let found = of_hash.find(|(_, task)| {
+        self.in_flight.of_hash(hash).find(|task| {
             let action = &self.tasks[*task].action;
             action.digest == *digest && action.instance == *instance
-        });
-        found.map(|(_, task)| *task)
+        })
     }
 }

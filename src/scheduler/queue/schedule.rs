@@ -238,7 +238,7 @@ impl<C, W: Clone> Queue<C, W> {
         }
         self.withdraw(now, number);
         let hash = self.action_hash(&self.tasks[number].action);
-        self.in_flight.remove(&(hash, number));
+        self.in_flight.remove(hash, number);
         self.totals.completed += 1;
         self.totals.failed += u64::from(outcome.code != 0 || outcome.exit_code != 0);
         self.advance(now, number, TaskState::Completed(outcome));

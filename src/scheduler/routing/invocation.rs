@@ -35,7 +35,7 @@ pub enum InvocationKeysError {
 /// claims, except for the user's or the address's.
 pub(super) fn extract(levels: &[InvocationKeyExtractor], facts: &Facts<'_>) -> InvocationKeys {
     let metadata = facts.metadata;
-    let user = || Some(facts.user?.public.clone()?);
+    let user = || facts.user?.public.clone();
     let address = || {
         Some(prost_types::Value {
             kind: Some(Kind::StringValue(format!("address:{}", facts.address?))),

@@ -34,7 +34,8 @@ impl Scheduler {
         let config = directory.path().join("bb_scheduler.toml");
         let text = format!(
             "clients.listen = \"127.0.0.1:0\"\nworkers.listen = \"127.0.0.1:0\"\n\
-             state.listen = \"127.0.0.1:0\"\n\
+             state.listen = \"127.0.0.1:0\"\nstate.directory = \"{place}/state\"\n\
+             web.listen = \"127.0.0.1:0\"\ncontrol.listen = \"unix:{place}/control\"\n\
              log.level = \"warn\"\n\
              scheduling.operation_with_no_waiters_timeout = \"5s\"\n\
              scheduling.busy_worker_synchronization_interval = \"2s\"\n\
@@ -64,7 +65,7 @@ impl Scheduler {
             let log = scheduler.log();
             if let Some((_, rest)) = log.split_once("serving clients on ")
                 && let Some((clients, rest)) = rest.split_once(", workers on ")
-                && let Some((workers, _)) = rest.split_once('\n')
+                && let Some((workers, _)) = rest.split_once(", operators on ")
             {
                 scheduler.clients = clients.to_owned();
                 scheduler.workers = workers.trim().to_owned();

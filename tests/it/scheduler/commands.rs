@@ -203,7 +203,7 @@ async fn workers_are_drained_and_operations_killed_by_commands() {
     let listed = scheduler.told(&["undrain"]).await;
     assert_eq!(listed, "No workers are drained.\n");
     let drained = scheduler.told(&["drain", "name=a"]).await;
-    assert_eq!(drained, "Drained 1 slots of name=a (OSFamily=linux).\n");
+    assert_eq!(drained, "Drained 1 slot of name=a (OSFamily=linux).\n");
     assert_eq!(scheduler.json(&["workers"]).await[0]["drained"], true);
     let action = scheduler.action("1", |_| {}).await;
     let mut stream = scheduler.execute(&action).await.unwrap();
@@ -225,6 +225,88 @@ async fn workers_are_drained_and_operations_killed_by_commands() {
     );
     let terminated = scheduler.json(&["terminate", "name=a"]).await;
     assert_eq!(terminated["terminated"], 1);
+    let workers = scheduler.json(&["workers"]).await;
+    assert_eq!(workers[0]["terminating"], true, "{workers}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_are_drained_before_they_come() {
+    let scheduler = Scheduler::start(|_| {}).await;
+    let none = scheduler.command(&["drain", "name=a"]).await;
+    assert_eq!(none.status.code(), Some(66));
+    let ahead = ["drain", "name=a", "--ahead", "--platform", "OSFamily=linux"];
+    scheduler.told(&ahead).await;
+    let listed = scheduler.json(&["undrain"]).await;
+    assert_eq!(listed[0]["pattern"]["name"], "a");
+    let _held = scheduler.parked("a").await;
+    assert_eq!(scheduler.json(&["workers"]).await[0]["drained"], true);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_kills_an_operation_hears_which_others_ended_with_it() {
+    let scheduler = Scheduler::start(|_| {}).await;
+    let held = scheduler.parked("a").await;
+    let action = scheduler.action("1", |_| {}).await;
+    let mut names = Vec::new();
+    let mut streams = Vec::new();
+    for build in ["one", "other"] {
+        let mut request = Request::new(execute(&action));
+        let metadata = RequestMetadata {
+            tool_invocation_id: build.to_owned(),
+            ..Default::default()
+        };
+        let value = MetadataValue::from_bytes(&metadata.encode_to_vec());
+        request
+            .metadata_mut()
+            .insert_bin(REQUEST_METADATA_HEADER, value);
+        let mut stream = scheduler.request(request).await.unwrap();
+        names.push(next(&mut stream).await.name);
+        streams.push(stream);
+    }
+    desired(held.await.unwrap().unwrap());
+    let listed = scheduler.told(&["operations"]).await;
+    assert!(
+        listed.ends_with("2 operations, oldest first.\n"),
+        "{listed}"
+    );
+    let killed = scheduler.told(&["kill", &names[0]]).await;
+    assert!(killed.ends_with(": 2 operations.\n"), "{killed}");
+    for stream in &mut streams {
+        let status = response(stream).await.status.unwrap();
+        assert_eq!(status.code, rpc::Code::PermissionDenied as i32);
+    }
+    let again = scheduler.told(&["kill", &names[1]]).await;
+    assert!(again.ends_with("had ended already.\n"), "{again}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_blob_that_is_no_action_is_said_to_be_none() {
+    let scheduler = Scheduler::start(|_| {}).await;
+    let blob = scheduler.upload(b"no action".to_vec()).await;
+    let digest = format!("{}/{}", blob.hash, blob.size_bytes);
+    let output = scheduler.command(&["action", &digest]).await;
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(66), "{text}");
+    assert!(text.contains("but is no Action"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_scheduler_that_does_not_answer_is_named_within_its_deadline() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("control");
+    // Connections are taken by the kernel, and by nobody else.
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let endpoint = format!("unix:{}", socket.display());
+    let begin = std::time::Instant::now();
+    let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_bb_scheduler"))
+        .args(["status", "--endpoint", &endpoint])
+        .output()
+        .await
+        .unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(69), "{text}");
+    assert!(text.contains("systemctl status bb-scheduler"), "{text}");
+    assert!(begin.elapsed().as_secs() < 30);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -279,6 +361,14 @@ async fn exit_codes_tell_scripts_who_must_act() {
         (&["status", "--endpoint", &nowhere], 69, "could not connect"),
         (&["status", "--endpoint", "x"], 2, "--endpoint"),
         (&["drain"], 2, "<PATTERN>"),
+        (&["action", "ab"], 2, "2 characters"),
+        (&["action", &"AB".repeat(32)], 2, "characters other than"),
+        (
+            &["kill", unknown, "--size-class", "1"],
+            2,
+            "--without-workers",
+        ),
+        (&["action", &"ab".repeat(32)], 66, "There is no action"),
     ] {
         let output = scheduler.command(words).await;
         let text = String::from_utf8(output.stderr).unwrap();

@@ -123,3 +123,49 @@ async fn an_operation_can_be_got_waited_for_and_cancelled_by_its_name() {
     let status = scheduler.operations().delete_operation(request).await;
     assert_eq!(status.unwrap_err().code(), Code::Unimplemented);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operations_of_before_a_restart_are_got_and_cancelled_by_their_names() {
+    let scheduler = Scheduler::start(|_| {}).await;
+    let held = scheduler.parked("busy").await;
+    let (running, queued) = (
+        scheduler.action("running", |_| {}).await,
+        scheduler.action("queued", |_| {}).await,
+    );
+    let mut names = Vec::new();
+    let mut streams = Vec::new();
+    for action in [&running, &queued] {
+        let mut stream = scheduler.execute(action).await.unwrap();
+        names.push(next(&mut stream).await.name);
+        streams.push(stream);
+    }
+    let handed = desired(held.await.unwrap().unwrap());
+    let scheduler = scheduler.restart().await;
+    let _idle = scheduler.synchronize("idle", IDLE).await.unwrap();
+    let get = async |name: &str| {
+        let name = name.to_owned();
+        let request = GetOperationRequest { name };
+        scheduler.operations().get_operation(request).await
+    };
+    let got = get(&names[1]).await.unwrap().into_inner();
+    assert_eq!((&got.name, got.done), (&names[1], false));
+    scheduler.cancel(&names[1]).await.unwrap();
+    assert!(get(&names[1]).await.unwrap().into_inner().done);
+    // Nobody has asked for this one since; and its worker calls after it was cancelled.
+    scheduler.cancel(&names[0]).await.unwrap();
+    assert!(get(&names[0]).await.unwrap().into_inner().done);
+    let mut request = Request::new(synchronize("busy"));
+    request.get_mut().current_state = Some(CurrentState {
+        worker_state: Some(executing(&running, ExecutionState::Running(()))),
+    });
+    let trace = handed.w3c_trace_context["traceparent"].parse().unwrap();
+    request.metadata_mut().insert("traceparent", trace);
+    let answer = scheduler.call(request).await.unwrap();
+    assert!(
+        matches!(
+            answer.desired_state.and_then(|state| state.worker_state),
+            Some(desired_state::WorkerState::Idle(()))
+        ),
+        "the worker goes on with what was cancelled"
+    );
+}
