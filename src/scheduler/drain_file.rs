@@ -275,8 +275,7 @@ mod tests {
         assert!(state.join(FILE).exists());
         let file = directory.path().join("file");
         fs::write(&file, "").unwrap();
-        let why = DrainFile::check(&file.join("state")).unwrap_err();
-        assert!(why.contains("is no directory"), "{why}");
+        assert!(DrainFile::check(&file.join("state")).is_err());
     }
 
     #[test]

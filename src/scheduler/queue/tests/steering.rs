@@ -72,13 +72,16 @@ fn a_drained_worker_waits_without_work_and_gets_it_when_the_drain_goes() {
     assert_eq!(farm.queue.apply_drains(farm.now, &key(""), None), None);
     farm.perform();
     assert_eq!(action(&farm.answered[&1]), Some(digest("x")));
-    assert!(
-        farm.add_drain(Drain {
-            key: key("none"),
-            ..drain("a")
-        })
-        .is_err()
-    );
+}
+
+#[test]
+fn a_drain_may_come_before_its_queue() {
+    let mut farm = Farm::new();
+    farm.add_drain(drain("a")).unwrap();
+    farm.held("a", idle(), 1);
+    farm.execute(request("x"), 7).unwrap();
+    assert!(farm.answered.is_empty());
+    assert_eq!(farm.queue.drained_queues(), [key("")]);
 }
 
 #[test]
