@@ -114,6 +114,52 @@ impl Service<Request<Body>> for Channel {
     }
 }
 
+/// Among the extensions of a request whose answer takes as long as it takes.
+#[derive(Clone, Copy, Debug)]
+pub struct Unhurried;
+
+/// A channel whose calls end when their answers have not begun in time.
+#[derive(Clone)]
+pub struct AnsweredChannel {
+    channel: Channel,
+    timeout: Duration,
+    /// Who does not answer, and what to look at.
+    silence: String,
+}
+
+impl AnsweredChannel {
+    pub(super) fn new(channel: Channel, timeout: Duration, silence: String) -> Self {
+        AnsweredChannel {
+            channel,
+            timeout,
+            silence,
+        }
+    }
+}
+
+impl Service<Request<Body>> for AnsweredChannel {
+    type Response = Response<Body>;
+    type Error = Status;
+    type Future = BoxFuture<'static, Result<Response<Body>, Status>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        self.channel.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let is_unhurried = request.extensions().get::<Unhurried>().is_some();
+        let (answer, silence) = (self.channel.call(request), self.silence.clone());
+        let timeout = self.timeout;
+        match is_unhurried {
+            true => answer,
+            false => Box::pin(async move {
+                let answered = tokio::time::timeout(timeout, answer).await;
+                answered.unwrap_or_else(|_| Err(Status::unavailable(silence)))
+            }),
+        }
+    }
+}
+
 /// The status of a call that got no answer. tonic's own text leaves out where to it could not connect.
 fn failed(endpoint: &str, error: transport::Error) -> Status {
     let causes = || std::iter::successors(error.source(), |cause| (*cause).source());

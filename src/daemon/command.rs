@@ -9,20 +9,16 @@ use std::{
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::ExitCode,
-    task::{Context, Poll},
     time::Duration,
 };
 
-use futures::future::BoxFuture;
 use tonic::{
     Code, Status,
-    body::Body,
     metadata::{Ascii, MetadataValue},
     service::{Interceptor, interceptor::InterceptedService},
 };
-use tower::Service;
 
-use super::{Channel, Credentials, Output, connect_with, logging::print_error};
+use super::{AnsweredChannel, Credentials, Output, connect_with, logging::print_error};
 use crate::config::{Endpoint, ListenAddress, tls::ClientTls};
 
 /// By then a daemon that runs has begun its answer.
@@ -115,54 +111,11 @@ impl From<Status> for CommandError {
 /// A channel whose calls show a token, if there is one, and end when they are not answered in time.
 pub type CommandChannel = InterceptedService<AnsweredChannel, Authorization>;
 
-/// Among the extensions of a request whose answer takes as long as it takes.
-#[derive(Clone, Copy, Debug)]
-pub struct Unhurried;
-
-/// Ends calls that are not answered in time, with what to do about it.
-#[derive(Clone)]
-pub struct AnsweredChannel {
-    channel: Channel,
-    /// Who does not answer, and what to look at.
-    silence: String,
-}
-
-impl AnsweredChannel {
-    fn new(channel: Channel, program: &str, endpoint: &Endpoint) -> Self {
-        AnsweredChannel {
-            channel,
-            silence: silence(program, &endpoint.to_string()),
-        }
-    }
-}
-
 fn silence(program: &str, place: &str) -> String {
     let (unit, seconds) = (program.replace('_', "-"), ANSWER_TIMEOUT.as_secs());
     format!(
         "{program} at {place} does not answer within {seconds} s: it is stopped, or its host is overloaded; look there with \"systemctl status {unit}\" and \"journalctl -u {unit}\""
     )
-}
-
-impl Service<http::Request<Body>> for AnsweredChannel {
-    type Response = http::Response<Body>;
-    type Error = Status;
-    type Future = BoxFuture<'static, Result<http::Response<Body>, Status>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Status>> {
-        self.channel.poll_ready(context)
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let is_unhurried = request.extensions().get::<Unhurried>().is_some();
-        let (answer, silence) = (self.channel.call(request), self.silence.clone());
-        match is_unhurried {
-            true => answer,
-            false => Box::pin(async move {
-                let answered = tokio::time::timeout(ANSWER_TIMEOUT, answer).await;
-                answered.unwrap_or_else(|_| Err(Status::unavailable(silence)))
-            }),
-        }
-    }
 }
 
 /// Adds the header `authorization` (RFC 6750) to each call.
@@ -246,7 +199,8 @@ impl CommandOptions {
             },
         );
         let channel = connect_with(&endpoint, &credentials);
-        let channel = AnsweredChannel::new(channel, program, &endpoint);
+        let silence = silence(program, &endpoint.to_string());
+        let channel = AnsweredChannel::new(channel, ANSWER_TIMEOUT, silence);
         Ok(InterceptedService::new(channel, Authorization(token)))
     }
 }

@@ -47,8 +47,8 @@ pub mod traces;
 
 pub use check::{CheckReport, Installation, SHIPPED_STOP_TIMEOUT};
 pub use cli::main;
-pub use client::{Channel, connect, connect_with};
-pub use command::{AnsweredChannel, CommandChannel, CommandError, CommandOptions, Unhurried};
+pub use client::{AnsweredChannel, Channel, Unhurried, connect, connect_with};
+pub use command::{CommandChannel, CommandError, CommandOptions};
 pub use control::{control_grants, control_permissions, listen_if_possible, observation_listeners};
 pub use health::Heartbeat;
 pub use lifecycle::Lifecycle;

@@ -258,15 +258,23 @@ impl SchedulerControl for ControlService {
             Err(crate::storage::Error::Missing(_)) => return Err(status::unknown_action(&digest)),
             read => read.map_err(failed)?,
         };
-        // Most blobs can be taken for an Action that has nothing in it.
         let action =
             reapi::Action::decode(action).map_err(|error| status::no_action(&digest, &error))?;
-        let parse = |digest_of| Digest::parse_required(Some(digest.function()), digest_of);
-        let command = parse(action.command_digest.as_ref());
-        let command = command.map_err(|error| status::no_action(&digest, &error))?;
-        parse(action.input_root_digest.as_ref())
-            .map_err(|error| status::no_action(&digest, &error))?;
-        let command = read(&command).await.ok();
+        // What has other fields only can be taken for an Action that has nothing in it.
+        if action == reapi::Action::default() && digest.size() > 0 {
+            return Err(status::no_action(
+                &digest,
+                &"it has none of an Action's fields",
+            ));
+        }
+        let command = match &action.command_digest {
+            Some(command) => {
+                let command = Digest::parse_required(Some(digest.function()), Some(command));
+                let command = command.map_err(|error| status::no_action(&digest, &error))?;
+                read(&command).await.ok()
+            }
+            None => None,
+        };
         let action_result = self.storage.action_result(&instance, &digest).await;
         Ok(Response::new(ActionDescription {
             command: command.and_then(|command| reapi::Command::decode(command).ok()),

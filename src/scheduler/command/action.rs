@@ -25,6 +25,8 @@ struct ActionRow {
     action: String,
     instance: String,
     command: Option<String>,
+    #[serde(skip)]
+    names_command: bool,
     arguments: Vec<String>,
     environment: Vec<Property>,
     working_directory: String,
@@ -81,6 +83,7 @@ fn row(name: &ActionName, instance: String, described: ActionDescription) -> Act
         action: name.hash.clone(),
         instance,
         platform: properties(platform),
+        names_command: action.command_digest.is_some(),
         command: is_known.then(|| shell_line(&command)),
         outputs,
         environment: command
@@ -162,10 +165,13 @@ fn print(output: &Output, row: &ActionRow) {
     }
     match &row.command {
         Some(command) => output.fact("Command", command),
-        None => output.fact(
-            "Command",
-            Cell::new("evicted from the storage", Emphasis::Warning),
-        ),
+        None => {
+            let text = match row.names_command {
+                true => "not in the storage any more",
+                false => "the action names none",
+            };
+            output.fact("Command", Cell::new(text, Emphasis::Warning));
+        }
     }
     let platform: Vec<String> = row.platform.iter().map(Property::to_string).collect();
     output.fact("Platform", platform.join(" "));

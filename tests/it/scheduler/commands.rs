@@ -209,7 +209,7 @@ async fn workers_are_drained_and_operations_killed_by_commands() {
     let mut stream = scheduler.execute(&action).await.unwrap();
     let name = next(&mut stream).await.name;
     let why = scheduler.told(&["why", &name]).await;
-    assert!(why.contains("1 are drained"), "{why}");
+    assert!(why.contains("1 drained"), "{why}");
     let listed = scheduler.json(&["undrain"]).await;
     assert_eq!(listed[0]["pattern"]["name"], "a");
     scheduler.told(&["undrain", "name=a"]).await;
