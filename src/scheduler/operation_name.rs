@@ -282,7 +282,7 @@ mod tests {
         fn operation_name()(
             operation in any::<u128>(),
             scheduler in any::<u64>(),
-            instance in prop::collection::vec("[a-z0-9é.]{1,12}", 0..4),
+            instance in prop::collection::vec("[a-z0-9é][a-z0-9é.]{0,11}", 0..4),
             function in function(),
             content in any::<Vec<u8>>(),
             size in 0..=i64::MAX as u64,
