@@ -265,6 +265,9 @@ impl Client {
             let written = blocking(move || file.write_all_at(&content, 0)).await?;
             return written.map_err(Error::of_file);
         }
+        if self.read_chunks(instance, digest, &file).await? {
+            return Ok(());
+        }
         let sink = Sink::File(file);
         self.collect(instance, digest, sink).await.map(drop)
     }
