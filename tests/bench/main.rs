@@ -18,6 +18,7 @@ mod secure;
 mod shards;
 mod soak;
 mod stream;
+mod wire;
 
 fn main() {
     let arguments: Vec<String> = std::env::args()
@@ -40,6 +41,7 @@ fn main() {
         ("shards", shards::run),
         ("soak", soak::run),
         ("stream", stream::run),
+        ("wire", wire::run),
     ] {
         if name == "all" || name == benchmark {
             known = true;
@@ -48,7 +50,7 @@ fn main() {
     }
     if !known {
         eprintln!(
-            "no benchmark {name:?}; there are: actions, cas, noop, queue, roots, runs, secure, shards, soak, stream"
+            "no benchmark {name:?}; there are: actions, cas, noop, queue, roots, runs, secure, shards, soak, stream, wire"
         );
         std::process::exit(2);
     }
