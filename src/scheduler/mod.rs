@@ -55,7 +55,10 @@ use crate::{
         longrunning::operations_server::OperationsServer, reapi::execution_server::ExecutionServer,
         remoteworker::operation_queue_server::OperationQueueServer,
     },
-    storage::{self, Backend, InitialSizeClassCache, serve::ByteStreamService},
+    storage::{
+        self, Backend, InitialSizeClassCache,
+        serve::{Announcement, ByteStreamService},
+    },
 };
 use action_routing::ActionRouting;
 use control::ControlService;
@@ -360,7 +363,11 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         largest_blob = storage.maximum_blob_size(&InstanceName::empty()).await;
     }
     let client_routes = client_services
-        .add(storage::serve::capabilities(true, largest_blob))
+        .add(storage::serve::capabilities(Announcement {
+            exec_enabled: true,
+            max_blob_size: largest_blob,
+            chunks: storage::serve::serves_chunks(&storage),
+        }))
         .observable(&stopping)?;
     let worker_routes = Services::default()
         .add(operation_queue)

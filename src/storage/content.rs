@@ -32,9 +32,39 @@ pub enum Content {
     Bytes(Bytes),
     /// An open file, read from offset 0 with pread(2), up to the digest's size.
     File(Arc<File>),
+    /// Part of an open file, from this offset on.
+    FilePart {
+        /// Which file.
+        file: Arc<File>,
+        /// Where the blob begins in it.
+        start: u64,
+    },
 }
 
 impl Content {
+    /// Where the blob begins in its file.
+    fn offset(&self) -> u64 {
+        match self {
+            Content::FilePart { start, .. } => *start,
+            Content::Bytes(_) | Content::File(_) => 0,
+        }
+    }
+
+    /// The part that is a blob of its own: of so many bytes, from `start` on.
+    pub fn sub(&self, start: u64, length: u64) -> Content {
+        match self {
+            Content::Bytes(bytes) => {
+                let start = start.min(bytes.len() as u64);
+                let length = length.min(bytes.len() as u64 - start);
+                Content::Bytes(bytes.slice(start as usize..(start + length) as usize))
+            }
+            Content::File(file) | Content::FilePart { file, .. } => Content::FilePart {
+                file: file.clone(),
+                start: self.offset() + start,
+            },
+        }
+    }
+
     /// The bytes from `start` to `end`, of what is to be uploaded as `digest`. Blocks for files.
     pub fn part(&self, digest: &Digest, start: u64, end: u64) -> Result<Bytes, Error> {
         let short = |length: u64| {
@@ -45,9 +75,9 @@ impl Content {
         match self {
             Content::Bytes(bytes) if (bytes.len() as u64) < end => Err(short(bytes.len() as u64)),
             Content::Bytes(bytes) => Ok(bytes.slice(start as usize..end as usize)),
-            Content::File(file) => {
+            Content::File(file) | Content::FilePart { file, .. } => {
                 let mut data = vec![0; (end - start) as usize];
-                match file.read_exact_at(&mut data, start) {
+                match file.read_exact_at(&mut data, self.offset() + start) {
                     Ok(()) => Ok(data.into()),
                     Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
                         Err(short(file.metadata().map_or(0, |metadata| metadata.len())))

@@ -1,10 +1,10 @@
 //! Storage: the Content Addressable Storage (CAS) and the Action Cache (AC), embedded or elsewhere.
 //!
 //! [`Backend`] is the one way to blobs and action results, for the worker, the scheduler, and the
-//! services. To read in this order: this file; `single_flight`, `batch`, `retry` and `compression`, which
-//! all back ends share; [`embedded`], the store on this host's disk; [`grpc`], the client of any REAPI
-//! storage; [`shards`], several of those as one; `open`, which of them a configuration asks for; [`serve`],
-//! the services over any back end.
+//! services. To read in this order: this file; `single_flight`, `batch`, `retry`, `compression` and
+//! `chunking`, which all back ends share; [`embedded`], the store on this host's disk; [`grpc`], the client
+//! of any REAPI storage; [`shards`], several of those as one; `open`, which of them a configuration asks
+//! for; [`serve`], the services over any back end.
 //!
 //! 1. No blob is returned whose content does not match its digest.
 //! 2. The empty blob of every digest function is always present.
@@ -24,6 +24,7 @@ use crate::{
 };
 
 pub mod batch;
+pub mod chunking;
 mod completeness;
 pub mod compression;
 mod content;
@@ -155,6 +156,14 @@ impl Backend {
         match (self.cas(), self.action_cache()) {
             (Place::Embedded(store), _) | (_, Place::Embedded(store)) => Some(store),
             _ => None,
+        }
+    }
+
+    /// The embedded store, if blobs are in one.
+    pub fn embedded_cas(&self) -> Option<&Arc<embedded::Store>> {
+        match self.cas() {
+            Place::Embedded(store) => Some(store),
+            Place::Grpc(_) | Place::Shards(_) => None,
         }
     }
 
@@ -295,6 +304,16 @@ impl Backend {
             }
             Place::Grpc(client) => self.note(client.read_to_file(instance, digest, file).await),
             Place::Shards(shards) => self.note(shards.read_to_file(instance, digest, file).await),
+        }
+    }
+
+    /// Tells where the files are, by their digests, that this host has already: of large blobs, only the
+    /// chunks that none of them has travel then.
+    pub fn set_local_files(&self, files: grpc::LocalFiles) {
+        match self.cas() {
+            Place::Embedded(_) => {}
+            Place::Grpc(client) => client.set_local_files(files),
+            Place::Shards(shards) => shards.set_local_files(&files),
         }
     }
 

@@ -18,6 +18,15 @@ pub struct Command {
     pub outputs: Vec<Output>,
     /// Of output directories, store each Directory as a blob too.
     pub store_directories: bool,
+    /// What is told of each output beside its content.
+    pub node_properties: NodePropertyKeys,
+}
+
+/// REAPI: Command.output_node_properties.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NodePropertyKeys {
+    pub mtime: bool,
+    pub unix_mode: bool,
 }
 
 /// Where an output may be after the command ran.
@@ -55,6 +64,8 @@ pub enum InvalidCommand {
     WorkingDirectory(PathError),
     #[error("output path: {0}")]
     Output(PathError),
+    #[error("output node property {0:?} is not known; known are mtime and unix_mode")]
+    NodeProperty(String),
     #[error("output_directory_format {0} is not known")]
     Format(i32),
 }
@@ -105,6 +116,14 @@ impl Command {
                 outputs.push(Output { text, path, kind });
             }
         }
+        let mut node_properties = NodePropertyKeys::default();
+        for key in command.output_node_properties {
+            match key.as_str() {
+                "mtime" => node_properties.mtime = true,
+                "unix_mode" => node_properties.unix_mode = true,
+                _ => return Err(InvalidCommand::NodeProperty(key)),
+            }
+        }
         let store_directories = match Format::try_from(command.output_directory_format) {
             Ok(Format::TreeOnly) => false,
             Ok(Format::DirectoryOnly | Format::TreeAndDirectory) => true,
@@ -116,6 +135,7 @@ impl Command {
             working_directory,
             outputs,
             store_directories,
+            node_properties,
         })
     }
 
@@ -176,6 +196,27 @@ mod tests {
             parse("/a", "b"),
             Err(InvalidCommand::WorkingDirectory(_))
         ));
+    }
+
+    #[test]
+    fn node_properties_that_are_not_known_are_refused() {
+        let parse = |keys: &[&str]| {
+            let output_node_properties = keys.iter().map(|key| (*key).to_owned()).collect();
+            let command = Command::parse(reapi::Command {
+                output_node_properties,
+                ..command()
+            });
+            command.map(|command| command.node_properties)
+        };
+        assert_eq!(parse(&[]), Ok(NodePropertyKeys::default()));
+        let mtime = NodePropertyKeys {
+            mtime: true,
+            unix_mode: false,
+        };
+        assert_eq!(parse(&["mtime"]), Ok(mtime));
+        assert!(parse(&["mtime", "unix_mode"]).unwrap().unix_mode);
+        let error = parse(&["mtime", "owner"]).unwrap_err();
+        assert_eq!(error, InvalidCommand::NodeProperty("owner".to_owned()));
     }
 
     #[test]

@@ -29,12 +29,12 @@ use super::{
     fault::Fault,
     inputs::{InputRoot, InputRoots, LOCK_TIMEOUT},
     live_output::RunningOutputs,
-    outputs::{self, CollectedOutputs, Collector},
+    outputs::{self, CollectedOutputs, Collector, ToldOfOutputs},
     response_size, runner_client,
     task::AssignedTask,
 };
 use crate::{
-    config::worker::{Inputs, Outputs},
+    config::worker::Outputs,
     daemon::{self, Channel},
     digest::Digest,
     metadata::{self, ActionContext},
@@ -156,7 +156,7 @@ impl Executor {
         let request = || {
             let request = self.run_request(&command, &root);
             let mut request = context.request(request);
-            if self.inputs.inputs == Inputs::Private {
+            if root.has_own_files() {
                 metadata::set_private_inputs(&mut request);
             }
             request
@@ -314,17 +314,18 @@ impl Executor {
         let cancel = cancel.child_token();
         let _stop = cancel.clone().drop_guard();
         let (cache, function) = (self.inputs.cache.clone(), task.function);
-        let shared = self.inputs.inputs != Inputs::Private;
-        let store_directories =
-            command.store_directories || self.force_upload_trees_and_directories;
+        let shared = !root.has_own_files();
+        let told = ToldOfOutputs {
+            directories: command.store_directories || self.force_upload_trees_and_directories,
+            node_properties: command.node_properties,
+        };
         let collecting =
             daemon::spawn_blocking(move || {
                 let reliable = root.check();
                 // Nobody receives any more after a failed upload; the rest is collected all the same.
                 let send = |batch| drop(sender.blocking_send(batch));
-                let mut found =
-                    Collector::new(function, &cache, store_directories, limits, &cancel, send)
-                        .collect(root.directory(), root.root(), &command);
+                let mut found = Collector::new(function, &cache, told, limits, &cancel, send)
+                    .collect(root.directory(), root.root(), &command);
                 root.taken_over(std::mem::take(&mut found.taken_over));
                 if found.by_a_privileged_user && shared {
                     root.suspect_privileged_user();

@@ -64,6 +64,7 @@ pub(super) async fn open_directories(
         let cache = FileCache::open(&cache_path, limits, storage)
             .map_err(|error| directory_failure("cache.directory", &cache_path, &error))?;
         let cache = Arc::new(cache);
+        cache.offer_local_files();
         check_own(&build_path)?;
         let store = RootStore::open(&build_path, cache.clone(), slots)
             .map_err(|error| directory_failure("build_directory", &build_path, &error))?;

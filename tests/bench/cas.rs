@@ -153,7 +153,10 @@ fn serve(directory: &Path) {
         let anywhere = ListenAddress::Tcp(([127, 0, 0, 1], 0).into());
         let listener = daemon::listen("", "listen", &anywhere, None).unwrap();
         println!("{}", listener.address());
-        let capabilities = serve::capabilities(false, store.maximum_blob_size());
+        let capabilities = serve::capabilities(serve::Announcement {
+            max_blob_size: store.maximum_blob_size(),
+            ..Default::default()
+        });
         let services = daemon::Services::default().add(capabilities);
         let routes = serve::add_to(services, &Backend::Embedded(store.clone())).into_routes();
         let forever = CancellationToken::new();

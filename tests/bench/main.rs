@@ -19,6 +19,7 @@ mod shards;
 mod soak;
 mod stream;
 mod watched;
+mod wire;
 
 fn main() {
     let arguments: Vec<String> = std::env::args()
@@ -42,6 +43,7 @@ fn main() {
         ("soak", soak::run),
         ("stream", stream::run),
         ("watched", watched::run),
+        ("wire", wire::run),
     ] {
         if name == "all" || name == benchmark {
             known = true;
@@ -50,7 +52,7 @@ fn main() {
     }
     if !known {
         eprintln!(
-            "no benchmark {name:?}; there are: actions, cas, noop, queue, roots, runs, secure, shards, soak, stream, watched"
+            "no benchmark {name:?}; there are: actions, cas, noop, queue, roots, runs, secure, shards, soak, stream, watched, wire"
         );
         std::process::exit(2);
     }

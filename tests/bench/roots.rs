@@ -198,7 +198,7 @@ fn start_storage(place: &Path) -> Endpoint {
     let store = place.join("store");
     fs::create_dir(&store).unwrap();
     let store = Arc::new(Store::open(&store, 4 << 30).unwrap());
-    let services = Services::default().add(serve::capabilities(false, 0));
+    let services = Services::default().add(serve::capabilities(serve::Announcement::default()));
     let routes = serve::add_to(services, &Backend::Embedded(store.clone())).into_routes();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();

@@ -20,6 +20,7 @@ mod actions;
 mod backends;
 mod bytestream;
 mod cas;
+mod chunks;
 mod compression;
 
 mod disk;
@@ -40,7 +41,11 @@ impl Serving {
             daemon::listen("", "clients.listen", &ListenAddress::Tcp(address), None).unwrap();
         let address = listener.address().parse().unwrap();
         let largest_blob = backend.maximum_blob_size(&instance("")).await;
-        let capabilities = serve::capabilities(false, largest_blob);
+        let capabilities = serve::capabilities(serve::Announcement {
+            exec_enabled: false,
+            max_blob_size: largest_blob,
+            chunks: serve::serves_chunks(&backend),
+        });
         let services = daemon::Services::default().add(capabilities);
         let routes = serve::add_to(services, &backend).into_routes();
         let stopping = CancellationToken::new();

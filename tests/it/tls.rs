@@ -39,7 +39,10 @@ impl Server {
         let listener = listener.with_tls(tls);
         let address = listener.address().parse().unwrap();
         let stop = CancellationToken::new();
-        let services = Services::default().add(serve::capabilities(true, 0));
+        let services = Services::default().add(serve::capabilities(serve::Announcement {
+            exec_enabled: true,
+            ..Default::default()
+        }));
         let routes = services.observable(&stop).unwrap();
         let serving = daemon::serve_within(listener, routes, limits, stop.clone(), Duration::ZERO);
         tokio::spawn(async move { serving.await.unwrap() });

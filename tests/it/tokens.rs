@@ -165,7 +165,10 @@ impl Server {
         let listener = listener.with_policy(&policy);
         let endpoint = Endpoint::Tcp(listener.address());
         let stop = CancellationToken::new();
-        let services = Services::default().add(serve::capabilities(true, 0));
+        let services = Services::default().add(serve::capabilities(serve::Announcement {
+            exec_enabled: true,
+            ..Default::default()
+        }));
         let routes = services.observable(&stop).unwrap();
         let serving = daemon::serve(listener, routes, stop.clone(), Duration::ZERO);
         tokio::spawn(async move { serving.await.unwrap() });

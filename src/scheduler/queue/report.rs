@@ -144,20 +144,18 @@ impl ReportedDigest {
 
     /// All that it may stand for.
     pub fn candidates(&self) -> impl Iterator<Item = Digest> {
-        let blake3 = (self.0.function() == DigestFunction::Sha256)
-            .then(|| Digest::new(DigestFunction::Blake3, self.0.hash_bytes(), self.0.size()));
-        std::iter::once(self.0).chain(blake3)
+        let digest = self.0;
+        DigestFunction::ALL
+            .into_iter()
+            .filter(move |function| function.told_by_length() == digest.function())
+            .map(move |function| Digest::new(function, digest.hash_bytes(), digest.size()))
     }
 }
 
 impl From<&Digest> for ReportedDigest {
     fn from(digest: &Digest) -> Self {
-        ReportedDigest(match digest.function() {
-            DigestFunction::Blake3 => {
-                Digest::new(DigestFunction::Sha256, digest.hash_bytes(), digest.size())
-            }
-            _ => *digest,
-        })
+        let told = digest.function().told_by_length();
+        ReportedDigest(Digest::new(told, digest.hash_bytes(), digest.size()))
     }
 }
 

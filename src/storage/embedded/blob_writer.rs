@@ -49,7 +49,7 @@ impl BlobWriter {
         Ok(BlobWriter {
             space,
             digest,
-            hasher: digest.function().hasher(),
+            hasher: digest.function().hasher(digest.size()),
             content,
         })
     }

@@ -37,7 +37,9 @@ impl IndexKey {
             DigestFunction::Md5 => 3,
             DigestFunction::Sha384 => 5,
             DigestFunction::Sha512 => 6,
+            DigestFunction::Sha256Tree => 8,
             DigestFunction::Blake3 => 9,
+            DigestFunction::GitSha1 => 10,
         };
         let mut hash = [0; 32];
         for (to, from) in hash.iter_mut().zip(digest.hash_bytes()) {

@@ -51,6 +51,7 @@ mod action_results;
 mod append;
 mod blob_writer;
 mod check;
+mod chunks;
 mod counts;
 mod file;
 mod index;
@@ -78,6 +79,7 @@ pub const SMALL: u64 = 64 << 10;
 /// they need.
 pub struct Store {
     space: Arc<Space>,
+    chunk_lists: chunks::ChunkLists,
     maintenance: Option<maintenance::MaintenanceThread>,
 }
 
@@ -135,7 +137,11 @@ impl Store {
     ) -> Result<Self, Failure> {
         let space = Arc::new(open::open(directory, maximum_size, minimum_free)?);
         let maintenance = Some(maintenance::MaintenanceThread::start(space.clone()));
-        Ok(Store { space, maintenance })
+        Ok(Store {
+            space,
+            chunk_lists: chunks::ChunkLists::default(),
+            maintenance,
+        })
     }
 
     /// The largest blob that is taken.
@@ -302,8 +308,8 @@ impl Store {
         for (digest, content) in blobs {
             match content {
                 Content::Bytes(content) => whole.push((digest, content)),
-                Content::File(_) if self.contains(&digest) => {}
-                Content::File(_) => {
+                _ if self.contains(&digest) => {}
+                Content::File(_) | Content::FilePart { .. } => {
                     let mut upload = self.writer(digest)?;
                     while upload.received() < digest.size() {
                         let start = upload.received();

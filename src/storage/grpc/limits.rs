@@ -6,11 +6,16 @@
 //! went through then is what is sent from there on.
 
 use std::{
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use tonic::Status;
+
+use crate::storage::chunking::ChunkingFunction;
 
 /// Most servers and clients take messages of 4 MiB.
 const DEFAULT_BATCH_SIZE: u64 = 4 << 20;
@@ -29,6 +34,7 @@ pub(super) struct CallLimits {
     digests: AtomicU64,
     zstd_streams: AtomicBool,
     zstd_batches: AtomicBool,
+    chunks: OnceLock<AnnouncedChunks>,
 }
 
 /// What a peer says of itself; 0 is no limit.
@@ -39,6 +45,14 @@ pub(super) struct Announced {
     /// Whether it takes and gives blobs compressed by Zstandard: by ByteStream, and in batches.
     pub zstd_streams: bool,
     pub zstd_batches: bool,
+    pub chunks: AnnouncedChunks,
+}
+
+/// Whether a peer gives blobs as chunks, and by which function it wants them to be cut that it takes so.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct AnnouncedChunks {
+    pub split: bool,
+    pub splice: Option<ChunkingFunction>,
 }
 
 #[derive(Debug)]
@@ -57,6 +71,7 @@ impl Default for CallLimits {
             digests: AtomicU64::new(DEFAULT_DIGESTS),
             zstd_streams: AtomicBool::new(false),
             zstd_batches: AtomicBool::new(false),
+            chunks: OnceLock::new(),
         }
     }
 }
@@ -75,6 +90,8 @@ impl CallLimits {
                         .store(said.zstd_streams, Ordering::Relaxed);
                     self.zstd_batches
                         .store(said.zstd_batches, Ordering::Relaxed);
+                    // Asked once, so that it is not set.
+                    let _ = self.chunks.set(said.chunks);
                     for (known, announced) in [
                         (&self.batch_size, said.batch_size),
                         (&self.blob_size, said.blob_size),
@@ -88,6 +105,11 @@ impl CallLimits {
                 Err(_) => Announcement::NotYet(Some(Instant::now() + ASK_AGAIN_AFTER)),
             };
         }
+    }
+
+    /// What the peer does with chunks.
+    pub(super) fn chunks(&self) -> AnnouncedChunks {
+        self.chunks.get().copied().unwrap_or_default()
     }
 
     /// Whether streams may be compressed.

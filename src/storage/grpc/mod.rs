@@ -1,6 +1,6 @@
 //! A client of any REAPI CAS and AC: batching, bounded concurrency, retries with back-off, typed
 //! errors, single flight. `read` and `write` have whole blobs, `read_stream` and `write_stream` one blob
-//! by ByteStream, `find` FindMissingBlobs; `limits` is how much a server takes in one call, `call` and
+//! by ByteStream, `chunks` one blob by its chunks, `find` FindMissingBlobs; `limits` is how much a server takes in one call, `call` and
 //! `status` what becomes of one.
 //!
 //! 1. Whatever is returned has been verified against its digest.
@@ -11,7 +11,7 @@
 use std::{
     num::NonZeroUsize,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -22,11 +22,13 @@ use tokio::sync::Semaphore;
 use tonic::{Code, service::interceptor::InterceptedService};
 
 use self::{
-    limits::{Announced, CallLimits},
+    chunks::LocalChunks,
+    limits::{Announced, AnnouncedChunks, CallLimits},
     on_behalf::AddCarriedHeaders,
 };
 use super::{
-    Error, completeness::SeenOutputs, compression, retry::RetryPolicy, single_flight::SingleFlight,
+    Error, chunking::ChunkingFunction, completeness::SeenOutputs, compression, retry::RetryPolicy,
+    single_flight::SingleFlight,
 };
 use crate::{
     config::Endpoint,
@@ -46,6 +48,7 @@ use crate::{
 };
 
 mod call;
+mod chunks;
 mod find;
 mod initial_size_class_cache;
 mod limits;
@@ -56,6 +59,7 @@ mod status;
 mod write;
 mod write_stream;
 
+pub use chunks::LocalFiles;
 pub use initial_size_class_cache::InitialSizeClassCacheClient;
 pub use on_behalf::on_behalf_of;
 pub use write_stream::ForwardedUpload;
@@ -71,17 +75,19 @@ pub struct Options {
     pub timeouts: Timeouts,
     /// Whom it trusts, and who it is.
     pub credentials: Credentials,
-    /// Whether blobs travel compressed.
-    pub compression: Compression,
+    /// Whether blobs travel compressed, where their server announces that they may.
+    pub compression: When,
+    /// Whether large blobs travel as chunks, where their server announces that they may.
+    pub chunks: When,
     /// How calls that fail are tried again.
     pub retry: RetryPolicy,
     /// What is put before the instance name of each call.
     pub instance_name_prefix: InstanceName,
 }
 
-/// Whether blobs travel compressed, where their server announces that they may.
+/// When a client saves bytes on the wire for time on its processor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Compression {
+pub enum When {
     /// If the server is on another host: a loopback is faster than a compressor.
     #[default]
     BetweenHosts,
@@ -102,6 +108,16 @@ pub struct Timeouts {
     pub capabilities: Duration,
 }
 
+impl When {
+    fn holds_for(self, server: &Endpoint) -> bool {
+        match self {
+            When::BetweenHosts => !server.is_local(),
+            When::Always => true,
+            When::Never => false,
+        }
+    }
+}
+
 impl Default for Timeouts {
     fn default() -> Self {
         Timeouts {
@@ -120,7 +136,8 @@ impl Default for Options {
             upload_concurrency: CALLS,
             timeouts: Timeouts::default(),
             credentials: Credentials::default(),
-            compression: Compression::default(),
+            compression: When::default(),
+            chunks: When::default(),
             retry: RetryPolicy::default(),
             instance_name_prefix: InstanceName::empty(),
         }
@@ -147,6 +164,9 @@ struct ClientState {
     instance_name_prefix: InstanceName,
     /// Where the CAS announces it.
     compresses: bool,
+    chunks: bool,
+    local_chunks: LocalChunks,
+    local_files: OnceLock<LocalFiles>,
     downloads: Arc<Semaphore>,
     uploads: Semaphore,
     reads: SingleFlight<FlightKey, Result<Bytes, Error>>,
@@ -180,11 +200,10 @@ impl Client {
             timeouts: options.timeouts,
             retry: options.retry,
             instance_name_prefix: options.instance_name_prefix,
-            compresses: match options.compression {
-                Compression::BetweenHosts => !cas.is_local(),
-                Compression::Always => true,
-                Compression::Never => false,
-            },
+            compresses: options.compression.holds_for(cas),
+            chunks: options.chunks.holds_for(cas),
+            local_chunks: LocalChunks::default(),
+            local_files: OnceLock::new(),
             downloads: Arc::new(permits(options.download_concurrency)),
             uploads: permits(options.upload_concurrency),
             reads: SingleFlight::default(),
@@ -349,6 +368,15 @@ impl Client {
         self.0.limits.zstd_batches()
     }
 
+    /// What may be done with chunks of blobs.
+    async fn chunks(&self, instance: &InstanceName) -> AnnouncedChunks {
+        if !self.0.chunks {
+            return AnnouncedChunks::default();
+        }
+        self.ask_for_limits(instance).await;
+        self.0.limits.chunks()
+    }
+
     async fn ask_for_limits(&self, instance: &InstanceName) {
         let ask = async {
             let request = GetCapabilitiesRequest {
@@ -364,6 +392,13 @@ impl Client {
                 blob_size: cache.max_cas_blob_size_bytes,
                 zstd_streams: cache.supported_compressors.contains(&zstd),
                 zstd_batches: cache.supported_batch_update_compressors.contains(&zstd),
+                chunks: AnnouncedChunks {
+                    split: cache.split_blob_support,
+                    splice: match cache.splice_blob_support {
+                        true => ChunkingFunction::announced(&cache),
+                        false => None,
+                    },
+                },
             })
         };
         self.0.limits.announced(ask).await;

@@ -215,7 +215,7 @@ impl Client {
         end: u64,
     ) -> BlobStream {
         let whole = start == 0 && end == digest.size();
-        let hasher = whole.then(|| digest.function().hasher());
+        let hasher = whole.then(|| digest.function().hasher(digest.size()));
         let state = (self.reader(instance, digest, start, end), hasher);
         let pieces = stream::try_unfold(state, |(mut reader, mut hasher)| async move {
             let Some(data) = reader.next().await? else {
@@ -265,6 +265,9 @@ impl Client {
             let written = blocking(move || file.write_all_at(&content, 0)).await?;
             return written.map_err(Error::of_file);
         }
+        if self.read_chunks(instance, digest, &file).await? {
+            return Ok(());
+        }
         let sink = Sink::File(file);
         self.collect(instance, digest, sink).await.map(drop)
     }
@@ -282,7 +285,7 @@ impl Client {
             if corrupt_before {
                 reader.compressor = Some(Compressor::Identity);
             }
-            let mut hasher = digest.function().hasher();
+            let mut hasher = digest.function().hasher(digest.size());
             while let Some(data) = reader.next().await? {
                 (sink, hasher) = absorb(sink, hasher, data).await?;
             }

@@ -34,11 +34,40 @@ impl Client {
         if missing.is_empty() {
             return Ok(());
         }
+        let (mut whole, mut chunked) = (Vec::new(), Vec::new());
+        let splice = self.chunks(instance).await.splice;
+        for blob in blobs
+            .into_iter()
+            .filter(|(digest, _)| missing.remove(digest))
+        {
+            match splice.filter(|function| blob.0.size() >= function.smallest_blob()) {
+                Some(function) => chunked.push((function, blob)),
+                None => whole.push(blob),
+            }
+        }
+        self.write(instance, whole).await?;
+        // One after another: the chunks of one are many uploads.
+        for (function, (digest, content)) in chunked {
+            if !self
+                .write_chunks(instance, digest, &content, function)
+                .await?
+            {
+                self.write(instance, vec![(digest, content)]).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Uploads what the CAS is known to lack, each blob as a whole.
+    pub(super) async fn write(
+        &self,
+        instance: &InstanceName,
+        blobs: Vec<(Digest, Content)>,
+    ) -> Result<(), Error> {
         let batch_size = self.batch_size(instance).await;
         let most = SMALL.min(batch_size.saturating_sub(OVERHEAD));
         let (small, large): (Vec<_>, Vec<_>) = blobs
             .into_iter()
-            .filter(|(digest, _)| missing.remove(digest))
             .partition(|(digest, _)| digest.size() <= most);
         let size = |(digest, _): &(Digest, Content)| digest.size() + OVERHEAD;
         let batches = batch::split(small, batch_size, usize::MAX, size)

@@ -170,7 +170,7 @@ impl Client {
             let end = (at + CHUNK).min(digest.size());
             let data = match content {
                 Content::Bytes(_) => content.part(&digest, at, end)?,
-                Content::File(_) => {
+                Content::File(_) | Content::FilePart { .. } => {
                     let content = content.clone();
                     blocking(move || content.part(&digest, at, end)).await??
                 }

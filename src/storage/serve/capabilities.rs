@@ -15,24 +15,27 @@ use crate::{
         semver::SemVer,
     },
     resource::Compressor,
+    storage::chunking::ChunkingFunction,
 };
 
-/// What a server announces. `max_blob_size` is 0 when this server does not know.
-pub fn capabilities(
-    exec_enabled: bool,
-    max_blob_size: u64,
-) -> CapabilitiesServer<CapabilitiesService> {
-    CapabilitiesServer::new(CapabilitiesService {
-        exec_enabled,
-        max_blob_size,
-    })
-    .accept_compressed(CompressionEncoding::Gzip)
+/// What differs between servers of ours.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Announcement {
+    /// Whether actions are executed.
+    pub exec_enabled: bool,
+    /// 0 when this server does not know.
+    pub max_blob_size: u64,
+    /// Whether SplitBlob and SpliceBlob are served.
+    pub chunks: bool,
 }
 
-pub struct CapabilitiesService {
-    exec_enabled: bool,
-    max_blob_size: u64,
+/// What a server announces.
+pub fn capabilities(announcement: Announcement) -> CapabilitiesServer<CapabilitiesService> {
+    CapabilitiesServer::new(CapabilitiesService(announcement))
+        .accept_compressed(CompressionEncoding::Gzip)
 }
+
+pub struct CapabilitiesService(Announcement);
 
 #[async_trait]
 impl Capabilities for CapabilitiesService {
@@ -60,27 +63,39 @@ impl Capabilities for CapabilitiesService {
             minor,
             ..Default::default()
         };
-        Ok(Response::new(ServerCapabilities {
-            cache_capabilities: Some(reapi::CacheCapabilities {
-                digest_functions: functions.clone(),
-                action_cache_update_capabilities: Some(reapi::ActionCacheUpdateCapabilities {
-                    update_enabled: may(Permission::ActionCacheWrite),
-                }),
-                cache_priority_capabilities: Some(priorities.clone()),
-                max_batch_total_size_bytes: MAXIMUM_BATCH_SIZE as i64,
-                symlink_absolute_path_strategy:
-                    reapi::symlink_absolute_path_strategy::Value::Allowed as i32,
-                supported_compressors: vec![Compressor::Zstd.to_proto()],
-                supported_batch_update_compressors: vec![Compressor::Zstd.to_proto()],
-                max_cas_blob_size_bytes: i64::try_from(self.max_blob_size).unwrap_or(i64::MAX),
-                ..Default::default()
+        let Announcement {
+            exec_enabled,
+            max_blob_size,
+            chunks,
+        } = self.0;
+        let mut cache = reapi::CacheCapabilities {
+            digest_functions: functions.clone(),
+            action_cache_update_capabilities: Some(reapi::ActionCacheUpdateCapabilities {
+                update_enabled: may(Permission::ActionCacheWrite),
             }),
-            execution_capabilities: self.exec_enabled.then(|| reapi::ExecutionCapabilities {
+            cache_priority_capabilities: Some(priorities.clone()),
+            max_batch_total_size_bytes: MAXIMUM_BATCH_SIZE as i64,
+            symlink_absolute_path_strategy: reapi::symlink_absolute_path_strategy::Value::Allowed
+                as i32,
+            supported_compressors: vec![Compressor::Zstd.to_proto()],
+            supported_batch_update_compressors: vec![Compressor::Zstd.to_proto()],
+            max_cas_blob_size_bytes: i64::try_from(max_blob_size).unwrap_or(i64::MAX),
+            split_blob_support: chunks,
+            splice_blob_support: chunks,
+            ..Default::default()
+        };
+        if chunks {
+            ChunkingFunction::FAST_CDC_2020.announce(&mut cache);
+            ChunkingFunction::REP_MAX_CDC.announce(&mut cache);
+        }
+        Ok(Response::new(ServerCapabilities {
+            cache_capabilities: Some(cache),
+            execution_capabilities: exec_enabled.then(|| reapi::ExecutionCapabilities {
                 digest_function: DigestFunction::Sha256.to_proto() as i32,
                 exec_enabled: may(Permission::Execute),
                 execution_priority_capabilities: Some(priorities),
                 digest_functions: functions,
-                ..Default::default()
+                supported_node_properties: vec!["mtime".to_owned(), "unix_mode".to_owned()],
             }),
             deprecated_api_version: None,
             // Bazel up to 4 speaks 2.0.

@@ -6,7 +6,7 @@ use prost::Message;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{
-    MAXIMUM_BATCH_SIZE, MAXIMUM_RESPONSE_SIZE,
+    MAXIMUM_BATCH_SIZE, MAXIMUM_RESPONSE_SIZE, chunks,
     coder_budget::{self, Caller},
     digest, encoded_size, function, instance, reserve, status_of,
     tree::{MAXIMUM_PAGE_LENGTH, MAXIMUM_PAGE_SIZE, TreeWalk},
@@ -265,20 +265,25 @@ impl ContentAddressableStorage for CasService {
 
     async fn split_blob(
         &self,
-        _: Request<SplitBlobRequest>,
+        request: Request<SplitBlobRequest>,
     ) -> Result<Response<SplitBlobResponse>, Status> {
-        Err(Status::unimplemented(
-            "this server does not split blobs, and does not announce split_blob_support",
-        ))
+        let (answers, access) = (ResponseBudget::of(&request), Access::of(&request));
+        let request = request.into_inner();
+        access.require(&instance(&request.instance_name)?)?;
+        let answer = chunks::split(&self.backend, &request).await?;
+        let reservation = reserve(answers, encoded_size(&answer)).await?;
+        Ok(with_reservation(Response::new(answer), reservation))
     }
 
     async fn splice_blob(
         &self,
-        _: Request<SpliceBlobRequest>,
+        request: Request<SpliceBlobRequest>,
     ) -> Result<Response<SpliceBlobResponse>, Status> {
-        Err(Status::unimplemented(
-            "this server does not splice blobs, and does not announce splice_blob_support",
-        ))
+        let (access, _received) = (Access::of(&request), RequestReservation::of(&request));
+        let request = request.into_inner();
+        access.require(&instance(&request.instance_name)?)?;
+        let answer = chunks::splice(&self.backend, request).await?;
+        Ok(Response::new(answer))
     }
 }
 
@@ -301,7 +306,7 @@ fn check_batch(total: u64) -> Result<(), Status> {
 }
 
 /// Bytes of one blob's part of an answer: its digest, its content, and a status that has a code.
-fn answer_weight(sent: Option<&reapi::Digest>, size: u64) -> u64 {
+pub(super) fn answer_weight(sent: Option<&reapi::Digest>, size: u64) -> u64 {
     const STATUS: u64 = 4;
     let field = |length: u64| 1 + prost::length_delimiter_len(length as usize) as u64 + length;
     let digest = sent.map_or(0, |digest| field(digest.encoded_len() as u64));

@@ -1,4 +1,4 @@
-//! A back end over gRPC: ContentAddressableStorage (`cas`, and `tree` for its GetTree), ByteStream,
+//! A back end over gRPC: ContentAddressableStorage (`cas`, `tree` for its GetTree, and `chunks`), ByteStream,
 //! ActionCache; and the Capabilities of the whole farm.
 //!
 //! 1. A client that asks for much, and reads slowly, holds a piece of it in memory, not all: answers
@@ -28,13 +28,15 @@ use crate::{
 
 use action_cache::ActionCacheService;
 pub use bytestream::ByteStreamService;
-pub use capabilities::capabilities;
+pub use capabilities::{Announcement, capabilities};
 use cas::CasService;
+pub use chunks::serves_chunks;
 
 mod action_cache;
 mod bytestream;
 mod capabilities;
 mod cas;
+mod chunks;
 mod coder_budget;
 mod compressed_write;
 mod tree;

@@ -35,7 +35,7 @@ use super::{
     BlobStream, Content, Error,
     completeness::SeenOutputs,
     content,
-    grpc::{Client, Options, Timeouts},
+    grpc::{Client, LocalFiles, Options, Timeouts},
     retry::RetryPolicy,
 };
 use crate::{
@@ -138,6 +138,13 @@ impl Shards {
             health_timeout: health.timeout.get(),
             seen_outputs: SeenOutputs::default(),
         })
+    }
+
+    /// Tells each server's client where the files are that this host has already.
+    pub(super) fn set_local_files(&self, files: &LocalFiles) {
+        for member in self.shards.iter().flat_map(|(_, shard)| &shard.members) {
+            member.client.set_local_files(files.clone());
+        }
     }
 
     /// What their CAS had a moment ago.

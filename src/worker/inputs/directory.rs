@@ -19,12 +19,43 @@ pub struct Directory {
     pub files: Vec<FileEntry>,
     pub directories: Vec<(Component, Digest)>,
     pub symlinks: Vec<(Component, Box<str>)>,
+    /// Of those that have any: of the directory itself, a file, or a symbolic link.
+    pub properties: Vec<(Option<Component>, NodeProperties)>,
 }
 
 #[derive(Debug, PartialEq)]
 pub struct FileEntry {
     pub name: Component,
     pub key: FileKey,
+}
+
+/// Of a Directory or an entry of it (REAPI: NodeProperties), as far as file systems have them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NodeProperties {
+    /// Seconds since the epoch, and nanoseconds.
+    pub mtime: Option<(i64, u32)>,
+    pub unix_mode: Option<u32>,
+}
+
+impl NodeProperties {
+    /// `None` when there are none that a file system has.
+    fn parse(message: Option<&reapi::NodeProperties>) -> Result<Option<Self>, String> {
+        let Some(message) = message else {
+            return Ok(None);
+        };
+        let mtime = match &message.mtime {
+            None => None,
+            Some(mtime) => match u32::try_from(mtime.nanos) {
+                Ok(nanos @ 0..=999_999_999) => Some((mtime.seconds, nanos)),
+                _ => return Err(format!("its mtime has {} nanoseconds", mtime.nanos)),
+            },
+        };
+        let properties = NodeProperties {
+            mtime,
+            unix_mode: message.unix_mode,
+        };
+        Ok((mtime.is_some() || message.unix_mode.is_some()).then_some(properties))
+    }
 }
 
 impl Directory {
@@ -38,8 +69,18 @@ impl Directory {
                 .map_err(|error| format!("the digest of its entry {name:?} is wrong: {error}"))
         };
         let mut directory = Directory::default();
+        let properties = |name: &str, of: Option<&reapi::NodeProperties>| {
+            NodeProperties::parse(of)
+                .map_err(|error| format!("a node property of its entry {name:?} is wrong: {error}"))
+        };
+        let own = properties(".", message.node_properties.as_ref())?;
+        directory.properties.extend(own.map(|own| (None, own)));
         directory.files.reserve_exact(message.files.len());
         for file in &message.files {
+            if let Some(of_file) = properties(&file.name, file.node_properties.as_ref())? {
+                let entry = (Some(name(&file.name)?), of_file);
+                directory.properties.push(entry);
+            }
             directory.files.push(FileEntry {
                 name: name(&file.name)?,
                 key: FileKey {
@@ -66,6 +107,10 @@ impl Directory {
                     "the target of its symbolic link {:?} is empty, longer than 4095 bytes, or has a NUL character",
                     symlink.name
                 ));
+            }
+            if let Some(of_link) = properties(&symlink.name, symlink.node_properties.as_ref())? {
+                let entry = (Some(name(&symlink.name)?), of_link);
+                directory.properties.push(entry);
             }
             directory
                 .symlinks
@@ -110,7 +155,8 @@ impl Directory {
         let fixed = size_of::<Self>()
             + self.files.len() * size_of::<FileEntry>()
             + self.directories.len() * size_of::<(Component, Digest)>()
-            + self.symlinks.len() * size_of::<(Component, Box<str>)>();
+            + self.symlinks.len() * size_of::<(Component, Box<str>)>()
+            + self.properties.len() * (size_of::<(Option<Component>, NodeProperties)>() + 32);
         let names: usize = self.names().map(|name| name.len() + 16).sum();
         let targets: usize = self.symlinks.iter().map(|(_, target)| target.len()).sum();
         (fixed + names + targets + 128) as u64

@@ -31,6 +31,8 @@ pub struct InputRoot {
     /// Seconds since the epoch.
     ready: i64,
     reusable: bool,
+    /// Whether no inode of its files is anywhere else, so that the action may have changed them.
+    pub(super) has_own_files: bool,
     /// From when the command may start.
     command: Option<RunningCommand>,
     /// Inode numbers of what is the worker's though the action made it, in their order.
@@ -66,6 +68,7 @@ impl InputRoot {
             modifications,
             ready: now(),
             reusable: true,
+            has_own_files: false,
             command: None,
             taken_over: Vec::new(),
         }
@@ -85,6 +88,11 @@ impl InputRoot {
     /// The name of the action's directory, in the build directory.
     pub fn name(&self) -> &str {
         &self.action_directory().name
+    }
+
+    /// Whether no inode of its files is anywhere else.
+    pub fn has_own_files(&self) -> bool {
+        self.has_own_files
     }
 
     /// The directory with `stdout` and `stderr`.

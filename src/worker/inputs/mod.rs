@@ -40,7 +40,8 @@
 //!
 //! Roots of reflinks and roots of hard links do not become one another, nor lend one another
 //! subtrees. Where actions are to have input files of their own, each root is made anew, of copies: then the
-//! runner makes the action's user their owner, and nothing of the root is kept.
+//! runner makes the action's user their owner, and nothing of the root is kept. So it is, too, where the client
+//! gives inputs modes or times.
 //!
 //! Verification happens in the background. How many roots wait for it is bounded; beyond that, actions
 //! wait.
@@ -52,7 +53,8 @@
 //! - `file_cache` has the input files.
 //! - `plan` says how one tree becomes another.
 //! - `planned_root` chooses a root and lays it out: `lay_out` performs the plan, `files` makes the files
-//!   in it, `inodes` knows which inodes of cached files a root has.
+//!   in it, `inodes` knows which inodes of cached files a root has; `node_properties` sets the modes and
+//!   times that a client gives.
 //! - `input_root` is what an action has; `action_directory` lies around it.
 //! - `root_store` is what roots share, and cleans them: `verify` reverts what the action did, by what is
 //!   known of a root that is `kept`.
@@ -73,6 +75,7 @@ mod inodes;
 mod input_root;
 mod kept;
 mod lay_out;
+mod node_properties;
 mod plan;
 mod planned_root;
 mod pool;

@@ -15,6 +15,7 @@ use super::{
     input_root::InputRoot,
     kept::{self, KeptDirectory},
     lay_out::LayOutError,
+    node_properties,
     plan::LayOutPlan,
     pool::{IdleRoot, StashedTree},
     root_store::RootStore,
@@ -70,7 +71,10 @@ impl PlannedRoot {
     /// Chooses a root for `tree` and says what must be done to it. Blocks until there is a root.
     pub fn new(store: &Arc<RootStore>, tree: &Tree, inputs: Inputs) -> io::Result<Self> {
         let modifications = store.modifications();
-        let link_mode = store.cache.link_mode(inputs);
+        let link_mode = match tree.has_properties {
+            true => LinkMode::Copy,
+            false => store.cache.link_mode(inputs),
+        };
         let keep = store.keeps(tree, link_mode);
         let root = store.take_root(keep.then_some((link_mode, tree)))?;
         let began = Instant::now();
@@ -128,6 +132,14 @@ impl PlannedRoot {
         for parent in parents {
             self.make_parent(&mut input_root, parent)?;
         }
+        if self.tree.has_properties {
+            let set = node_properties::set_all(input_root.root(), &self.tree);
+            set.map_err(|(name, error)| {
+                let what = format!("set the mode and time of {name:?} of the input root");
+                store.disk_fault(&what, error.into())
+            })?;
+        }
+        input_root.has_own_files = self.link_mode == LinkMode::Copy;
         store.await_free_space()?;
         input_root.begin();
         let spent = self.spent + began.elapsed();

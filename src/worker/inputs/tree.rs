@@ -32,6 +32,8 @@ pub struct Node {
     pub directories: u64,
     /// Directories below one another, itself included.
     pub depth: u32,
+    /// Whether anything in it has modes or times of its own.
+    pub has_properties: bool,
 }
 
 impl Node {
@@ -41,6 +43,7 @@ impl Node {
             entries: directory.entries(),
             directories: 1,
             depth: 1,
+            has_properties: !directory.properties.is_empty(),
             directory,
             children,
         };
@@ -48,6 +51,7 @@ impl Node {
             node.entries = node.entries.saturating_add(child.entries);
             node.directories = node.directories.saturating_add(child.directories);
             node.depth = node.depth.max(child.depth + 1);
+            node.has_properties |= child.has_properties;
         }
         node
     }

@@ -1,6 +1,12 @@
 //! What is collected, in order: logs of the command, declared outputs, logs of servers.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::{
+    fs::File,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileExt,
+    },
+};
 
 use prost::Message;
 use rustix::{
@@ -109,6 +115,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
                     path: output.text.clone(),
                     digest: Some(digest.to_proto()),
                     is_executable: executable,
+                    node_properties: self.properties.of(&stat),
                     ..Default::default()
                 };
                 self.bounds.add_to_lists(found.encoded_len())?;
@@ -124,7 +131,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
                 let symlink = reapi::OutputSymlink {
                     path: output.text.clone(),
                     target: read_link(parent.as_fd(), name.as_str(), &text)?,
-                    node_properties: None,
+                    node_properties: self.properties.of(&stat),
                 };
                 self.bounds.add_to_lists(2 * symlink.encoded_len() + 6)?;
                 // Clients of REAPI 2.0 read only these (REAPI: ActionResult.output_symlinks).
@@ -200,14 +207,30 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
     ) -> Result<(), Fault> {
         let (file, stat) =
             beneath::open_file(directory, name).map_err(|error| unreadable(&path, error))?;
+        let human_readable = is_text(&file);
         let digest = self.log_file(file, &stat, &path)?;
         let log = reapi::LogFile {
             digest: Some(digest.to_proto()),
-            human_readable: false,
+            human_readable,
         };
         self.bounds
             .add_to_lists(path.len() + log.encoded_len() + 12)?;
         self.found.server_logs.insert(path, log);
         Ok(())
     }
+}
+
+/// Whether a file begins like a text: what a client shows of a log, where it would else only name it.
+fn is_text(file: &File) -> bool {
+    let mut start = [0; 4096];
+    let Ok(length) = file.read_at(&mut start, 0) else {
+        return false;
+    };
+    let start = &start[..length];
+    let is_utf8 = match std::str::from_utf8(start) {
+        Ok(_) => true,
+        // The last character is cut.
+        Err(error) => error.error_len().is_none() && length == 4096,
+    };
+    is_utf8 && !start.contains(&0)
 }

@@ -10,12 +10,15 @@ use std::{
 use rustix::io::Errno;
 use tokio_util::sync::CancellationToken;
 
-use super::bounds::{Bounds, OutputLimits};
+use super::{
+    bounds::{Bounds, OutputLimits},
+    node_properties::OutputProperties,
+};
 use crate::{
     digest::{Digest, DigestFunction},
     proto::reapi,
     storage::Content,
-    worker::{fault::Fault, inputs::file_cache::FileCache},
+    worker::{command::NodePropertyKeys, fault::Fault, inputs::file_cache::FileCache},
 };
 
 pub(super) type Blobs = Vec<(Digest, Content)>;
@@ -41,6 +44,14 @@ pub struct CollectedOutputs {
     pub taken_over: Vec<u64>,
 }
 
+/// What a client wants to be told of outputs, beside what everybody is.
+#[derive(Clone, Copy, Debug)]
+pub struct ToldOfOutputs {
+    /// Of output directories, each Directory is stored as a blob too.
+    pub directories: bool,
+    pub node_properties: NodePropertyKeys,
+}
+
 /// Reads outputs, and hands blobs to `send` in batches.
 pub struct Collector<'a, S> {
     pub(super) function: DigestFunction,
@@ -59,6 +70,7 @@ pub struct Collector<'a, S> {
     pub(super) overlapping: bool,
     /// Digests of files that may be met again, and whether they are executable.
     pub(super) read: HashMap<InodeId, (Digest, bool)>,
+    pub(super) properties: OutputProperties,
     /// Large files that are open and hashed already.
     pub(super) ahead: HashMap<InodeId, (OpenedOutput, Digest)>,
 }
@@ -82,7 +94,7 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
     pub fn new(
         function: DigestFunction,
         cache: &'a FileCache,
-        store_directories: bool,
+        told: ToldOfOutputs,
         limits: OutputLimits,
         cancel: &'a CancellationToken,
         send: S,
@@ -90,7 +102,7 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
         Collector {
             function,
             cache,
-            store_directories,
+            store_directories: told.directories,
             bounds: Bounds::new(limits, cancel),
             send,
             found: CollectedOutputs::default(),
@@ -101,6 +113,7 @@ impl<'a, S: FnMut(Blobs)> Collector<'a, S> {
             buffer: Vec::new(),
             overlapping: false,
             read: HashMap::new(),
+            properties: OutputProperties::new(told.node_properties),
             ahead: HashMap::new(),
         }
     }

@@ -123,15 +123,18 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
         rest.sort_unstable_by(|a, b| b.cmp(a));
         let places = files.iter().map(|name| (directory.as_fd(), name.as_str()));
         self.hash_ahead(places.collect());
-        let mut message = reapi::Directory::default();
+        let mut message = reapi::Directory {
+            node_properties: self.properties_at(&directory, ".")?,
+            ..Default::default()
+        };
         for name in files {
             match self.file(directory.as_fd(), &name, &format!("{output}/…/{name}")) {
                 Ok((digest, is_executable)) => {
                     let node = reapi::FileNode {
+                        node_properties: self.properties_at(&directory, &name)?,
                         name,
                         digest: Some(digest.to_proto()),
                         is_executable,
-                        node_properties: None,
                     };
                     self.bounds.add_to_directory(node.encoded_len())?;
                     message.files.push(node);
@@ -144,9 +147,9 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
             match read_link(directory.as_fd(), &name, &format!("{output}/…/{name}")) {
                 Ok(target) => {
                     let node = reapi::SymlinkNode {
+                        node_properties: self.properties_at(&directory, &name)?,
                         name,
                         target,
-                        node_properties: None,
                     };
                     self.bounds.add_to_directory(node.encoded_len())?;
                     message.symlinks.push(node);
@@ -160,6 +163,20 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
             rest,
             message,
         })
+    }
+
+    /// Of one entry, where any are asked for.
+    fn properties_at(
+        &self,
+        directory: &OwnedFd,
+        name: &str,
+    ) -> Result<Option<reapi::NodeProperties>, Fault> {
+        if !self.properties.are_wanted() {
+            return Ok(None);
+        }
+        let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
+        let stat = stat.map_err(|error| unreadable(name, error))?;
+        Ok(self.properties.of(&stat))
     }
 
     /// The entries of a directory, with their types.

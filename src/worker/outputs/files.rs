@@ -92,6 +92,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
     /// Takes a file from the action, before it is read.
     fn take_over(&mut self, file: File, stat: &Stat) -> OpenedOutput {
         let executable = is_executable(stat);
+        self.properties.remember(inode_of(stat), stat);
         let worker = rustix::process::geteuid().as_raw();
         // What the worker made, or took over before, shows it.
         if (stat.st_uid == worker || stat.st_uid == 0) && !file_cache::is_the_workers(stat) {
@@ -206,7 +207,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
         }
         match &content {
             Content::Bytes(bytes) => self.batch_bytes += bytes.len(),
-            Content::File(_) => self.batch_files += 1,
+            Content::File(_) | Content::FilePart { .. } => self.batch_files += 1,
         }
         self.batch.push((digest, content));
         if self.batch_bytes >= BATCH_BYTES || self.batch_files >= BATCH_FILES {

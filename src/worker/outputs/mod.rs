@@ -11,7 +11,8 @@
 //!    hashed by several threads (`files`).
 //!
 //! To be read in this order: `collect` is the whole; `collector` is what it works with; `directory` and
-//! `files` read; `hashing` tells digests; `bounds` say when it is enough.
+//! `files` read; `hashing` tells digests, `node_properties` modes and
+//! times; `bounds` say when it is enough.
 
 mod bounds;
 mod collect;
@@ -19,6 +20,7 @@ mod collector;
 mod directory;
 mod files;
 mod hashing;
+mod node_properties;
 
 pub use bounds::{OutputLimits, late};
-pub use collector::{CollectedOutputs, Collector};
+pub use collector::{CollectedOutputs, Collector, ToldOfOutputs};

@@ -24,7 +24,6 @@ rules! {
     Should, "FindMissingBlobsRequest.digest_function", "left out, it is told by the hash's length, for all functions of which it may be left out", inferred;
     Must, "CacheCapabilities.digest_functions", "a blob can be stored, found and read by every function announced", all_functions;
     Must, "DigestFunction.Value", "a function that is not announced is refused", other_function;
-    Must, "CacheCapabilities.split_blob_support", "what is announced as supported is, and the chunks of a blob make up the blob", split;
 }
 
 async fn tells_apart(server: &Server) -> Outcome {
@@ -294,33 +293,5 @@ async fn other_function(server: &Server) -> Outcome {
         found.is_err(),
         "FindMissingBlobs with function {value} succeeded"
     );
-    Ok(())
-}
-
-async fn split(server: &Server) -> Outcome {
-    let cache = server.cache();
-    if !cache.split_blob_support {
-        return unsupported("split_blob_support is not announced");
-    }
-    let content = server.random(4 << 20);
-    let digest = server.store(content.clone()).await?;
-    let request = reapi::SplitBlobRequest {
-        instance_name: server.instance.clone(),
-        blob_digest: Some(digest),
-        digest_function: server.function_value(),
-        ..Default::default()
-    };
-    let answer = match server.cas().split_blob(request).await {
-        Err(status) if status.code() == Code::NotFound => {
-            return unsupported("NOT_FOUND: there is no split information for this blob");
-        }
-        answer => answer.expect_ok("SplitBlob")?.into_inner(),
-    };
-    let mut whole = Vec::new();
-    for chunk in &answer.chunk_digests {
-        let read = server.read(&server.read_name(chunk), 0, 0).await;
-        whole.extend(read.expect_ok("ByteStream.Read of a chunk")?);
-    }
-    ensure!(whole == content, "the chunks make up another content");
     Ok(())
 }

@@ -1,8 +1,8 @@
 //! The rules of the API, and asking a server about each.
 //!
 //! To read in this order: `rule` is what a rule is; `server` the server that is asked, with the calls
-//! that rules are made of; `capabilities`, `cas`, `batches`, `tree`, `byte_stream`, `compression`,
-//! `action_cache`, `execution` and `outputs` have the rules; `report` is what is told of them.
+//! that rules are made of; `capabilities`, `cas`, `chunks`, `batches`, `tree`, `byte_stream`,
+//! `compression`, `action_cache` and `execution` have the rules; `report` is what is told of them.
 
 use std::time::{Duration, Instant};
 
@@ -19,9 +19,9 @@ mod batches;
 mod byte_stream;
 mod capabilities;
 mod cas;
+mod chunks;
 mod compression;
 mod execution;
-mod outputs;
 pub mod report;
 mod rule;
 mod server;
@@ -72,13 +72,15 @@ pub async fn run(options: &Options) -> Result<Report, String> {
     let all = [
         capabilities::RULES,
         cas::RULES,
+        chunks::RULES,
         batches::RULES,
         tree::RULES,
         byte_stream::RULES,
         compression::RULES,
         action_cache::RULES,
-        execution::RULES,
-        outputs::RULES,
+        execution::streams::RULES,
+        execution::inputs::RULES,
+        execution::outputs::RULES,
     ];
     let asked =
         |rule: &&Rule| rule.section.contains(&options.only) || rule.text.contains(&options.only);

@@ -8,7 +8,7 @@ use bb_remote_execution::{
     proto::reapi::{ActionResult, OutputFile},
     storage::{
         Backend, Content, Error, UploadError,
-        grpc::{Compression, Options},
+        grpc::{Options, When},
     },
 };
 use futures::TryStreamExt;
@@ -29,7 +29,7 @@ async fn backends() -> Backends {
     let behind = Backend::Grpc(far.client());
     let embedded = Backend::Embedded(near.store.clone());
     let compressing = Backend::Grpc(far.client_with(Options {
-        compression: Compression::Always,
+        compression: When::Always,
         ..Options::default()
     }));
     Backends {

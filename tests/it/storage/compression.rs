@@ -14,7 +14,7 @@ use bb_remote_execution::{
     resource::{Compressor, WriteName},
     storage::{
         Content, compression,
-        grpc::{Client, Compression, Options},
+        grpc::{Client, Options, When},
     },
 };
 use bytes::Bytes;
@@ -33,7 +33,7 @@ fn text(seed: u64, size: usize) -> Bytes {
 }
 
 /// Counts the bytes that pass in either direction.
-async fn counting(server: &Server) -> (Endpoint, Arc<AtomicU64>) {
+pub async fn counting(server: &Server) -> (Endpoint, Arc<AtomicU64>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let endpoint = Endpoint::Tcp(listener.local_addr().unwrap().to_string());
     let (count, target) = (Arc::new(AtomicU64::new(0)), server.address);
@@ -67,13 +67,9 @@ async fn between_hosts_what_can_be_compressed_is_and_a_loopback_is_left_alone() 
         .map(|(seed, size)| text(seed as u64, size))
         .collect();
     let total: u64 = blobs.iter().map(|blob| blob.len() as u64).sum();
-    for (round, compression) in [
-        Compression::Always,
-        Compression::BetweenHosts,
-        Compression::Never,
-    ]
-    .into_iter()
-    .enumerate()
+    for (round, compression) in [When::Always, When::BetweenHosts, When::Never]
+        .into_iter()
+        .enumerate()
     {
         let (endpoint, count) = counting(&server).await;
         let options = Options {
@@ -103,12 +99,12 @@ async fn between_hosts_what_can_be_compressed_is_and_a_loopback_is_left_alone() 
         for _ in 0..1_000 {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
             passed = count.load(Ordering::SeqCst);
-            if passed > 0 && (compression == Compression::Always || passed > 2 * total) {
+            if passed > 0 && (compression == When::Always || passed > 2 * total) {
                 break;
             }
         }
         match compression {
-            Compression::Always => assert!(0 < passed && passed < total / 4, "{passed}"),
+            When::Always => assert!(0 < passed && passed < total / 4, "{passed}"),
             _ => assert!(passed > 2 * total, "{passed}"),
         }
     }

@@ -34,7 +34,7 @@ use bb_remote_execution::{
     resource::{Compressor, ReadName},
     storage::{
         Content, Error, compression,
-        grpc::{Client, Compression, Options},
+        grpc::{Client, Options, When},
     },
 };
 use bytes::Bytes;
@@ -424,7 +424,7 @@ async fn a_peer_that_compresses_wrongly_is_read_as_it_is() {
         };
         let peer = with_blobs(std::slice::from_ref(&data), behaviour);
         let options = Options {
-            compression: Compression::Always,
+            compression: When::Always,
             ..Options::default()
         };
         let (client, _stop) = peer.clone().start_with(options).await;

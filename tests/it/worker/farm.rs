@@ -146,7 +146,10 @@ impl Farm {
         let store = Arc::new(store.await.unwrap());
         let calls = Calls::default();
         let stop = CancellationToken::new();
-        let capabilities = serve::capabilities(false, settings.blob_size);
+        let capabilities = serve::capabilities(serve::Announcement {
+            max_blob_size: settings.blob_size,
+            ..Default::default()
+        });
         let services = Services::default().add(capabilities);
         let routes = serve::add_to(services, &Backend::Embedded(store.clone())).into_routes();
         let storage = serve(routes, Some(calls.clone()), stop.clone()).await;

@@ -15,6 +15,104 @@ use super::{
 };
 
 #[tokio::test(flavor = "multi_thread")]
+async fn modes_and_times_are_told_where_they_are_asked_for() {
+    let farm = Farm::start().await;
+    let script = "echo f > file; chmod 640 file; touch -d @1000.5 file; mkdir dir; echo x > dir/x; \
+                  chmod 751 dir/x; touch -d @2000 dir/x; ln -s x dir/link; touch -d @3000 dir; ln file other";
+    let mut command = shell(script, &["file", "dir", "other"]);
+    command.output_node_properties = vec!["mtime".to_owned(), "unix_mode".to_owned()];
+    let task = farm.task(&command, farm.root(&[]).await).await;
+    let result = farm.execute(task).await.result.unwrap();
+    let told = |properties: &Option<reapi::NodeProperties>| {
+        let properties = properties.clone().unwrap();
+        let mtime = properties.mtime.unwrap();
+        (mtime.seconds, mtime.nanos, properties.unix_mode.unwrap())
+    };
+    for file in &result.output_files {
+        let expected = (1000, 500_000_000, 0o640);
+        assert_eq!(told(&file.node_properties), expected, "{}", file.path);
+    }
+    assert_eq!(result.output_files.len(), 2);
+    let tree = &result.output_directories[0].tree_digest;
+    let root = farm.read_message::<reapi::Tree>(tree).await.root.unwrap();
+    assert_eq!(told(&root.files[0].node_properties), (2000, 0, 0o751));
+    assert_eq!(told(&root.node_properties).0, 3000);
+    assert_eq!(told(&root.symlinks[0].node_properties).2, 0o777);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn inputs_have_the_modes_and_times_that_a_client_gives_and_those_of_others_stay() {
+    let farm = Farm::start().await;
+    let given = |seconds, unix_mode| {
+        Some(reapi::NodeProperties {
+            mtime: Some(prost_types::Timestamp { seconds, nanos: 7 }),
+            unix_mode,
+            properties: Vec::new(),
+        })
+    };
+    let content = Some(farm.upload("same").await);
+    let file = |name: &str, node_properties| reapi::FileNode {
+        name: name.to_owned(),
+        digest: content.clone(),
+        is_executable: false,
+        node_properties,
+    };
+    let below = reapi::Directory {
+        files: vec![file("deep", given(3000, None))],
+        node_properties: given(4000, Some(0o700)),
+        ..Default::default()
+    };
+    let root = reapi::Directory {
+        files: vec![
+            file("a", given(1000, Some(0o640))),
+            file("b", given(2000, None)),
+            file("c", None),
+        ],
+        directories: vec![reapi::DirectoryNode {
+            name: "below".to_owned(),
+            digest: Some(farm.upload_message(&below).await),
+        }],
+        symlinks: vec![reapi::SymlinkNode {
+            name: "link".to_owned(),
+            target: "a".to_owned(),
+            node_properties: given(5000, None),
+        }],
+        ..Default::default()
+    };
+    let root = farm.upload_message(&root).await;
+    let plain = [("a", "same"), ("c", "same")];
+    let script = "stat -c '%n %Y %a' a c; cat a >/dev/null";
+    let before = farm.shell(script, &plain, &[]).await.result.unwrap();
+    let command = shell(
+        "stat -c '%n %Y %a' a b c below/deep link; stat -c '%n %Y' below; cat a >out",
+        &["out", "a"],
+    );
+    for _ in 0..2 {
+        let task = farm.task(&command, root.clone()).await;
+        let response = farm.execute(task).await;
+        let result = response.result.unwrap();
+        let stdout = stdout(&farm, &result).await;
+        let lines: Vec<&str> = stdout.lines().collect();
+        assert_eq!(lines[0], "a 1000 640");
+        assert!(lines[1].starts_with("b 2000 "), "{stdout}");
+        assert!(lines[3].starts_with("below/deep 3000 "), "{stdout}");
+        assert!(lines[4].starts_with("link 5000 777"), "{stdout}");
+        assert_eq!(lines[5], "below 4000");
+        assert_eq!(result.output_files.len(), 2);
+    }
+    let after = farm.shell(script, &plain, &[]).await.result.unwrap();
+    assert_eq!(stdout(&farm, &before).await, stdout(&farm, &after).await);
+}
+
+async fn stdout(farm: &Farm, result: &reapi::ActionResult) -> String {
+    let raw = match &result.stdout_digest {
+        Some(_) if result.stdout_raw.is_empty() => farm.read(&result.stdout_digest).await,
+        _ => result.stdout_raw.to_vec(),
+    };
+    String::from_utf8(raw).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
 #[expect(deprecated, reason = "clients of REAPI 2.0 use it")]
 async fn each_kind_of_output_is_reported_as_what_it_is() {
     let farm = Farm::start().await;

@@ -1,6 +1,10 @@
 //! The cache itself: the files on disk, and what is known of them.
 
-use std::{io, path::Path, sync::OnceLock};
+use std::{
+    io,
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
 use parking_lot::Mutex;
 
@@ -84,6 +88,22 @@ impl FileCache {
         };
         cache.evict_to_fit();
         Ok(cache)
+    }
+
+    /// Has large files fetched by their chunks, as far as other files here have these.
+    pub fn offer_local_files(self: &Arc<Self>) {
+        // The storage is the cache's, so that it must not keep the cache.
+        let cache = Arc::downgrade(self);
+        let open = move |digest: &Digest| {
+            let cache = cache.upgrade()?;
+            let key = |executable| FileKey {
+                digest: *digest,
+                executable,
+            };
+            let open = |executable| cache.directory.open_copy(&key(executable), 0).ok();
+            open(false).or_else(|| open(true))
+        };
+        self.storage.set_local_files(Arc::new(open));
     }
 
     pub fn path(&self) -> &Path {

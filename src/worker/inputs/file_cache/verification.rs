@@ -157,7 +157,7 @@ impl FileCache {
             return None;
         }
         Some(FileBeingRead {
-            hasher: key.digest.function().hasher(),
+            hasher: key.digest.function().hasher(key.digest.size()),
             inode: stat.st_ino,
             key,
             file,
@@ -264,7 +264,7 @@ impl FileCache {
     /// `None` when it is not there.
     fn is_right(&self, key: &FileKey, buffer: &mut [u8]) -> Option<bool> {
         let file = self.directory.open_copy(key, 0).ok()?;
-        let mut hasher = key.digest.function().hasher();
+        let mut hasher = key.digest.function().hasher(key.digest.size());
         self.verified.files.fetch_add(1, Ordering::Relaxed);
         loop {
             match read_at(&file, buffer, hasher.size()) {

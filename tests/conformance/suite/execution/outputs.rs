@@ -6,9 +6,11 @@ use bb_remote_execution::proto::reapi::{
 use prost::Message;
 
 use super::{
-    execution::Task,
-    rule::{Expect, Outcome, Stop, ensure, fail, rules, unsupported},
-    server::Server,
+    super::{
+        rule::{Expect, Outcome, Stop, ensure, fail, rules, unsupported},
+        server::Server,
+    },
+    Task,
 };
 
 rules! {

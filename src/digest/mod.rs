@@ -1,5 +1,7 @@
 //! Digests: the names of blobs.
 //!
+//! `hasher` computes them, by `sha256_tree` where they are of that function.
+//!
 //! 1. A `Digest` is well formed: its hash has the length that its function makes, its size is not
 //!    negative. Nothing below the edge checks again.
 //! 2. Two digests of different functions are different, even if their bytes are equal.
@@ -8,14 +10,15 @@
 
 use std::fmt;
 
-use md5::Md5;
-use sha1::Sha1;
-use sha2::{Digest as _, Sha256, Sha384, Sha512};
-
 use crate::{
     proto::reapi,
     text::{parse_hex, push_hex, shorten},
 };
+
+mod hasher;
+mod sha256_tree;
+
+pub use hasher::Hasher;
 
 /// The longest hash of any function that we know, in bytes.
 const LONGEST: usize = 64;
@@ -33,8 +36,12 @@ pub enum DigestFunction {
     Sha384,
     /// SHA-512.
     Sha512,
+    /// SHA-256 of pieces of 1 KiB, and of those a Merkle tree.
+    Sha256Tree,
     /// BLAKE3, with 32 bytes.
     Blake3,
+    /// SHA-1 of what Git hashes of a file: a header with its size, and its content.
+    GitSha1,
 }
 
 /// Why a digest, as somebody sent it, is none. The sender must act.
@@ -64,13 +71,15 @@ pub enum DigestError {
 
 impl DigestFunction {
     /// Every function that there is here.
-    pub const ALL: [DigestFunction; 6] = [
+    pub const ALL: [DigestFunction; 8] = [
         DigestFunction::Sha256,
         DigestFunction::Sha1,
         DigestFunction::Md5,
         DigestFunction::Sha384,
         DigestFunction::Sha512,
+        DigestFunction::Sha256Tree,
         DigestFunction::Blake3,
+        DigestFunction::GitSha1,
     ];
 
     fn names() -> String {
@@ -81,8 +90,8 @@ impl DigestFunction {
     pub const fn length(self) -> usize {
         match self {
             DigestFunction::Md5 => 16,
-            DigestFunction::Sha1 => 20,
-            DigestFunction::Sha256 | DigestFunction::Blake3 => 32,
+            DigestFunction::Sha1 | DigestFunction::GitSha1 => 20,
+            DigestFunction::Sha256 | DigestFunction::Sha256Tree | DigestFunction::Blake3 => 32,
             DigestFunction::Sha384 => 48,
             DigestFunction::Sha512 => 64,
         }
@@ -97,7 +106,9 @@ impl DigestFunction {
             DigestFunction::Md5 => Value::Md5,
             DigestFunction::Sha384 => Value::Sha384,
             DigestFunction::Sha512 => Value::Sha512,
+            DigestFunction::Sha256Tree => Value::Sha256tree,
             DigestFunction::Blake3 => Value::Blake3,
+            DigestFunction::GitSha1 => Value::Gitsha1,
         }
     }
 
@@ -134,8 +145,17 @@ impl DigestFunction {
 
     /// Whether the hash's length names this function, so that resource names leave it out (REAPI:
     /// `Read`'s resource names).
-    pub const fn is_told_by_length(self) -> bool {
-        !matches!(self, DigestFunction::Blake3)
+    pub fn is_told_by_length(self) -> bool {
+        self == self.told_by_length()
+    }
+
+    /// The function that a hash of this one's length is of, where none is named.
+    pub const fn told_by_length(self) -> DigestFunction {
+        match self {
+            DigestFunction::Sha256Tree | DigestFunction::Blake3 => DigestFunction::Sha256,
+            DigestFunction::GitSha1 => DigestFunction::Sha1,
+            itself => itself,
+        }
     }
 
     /// The name in lower case, as in resource names, links to a browser, and files of the worker's
@@ -147,25 +167,21 @@ impl DigestFunction {
             DigestFunction::Md5 => "md5",
             DigestFunction::Sha384 => "sha384",
             DigestFunction::Sha512 => "sha512",
+            DigestFunction::Sha256Tree => "sha256tree",
             DigestFunction::Blake3 => "blake3",
+            DigestFunction::GitSha1 => "gitsha1",
         }
     }
 
-    /// Hashes what is given piece by piece.
-    pub fn hasher(self) -> Hasher {
-        match self {
-            DigestFunction::Sha256 => Hasher(HashState::Sha256(Sha256::new()), 0),
-            DigestFunction::Sha1 => Hasher(HashState::Sha1(Sha1::new()), 0),
-            DigestFunction::Md5 => Hasher(HashState::Md5(Md5::new()), 0),
-            DigestFunction::Sha384 => Hasher(HashState::Sha384(Sha384::new()), 0),
-            DigestFunction::Sha512 => Hasher(HashState::Sha512(Sha512::new()), 0),
-            DigestFunction::Blake3 => Hasher(HashState::Blake3(Box::default()), 0),
-        }
+    /// Hashes what is given piece by piece, `size` bytes in all: some functions hash the size ahead. Of
+    /// another number of bytes, the digest is that of no blob.
+    pub fn hasher(self, size: u64) -> Hasher {
+        Hasher::new(self, size)
     }
 
     /// The digest of data that is all there.
     pub fn digest_of(self, data: &[u8]) -> Digest {
-        let mut hasher = self.hasher();
+        let mut hasher = self.hasher(data.len() as u64);
         hasher.update(data);
         hasher.finish()
     }
@@ -179,55 +195,6 @@ impl DigestFunction {
 impl fmt::Display for DigestFunction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name().to_ascii_uppercase())
-    }
-}
-
-/// Computes a digest piece by piece.
-pub struct Hasher(HashState, u64);
-
-enum HashState {
-    Sha256(Sha256),
-    Sha1(Sha1),
-    Md5(Md5),
-    Sha384(Sha384),
-    Sha512(Sha512),
-    Blake3(Box<blake3::Hasher>),
-}
-
-impl Hasher {
-    /// Hashes the next piece.
-    pub fn update(&mut self, data: &[u8]) {
-        match &mut self.0 {
-            HashState::Sha256(h) => h.update(data),
-            HashState::Sha1(h) => h.update(data),
-            HashState::Md5(h) => h.update(data),
-            HashState::Sha384(h) => h.update(data),
-            HashState::Sha512(h) => h.update(data),
-            HashState::Blake3(h) => {
-                h.update(data);
-            }
-        }
-        self.1 += data.len() as u64;
-    }
-
-    /// Bytes seen so far.
-    pub fn size(&self) -> u64 {
-        self.1
-    }
-
-    /// The digest of all pieces.
-    pub fn finish(self) -> Digest {
-        let size = self.1;
-        match self.0 {
-            HashState::Sha256(h) => Digest::new(DigestFunction::Sha256, &h.finalize(), size),
-            HashState::Sha1(h) => Digest::new(DigestFunction::Sha1, &h.finalize(), size),
-            HashState::Md5(h) => Digest::new(DigestFunction::Md5, &h.finalize(), size),
-            HashState::Sha384(h) => Digest::new(DigestFunction::Sha384, &h.finalize(), size),
-            HashState::Sha512(h) => Digest::new(DigestFunction::Sha512, &h.finalize(), size),
-            HashState::Blake3(h) => {
-                Digest::new(DigestFunction::Blake3, h.finalize().as_bytes(), size)
-            }
-        }
     }
 }
 
@@ -372,6 +339,14 @@ mod tests {
             (
                 DigestFunction::Sha256,
                 "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+            ),
+            (
+                DigestFunction::Sha256Tree,
+                "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+            ),
+            (
+                DigestFunction::GitSha1,
+                "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391",
             ),
             (
                 DigestFunction::Blake3,

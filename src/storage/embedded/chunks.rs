@@ -1,0 +1,172 @@
+//! Blobs as chunks, which are blobs like any other (REAPI: SplitBlob, SpliceBlob).
+//!
+//! 1. A blob that is made of chunks is verified like one that is uploaded.
+//! 2. Which chunks a blob has is remembered for as long as there is room; what is remembered is what this
+//!    store has cut itself.
+
+use std::collections::{HashMap, VecDeque};
+
+use parking_lot::Mutex;
+
+use super::{
+    super::{
+        Error,
+        chunking::{ChunkingFunction, Chunks},
+    },
+    STREAMED, Store,
+};
+use crate::digest::Digest;
+
+/// Chunks of all blobs whose chunks are remembered, at most.
+const REMEMBERED: usize = 200_000;
+
+type ListKey = (Digest, ChunkingFunction);
+
+/// Which chunks blobs have.
+#[derive(Default)]
+pub(super) struct ChunkLists(Mutex<ListsState>);
+
+#[derive(Default)]
+struct ListsState {
+    lists: HashMap<ListKey, Vec<Digest>>,
+    /// The oldest first.
+    order: VecDeque<ListKey>,
+    chunks: usize,
+}
+
+impl ChunkLists {
+    fn get(&self, key: &ListKey) -> Option<Vec<Digest>> {
+        self.0.lock().lists.get(key).cloned()
+    }
+
+    fn remember(&self, key: ListKey, list: Vec<Digest>) {
+        let mut state = self.0.lock();
+        let state = &mut *state;
+        state.chunks += list.len();
+        match state.lists.insert(key, list) {
+            Some(before) => state.chunks -= before.len(),
+            None => state.order.push_back(key),
+        }
+        while state.chunks > REMEMBERED
+            && let Some(oldest) = state.order.pop_front()
+        {
+            let gone = state.lists.remove(&oldest);
+            state.chunks -= gone.map_or(0, |list| list.len());
+        }
+    }
+}
+
+impl Store {
+    /// The chunks of a blob, which are all there then. `None` when there are more than `limit`.
+    pub fn split(
+        &self,
+        digest: &Digest,
+        function: ChunkingFunction,
+        limit: usize,
+    ) -> Result<Option<Vec<Digest>>, Error> {
+        let blob = self.blob(digest)?;
+        if digest.size() < function.smallest_blob() {
+            return Ok(Some(vec![*digest]));
+        }
+        // So that chunks do not push one another out before the last one is there.
+        if digest.size() > self.maximum_blob_size() / 2 {
+            return Err(Error::Full(format!(
+                "blob {digest} has no room in this store beside its chunks"
+            )));
+        }
+        let key = (*digest, function);
+        if let Some(list) = self.chunk_lists.get(&key)
+            && list.len() <= limit
+            && self.find_missing(&list).is_empty()
+        {
+            return Ok(Some(list));
+        }
+        let mut list = Vec::new();
+        let read = |start, end| {
+            let piece = blob.read(start, end);
+            piece.map_err(|_| {
+                self.forget_damaged(digest);
+                Error::Missing(vec![*digest])
+            })
+        };
+        let mut chunks = Chunks::new(function, digest.size(), read);
+        while let Some(content) = chunks.next_chunk()? {
+            if list.len() == limit {
+                return Ok(None);
+            }
+            let chunk = digest.function().digest_of(content);
+            if !self.contains(&chunk) {
+                let mut writer = self.writer(chunk)?;
+                writer.write(content)?;
+                writer.finish()?;
+            }
+            list.push(chunk);
+        }
+        if !self.find_missing(&list).is_empty() {
+            return Err(Error::Full(format!(
+                "the store is too small for the chunks of blob {digest}"
+            )));
+        }
+        self.chunk_lists.remember(key, list.clone());
+        Ok(Some(list))
+    }
+
+    /// Makes a blob of chunks that are there.
+    pub fn splice(&self, digest: Digest, chunks: &[Digest]) -> Result<(), Error> {
+        let sizes = chunks.iter().map(Digest::size);
+        let total = sizes.fold(0, u64::saturating_add);
+        if total != digest.size() {
+            return Err(Error::Invalid(format!(
+                "the chunks have {total} bytes together, but blob {digest} is to have {}",
+                digest.size()
+            )));
+        }
+        let missing = self.find_missing(chunks);
+        if self.contains(&digest) {
+            return Ok(());
+        }
+        if !missing.is_empty() {
+            return Err(Error::Missing(missing));
+        }
+        let mut writer = self.writer(digest)?;
+        for chunk in chunks {
+            let blob = self.blob(chunk)?;
+            let mut at = 0;
+            while at < chunk.size() {
+                let end = (at + STREAMED).min(chunk.size());
+                let piece = blob.read(at, end).map_err(|_| {
+                    self.forget_damaged(chunk);
+                    Error::Missing(vec![*chunk])
+                })?;
+                writer.write(&piece)?;
+                at = end;
+            }
+        }
+        writer.finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::DigestFunction;
+
+    #[test]
+    fn lists_that_are_remembered_have_a_bound() {
+        let lists = ChunkLists::default();
+        let chunk = DigestFunction::Sha256.empty();
+        let key = |number: u32| {
+            let digest = DigestFunction::Sha256.digest_of(&number.to_le_bytes());
+            (digest, ChunkingFunction::FAST_CDC_2020)
+        };
+        for number in 0..30 {
+            lists.remember(key(number), vec![chunk; REMEMBERED / 10]);
+            lists.remember(key(number), vec![chunk; REMEMBERED / 10]);
+        }
+        let known = |number| lists.get(&key(number)).is_some();
+        assert!(!known(19) && known(20) && known(29));
+        lists.remember(key(99), vec![chunk; REMEMBERED + 1]);
+        assert!(!known(29) && !known(99));
+        assert_eq!(lists.0.lock().chunks, 0);
+    }
+}
