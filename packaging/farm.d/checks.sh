@@ -159,8 +159,12 @@ check() {
   passable
   vacant
   settings
-  [ -n "$(pid_of bb_scheduler)" ] || { port_is_free "$port"; port_is_free $((port + 3)); port_is_free $((port + 4)); port_is_free $((port + 5)); port_is_free $((port + 6)); port_is_free $((port + 2)); }
-  [ -n "$(running)" ] || room "$directory" 1500 "a farm" --dir
+  # Of daemons that do not run: the others' ports are theirs.
+  [ -n "$(pid_of bb_scheduler)" ] || { port_is_free "$port"; port_is_free $((port + 3)); port_is_free $((port + 4)); port_is_free $((port + 2)); }
+  [ -n "$(pid_of bb_worker)" ] || port_is_free $((port + 5))
+  [ -n "$(pid_of bb_runner)" ] || port_is_free $((port + 6))
+  # What there is already has taken its part.
+  [ -n "$(running)" ] || [ -d "$directory/storage" ] || room "$directory" 1500 "a farm" --dir
   [ "$command" != demo ] || command -v apt-get >/dev/null ||
     fail "demo installs Bazel and a C++ compiler by apt-get, which is missing; elsewhere, see up"
   if [ "$command" = demo ] || ! is_built; then check_build; fi

@@ -350,7 +350,7 @@ mod tests {
             ("who = [\"cn:x\"]\nmay = [\"work\"]", ""),
             (
                 "who = [\"cn:x\"]\nmay = [\"see\", \"work\"]\nwhere = [\"a\"]",
-                "",
+                "about all instances",
             ),
             ("who = [\"ou:x\"]\nmay = [\"work\"]\nwhere = [\"a\"]", ""),
             ("who = [\"anyone\"]\nmay = [\"work\"]\nwhere = [\"a\"]", ""),

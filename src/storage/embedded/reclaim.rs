@@ -27,9 +27,7 @@ impl Space {
 
     /// Removes entries until what remains could be packed into `target` bytes.
     fn evict(&self, target: u64) {
-        let segments = self.segments.read();
-        let dead: u64 = segments.values().map(|segment| segment.dead()).sum();
-        drop(segments);
+        let dead: u64 = self.compactable().iter().map(|it| it.dead()).sum();
         let packed = self.used().saturating_sub(dead);
         let evicted = self
             .index
@@ -50,17 +48,21 @@ impl Space {
         tracing::debug!(count = evicted.len(), "evicted");
     }
 
+    /// Segments whose dead space can be gained: not that of one that is written to, which is used up by
+    /// what is to come, and may be more than a small store has.
+    fn compactable(&self) -> Vec<Arc<Segment>> {
+        let head = self.active.lock().as_ref().map(|head| head.segment.number);
+        let segments = self.segments.read();
+        let at_rest = segments
+            .values()
+            .filter(|segment| Some(segment.number) != head && !segment.is_being_written());
+        at_rest.cloned().collect()
+    }
+
     /// Moves what is live out of the segment with most dead space, and removes it. False when
     /// there is none from which anything could be gained.
     fn compact_one(&self) -> bool {
-        let head = self.active.lock().as_ref().map(|head| head.segment.number);
-        let victim = self
-            .segments
-            .read()
-            .values()
-            .filter(|segment| Some(segment.number) != head && !segment.is_being_written())
-            .max_by_key(|segment| segment.dead())
-            .cloned();
+        let victim = self.compactable().into_iter().max_by_key(|it| it.dead());
         let Some(victim) = victim else {
             return false;
         };

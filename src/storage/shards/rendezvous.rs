@@ -79,6 +79,8 @@ fn table(index: usize) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use std::cmp::Reverse;
+
     use super::*;
 
     #[test]
@@ -94,8 +96,12 @@ mod tests {
     }
 
     fn winner(shards: &[(&str, u32)], digest: &Digest) -> usize {
-        let score = |i: &usize| Contender::new(shards[*i].0, shards[*i].1).score(digest);
-        (0..shards.len()).max_by_key(score).unwrap()
+        // Of equal ones the first name, wherever it stands.
+        let rank = |i: &usize| {
+            let (name, weight) = shards[*i];
+            (Contender::new(name, weight).score(digest), Reverse(name))
+        };
+        (0..shards.len()).max_by_key(rank).unwrap()
     }
 
     #[test]

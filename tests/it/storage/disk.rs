@@ -480,3 +480,26 @@ fn others_who_fill_the_file_system_make_the_store_smaller_before_it_is_full() {
     fs::remove_file(disk.at.join("ballast")).unwrap();
     drop(store);
 }
+
+#[test]
+fn a_store_that_its_file_system_makes_small_evicts_what_is_oldest_as_others_do() {
+    let place = tempfile::tempdir_in("/var/tmp").unwrap();
+    if !harness::is_root() {
+        return;
+    }
+    let Some(disk) = FileSystem::mount("ext4", 640, place.path(), &["-m", "0"]) else {
+        return;
+    };
+    // A segment of so large a store takes much of what there is.
+    let store = Store::open_leaving(&disk.at.join("store"), 8 * GIB, 64 * MIB).unwrap();
+    let mut last = put(&store, &content(0, 100)).unwrap();
+    for seed in 1..4 {
+        last = put(&store, &content(seed, 200 << 20)).unwrap();
+    }
+    assert_eq!(store.find_missing(&[last]), []);
+    for seed in 10..120 {
+        let digest = put(&store, &content(seed, 1 << 20)).unwrap();
+        assert_eq!(store.find_missing(&[digest]), []);
+    }
+    drop(store);
+}
