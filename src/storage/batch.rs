@@ -1,5 +1,9 @@
 //! Batches: many small blobs in one call, within limits of bytes and of blobs.
 
+use std::collections::HashSet;
+
+use crate::digest::Digest;
+
 /// Batches of at most `bytes` together and `count` items each, in the order given. One item that is
 /// larger is a batch of its own.
 pub fn split<T>(items: Vec<T>, bytes: u64, count: usize, size: impl Fn(&T) -> u64) -> Vec<Vec<T>> {
@@ -32,6 +36,16 @@ pub fn halve<T>(mut items: Vec<T>, size: impl Fn(&T) -> u64) -> [Vec<T>; 2] {
     let most = items.len().saturating_sub(1).max(1);
     let later = items.split_off(middle.unwrap_or(most).clamp(1, most));
     [items, later]
+}
+
+/// What FindMissing is to ask for: each digest once, in the order given, and none of an empty blob, which
+/// is always there.
+pub(super) fn distinct(digests: &[Digest]) -> Vec<Digest> {
+    let mut seen = HashSet::new();
+    let wanted = digests
+        .iter()
+        .filter(|digest| !digest.is_empty_blob() && seen.insert(**digest));
+    wanted.copied().collect()
 }
 
 #[cfg(test)]

@@ -7,8 +7,21 @@ use bytes::Bytes;
 use super::{Error, blocking, verify};
 use crate::digest::Digest;
 
+/// Uploads whole blobs that somebody else sent, once they have proved right; each has a result of its own.
+pub(super) async fn put_verified<F: Future<Output = Result<(), Error>>>(
+    blobs: Vec<(Digest, Bytes)>,
+    upload: impl FnOnce(Vec<(Digest, Content)>) -> F,
+) -> Result<Vec<Result<(), Error>>, Error> {
+    let (mut results, right) = verify_all(blobs).await?;
+    if let Err(error) = upload(right).await {
+        let rights = results.iter_mut().filter(|result| result.is_ok());
+        rights.for_each(|result| *result = Err(error.clone()));
+    }
+    Ok(results)
+}
+
 /// Which of the blobs that somebody sent have the digests that they should have, with those that have.
-pub(super) async fn verify_all(
+async fn verify_all(
     blobs: Vec<(Digest, Bytes)>,
 ) -> Result<(Vec<Result<(), Error>>, Vec<(Digest, Content)>), Error> {
     let verify =

@@ -7,7 +7,10 @@ use tonic::Status;
 
 use super::{Client, call, status::error};
 use crate::{
-    digest::Digest, instance::InstanceName, proto::reapi::FindMissingBlobsRequest, storage::Error,
+    digest::Digest,
+    instance::InstanceName,
+    proto::reapi::FindMissingBlobsRequest,
+    storage::{Error, batch},
 };
 
 impl Client {
@@ -17,12 +20,7 @@ impl Client {
         instance: &InstanceName,
         digests: &[Digest],
     ) -> Result<Vec<Digest>, Error> {
-        let mut seen = HashSet::new();
-        let distinct: Vec<Digest> = digests
-            .iter()
-            .filter(|digest| !digest.is_empty_blob() && seen.insert(**digest))
-            .copied()
-            .collect();
+        let distinct = batch::distinct(digests);
         // One call has digests of one function.
         let mut calls: Vec<Vec<Digest>> = Vec::new();
         for run in distinct.chunk_by(|a, b| a.function() == b.function()) {

@@ -200,11 +200,6 @@ impl Client {
         instance: &InstanceName,
         blobs: Vec<(Digest, Bytes)>,
     ) -> Result<Vec<Result<(), Error>>, Error> {
-        let (mut results, right) = content::verify_all(blobs).await?;
-        if let Err(error) = self.upload(instance, right).await {
-            let rights = results.iter_mut().filter(|result| result.is_ok());
-            rights.for_each(|result| *result = Err(error.clone()));
-        }
-        Ok(results)
+        content::put_verified(blobs, |right| self.upload(instance, right)).await
     }
 }

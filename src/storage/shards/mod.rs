@@ -32,7 +32,7 @@ use self::{
     shard::{Shard, may_be_elsewhere},
 };
 use super::{
-    BlobStream, Content, Error,
+    BlobStream, Content, Error, batch,
     completeness::SeenOutputs,
     content,
     grpc::{Client, LocalFiles, Options, Timeouts},
@@ -247,12 +247,7 @@ impl Shards {
         instance: &InstanceName,
         digests: &[Digest],
     ) -> Result<Vec<Digest>, Error> {
-        let mut seen = HashSet::new();
-        let distinct: Vec<Digest> = digests
-            .iter()
-            .filter(|digest| !digest.is_empty_blob() && seen.insert(**digest))
-            .copied()
-            .collect();
+        let distinct = batch::distinct(digests);
         let mut missing: HashSet<Digest> = HashSet::new();
         let (mut open, rounds) = (distinct.clone(), Rounds::begin());
         while !open.is_empty() {
@@ -490,12 +485,7 @@ impl Shards {
         instance: &InstanceName,
         blobs: Vec<(Digest, Bytes)>,
     ) -> Result<Vec<Result<(), Error>>, Error> {
-        let (mut results, right) = content::verify_all(blobs).await?;
-        if let Err(error) = self.upload(instance, right).await {
-            let rights = results.iter_mut().filter(|result| result.is_ok());
-            rights.for_each(|result| *result = Err(error.clone()));
-        }
-        Ok(results)
+        content::put_verified(blobs, |right| self.upload(instance, right)).await
     }
 
     /// `None` when there is no result.

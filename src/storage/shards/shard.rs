@@ -41,6 +41,37 @@ pub(super) fn may_be_elsewhere(error: &Error) -> bool {
     )
 }
 
+/// Members that were asked for a blob in vain.
+struct TriedMembers {
+    /// What is told when nobody else has it: that it is missing, if one says so.
+    failure: Error,
+    /// Where it is to be written if another one has it.
+    lacking: Vec<Arc<Member>>,
+}
+
+impl TriedMembers {
+    fn new(failure: Error) -> Self {
+        TriedMembers {
+            failure,
+            lacking: Vec::new(),
+        }
+    }
+
+    /// An error that would be the same elsewhere is the answer.
+    fn fail(&mut self, member: Arc<Member>, error: Error) -> Result<(), Error> {
+        if !may_be_elsewhere(&error) {
+            return Err(error);
+        }
+        if matches!(error, Error::Missing(_)) {
+            self.lacking.push(member);
+        }
+        if !matches!(self.failure, Error::Missing(_)) {
+            self.failure = error;
+        }
+        Ok(())
+    }
+}
+
 impl Shard {
     pub(super) fn new(name: String, members: Vec<Arc<Member>>) -> Self {
         Shard {
@@ -161,32 +192,23 @@ impl Shard {
         start: u64,
         end: u64,
     ) -> Result<BlobStream, Error> {
-        let mut failure = self.lost();
-        let mut lacking = Vec::new();
+        let mut tried = TriedMembers::new(self.lost());
         for member in self.usable() {
             let mut pieces = member.client.stream(instance, digest, start, end);
             let first =
                 member.call(async { Ok::<_, Error>((pieces.next().await.transpose()?, pieces)) });
             match first.await {
                 Ok((first, pieces)) => {
-                    for to in &lacking {
+                    for to in &tried.lacking {
                         self.repairs.copy_blob(instance, digest, &member, to);
                     }
                     let first = stream::iter(first.map(Ok));
                     return Ok(first.chain(pieces).boxed());
                 }
-                Err(error) if may_be_elsewhere(&error) => {
-                    if matches!(error, Error::Missing(_)) {
-                        lacking.push(member);
-                    }
-                    if !matches!(failure, Error::Missing(_)) {
-                        failure = error;
-                    }
-                }
-                Err(error) => return Err(error),
+                Err(error) => tried.fail(member, error)?,
             }
         }
-        Err(failure)
+        Err(tried.failure)
     }
 
     pub(super) async fn read_to_file(
@@ -195,33 +217,24 @@ impl Shard {
         digest: &Digest,
         file: &Arc<File>,
     ) -> Result<(), Error> {
-        let mut failure = self.lost();
-        let mut lacking = Vec::new();
+        let mut tried = TriedMembers::new(self.lost());
         for member in self.usable() {
             let work = member.client.read_to_file(instance, digest, file.clone());
             match member.call(work).await {
                 Ok(()) => {
-                    for to in &lacking {
+                    for to in &tried.lacking {
                         self.repairs.copy_blob(instance, digest, &member, to);
                     }
                     return Ok(());
                 }
-                Err(error) if may_be_elsewhere(&error) => {
-                    if matches!(error, Error::Missing(_)) {
-                        lacking.push(member);
-                    }
-                    if !matches!(failure, Error::Missing(_)) {
-                        failure = error;
-                    }
-                }
-                Err(error) => return Err(error),
+                Err(error) => tried.fail(member, error)?,
             }
             let file = file.clone();
             blocking(move || file.set_len(0))
                 .await?
                 .map_err(Error::of_file)?;
         }
-        Err(failure)
+        Err(tried.failure)
     }
 
     pub(super) async fn upload(
