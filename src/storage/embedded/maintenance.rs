@@ -97,7 +97,7 @@ impl Space {
             }
             self.note_age();
             self.uploads.expire(Instant::now());
-            self.measure_free_space();
+            self.measure_free_space(Instant::now());
             self.reclaim();
             if quiet {
                 // 4 MiB a second: what reads that little is not noticed by who reads the rest.

@@ -50,6 +50,7 @@ use crate::{daemon::Failure, digest::Digest};
 mod action_results;
 mod append;
 mod blob_writer;
+mod ceiling;
 mod check;
 mod chunks;
 mod counts;

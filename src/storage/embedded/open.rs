@@ -9,6 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use parking_lot::{Mutex, RwLock};
@@ -16,6 +17,7 @@ use rustix::fs::FlockOperation;
 
 use super::{
     append::ActiveSegment,
+    ceiling::Ceiling,
     file,
     index::{Index, Location},
     recency,
@@ -178,7 +180,8 @@ fn read(directory: &Path, maximum_size: u64, minimum_free: u64, lock: File) -> i
         directory: directory.to_owned(),
         maximum_size,
         minimum_free,
-        ceiling: AtomicU64::new(u64::MAX),
+        ceiling: Mutex::new(Ceiling::new(minimum_free)),
+        ceiling_bytes: AtomicU64::new(u64::MAX),
         index: Index::new(),
         segments: RwLock::new(BTreeMap::new()),
         active: Mutex::new(None),
@@ -235,7 +238,7 @@ fn read(directory: &Path, maximum_size: u64, minimum_free: u64, lock: File) -> i
     {
         tracing::debug!("the last segment is larger than new ones will be");
     }
-    space.measure_free_space();
+    space.measure_free_space(Instant::now());
     space.reclaim();
     Ok(space)
 }

@@ -11,7 +11,7 @@
 //!    entries, then by moving what is left of the segments that have most dead space into new ones. A moved content is written before the index
 //!    points to it, and its old segment is removed after that. A segment that somebody still writes
 //!    to is left alone.
-//! 5. Something of the file system stays free for others: the limit is lower while it is not.
+//! 5. Something of the file system stays free for others: the limit is lower while it is not (`ceiling`).
 //! 6. A large blob's file and its entry come and go together, under its key's lock.
 
 use std::{
@@ -22,7 +22,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use parking_lot::{Mutex, RwLock};
@@ -31,6 +31,7 @@ use super::{
     super::Error,
     SMALL,
     append::ActiveSegment,
+    ceiling::Ceiling,
     counts::{RecencyAges, StoreCounts},
     index::Index,
     maintenance::MaintenanceSignal,
@@ -45,8 +46,9 @@ pub(super) struct Space {
     pub maximum_size: u64,
     /// What is left free of the file system, whoever else writes to it.
     pub minimum_free: u64,
-    /// What the store may use so that this is free, when it was last looked at.
-    pub ceiling: AtomicU64,
+    pub ceiling: Mutex<Ceiling>,
+    /// What the store may use, as the ceiling was when it was last measured.
+    pub ceiling_bytes: AtomicU64,
     pub index: Index,
     pub segments: RwLock<BTreeMap<u32, Arc<Segment>>>,
     pub active: Mutex<Option<ActiveSegment>>,
@@ -107,7 +109,7 @@ impl Space {
 
     /// Bytes that may be used now.
     pub(super) fn limit(&self) -> u64 {
-        let ceiling = self.ceiling.load(Ordering::Relaxed);
+        let ceiling = self.ceiling_bytes.load(Ordering::Relaxed);
         self.without_reserve(self.maximum_size.min(ceiling))
     }
 
@@ -116,15 +118,18 @@ impl Space {
     }
 
     /// Looks at what is free of the file system, and lowers or raises what may be used.
-    pub(super) fn measure_free_space(&self) {
+    pub(super) fn measure_free_space(&self, now: Instant) {
         if self.minimum_free == 0 {
             return;
         }
         let Some(disk) = daemon::disk::space(&self.directory) else {
             return;
         };
-        let ceiling = (self.used() + disk.available).saturating_sub(self.minimum_free);
-        let before = self.ceiling.swap(ceiling, Ordering::Relaxed);
+        let ceiling = self
+            .ceiling
+            .lock()
+            .measure(self.used(), disk.available, now);
+        let before = self.ceiling_bytes.swap(ceiling, Ordering::Relaxed);
         match (before < self.maximum_size, ceiling < self.maximum_size) {
             (false, true) => tracing::info!(
                 directory = %self.directory.display(),
@@ -219,7 +224,7 @@ impl Space {
             self.give_back(bytes);
             std::thread::sleep(Duration::from_millis(attempt));
         }
-        if self.ceiling.load(Ordering::Relaxed) < self.maximum_size {
+        if self.ceiling_bytes.load(Ordering::Relaxed) < self.maximum_size {
             return Err(Error::Full(format!(
                 "the file system of {} has too little free: storage.embedded.minimum_free, {}, must stay \
                  free beyond what the store uses, {}; free some space there, or lower it",
