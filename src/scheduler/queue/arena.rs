@@ -100,10 +100,10 @@ impl<K: Number, V> Arena<K, V> {
             && let Some(slot) = self.slot_mut(index)
         {
             let generation = slot.generation;
-            let next = match std::mem::replace(&mut slot.value, Ok(value)) {
-                Err(next) => next,
-                Ok(_) => unreachable!("a free slot is taken"),
+            let Err(next) = slot.value else {
+                unreachable!("a free slot is taken")
             };
+            slot.value = Ok(value);
             self.free = next;
             return K::new(index, generation);
         }

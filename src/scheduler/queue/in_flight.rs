@@ -1,13 +1,13 @@
 //! Cacheable tasks that are not completed, by the hash of instance name and digest.
 //!
-//! Hashes are random, so that a million of them are in some thousands of small sets, by their first bits:
-//! each is a few nodes deep.
+//! Hashes are random, so that a million of them are in many small sets, by their first bits, of which
+//! each is a node or two.
 
 use std::collections::BTreeSet;
 
 use super::arena::{Number, TaskNumber};
 
-const BITS: u32 = 12;
+const BITS: u32 = 17;
 
 pub(super) struct InFlight {
     parts: Vec<BTreeSet<(u64, TaskNumber)>>,

@@ -123,9 +123,10 @@ use state::{
 use statistics::Statistics;
 use timers::{Timer, Timers};
 
-/// How many deadlines pass under one lock; a worker's, whose task is queued again, counts as several.
+/// How many deadlines pass under one lock; a worker's, whose task is queued again, counts as several: where
+/// much was freed before, malloc(3) may take a quarter of a millisecond for what that needs.
 const EXPIRED_AT_ONCE: usize = 64;
-const WORKER_EXPIRES_AS: usize = 8;
+const WORKER_EXPIRES_AS: usize = 32;
 
 pub struct Queue<C, W> {
     settings: Settings,

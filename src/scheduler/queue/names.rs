@@ -1,7 +1,7 @@
 //! Operations by their names, in order, with the place of each in the list.
 //!
-//! Names are random, so that some thousands of small ordered maps, by the first bits, tell a place in the
-//! list of a million by as many steps, and each is a few nodes deep.
+//! Names are random, so that many small ordered maps, by the first bits, tell a place in the list of a
+//! million without counting all, and each is a node or two.
 
 use std::{collections::BTreeMap, ops::Bound};
 
@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::arena::OperationNumber;
 
-const BITS: u32 = 12;
+const BITS: u32 = 17;
 
 pub(super) struct Names {
     parts: Vec<BTreeMap<Uuid, OperationNumber>>,
