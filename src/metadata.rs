@@ -3,6 +3,8 @@
 
 #![warn(missing_docs)]
 
+use std::{fmt, str::FromStr};
+
 use prost::Message;
 use tonic::{Request, Response, metadata::MetadataValue};
 use uuid::Uuid;
@@ -22,6 +24,9 @@ const INSTANCE_HEADER: &str = "bb-instance-name-bin";
 
 /// Between this project's worker and scheduler: which one of the worker's calls this is.
 const CALL_HEADER: &str = "bb-call";
+
+/// Between this project's worker and scheduler: which of all starts of the worker this is.
+const START_HEADER: &str = "bb-start";
 
 /// Between this project's worker and scheduler: where the scheduler's pages are.
 const PAGES_HEADER: &str = "bb-pages";
@@ -229,6 +234,45 @@ impl std::fmt::Display for Attempt {
     }
 }
 
+/// Which process of a worker calls, as a fencing token: only one at a time holds the lock of a directory,
+/// and counts its start there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FencingToken {
+    /// The directory's name, chosen at random.
+    pub directory: u64,
+    /// Ascending within the directory.
+    pub start: u64,
+}
+
+impl FencingToken {
+    /// Whether the process of the other token has ended, since this one has its lock.
+    pub fn is_successor_of(self, other: FencingToken) -> bool {
+        self.directory == other.directory && self.start > other.start
+    }
+}
+
+/// As in a header, and in the directory.
+impl fmt::Display for FencingToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}-{}", self.directory, self.start)
+    }
+}
+
+impl FromStr for FencingToken {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (directory, start) = numbers(text).ok_or(())?;
+        Ok(FencingToken { directory, start })
+    }
+}
+
+/// Two numbers as in this project's headers: the first one hexadecimal.
+fn numbers(text: &str) -> Option<(u64, u64)> {
+    let (first, second) = text.split_once('-')?;
+    Some((u64::from_str_radix(first, 16).ok()?, second.parse().ok()?))
+}
+
 /// One of the Synchronize calls of a slot. A slot that numbers its calls leaves one unanswered when it
 /// has news, so that it can be held while the slot executes: the one of the highest number counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -237,25 +281,42 @@ pub struct WorkerCall {
     pub session: u64,
     /// Ascending within a session.
     pub number: u64,
+    /// `None` when the worker does not count its starts.
+    pub token: Option<FencingToken>,
 }
 
 impl WorkerCall {
-    /// Numbers a call in a header.
+    /// Numbers a call in headers.
     pub fn attach_to<T>(self, request: &mut Request<T>) {
-        let value = format!("{:016x}-{}", self.session, self.number);
-        if let Ok(value) = value.parse() {
-            request.metadata_mut().insert(CALL_HEADER, value);
+        let mut insert = |header, value: String| {
+            if let Ok(value) = value.parse() {
+                request.metadata_mut().insert(header, value);
+            }
+        };
+        insert(
+            CALL_HEADER,
+            format!("{:016x}-{}", self.session, self.number),
+        );
+        if let Some(token) = self.token {
+            insert(START_HEADER, token.to_string());
         }
     }
 
     /// The call that `attach_to` numbered; `None` for workers that do not number theirs.
     pub fn of<T>(request: &Request<T>) -> Option<Self> {
-        let value = request.metadata().get(CALL_HEADER)?.to_str().ok()?;
-        let (session, number) = value.split_once('-')?;
+        let header = |name| request.metadata().get(name)?.to_str().ok();
+        let (session, number) = numbers(header(CALL_HEADER)?)?;
         Some(WorkerCall {
-            session: u64::from_str_radix(session, 16).ok()?,
-            number: number.parse().ok()?,
+            session,
+            number,
+            token: header(START_HEADER).and_then(|token| token.parse().ok()),
         })
+    }
+
+    /// Whether the process that this call is of has ended the one of the other call.
+    pub fn is_of_successor(self, other: WorkerCall) -> bool {
+        let tokens = self.token.zip(other.token);
+        tokens.is_some_and(|(own, other)| own.is_successor_of(other))
     }
 }
 
@@ -323,14 +384,21 @@ mod tests {
 
     #[test]
     fn a_call_of_a_worker_survives_in_a_header() {
-        let call = WorkerCall {
-            session: u64::MAX,
-            number: 7,
+        let token = FencingToken {
+            directory: 0xabc,
+            start: 12,
         };
-        let mut request = Request::new(());
-        assert_eq!(WorkerCall::of(&request), None);
-        call.attach_to(&mut request);
-        assert_eq!(WorkerCall::of(&request), Some(call));
+        for token in [None, Some(token)] {
+            let call = WorkerCall {
+                session: u64::MAX,
+                number: 7,
+                token,
+            };
+            let mut request = Request::new(());
+            assert_eq!(WorkerCall::of(&request), None);
+            call.attach_to(&mut request);
+            assert_eq!(WorkerCall::of(&request), Some(call));
+        }
     }
 
     #[test]

@@ -48,6 +48,7 @@ pub mod execute;
 mod execution_metrics;
 mod execution_spans;
 pub mod fault;
+mod fencing;
 pub mod health;
 pub mod inputs;
 pub mod live_output;
@@ -92,7 +93,11 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?
         .with_headers(config.storage.call_headers(), Some(&lifecycle))?;
     let storage = setup::connect_storage(&config, credentials)?;
-    let (cache, store) = setup::open_directories(&config, slots, &storage).await?;
+    let setup::OpenedDirectories {
+        cache,
+        store,
+        token,
+    } = setup::open_directories(&config, slots, &storage).await?;
     let (files, bytes) = cache.usage();
     tracing::info!(files, bytes, directory = %cache.path().display(), "opened the cache");
     let rate = config.cache.verification_rate.get();
@@ -168,6 +173,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             clients.spawn(slot_loop::run(
                 scheduler.clone(),
                 identity,
+                token,
                 executor.clone(),
                 slot,
                 lifecycle.stopping(),

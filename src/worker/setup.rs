@@ -9,6 +9,7 @@ use std::{
 };
 
 use super::{
+    fencing,
     inputs::{
         RootStore,
         file_cache::{CacheLimits, FileCache},
@@ -19,6 +20,7 @@ use crate::{
     config::worker::{Config, Runner},
     daemon::{self, Credentials, Failure, disk::nearest_directory},
     instance::InstanceName,
+    metadata::FencingToken,
     proto::reapi::{Platform, platform::Property},
     storage::{Backend, grpc},
 };
@@ -42,7 +44,12 @@ pub(super) fn storage_options(config: &Config, credentials: Credentials) -> grpc
 }
 
 /// The file cache and the build directory.
-pub(super) type OpenedDirectories = (Arc<FileCache>, Arc<RootStore>);
+pub(super) struct OpenedDirectories {
+    pub cache: Arc<FileCache>,
+    pub store: Arc<RootStore>,
+    /// `None` when this start could not be counted.
+    pub token: Option<FencingToken>,
+}
 
 pub(super) async fn open_directories(
     config: &Config,
@@ -68,7 +75,17 @@ pub(super) async fn open_directories(
         check_own(&build_path)?;
         let store = RootStore::open(&build_path, cache.clone(), slots)
             .map_err(|error| directory_failure("build_directory", &build_path, &error))?;
-        Ok((cache, store))
+        // A scheduler waits a little longer for the worker before this one, no more.
+        let token = fencing::count_start(&cache_path)
+            .inspect_err(|error| {
+                tracing::warn!(directory = %cache_path.display(), %error, "could not count this start");
+            })
+            .ok();
+        Ok(OpenedDirectories {
+            cache,
+            store,
+            token,
+        })
     };
     tokio::task::spawn_blocking(open)
         .await

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     daemon::{self, Channel, Heartbeat},
     instance::InstanceName,
-    metadata::{self, Attempt, WorkerCall},
+    metadata::{self, Attempt, FencingToken, WorkerCall},
     proto::{
         self,
         reapi::{ExecuteResponse, Platform},
@@ -99,6 +99,7 @@ type Pending<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
 pub async fn run(
     channel: Channel,
     identity: Identity,
+    token: Option<FencingToken>,
     executor: Arc<Executor>,
     slot: usize,
     stopping: CancellationToken,
@@ -120,6 +121,7 @@ pub async fn run(
     let mut number = WorkerCall {
         session: fastrand::u64(..),
         number: 0,
+        token,
     };
     loop {
         heartbeat.beat(DECISION_TIMEOUT);

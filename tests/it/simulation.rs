@@ -38,7 +38,7 @@ use bb_remote_execution::{
     config::scheduler::Scheduling,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
-    metadata::WorkerCall,
+    metadata::{FencingToken, WorkerCall},
     proto::{self, reapi, rpc},
     scheduler::queue::{
         Attempt, Caller, Clock, DesiredWorkerState, Drain, Effect, EncodedResponse, ExecuteRefusal,

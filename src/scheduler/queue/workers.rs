@@ -196,7 +196,8 @@ impl<C, W: Clone> Queue<C, W> {
     fn is_outdated(&self, number: WorkerNumber, caller: &Caller) -> bool {
         let (latest, call) = (self.workers[number].latest_call, caller.call);
         latest.zip(call).is_some_and(|(latest, call)| {
-            latest.session == call.session && latest.number >= call.number
+            latest.is_of_successor(call)
+                || (latest.session == call.session && latest.number >= call.number)
         })
     }
 
@@ -221,6 +222,11 @@ impl<C, W: Clone> Queue<C, W> {
             .latest_call
             .zip(caller.call)
             .map(|(latest, call)| latest.session == call.session);
+        // The process before it is gone, whether it is overdue or not.
+        let is_successor = worker
+            .latest_call
+            .zip(caller.call)
+            .is_some_and(|(latest, call)| call.is_of_successor(latest));
         let its_own = same_session == Some(true)
             || match &worker.state {
                 WorkerState::IdleSynchronizing { .. } | WorkerState::Idle => false,
@@ -234,10 +240,11 @@ impl<C, W: Clone> Queue<C, W> {
         let waits = matches!(worker.state, WorkerState::IdleSynchronizing { .. });
         let rests = matches!(worker.state, WorkerState::Idle);
         let same = worker.peer == caller.peer;
-        let admitted = match waits {
-            true => same_session == Some(true),
-            false => rests || same || its_own || worker.overdue <= now,
-        };
+        let admitted = is_successor
+            || match waits {
+                true => same_session == Some(true),
+                false => rests || same || its_own || worker.overdue <= now,
+            };
         let worker = &mut self.workers[number];
         if admitted {
             let succeeds = same_session == Some(false) && !its_own;

@@ -98,6 +98,7 @@ pub async fn work(number: usize, place: Place, channel: daemon::Channel, shared:
             let call = WorkerCall {
                 session: number as u64 + 1,
                 number: calls,
+                token: None,
             };
             call.attach_to(&mut request);
             if let Some(attempt) = attempt {

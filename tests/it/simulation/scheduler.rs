@@ -198,6 +198,11 @@ impl World {
             call: (!self.workers[worker].foreign).then_some(WorkerCall {
                 session: (worker as u64) << 32 | u64::from(life),
                 number,
+                // Every other one proves that the one before it is gone.
+                token: worker.is_multiple_of(2).then_some(FencingToken {
+                    directory: worker as u64,
+                    start: u64::from(life),
+                }),
             }),
         };
         let decided = self.queue.synchronize(now, &key, &caller, said, call, wait);

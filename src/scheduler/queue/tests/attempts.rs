@@ -133,7 +133,11 @@ fn another_process_in_the_place_of_a_worker_does_not_have_what_that_one_executed
     let mut farm = Farm::new();
     let call = |farm: &mut Farm, session, report, call| {
         let caller = Caller {
-            call: Some(crate::metadata::WorkerCall { session, number: 1 }),
+            call: Some(crate::metadata::WorkerCall {
+                session,
+                number: 1,
+                token: None,
+            }),
             ..caller_at("a", &session.to_string())
         };
         let answer =
@@ -257,4 +261,48 @@ fn a_queue_that_ends_without_workers_names_those_that_were_lost_with_an_action()
         "{message}"
     );
     assert!(message.contains(&worker("a").to_string()), "{message}");
+}
+
+#[test]
+fn a_worker_that_started_again_is_let_in_at_once_where_it_proves_that_it_did() {
+    let mut farm = Farm::new();
+    let call = |farm: &mut Farm, start, number, report| {
+        let caller = Caller {
+            call: Some(crate::metadata::WorkerCall {
+                session: 100 + start,
+                number,
+                token: Some(crate::metadata::FencingToken {
+                    directory: 9,
+                    start,
+                }),
+            }),
+            ..caller_at("a", &format!("start {start}, call {number}"))
+        };
+        let answer = farm
+            .queue
+            .synchronize(farm.now, &key(""), &caller, report, 5, 120 * SECOND);
+        farm.perform();
+        answer
+    };
+    // The first one is handed the action, and is killed; the scheduler has not heard of its end.
+    farm.execute(request("x"), 0).unwrap_err();
+    call(&mut farm, 1, 1, idle()).unwrap();
+    farm.execute(request("x"), 0).unwrap();
+    call(&mut farm, 1, 2, executing("x")).unwrap();
+    let answer = call(&mut farm, 2, 1, idle()).unwrap();
+    let SynchronizeAnswer::Now(instruction) = answer else {
+        panic!("{answer:?}");
+    };
+    assert_eq!(action(&instruction), Some(digest("x")));
+    // What the first one said before its end comes late.
+    let late = call(&mut farm, 1, 3, completed("x", rpc::Code::Unknown)).unwrap();
+    assert!(
+        matches!(late, SynchronizeAnswer::Now(instruction) if instruction.desired == DesiredWorkerState::Idle)
+    );
+    assert!(!matches!(farm.told.get(&0), Some(Stage::Completed(_))));
+    call(&mut farm, 2, 2, completed("x", rpc::Code::Ok)).unwrap();
+    assert_eq!(farm.told[&0], Stage::Completed(outcome(rpc::Code::Ok)));
+    // While its call is held, too.
+    let answer = call(&mut farm, 3, 1, idle()).unwrap();
+    assert!(matches!(answer, SynchronizeAnswer::Held(_)));
 }

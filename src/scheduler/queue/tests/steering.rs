@@ -19,7 +19,11 @@ fn drain(name: &str) -> Drain {
 
 fn numbered(name: &str, session: u64, number: u64) -> Caller {
     Caller {
-        call: Some(crate::metadata::WorkerCall { session, number }),
+        call: Some(crate::metadata::WorkerCall {
+            session,
+            number,
+            token: None,
+        }),
         ..caller(name)
     }
 }

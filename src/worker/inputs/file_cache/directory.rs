@@ -7,6 +7,7 @@
 //!                       that one inode does not take them
 //! DIRECTORY/incoming/   what is being written; emptied at start
 //! DIRECTORY/boot_id     of the host when a worker last started (random(4))
+//! DIRECTORY/starts      how often a worker started (fencing.rs)
 //! ```
 //!
 //! 1. A name in a shard appears by one rename or link, after content, owner, mode and mtime are
