@@ -84,7 +84,7 @@ pub(super) enum RunError {
     /// The action must be changed.
     #[error("Cannot find executable {name:?} in search paths {path:?}")]
     NotFound { name: String, path: String },
-    #[error("Failed to start process: {} {subject:?}: {error}", verb(.stage))]
+    #[error("Failed to start process: {} {subject:?}: {error}{}", verb(.stage), hint(.stage, .error))]
     Start {
         stage: SpawnStage,
         subject: String,
@@ -160,6 +160,22 @@ impl RunError {
 
     fn resources(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |error| RunError::Resources { what, error }
+    }
+}
+
+/// What execve(2)'s words do not say.
+fn hint(stage: &SpawnStage, error: &io::Error) -> &'static str {
+    match (stage, error.raw_os_error()) {
+        (SpawnStage::Execute, Some(libc::ENOENT)) => {
+            "; if it is there, what its first line (#!) or its program header names as interpreter is not"
+        }
+        (SpawnStage::Execute, Some(libc::EACCES)) => {
+            "; it, or its interpreter, is not executable: FileNode.is_executable says what is"
+        }
+        (SpawnStage::Execute, Some(libc::ENOEXEC)) => {
+            "; it is neither a program for this host's architecture nor begins with #!"
+        }
+        _ => "",
     }
 }
 

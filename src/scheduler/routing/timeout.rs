@@ -6,7 +6,10 @@ use crate::{config, proto};
 
 /// The client must act.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("Invalid execution timeout: {seconds} s and {nanos} ns is not between 0 s and {maximum}")]
+#[error(
+    "Invalid execution timeout: {seconds} s and {nanos} ns is not between 0 s and {maximum}, which is \
+     scheduling.maximum_execution_timeout of the scheduler; ask for less, or have it raised"
+)]
 pub struct InvalidTimeout {
     seconds: i64,
     nanos: i32,

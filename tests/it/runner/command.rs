@@ -111,6 +111,13 @@ async fn commands_that_cannot_be_started_are_the_clients_fault() {
         let status = farm.send(request, &slot).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
         assert!(status.message().starts_with(text), "{status:?}");
+        let hint = match arguments[..] {
+            ["./picture"] => "architecture",
+            ["./not_executable"] => "FileNode.is_executable",
+            ["./no_interpreter"] => "interpreter",
+            _ => "",
+        };
+        assert!(status.message().contains(hint), "{status:?}");
     }
     let slot = farm.slot();
     let mut request = slot.request(&["/bin/true"]);
