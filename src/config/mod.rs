@@ -7,7 +7,7 @@
 //!    the rest is read again.
 //!
 //! To read in this order: this file; `runner`, `scheduler` (with `routing` and `size_classes`) and `worker`,
-//! the three programs' keys, with `value` (what is written in them), `storage`, `tls`, `call_headers`, `tokens`, `callers`, `grants`, `control`, `traces`
+//! the three programs' keys, with `value` (what is written in them), `storage`, `object_storage`, `tls`, `call_headers`, `tokens`, `callers`, `grants`, `control`, `traces`
 //! and `directory_kind`;
 //! `parse`, which keeps the facts of an error,
 //! and `error_message`, which tells them; `print`.
@@ -27,6 +27,7 @@ pub mod control;
 mod directory_kind;
 mod error_message;
 pub mod grants;
+pub mod object_storage;
 mod parse;
 mod print;
 pub mod routing;

@@ -16,6 +16,7 @@ use super::{
     control::SchedulerControl,
     directory_kind,
     grants::{self, Grant},
+    object_storage::{Azure, Gcs, ObjectStores, Redis, S3},
     path_error,
     routing::{
         ActionRouter, ActionRouterBackend, PlatformQueue, validate_backends, validate_patterns,
@@ -90,6 +91,10 @@ pub struct Storage {
     pub initial_size_class_cache: StorageLocation,
     pub shards: Vec<Shard>,
     pub health: Health,
+    pub s3: S3,
+    pub gcs: Gcs,
+    pub azure: Azure,
+    pub redis: Redis,
     /// For endpoints that speak TLS.
     pub tls: ClientTls,
     /// A file with a token that the storage knows this daemon by; empty for none.
@@ -226,6 +231,10 @@ impl Default for Storage {
             initial_size_class_cache: StorageLocation::Embedded,
             shards: Vec::new(),
             health: Health::default(),
+            s3: S3::default(),
+            gcs: Gcs::default(),
+            azure: Azure::default(),
+            redis: Redis::default(),
             tls: ClientTls::default(),
             authorization_file: PathBuf::new(),
             add_metadata: Vec::new(),
@@ -360,7 +369,7 @@ impl Validate for Config {
                 || !embedded(&self.storage.initial_size_class_cache)
                 || self.storage.places().has_embedded(),
             "storage.initial_size_class_cache",
-            "there is no embedded store, since neither storage.cas nor storage.action_cache is \"embedded\", and scheduling.size_classes.feedback_driven needs one of the two; write where the storage is, such as \"grpc://storage.example:8981\"",
+            "there is no embedded store, since neither storage.cas nor storage.action_cache needs one, and scheduling.size_classes.feedback_driven needs one of the two; write where the storage is, such as \"grpc://storage.example:8981\"",
         );
     }
 }
@@ -394,6 +403,12 @@ impl Storage {
             action_cache: &self.action_cache,
             shards: &self.shards,
             health: &self.health,
+            objects: ObjectStores {
+                s3: &self.s3,
+                gcs: &self.gcs,
+                azure: &self.azure,
+                redis: &self.redis,
+            },
         }
     }
 
@@ -411,7 +426,7 @@ impl Storage {
         let cache = &self.initial_size_class_cache;
         let key = "storage.initial_size_class_cache";
         diagnostics.require(
-            *cache != StorageLocation::Shards,
+            *cache != StorageLocation::Shards && cache.service().is_none(),
             key,
             "it is in one place; write \"embedded\", or an endpoint",
         );

@@ -9,7 +9,10 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Diagnostics, Duration, Endpoint, ListenAddress};
+use super::{
+    Diagnostics, Duration, Endpoint, ListenAddress,
+    object_storage::{ObjectService, ObjectStores},
+};
 use crate::instance::InstanceName;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +21,8 @@ pub enum StorageLocation {
     Endpoint(Endpoint),
     /// All of `storage.shards`.
     Shards,
+    /// What the service's section says.
+    Objects(ObjectService),
 }
 
 /// A part of the storage: a server, or several that mirror each other.
@@ -73,11 +78,34 @@ pub struct Places<'c> {
     pub action_cache: &'c StorageLocation,
     pub shards: &'c [Shard],
     pub health: &'c Health,
+    pub objects: ObjectStores<'c>,
 }
 
 impl<'c> Places<'c> {
+    /// Whether bb_scheduler has an embedded store: for what is embedded, or as the cache of a CAS of
+    /// objects.
     pub fn has_embedded(&self) -> bool {
         [self.cas, self.action_cache].contains(&&StorageLocation::Embedded)
+            || matches!(self.cas, StorageLocation::Objects(_))
+    }
+
+    /// Object stores that are used, each once.
+    pub fn services(&self) -> Vec<ObjectService> {
+        let mut services: Vec<ObjectService> = [self.cas, self.action_cache]
+            .into_iter()
+            .filter_map(StorageLocation::service)
+            .collect();
+        services.dedup();
+        services
+    }
+
+    /// The files with secrets that are needed, by the keys that name them.
+    pub fn secret_files(&self) -> Vec<(&'static str, &'c std::path::Path)> {
+        let file = |service: &ObjectService| {
+            let file = self.objects.secret_file(*service)?;
+            Some((service.secret_key(), file))
+        };
+        self.services().iter().filter_map(file).collect()
     }
 
     pub fn has_shards(&self) -> bool {
@@ -93,6 +121,8 @@ impl<'c> Places<'c> {
         if self.has_shards() {
             endpoints.extend(self.shards.iter().flat_map(|shard| &shard.endpoints));
         }
+        let services = self.services().into_iter();
+        endpoints.extend(services.map(|service| self.objects.endpoint(service)));
         endpoints
     }
 
@@ -124,6 +154,15 @@ impl<'c> Places<'c> {
             shard.validate(number, &self.shards[..number], own, diagnostics);
         }
         self.health.validate(diagnostics);
+        let used = [
+            (self.cas, "storage.cas"),
+            (self.action_cache, "storage.action_cache"),
+        ];
+        let used = used
+            .into_iter()
+            .filter_map(|(place, key)| Some((place.service()?, key)));
+        let used: Vec<_> = used.collect();
+        self.objects.validate(&used, diagnostics);
     }
 }
 
@@ -197,7 +236,17 @@ impl StorageLocation {
     pub fn endpoint(&self) -> Option<&Endpoint> {
         match self {
             StorageLocation::Endpoint(endpoint) => Some(endpoint),
-            StorageLocation::Embedded | StorageLocation::Shards => None,
+            StorageLocation::Embedded | StorageLocation::Shards | StorageLocation::Objects(_) => {
+                None
+            }
+        }
+    }
+
+    /// The object store, where it is one.
+    pub fn service(&self) -> Option<ObjectService> {
+        match self {
+            StorageLocation::Objects(service) => Some(*service),
+            _ => None,
         }
     }
 }
@@ -214,6 +263,7 @@ impl fmt::Display for StorageLocation {
             StorageLocation::Embedded => f.write_str("embedded"),
             StorageLocation::Endpoint(endpoint) => endpoint.fmt(f),
             StorageLocation::Shards => f.write_str("shards"),
+            StorageLocation::Objects(service) => f.write_str(service.name()),
         }
     }
 }
@@ -221,6 +271,10 @@ impl fmt::Display for StorageLocation {
 impl<'de> Deserialize<'de> for StorageLocation {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
+        let mut services = ObjectService::ALL.into_iter();
+        if let Some(service) = services.find(|service| service.name() == text) {
+            return Ok(StorageLocation::Objects(service));
+        }
         match &*text {
             "embedded" => Ok(StorageLocation::Embedded),
             "shards" => Ok(StorageLocation::Shards),
@@ -229,7 +283,7 @@ impl<'de> Deserialize<'de> for StorageLocation {
                 .map(StorageLocation::Endpoint)
                 .map_err(|error| {
                     serde::de::Error::custom(format!(
-                        "{error}, or \"embedded\" for a store in bb_scheduler, or \"shards\" for storage.shards"
+                        "{error}, or \"embedded\" for a store in bb_scheduler, \"shards\" for storage.shards, or \"s3\", \"gcs\", \"azure\" or \"redis\" for the section of that name"
                     ))
                 }),
         }

@@ -13,7 +13,9 @@ use super::{
     Diagnostics, DirectoryKind, Duration, Endpoint, Log, Size, Validate,
     call_headers::{CallHeaders, MetadataHeader},
     control::{WorkerControl, WorkerMetrics},
-    directory_kind, path_error,
+    directory_kind,
+    object_storage::{Azure, Gcs, ObjectStores, Redis, S3},
+    path_error,
     storage::{Health, Places, Shard, StorageLocation},
     tls::ClientTls,
     traces::Traces,
@@ -58,6 +60,10 @@ pub struct Storage {
     pub action_cache: StorageLocation,
     pub shards: Vec<Shard>,
     pub health: Health,
+    pub s3: S3,
+    pub gcs: Gcs,
+    pub azure: Azure,
+    pub redis: Redis,
     pub tls: ClientTls,
     /// The same for the storage.
     pub authorization_file: PathBuf,
@@ -174,6 +180,10 @@ impl Default for Storage {
             action_cache: embedded,
             shards: Vec::new(),
             health: Health::default(),
+            s3: S3::default(),
+            gcs: Gcs::default(),
+            azure: Azure::default(),
+            redis: Redis::default(),
             tls: ClientTls::default(),
             authorization_file: PathBuf::new(),
             add_metadata: Vec::new(),
@@ -344,6 +354,12 @@ impl Storage {
             action_cache: &self.action_cache,
             shards: &self.shards,
             health: &self.health,
+            objects: ObjectStores {
+                s3: &self.s3,
+                gcs: &self.gcs,
+                azure: &self.azure,
+                redis: &self.redis,
+            },
         }
     }
 

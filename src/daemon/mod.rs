@@ -13,9 +13,9 @@
 //! - `reloadable`: files that are read again when they change;
 //! - `listen`: sockets, of systemd's or of its own, and `control`: those that it works without;
 //! - `tls`: certificates, of listeners and of clients; `tokens`, of callers; `call_headers`: what our
-//!   clients show in each call;
+//!   clients show in each call; `secrets`: what else files have that nobody else may see;
 //! - `server`: gRPC and pages on listeners, bounded;
-//! - `client`: channels to gRPC peers.
+//! - `client`: channels to gRPC peers; `dial`: connections to other servers.
 
 #![warn(missing_docs)]
 
@@ -25,6 +25,7 @@ mod cli;
 mod client;
 mod command;
 mod control;
+mod dial;
 pub mod disk;
 mod health;
 mod lifecycle;
@@ -39,6 +40,7 @@ mod owner;
 mod process;
 mod reload;
 mod reloadable;
+mod secrets;
 mod server;
 mod systemd_unit;
 mod tls;
@@ -50,6 +52,7 @@ pub use cli::main;
 pub use client::{AnsweredChannel, Channel, Unhurried, connect, connect_with};
 pub use command::{CommandChannel, CommandError, CommandOptions};
 pub use control::{control_grants, control_permissions, listen_if_possible, observation_listeners};
+pub use dial::{Connection, dial};
 pub use health::Heartbeat;
 pub use lifecycle::Lifecycle;
 pub use listen::{Listener, Peer, SocketPermissions, listen};
@@ -58,6 +61,7 @@ pub use metrics::{Counter, DURATION_BOUNDS, Durations, Exposition, Histogram, La
 pub use observation::{Observation, serve_observation};
 pub use output::{Cell, Emphasis, Output, Table, age, bytes, span};
 pub use process::{Program, boot_id, hostname, raise_file_limit};
+pub use secrets::check_secrets;
 pub use server::{
     Access, BudgetReservation, PageAccess, PageLimits, PageOrigin, Policy, RequestReservation,
     ResponseBudget, ServerLimits, Services, client_address, client_name, serve, serve_pages,

@@ -333,7 +333,8 @@ impl SchedulerControl for ControlService {
         let request = request.into_inner();
         let instance = InstanceName::parse(&request.instance_name).map_err(invalid)?;
         let digest = self.action_digest(request.digest_function, request.action_digest.as_ref())?;
-        let store = self.store()?;
+        let store = self.storage.embedded_action_cache().cloned();
+        let store = store.ok_or_else(status::no_action_cache)?;
         let place = instance.clone();
         let removed =
             daemon::spawn_blocking(move || store.remove_action_result(&place, &digest)).await;

@@ -158,6 +158,7 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     daemon::check_server("web.tls", &config.web.tls, report);
     daemon::check_client("storage.tls", &config.storage.tls, report);
     daemon::check_headers(config.storage.call_headers(), report);
+    daemon::check_secrets(&config.storage.places().secret_files(), report);
     daemon::check_client("traces.tls", &config.traces.tls, report);
     daemon::check_headers(config.traces.exported().call_headers(), report);
     let state = config.state.directory.display();
@@ -198,6 +199,7 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
             }
             StorageLocation::Endpoint(endpoint) => format!("{endpoint} answers"),
             StorageLocation::Shards => format!("all of {} shards answer", storage.shards.len()),
+            StorageLocation::Objects(service) => format!("{} answers", service.name()),
         };
         if !kinds.contains(&kind) {
             kinds.push(kind);
@@ -212,7 +214,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     daemon::raise_file_limit();
     let traces = TraceExporter::start("bb_scheduler", &config.traces.exported(), &lifecycle)?;
     let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?
-        .with_headers(config.storage.call_headers(), Some(&lifecycle))?;
+        .with_headers(config.storage.call_headers(), Some(&lifecycle))?
+        .with_secrets(config.storage.places().secret_files(), Some(&lifecycle))?;
     let place = config.storage.clone();
     let storage = tokio::task::spawn_blocking({
         let credentials = credentials.clone();

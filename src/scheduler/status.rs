@@ -110,6 +110,12 @@ pub(super) fn no_store() -> Status {
     )
 }
 
+pub(super) fn no_action_cache() -> Status {
+    Status::failed_precondition(
+        "This scheduler has no results of its own: they are elsewhere, as storage.action_cache says; ask there",
+    )
+}
+
 pub(super) fn failed_task(error: &dyn Display) -> Status {
     Status::internal(format!("A task of the store failed: {error}"))
 }

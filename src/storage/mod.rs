@@ -3,8 +3,8 @@
 //! [`Backend`] is the one way to blobs and action results, for the worker, the scheduler, and the
 //! services. To read in this order: this file; `single_flight`, `batch`, `retry`, `compression` and
 //! `chunking`, which all back ends share; [`embedded`], the store on this host's disk; [`grpc`], the client
-//! of any REAPI storage; [`shards`], several of those as one; `open`, which of them a configuration asks
-//! for; [`serve`], the services over any back end.
+//! of any REAPI storage; [`shards`], several of those as one; [`object`], object stores and Redis; `open`,
+//! which of them a configuration asks for; [`serve`], the services over any back end.
 //!
 //! 1. No blob is returned whose content does not match its digest.
 //! 2. The empty blob of every digest function is always present.
@@ -32,6 +32,7 @@ pub mod embedded;
 pub mod grpc;
 mod initial_size_class_cache;
 mod inline;
+pub mod object;
 mod open;
 mod recently;
 mod retry;
@@ -43,6 +44,7 @@ mod upload;
 pub use content::Content;
 pub use initial_size_class_cache::InitialSizeClassCache;
 pub use inline::InlineHints;
+use object::ObjectStorage;
 pub use open::probe_servers;
 pub use retry::RetryPolicy;
 use shards::Shards;
@@ -111,6 +113,8 @@ pub enum Backend {
     Grpc(grpc::Client),
     /// Several servers', over gRPC.
     Shards(Arc<Shards>),
+    /// An object store's, or those of Redis.
+    Objects(Arc<ObjectStorage>),
     /// CAS and AC in different places.
     Separate(Arc<Separate>),
 }
@@ -129,6 +133,7 @@ enum Place<'b> {
     Embedded(&'b Arc<embedded::Store>),
     Grpc(&'b grpc::Client),
     Shards(&'b Arc<Shards>),
+    Objects(&'b Arc<ObjectStorage>),
 }
 
 impl<'b> Place<'b> {
@@ -137,6 +142,7 @@ impl<'b> Place<'b> {
             Place::Embedded(_) => Ok(()),
             Place::Grpc(client) => client.probe().await,
             Place::Shards(shards) => shards.answers().await,
+            Place::Objects(objects) => objects.probe().await,
         }
     }
 
@@ -146,16 +152,26 @@ impl<'b> Place<'b> {
             Place::Embedded(_) => None,
             Place::Grpc(client) => Some(client.seen_outputs()),
             Place::Shards(shards) => Some(shards.seen_outputs()),
+            Place::Objects(objects) => Some(objects.seen_outputs()),
         }
     }
 }
 
 impl Backend {
-    /// The embedded store, if blobs or results are in one.
+    /// The embedded store, if blobs or results are in one, or it is the cache of a CAS.
     pub fn embedded(&self) -> Option<&Arc<embedded::Store>> {
         match (self.cas(), self.action_cache()) {
             (Place::Embedded(store), _) | (_, Place::Embedded(store)) => Some(store),
+            (Place::Objects(objects), _) => objects.cache(),
             _ => None,
+        }
+    }
+
+    /// The embedded store, if results are in one.
+    pub fn embedded_action_cache(&self) -> Option<&Arc<embedded::Store>> {
+        match self.action_cache() {
+            Place::Embedded(store) => Some(store),
+            Place::Grpc(_) | Place::Shards(_) | Place::Objects(_) => None,
         }
     }
 
@@ -163,7 +179,7 @@ impl Backend {
     pub fn embedded_cas(&self) -> Option<&Arc<embedded::Store>> {
         match self.cas() {
             Place::Embedded(store) => Some(store),
-            Place::Grpc(_) | Place::Shards(_) => None,
+            Place::Grpc(_) | Place::Shards(_) | Place::Objects(_) => None,
         }
     }
 
@@ -177,6 +193,7 @@ impl Backend {
             Backend::Embedded(store) => Place::Embedded(store),
             Backend::Grpc(client) => Place::Grpc(client),
             Backend::Shards(shards) => Place::Shards(shards),
+            Backend::Objects(objects) => Place::Objects(objects),
             Backend::Separate(places) => places.cas.cas(),
         }
     }
@@ -202,6 +219,7 @@ impl Backend {
             Place::Embedded(store) => store.maximum_blob_size(),
             Place::Grpc(client) => client.maximum_blob_size(instance).await,
             Place::Shards(shards) => shards.maximum_blob_size(instance).await,
+            Place::Objects(objects) => objects.maximum_blob_size(),
         }
     }
 
@@ -216,6 +234,7 @@ impl Backend {
             Place::Embedded(store) => Ok(store.find_missing(digests)),
             Place::Grpc(client) => client.find_missing(instance, digests).await,
             Place::Shards(shards) => shards.find_missing(instance, digests).await,
+            Place::Objects(objects) => objects.find_missing(digests).await,
         }
     }
 
@@ -237,6 +256,11 @@ impl Backend {
                 let one = one.pop();
                 let none = || Err(Error::Internal("a read had no result".to_owned()));
                 self.note(one.unwrap_or_else(none))
+            }
+            Place::Objects(objects) => {
+                let one = objects.read_many(&[*digest], limit).await.pop();
+                let none = || Err(Error::Internal("a read had no result".to_owned()));
+                one.unwrap_or_else(none)
             }
         }
     }
@@ -271,6 +295,7 @@ impl Backend {
                     .map(|result| self.note(result))
                     .collect()
             }
+            Place::Objects(objects) => objects.read_many(digests, limit).await,
         }
     }
 
@@ -287,6 +312,7 @@ impl Backend {
             Place::Embedded(store) => store.stream(digest, start, end).await,
             Place::Grpc(client) => Ok(client.stream(instance, digest, start, end)),
             Place::Shards(shards) => self.note(shards.stream(instance, digest, start, end).await),
+            Place::Objects(objects) => objects.stream(digest, start, end).await,
         }
     }
 
@@ -304,6 +330,7 @@ impl Backend {
             }
             Place::Grpc(client) => self.note(client.read_to_file(instance, digest, file).await),
             Place::Shards(shards) => self.note(shards.read_to_file(instance, digest, file).await),
+            Place::Objects(objects) => objects.read_to_file(digest, file).await,
         }
     }
 
@@ -311,7 +338,7 @@ impl Backend {
     /// chunks that none of them has travel then.
     pub fn set_local_files(&self, files: grpc::LocalFiles) {
         match self.cas() {
-            Place::Embedded(_) => {}
+            Place::Embedded(_) | Place::Objects(_) => {}
             Place::Grpc(client) => client.set_local_files(files),
             Place::Shards(shards) => shards.set_local_files(&files),
         }
@@ -330,6 +357,7 @@ impl Backend {
             }
             Place::Grpc(client) => client.upload(instance, blobs).await,
             Place::Shards(shards) => shards.upload(instance, blobs).await,
+            Place::Objects(objects) => objects.upload(blobs).await,
         }
     }
 
@@ -346,6 +374,7 @@ impl Backend {
             }
             Place::Grpc(client) => client.put_many(instance, blobs).await,
             Place::Shards(shards) => shards.put_many(instance, blobs).await,
+            Place::Objects(objects) => objects.put_many(blobs).await,
         }
     }
 
@@ -367,6 +396,9 @@ impl Backend {
                 let upload = shards.forward_upload(resource_name, digest)?;
                 Ok(Upload::Shards(upload))
             }
+            Place::Objects(objects) => {
+                Upload::resume_cached(objects, resource_name, owner, digest, offset).await
+            }
         }
     }
 
@@ -377,10 +409,11 @@ impl Backend {
         digest: &Digest,
     ) -> Result<u64, Error> {
         match self.cas() {
-            Place::Embedded(store) => {
-                let (uploads, name) = (store.uploads().clone(), resource_name.to_owned());
-                blocking(move || uploads.received(&name)).await
-            }
+            Place::Embedded(store) => received(store, resource_name).await,
+            Place::Objects(objects) => match objects.cache() {
+                Some(cache) => received(cache, resource_name).await,
+                None => Ok(0),
+            },
             Place::Grpc(client) => client.upload_progress(resource_name).await,
             Place::Shards(shards) => shards.upload_progress(resource_name, digest).await,
         }
@@ -441,6 +474,7 @@ impl Backend {
             }
             Place::Grpc(client) => client.action_result(instance, action).await,
             Place::Shards(shards) => shards.action_result(instance, action).await,
+            Place::Objects(objects) => objects.action_result(instance, action).await,
         }
     }
 
@@ -458,8 +492,19 @@ impl Backend {
             }
             Place::Grpc(client) => client.update_action_result(instance, action, result).await,
             Place::Shards(shards) => shards.update_action_result(instance, action, result).await,
+            Place::Objects(objects) => {
+                objects
+                    .update_action_result(instance, action, &result)
+                    .await
+            }
         }
     }
+}
+
+/// How much of an upload is there.
+async fn received(store: &Arc<embedded::Store>, resource_name: &str) -> Result<u64, Error> {
+    let (uploads, name) = (store.uploads().clone(), resource_name.to_owned());
+    blocking(move || uploads.received(&name)).await
 }
 
 /// Away from the threads that serve.

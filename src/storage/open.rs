@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use super::{Backend, Error, Separate, embedded, grpc, shards::Shards};
+use super::{Backend, Error, Separate, embedded, grpc, object::ObjectStorage, shards::Shards};
 use crate::{
     config::{
         Endpoint,
+        object_storage::ObjectService,
         scheduler::{self as config, StorageLocation},
         storage::Places,
     },
@@ -19,7 +20,7 @@ impl Backend {
     }
 
     /// Clients of the servers that are named, which connect at the first call; within a runtime where
-    /// there are shards. `embedded` is the store for what is embedded.
+    /// there are shards. `embedded` is the store for what is embedded, or the cache of a CAS of objects.
     pub fn connect_to(
         places: &Places<'_>,
         embedded: Option<Arc<embedded::Store>>,
@@ -37,6 +38,11 @@ impl Backend {
             StorageLocation::Embedded => store(),
             StorageLocation::Endpoint(at) => Ok(Self::connect(at, at, options.clone())),
             StorageLocation::Shards => Ok(shards()),
+            StorageLocation::Objects(service) => {
+                let cache = embedded.clone().filter(|_| location == places.cas);
+                let opened = ObjectStorage::open(*service, &places.objects, cache, options)?;
+                Ok(Backend::Objects(opened))
+            }
         };
         match (places.cas, places.action_cache) {
             (StorageLocation::Endpoint(cas), StorageLocation::Endpoint(action_cache)) => {
@@ -81,6 +87,10 @@ impl Backend {
             .with_headers(config.call_headers(), None)
             // That is told by itself.
             .unwrap_or(credentials);
+        let credentials = credentials
+            .clone()
+            .with_secrets(places.secret_files(), None)
+            .unwrap_or(credentials);
         let options = grpc::Options {
             credentials,
             ..Default::default()
@@ -98,7 +108,7 @@ impl Backend {
     }
 }
 
-/// Each server that does not answer, with the key that names it.
+/// Each server and service that does not answer, with the key that names it.
 pub async fn probe_servers(places: &Places<'_>, options: &grpc::Options) -> Vec<Failure> {
     let mut servers: Vec<(&'static str, String, &Endpoint)> = Vec::new();
     for (key, place) in [
@@ -126,7 +136,33 @@ pub async fn probe_servers(places: &Places<'_>, options: &grpc::Options) -> Vec<
         Some(Failure::Configuration { key, message })
     });
     let answers = futures::future::join_all(asked).await;
-    answers.into_iter().flatten().collect()
+    let mut services = places.services();
+    // That is told by itself.
+    services.retain(|service| places.objects.is_complete(*service));
+    let services = services.into_iter();
+    let asked = services.map(|service| probe_service(service, places, options));
+    let others = futures::future::join_all(asked).await;
+    answers.into_iter().chain(others).flatten().collect()
+}
+
+/// What is wrong with an object store, or with Redis.
+async fn probe_service(
+    service: ObjectService,
+    places: &Places<'_>,
+    options: &grpc::Options,
+) -> Option<Failure> {
+    let key = service.section();
+    let opened = match ObjectStorage::open(service, &places.objects, None, options) {
+        Ok(opened) => opened,
+        Err(failure) => return Some(failure),
+    };
+    let limit = options.timeouts.capabilities;
+    let message = match tokio::time::timeout(limit, opened.probe()).await {
+        Ok(Ok(())) => return None,
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("it did not answer within {} seconds", limit.as_secs()),
+    };
+    Some(Failure::Configuration { key, message })
 }
 
 fn open_embedded(config: &config::Embedded) -> Result<Arc<embedded::Store>, Failure> {

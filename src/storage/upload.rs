@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
 
-use super::{Error, blocking, embedded, grpc, shards};
+use super::{Error, blocking, embedded, grpc, object::ObjectStorage, shards};
 use crate::digest::Digest;
 
 /// A call's part in an upload.
@@ -13,6 +13,15 @@ pub enum Upload {
     /// Into the embedded store.
     Embedded {
         /// Where the blob will be.
+        store: Arc<embedded::Store>,
+        /// The right to write to the upload.
+        lease: Arc<embedded::WriteLease>,
+    },
+    /// Into the embedded store, which is the cache of a CAS of objects, and on into that when it is whole.
+    Cached {
+        /// Where the blob will be.
+        objects: Arc<ObjectStorage>,
+        /// The cache.
         store: Arc<embedded::Store>,
         /// The right to write to the upload.
         lease: Arc<embedded::WriteLease>,
@@ -53,19 +62,34 @@ impl Upload {
         digest: Digest,
         offset: i64,
     ) -> Result<Self, UploadError> {
-        let lease = store
-            .uploads()
-            .lease(resource_name, owner, Instant::now())?;
-        let (store, lease) = (store.clone(), Arc::new(lease));
-        let (writer, own) = (lease.clone(), store.clone());
-        blocking(move || writer.begin(&own, digest, offset, Instant::now())).await??;
+        let lease = lease(store, resource_name, owner, digest, offset).await?;
+        let store = store.clone();
         Ok(Upload::Embedded { store, lease })
+    }
+
+    pub(super) async fn resume_cached(
+        objects: &Arc<ObjectStorage>,
+        resource_name: &str,
+        owner: &str,
+        digest: Digest,
+        offset: i64,
+    ) -> Result<Self, UploadError> {
+        let store = objects.cache().cloned().ok_or_else(|| {
+            Error::Internal("without a cache, nobody's uploads are taken".to_owned())
+        })?;
+        let lease = lease(&store, resource_name, owner, digest, offset).await?;
+        let objects = objects.clone();
+        Ok(Upload::Cached {
+            objects,
+            store,
+            lease,
+        })
     }
 
     /// Appends parts, each of which begins at its offset.
     pub async fn write(&mut self, parts: Vec<(i64, Bytes)>) -> Result<(), UploadError> {
         match self {
-            Upload::Embedded { store, lease } => {
+            Upload::Embedded { store, lease } | Upload::Cached { store, lease, .. } => {
                 let (store, lease) = (store.clone(), lease.clone());
                 let write = move || {
                     let now = Instant::now();
@@ -95,8 +119,29 @@ impl Upload {
             Upload::Embedded { lease, .. } => {
                 blocking(move || lease.finish(&digest, finish_write)).await?
             }
+            Upload::Cached { objects, lease, .. } => {
+                blocking(move || lease.finish(&digest, finish_write)).await??;
+                Ok(objects.upload_cached(&digest).await?)
+            }
             Upload::Grpc(upload) => upload.finish(finish_write).await,
             Upload::Shards(upload) => upload.finish(finish_write).await,
         }
     }
+}
+
+/// The right to write to an upload, which is taken up or begun.
+async fn lease(
+    store: &Arc<embedded::Store>,
+    resource_name: &str,
+    owner: &str,
+    digest: Digest,
+    offset: i64,
+) -> Result<Arc<embedded::WriteLease>, UploadError> {
+    let lease = store
+        .uploads()
+        .lease(resource_name, owner, Instant::now())?;
+    let (store, lease) = (store.clone(), Arc::new(lease));
+    let writer = lease.clone();
+    blocking(move || writer.begin(&store, digest, offset, Instant::now())).await??;
+    Ok(lease)
 }

@@ -91,7 +91,8 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let slots: usize = config.runners.iter().map(Runner::slots).sum();
     let traces = TraceExporter::start("bb_worker", &config.traces, &lifecycle)?;
     let credentials = Credentials::open("storage.tls", &config.storage.tls, &lifecycle)?
-        .with_headers(config.storage.call_headers(), Some(&lifecycle))?;
+        .with_headers(config.storage.call_headers(), Some(&lifecycle))?
+        .with_secrets(config.storage.places().secret_files(), Some(&lifecycle))?;
     let storage = setup::connect_storage(&config, credentials)?;
     let setup::OpenedDirectories {
         cache,

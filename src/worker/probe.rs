@@ -153,6 +153,8 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     daemon::check_client("storage.tls", &config.storage.tls, report);
     daemon::check_headers(config.scheduler.call_headers(), report);
     daemon::check_headers(config.storage.call_headers(), report);
+    let places = config.storage.places();
+    daemon::check_secrets(&places.secret_files(), report);
     daemon::check_client("traces.tls", &config.traces.tls, report);
     daemon::check_headers(config.traces.call_headers(), report);
     let credentials = Credentials::of("scheduler.tls", &config.scheduler.tls);
@@ -195,8 +197,11 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
         .clone()
         .with_headers(config.storage.call_headers(), None)
         .unwrap_or(credentials);
+    let credentials = credentials
+        .clone()
+        .with_secrets(places.secret_files(), None)
+        .unwrap_or(credentials);
     let options = storage_options(config, credentials);
-    let places = config.storage.places();
     let wrong = tokio::time::timeout(TIMEOUT, probe_servers(&places, &options)).await;
     let wrong = wrong.unwrap_or_else(|_| {
         vec![Failure::Configuration {

@@ -12,6 +12,7 @@ use std::{
 use bb_remote_execution::{
     config::{
         Endpoint,
+        object_storage::ObjectStores,
         storage::{Health, Places, Shard, StorageLocation},
     },
     digest::DigestFunction,
@@ -105,6 +106,7 @@ async fn throughput(port: u16) {
             action_cache: &StorageLocation::Shards,
             shards,
             health: &health,
+            objects: ObjectStores::default(),
         };
         let backend = Backend::connect_to(&places, None, &Options::default()).unwrap();
         let mut figures = Vec::new();

@@ -38,6 +38,7 @@ pub mod browser;
 pub mod parts;
 pub mod pki;
 pub mod scheduler_process;
+pub mod services;
 
 pub const SCHEDULER_USER: u32 = 57_997;
 pub const WORKER_USER: u32 = 57_998;

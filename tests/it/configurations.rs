@@ -405,6 +405,37 @@ const SCHEDULER: &[Row] = &[
     ("storage.cas = \"grpcs://a:1\"", Waits("storage.cas")),
     ("storage.cas = \"http://a:1/\"", Refused("grpc://")),
     ("storage.cas = \"embeded\"", Refused("or \"embedded\"")),
+    // Object stores and Redis.
+    ("storage.cas = \"s3\"", Refused("write storage.s3.bucket")),
+    (
+        "storage.cas = \"azure\"\nstorage.azure.container = \"c\"",
+        Refused("write storage.azure.account"),
+    ),
+    ("storage.s3.bucket = \"b\"", Refused("write cas = \"s3\"")),
+    (
+        "storage.cas = \"redis\"\nstorage.redis.endpoint = \"127.0.0.1:1\"",
+        Refused("redis://redis.example:6379"),
+    ),
+    (
+        "storage.cas = \"s3\"\nstorage.s3 = { bucket = \"b\", endpoint = \"http://127.0.0.1:1\", prefix = \"/a\" }",
+        Refused("such as \"farm/builds\""),
+    ),
+    (
+        "storage.cas = \"s3\"\nstorage.s3 = { bucket = \"b\", endpoint = \"http://127.0.0.1:1\", credentials_file = \"key\" }",
+        Refused("must begin with /"),
+    ),
+    (
+        "storage.cas = \"s3\"\nstorage.s3 = { bucket = \"b\", endpoint = \"http://127.0.0.1:1\", secret_access_key = \"x\" }",
+        Refused("there is no key secret_access_key"),
+    ),
+    (
+        "storage.action_cache = \"redis\"\nstorage.redis.endpoint = \"redis://127.0.0.1:1\"",
+        Waits("storage.redis"),
+    ),
+    (
+        "storage.cas = \"redis\"\nstorage.redis.username = \"u\"",
+        Refused("storage.redis.password_file"),
+    ),
     (
         "storage.embedded.maximum_size = \"0B\"",
         Refused("less than 16MiB"),

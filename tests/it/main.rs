@@ -22,6 +22,7 @@ mod farm;
 mod hostile;
 mod intruder;
 mod metrics;
+mod object_storage;
 mod packages;
 mod runner;
 mod scheduler;

@@ -25,6 +25,7 @@ mod compression;
 
 mod disk;
 mod limits;
+mod objects;
 mod peers;
 mod shards;
 

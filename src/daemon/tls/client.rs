@@ -3,6 +3,7 @@
 use std::{
     error::Error,
     future::Future,
+    path::Path,
     pin::Pin,
     sync::{Arc, LazyLock},
     task::{Context, Poll},
@@ -24,7 +25,10 @@ use super::{
 };
 use crate::{
     config::{self, Diagnostics, tls::ClientTls as Config},
-    daemon::{CheckReport, Failure, Lifecycle, call_headers::CallHeaders, reloadable::Reloadable},
+    daemon::{
+        CheckReport, Failure, Lifecycle, call_headers::CallHeaders, reloadable::Reloadable,
+        secrets::Secrets,
+    },
 };
 
 /// What calls on a peer are made with. The default trusts the host's authorities, and shows nothing.
@@ -32,6 +36,7 @@ use crate::{
 pub struct Credentials {
     tls: Option<ClientIdentity>,
     headers: CallHeaders,
+    secrets: Secrets,
 }
 
 /// Whom a client trusts, and its certificate.
@@ -65,7 +70,7 @@ impl Credentials {
         lifecycle.keep_fresh(&opened.files);
         Ok(Credentials {
             tls: Some(opened),
-            headers: CallHeaders::default(),
+            ..Credentials::default()
         })
     }
 
@@ -73,7 +78,7 @@ impl Credentials {
     pub fn of(section: &'static str, config: &Config) -> Self {
         Credentials {
             tls: open(section, config).ok(),
-            headers: CallHeaders::default(),
+            ..Credentials::default()
         }
     }
 
@@ -85,6 +90,44 @@ impl Credentials {
     ) -> Result<Self, Failure> {
         let headers = CallHeaders::open(config, lifecycle)?;
         Ok(Credentials { headers, ..self })
+    }
+
+    /// The same with secrets in files, by the keys that name these. There is no `lifecycle` where no daemon
+    /// runs.
+    pub fn with_secrets(
+        self,
+        files: Vec<(&'static str, &Path)>,
+        lifecycle: Option<&Lifecycle>,
+    ) -> Result<Self, Failure> {
+        let secrets = Secrets::open(files, lifecycle)?;
+        Ok(Credentials { secrets, ..self })
+    }
+
+    /// What the file says now that a key names; `None` where none was named.
+    pub fn secret(&self, key: &str) -> Option<Arc<String>> {
+        self.secrets.value(key)
+    }
+
+    /// Speaks TLS to a server, a host and its port, that is no gRPC peer.
+    pub(in crate::daemon) async fn secure(
+        &self,
+        authority: &str,
+        stream: TcpStream,
+    ) -> Result<TlsStream<TcpStream>, String> {
+        let identity = match &self.tls {
+            Some(identity) => identity.clone(),
+            None => HOST.clone()?,
+        };
+        let name = match identity.server_name.as_str() {
+            "" => host_of(authority),
+            name => name.to_owned(),
+        };
+        let server = ServerName::try_from(name).map_err(|error| error.to_string())?;
+        let mut config = ClientConfig::clone(&identity.files.value());
+        config.alpn_protocols.clear();
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+        let stream = connector.connect(server, stream).await;
+        stream.map_err(|error| explain(&error).unwrap_or_else(|| error.to_string()))
     }
 
     pub(in crate::daemon) fn headers(&self) -> &CallHeaders {
@@ -201,18 +244,23 @@ impl TlsConnector {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
-        let host = authority
-            .rsplit_once(':')
-            .map_or(authority, |(host, _)| host);
         TlsConnector {
             tcp,
             identity: match identity {
                 Some(identity) => Ok(identity.clone()),
                 None => HOST.clone(),
             },
-            host: host.trim_matches(['[', ']']).to_owned(),
+            host: host_of(authority),
         }
     }
+}
+
+/// A host with its port, without that.
+fn host_of(authority: &str) -> String {
+    let host = authority
+        .rsplit_once(':')
+        .map_or(authority, |(host, _)| host);
+    host.trim_matches(['[', ']']).to_owned()
 }
 
 /// Servers say first what they take (RFC 9113, section 3.4). One that waits for us is not waited for.

@@ -1,5 +1,5 @@
 //! Laws that every back end keeps: the embedded store, a client of one, a client of services whose own
-//! back end is such a client, and one that compresses what it sends.
+//! back end is such a client, one that compresses what it sends, and Redis and S3 with a cache.
 
 use std::{os::unix::fs::FileExt, sync::Arc};
 
@@ -13,11 +13,13 @@ use bb_remote_execution::{
 };
 use futures::TryStreamExt;
 
-use super::{ANYWHERE, GIB, Server, Serving, content, instance, sha256};
+use super::{ANYWHERE, GIB, Server, Serving, content, instance, objects, sha256};
+use crate::harness::services::Service;
 
 struct Backends {
-    all: [Backend; 4],
+    all: Vec<Backend>,
     _servers: (Server, Serving),
+    _services: Vec<Service>,
     _directory: tempfile::TempDir,
 }
 
@@ -32,8 +34,11 @@ async fn backends() -> Backends {
         compression: When::Always,
         ..Options::default()
     }));
+    let (mut all, services) = objects::backends(&directory.path().join("caches"));
+    all.extend([embedded, client, behind, compressing]);
     Backends {
-        all: [embedded, client, behind, compressing],
+        all,
+        _services: services,
         _servers: (near, far),
         _directory: directory,
     }

@@ -10,6 +10,7 @@ use std::{
 use bb_remote_execution::{
     config::{
         Endpoint,
+        object_storage::ObjectStores,
         storage::{Health, Places, Shard, StorageLocation},
     },
     digest::Digest,
@@ -30,7 +31,7 @@ use super::{
 
 /// What becomes of connections to a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Route {
+pub enum Route {
     Open,
     /// They stay, and nothing passes.
     Hanging,
@@ -38,13 +39,13 @@ enum Route {
 }
 
 /// Stands before a server.
-struct Proxy {
-    address: SocketAddr,
+pub struct Proxy {
+    pub address: SocketAddr,
     route: watch::Sender<Route>,
 }
 
 impl Proxy {
-    async fn start(server: SocketAddr) -> Self {
+    pub async fn start(server: SocketAddr) -> Self {
         let listener = TcpListener::bind(ANYWHERE).await.unwrap();
         let address = listener.local_addr().unwrap();
         let route = watch::Sender::new(Route::Open);
@@ -61,7 +62,7 @@ impl Proxy {
         Endpoint::Tcp(self.address.to_string())
     }
 
-    fn set(&self, route: Route) {
+    pub fn set(&self, route: Route) {
         self.route.send_replace(route);
     }
 }
@@ -109,6 +110,7 @@ fn backend(shards: &[Shard]) -> Backend {
         action_cache: &StorageLocation::Shards,
         shards,
         health: &health,
+        objects: ObjectStores::default(),
     };
     Backend::connect_to(&places, None, &Options::default()).unwrap()
 }
@@ -485,6 +487,7 @@ async fn blobs_and_results_may_be_in_different_places() {
         action_cache: &StorageLocation::Embedded,
         shards: &[],
         health: &Health::default(),
+        objects: ObjectStores::default(),
     };
     let separate = Backend::connect_to(&places, Some(store.clone()), &Options::default());
     let separate = separate.unwrap();
