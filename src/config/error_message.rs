@@ -193,7 +193,7 @@ mod tests {
             ("maximum_files = 1", "did you mean cache.maximum_files?"),
             (
                 "endpoint = 1",
-                "runners.endpoint or scheduler.endpoint or traces.endpoint?",
+                "runners.endpoint or scheduler.endpoint or storage.azure.endpoint or",
             ),
             (
                 "\"cache.directory\" = 1",
