@@ -242,8 +242,12 @@ pub fn examine<C: Validate>(path: &Path, optional: bool) -> Loaded<C> {
     for (file, required) in
         std::iter::once(main).chain(drop_ins.into_iter().map(|file| (file, true)))
     {
-        match fs::read_to_string(&file) {
-            Ok(text) => {
+        match fs::read(&file).map(String::from_utf8) {
+            Ok(Err(error)) => {
+                loaded.is_toml = false;
+                loaded.errors.push(no_utf8(&file, &error));
+            }
+            Ok(Ok(text)) => {
                 let table = loaded.examine_file(&file, &text, &defaults);
                 merge(&mut loaded.table, table);
                 loaded.files.push(file);
@@ -279,6 +283,14 @@ pub fn examine<C: Validate>(path: &Path, optional: bool) -> Loaded<C> {
 }
 
 impl<C: Validate> Loaded<C> {
+    /// Why a file as a whole says nothing: it is not there, or no TOML.
+    pub fn unreadable(&self) -> Option<String> {
+        let is_unreadable = |error: &&Error| matches!(error, Error::Unreadable { .. });
+        let unreadable = self.errors.iter().find(is_unreadable);
+        let first = unreadable.or(self.errors.first().filter(|_| !self.is_toml))?;
+        Some(first.brief())
+    }
+
     fn examine_file(&mut self, path: &Path, text: &str, defaults: &toml::Table) -> toml::Table {
         let (_, faults) = toml::de::DeTable::parse_recoverable(text);
         if !faults.is_empty() {
@@ -329,7 +341,8 @@ pub fn at_key(path: &Path, key: &str, message: String) -> Error {
     let shown = error_message::dotted(&steps(key));
     // Of a section among several that lacks the key, the last one is known.
     let list = key.split('.').next().unwrap_or(key);
-    let place = locate(path, key).or_else(|| {
+    let item = || locate(path, item_of(key)?);
+    let place = locate(path, key).or_else(item).or_else(|| {
         let (file, line) = locate(path, list)?;
         is_list(&fs::read_to_string(&file).ok()?, list).then_some((file, line))
     });
@@ -344,6 +357,17 @@ pub fn at_key(path: &Path, key: &str, message: String) -> Error {
             message,
         },
     }
+}
+
+/// The section of a list that a dotted key is in.
+fn item_of(key: &str) -> Option<&str> {
+    let is_number = |step: &str| step.bytes().all(|byte| byte.is_ascii_digit());
+    let mut starts = key.rmatch_indices('.').map(|(at, _)| at);
+    let end = starts.find(|at| {
+        let item = key.get(..*at).unwrap_or_default();
+        item.rsplit('.').next().is_some_and(is_number)
+    })?;
+    key.get(..end)
 }
 
 /// Where a dotted key was last given. Lists replace those before them as a whole.
@@ -489,6 +513,20 @@ fn at_line(path: &Path, text: &str, line: usize, message: String) -> Error {
     }
 }
 
+fn no_utf8(path: &Path, error: &std::string::FromUtf8Error) -> Error {
+    let (before, rest) = error.as_bytes().split_at(error.utf8_error().valid_up_to());
+    let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+    let byte = rest.first().copied().unwrap_or_default();
+    at_line(
+        path,
+        &String::from_utf8_lossy(error.as_bytes()),
+        line,
+        format!(
+            "byte 0x{byte:02x} on this line is not UTF-8, which TOML is written in; save the file as UTF-8"
+        ),
+    )
+}
+
 fn no_toml(path: &Path, text: &str, error: &toml::de::Error) -> Error {
     let offset = error.span().map_or(0, |span| span.start.min(text.len()));
     let line = text.as_bytes()[..offset]
@@ -578,6 +616,15 @@ mod tests {
             );
             assert!(error.contains(words), "{error}");
         }
+        let path = write(directory.path(), "w.toml", "");
+        fs::write(&path, b"\n# Gr\xfc\xdfe\n").unwrap();
+        let error = load::<worker::Config>(&path, false)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("w.toml:2: byte 0xfc on this line is not UTF-8"),
+            "{error}"
+        );
         let path = write(directory.path(), "w.toml", "\nrunners = []");
         let error = load::<worker::Config>(&path, false)
             .unwrap_err()

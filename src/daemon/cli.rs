@@ -119,6 +119,10 @@ pub fn main<C: Validate + 'static, A: clap::Subcommand>(
     let loaded = config::examine::<C>(&path, optional);
     let command = match command {
         Some(AnyCommand::Ask(command)) => {
+            // Else a daemon would be asked that is not meant.
+            if !optional && let Some(error) = loaded.unreadable() {
+                return CommandError::NotFound(error).report(program.name);
+            }
             return ask_daemon(&program, ask(command, &loaded.config));
         }
         Some(AnyCommand::Shared(command)) => Some(command),

@@ -3,7 +3,7 @@
 //! 1. All that a terminal is shown passes through `text::printable`, since most of it was named by
 //!    clients; only this file writes escape sequences, and only to a terminal.
 //! 2. A table fits the terminal: columns that may be cut are, the widest first. Where there is no
-//!    terminal, nothing is cut.
+//!    terminal, they have room for all but what is out of all proportion.
 
 use std::{
     fmt::Write as _,
@@ -54,6 +54,8 @@ pub struct Table {
 
 /// No column is cut below this.
 const NARROWEST: usize = 5;
+/// No column that may be cut is wider than this.
+const WIDEST: usize = 140;
 
 impl<T: ToString> From<T> for Cell {
     fn from(value: T) -> Self {
@@ -114,7 +116,11 @@ impl Table {
     fn widths(&self, available: Option<usize>) -> Vec<usize> {
         let column = |number: usize| {
             let cells = self.rows.iter().map(|row| columns(&row[number].text));
-            cells.max().unwrap_or(0).max(columns(self.heading(number)))
+            let widest = cells.max().unwrap_or(0).max(columns(self.heading(number)));
+            match self.may_be_cut(number) {
+                true => widest.min(WIDEST),
+                false => widest,
+            }
         };
         let mut widths: Vec<usize> = (0..self.headings.len()).map(column).collect();
         let Some(available) = available else {
@@ -122,9 +128,8 @@ impl Table {
         };
         let gaps = 2 * widths.len().saturating_sub(1);
         while widths.iter().sum::<usize>() + gaps > available {
-            let may_be_cut = |number: &usize| self.headings[*number].ends_with('…');
             let widest = (0..widths.len())
-                .filter(may_be_cut)
+                .filter(|number| self.may_be_cut(*number))
                 .max_by_key(|number| widths[*number]);
             match widest {
                 Some(number) if widths[number] > NARROWEST => widths[number] -= 1,
@@ -132,6 +137,10 @@ impl Table {
             }
         }
         widths
+    }
+
+    fn may_be_cut(&self, number: usize) -> bool {
+        self.headings[number].ends_with('…')
     }
 
     fn heading(&self, number: usize) -> &'static str {
@@ -376,6 +385,10 @@ mod tests {
             text.contains("漢字\u{20}\u{20}failed") && !text.contains('\u{1b}'),
             "{text:?}"
         );
+        table.row(["b".into(), "x".repeat(400).into(), "good".into()]);
+        for line in table.render(&whole).lines() {
+            assert!(columns(line) <= WIDEST + 20, "{line}");
+        }
     }
 
     #[test]

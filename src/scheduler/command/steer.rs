@@ -65,6 +65,7 @@ pub(super) async fn drain(
 ) -> Result<(), CommandError> {
     let mut rows = Vec::new();
     let mut trouble = None;
+    let before = drains(scheduler, filter).await?;
     let mut queues = scheduler.queues().await?;
     queues.retain(|name| filter.admits(&QueueName::from(name)));
     if queues.is_empty() && ahead {
@@ -87,18 +88,26 @@ pub(super) async fn drain(
             trouble.get_or_insert(status);
             continue;
         }
+        let drained = before
+            .iter()
+            .map(|(_, row)| row)
+            .find(|row| row.queue == queue && row.pattern == pattern.0);
+        let created = drained.and_then(|row| row.created.clone());
         if !output.is_json() {
-            output.line(&format!(
-                "Drained {} of {} ({}).",
-                plural(slots as u64, "slot", "slots"),
-                labels(&pattern.0),
-                queue.text()
-            ));
+            let slots = plural(slots as u64, "slot", "slots");
+            let (labels, queue) = (labels(&pattern.0), queue.text());
+            output.line(&match (drained, &created) {
+                (None, _) => format!("Drained {slots} of {labels} ({queue})."),
+                (Some(_), None) => format!("{labels} was drained already: {slots} ({queue})."),
+                (Some(_), Some(since)) => {
+                    format!("{labels} was drained already, since {since}: {slots} ({queue}).")
+                }
+            });
         }
         rows.push(DrainRow {
             pattern: pattern.0.clone(),
             queue,
-            created: None,
+            created,
         });
     }
     if let Some(status) = trouble {

@@ -13,7 +13,7 @@ use std::{net::IpAddr, sync::Arc};
 use axum::{
     Form,
     extract::{FromRequest, FromRequestParts, Request, State},
-    http::{HeaderMap, HeaderValue, Method, StatusCode, header, request::Parts},
+    http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header, request::Parts},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -33,7 +33,14 @@ pub(in crate::scheduler) struct Protection {
     hosts: Vec<String>,
 }
 
-const COOKIE: &str = "bb_scheduler_form";
+/// Browsers send a host's cookies to all of its ports, where other farms may be: each has a name of its own.
+fn cookie_name(authority: &str) -> String {
+    const NAME: &str = "bb_scheduler_form";
+    match authority.strip_prefix(host_of(authority)) {
+        Some(port) if port.len() > 1 => format!("{NAME}_{}", port.trim_start_matches(':')),
+        _ => NAME.to_owned(),
+    }
+}
 
 /// No script and no style but this site's; nothing is loaded from elsewhere, and nobody shows these
 /// pages in theirs.
@@ -82,10 +89,10 @@ fn host_of(authority: &str) -> &str {
 }
 
 /// What the request is for: HTTP/2 has the authority elsewhere.
-fn authority(request: &Request) -> String {
-    let header = request.headers().get(header::HOST);
+fn authority(headers: &HeaderMap, uri: &Uri) -> String {
+    let header = headers.get(header::HOST);
     let header = header.and_then(|host| host.to_str().ok());
-    let uri = request.uri().authority().map(|name| name.as_str());
+    let uri = uri.authority().map(|name| name.as_str());
     uri.or(header).unwrap_or_default().to_owned()
 }
 
@@ -97,7 +104,7 @@ pub(super) async fn protect(
 ) -> Response {
     let origin = request.extensions().get::<PageOrigin>().copied();
     let needs_no_name = origin.is_some_and(|from| from.is_encrypted || from.is_local_socket);
-    let authority = authority(&request);
+    let authority = authority(request.headers(), request.uri());
     let mut response = if !needs_no_name && !pages.protection.knows(&authority) {
         let text = format!(
             "The name \"{authority}\" is not one of this host's. Use its address or its own name, or set \
@@ -132,7 +139,8 @@ pub(super) async fn protect(
     }
     let is_secure = origin.is_some_and(|from| from.is_encrypted);
     let cookie = format!(
-        "{COOKIE}={}; Path=/; HttpOnly; SameSite=Strict{}",
+        "{}={}; Path=/; HttpOnly; SameSite=Strict{}",
+        cookie_name(&authority),
         pages.protection.token,
         if is_secure { "; Secure" } else { "" }
     );
@@ -154,13 +162,13 @@ fn is_of_this_site(headers: &HeaderMap, authority: &str) -> bool {
         })
 }
 
-fn has_cookie(headers: &HeaderMap, token: &str) -> bool {
+fn has_cookie(headers: &HeaderMap, name: &str, token: &str) -> bool {
     let cookies = headers.get_all(header::COOKIE).iter();
     let texts = cookies.filter_map(|value| value.to_str().ok());
     texts
         .flat_map(|text| text.split(';'))
         .filter_map(|pair| pair.trim().split_once('='))
-        .any(|(name, value)| name == COOKIE && value == token)
+        .any(|(found, value)| found == name && value == token)
 }
 
 /// Whoever has it may look at the farm.
@@ -223,7 +231,8 @@ impl<T: DeserializeOwned> FromRequest<Arc<Pages>> for Confirmed<T> {
         if !access.may_somewhere(Permission::Steer) {
             return Err(forbidden(&access, Permission::Steer));
         }
-        let has_cookie = has_cookie(&parts.headers, pages.protection.token());
+        let name = cookie_name(&authority(&parts.headers, &parts.uri));
+        let has_cookie = has_cookie(&parts.headers, &name, pages.protection.token());
         let request = Request::from_parts(parts, body);
         let sent = Form::<WithToken<T>>::from_request(request, pages).await;
         let Form(sent) = sent
@@ -266,6 +275,15 @@ mod tests {
             "127.0.0.1.evil.example",
         ] {
             assert!(!protection.knows(unknown), "{unknown}");
+        }
+    }
+
+    #[test]
+    fn farms_at_two_ports_of_a_host_have_cookies_of_their_own() {
+        assert_eq!(cookie_name("localhost:7982"), "bb_scheduler_form_7982");
+        assert_eq!(cookie_name("[::1]:17982"), "bb_scheduler_form_17982");
+        for without in ["farm.example", "farm.example:", "[::1]", ""] {
+            assert_eq!(cookie_name(without), "bb_scheduler_form", "{without}");
         }
     }
 

@@ -94,7 +94,10 @@ pub(super) fn error(status: &Status, digest: Option<&Digest>) -> Error {
 
 /// With the causes, which name the endpoint that could not be reached.
 fn describe(status: &Status) -> String {
-    let mut text = format!("storage answered {:?}: {}", status.code(), status.message());
+    let mut text = match is_of_the_connection(status) {
+        true => format!("no answer from storage: {}", status.message()),
+        false => format!("storage answered {:?}: {}", status.code(), status.message()),
+    };
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {
         let more = error.to_string();

@@ -204,6 +204,12 @@ async fn workers_are_drained_and_operations_killed_by_commands() {
     assert_eq!(listed, "No workers are drained.\n");
     let drained = scheduler.told(&["drain", "name=a"]).await;
     assert_eq!(drained, "Drained 1 slot of name=a (OSFamily=linux).\n");
+    let again = scheduler.told(&["drain", "name=a"]).await;
+    assert!(
+        again.starts_with("name=a was drained already, since 20"),
+        "{again}"
+    );
+    assert!(again.ends_with("Z: 1 slot (OSFamily=linux).\n"), "{again}");
     assert_eq!(scheduler.json(&["workers"]).await[0]["drained"], true);
     let action = scheduler.action("1", |_| {}).await;
     let mut stream = scheduler.execute(&action).await.unwrap();
@@ -374,6 +380,16 @@ async fn exit_codes_tell_scripts_who_must_act() {
         let text = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(code), "{words:?}: {text}");
         assert!(text.contains(says), "{words:?}: {text}");
+    }
+    // A configuration that says nothing names no daemon to ask.
+    std::fs::write(path("none.toml"), "none").unwrap();
+    for (config, says) in [("nope.toml", "No such file"), ("none.toml", "is not TOML")] {
+        let mut program = tokio::process::Command::new(env!("CARGO_BIN_EXE_bb_scheduler"));
+        program.arg("--config").arg(path(config)).arg("status");
+        let output = program.output().await.unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(66), "{text}");
+        assert!(text.contains(config) && text.contains(says), "{text}");
     }
     let mode = std::fs::metadata(path("control")).unwrap().permissions();
     assert_eq!(mode.mode() & 0o777, 0o660);
