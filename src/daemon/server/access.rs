@@ -105,8 +105,9 @@ impl Policy {
     }
 
     /// What somebody may do who asks for pages.
-    pub(super) fn of_pages(&self, identity: &Arc<Identity>) -> PageAccess {
+    pub(super) fn of_pages(&self, identity: &Arc<Identity>, caller: &CallerKey) -> PageAccess {
         PageAccess {
+            caller: caller.to_string().into(),
             identity: identity.clone(),
             grants: self.0.read().grants.clone(),
         }
@@ -146,11 +147,17 @@ impl Policy {
 /// What a request for a page may do; in its extensions. Everything where no server of ours asks.
 #[derive(Clone, Debug, Default)]
 pub struct PageAccess {
+    caller: Arc<str>,
     identity: Arc<Identity>,
     grants: Arc<Grants>,
 }
 
 impl PageAccess {
+    /// Whose share of what there is for all the request takes: who asks, or else from where.
+    pub fn caller(&self) -> &str {
+        &self.caller
+    }
+
     /// Who asks.
     pub fn identity(&self) -> &Identity {
         &self.identity

@@ -197,7 +197,9 @@ async fn answer(
     };
     let mut request = request.map(Body::new);
     request.extensions_mut().insert(origin);
-    request.extensions_mut().insert(policy.of_pages(&identity));
+    request
+        .extensions_mut()
+        .insert(policy.of_pages(&identity, &owner.caller.key));
     let Ok(answer) = router.call(request).await;
     // It is under way until its last byte was taken.
     let under_way = (begun, owner);

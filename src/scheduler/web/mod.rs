@@ -63,8 +63,7 @@ pub(super) struct Pages {
     searches: Semaphore,
     /// Large messages in memory at a time.
     large: Semaphore,
-    /// Archives that are written at a time.
-    archives: Arc<Semaphore>,
+    archives: Arc<browser::archives::Archives>,
 }
 
 impl Pages {
@@ -89,7 +88,7 @@ impl Pages {
             drainers: Drainers::default(),
             searches: Semaphore::new(4),
             large: Semaphore::new(2),
-            archives: Arc::new(Semaphore::new(8)),
+            archives: Arc::default(),
         }
     }
 }

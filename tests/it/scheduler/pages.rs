@@ -252,7 +252,7 @@ async fn what_is_gone_or_is_none_has_a_page_that_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_archive_with_a_name_that_leads_elsewhere_is_cut_short() {
+async fn an_archive_with_a_name_that_leads_elsewhere_is_refused() {
     let scheduler = Scheduler::start(|_| {}).await;
     let directory = |name: &str| reapi::Directory {
         symlinks: vec![reapi::SymlinkNode {
@@ -262,18 +262,34 @@ async fn an_archive_with_a_name_that_leads_elsewhere_is_cut_short() {
         }],
         ..Default::default()
     };
-    for (name, is_whole) in [("good", true), ("../evil", false), ("a/b", false)] {
+    for (name, status) in [("good", 200), ("../evil", 422), ("a/b", 422)] {
         let digest = scheduler.upload(directory(name).encode_to_vec()).await;
         let path = format!(
             "/blobs/sha256/directory/{}-{}/?format=tar",
             digest.hash, digest.size_bytes
         );
         let archive = scheduler.page(&path).await;
-        assert_eq!(archive.status, 200);
+        assert_eq!(archive.status, status, "{name}");
         // The last chunk is empty where all of it has come (RFC 9112, section 7.1).
-        assert_eq!(archive.body.ends_with("0\r\n\r\n"), is_whole, "{name}");
-        assert!(!archive.body.contains("evil"), "{name}");
+        assert_eq!(archive.body.ends_with("0\r\n\r\n"), status == 200, "{name}");
     }
+    // What it names is gone.
+    let missing = reapi::Directory {
+        directories: vec![reapi::DirectoryNode {
+            name: "d".to_owned(),
+            digest: Some(Digest {
+                hash: "1".repeat(64),
+                size_bytes: 7,
+            }),
+        }],
+        ..Default::default()
+    };
+    let digest = scheduler.upload(missing.encode_to_vec()).await;
+    let path = format!(
+        "/blobs/sha256/directory/{}-{}/?format=tar",
+        digest.hash, digest.size_bytes
+    );
+    assert_eq!(scheduler.page(&path).await.status, 404);
 }
 
 #[tokio::test(flavor = "multi_thread")]

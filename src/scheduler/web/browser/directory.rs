@@ -89,7 +89,7 @@ fn list(message: &Bytes, from: usize, rows: usize) -> Result<Listing, Problem> {
 }
 
 /// Away from the threads that serve, as it may be a million entries.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
 ) -> Result<T, Problem> {
     let done = crate::daemon::spawn_blocking(work).await;

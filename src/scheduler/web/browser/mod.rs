@@ -3,7 +3,8 @@
 //! In the order to read it: this file finds out what an address is of; `read` gets it, and says what to do
 //! when it is gone or is none; `fields` walks through large messages without decoding them. `action`,
 //! `command`, `directory` and `file` show them, with `result` (of an execution), `log` (what it printed),
-//! `tar` (to run it by hand) and `compare` (why it was not a cache hit).
+//! `tar` (to run it by hand, after `expansion` has counted what it comes to, and in its turn of `archives`)
+//! and `compare` (why it was not a cache hit).
 //!
 //! 1. Every address asks for the grant `cas.read` in its instance before anything is read.
 //! 2. What is read for a page is bounded: `SMALL` for messages that are decoded, `LARGE` for those that
@@ -26,9 +27,11 @@ use crate::{
 };
 
 mod action;
+pub(super) mod archives;
 mod command;
 mod compare;
 mod directory;
+mod expansion;
 mod fields;
 mod file;
 pub(super) mod log;
@@ -177,7 +180,9 @@ pub(super) async fn page(State(pages): State<Arc<Pages>>, request: Request) -> R
         rest,
     } = &address;
     let shown = match (kind.as_str(), parameter("format").as_deref()) {
-        ("action", Some("tar")) => return tar::of_action(&pages, place, digest).await,
+        ("action", Some("tar")) => {
+            return tar::of_action(&pages, place, digest, access.caller()).await;
+        }
         ("action", _) => match parameter("with") {
             Some(other) if !other.is_empty() => compare::page(&pages, place, digest, &other).await,
             _ => action::page(&pages, place, digest).await,
@@ -185,7 +190,9 @@ pub(super) async fn page(State(pages): State<Arc<Pages>>, request: Request) -> R
         ("historical_execute_response", _) => action::historical(&pages, place, digest).await,
         ("command", Some("sh")) => return command::script(&pages, place, digest).await,
         ("command", _) => command::page(&pages, place, digest).await,
-        ("directory", Some("tar")) => return tar::of_directory(&pages, place, digest).await,
+        ("directory", Some("tar")) => {
+            return tar::of_directory(&pages, place, digest, access.caller()).await;
+        }
         ("directory", _) => {
             directory::page(&pages, place, digest, parameter("from").as_deref()).await
         }

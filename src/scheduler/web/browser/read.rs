@@ -32,6 +32,10 @@ pub(super) enum Problem {
     Failed(String),
     /// The path below it leads nowhere.
     NoSuchPath,
+    /// Its archive would have too much in it.
+    NoArchive(String),
+    /// As many archives are being written as there may be.
+    Busy,
 }
 
 impl From<storage::Error> for Problem {
@@ -76,6 +80,17 @@ impl Problem {
                 "No such directory",
                 "The tree has no directory of this path.",
             ),
+            Problem::NoArchive(_) => (
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "Too much for an archive",
+                "Nothing was written. Its parts can be looked at, and downloaded one by one.",
+            ),
+            Problem::Busy => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "Too many archives at a time",
+                "As many archives are being written as there may be at a time, of all or of yours. Try again \
+                 when one of them has ended.",
+            ),
         };
         let is_there = matches!(self, Problem::Malformed { .. } | Problem::TooLarge { .. });
         let content = html! {
@@ -93,7 +108,8 @@ impl Problem {
                         div { dt { "Largest that is shown" } dd { (super::super::format::size(*limit)) } }
                     }
                     Problem::Failed(error) => { div { dt { "Error" } dd { (name(error)) } } }
-                    Problem::Missing | Problem::NoSuchPath => {}
+                    Problem::NoArchive(reason) => { div { dt { "Reason" } dd { (reason) } } }
+                    Problem::Missing | Problem::NoSuchPath | Problem::Busy => {}
                 }
             }
             @if is_there {
@@ -144,6 +160,18 @@ pub(super) async fn bytes(
         });
     }
     Ok(pages.storage.read(&place.instance, digest, limit).await?)
+}
+
+/// Whole blobs, of at most `limit` bytes each, in the order given.
+pub(super) async fn many(
+    pages: &Pages,
+    place: &Place,
+    digests: &[Digest],
+    limit: u64,
+) -> Result<Vec<Bytes>, Problem> {
+    let read = pages.storage.read_many(&place.instance, digests, limit);
+    let blobs = read.await.into_iter();
+    Ok(blobs.collect::<Result<_, storage::Error>>()?)
 }
 
 /// Some bytes of a blob; fewer at its end.

@@ -2,9 +2,15 @@
 //!
 //! 1. It is written piece by piece, as it is read: in memory are the directories between the root and what
 //!    is written now, and a few pieces of content.
-//! 2. A name that would lead out of the archive's own directory ends it, so that the archive is cut short
-//!    and does not unpack.
-//! 3. What a directory names again and again is written again: after `MOST_ENTRIES` it ends, too.
+//! 2. Nothing is written of what would come to too much, or has a name that leads out of the archive's own
+//!    directory (`expansion`). What fails later ends the archive without its end, so that it does not unpack.
+//! 3. A reader that takes nothing gives way to those who wait (`archives`).
+
+use std::{
+    pin::pin,
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
 
 use axum::{
     body::Body,
@@ -17,7 +23,9 @@ use maud::{Markup, html};
 use tokio::sync::mpsc;
 
 use super::{
-    Place, SMALL, command,
+    Place, SMALL,
+    archives::Turn,
+    command, expansion,
     read::{self, Problem},
 };
 use crate::{
@@ -29,10 +37,12 @@ use crate::{
     storage::Backend,
 };
 
-const MOST_ENTRIES: u64 = 10_000_000;
-const DEEPEST: usize = 250;
-/// Pieces between the storage and the connection.
+/// Pieces between the storage and the connection, and bytes of one: so small that a slow reader is seen to
+/// take them.
 const PIECES: usize = 4;
+const LARGEST_PIECE: usize = 64 << 10;
+/// Bytes of paths of directories that outputs are to be in, each as often as an output is in it.
+const MOST_PARENTS: usize = 16 << 20;
 const BLOCK: usize = 512;
 
 pub(super) fn link(place: &Place, digest: &Digest) -> Markup {
@@ -45,7 +55,12 @@ pub(super) fn link(place: &Place, digest: &Digest) -> Markup {
 }
 
 /// The input root and the script.
-pub(super) async fn of_action(pages: &Pages, place: &Place, digest: &Digest) -> Response {
+pub(super) async fn of_action(
+    pages: &Pages,
+    place: &Place,
+    digest: &Digest,
+    caller: &str,
+) -> Response {
     let action = read::message::<Action>(pages, place, digest, "Action").await;
     let action = match action {
         Ok(action) => action,
@@ -69,53 +84,64 @@ pub(super) async fn of_action(pages: &Pages, place: &Place, digest: &Digest) -> 
         Ok(command) => command,
         Err(problem) => return problem.page(place, &command_digest),
     };
-    if let Err(problem) = read::message::<Directory>(pages, place, &root, "Directory").await {
-        return problem.page(place, &root);
-    }
     let hash = digest.hash_hex();
     let top = format!("action-{}", hash.get(..12).unwrap_or_default());
-    archive(pages, place, root, &top, Some(command)).await
+    archive(pages, place, root, caller, &top, Some(command)).await
 }
 
 /// A directory and all below it.
-pub(super) async fn of_directory(pages: &Pages, place: &Place, digest: &Digest) -> Response {
-    if let Err(problem) = read::message::<Directory>(pages, place, digest, "Directory").await {
-        return problem.page(place, digest);
-    }
+pub(super) async fn of_directory(
+    pages: &Pages,
+    place: &Place,
+    digest: &Digest,
+    caller: &str,
+) -> Response {
     let hash = digest.hash_hex();
     let top = format!("directory-{}", hash.get(..12).unwrap_or_default());
-    archive(pages, place, *digest, &top, None).await
+    archive(pages, place, *digest, caller, &top, None).await
 }
 
 async fn archive(
     pages: &Pages,
     place: &Place,
     root: Digest,
+    caller: &str,
     top: &str,
     command: Option<Command>,
 ) -> Response {
-    let Ok(permit) = pages.archives.clone().acquire_owned().await else {
-        return Problem::Failed("the scheduler stops".to_owned()).page(place, &root);
+    let Some(turn) = pages.archives.turn(caller).await else {
+        return Problem::Busy.page(place, &root);
     };
+    if let Err(problem) = expansion::check(pages, place, &root).await {
+        return problem.page(place, &root);
+    }
     let (sender, receiver) = mpsc::channel(PIECES);
     let mut writer = Writer {
         storage: pages.storage.clone(),
         instance: place.instance.clone(),
         sender,
-        entries: 0,
+        taken: 0,
+        turn,
     };
     let (name, directory) = (top.to_owned(), top.to_owned());
+    let failure = Arc::new(OnceLock::new());
+    let failed = failure.clone();
     tokio::spawn(async move {
-        let _permit = permit;
         if let Err(error) = writer.write_all(&directory, root, command).await {
             tracing::debug!(error, "an archive was cut short");
-            // The connection ends without the end of the body, so that nobody takes it for whole.
-            let _ = writer.sender.send(Err(std::io::Error::other(error))).await;
+            let _ = failed.set(error);
         }
     });
-    let pieces = stream::unfold(receiver, |mut receiver| async move {
-        let piece = receiver.recv().await?;
-        Some((piece, receiver))
+    let pieces = stream::unfold(receiver, move |mut receiver| {
+        let failure = failure.clone();
+        async move {
+            let piece = match receiver.recv().await {
+                Some(piece) => Ok(piece),
+                // The connection ends without the end of the body, so that nobody takes it for whole.
+                None => Err(std::io::Error::other(failure.get()?.clone())),
+            };
+            Some((piece, receiver))
+        }
     });
     let headers = [
         (header::CONTENT_TYPE, "application/x-tar".to_owned()),
@@ -130,8 +156,10 @@ async fn archive(
 struct Writer {
     storage: Backend,
     instance: InstanceName,
-    sender: mpsc::Sender<std::io::Result<Bytes>>,
-    entries: u64,
+    sender: mpsc::Sender<Bytes>,
+    /// Bytes that the reader has taken, but for the last pieces.
+    taken: u64,
+    turn: Turn,
 }
 
 /// What is still to be written of a directory.
@@ -141,16 +169,34 @@ struct Open {
 }
 
 impl Writer {
-    async fn send(&self, data: impl Into<Bytes>) -> Result<(), String> {
-        let sent = self.sender.send(Ok(data.into())).await;
-        sent.map_err(|_| "its reader is gone".to_owned())
+    async fn send(&mut self, data: impl Into<Bytes>) -> Result<(), String> {
+        let mut data = data.into();
+        while !data.is_empty() {
+            let piece = data.split_to(data.len().min(LARGEST_PIECE));
+            self.send_piece(piece).await?;
+        }
+        Ok(())
+    }
+
+    async fn send_piece(&mut self, piece: Bytes) -> Result<(), String> {
+        const ROUND: Duration = Duration::from_secs(1);
+        let (begun, length) = (Instant::now(), piece.len() as u64);
+        let mut sending = pin!(self.sender.send(piece));
+        loop {
+            match tokio::time::timeout(ROUND, sending.as_mut()).await {
+                Ok(Ok(())) => break,
+                Ok(Err(_)) => return Err("its reader is gone".to_owned()),
+                Err(_) if self.turn.is_over(self.taken, begun.elapsed()) => {
+                    return Err("its reader took it too slowly, while others wait".to_owned());
+                }
+                Err(_) => {}
+            }
+        }
+        self.taken += length;
+        Ok(())
     }
 
     async fn entry(&mut self, entry: &Entry<'_>) -> Result<(), String> {
-        self.entries += 1;
-        if self.entries > MOST_ENTRIES {
-            return Err(format!("it has more than {MOST_ENTRIES} entries"));
-        }
         self.send(entry.header()).await
     }
 
@@ -226,9 +272,6 @@ impl Writer {
                 let path = below(&top.path, &directory.name)?;
                 self.entry(&Entry::directory(&format!("{path}/"))).await?;
                 let left = self.read(&parse(directory.digest.as_ref())?).await?;
-                if open.len() >= DEEPEST {
-                    return Err(format!("it is deeper than {DEEPEST} directories"));
-                }
                 open.push(Open { path, left });
             } else {
                 open.pop();
@@ -237,7 +280,7 @@ impl Writer {
         Ok(())
     }
 
-    async fn copy(&self, digest: &Digest) -> Result<(), String> {
+    async fn copy(&mut self, digest: &Digest) -> Result<(), String> {
         if digest.size() > 0 {
             let opened = self
                 .storage
@@ -264,6 +307,7 @@ fn below(path: &str, name: &str) -> Result<String, String> {
 /// Directories of declared outputs, as far as their paths stay below the root.
 fn parents_of_outputs(command: &Command) -> Vec<String> {
     let mut found = std::collections::BTreeSet::new();
+    let mut room = MOST_PARENTS;
     for output in command::declared_outputs(command) {
         let full = format!("{}/{output}", command.working_directory);
         let parts: Vec<&str> = full.split('/').filter(|part| !part.is_empty()).collect();
@@ -273,8 +317,18 @@ fn parents_of_outputs(command: &Command) -> Vec<String> {
         if parents.iter().any(|part| Component::parse(part).is_err()) {
             continue;
         }
-        for depth in 1..=parents.len() {
-            found.insert(parents.get(..depth).unwrap_or_default().join("/"));
+        let mut path = String::new();
+        for parent in parents {
+            if !path.is_empty() {
+                path.push('/');
+            }
+            path.push_str(parent);
+            // Whoever declares more of them makes these by hand.
+            let Some(left) = room.checked_sub(path.len()) else {
+                return found.into_iter().collect();
+            };
+            room = left;
+            found.insert(path.clone());
         }
     }
     found.into_iter().collect()
@@ -400,6 +454,12 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(parents_of_outputs(&command), ["w", "w/a"]);
+        let deep = Command {
+            output_paths: vec!["a/".repeat(1_000_000) + "b"],
+            ..Default::default()
+        };
+        let bytes: usize = parents_of_outputs(&deep).iter().map(String::len).sum();
+        assert!(bytes <= MOST_PARENTS, "{bytes}");
     }
 
     #[test]
