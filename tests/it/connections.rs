@@ -1,14 +1,32 @@
 //! One connection carries the calls of many. What one call does must not end the others.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use bb_remote_execution::{
-    proto::bytestream::{ReadRequest, WriteRequest, byte_stream_client::ByteStreamClient},
+    config::Endpoint,
+    daemon,
+    digest::{Digest, DigestFunction},
+    proto::bytestream::{
+        QueryWriteStatusRequest, QueryWriteStatusResponse, ReadRequest, ReadResponse, WriteRequest,
+        WriteResponse,
+        byte_stream_client::ByteStreamClient,
+        byte_stream_server::{ByteStream, ByteStreamServer},
+    },
     resource::{ReadName, WriteName},
-    storage::Content,
+    storage::{
+        Content,
+        grpc::{Client, Options},
+    },
 };
 use futures::{StreamExt, stream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tonic::{Request, Response, Status, Streaming};
 use uuid::Uuid;
 
 use crate::storage::{GIB, Server, content, instance, sha256};
@@ -108,4 +126,88 @@ async fn whoever_cancels_what_he_has_just_asked_keeps_the_connection() {
     };
     let limit = Duration::from_secs(60);
     tokio::time::timeout(limit, answered).await.unwrap();
+}
+
+/// Answers with more than anybody needs to hear.
+#[derive(Clone, Default)]
+struct Excessive;
+
+#[tonic::async_trait]
+impl ByteStream for Excessive {
+    type ReadStream = stream::BoxStream<'static, Result<ReadResponse, Status>>;
+
+    /// A message of 65 MiB.
+    async fn read(&self, _: Request<ReadRequest>) -> Result<Response<Self::ReadStream>, Status> {
+        let data = vec![7; 65 << 20].into();
+        let one = stream::once(async { Ok(ReadResponse { data }) });
+        Ok(Response::new(one.boxed()))
+    }
+
+    /// Headers of 2 MiB.
+    async fn write(
+        &self,
+        _: Request<Streaming<WriteRequest>>,
+    ) -> Result<Response<WriteResponse>, Status> {
+        Err(Status::internal("x".repeat(2 << 20)))
+    }
+
+    async fn query_write_status(
+        &self,
+        _: Request<QueryWriteStatusRequest>,
+    ) -> Result<Response<QueryWriteStatusResponse>, Status> {
+        Ok(Response::new(QueryWriteStatusResponse::default()))
+    }
+}
+
+/// A peer that bounds nothing itself, and how many connections it has had.
+async fn excessive() -> (Endpoint, Arc<AtomicUsize>) {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = Endpoint::Tcp(listener.local_addr().unwrap().to_string());
+    let accepted = Arc::new(AtomicUsize::new(0));
+    let counted = accepted.clone();
+    let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+    let incoming = incoming.inspect(move |_| {
+        counted.fetch_add(1, Ordering::Relaxed);
+    });
+    let service = ByteStreamServer::new(Excessive);
+    let server = tonic::transport::Server::builder().add_service(service);
+    tokio::spawn(server.serve_with_incoming(incoming));
+    (endpoint, accepted)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_beyond_their_limit_end_their_connection_and_another_one_is_made() {
+    let (endpoint, accepted) = excessive().await;
+    let mut client = ByteStreamClient::new(daemon::connect(&endpoint));
+    for round in 0..3 {
+        let written = client.write(stream::iter([WriteRequest::default()])).await;
+        let status = written.unwrap_err();
+        assert!(
+            status.message().len() < 10_000,
+            "{}",
+            status.message().len()
+        );
+        // Whoever calls at once may meet the end of the old one.
+        let mut attempts = 0;
+        while let Err(status) = client
+            .query_write_status(QueryWriteStatusRequest::default())
+            .await
+        {
+            attempts += 1;
+            assert!(attempts < 20, "{round}: {status}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    assert!(accepted.load(Ordering::Relaxed) <= 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_beyond_its_limit_fails_its_call_before_it_is_taken() {
+    let (endpoint, _) = excessive().await;
+    let client = Client::connect(&endpoint, &endpoint, Options::default());
+    let digest = DigestFunction::Sha256.digest_of(b"x");
+    let digest = Digest::new(DigestFunction::Sha256, digest.hash_bytes(), 65 << 20);
+    let mut pieces = client.stream(&instance(""), &digest, 0, digest.size());
+    let error = pieces.next().await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("67108864"), "{error}");
 }

@@ -29,6 +29,9 @@ use crate::harness::{
     scheduler_process::SchedulerProcess,
 };
 
+mod pages;
+mod queue;
+
 const MIB: u64 = 1 << 20;
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 

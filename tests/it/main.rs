@@ -15,6 +15,7 @@ mod bad_input;
 mod configurations;
 mod conformance;
 mod connections;
+mod dashboards;
 mod documents;
 mod escape;
 mod fairness;

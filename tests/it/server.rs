@@ -311,6 +311,23 @@ async fn a_connection_whose_peer_reads_nothing_of_what_it_asked_for_is_closed() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_connection_whose_peer_is_gone_is_closed_and_others_are_not() {
+    let server = Server::start(ServerLimits {
+        ping_interval: Duration::from_millis(100),
+        ping_timeout: Duration::from_millis(200),
+        ..ServerLimits::default()
+    });
+    let parked = server.parked(server.client(), 1).await;
+    // It has a call under way, and answers no PING.
+    let mut gone = server.greedy(1, 1).await;
+    let closed = until_closed(&mut gone);
+    tokio::time::timeout(Duration::from_secs(20), closed)
+        .await
+        .unwrap();
+    parked.succeed().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_connection_that_says_nothing_or_calls_nothing_is_closed() {
     let server = Server::start(ServerLimits {
         handshake: Duration::from_millis(20),

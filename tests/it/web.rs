@@ -13,6 +13,9 @@ use serde_json::json;
 
 use crate::harness::{Client, Farm, Task, browser::Browser, is_ok, is_root, skip};
 
+mod live;
+mod walk;
+
 /// Names that a client chose to do harm.
 const HOSTILE: &str = "//<img src=x onerror=\"document.title='owned'\">\u{202e}:gpj.\u{1b}[31m";
 
@@ -26,7 +29,7 @@ fn browser() -> Option<Browser> {
 }
 
 /// Where pictures of the pages stay.
-fn pictures() -> PathBuf {
+pub fn pictures() -> PathBuf {
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("pages");
     fs::create_dir_all(&path).unwrap();
     path

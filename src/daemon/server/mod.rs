@@ -87,6 +87,10 @@ pub struct ServerLimits {
     pub stalled: Duration,
     /// The same, when others wait for the room.
     pub stalled_when_short: Duration,
+    /// After so long without a word of the peer it is asked whether it is there (PING).
+    pub ping_interval: Duration,
+    /// How long it may take to answer.
+    pub ping_timeout: Duration,
 }
 
 impl Default for ServerLimits {
@@ -113,6 +117,8 @@ impl Default for ServerLimits {
             bytes_per_second: 0,
             stalled: Duration::from_secs(300),
             stalled_when_short: Duration::from_secs(10),
+            ping_interval: Duration::from_secs(60),
+            ping_timeout: Duration::from_secs(20),
         }
     }
 }
@@ -155,8 +161,8 @@ impl ServerLimits {
             .max_frame_size(1 << 20)
             .max_pending_accept_reset_streams(PENDING_RESETS)
             .max_local_error_reset_streams(ERROR_RESETS)
-            .keep_alive_interval(Duration::from_secs(60))
-            .keep_alive_timeout(Duration::from_secs(20));
+            .keep_alive_interval(self.ping_interval)
+            .keep_alive_timeout(self.ping_timeout);
     }
 }
 
