@@ -7,10 +7,10 @@
 //!    before they are taken.
 //! 2. Whoever needs space beyond the limit makes room first; one at a time does.
 //! 3. Whoever needs a segment takes its space first, and then waits for his turn to create it.
-//! 4. SpaceSource is made by giving up uploads that nobody continues, then by removing least recently used
-//!    entries, then by moving what is left of the segments that have most dead space into new ones. A moved content is written before the index
-//!    points to it, and its old segment is removed after that. A segment that somebody still writes
-//!    to is left alone.
+//! 4. Room is made by giving up uploads that nobody continues, then by removing least recently used
+//!    entries, then by moving what is left of the segments that have most dead space into new ones. A
+//!    moved content is written before the index points to it, and its old segment is removed after that.
+//!    A segment that somebody still writes to is left alone.
 //! 5. Something of the file system stays free for others: the limit is lower while it is not (`ceiling`).
 //! 6. A large blob's file and its entry come and go together, under its key's lock.
 

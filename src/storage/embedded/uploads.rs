@@ -68,7 +68,7 @@ struct UploadState {
     phase: UploadPhase,
 }
 
-/// UploadPhase when, and when a byte came last.
+/// Since when, and when a byte came last.
 enum UploadPhase {
     UnderWay {
         begun: Instant,
