@@ -23,7 +23,7 @@ use super::{
         validate_platform_queues,
     },
     size_classes::SizeClasses,
-    storage::{Health, Places, Shard},
+    storage::{Health, InstanceLimit, Places, Shard, validate_instance_limits},
     tls::{ClientTls, ServerTls},
     tokens::Tokens,
     traces::SchedulerTraces,
@@ -112,6 +112,8 @@ pub struct Embedded {
     pub maximum_size: Size,
     /// What of the file system stays free, whoever else writes to it.
     pub minimum_free: Size,
+    /// Of what is uploaded with some instance names.
+    pub instance_limits: Vec<InstanceLimit>,
 }
 
 /// Buildbarn compiles most of these in; the defaults are its own unless a line says otherwise.
@@ -249,6 +251,7 @@ impl Default for Embedded {
             directory: PathBuf::from("/var/lib/bb-scheduler/storage"),
             maximum_size: Size::gib(20),
             minimum_free: Size::gib(1),
+            instance_limits: Vec::new(),
         }
     }
 }
@@ -455,6 +458,16 @@ impl Storage {
             self.embedded.maximum_size >= Size::mib(16),
             "storage.embedded.maximum_size",
             "less than 16MiB cannot hold the outputs of a build; 20GiB is a good start",
+        );
+        diagnostics.require(
+            self.embedded.instance_limits.is_empty() || self.places().has_embedded(),
+            "storage.embedded.instance_limits",
+            "neither storage.cas nor storage.action_cache is \"embedded\", so that there is no store to limit; leave it out",
+        );
+        validate_instance_limits(
+            &self.embedded.instance_limits,
+            self.embedded.maximum_size,
+            diagnostics,
         );
     }
 }

@@ -10,7 +10,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Diagnostics, Duration, Endpoint, ListenAddress,
+    Diagnostics, Duration, Endpoint, ListenAddress, Size,
     object_storage::{ObjectService, ObjectStores},
 };
 use crate::instance::InstanceName;
@@ -38,6 +38,15 @@ pub struct Shard {
     pub instance_name_prefix: String,
 }
 
+/// How much of the embedded store the uploads of some instance names may take.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct InstanceLimit {
+    /// Of those names; empty for all that no other limit is about.
+    pub instance_name_prefix: String,
+    pub maximum_size: Size,
+}
+
 /// When a server of a shard is out of use.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -57,6 +66,15 @@ impl Default for Shard {
             endpoints: Vec::new(),
             weight: 1,
             instance_name_prefix: String::new(),
+        }
+    }
+}
+
+impl Default for InstanceLimit {
+    fn default() -> Self {
+        InstanceLimit {
+            instance_name_prefix: String::new(),
+            maximum_size: Size(0),
         }
     }
 }
@@ -207,6 +225,60 @@ impl Shard {
         if let Err(error) = InstanceName::parse(&self.instance_name_prefix) {
             diagnostics.add(key("instance_name_prefix"), error.to_string());
         }
+    }
+}
+
+/// More of them would make each upload slow.
+const MOST_INSTANCE_LIMITS: usize = 1000;
+
+/// What no host is needed to find wrong with the limits of an embedded store of this size.
+pub(super) fn validate_instance_limits(
+    limits: &[InstanceLimit],
+    maximum: Size,
+    diagnostics: &mut Diagnostics,
+) {
+    diagnostics.require(
+        limits.len() <= MOST_INSTANCE_LIMITS,
+        "storage.embedded.instance_limits",
+        format!("there are {}, of at most {MOST_INSTANCE_LIMITS}; give prefixes that several instance names have", limits.len()),
+    );
+    for (number, limit) in limits.iter().enumerate() {
+        limit.validate(number, &limits[..number], maximum, diagnostics);
+    }
+}
+
+impl InstanceLimit {
+    fn validate(
+        &self,
+        number: usize,
+        before: &[Self],
+        maximum: Size,
+        diagnostics: &mut Diagnostics,
+    ) {
+        let key = |name: &str| format!("storage.embedded.instance_limits.{number}.{name}");
+        let prefix = &self.instance_name_prefix;
+        if let Err(error) = InstanceName::parse(prefix) {
+            diagnostics.add(key("instance_name_prefix"), error.to_string());
+        }
+        diagnostics.require(
+            before
+                .iter()
+                .all(|other| other.instance_name_prefix != *prefix),
+            &key("instance_name_prefix"),
+            format!("{prefix:?} has a limit already; leave one of them out"),
+        );
+        diagnostics.require(
+            self.maximum_size >= Size::mib(16),
+            &key("maximum_size"),
+            "less than 16MiB cannot hold the outputs of a build; write how much of the store these instance names may take, such as \"5GiB\"",
+        );
+        diagnostics.require(
+            self.maximum_size <= maximum,
+            &key("maximum_size"),
+            format!(
+                "it exceeds storage.embedded.maximum_size, which is {maximum}, so that it would limit nothing; write less, or leave it out"
+            ),
+        );
     }
 }
 

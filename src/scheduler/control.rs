@@ -31,7 +31,7 @@ use crate::{
         control::{
             ActionDescription, CheckStoreRequest, DrainedQueues, ExecutingReason,
             ExplainOperationRequest, GetActionRequest, GetStatusRequest, GetStoreUsageRequest,
-            KillOperationRequest, KilledOperations, ListDrainedQueuesRequest,
+            InstanceUsage, KillOperationRequest, KilledOperations, ListDrainedQueuesRequest,
             ListOldestOperationsRequest, ListTerminatingWorkersRequest, OldestOperations,
             OperationExplanation, QueuedReason, RemoveActionResultRequest,
             RemoveActionResultResponse, SchedulerStatus, SizeClassQueueStatus, StoreCheck,
@@ -417,6 +417,15 @@ async fn usage(store: Arc<embedded::Store>) -> Result<StoreUsage, Status> {
         maximum_bytes: usage.maximum,
         free_bytes: usage.free,
         entries: usage.entries as u64,
+        instances: usage
+            .instances
+            .into_iter()
+            .map(|of| InstanceUsage {
+                instance_name_prefix: of.prefix.to_string(),
+                used_bytes: of.used,
+                maximum_bytes: of.maximum,
+            })
+            .collect(),
     })
 }
 

@@ -13,11 +13,13 @@ use super::{
 use crate::{
     daemon::{Exposition, Labels, Metrics},
     proto,
-    storage::Backend,
+    storage::{Backend, embedded::InstanceUsage},
 };
 
 /// Characters of a platform in a label.
 const LONGEST_PLATFORM: usize = 200;
+/// Instance names with limits of their own that have series.
+const MOST_INSTANCE_LIMITS: usize = 100;
 
 /// What is in one queue, or in several, now.
 #[derive(Clone, Copy, Debug, Default)]
@@ -253,6 +255,23 @@ fn expose_store(storage: &Backend, exposition: &mut Exposition<'_>) -> fmt::Resu
         ),
     ] {
         exposition.gauge(&format!("bb_storage_{name}"), help, value as f64)?;
+    }
+    for (name, help, value) in [
+        (
+            "used_bytes",
+            "Bytes of the embedded store that uploads with instance names of a limit of their own take",
+            (|of| of.used) as fn(&InstanceUsage) -> u64,
+        ),
+        ("maximum_bytes", "storage.embedded.instance_limits", |of| {
+            of.maximum
+        }),
+    ] {
+        let rows = usage.instances.iter().take(MOST_INSTANCE_LIMITS);
+        let rows = rows.map(|of| {
+            let prefix = bounded(of.prefix.to_string());
+            (vec![("instance_name_prefix", prefix)], value(of) as f64)
+        });
+        exposition.gauges(&format!("bb_storage_instance_{name}"), help, rows)?;
     }
     let counts = store.counts();
     exposition.counters(

@@ -354,6 +354,7 @@ mod tests {
                 directory: directory.to_owned(),
                 maximum_size: Size::mib(16),
                 minimum_free: Size::mib(0),
+                ..Default::default()
             },
             ..Default::default()
         };

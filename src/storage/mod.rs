@@ -352,8 +352,8 @@ impl Backend {
     ) -> Result<(), Error> {
         match self.cas() {
             Place::Embedded(store) => {
-                let store = store.clone();
-                blocking(move || store.store_all(blobs)).await?
+                let (store, limit) = (store.clone(), store.limit_of(instance));
+                blocking(move || store.store_all(blobs, limit)).await?
             }
             Place::Grpc(client) => client.upload(instance, blobs).await,
             Place::Shards(shards) => shards.upload(instance, blobs).await,
@@ -369,8 +369,8 @@ impl Backend {
     ) -> Result<Vec<Result<(), Error>>, Error> {
         match self.cas() {
             Place::Embedded(store) => {
-                let store = store.clone();
-                blocking(move || store.put(&blobs)).await
+                let (store, limit) = (store.clone(), store.limit_of(instance));
+                blocking(move || store.put_within(&blobs, limit)).await
             }
             Place::Grpc(client) => client.put_many(instance, blobs).await,
             Place::Shards(shards) => shards.put_many(instance, blobs).await,
@@ -382,6 +382,7 @@ impl Backend {
     /// nothing is known of it.
     pub async fn resume_upload(
         &self,
+        instance: &InstanceName,
         resource_name: &str,
         owner: &str,
         digest: Digest,
@@ -389,7 +390,8 @@ impl Backend {
     ) -> Result<Upload, UploadError> {
         match self.cas() {
             Place::Embedded(store) => {
-                Upload::resume_embedded(store, resource_name, owner, digest, offset).await
+                let limit = store.limit_of(instance);
+                Upload::resume_embedded(store, resource_name, owner, limit, digest, offset).await
             }
             Place::Grpc(client) => Ok(Upload::Grpc(client.forward_upload(resource_name, digest))),
             Place::Shards(shards) => {

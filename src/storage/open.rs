@@ -132,7 +132,7 @@ pub async fn probe_servers(places: &Places<'_>, options: &grpc::Options) -> Vec<
     let asked = servers.into_iter().map(|(key, name, endpoint)| async move {
         let client = grpc::Client::connect(endpoint, endpoint, options.clone());
         let error = client.probe().await.err()?;
-        let message = format!("{name}: {error}");
+        let message = format!("{name}: {error}; {}", remedy(&error));
         Some(Failure::Configuration { key, message })
     });
     let answers = futures::future::join_all(asked).await;
@@ -165,10 +165,23 @@ async fn probe_service(
     Some(Failure::Configuration { key, message })
 }
 
+/// What to do about a server that is none, or that does not answer.
+fn remedy(error: &Error) -> &'static str {
+    match error {
+        Error::Invalid(_) => "write the port of a storage server",
+        Error::Unavailable(_) => {
+            "see that it runs there and can be reached from this host, or write where the storage is"
+        }
+        _ => {
+            "see what its log says of this call, and what storage.tls, storage.authorization_file and storage.add_metadata show it"
+        }
+    }
+}
+
 fn open_embedded(config: &config::Embedded) -> Result<Arc<embedded::Store>, Failure> {
     let size = config.maximum_size.0;
     let directory = &config.directory;
-    let store = embedded::Store::open_leaving(directory, size, config.minimum_free.0)?;
+    let store = embedded::Store::open_configured(config)?;
     tracing::info!(
         directory = %directory.display(),
         entries = store.count(),

@@ -59,10 +59,11 @@ impl Upload {
         store: &Arc<embedded::Store>,
         resource_name: &str,
         owner: &str,
+        limit: embedded::LimitId,
         digest: Digest,
         offset: i64,
     ) -> Result<Self, UploadError> {
-        let lease = lease(store, resource_name, owner, digest, offset).await?;
+        let lease = lease(store, resource_name, owner, limit, digest, offset).await?;
         let store = store.clone();
         Ok(Upload::Embedded { store, lease })
     }
@@ -77,7 +78,9 @@ impl Upload {
         let store = objects.cache().cloned().ok_or_else(|| {
             Error::Internal("without a cache, nobody's uploads are taken".to_owned())
         })?;
-        let lease = lease(&store, resource_name, owner, digest, offset).await?;
+        // A cache has no limits of instance names.
+        let limit = embedded::LimitId::NONE;
+        let lease = lease(&store, resource_name, owner, limit, digest, offset).await?;
         let objects = objects.clone();
         Ok(Upload::Cached {
             objects,
@@ -134,12 +137,13 @@ async fn lease(
     store: &Arc<embedded::Store>,
     resource_name: &str,
     owner: &str,
+    limit: embedded::LimitId,
     digest: Digest,
     offset: i64,
 ) -> Result<Arc<embedded::WriteLease>, UploadError> {
     let lease = store
         .uploads()
-        .lease(resource_name, owner, Instant::now())?;
+        .lease(resource_name, owner, limit, Instant::now())?;
     let (store, lease) = (store.clone(), Arc::new(lease));
     let writer = lease.clone();
     blocking(move || writer.begin(&store, digest, offset, Instant::now())).await??;

@@ -391,6 +391,30 @@ const SCHEDULER: &[Row] = &[
     ),
     ("storage.health.faults = 0", Refused("3 is a good start")),
     (
+        "storage.embedded = { maximum_size = \"64MiB\", instance_limits = [{ instance_name_prefix = \"a\", maximum_size = \"16MiB\" }] }",
+        Good,
+    ),
+    (
+        "[[storage.embedded.instance_limits]]\ninstance_name_prefix = \"a\"",
+        Refused("less than 16MiB cannot hold the outputs of a build"),
+    ),
+    (
+        "[[storage.embedded.instance_limits]]\nmaximum_size = \"1TiB\"",
+        Refused("it exceeds storage.embedded.maximum_size"),
+    ),
+    (
+        "storage.embedded.instance_limits = [{ maximum_size = \"16MiB\" }, { maximum_size = \"17MiB\" }]",
+        Refused("\"\" has a limit already"),
+    ),
+    (
+        "storage.embedded.instance_limits = [{ instance_name_prefix = \"a//b\", maximum_size = \"16MiB\" }]",
+        Refused("two in a row"),
+    ),
+    (
+        "storage.cas = \"grpc://127.0.0.1:1\"\nstorage.action_cache = \"grpc://127.0.0.1:1\"\nstorage.embedded.instance_limits = [{ maximum_size = \"16MiB\" }]",
+        Refused("there is no store to limit"),
+    ),
+    (
         "storage.health.timeout = \"1ms\"",
         Refused("less than 100ms"),
     ),

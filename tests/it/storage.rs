@@ -24,6 +24,7 @@ mod chunks;
 mod compression;
 
 mod disk;
+mod instance_limits;
 mod limits;
 mod objects;
 mod peers;

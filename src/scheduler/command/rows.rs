@@ -124,6 +124,16 @@ pub(super) struct StoreRow {
     pub maximum_bytes: u64,
     pub free_bytes: u64,
     pub entries: u64,
+    /// Of those that have limits of their own.
+    pub instances: Vec<InstanceRow>,
+}
+
+/// What some instance names take of the store.
+#[derive(Debug, Serialize)]
+pub(super) struct InstanceRow {
+    pub instance_name_prefix: String,
+    pub used_bytes: u64,
+    pub maximum_bytes: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -216,6 +226,15 @@ impl From<control::StoreUsage> for StoreRow {
             maximum_bytes: usage.maximum_bytes,
             free_bytes: usage.free_bytes,
             entries: usage.entries,
+            instances: usage
+                .instances
+                .into_iter()
+                .map(|of| InstanceRow {
+                    instance_name_prefix: of.instance_name_prefix,
+                    used_bytes: of.used_bytes,
+                    maximum_bytes: of.maximum_bytes,
+                })
+                .collect(),
         }
     }
 }

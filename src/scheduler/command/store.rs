@@ -19,19 +19,24 @@ pub(super) async fn usage(scheduler: &Scheduler, output: &Output) -> Result<(), 
         output.json(&usage);
         return Ok(());
     }
-    let percent = usage.used_bytes * 100 / usage.maximum_bytes.max(1);
     output.fact("Directory", &usage.directory);
-    output.fact(
-        "Used",
-        format!(
-            "{} of {} ({percent} %)",
-            bytes(usage.used_bytes),
-            bytes(usage.maximum_bytes)
-        ),
-    );
+    output.fact("Used", part(usage.used_bytes, usage.maximum_bytes));
     output.fact("Entries", usage.entries);
     output.fact("Free on its disk", bytes(usage.free_bytes));
+    for of in &usage.instances {
+        let used = part(of.used_bytes, of.maximum_bytes);
+        let whose = match of.instance_name_prefix.as_str() {
+            "" => "of all other instance names".to_owned(),
+            prefix => format!("of instance {prefix}"),
+        };
+        output.fact("Of that", format!("{used} {whose}"));
+    }
     Ok(())
+}
+
+fn part(used: u64, maximum: u64) -> String {
+    let percent = used * 100 / maximum.max(1);
+    format!("{} of {} ({percent} %)", bytes(used), bytes(maximum))
 }
 
 pub(super) async fn check(scheduler: &Scheduler, output: &Output) -> Result<(), CommandError> {

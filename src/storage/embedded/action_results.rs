@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use bytes::Bytes;
 use prost::Message;
 
-use super::{super::Error, Store, index::IndexKey};
+use super::{super::Error, Store, index::IndexKey, segment::NewContent};
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
@@ -68,9 +68,11 @@ impl Store {
         action: &Digest,
         result: &ActionResult,
     ) -> Result<(), Error> {
-        let content = Bytes::from(result.encode_to_vec());
-        self.space
-            .store_small(&[(IndexKey::action(instance, action), content)])
+        self.space.store_small(&[NewContent {
+            key: IndexKey::action(instance, action),
+            limit: self.limit_of(instance),
+            content: Bytes::from(result.encode_to_vec()),
+        }])
     }
 
     fn check_complete(

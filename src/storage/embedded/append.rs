@@ -2,13 +2,12 @@
 
 use std::sync::{Arc, atomic::Ordering};
 
-use bytes::Bytes;
-
 use super::{
     super::Error,
     file,
-    index::{IndexEntry, IndexKey, Location},
-    segment::{self, AppendPosition, Segment},
+    index::{IndexEntry, Location},
+    instance_limits::LimitId,
+    segment::{self, AppendPosition, NewContent, Segment},
     space::Space,
 };
 
@@ -45,12 +44,12 @@ impl ActiveSegment {
     /// Reserves room for as many contents as fit. `None` when the first does not.
     fn take(
         &mut self,
-        contents: &[(IndexKey, Bytes)],
+        contents: &[NewContent],
     ) -> Option<(SegmentWrite, AppendPosition, usize, u64)> {
         let at = self.end;
         let mut count = 0;
-        for (_, content) in contents {
-            let size = content.len() as u64;
+        for new in contents {
+            let size = new.content.len() as u64;
             if !self.fits(size) {
                 break;
             }
@@ -71,27 +70,45 @@ impl ActiveSegment {
 
 impl Space {
     /// Stores contents that proved right. On an error some of them may have been stored.
-    pub(super) fn store_small(&self, contents: &[(IndexKey, Bytes)]) -> Result<(), Error> {
-        self.append(contents, SpaceSource::Shared, |places| {
-            let now = self.now();
-            for ((key, content), place) in contents.iter().zip(places) {
-                self.counts.written.add(content.len() as u64);
-                self.set_location(*key, content.len() as u64, *place, now);
+    pub(super) fn store_small(&self, contents: &[NewContent]) -> Result<(), Error> {
+        for new in contents {
+            self.limits.admit(new.limit, new.content.len() as u64)?;
+        }
+        let result = self.append(contents, SpaceSource::Shared, |places| {
+            let used = self.now();
+            for (new, place) in contents.iter().zip(places) {
+                let size = new.content.len() as u64;
+                self.counts.written.add(size);
+                self.set_location(&IndexEntry {
+                    key: new.key,
+                    size,
+                    place: *place,
+                    used,
+                    limit: new.limit,
+                });
             }
-        })
+        });
+        let mut limits: Vec<LimitId> = contents.iter().map(|new| new.limit).collect();
+        limits.dedup();
+        for limit in limits {
+            self.keep_limit(limit);
+        }
+        result
     }
 
     /// Makes the index point to a content that has been written.
-    pub(super) fn set_location(&self, key: IndexKey, size: u64, place: Location, used: u32) {
-        self.count_live(place, size);
-        if let Some(old) = self.index.insert(key, size, place, used) {
+    pub(super) fn set_location(&self, new: &IndexEntry) {
+        self.count_live(new.place, new.size);
+        self.limits.add(new.limit, new.footprint());
+        if let Some(old) = self.index.insert(new) {
             self.discount_live(&old);
+            self.limits.subtract(old.limit, old.footprint());
             match old.place {
                 // Somebody else wrote the same file.
-                Location::File => self.give_back(file::footprint(size)),
+                Location::File => self.give_back(file::footprint(new.size)),
                 // An older action result must not come back when the store is opened again after
                 // the newer one was evicted.
-                Location::Segment { number, slot } if key.is_mutable() => {
+                Location::Segment { number, slot } if new.key.is_mutable() => {
                     if let Some(segment) = self.segment(number) {
                         let _ = segment.erase(slot);
                     }
@@ -124,7 +141,7 @@ impl Space {
     /// Appends, and tells the places of what has been appended as far as it went well.
     pub(super) fn append(
         &self,
-        contents: &[(IndexKey, Bytes)],
+        contents: &[NewContent],
         source: SpaceSource,
         appended: impl FnOnce(&[Location]),
     ) -> Result<(), Error> {
@@ -151,13 +168,11 @@ impl Space {
     /// Appends as many contents as fit into one segment, at least one.
     fn append_some(
         &self,
-        contents: &[(IndexKey, Bytes)],
+        contents: &[NewContent],
         source: SpaceSource,
         places: &mut Vec<Location>,
     ) -> Result<(usize, SegmentWrite), Error> {
-        let first = contents
-            .first()
-            .map_or(0, |(_, content)| content.len() as u64);
+        let first = contents.first().map_or(0, |new| new.content.len() as u64);
         let (writing, at, count, length) = loop {
             let mut active = self.active.lock();
             if let Some(reserved) = active.as_mut().and_then(|active| active.take(contents)) {

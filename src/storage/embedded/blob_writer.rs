@@ -7,6 +7,8 @@ use super::{
     SMALL,
     file::{self, BlobFileWriter},
     index::IndexKey,
+    instance_limits::LimitId,
+    segment::NewContent,
     space::{Space, SpaceReservation},
 };
 use crate::digest::{Digest, Hasher};
@@ -16,6 +18,7 @@ use std::sync::Arc;
 pub struct BlobWriter {
     space: Arc<Space>,
     digest: Digest,
+    limit: LimitId,
     hasher: Hasher,
     content: BlobBuffer,
 }
@@ -32,11 +35,15 @@ enum BlobBuffer {
 const STEP: u64 = 4 << 20;
 
 impl BlobWriter {
-    pub(super) fn start(space: Arc<Space>, digest: Digest) -> Result<Self, Error> {
-        let limit = space.maximum_blob_size();
-        if digest.size() > limit {
-            return Err(Error::TooLarge { digest, limit });
+    pub(super) fn start(space: Arc<Space>, digest: Digest, limit: LimitId) -> Result<Self, Error> {
+        let most = space.maximum_blob_size();
+        if digest.size() > most {
+            return Err(Error::TooLarge {
+                digest,
+                limit: most,
+            });
         }
+        space.limits.admit(limit, digest.size())?;
         let content = if digest.size() <= SMALL {
             BlobBuffer::Small(Vec::new())
         } else {
@@ -49,6 +56,7 @@ impl BlobWriter {
         Ok(BlobWriter {
             space,
             digest,
+            limit,
             hasher: digest.function().hasher(digest.size()),
             content,
         })
@@ -101,7 +109,11 @@ impl BlobWriter {
         let key = IndexKey::blob(&self.digest);
         match self.content {
             BlobBuffer::Small(content) if content.is_empty() => Ok(()),
-            BlobBuffer::Small(content) => self.space.store_small(&[(key, Bytes::from(content))]),
+            BlobBuffer::Small(content) => self.space.store_small(&[NewContent {
+                key,
+                limit: self.limit,
+                content: Bytes::from(content),
+            }]),
             BlobBuffer::Large {
                 writer,
                 mut reservation,
@@ -109,9 +121,10 @@ impl BlobWriter {
                 let rest = file::footprint(received).saturating_sub(reservation.bytes());
                 reservation.grow(rest)?;
                 self.space
-                    .commit_large(writer, key, received)
+                    .commit_large(writer, key, self.limit, received)
                     .map_err(|error| self.space.write_error(error))?;
                 reservation.keep();
+                self.space.keep_limit(self.limit);
                 Ok(())
             }
         }

@@ -4,6 +4,7 @@
 use super::{
     Store, file,
     index::{IndexEntry, IndexKey, Location},
+    instance_limits::InstanceUsage,
 };
 use crate::{daemon, digest::Digest, instance::InstanceName};
 
@@ -20,6 +21,8 @@ pub struct StoreUsage {
     pub free: u64,
     /// Blobs and action results.
     pub entries: usize,
+    /// Of instance names that have limits of their own.
+    pub instances: Vec<InstanceUsage>,
 }
 
 /// How far a check is.
@@ -46,6 +49,7 @@ impl Store {
             maximum: self.space.maximum_size,
             free: daemon::disk::space(directory).map_or(0, |disk| disk.available),
             entries: self.count(),
+            instances: self.space.limits.usage(),
         }
     }
 
@@ -102,7 +106,7 @@ impl Store {
         let key = IndexKey::action(instance, action);
         // It may be moved in between.
         while let Some(found) = self.space.index.peek(&key) {
-            if !self.space.index.remove(&found) {
+            if !self.space.remove(&found) {
                 continue;
             }
             self.space.discount_live(&found);

@@ -14,6 +14,7 @@ use super::{
         chunking::{ChunkingFunction, Chunks},
     },
     STREAMED, Store,
+    instance_limits::LimitId,
 };
 use crate::digest::Digest;
 
@@ -57,12 +58,14 @@ impl ChunkLists {
 }
 
 impl Store {
-    /// The chunks of a blob, which are all there then. `None` when there are more than `limit`.
+    /// The chunks of a blob, which are all there then; those that were not count towards `limit`. `None` when
+    /// there are more than `most`.
     pub fn split(
         &self,
         digest: &Digest,
         function: ChunkingFunction,
-        limit: usize,
+        most: usize,
+        limit: LimitId,
     ) -> Result<Option<Vec<Digest>>, Error> {
         let blob = self.blob(digest)?;
         if digest.size() < function.smallest_blob() {
@@ -76,7 +79,7 @@ impl Store {
         }
         let key = (*digest, function);
         if let Some(list) = self.chunk_lists.get(&key)
-            && list.len() <= limit
+            && list.len() <= most
             && self.find_missing(&list).is_empty()
         {
             return Ok(Some(list));
@@ -91,12 +94,12 @@ impl Store {
         };
         let mut chunks = Chunks::new(function, digest.size(), read);
         while let Some(content) = chunks.next_chunk()? {
-            if list.len() == limit {
+            if list.len() == most {
                 return Ok(None);
             }
             let chunk = digest.function().digest_of(content);
             if !self.contains(&chunk) {
-                let mut writer = self.writer(chunk)?;
+                let mut writer = self.writer(chunk, limit)?;
                 writer.write(content)?;
                 writer.finish()?;
             }
@@ -111,8 +114,8 @@ impl Store {
         Ok(Some(list))
     }
 
-    /// Makes a blob of chunks that are there.
-    pub fn splice(&self, digest: Digest, chunks: &[Digest]) -> Result<(), Error> {
+    /// Makes a blob of chunks that are there, which counts towards `limit`.
+    pub fn splice(&self, digest: Digest, chunks: &[Digest], limit: LimitId) -> Result<(), Error> {
         let sizes = chunks.iter().map(Digest::size);
         let total = sizes.fold(0, u64::saturating_add);
         if total != digest.size() {
@@ -128,7 +131,7 @@ impl Store {
         if !missing.is_empty() {
             return Err(Error::Missing(missing));
         }
-        let mut writer = self.writer(digest)?;
+        let mut writer = self.writer(digest, limit)?;
         for chunk in chunks {
             let blob = self.blob(chunk)?;
             let mut at = 0;

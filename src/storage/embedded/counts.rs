@@ -90,7 +90,10 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::index::{IndexKey, Location},
+        super::{
+            index::{IndexKey, Location},
+            instance_limits::LimitId,
+        },
         *,
     };
     use crate::digest::DigestFunction;
@@ -107,6 +110,7 @@ mod tests {
             size: 1,
             place: Location::File,
             used,
+            limit: LimitId::NONE,
         };
         ages.evicted(&[entry(11), entry(13)], start + second * 20);
         assert_eq!(ages.evicted, Some(second * 7));

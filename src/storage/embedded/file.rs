@@ -19,7 +19,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::index::IndexKey;
+use super::{index::IndexKey, instance_limits::LimitId};
 use crate::text::{parse_hex, push_hex};
 
 /// Bytes per checksum; whoever reads in multiples of it has each byte checked once.
@@ -33,24 +33,38 @@ pub(super) fn footprint(size: u64) -> u64 {
     (size + 4 * size.div_ceil(PIECE) + 12).next_multiple_of(BLOCK)
 }
 
-/// `files/AB/KEY-SIZE`, AB being the first byte of the hash.
-pub(super) fn path(directory: &Path, key: &IndexKey, size: u64) -> PathBuf {
+/// `files/AB/KEY-SIZE` or `files/AB/KEY-SIZE-LIMIT`, AB being the first byte of the hash.
+pub(super) fn path(directory: &Path, key: &IndexKey, size: u64, limit: LimitId) -> PathBuf {
     let bytes = key.to_bytes();
     let mut name = String::with_capacity(90);
     push_hex(&mut name, &bytes[1..2]);
     name.push('/');
     push_hex(&mut name, &bytes);
     let _ = write!(name, "-{size}");
+    if limit != LimitId::NONE {
+        let _ = write!(name, "-{:08x}", limit.to_u32());
+    }
     directory.join(name)
 }
 
-fn parse_name(name: &str) -> Option<(IndexKey, u64)> {
-    let (key, size) = name.split_once('-')?;
+/// A large blob: its size, and the limit that it counts towards.
+pub(super) type LargeBlob = (IndexKey, u64, LimitId);
+
+fn parse_name(name: &str) -> Option<LargeBlob> {
+    let (key, rest) = name.split_once('-')?;
+    let (size, limit) = match rest.split_once('-') {
+        Some((size, limit)) => (size, u32::from_str_radix(limit, 16).ok()?),
+        None => (rest, 0),
+    };
     let mut bytes = [0; 33];
     if !parse_hex(key, &mut bytes) {
         return None;
     }
-    Some((IndexKey::from_bytes(&bytes), size.parse().ok()?))
+    Some((
+        IndexKey::from_bytes(&bytes),
+        size.parse().ok()?,
+        LimitId::from_u32(limit),
+    ))
 }
 
 /// Makes the 256 directories.
@@ -62,7 +76,7 @@ pub(super) fn prepare(directory: &Path) -> io::Result<()> {
 }
 
 /// All large blobs. Names are enough: contents are checked when they are read.
-pub(super) fn list(directory: &Path) -> io::Result<Vec<(IndexKey, u64)>> {
+pub(super) fn list(directory: &Path) -> io::Result<Vec<LargeBlob>> {
     let mut found = Vec::new();
     for byte in 0..=255 {
         found.extend(list_one(directory, byte)?);
@@ -71,7 +85,7 @@ pub(super) fn list(directory: &Path) -> io::Result<Vec<(IndexKey, u64)>> {
 }
 
 /// Those whose hashes begin with this byte.
-pub(super) fn list_one(directory: &Path, byte: u8) -> io::Result<Vec<(IndexKey, u64)>> {
+pub(super) fn list_one(directory: &Path, byte: u8) -> io::Result<Vec<LargeBlob>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(directory.join(format!("{byte:02x}")))? {
         if let Some(blob) = entry?.file_name().to_str().and_then(parse_name) {
@@ -129,7 +143,12 @@ impl BlobFileWriter {
     }
 
     /// Gives the file its name.
-    pub(super) fn commit(mut self, directory: &Path, key: &IndexKey) -> io::Result<()> {
+    pub(super) fn commit(
+        mut self,
+        directory: &Path,
+        key: &IndexKey,
+        limit: LimitId,
+    ) -> io::Result<()> {
         if !self.size.is_multiple_of(PIECE) {
             self.end_piece();
         }
@@ -138,7 +157,7 @@ impl BlobFileWriter {
         trailer.extend_from_slice(&checksum.to_le_bytes());
         trailer.extend_from_slice(FORMAT);
         self.file.write_all_at(&trailer, self.size)?;
-        fs::rename(&self.path, path(directory, key, self.size))?;
+        fs::rename(&self.path, path(directory, key, self.size, limit))?;
         self.committed = true;
         Ok(())
     }
@@ -233,9 +252,10 @@ mod tests {
         for part in content.chunks(100_001) {
             writer.append(part).unwrap();
         }
-        writer.commit(directory.path(), &key).unwrap();
-        assert_eq!(list(directory.path()).unwrap(), [(key, size)]);
-        let path = path(directory.path(), &key, size);
+        let limit = LimitId::from_u32(7);
+        writer.commit(directory.path(), &key, limit).unwrap();
+        assert_eq!(list(directory.path()).unwrap(), [(key, size, limit)]);
+        let path = path(directory.path(), &key, size, limit);
         let open = || BlobFile::open(&path, size);
         assert_eq!(open().unwrap().read(0, size).unwrap(), content);
         assert_eq!(

@@ -12,6 +12,7 @@ use std::{
 
 use parking_lot::RwLock;
 
+use super::{file, instance_limits::LimitId, segment};
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
@@ -111,12 +112,19 @@ pub(super) enum Location {
     File,
 }
 
+/// There are millions of them.
 #[derive(Debug)]
 struct StoredEntry {
     size: u64,
-    place: Location,
+    /// `FILE` for a file of its own.
+    segment: u32,
+    slot: u32,
     used: AtomicU32,
+    limit: LimitId,
 }
+
+/// No segment has this number.
+const FILE: u32 = u32::MAX;
 
 /// A copy of an entry.
 #[derive(Clone, Copy, Debug)]
@@ -125,15 +133,44 @@ pub(super) struct IndexEntry {
     pub size: u64,
     pub place: Location,
     pub used: u32,
+    pub limit: LimitId,
+}
+
+impl IndexEntry {
+    /// Bytes that it takes on disk.
+    pub(super) fn footprint(&self) -> u64 {
+        match self.place {
+            Location::Segment { .. } => segment::weight(self.size),
+            Location::File => file::footprint(self.size),
+        }
+    }
 }
 
 impl StoredEntry {
+    fn place(&self) -> Location {
+        match self.segment {
+            FILE => Location::File,
+            number => Location::Segment {
+                number,
+                slot: self.slot,
+            },
+        }
+    }
+
+    fn set_place(&mut self, place: Location) {
+        (self.segment, self.slot) = match place {
+            Location::Segment { number, slot } => (number, slot),
+            Location::File => (FILE, 0),
+        };
+    }
+
     fn found(&self, key: IndexKey) -> IndexEntry {
         IndexEntry {
             key,
             size: self.size,
-            place: self.place,
+            place: self.place(),
             used: self.used.load(Ordering::Relaxed),
+            limit: self.limit,
         }
     }
 }
@@ -166,27 +203,24 @@ impl Index {
     }
 
     /// What was there before; it is replaced.
-    pub(super) fn insert(
-        &self,
-        key: IndexKey,
-        size: u64,
-        place: Location,
-        used: u32,
-    ) -> Option<IndexEntry> {
-        let entry = StoredEntry {
-            size,
-            place,
-            used: AtomicU32::new(used),
+    pub(super) fn insert(&self, new: &IndexEntry) -> Option<IndexEntry> {
+        let mut entry = StoredEntry {
+            size: new.size,
+            segment: FILE,
+            slot: 0,
+            used: AtomicU32::new(new.used),
+            limit: new.limit,
         };
-        let old = self.shard(&key).write().insert(key, entry);
-        old.map(|entry| entry.found(key))
+        entry.set_place(new.place);
+        let old = self.shard(&new.key).write().insert(new.key, entry);
+        old.map(|entry| entry.found(new.key))
     }
 
     /// False when the entry is no longer what was seen.
     pub(super) fn relocate(&self, seen: &IndexEntry, place: Location) -> bool {
         match self.shard(&seen.key).write().get_mut(&seen.key) {
-            Some(entry) if entry.place == seen.place => {
-                entry.place = place;
+            Some(entry) if entry.place() == seen.place => {
+                entry.set_place(place);
                 true
             }
             _ => false,
@@ -197,7 +231,7 @@ impl Index {
     pub(super) fn remove(&self, seen: &IndexEntry) -> bool {
         let mut shard = self.shard(&seen.key).write();
         match shard.get(&seen.key) {
-            Some(entry) if entry.place == seen.place => {
+            Some(entry) if entry.place() == seen.place && entry.limit == seen.limit => {
                 shard.remove(&seen.key);
                 true
             }
@@ -223,11 +257,19 @@ impl Index {
         }
     }
 
-    /// Removes the least recently used entries, of at least `bytes` bytes together as `weigh` counts
-    /// them, and returns them.
-    pub(super) fn evict(&self, bytes: u64, weigh: impl Fn(&IndexEntry) -> u64) -> Vec<IndexEntry> {
+    /// Removes the least recently used entries among those that `may_go`, of at least `bytes` bytes on disk
+    /// together, and returns them.
+    pub(super) fn evict(
+        &self,
+        bytes: u64,
+        may_go: impl Fn(&IndexEntry) -> bool,
+    ) -> Vec<IndexEntry> {
         let mut ages = Vec::new();
-        self.for_each(|found| ages.push((found.used, weigh(&found))));
+        self.for_each(|found| {
+            if may_go(&found) {
+                ages.push((found.used, found.footprint()));
+            }
+        });
         ages.sort_unstable_by_key(|(used, _)| *used);
         let mut sum = 0;
         let mut cut = None;
@@ -252,11 +294,11 @@ impl Index {
             let mut shard = shard.write();
             shard.retain(|key, entry| {
                 let found = entry.found(*key);
-                if found.used > cut {
+                if found.used > cut || !may_go(&found) {
                     return true;
                 }
                 if found.used == cut {
-                    let weight = weigh(&found);
+                    let weight = found.footprint();
                     if at_cut == 0 {
                         return true;
                     }
@@ -274,6 +316,16 @@ impl Index {
 mod tests {
     use super::*;
 
+    fn entry(key: IndexKey, used: u32) -> IndexEntry {
+        IndexEntry {
+            key,
+            size: 10,
+            place: Location::File,
+            used,
+            limit: LimitId::NONE,
+        }
+    }
+
     fn key(i: u64) -> IndexKey {
         IndexKey::blob(&DigestFunction::Sha256.digest_of(&i.to_le_bytes()))
     }
@@ -282,20 +334,24 @@ mod tests {
     fn the_least_recently_used_entries_are_evicted_and_no_more_than_needed() {
         let index = Index::new();
         for i in 0..100 {
-            index.insert(key(i), 10, Location::File, i as u32 / 10);
+            index.insert(&entry(key(i), i as u32 / 10));
         }
         index.find(&key(3), 50);
-        let evicted = index.evict(150, |found| found.size);
+        let each = entry(key(0), 0).footprint();
+        let evicted = index.evict(15 * each, |_| true);
         assert_eq!(evicted.len(), 15);
         assert!(evicted.iter().all(|found| found.used <= 1));
         assert_eq!(index.len(), 85);
         assert!(index.peek(&key(3)).is_some());
+        let of_one = index.evict(1, |found| found.key == key(99));
+        assert_eq!(of_one.len(), 1);
+        assert!(index.peek(&key(99)).is_none());
     }
 
     #[test]
     fn whoever_saw_an_old_place_changes_nothing() {
         let index = Index::new();
-        index.insert(key(1), 1, Location::File, 0);
+        index.insert(&entry(key(1), 0));
         let seen = index.peek(&key(1)).unwrap();
         let place = Location::Segment { number: 1, slot: 2 };
         assert!(index.relocate(&seen, place));

@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use prost::Message;
 
-use super::{super::Error, Store, index::IndexKey};
+use super::{super::Error, Store, index::IndexKey, segment::NewContent};
 use crate::{digest::Digest, instance::InstanceName, proto::iscc::PreviousExecutionStats};
 
 impl Store {
@@ -26,8 +26,10 @@ impl Store {
         reduced_action: &Digest,
         stats: &PreviousExecutionStats,
     ) -> Result<(), Error> {
-        let key = IndexKey::previous_execution_stats(instance, reduced_action);
-        let content = Bytes::from(stats.encode_to_vec());
-        self.space.store_small(&[(key, content)])
+        self.space.store_small(&[NewContent {
+            key: IndexKey::previous_execution_stats(instance, reduced_action),
+            limit: self.limit_of(instance),
+            content: Bytes::from(stats.encode_to_vec()),
+        }])
     }
 }

@@ -9,6 +9,7 @@ use super::{
     super::Error,
     file::{self, BlobFile, BlobFileWriter},
     index::{IndexEntry, IndexKey, Location},
+    instance_limits::LimitId,
     space::Space,
 };
 use crate::daemon::message_id;
@@ -40,8 +41,8 @@ impl Space {
 
     /// `None` when it is gone or damaged.
     pub(super) fn large(&self, found: &IndexEntry) -> Result<Option<BlobFile>, Error> {
-        let path = file::path(&self.files(), &found.key, found.size);
         for _ in 0..2 {
+            let path = self.file_of(found);
             match BlobFile::open(&path, found.size) {
                 Ok(blob) => return Ok(Some(blob)),
                 Err(error) => match error.kind() {
@@ -66,7 +67,7 @@ impl Space {
 
     /// Removes an entry whose content is not what it should be.
     pub(super) fn forget_damaged(&self, found: &IndexEntry) {
-        if !self.index.remove(found) {
+        if !self.remove(found) {
             return;
         }
         match found.place {
@@ -83,7 +84,7 @@ impl Space {
                 );
             }
             Location::File => {
-                let path = file::path(&self.files(), &found.key, found.size);
+                let path = self.file_of(found);
                 self.unlink_large(found);
                 tracing::error!(
                     message_id = message_id::BLOB_DAMAGED,
@@ -99,25 +100,50 @@ impl Space {
         &self,
         writer: BlobFileWriter,
         key: IndexKey,
+        limit: LimitId,
         size: u64,
     ) -> io::Result<()> {
         let _lock = self.file_lock(&key);
-        writer.commit(&self.files(), &key)?;
+        // Whoever was first keeps it, also under its name.
+        let first = self.index.peek(&key);
+        let limit = first.map_or(limit, |first| first.limit);
+        writer.commit(&self.files(), &key, limit)?;
         self.written.fetch_add(size, Ordering::Relaxed);
         self.counts.written.add(size);
-        self.set_location(key, size, Location::File, self.now());
+        self.set_location(&IndexEntry {
+            key,
+            size,
+            place: Location::File,
+            used: self.now(),
+            limit,
+        });
         Ok(())
+    }
+
+    /// Removes an entry that was seen. False when it is no longer what was seen.
+    pub(super) fn remove(&self, found: &IndexEntry) -> bool {
+        let is_removed = self.index.remove(found);
+        if is_removed {
+            self.limits.subtract(found.limit, found.footprint());
+        }
+        is_removed
+    }
+
+    fn file_of(&self, found: &IndexEntry) -> std::path::PathBuf {
+        file::path(&self.files(), &found.key, found.size, found.limit)
     }
 
     /// Removes the file of an entry that has been removed.
     pub(super) fn unlink_large(&self, found: &IndexEntry) {
         let _lock = self.file_lock(&found.key);
         self.give_back(file::footprint(found.size));
-        if self.index.peek(&found.key).is_some() {
+        if let Some(new) = self.index.peek(&found.key)
+            && new.limit == found.limit
+        {
             // It was uploaded again in between; the file is the new one.
             return;
         }
-        let path = file::path(&self.files(), &found.key, found.size);
+        let path = self.file_of(found);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 tracing::error!(path = %path.display(), %error, "could not remove a blob");

@@ -4,7 +4,7 @@
 //! DIRECTORY/lock                    flock(2)ed by the process that uses the directory
 //! DIRECTORY/format                  the layout's version
 //! DIRECTORY/segments/N.{data,table} blobs of up to 64 KiB, and action results (segment.rs)
-//! DIRECTORY/files/AB/KEY-SIZE       larger blobs (file.rs)
+//! DIRECTORY/files/AB/KEY-SIZE…      larger blobs (file.rs)
 //! DIRECTORY/uploads/                blobs on their way; emptied at start
 //! DIRECTORY/recency                 when what was last used, now and then (recency.rs)
 //! ```
@@ -14,7 +14,8 @@
 //! 2. Everything is checksummed and checked each time it is read. What is damaged is removed and
 //!    reported missing, so that a client uploads it again.
 //! 3. The files' sizes together stay below the maximum size, and something of the file system stays
-//!    free; least recently used blobs make room.
+//!    free; least recently used blobs make room. So do those of instance names with limits of their own,
+//!    for one another (instance_limits.rs).
 //! 4. A lookup, of FindMissing, a read or an action's result, makes recently used.
 //!
 //! # Why no database
@@ -42,10 +43,16 @@ use futures::{StreamExt, stream};
 use self::{
     file::BlobFile,
     index::{IndexEntry, IndexKey, Location},
+    segment::NewContent,
     space::Space,
 };
 use super::{BlobStream, Content, Error, blocking, verify};
-use crate::{daemon::Failure, digest::Digest};
+use crate::{
+    config::{Size, scheduler::Embedded},
+    daemon::Failure,
+    digest::Digest,
+    instance::InstanceName,
+};
 
 mod action_results;
 mod append;
@@ -57,6 +64,7 @@ mod counts;
 mod file;
 mod index;
 mod initial_size_class_cache;
+mod instance_limits;
 mod lookup;
 mod maintenance;
 mod open;
@@ -70,6 +78,7 @@ mod uploads;
 pub use blob_writer::BlobWriter;
 pub use check::{CheckProgress, StoreUsage};
 pub use counts::StoreCounts;
+pub use instance_limits::{InstanceUsage, LimitId};
 pub use open::probe;
 pub use uploads::{Uploads, WriteLease};
 
@@ -136,7 +145,17 @@ impl Store {
         maximum_size: u64,
         minimum_free: u64,
     ) -> Result<Self, Failure> {
-        let space = Arc::new(open::open(directory, maximum_size, minimum_free)?);
+        Store::open_configured(&Embedded {
+            directory: directory.to_owned(),
+            maximum_size: Size(maximum_size),
+            minimum_free: Size(minimum_free),
+            instance_limits: Vec::new(),
+        })
+    }
+
+    /// The same, as configured.
+    pub fn open_configured(config: &Embedded) -> Result<Self, Failure> {
+        let space = Arc::new(open::open(config)?);
         let maintenance = Some(maintenance::MaintenanceThread::start(space.clone()));
         Ok(Store {
             space,
@@ -170,6 +189,11 @@ impl Store {
     pub fn find_missing(&self, digests: &[Digest]) -> Vec<Digest> {
         let missing = digests.iter().filter(|digest| !self.contains(digest));
         missing.copied().collect()
+    }
+
+    /// What uploads with an instance name count towards.
+    pub fn limit_of(&self, instance: &InstanceName) -> LimitId {
+        self.space.limits.of(instance)
     }
 
     fn find(&self, digest: &Digest) -> Option<IndexEntry> {
@@ -274,8 +298,13 @@ impl Store {
         }
     }
 
-    /// Stores whole blobs, each of which succeeds or fails on its own.
+    /// Stores whole blobs that count towards no limit, each of which succeeds or fails on its own.
     pub fn put(&self, blobs: &[(Digest, Bytes)]) -> Vec<Result<(), Error>> {
+        self.put_within(blobs, LimitId::NONE)
+    }
+
+    /// The same for blobs that count towards a limit.
+    pub fn put_within(&self, blobs: &[(Digest, Bytes)], limit: LimitId) -> Vec<Result<(), Error>> {
         let mut small = Vec::new();
         let mut results: Vec<Result<(), Error>> = blobs
             .iter()
@@ -285,10 +314,14 @@ impl Store {
                     return Ok(());
                 }
                 if digest.size() <= SMALL {
-                    small.push((IndexKey::blob(digest), content.clone()));
+                    small.push(NewContent {
+                        key: IndexKey::blob(digest),
+                        limit,
+                        content: content.clone(),
+                    });
                     return Ok(());
                 }
-                let mut upload = self.writer(*digest)?;
+                let mut upload = self.writer(*digest, limit)?;
                 upload.write(content)?;
                 upload.finish()
             })
@@ -303,15 +336,15 @@ impl Store {
         results
     }
 
-    /// Stores what is not there of these contents of our own.
-    pub fn store_all(&self, blobs: Vec<(Digest, Content)>) -> Result<(), Error> {
+    /// Stores what is not there of these contents of our own, which count towards a limit.
+    pub fn store_all(&self, blobs: Vec<(Digest, Content)>, limit: LimitId) -> Result<(), Error> {
         let mut whole = Vec::new();
         for (digest, content) in blobs {
             match content {
                 Content::Bytes(content) => whole.push((digest, content)),
                 _ if self.contains(&digest) => {}
                 Content::File(_) | Content::FilePart { .. } => {
-                    let mut upload = self.writer(digest)?;
+                    let mut upload = self.writer(digest, limit)?;
                     while upload.received() < digest.size() {
                         let start = upload.received();
                         let end = (start + STREAMED).min(digest.size());
@@ -321,7 +354,7 @@ impl Store {
                 }
             }
         }
-        self.put(&whole).into_iter().collect()
+        self.put_within(&whole, limit).into_iter().collect()
     }
 
     /// Those that arrive in several messages.
@@ -334,9 +367,9 @@ impl Store {
         self.maximum_blob_size() / 3
     }
 
-    /// Starts to store a blob piece by piece.
-    pub fn writer(&self, digest: Digest) -> Result<BlobWriter, Error> {
-        BlobWriter::start(self.space.clone(), digest)
+    /// Starts to store a blob piece by piece, which counts towards a limit.
+    pub fn writer(&self, digest: Digest, limit: LimitId) -> Result<BlobWriter, Error> {
+        BlobWriter::start(self.space.clone(), digest, limit)
     }
 }
 

@@ -19,13 +19,14 @@ use super::{
     append::ActiveSegment,
     ceiling::Ceiling,
     file,
-    index::{Index, Location},
+    index::{Index, IndexEntry, Location},
+    instance_limits::InstanceLimits,
     recency,
     segment::{self, Segment},
     space::{Space, segment_capacity},
 };
 use crate::{
-    config::Size,
+    config::{Size, scheduler::Embedded},
     daemon::{
         Failure,
         disk::{blocking_path, nearest_directory},
@@ -129,11 +130,8 @@ fn check_format(directory: &Path) -> Result<bool, Failure> {
     }
 }
 
-pub(super) fn open(
-    directory: &Path,
-    maximum_size: u64,
-    minimum_free: u64,
-) -> Result<Space, Failure> {
+pub(super) fn open(config: &Embedded) -> Result<Space, Failure> {
+    let directory = &*config.directory;
     let trouble = |error: io::Error| {
         failure(format!(
             "could not open the store in {}: {error}",
@@ -159,11 +157,14 @@ pub(super) fn open(
             .and_then(|()| fs::rename(&temporary, directory.join("format")))
             .map_err(trouble)?;
     }
-    read(directory, maximum_size, minimum_free, lock).map_err(trouble)
+    let limits = InstanceLimits::new(&config.instance_limits)?;
+    read(config, limits, lock).map_err(trouble)
 }
 
 /// Reads the index, and takes up the last segment where it ends.
-fn read(directory: &Path, maximum_size: u64, minimum_free: u64, lock: File) -> io::Result<Space> {
+fn read(config: &Embedded, limits: InstanceLimits, lock: File) -> io::Result<Space> {
+    let (directory, maximum_size) = (&*config.directory, config.maximum_size.0);
+    let minimum_free = config.minimum_free.0;
     let segments = directory.join("segments");
     let files = directory.join("files");
     let uploads = directory.join("uploads");
@@ -183,6 +184,7 @@ fn read(directory: &Path, maximum_size: u64, minimum_free: u64, lock: File) -> i
         ceiling: Mutex::new(Ceiling::new(minimum_free)),
         ceiling_bytes: AtomicU64::new(u64::MAX),
         index: Index::new(),
+        limits,
         segments: RwLock::new(BTreeMap::new()),
         active: Mutex::new(None),
         used: AtomicU64::new(0),
@@ -215,7 +217,13 @@ fn read(directory: &Path, maximum_size: u64, minimum_free: u64, lock: File) -> i
             latest = latest.max(record.used);
             let used = known(record.key.short()).unwrap_or(record.used);
             let place = Location::Segment { number, slot };
-            space.set_location(record.key, record.size, place, used);
+            space.set_location(&IndexEntry {
+                key: record.key,
+                size: record.size,
+                place,
+                used,
+                limit: record.limit,
+            });
         }
         let previous = space.active.lock().replace(ActiveSegment { segment, end });
         if let Some(previous) = previous
@@ -226,12 +234,18 @@ fn read(directory: &Path, maximum_size: u64, minimum_free: u64, lock: File) -> i
     }
     let clock = (u64::from(latest) + 1) * space.tick();
     space.written.fetch_max(clock, Ordering::Relaxed);
-    for (key, size) in file::list(&files)? {
+    for (key, size, limit) in file::list(&files)? {
         space
             .used
             .fetch_add(file::footprint(size), Ordering::Relaxed);
         let used = known(key.short()).unwrap_or_else(|| space.now());
-        space.set_location(key, size, Location::File, used);
+        space.set_location(&IndexEntry {
+            key,
+            size,
+            place: Location::File,
+            used,
+            limit,
+        });
     }
     if let Some(active) = space.active.lock().as_ref()
         && active.segment.capacity() > segment_capacity(maximum_size)
@@ -239,6 +253,10 @@ fn read(directory: &Path, maximum_size: u64, minimum_free: u64, lock: File) -> i
         tracing::debug!("the last segment is larger than new ones will be");
     }
     space.measure_free_space(Instant::now());
+    // What was evicted is in its segment still, and counts again.
+    for limit in space.limits.ids() {
+        space.keep_limit(limit);
+    }
     space.reclaim();
     Ok(space)
 }

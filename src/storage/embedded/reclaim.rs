@@ -5,9 +5,9 @@ use std::{sync::Arc, time::Instant};
 use super::{
     super::Error,
     append::SpaceSource,
-    file,
     index::{IndexEntry, Location},
-    segment::{self, Segment},
+    instance_limits::LimitId,
+    segment::{NewContent, Segment},
     space::Space,
 };
 
@@ -21,21 +21,33 @@ impl Space {
         if self.used() <= limit / 32 * 31 {
             return;
         }
-        self.evict(limit / 8 * 7);
+        self.evict_to(limit / 8 * 7);
         while self.used() > limit / 16 * 15 && self.compact_one() {}
     }
 
+    /// Evicts of what counts towards a limit until a sixteenth of it is free, if it is exceeded.
+    pub(super) fn keep_limit(&self, limit: LimitId) {
+        if self.limits.excess(limit).is_none() {
+            return;
+        }
+        let _alone = self.reclaiming.lock();
+        if let Some(excess) = self.limits.excess(limit) {
+            self.evict(excess, |found| found.limit == limit);
+        }
+    }
+
     /// Removes entries until what remains could be packed into `target` bytes.
-    fn evict(&self, target: u64) {
+    fn evict_to(&self, target: u64) {
         let dead: u64 = self.compactable().iter().map(|it| it.dead()).sum();
         let packed = self.used().saturating_sub(dead);
-        let evicted = self
-            .index
-            .evict(packed.saturating_sub(target), |found| match found.place {
-                Location::Segment { .. } => segment::weight(found.size),
-                Location::File => file::footprint(found.size),
-            });
+        self.evict(packed.saturating_sub(target), |_| true);
+    }
+
+    /// Removes entries of so many bytes together among those that may go, the least recently used ones.
+    fn evict(&self, bytes: u64, may_go: impl Fn(&IndexEntry) -> bool) {
+        let evicted = self.index.evict(bytes, may_go);
         for found in &evicted {
+            self.limits.subtract(found.limit, found.footprint());
             match found.place {
                 Location::Segment { .. } => self.discount_live(found),
                 Location::File => self.unlink_large(found),
@@ -100,7 +112,11 @@ impl Space {
                 match victim.content(&record) {
                     Some(content) => {
                         length += record.size;
-                        contents.push((record.key, content));
+                        contents.push(NewContent {
+                            key: record.key,
+                            limit: record.limit,
+                            content,
+                        });
                         seen.push(found);
                     }
                     None => self.forget_damaged(&found),

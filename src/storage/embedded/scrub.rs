@@ -5,8 +5,8 @@
 //! comes or goes meanwhile is seen in the next one.
 
 use super::{
-    file::{self, BlobFile, PIECE},
-    index::{IndexKey, Location},
+    file::{self, BlobFile, LargeBlob, PIECE},
+    index::Location,
     space::Space,
 };
 
@@ -21,7 +21,7 @@ pub(super) enum Scrub {
     /// read. `None`: it has yet to be listed.
     Files {
         directory: u8,
-        left: Option<Vec<(IndexKey, u64)>>,
+        left: Option<Vec<LargeBlob>>,
         at: u64,
     },
 }
@@ -55,8 +55,8 @@ impl Scrub {
                     left: Some(mut left),
                     at,
                 } => match left.last() {
-                    Some((key, size)) => {
-                        let at = large(space, key, *size, at, budget - read, &mut read);
+                    Some(blob) => {
+                        let at = large(space, *blob, at, budget - read, &mut read);
                         if at.is_none() {
                             left.pop();
                         }
@@ -127,19 +127,18 @@ fn segment(space: &Space, (number, slot): (u32, u32), budget: u64, read: &mut u6
 /// Reads about `budget` bytes of a large blob; where to go on in it, if there is more.
 fn large(
     space: &Space,
-    key: &IndexKey,
-    size: u64,
+    (key, size, limit): LargeBlob,
     at: u64,
     budget: u64,
     read: &mut u64,
 ) -> Option<u64> {
-    let found = space.index.peek(key)?;
-    if found.place != Location::File || found.size != size {
+    let found = space.index.peek(&key)?;
+    if found.place != Location::File || found.size != size || found.limit != limit {
         return None;
     }
     let end = at.saturating_add(budget).next_multiple_of(PIECE).min(size);
     *read += end - at;
-    let blob = BlobFile::open(&file::path(&space.files(), key, size), size);
+    let blob = BlobFile::open(&file::path(&space.files(), &key, size, limit), size);
     let is_right = match blob {
         Ok(blob) => (at..end)
             .step_by(PIECE as usize)
@@ -159,7 +158,10 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
-    use crate::{digest::DigestFunction, storage::embedded::Store};
+    use crate::{
+        digest::DigestFunction,
+        storage::embedded::{Store, index::IndexKey, instance_limits::LimitId},
+    };
 
     #[test]
     fn a_round_finds_what_is_damaged_and_nothing_else() {
@@ -188,7 +190,12 @@ mod tests {
         let open = |path| std::fs::OpenOptions::new().write(true).open(path).unwrap();
         open(segment).write_all_at(b"x", 150).unwrap();
         let key = IndexKey::blob(&digests[5]);
-        let path = file::path(&directory.path().join("files"), &key, 3_000_000);
+        let path = file::path(
+            &directory.path().join("files"),
+            &key,
+            3_000_000,
+            LimitId::NONE,
+        );
         open(path).write_all_at(b"x", 1_500_000).unwrap();
         assert_eq!(rounds(50_000), [digests[1], digests[5]]);
     }

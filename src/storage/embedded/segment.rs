@@ -19,7 +19,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::index::IndexKey;
+use super::{index::IndexKey, instance_limits::LimitId};
 
 pub(super) const SLOT: usize = 64;
 
@@ -34,6 +34,14 @@ pub(super) struct Record {
     pub offset: u32,
     pub checksum: u32,
     pub used: u32,
+    pub limit: LimitId,
+}
+
+/// A content that is to be appended.
+pub(super) struct NewContent {
+    pub key: IndexKey,
+    pub limit: LimitId,
+    pub content: Bytes,
 }
 
 impl Record {
@@ -44,6 +52,7 @@ impl Record {
         bytes[48..52].copy_from_slice(&self.offset.to_le_bytes());
         bytes[52..56].copy_from_slice(&self.checksum.to_le_bytes());
         bytes[56..60].copy_from_slice(&self.used.to_le_bytes());
+        bytes[60..64].copy_from_slice(&self.limit.to_u32().to_le_bytes());
         let checksum = crc32fast::hash(&bytes[4..]);
         bytes[..4].copy_from_slice(&checksum.to_le_bytes());
         bytes
@@ -57,7 +66,8 @@ impl Record {
         let (size, rest) = rest.split_first_chunk::<8>()?;
         let (offset, rest) = rest.split_first_chunk::<4>()?;
         let (content, rest) = rest.split_first_chunk::<4>()?;
-        let (used, _) = rest.split_first_chunk::<4>()?;
+        let (used, rest) = rest.split_first_chunk::<4>()?;
+        let (limit, _) = rest.split_first_chunk::<4>()?;
         if key[0] == 0 || u32::from_le_bytes(*checksum) != crc32fast::hash(&bytes[4..]) {
             return None;
         }
@@ -67,6 +77,7 @@ impl Record {
             offset: u32::from_le_bytes(*offset),
             checksum: u32::from_le_bytes(*content),
             used: u32::from_le_bytes(*used),
+            limit: LimitId::from_u32(u32::from_le_bytes(*limit)),
         })
     }
 }
@@ -325,7 +336,7 @@ impl Segment {
     pub(super) fn write(
         &self,
         end: AppendPosition,
-        contents: &[(IndexKey, Bytes)],
+        contents: &[NewContent],
         used: u32,
     ) -> io::Result<()> {
         const GATHERED: usize = 256 << 10;
@@ -333,9 +344,11 @@ impl Segment {
         let mut gathered = Vec::new();
         let mut written = end.offset;
         let mut offset = end.offset;
-        for (key, content) in contents {
+        for new in contents {
+            let content = &new.content;
             let record = Record {
-                key: *key,
+                key: new.key,
+                limit: new.limit,
                 size: content.len() as u64,
                 offset: offset as u32,
                 checksum: crc32fast::hash(content),
@@ -388,9 +401,13 @@ mod tests {
     use super::*;
     use crate::digest::DigestFunction;
 
-    fn blob(text: &'static str) -> (IndexKey, Bytes) {
+    fn blob(text: &'static str) -> NewContent {
         let digest = DigestFunction::Sha256.digest_of(text.as_bytes());
-        (IndexKey::blob(&digest), Bytes::from_static(text.as_bytes()))
+        NewContent {
+            key: IndexKey::blob(&digest),
+            limit: LimitId::from_u32(text.len() as u32),
+            content: Bytes::from_static(text.as_bytes()),
+        }
     }
 
     #[test]
@@ -418,6 +435,7 @@ mod tests {
         assert_eq!((end.offset, end.slot), (14, 4));
         assert_eq!(&*segment.content(&records[2].1).unwrap(), b"three");
         assert_eq!(records[2].1.used, 6);
+        assert_eq!(records[2].1.limit, LimitId::from_u32(5));
 
         segment.data.write_all_at(b"x", 1).unwrap();
         assert!(segment.content(&records[0].1).is_none());

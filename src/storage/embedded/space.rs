@@ -13,6 +13,7 @@
 //!    A segment that somebody still writes to is left alone.
 //! 5. Something of the file system stays free for others: the limit is lower while it is not (`ceiling`).
 //! 6. A large blob's file and its entry come and go together, under its key's lock.
+//! 7. What counts towards the limit of an instance name is counted with its entry, and no more when it goes.
 
 use std::{
     collections::BTreeMap,
@@ -34,6 +35,7 @@ use super::{
     ceiling::Ceiling,
     counts::{RecencyAges, StoreCounts},
     index::Index,
+    instance_limits::InstanceLimits,
     maintenance::MaintenanceSignal,
     segment::{self, Segment},
     uploads::Uploads,
@@ -50,6 +52,7 @@ pub(super) struct Space {
     /// What the store may use, as the ceiling was when it was last measured.
     pub ceiling_bytes: AtomicU64,
     pub index: Index,
+    pub limits: InstanceLimits,
     pub segments: RwLock<BTreeMap<u32, Arc<Segment>>>,
     pub active: Mutex<Option<ActiveSegment>>,
     /// Bytes on disk.
@@ -153,13 +156,15 @@ impl Space {
         self.used.load(Ordering::Relaxed)
     }
 
-    /// The clock of recency ticks 4,096 times while the store is filled once.
+    /// The clock of recency ticks 4,096 times while the store is filled once, and 256 times while the
+    /// smallest limit of instance names is.
     pub(super) fn now(&self) -> u32 {
         (self.written.load(Ordering::Relaxed) / self.tick()) as u32
     }
 
     pub(super) fn tick(&self) -> u64 {
-        (self.maximum_size / 4096).max(1)
+        let shared = self.maximum_size / 4096;
+        shared.min(self.limits.smallest() / 256).max(1)
     }
 
     pub(super) fn files(&self) -> PathBuf {

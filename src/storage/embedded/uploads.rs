@@ -24,6 +24,7 @@ use parking_lot::{Mutex, MutexGuard};
 use super::{
     super::{Error, UploadError},
     BlobWriter, Store,
+    instance_limits::LimitId,
 };
 use crate::digest::Digest;
 
@@ -109,6 +110,8 @@ pub struct WriteLease {
     name: String,
     /// Whose the upload is.
     owner: Arc<str>,
+    /// What the blob counts towards.
+    limit: LimitId,
     shared: SharedUpload,
     number: u64,
 }
@@ -119,6 +122,7 @@ impl Uploads {
         self: &Arc<Self>,
         name: &str,
         owner: &str,
+        limit: LimitId,
         now: Instant,
     ) -> Result<WriteLease, Error> {
         let number = self.next_lease.fetch_add(1, Ordering::Relaxed) + 1;
@@ -155,6 +159,7 @@ impl Uploads {
             uploads: self.clone(),
             name: name.to_owned(),
             owner: upload.owner.clone(),
+            limit,
             shared: upload.shared.clone(),
             number,
         })
@@ -292,7 +297,7 @@ impl WriteLease {
         if offset == 0 || state.upload.is_none() {
             state.upload = None;
             state.upload = Some(CountedUpload {
-                upload: store.writer(digest)?,
+                upload: store.writer(digest, self.limit)?,
                 count: ByteCount {
                     uploads: self.uploads.clone(),
                     owner: self.owner.clone(),
@@ -441,7 +446,10 @@ mod tests {
         let store = Store::open(directory.path(), 64 << 20).unwrap();
         let digest = crate::digest::DigestFunction::Sha256.digest_of(&[7; 1000]);
         let now = Instant::now();
-        let lease = store.uploads().lease("name", "somebody", now).unwrap();
+        let lease = store
+            .uploads()
+            .lease("name", "somebody", LimitId::NONE, now)
+            .unwrap();
         lease.begin(&store, digest, 0, now).unwrap();
         lease
             .write(&store, 0, &Bytes::from_static(&[7; 600]), now)

@@ -17,7 +17,7 @@ use crate::{
     digest::{Digest, Hasher},
     storage::{
         BlobStream, Error, blocking,
-        embedded::BlobWriter,
+        embedded::{BlobWriter, LimitId},
         retry::Attempts,
         single_flight::{self, Role},
         verify,
@@ -345,7 +345,7 @@ struct CacheFill {
 impl CacheFill {
     /// `None` when the cache doesn't take it.
     fn begin(storage: &ObjectStorage, leader: FillLeader) -> Option<Self> {
-        let writer = storage.cache.as_ref()?.writer(*leader.key());
+        let writer = storage.cache.as_ref()?.writer(*leader.key(), LimitId::NONE);
         match writer {
             Ok(writer) => Some(CacheFill { writer, leader }),
             Err(error) => {

@@ -19,7 +19,11 @@ use super::{
 };
 use crate::{
     digest::{Digest, Hasher},
-    storage::{Content, Error, blocking, content, embedded::Blob, verify},
+    storage::{
+        Content, Error, blocking, content,
+        embedded::{Blob, LimitId},
+        verify,
+    },
 };
 
 /// Blobs of at most this size are written as a whole.
@@ -82,7 +86,8 @@ impl ObjectStorage {
             let Some(cache) = self.cache.clone() else {
                 return Ok(());
             };
-            let kept = blocking(move || cache.store_all(vec![(digest, content)])).await?;
+            let kept =
+                blocking(move || cache.store_all(vec![(digest, content)], LimitId::NONE)).await?;
             note_unkept(kept);
             Ok(())
         });

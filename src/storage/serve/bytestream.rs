@@ -131,7 +131,13 @@ impl ByteStream for ByteStreamService {
         let resource_name = first.resource_name.clone();
         let mut upload = self
             .backend
-            .resume_upload(&resource_name, &owner, digest, first.write_offset)
+            .resume_upload(
+                &name.instance,
+                &resource_name,
+                &owner,
+                digest,
+                first.write_offset,
+            )
             .await?;
         let mut next = Some(first);
         let mut finish = false;

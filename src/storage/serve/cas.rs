@@ -269,8 +269,9 @@ impl ContentAddressableStorage for CasService {
     ) -> Result<Response<SplitBlobResponse>, Status> {
         let (answers, access) = (ResponseBudget::of(&request), Access::of(&request));
         let request = request.into_inner();
-        access.require(&instance(&request.instance_name)?)?;
-        let answer = chunks::split(&self.backend, &request).await?;
+        let instance = instance(&request.instance_name)?;
+        access.require(&instance)?;
+        let answer = chunks::split(&self.backend, &instance, &request).await?;
         let reservation = reserve(answers, encoded_size(&answer)).await?;
         Ok(with_reservation(Response::new(answer), reservation))
     }
@@ -281,8 +282,9 @@ impl ContentAddressableStorage for CasService {
     ) -> Result<Response<SpliceBlobResponse>, Status> {
         let (access, _received) = (Access::of(&request), RequestReservation::of(&request));
         let request = request.into_inner();
-        access.require(&instance(&request.instance_name)?)?;
-        let answer = chunks::splice(&self.backend, request).await?;
+        let instance = instance(&request.instance_name)?;
+        access.require(&instance)?;
+        let answer = chunks::splice(&self.backend, &instance, request).await?;
         Ok(Response::new(answer))
     }
 }

@@ -16,6 +16,7 @@ use tonic::Status;
 use super::{MAXIMUM_RESPONSE_SIZE, cas::answer_weight, digest, function};
 use crate::{
     digest::Digest,
+    instance::InstanceName,
     proto::reapi::{SpliceBlobRequest, SpliceBlobResponse, SplitBlobRequest, SplitBlobResponse},
     storage::{Backend, blocking, chunking::ChunkingFunction, embedded},
 };
@@ -52,17 +53,19 @@ async fn turn() -> Result<SemaphorePermit<'static>, Status> {
 
 pub(super) async fn split(
     backend: &Backend,
+    instance: &InstanceName,
     request: &SplitBlobRequest,
 ) -> Result<SplitBlobResponse, Status> {
     let store = store(backend)?;
     let digest = digest(request.digest_function, request.blob_digest.as_ref())?;
     let function = ChunkingFunction::requested(request.chunking_function);
     let weight = answer_weight(Some(&digest.to_proto()), 0) + 8;
-    let limit = (MAXIMUM_RESPONSE_SIZE / weight) as usize;
+    let most = (MAXIMUM_RESPONSE_SIZE / weight) as usize;
+    let limit = store.limit_of(instance);
     let turn = turn().await?;
     let list = blocking(move || {
         let _turn = turn;
-        store.split(&digest, function, limit)
+        store.split(&digest, function, most, limit)
     });
     match list.await?? {
         Some(list) => Ok(SplitBlobResponse {
@@ -70,13 +73,14 @@ pub(super) async fn split(
             chunking_function: function.to_proto() as i32,
         }),
         None => Err(Status::not_found(format!(
-            "blob {digest} has more than {limit} chunks, whose list is too long for an answer; read it as a whole"
+            "blob {digest} has more than {most} chunks, whose list is too long for an answer; read it as a whole"
         ))),
     }
 }
 
 pub(super) async fn splice(
     backend: &Backend,
+    instance: &InstanceName,
     request: SpliceBlobRequest,
 ) -> Result<SpliceBlobResponse, Status> {
     let store = store(backend)?;
@@ -92,10 +96,11 @@ pub(super) async fn splice(
     let chunks = chunks
         .map(|chunk| Digest::parse(Some(blob.function()), chunk))
         .collect::<Result<Vec<_>, _>>()?;
+    let limit = store.limit_of(instance);
     let turn = turn().await?;
     blocking(move || {
         let _turn = turn;
-        store.splice(blob, &chunks)
+        store.splice(blob, &chunks, limit)
     })
     .await??;
     Ok(SpliceBlobResponse {

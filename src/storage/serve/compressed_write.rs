@@ -45,7 +45,13 @@ pub(super) async fn run(
     let _memory = coder_budget::reserve(caller, left).await?;
     let mut upload = service
         .backend
-        .resume_upload(&name.uncompressed(), owner, digest, first.write_offset)
+        .resume_upload(
+            &name.instance,
+            &name.uncompressed(),
+            owner,
+            digest,
+            first.write_offset,
+        )
         .await?;
     let mut decoder = Decoder::new(left)?;
     // Where the next bytes of the blob go, and which offset the next message has.

@@ -19,7 +19,7 @@ use bb_remote_execution::{
     storage::{
         chunking::{ChunkingFunction, Chunks},
         compression::{self, Decoder},
-        embedded::Store,
+        embedded::{LimitId, Store},
     },
     worker::{
         command::Command,
@@ -201,7 +201,7 @@ fn chunk_lists(data: &[u8]) -> Corpus {
         let size = chunks.iter().map(Digest::size).sum();
         blob = Digest::new(function, blob.hash_bytes(), size);
     }
-    let spliced = STORE.splice(blob, &chunks);
+    let spliced = STORE.splice(blob, &chunks, LimitId::NONE);
     if spliced.is_ok() {
         let read = STORE.read(&blob, 1 << 30).unwrap();
         assert_eq!(function.digest_of(&read), blob);

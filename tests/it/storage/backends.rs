@@ -142,7 +142,7 @@ async fn an_upload_goes_on_where_it_was_interrupted() {
             )]
         };
         let mut upload = backend
-            .resume_upload(&name, "somebody", digest, 0)
+            .resume_upload(&instance(""), &name, "somebody", digest, 0)
             .await
             .unwrap();
         upload.write(part(0, 1_000_000)).await.unwrap();
@@ -159,7 +159,7 @@ async fn an_upload_goes_on_where_it_was_interrupted() {
         let received = backend.upload_progress(&name, &digest).await.unwrap();
         assert_eq!(received, 2_000_000);
         let mut upload = backend
-            .resume_upload(&name, "somebody", digest, 2_000_000)
+            .resume_upload(&instance(""), &name, "somebody", digest, 2_000_000)
             .await
             .unwrap();
         upload.write(part(2_000_000, 3_000_000)).await.unwrap();
