@@ -51,7 +51,10 @@ impl World {
                         invocations: BTreeMap::new(),
                     });
                     task.priority = task.priority.min(row.priority);
-                    task.invocations.insert(row.invocation, row.priority);
+                    // Of one invocation, too, a task may have several: one that was taken up by its
+                    // name is never joined.
+                    let priority = task.invocations.entry(row.invocation).or_insert(i32::MAX);
+                    *priority = row.priority.min(*priority);
                 }
                 (Stage::Executing, Some(executes)) if executes != chooses => {
                     let of_client = waiting.executing.entry(client(&row.invocation));
