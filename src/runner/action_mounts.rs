@@ -10,7 +10,7 @@ use rustix::fs::OFlags;
 
 use super::{
     build_directory::{BuildDirectory, BuildDirectoryError},
-    root_directory::RootDirectory,
+    root_directory::{RootDirectory, RootDirectoryError},
     run_spec::RunSpec,
     sandbox::{SandboxMounts, copy_of_directory},
     spawn::SetupStep,
@@ -37,6 +37,8 @@ pub(super) enum ActionMountsError {
         what: &'static str,
         error: io::Error,
     },
+    #[error("Failed to start process: could not make the input root a root directory: {0}")]
+    Root(#[from] RootDirectoryError),
 }
 
 impl ActionMounts {
@@ -72,12 +74,7 @@ impl ActionMounts {
         };
         if *root == Root::Input {
             let directory = build.directory(&run.input_root, OFlags::PATH)?;
-            let root = RootDirectory::prepare(directory, &sandbox.place).map_err(|error| {
-                ActionMountsError::Mount {
-                    what: "make the input root a root directory",
-                    error,
-                }
-            })?;
+            let root = RootDirectory::prepare(directory, &sandbox.place)?;
             let tree = copy(&run.input_root, "mount the input root")?;
             mounts.steps.push(attach(tree, &sandbox.place));
             mounts.steps.extend(temporary(&[root.temporary()])?);

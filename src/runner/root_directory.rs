@@ -5,7 +5,6 @@
 
 use std::{
     ffi::{CStr, CString},
-    io,
     os::fd::OwnedFd,
 };
 
@@ -24,13 +23,24 @@ pub(super) struct RootDirectory {
     made: Vec<&'static str>,
 }
 
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RootDirectoryError {
+    /// The action's inputs are at fault.
+    #[error(
+        "/{0} of the input root must be a directory, or absent, as the input root is the action's /"
+    )]
+    NoDirectory(&'static str),
+    #[error(transparent)]
+    Make(#[from] Errno),
+}
+
 /// Copied from the sandbox.
 const COPIED: [&CStr; 2] = [c"/proc", c"/dev"];
 const TEMPORARY: &CStr = c"/tmp";
 
 impl RootDirectory {
     /// `place` is where the directory will be mounted in the sandbox.
-    pub(super) fn prepare(directory: OwnedFd, place: &CStr) -> io::Result<Self> {
+    pub(super) fn prepare(directory: OwnedFd, place: &CStr) -> Result<Self, RootDirectoryError> {
         let mut root = RootDirectory {
             directory,
             place: place.to_owned(),
@@ -42,10 +52,7 @@ impl RootDirectory {
                 Err(Errno::EXIST) => {
                     let stat = statat(&root.directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
                     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
-                        return Err(io::Error::new(
-                            io::ErrorKind::NotADirectory,
-                            format!("/{name} of the input root must be a directory"),
-                        ));
+                        return Err(RootDirectoryError::NoDirectory(name));
                     }
                 }
                 Err(error) => return Err(error.into()),

@@ -22,6 +22,7 @@ use super::{
     cleaner::{Cleaner, CleanerGuard},
     counts::RunCounts,
     log_file::{CHECK_INTERVAL, LogFile},
+    root_directory::RootDirectoryError,
     run_spec::{Executable, RunSpec},
     sandbox::{
         ActionCgroup, CgroupUsage, Layers, MemoryUsage, NamespaceEnd, Sandbox, SandboxError,
@@ -134,6 +135,7 @@ impl RunError {
         match self {
             RunError::NotFound { .. } => true,
             RunError::BuildDirectory(error) => error.escapes(),
+            RunError::Mounts(ActionMountsError::Root(RootDirectoryError::NoDirectory(_))) => true,
             RunError::Start { stage, error, .. } => {
                 matches!(
                     stage,

@@ -137,6 +137,16 @@ async fn an_input_root_can_be_the_root() {
         .collect();
     left.sort();
     assert_eq!(left, ["bin", "output", "work"]);
+    // Inputs in the way of what is mounted are their client's fault, and no reason to avoid this host.
+    for name in ["proc", "dev", "tmp"] {
+        let slot = farm.slot();
+        slot.input("bin/sh", &shell, 0o755);
+        slot.input(name, b"", 0o644);
+        let request = slot.request(&["/bin/sh", "-c", "true"]);
+        let status = farm.send(request, &slot).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+        assert!(status.message().contains(name), "{status:?}");
+    }
     farm.stop().await;
 }
 
