@@ -7,8 +7,9 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
-        mpsc::{Sender, channel},
+        mpsc::{RecvTimeoutError, Sender, channel},
     },
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -27,6 +28,9 @@ pub(super) struct DeletionQueue {
     /// `None` when nobody empties it.
     names: Mutex<Sender<String>>,
 }
+
+/// How often it is looked whether a process is still in what is to be removed.
+const LOCKED_INTERVAL: Duration = Duration::from_secs(1);
 
 /// More waiting than this, and whoever throws something away removes it himself.
 const WAITING: u64 = 1_000;
@@ -59,9 +63,26 @@ impl DeletionQueue {
             .spawn(move || {
                 // It may be forbidden, which does no harm.
                 let _ = rustix::process::nice(19);
-                for name in thrown {
-                    remove(&directory, &name, &path);
-                    waiting.fetch_sub(1, Ordering::Relaxed);
+                // Those that a process is in; nobody waits for them.
+                let mut locked = Vec::<String>::new();
+                loop {
+                    let next = match locked.is_empty() {
+                        true => thrown.recv().map_err(RecvTimeoutError::from),
+                        false => thrown.recv_timeout(LOCKED_INTERVAL),
+                    };
+                    match next {
+                        Ok(name) => {
+                            if !try_remove(&directory, &name, &path) {
+                                locked.push(name);
+                            }
+                            waiting.fetch_sub(1, Ordering::Relaxed);
+                        }
+                        Err(RecvTimeoutError::Timeout) => {
+                            locked.retain(|name| !try_remove(&directory, name, &path));
+                        }
+                        // The next start removes the rest.
+                        Err(RecvTimeoutError::Disconnected) => return,
+                    }
                 }
             })?;
         Ok(deletions)
@@ -80,8 +101,9 @@ impl DeletionQueue {
         name: P,
     ) -> Result<(), Errno> {
         let to = self.take(parent, name)?;
-        if self.waiting.load(Ordering::Relaxed) > WAITING {
-            remove(&self.directory, &to, &self.path);
+        if self.waiting.load(Ordering::Relaxed) > WAITING
+            && try_remove(&self.directory, &to, &self.path)
+        {
             return Ok(());
         }
         self.remove_later(to);
@@ -123,13 +145,18 @@ pub(super) fn list(directory: &OwnedFd) -> io::Result<Vec<std::ffi::CString>> {
     Ok(names)
 }
 
-/// Waits until the runner says, by its lock, that no process is in it.
-fn remove(deletions: &OwnedFd, name: &str, path: &Path) {
+/// `false` while the runner says, by its lock, that a process is in it.
+fn try_remove(deletions: &OwnedFd, name: &str, path: &Path) -> bool {
+    let lock = |directory: &OwnedFd| {
+        rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive)
+    };
     let removed = match open_child(deletions, name) {
-        Ok(directory) => rustix::fs::flock(&directory, FlockOperation::LockExclusive)
-            .map_err(io::Error::from)
-            .and_then(|()| removal::empty(directory.as_fd()))
-            .and_then(|()| Ok(rustix::fs::unlinkat(deletions, name, AtFlags::REMOVEDIR)?)),
+        Ok(directory) => match lock(&directory) {
+            Err(Errno::WOULDBLOCK) => return false,
+            locked => locked.map_err(io::Error::from),
+        }
+        .and_then(|()| removal::empty(directory.as_fd()))
+        .and_then(|()| Ok(rustix::fs::unlinkat(deletions, name, AtFlags::REMOVEDIR)?)),
         Err(Errno::ACCESS) => removal::remove(deletions.as_fd(), name),
         Err(_) => rustix::fs::unlinkat(deletions, name, AtFlags::empty()).map_err(io::Error::from),
     };
@@ -139,5 +166,39 @@ fn remove(deletions: &OwnedFd, name: &str, path: &Path) {
             %error,
             "could not remove what an action left behind; the worker needs CAP_DAC_OVERRIDE and CAP_FOWNER"
         );
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_process_is_in_waits_and_nothing_else_does() {
+        let place = tempfile::tempdir().unwrap();
+        let open = |path: &Path| OwnedFd::from(std::fs::File::open(path).unwrap());
+        let path = place.path().join("deleted");
+        for name in ["deleted", "used", "other"] {
+            std::fs::create_dir(place.path().join(name)).unwrap();
+        }
+        let used = open(&place.path().join("used"));
+        rustix::fs::flock(&used, FlockOperation::LockExclusive).unwrap();
+        let deletions = DeletionQueue::open(open(&path), &path).unwrap();
+        let parent = open(place.path());
+        deletions.try_delete(&parent, "used").unwrap();
+        deletions.try_delete(&parent, "other").unwrap();
+        let left = |expected: usize| {
+            for _ in 0..1_000 {
+                if std::fs::read_dir(&path).unwrap().count() == expected {
+                    return true;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            false
+        };
+        assert!(left(1) && path.join("0").exists());
+        drop(used);
+        assert!(left(0));
     }
 }
