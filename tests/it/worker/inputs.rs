@@ -423,8 +423,17 @@ async fn what_a_restart_cannot_trust_it_removes() {
     fs::write(&found[0], "").unwrap();
     fs::set_permissions(&found[1], fs::Permissions::from_mode(0o644)).unwrap();
     fs::rename(&found[2], found[2].with_file_name("stranger")).unwrap();
+    // A further inode of the last one looks right, and nobody has read it.
+    let further = std::path::PathBuf::from(format!("{}.1", found[3].display()));
+    let content = fs::read(&found[3]).unwrap();
+    fs::write(&further, vec![b'?'; content.len()]).unwrap();
+    let made = fs::metadata(&found[3]).unwrap();
+    fs::set_permissions(&further, made.permissions()).unwrap();
+    let opened = fs::File::open(&further).unwrap();
+    opened.set_modified(made.modified().unwrap()).unwrap();
     farm.restart(Settings::default()).await;
     assert_eq!(farm.cache.usage().0, 1);
+    assert!(found[3].exists() && !further.exists());
     let response = farm.shell("cat a b c d", &files, &[]).await;
     assert_eq!(
         farm.read(&response.result.unwrap().stdout_digest).await,

@@ -61,9 +61,6 @@ impl FileCache {
             };
             let size = found.key.digest.size();
             index.files.insert(found.key, file, size);
-            for inode in found.others {
-                index.add_extra(&found.key, inode);
-            }
         }
         // Before anything is used; what was changed earlier shows by its size, mode or mtime.
         let watch = ChangeWatch::new(directory.shards()).inspect_err(|error| {

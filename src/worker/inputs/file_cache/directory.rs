@@ -69,19 +69,10 @@ pub(super) struct CacheDirectory {
 /// A file that was there at start.
 pub(super) struct ScannedFile {
     pub key: FileKey,
-    /// Of the first copy.
     pub inode: u64,
-    /// Inode numbers of further copies.
-    pub others: Vec<u64>,
     /// Seconds and nanoseconds; in front of it whether an input root has it, of which a worker that
     /// was killed left the links.
     pub last_used: (bool, i64, i64),
-}
-
-impl ScannedFile {
-    fn copies(&self) -> u32 {
-        1 + self.others.len() as u32
-    }
 }
 
 /// A file being written; removed on drop unless published.
@@ -149,7 +140,7 @@ impl CacheDirectory {
         &self.shards
     }
 
-    /// What is there, the longest unused first. Removes what nobody can use.
+    /// What is there, the longest unused first. Removes what nobody can use, and further inodes of files.
     pub(super) fn scan(&self) -> io::Result<Vec<ScannedFile>> {
         // A directory's inodes are read one by one: two threads take half of the time.
         let (low, high) = std::thread::scope(|scope| {
@@ -166,17 +157,13 @@ impl CacheDirectory {
         files.sort_unstable();
         let mut found: Vec<ScannedFile> = Vec::new();
         for (key, copy, inode, last_used) in files {
-            match found.last_mut() {
-                Some(last) if last.key == key && last.copies() == copy => {
-                    last.others.push(inode);
-                    last.last_used = last.last_used.max(last_used);
-                }
-                _ if copy == 0 => found.push(ScannedFile {
+            match copy {
+                0 => found.push(ScannedFile {
                     key,
                     inode,
-                    others: Vec::new(),
                     last_used,
                 }),
+                // They are seldom, and quickly made of the first one, which is read before it is used.
                 _ => self.remove_copy(&key, copy)?,
             }
         }
@@ -190,7 +177,7 @@ impl CacheDirectory {
                 .into_iter()
                 .partition(|found| changed(found) < newest - WRITE_BACK);
             for doubtful in doubtful {
-                self.remove(&doubtful.key, doubtful.copies())?;
+                self.remove(&doubtful.key, 1)?;
             }
             found = old;
             std::fs::write(&known, boot_id)?;
