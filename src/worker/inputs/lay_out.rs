@@ -64,12 +64,14 @@ enum PrunedChild {
     New(Origin),
 }
 
-/// What all roots are laid out with.
+/// What a root is laid out with.
 #[derive(Clone, Copy)]
 pub(super) struct LayOutContext<'a> {
     pub pool: &'a Pool,
     pub cache: &'a Arc<FileCache>,
     pub threads: usize,
+    /// The root's, and so of what is taken out of it: that may be older than what invalidated all.
+    pub generation: u64,
 }
 
 pub(super) struct LayOut<'a> {
@@ -271,7 +273,13 @@ impl<'a> LayOut<'a> {
             let stashed = self
                 .context
                 .pool
-                .stash(fd.as_fd(), name, child, self.link_mode)
+                .stash(
+                    fd.as_fd(),
+                    name,
+                    child,
+                    self.link_mode,
+                    self.context.generation,
+                )
                 .map_err(at(name))?;
             self.dropped.lock()[dropped.number as usize] = Some(stashed);
         }

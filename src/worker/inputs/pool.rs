@@ -323,6 +323,7 @@ impl Pool {
         name: &str,
         kept: KeptDirectory,
         link_mode: LinkMode,
+        generation: u64,
     ) -> Result<StashedTree, Errno> {
         let stashed = self.next_name();
         rustix::fs::renameat(parent, name, &self.stash_directory, &stashed)?;
@@ -330,7 +331,7 @@ impl Pool {
             kept,
             link_mode,
             name: stashed,
-            generation: self.generation(),
+            generation,
         })
     }
 

@@ -136,11 +136,12 @@ impl RootStore {
         self.pool.invalidate_all();
     }
 
-    pub(super) fn context(&self) -> LayOutContext<'_> {
+    pub(super) fn context(&self, generation: u64) -> LayOutContext<'_> {
         LayOutContext {
             pool: &self.pool,
             cache: &self.cache,
             threads: self.threads.load(Ordering::Relaxed),
+            generation,
         }
     }
 
@@ -269,7 +270,7 @@ impl RootStore {
         if !action_directory.empty()? {
             return Ok(None);
         }
-        let context = self.context();
+        let context = self.context(used.generation);
         match verify_root(
             &context,
             &mut kept,

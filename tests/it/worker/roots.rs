@@ -279,3 +279,20 @@ fn a_directory_may_be_as_large_as_its_message_says_and_not_much_larger() {
     assert_eq!(fs::read_dir(&path).unwrap().count(), 3);
     assert!(fs::metadata(&path).unwrap().len() <= 256 << 10);
 }
+
+#[test]
+fn what_is_taken_out_of_a_root_that_is_to_go_goes_too() {
+    let place = tempfile::tempdir().unwrap();
+    let build = place.path().join("build");
+    let roots = RootStore::open(&build, cache_with(place.path(), "x"), 1).unwrap();
+    for invalidated in [false, true] {
+        drop(prepare(&roots, &root_of(3, "x")).unwrap());
+        let planned = PlannedRoot::new(&roots, &root_of(1, "x"), Inputs::Shared).unwrap();
+        // As while its files are fetched.
+        if invalidated {
+            roots.invalidate_all();
+        }
+        drop(lay_out(planned).unwrap());
+        assert_eq!(roots.kept().1 > 0, !invalidated);
+    }
+}
