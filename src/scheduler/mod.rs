@@ -47,7 +47,6 @@ use crate::{
         self, CheckReport, Credentials, Failure, Installation, Lifecycle, PageLimits, Policy,
         Program, ServerLimits, Services, Tokens, traces::TraceExporter,
     },
-    instance::InstanceName,
     proto::{
         buildqueuestate::build_queue_state_server::BuildQueueStateServer,
         control::scheduler_control_server::SchedulerControlServer,
@@ -350,7 +349,6 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     .accept_compressed(CompressionEncoding::Gzip)
     .max_decoding_message_size(LARGEST_REPORT);
     let mut client_services = Services::default().add(execution).add(operations);
-    let mut largest_blob = 0;
     let blobs = storage.needs_services().then(|| ByteStreamService {
         backend: storage.clone(),
     });
@@ -363,12 +361,11 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     }));
     if storage.needs_services() {
         client_services = storage::serve::add_beside_byte_stream(client_services, &storage);
-        largest_blob = storage.maximum_blob_size(&InstanceName::empty()).await;
     }
     let client_routes = client_services
         .add(storage::serve::capabilities(Announcement {
             exec_enabled: true,
-            max_blob_size: largest_blob,
+            storage: storage.needs_services().then(|| storage.clone()),
             chunks: storage::serve::serves_chunks(&storage),
         }))
         .observable(&stopping)?;

@@ -216,7 +216,7 @@ impl Backend {
     /// Bytes of the largest blob that is taken; the most there is when a server does not say.
     pub async fn maximum_blob_size(&self, instance: &InstanceName) -> u64 {
         match self.cas() {
-            Place::Embedded(store) => store.maximum_blob_size(),
+            Place::Embedded(store) => store.maximum_blob_size_of(instance),
             Place::Grpc(client) => client.maximum_blob_size(instance).await,
             Place::Shards(shards) => shards.maximum_blob_size(instance).await,
             Place::Objects(objects) => objects.maximum_blob_size(),

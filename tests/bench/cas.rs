@@ -154,7 +154,7 @@ fn serve(directory: &Path) {
         let listener = daemon::listen("", "listen", &anywhere, None).unwrap();
         println!("{}", listener.address());
         let capabilities = serve::capabilities(serve::Announcement {
-            max_blob_size: store.maximum_blob_size(),
+            storage: Some(Backend::Embedded(store.clone())),
             ..Default::default()
         });
         let services = daemon::Services::default().add(capabilities);

@@ -144,7 +144,7 @@ async fn serve(directory: &str, address: &str) {
     let listener = daemon::listen("", "clients.listen", &listen, None).unwrap();
     let announcement = serve::Announcement {
         exec_enabled: false,
-        max_blob_size: store.maximum_blob_size(),
+        storage: Some(backend.clone()),
         chunks: serve::serves_chunks(&backend),
     };
     let services = daemon::Services::default().add(serve::capabilities(announcement));

@@ -42,10 +42,9 @@ impl Serving {
         let listener =
             daemon::listen("", "clients.listen", &ListenAddress::Tcp(address), None).unwrap();
         let address = listener.address().parse().unwrap();
-        let largest_blob = backend.maximum_blob_size(&instance("")).await;
         let capabilities = serve::capabilities(serve::Announcement {
             exec_enabled: false,
-            max_blob_size: largest_blob,
+            storage: Some(backend.clone()),
             chunks: serve::serves_chunks(&backend),
         });
         let services = daemon::Services::default().add(capabilities);

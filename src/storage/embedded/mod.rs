@@ -169,6 +169,13 @@ impl Store {
         self.space.maximum_blob_size()
     }
 
+    /// The largest blob that is taken from an instance name, which may have a limit of its own.
+    pub fn maximum_blob_size_of(&self, instance: &InstanceName) -> u64 {
+        let limits = &self.space.limits;
+        let own = limits.largest(limits.of(instance));
+        self.maximum_blob_size().min(own)
+    }
+
     /// Bytes on disk.
     pub fn used(&self) -> u64 {
         self.space.used()

@@ -6,6 +6,7 @@
 //! went through then is what is sent from there on.
 
 use std::{
+    collections::HashMap,
     sync::{
         OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -13,9 +14,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use tonic::Status;
 
-use crate::storage::chunking::ChunkingFunction;
+use crate::{instance::InstanceName, storage::chunking::ChunkingFunction};
 
 /// Most servers and clients take messages of 4 MiB.
 const DEFAULT_BATCH_SIZE: u64 = 4 << 20;
@@ -26,11 +28,15 @@ const DEFAULT_DIGESTS: u64 = 20_000;
 /// A peer that did not say what it takes is not asked again for so long.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
+/// Instance names whose largest blob is remembered. Clients choose them.
+const MAXIMUM_INSTANCES: usize = 1_000;
+
 #[derive(Debug)]
 pub(super) struct CallLimits {
     announcement: tokio::sync::Mutex<Announcement>,
     batch_size: AtomicU64,
-    blob_size: AtomicU64,
+    /// By instance name, since some have a limit of their own.
+    blob_sizes: Mutex<HashMap<InstanceName, u64>>,
     digests: AtomicU64,
     zstd_streams: AtomicBool,
     zstd_batches: AtomicBool,
@@ -62,12 +68,23 @@ enum Announcement {
     Answered,
 }
 
+impl Announcement {
+    /// Whether the peer is to be asked now.
+    fn is_due(&self) -> bool {
+        matches!(self, Announcement::NotYet(not_before) if not_before.is_none_or(|at| at <= Instant::now()))
+    }
+
+    fn is_known(&self) -> bool {
+        matches!(self, Announcement::Answered)
+    }
+}
+
 impl Default for CallLimits {
     fn default() -> Self {
         CallLimits {
             announcement: tokio::sync::Mutex::new(Announcement::NotYet(None)),
             batch_size: AtomicU64::new(DEFAULT_BATCH_SIZE),
-            blob_size: AtomicU64::new(u64::MAX),
+            blob_sizes: Mutex::default(),
             digests: AtomicU64::new(DEFAULT_DIGESTS),
             zstd_streams: AtomicBool::new(false),
             zstd_batches: AtomicBool::new(false),
@@ -77,34 +94,60 @@ impl Default for CallLimits {
 }
 
 impl CallLimits {
-    /// Learns what the peer announces, unless that is known. `ask` gets it; one call at a time does, and
-    /// the others wait for its answer.
-    pub(super) async fn announced(&self, ask: impl Future<Output = Result<Announced, Status>>) {
+    /// Learns what the peer announces, unless that is known. `ask` gets it for this instance name; one call at a
+    /// time does, and the others wait for its answer.
+    pub(super) async fn announced(
+        &self,
+        instance: &InstanceName,
+        ask: impl Future<Output = Result<Announced, Status>>,
+    ) {
         let mut announcement = self.announcement.lock().await;
-        if let Announcement::NotYet(not_before) = *announcement
-            && not_before.is_none_or(|at| at <= Instant::now())
-        {
-            *announcement = match ask.await {
-                Ok(said) => {
-                    self.zstd_streams
-                        .store(said.zstd_streams, Ordering::Relaxed);
-                    self.zstd_batches
-                        .store(said.zstd_batches, Ordering::Relaxed);
-                    // Asked once, so that it is not set.
-                    let _ = self.chunks.set(said.chunks);
-                    for (known, announced) in [
-                        (&self.batch_size, said.batch_size),
-                        (&self.blob_size, said.blob_size),
-                    ] {
-                        if let Ok(announced @ 1..) = u64::try_from(announced) {
-                            known.fetch_min(announced, Ordering::Relaxed);
-                        }
-                    }
-                    Announcement::Answered
-                }
-                Err(_) => Announcement::NotYet(Some(Instant::now() + ASK_AGAIN_AFTER)),
-            };
+        if announcement.is_due() {
+            *announcement = self.learn(instance, ask).await;
         }
+    }
+
+    /// Bytes of the largest blob; the most there is while none is announced. `ask` as above.
+    pub(super) async fn blob_size(
+        &self,
+        instance: &InstanceName,
+        ask: impl Future<Output = Result<Announced, Status>>,
+    ) -> u64 {
+        let known = || self.blob_sizes.lock().get(instance).copied();
+        if let Some(size) = known() {
+            return size;
+        }
+        let mut announcement = self.announcement.lock().await;
+        if known().is_none() && (announcement.is_due() || announcement.is_known()) {
+            *announcement = self.learn(instance, ask).await;
+        }
+        known().unwrap_or(u64::MAX)
+    }
+
+    async fn learn(
+        &self,
+        instance: &InstanceName,
+        ask: impl Future<Output = Result<Announced, Status>>,
+    ) -> Announcement {
+        let Ok(said) = ask.await else {
+            return Announcement::NotYet(Some(Instant::now() + ASK_AGAIN_AFTER));
+        };
+        self.zstd_streams
+            .store(said.zstd_streams, Ordering::Relaxed);
+        self.zstd_batches
+            .store(said.zstd_batches, Ordering::Relaxed);
+        // The first answer counts.
+        let _ = self.chunks.set(said.chunks);
+        let limit = |announced| u64::try_from(announced).ok().filter(|limit| *limit > 0);
+        if let Some(batch_size) = limit(said.batch_size) {
+            self.batch_size.fetch_min(batch_size, Ordering::Relaxed);
+        }
+        let mut blob_sizes = self.blob_sizes.lock();
+        if blob_sizes.len() >= MAXIMUM_INSTANCES {
+            blob_sizes.clear();
+        }
+        blob_sizes.insert(instance.clone(), limit(said.blob_size).unwrap_or(u64::MAX));
+        Announcement::Answered
     }
 
     /// What the peer does with chunks.
@@ -120,11 +163,6 @@ impl CallLimits {
     /// Whether blobs in batches may be compressed.
     pub(super) fn zstd_batches(&self) -> bool {
         self.zstd_batches.load(Ordering::Relaxed)
-    }
-
-    /// Bytes of the largest blob; the most there is while none is announced.
-    pub(super) fn blob_size(&self) -> u64 {
-        self.blob_size.load(Ordering::Relaxed)
     }
 
     /// Bytes of blobs that fit into one batch, each with its overhead.
@@ -160,26 +198,34 @@ impl CallLimits {
 mod tests {
     use super::*;
 
+    fn instance(name: &str) -> InstanceName {
+        InstanceName::parse(name).unwrap()
+    }
+
     #[tokio::test]
     async fn a_peer_that_does_not_say_is_asked_once_and_the_default_holds() {
         let limits = CallLimits::default();
         let silent = async { Err(Status::deadline_exceeded("")) };
-        limits.announced(silent).await;
+        limits.announced(&instance(""), silent).await;
         assert_eq!(limits.batch_size(), DEFAULT_BATCH_SIZE - (8 << 10));
-        limits.announced(async { panic!("asked again") }).await;
-        assert_eq!(limits.blob_size(), u64::MAX);
+        let again = async { panic!("asked again") };
+        limits.announced(&instance(""), again).await;
+        let again = async { panic!("asked again") };
+        assert_eq!(limits.blob_size(&instance("a"), again).await, u64::MAX);
     }
 
     #[tokio::test]
     async fn what_is_announced_and_what_was_learnt_both_hold() {
         let limits = CallLimits::default();
         limits.learn_batch_size(640 << 10);
-        limits.announced(async { Ok(Announced::default()) }).await;
+        let any = instance("");
+        let nothing = async { Ok(Announced::default()) };
+        limits.announced(&any, nothing).await;
         assert_eq!(limits.batch_size(), 632 << 10);
         limits.learn_batch_size(1 << 20);
-        limits.announced(async { panic!() }).await;
+        limits.announced(&any, async { panic!() }).await;
         assert_eq!(limits.batch_size(), 632 << 10);
-        assert_eq!(limits.blob_size(), u64::MAX);
+        assert_eq!(limits.blob_size(&any, async { panic!() }).await, u64::MAX);
         let limits = CallLimits::default();
         let said = Announced {
             batch_size: 64 << 10,
@@ -187,9 +233,34 @@ mod tests {
             zstd_streams: true,
             ..Default::default()
         };
-        limits.announced(async { Ok(said) }).await;
+        limits.announced(&any, async { Ok(said) }).await;
         assert!(limits.zstd_streams() && !limits.zstd_batches());
         assert_eq!(limits.batch_size(), 63 << 10);
-        assert_eq!(limits.blob_size(), 1 << 30);
+        assert_eq!(limits.blob_size(&any, async { panic!() }).await, 1 << 30);
+    }
+
+    #[tokio::test]
+    async fn each_instance_has_its_largest_blob_and_is_asked_for_it_once() {
+        let limits = CallLimits::default();
+        for (name, blob_size) in [("", 1 << 30), ("a", 1 << 20), ("b", 0)] {
+            let said = Announced {
+                blob_size,
+                ..Default::default()
+            };
+            let expected = if blob_size == 0 {
+                u64::MAX
+            } else {
+                blob_size as u64
+            };
+            let told = limits.blob_size(&instance(name), async { Ok(said) }).await;
+            assert_eq!(told, expected);
+            let told = limits.blob_size(&instance(name), async { panic!() }).await;
+            assert_eq!(told, expected);
+        }
+        for number in 0..2 * MAXIMUM_INSTANCES {
+            let said = async { Ok(Announced::default()) };
+            limits.blob_size(&instance(&number.to_string()), said).await;
+        }
+        assert!(limits.blob_sizes.lock().len() <= MAXIMUM_INSTANCES);
     }
 }

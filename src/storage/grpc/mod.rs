@@ -19,7 +19,7 @@ use std::{
 
 use bytes::Bytes;
 use tokio::sync::Semaphore;
-use tonic::{Code, service::interceptor::InterceptedService};
+use tonic::{Code, Status, service::interceptor::InterceptedService};
 
 use self::{
     chunks::LocalChunks,
@@ -343,8 +343,7 @@ impl Client {
 
     /// Bytes of the largest blob that the CAS takes; the most there is when it does not say.
     pub async fn maximum_blob_size(&self, instance: &InstanceName) -> u64 {
-        self.ask_for_limits(instance).await;
-        self.0.limits.blob_size()
+        self.0.limits.blob_size(instance, self.ask(instance)).await
     }
 
     /// How a blob of this size travels by ByteStream.
@@ -378,30 +377,31 @@ impl Client {
     }
 
     async fn ask_for_limits(&self, instance: &InstanceName) {
-        let ask = async {
-            let request = GetCapabilitiesRequest {
-                instance_name: self.name_there(instance).to_string(),
-            };
-            let mut client = CapabilitiesClient::new(self.channel());
-            let answer = client.get_capabilities(request);
-            let answer = call::timely(self.0.timeouts.capabilities, answer).await?;
-            let cache = answer.into_inner().cache_capabilities.unwrap_or_default();
-            let zstd = Compressor::Zstd.to_proto();
-            Ok(Announced {
-                batch_size: cache.max_batch_total_size_bytes,
-                blob_size: cache.max_cas_blob_size_bytes,
-                zstd_streams: cache.supported_compressors.contains(&zstd),
-                zstd_batches: cache.supported_batch_update_compressors.contains(&zstd),
-                chunks: AnnouncedChunks {
-                    split: cache.split_blob_support,
-                    splice: match cache.splice_blob_support {
-                        true => ChunkingFunction::announced(&cache),
-                        false => None,
-                    },
-                },
-            })
+        self.0.limits.announced(instance, self.ask(instance)).await;
+    }
+
+    async fn ask(&self, instance: &InstanceName) -> Result<Announced, Status> {
+        let request = GetCapabilitiesRequest {
+            instance_name: self.name_there(instance).to_string(),
         };
-        self.0.limits.announced(ask).await;
+        let mut client = CapabilitiesClient::new(self.channel());
+        let answer = client.get_capabilities(request);
+        let answer = call::timely(self.0.timeouts.capabilities, answer).await?;
+        let cache = answer.into_inner().cache_capabilities.unwrap_or_default();
+        let zstd = Compressor::Zstd.to_proto();
+        Ok(Announced {
+            batch_size: cache.max_batch_total_size_bytes,
+            blob_size: cache.max_cas_blob_size_bytes,
+            zstd_streams: cache.supported_compressors.contains(&zstd),
+            zstd_batches: cache.supported_batch_update_compressors.contains(&zstd),
+            chunks: AnnouncedChunks {
+                split: cache.split_blob_support,
+                splice: match cache.splice_blob_support {
+                    true => ChunkingFunction::announced(&cache),
+                    false => None,
+                },
+            },
+        })
     }
 }
 

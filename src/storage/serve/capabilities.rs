@@ -15,16 +15,16 @@ use crate::{
         semver::SemVer,
     },
     resource::Compressor,
-    storage::chunking::ChunkingFunction,
+    storage::{Backend, chunking::ChunkingFunction},
 };
 
 /// What differs between servers of ours.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Announcement {
     /// Whether actions are executed.
     pub exec_enabled: bool,
-    /// 0 when this server does not know.
-    pub max_blob_size: u64,
+    /// Where blobs are kept, if this server serves them: it knows how large they may be.
+    pub storage: Option<Backend>,
     /// Whether SplitBlob and SpliceBlob are served.
     pub chunks: bool,
 }
@@ -65,9 +65,13 @@ impl Capabilities for CapabilitiesService {
         };
         let Announcement {
             exec_enabled,
-            max_blob_size,
+            ref storage,
             chunks,
         } = self.0;
+        let max_blob_size = match storage {
+            Some(storage) => storage.maximum_blob_size(&instance).await,
+            None => 0,
+        };
         let mut cache = reapi::CacheCapabilities {
             digest_functions: functions.clone(),
             action_cache_update_capabilities: Some(reapi::ActionCacheUpdateCapabilities {

@@ -170,3 +170,22 @@ async fn a_blob_that_a_limit_has_no_room_for_is_refused_before_it_is_sent() {
     upload(&backend, "smaller", 1, 13 << 20).await;
     assert!(store.contains(&digest));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_instance_is_told_how_large_its_blobs_may_be() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = open(directory.path(), &[("team", 32), ("team/ci", 16)]);
+    let everybodys = store.maximum_blob_size();
+    let server = Serving::start(Backend::Embedded(store), ANYWHERE).await;
+    let client = server.client();
+    for (name, expected) in [
+        ("team/ci", 12 * MIB),
+        ("", everybodys),
+        ("team/a", 24 * MIB),
+        ("other", everybodys),
+        ("team/ci", 12 * MIB),
+    ] {
+        let told = client.maximum_blob_size(&instance(name)).await;
+        assert_eq!(told, expected, "{name:?}");
+    }
+}

@@ -14,6 +14,8 @@ use std::{
 use bb_remote_execution::{
     config::{
         Duration as ConfiguredDuration, Endpoint, Size,
+        scheduler::Embedded,
+        storage::InstanceLimit,
         worker::{Inputs, Outputs},
     },
     daemon::{self, Services},
@@ -89,8 +91,8 @@ pub struct Settings {
     pub inputs: Inputs,
     /// Of all outputs of an action.
     pub outputs_size: u64,
-    /// Of one blob, as the storage announces it; 0 when it does not.
-    pub blob_size: u64,
+    /// What the storage keeps of uploads, if it limits that.
+    pub stored: Option<Size>,
     /// What the runner answers to every Run.
     pub failing: Option<tonic::Code>,
     /// Of a runner of another kind.
@@ -108,7 +110,7 @@ impl Default for Settings {
             entries: 64 << 20,
             inputs: Inputs::Shared,
             outputs_size: 1 << 30,
-            blob_size: 0,
+            stored: None,
             failing: None,
             group: None,
         }
@@ -141,13 +143,22 @@ impl Farm {
     pub async fn start_in(place: &Path, settings: Settings) -> Self {
         let directory = tempfile::tempdir_in(place).unwrap();
         let store_directory = tempfile::tempdir().unwrap();
-        let store = store_directory.path().to_owned();
-        let store = tokio::task::spawn_blocking(move || Store::open(&store, 1 << 30).unwrap());
+        let limit = settings.stored.map(|maximum_size| InstanceLimit {
+            instance_name_prefix: String::new(),
+            maximum_size,
+        });
+        let embedded = Embedded {
+            directory: store_directory.path().to_owned(),
+            maximum_size: Size::gib(1),
+            minimum_free: Size(0),
+            instance_limits: limit.into_iter().collect(),
+        };
+        let store = tokio::task::spawn_blocking(move || Store::open_configured(&embedded).unwrap());
         let store = Arc::new(store.await.unwrap());
         let calls = Calls::default();
         let stop = CancellationToken::new();
         let capabilities = serve::capabilities(serve::Announcement {
-            max_blob_size: settings.blob_size,
+            storage: Some(Backend::Embedded(store.clone())),
             ..Default::default()
         });
         let services = Services::default().add(capabilities);

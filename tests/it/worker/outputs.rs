@@ -1,6 +1,7 @@
 //! What is collected of what a command left, and what is not.
 
 use bb_remote_execution::{
+    config::Size,
     instance::InstanceName,
     proto::{
         reapi::{self, command::OutputDirectoryFormat},
@@ -461,7 +462,8 @@ async fn outputs_that_overlap_or_are_named_twice_are_told_each_and_accuse_nobody
 #[tokio::test(flavor = "multi_thread")]
 async fn an_output_that_nobody_would_store_is_refused_before_it_is_read() {
     let settings = Settings {
-        blob_size: 16 << 20,
+        // A blob may take three quarters of it.
+        stored: Some(Size::mib(24)),
         outputs_size: 30 << 20,
         ..Settings::default()
     };
@@ -470,7 +472,7 @@ async fn an_output_that_nobody_would_store_is_refused_before_it_is_read() {
     let script = "echo out; truncate -s 8T large; truncate -s 8T other; echo small > small";
     let response = farm.shell(script, &[], &["large", "other", "small"]).await;
     assert_eq!(code(&response), Code::InvalidArgument);
-    let storage = format!("no blob of more than {} bytes", 16 << 20);
+    let storage = format!("no blob of more than {} bytes", 18 << 20);
     assert!(text(&response).contains("\"large\""), "{}", text(&response));
     assert!(text(&response).contains(&storage), "{}", text(&response));
     let result = response.result.unwrap();
