@@ -57,7 +57,10 @@ pub use health::Heartbeat;
 pub use lifecycle::Lifecycle;
 pub use listen::{Listener, Peer, SocketPermissions, listen};
 pub use logging::{LogRateLimit, action_span, spawn_blocking};
-pub use metrics::{Counter, DURATION_BOUNDS, Durations, Exposition, Histogram, Labels, Metrics};
+pub use metrics::{
+    Counter, Counts, DURATION_BOUNDS, Durations, Exposition, Histogram, Labels, Metrics,
+    failure_code,
+};
 pub use observation::{Observation, serve_observation};
 pub use output::{Cell, Emphasis, Output, Table, age, bytes, span};
 pub use process::{Program, boot_id, hostname, raise_file_limit};

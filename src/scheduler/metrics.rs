@@ -7,11 +7,11 @@
 use std::{collections::BTreeMap, fmt, sync::Arc, time::SystemTime};
 
 use super::{
-    queue::{QueueStatistics, SizeClassQueueKey},
+    queue::{ExecutionResult, InvocationCounts, QueueStatistics, SizeClassQueueKey},
     shared_queue::SharedQueue,
 };
 use crate::{
-    daemon::{Exposition, Labels, Metrics},
+    daemon::{Exposition, Labels, Metrics, failure_code},
     proto,
     storage::{Backend, embedded::InstanceUsage},
 };
@@ -161,13 +161,17 @@ fn expose_statistics(
         &format!("{PREFIX}_tasks_scheduled"),
         "Tasks that came, by whether they found a worker at once",
         each().flat_map(|(labels, of)| {
-            [
-                (
-                    with(labels.clone(), "assignment", "Worker"),
-                    of.assigned_at_once,
-                ),
-                (with(labels, "assignment", "Queue"), of.queued),
-            ]
+            [("Worker", of.assigned_at_once), ("Queue", of.queued)]
+                .into_iter()
+                .flat_map(move |(assignment, counts)| {
+                    let labels = with(labels.clone(), "assignment", assignment);
+                    let row =
+                        |value: &str, count| (with(labels.clone(), "do_not_cache", value), count);
+                    [
+                        row("false", counts.cacheable),
+                        row("true", counts.not_cacheable),
+                    ]
+                })
         }),
     )?;
     exposition.counters(
@@ -175,10 +179,17 @@ fn expose_statistics(
         "Executions of cacheable actions, by whether one of the same action was there",
         each().flat_map(|(labels, of)| {
             [
-                (with(labels.clone(), "outcome", "Joined"), of.joined),
+                (
+                    with(labels.clone(), "outcome", "SameInvocation"),
+                    of.joined_own,
+                ),
+                (
+                    with(labels.clone(), "outcome", "OtherInvocation"),
+                    of.joined_others,
+                ),
                 (
                     with(labels, "outcome", "New"),
-                    of.assigned_at_once + of.queued,
+                    of.assigned_at_once.cacheable + of.queued.cacheable,
                 ),
             ]
         }),
@@ -187,6 +198,11 @@ fn expose_statistics(
         &format!("{PREFIX}_workers_created"),
         "Slots of workers that came",
         each().map(|(labels, of)| (labels, of.workers_created)),
+    )?;
+    exposition.counters(
+        &format!("{PREFIX}_workers_terminating"),
+        "Slots of workers that were told to end",
+        each().map(|(labels, of)| (labels, of.workers_terminating)),
     )?;
     exposition.counters(
         &format!("{PREFIX}_workers_removed"),
@@ -212,19 +228,73 @@ fn expose_statistics(
     exposition.durations(
         &format!("{PREFIX}_tasks_executing_duration_seconds"),
         "How long tasks were executed, by how that ended",
-        each().flat_map(|(labels, of)| {
-            of.executing_durations
+        each().flat_map(|(labels, of)| by_result(labels, &of.executing_durations)),
+    )?;
+    exposition.counts(
+        &format!("{PREFIX}_tasks_executing_retries"),
+        "How often workers came back without a task's result, by how its execution ended",
+        each().flat_map(|(labels, of)| by_result(labels, &of.executing_retries)),
+    )?;
+    exposition.durations(
+        &format!("{PREFIX}_tasks_completed_duration_seconds"),
+        "How long the results of tasks were held for their clients",
+        each().map(|(labels, of)| (labels, of.completed_durations.clone())),
+    )?;
+    exposition.counts(
+        &format!("{PREFIX}_worker_invocation_stickiness_retained"),
+        "At how many levels workers that were given a task stayed with the invocation of the one before",
+        each().map(|(labels, of)| (labels, of.stickiness_retained.clone())),
+    )?;
+    for (name, help, value) in [
+        (
+            "created",
+            "Invocations that came",
+            (|of| of.created) as fn(&InvocationCounts) -> u64,
+        ),
+        (
+            "activated",
+            "Times that the first operation of an invocation was queued or executed",
+            |of| of.activated,
+        ),
+        (
+            "deactivated",
+            "Times that no operation of an invocation was queued or executed any more",
+            |of| of.deactivated,
+        ),
+        (
+            "removed",
+            "Invocations that nobody works for any more",
+            |of| of.removed,
+        ),
+    ] {
+        let rows = each().flat_map(|(labels, of)| {
+            of.invocations
                 .iter()
-                .map(move |((result, code), durations)| {
-                    let code = tonic::Code::from_i32(*code);
-                    let labels = with(labels.clone(), "result", result.name());
+                .enumerate()
+                .map(move |(depth, counts)| {
                     (
-                        with(labels, "grpc_code", format!("{code:?}")),
-                        durations.clone(),
+                        with(labels.clone(), "depth", depth.to_string()),
+                        value(counts),
                     )
                 })
-        }),
-    )
+        });
+        exposition.counters(&format!("{PREFIX}_invocations_{name}"), help, rows)?;
+    }
+    Ok(())
+}
+
+/// Rows with how executions ended.
+fn by_result<T: Clone>(
+    labels: Labels,
+    rows: &BTreeMap<(ExecutionResult, i32), T>,
+) -> impl Iterator<Item = (Labels, T)> {
+    rows.iter().map(move |((result, code), value)| {
+        let labels = with(labels.clone(), "result", result.name());
+        (
+            with(labels, "grpc_code", failure_code(*code)),
+            value.clone(),
+        )
+    })
 }
 
 fn expose_store(storage: &Backend, exposition: &mut Exposition<'_>) -> fmt::Result {

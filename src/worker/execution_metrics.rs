@@ -5,7 +5,7 @@ use std::{fmt, time::Duration};
 use prost_types::Timestamp;
 
 use crate::{
-    daemon::{Exposition, Histogram, Labels},
+    daemon::{Exposition, Histogram, Labels, failure_code},
     proto::{self, reapi::ExecuteResponse},
 };
 
@@ -69,10 +69,9 @@ impl ExecutionMetrics {
                 .iter()
                 .zip(histograms)
                 .map(move |(stage, histogram)| {
-                    let code = tonic::Code::from_i32(code as i32);
                     let labels: Labels = vec![
                         ("result", RESULTS[outcome].to_owned()),
-                        ("grpc_code", format!("{code:?}")),
+                        ("grpc_code", failure_code(code as i32).to_owned()),
                         ("stage", (*stage).to_owned()),
                     ];
                     (labels, histogram.read())

@@ -172,6 +172,16 @@ impl CountedCall {
     }
 }
 
+/// How an execution failed, as Buildbarn labels it (`grpc_code`): empty when it did not. Codes that are none
+/// of gRPC's come from peers.
+pub fn failure_code(code: i32) -> &'static str {
+    match usize::try_from(code) {
+        Ok(0) => "",
+        Ok(code) => CODES.get(code).unwrap_or(&"Unknown"),
+        Err(_) => "Unknown",
+    }
+}
+
 fn called() -> impl Iterator<Item = &'static MethodCalls> {
     let all = METHODS.values().chain([&*OTHERS]);
     all.filter(|method| method.started.load(Ordering::Relaxed) > 0)

@@ -9,7 +9,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::{Durations, calls};
+use super::{Counts, Durations, calls};
 use crate::daemon::traces;
 
 /// Names of labels, and their values.
@@ -138,23 +138,41 @@ impl Exposition<'_> {
     ) -> fmt::Result {
         let rows = rows
             .into_iter()
-            .filter(|(_, durations)| durations.count() > 0);
-        let mut rows = rows.peekable();
+            .map(|(labels, of)| (labels, of.sum().as_secs_f64(), of.count(), of.buckets()));
+        self.histograms(name, help, rows)
+    }
+
+    /// Small numbers; those that never happened are left out.
+    pub fn counts(
+        &mut self,
+        name: &str,
+        help: &str,
+        rows: impl IntoIterator<Item = (Labels, Counts)>,
+    ) -> fmt::Result {
+        let rows = rows
+            .into_iter()
+            .map(|(labels, of)| (labels, of.sum() as f64, of.count(), of.buckets()));
+        self.histograms(name, help, rows)
+    }
+
+    /// Labels, sum, count and buckets of each.
+    fn histograms(
+        &mut self,
+        name: &str,
+        help: &str,
+        rows: impl Iterator<Item = (Labels, f64, u64, Vec<(f64, u64)>)>,
+    ) -> fmt::Result {
+        let mut rows = rows.filter(|(_, _, count, _)| *count > 0).peekable();
         if rows.peek().is_none() {
             return Ok(());
         }
         let mut metric = self
             .0
             .encode_descriptor(name, help, None, MetricType::Histogram)?;
-        for (labels, durations) in rows {
+        for (labels, sum, count, buckets) in rows {
             metric
                 .encode_family(&labels)?
-                .encode_histogram::<NoLabelSet>(
-                    durations.sum().as_secs_f64(),
-                    durations.count(),
-                    &durations.buckets(),
-                    None,
-                )?;
+                .encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
         }
         Ok(())
     }

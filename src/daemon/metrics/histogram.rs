@@ -29,6 +29,42 @@ pub const DURATION_BOUNDS: [f64; 19] = [
     1000.0,
 ];
 
+/// Upper bounds of small numbers (Buildbarn: LinearBuckets(0, 1, 11)).
+const COUNT_BOUNDS: [f64; 11] = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0];
+
+/// A histogram of small numbers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Counts {
+    /// For each bound, and beyond the last one.
+    counts: [u64; COUNT_BOUNDS.len() + 1],
+    sum: u64,
+}
+
+impl Counts {
+    /// Counts one.
+    pub fn observe(&mut self, number: u32) {
+        let bucket = (number as usize).min(COUNT_BOUNDS.len());
+        self.counts[bucket] += 1;
+        self.sum += u64::from(number);
+    }
+
+    /// How many there were.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// Of all together.
+    pub fn sum(&self) -> u64 {
+        self.sum
+    }
+
+    /// Each bound, with the count between it and the one before.
+    pub fn buckets(&self) -> Vec<(f64, u64)> {
+        let bounds = COUNT_BOUNDS.into_iter().chain([f64::INFINITY]);
+        bounds.zip(self.counts).collect()
+    }
+}
+
 const BUCKETS: usize = DURATION_BOUNDS.len() + 1;
 
 /// A histogram that one at a time writes to.
@@ -96,6 +132,21 @@ impl Histogram {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_number_is_counted_below_the_bound_that_it_equals() {
+        let mut counts = Counts::default();
+        for number in [0, 0, 1, 10, 11, 4_000_000_000] {
+            counts.observe(number);
+        }
+        let counted: Vec<(f64, u64)> = counts.buckets();
+        let counted: Vec<_> = counted
+            .into_iter()
+            .filter(|(_, count)| *count > 0)
+            .collect();
+        assert_eq!(counted, [(0.0, 2), (1.0, 1), (10.0, 1), (f64::INFINITY, 2)]);
+        assert_eq!((counts.count(), counts.sum()), (6, 4_000_000_022));
+    }
 
     #[test]
     fn a_duration_is_counted_below_the_first_bound_that_it_does_not_exceed() {

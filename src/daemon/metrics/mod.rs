@@ -11,8 +11,9 @@ mod exposition;
 mod histogram;
 
 pub(super) use calls::CountedCall;
+pub use calls::failure_code;
 pub use exposition::{Exposition, Labels, Metrics};
-pub use histogram::{DURATION_BOUNDS, Durations, Histogram};
+pub use histogram::{Counts, DURATION_BOUNDS, Durations, Histogram};
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

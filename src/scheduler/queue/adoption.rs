@@ -16,6 +16,7 @@ use super::{
     EncodedResponse, Queue, ReportedAction, ReportedDigest, Request, SynchronizeAnswer, TaskState,
     Timer, WorkerState,
     arena::{Number, PlatformQueueNumber, QueueNumber, TaskNumber, WorkerNumber},
+    schedule::AssignedFrom,
     timers::Deadline,
     workers::{CallNumber, GO_IDLE},
 };
@@ -236,7 +237,7 @@ impl<C, W: Clone> Queue<C, W> {
             self.move_to(task, queue);
             self.tasks[task].learner = None;
         }
-        self.assign(now, task, worker, None, attempt);
+        self.assign(now, task, worker, None, AssignedFrom::Report(attempt));
     }
 
     /// Whether this scheduler has given the attempt out: what is not its task's present one is late.

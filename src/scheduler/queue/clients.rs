@@ -89,9 +89,11 @@ impl<C, W: Clone> Queue<C, W> {
         let action = &request.action;
         let cacheable = !action.do_not_cache;
         if cacheable && let Some(task) = self.find_in_flight(&action.instance, &action.digest) {
+            let operations = self.tasks[task].operations.len();
             let operation = self.join(task, request, watch);
             self.tasks[task].skips_cache_lookup |= request.skip_cache_lookup;
-            self.count_joined(task);
+            let own = self.tasks[task].operations.len() == operations;
+            self.count_joined(task, own);
             return Ok((task, operation));
         }
         let platform_queue = self
@@ -362,7 +364,7 @@ impl<C, W: Clone> Queue<C, W> {
             self.complete(now, task, outcome);
         }
         self.forget(number);
-        self.remove_task(task);
+        self.remove_task(now, task);
         self.totals.forgotten += 1;
     }
 

@@ -8,6 +8,7 @@ use super::{
     DrainRefusal, Effect, Queue, SizeClassQueueKey, TaskState, UnknownQueue, WorkerId,
     WorkerPattern, WorkerState,
     arena::{QueueNumber, WorkerNumber},
+    schedule::AssignedFrom,
 };
 
 /// Workers that are looked at under one lock.
@@ -178,8 +179,14 @@ impl<C, W: Clone> Queue<C, W> {
     ) {
         let worker = &mut self.workers[number];
         let before = worker.takes_work();
+        let told = terminating && !worker.terminating;
         (worker.drained, worker.terminating) = (drained, terminating);
         let after = worker.takes_work();
+        if told {
+            let queue = worker.queue;
+            self.count_worker_terminating(queue);
+        }
+        let worker = &self.workers[number];
         let WorkerState::IdleSynchronizing { number: call, .. } = worker.state else {
             return;
         };
@@ -190,9 +197,9 @@ impl<C, W: Clone> Queue<C, W> {
                 if let Some(task) = self.pick(now, number)
                     && let Some((held, call)) = self.take_call(now, number)
                 {
-                    self.withdraw(now, task);
                     debug_assert!(matches!(self.tasks[task].state, TaskState::Queued));
-                    let instruction = self.assign(now, task, number, Some(held), None);
+                    let instruction =
+                        self.assign(now, task, number, Some(held), AssignedFrom::Tree);
                     self.effects.push(Effect::Answer { call, instruction });
                 }
             }

@@ -8,6 +8,7 @@ use std::{
 use super::{
     Effect, EncodedResponse, Instruction, Queue, WorkerId, WorkerState,
     arena::{QueueNumber, TaskNumber, WorkerNumber},
+    schedule::AssignedFrom,
 };
 use crate::proto::rpc;
 
@@ -24,7 +25,7 @@ impl<C, W: Clone> Queue<C, W> {
             return None;
         }
         self.withdraw(now, task);
-        Some(self.assign(now, task, worker, None, None))
+        Some(self.assign(now, task, worker, None, AssignedFrom::Nowhere))
     }
 
     /// A worker that stops has not begun what we gave it: another one does it.

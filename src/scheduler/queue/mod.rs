@@ -89,6 +89,7 @@ pub use clients::{AttachedWaiter, KILLED};
 pub use clock::{Clock, TICK};
 pub use drains::{Drain, ExecutingWorker, NextWorker};
 pub use explain::{Explanation, MatchingWorkers, QueuedExplanation};
+pub use fairness::InvocationCounts;
 pub use invariants::{Counts, Totals};
 pub use platform::{Platform, SizeClassQueueKey, UnsortedPlatform};
 pub use refusal::{

@@ -33,6 +33,16 @@ pub(super) fn milliseconds(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
 }
 
+/// Where a task is that a worker is to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AssignedFrom {
+    /// It is queued.
+    Tree,
+    Nowhere,
+    /// Nowhere, too, and the worker reports that it executes it, by this attempt if it knows one.
+    Report(Option<u64>),
+}
+
 impl<C, W: Clone> Queue<C, W> {
     /// A task that has no operation yet, and is nowhere.
     pub(super) fn insert_task(
@@ -67,7 +77,8 @@ impl<C, W: Clone> Queue<C, W> {
         })
     }
 
-    pub(super) fn remove_task(&mut self, number: TaskNumber) -> Task {
+    pub(super) fn remove_task(&mut self, now: Instant, number: TaskNumber) -> Task {
+        self.count_task_removed(now, number);
         let task = self.tasks.remove(number);
         self.action_bytes -= task.action.size();
         task
@@ -82,7 +93,7 @@ impl<C, W: Clone> Queue<C, W> {
         if let Some(worker) = free
             && let Some((number, call)) = self.take_call(now, worker)
         {
-            let instruction = self.assign(now, task, worker, Some(number), None);
+            let instruction = self.assign(now, task, worker, Some(number), AssignedFrom::Nowhere);
             self.effects.push(Effect::Answer { call, instruction });
             return;
         }
@@ -93,19 +104,19 @@ impl<C, W: Clone> Queue<C, W> {
         self.advance(now, task, TaskState::Queued);
     }
 
-    /// Makes a task that is in no tree the worker's, whose call is not held.
+    /// Makes a task the worker's, whose call is not held.
     pub(super) fn assign(
         &mut self,
         now: Instant,
         task: TaskNumber,
         worker: WorkerNumber,
         given_to: Option<CallNumber>,
-        adopted: Option<u64>,
+        from: AssignedFrom,
     ) -> Instruction {
         debug_assert!(matches!(self.workers[worker].state, WorkerState::Idle));
-        let attempt = match adopted {
-            Some(number) => number,
-            None => {
+        let attempt = match from {
+            AssignedFrom::Report(Some(number)) => number,
+            AssignedFrom::Tree | AssignedFrom::Nowhere | AssignedFrom::Report(None) => {
                 let number = self.number();
                 self.settings.first_attempt.wrapping_add(number).max(1)
             }
@@ -113,6 +124,10 @@ impl<C, W: Clone> Queue<C, W> {
         for i in 0..self.tasks[task].operations.len() {
             let node = self.node_of(self.tasks[task].operations[i]);
             self.invocations.start(node, worker);
+        }
+        // Only now, so that its invocations do not become inactive in between.
+        if from == AssignedFrom::Tree {
+            self.withdraw(now, task);
         }
         let first = self.tasks[task].operations[0];
         let path = self.invocations.path(self.node_of(first));
@@ -127,11 +142,13 @@ impl<C, W: Clone> Queue<C, W> {
         found.sticks_to.truncate(same);
         let rest = path.into_iter().skip(same).map(|node| (node, now));
         found.sticks_to.extend(rest);
+        let queue = found.queue;
         found.state = WorkerState::Executing {
             task,
             given_to,
             held: None,
         };
+        self.count_stickiness(queue, same);
         self.advance(
             now,
             task,
@@ -246,7 +263,7 @@ impl<C, W: Clone> Queue<C, W> {
             self.end_operation(now, self.tasks[number].operations[i]);
         }
         if self.tasks[number].background {
-            let task = self.remove_task(number);
+            let task = self.remove_task(now, number);
             self.totals.forgotten += 1;
             for operation in task.operations {
                 self.forget(operation);

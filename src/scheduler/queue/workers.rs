@@ -7,6 +7,7 @@ use super::{
     ReportedDigest, SizeClassQueueKey, TaskState, Timer, Worker, WorkerActivity, WorkerReport,
     WorkerState,
     arena::{QueueNumber, TaskNumber, WorkerNumber},
+    schedule::AssignedFrom,
 };
 
 /// The answer to a worker's call.
@@ -152,8 +153,7 @@ impl<C, W: Clone> Queue<C, W> {
             return Ok(SynchronizeAnswer::Now(GO_IDLE));
         }
         if let Some(task) = picked {
-            self.withdraw(now, task);
-            let instruction = self.assign(now, task, number, None, None);
+            let instruction = self.assign(now, task, number, None, AssignedFrom::Tree);
             return Ok(SynchronizeAnswer::Now(instruction));
         }
         Ok(SynchronizeAnswer::Held(

@@ -23,10 +23,37 @@ use super::{
     workers::CallNumber,
 };
 
+/// What has happened to the invocations of one depth of a tree; the root's depth is 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InvocationCounts {
+    pub created: u64,
+    /// From now on something of it is queued or executed.
+    pub activated: u64,
+    pub deactivated: u64,
+    pub removed: u64,
+}
+
+impl InvocationCounts {
+    /// Adds those of each depth to those of the same depth.
+    pub(super) fn add_each(sums: &mut Vec<Self>, counts: &[Self]) {
+        if sums.len() < counts.len() {
+            sums.resize(counts.len(), Self::default());
+        }
+        for (sum, more) in sums.iter_mut().zip(counts) {
+            sum.created += more.created;
+            sum.activated += more.activated;
+            sum.deactivated += more.deactivated;
+            sum.removed += more.removed;
+        }
+    }
+}
+
 /// The trees of all size-class queues.
 #[derive(Default)]
 pub(super) struct Invocations {
     nodes: Arena<InvocationNumber, Invocation>,
+    /// Of each tree, by depth.
+    counts: BTreeMap<QueueNumber, Vec<InvocationCounts>>,
     /// Orders the times at which nodes were served.
     served: u64,
 }
@@ -36,7 +63,20 @@ impl Invocations {
         let root = Invocation::new(queue, None, InvocationKeys::default());
         let number = self.nodes.insert(root);
         self.hold(number);
+        count(&mut self.counts, queue, 0).created += 1;
         number
+    }
+
+    /// What has happened in a queue's tree, by depth.
+    pub(super) fn counts(&self, queue: QueueNumber) -> &[InvocationCounts] {
+        self.counts.get(&queue).map_or(&[], Vec::as_slice)
+    }
+
+    /// The same in each tree.
+    pub(super) fn all_counts(&self) -> impl Iterator<Item = (QueueNumber, &[InvocationCounts])> {
+        self.counts
+            .iter()
+            .map(|(queue, counts)| (*queue, counts.as_slice()))
     }
 
     pub(super) fn get(&self, number: InvocationNumber) -> &Invocation {
@@ -71,6 +111,7 @@ impl Invocations {
             let queue = self.nodes[at].queue;
             let child = Invocation::new(queue, Some(at), keys);
             let child = self.nodes.insert(child);
+            count(&mut self.counts, queue, level + 1).created += 1;
             self.nodes[at].children.insert(key.clone(), child);
             at = child;
         }
@@ -108,6 +149,9 @@ impl Invocations {
             at = node.parent;
             if let (Some(parent), Some(key)) = (node.parent, node.keys.as_slice().last()) {
                 self.nodes[parent].children.remove(key);
+                count(&mut self.counts, node.queue, node.depth()).removed += 1;
+            } else {
+                self.counts.remove(&node.queue);
             }
         }
     }
@@ -117,7 +161,13 @@ impl Invocations {
         let (mut at, mut first) = (from, true);
         loop {
             let node = &mut self.nodes[at];
+            let before = node.is_active();
             change(node, first);
+            match (before, node.is_active()) {
+                (false, true) => count(&mut self.counts, node.queue, node.depth()).activated += 1,
+                (true, false) => count(&mut self.counts, node.queue, node.depth()).deactivated += 1,
+                _ => {}
+            }
             let Some(parent) = node.parent else {
                 return;
             };
@@ -297,7 +347,7 @@ impl Invocations {
         one: InvocationNumber,
         other: InvocationNumber,
     ) -> InvocationNumber {
-        let depth = |number: InvocationNumber| self.nodes[number].keys.as_slice().len();
+        let depth = |number: InvocationNumber| self.nodes[number].depth();
         let (mut one, mut other) = (one, other);
         while one != other {
             let deeper = match depth(one) >= depth(other) {
@@ -323,4 +373,16 @@ impl Invocations {
     ) -> &BTreeMap<InvocationKey, InvocationNumber> {
         &self.nodes[number].children
     }
+}
+
+fn count(
+    counts: &mut BTreeMap<QueueNumber, Vec<InvocationCounts>>,
+    queue: QueueNumber,
+    depth: usize,
+) -> &mut InvocationCounts {
+    let of = counts.entry(queue).or_default();
+    if of.len() <= depth {
+        of.resize(depth + 1, InvocationCounts::default());
+    }
+    &mut of[depth]
 }

@@ -99,6 +99,16 @@ impl Invocation {
         }
     }
 
+    /// The root's is 0.
+    pub(super) fn depth(&self) -> usize {
+        self.keys.as_slice().len()
+    }
+
+    /// Whether something of it, or below it, is queued or executed.
+    pub(super) fn is_active(&self) -> bool {
+        self.queued_in_all > 0 || !self.executing.is_empty()
+    }
+
     pub(super) fn ready_place(&self) -> Option<ReadyPlace> {
         let (most_urgent, _) = self.priorities.first_key_value()?;
         Some(ReadyPlace {

@@ -24,6 +24,7 @@ mod limits;
 mod listing;
 mod platform_queues;
 mod sizes;
+mod statistics;
 mod steering;
 mod workers;
 
