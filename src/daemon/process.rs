@@ -1,6 +1,8 @@
 //! What a daemon is as a process: its name, its exit code, its limits, the boot that it runs in, and
 //! what it tells systemd.
 
+use std::path::Path;
+
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 
@@ -44,6 +46,24 @@ pub fn raise_file_limit() {
 /// How many files the process may have open; `None` for any number.
 pub(super) fn file_limit() -> Option<u64> {
     getrlimit(Resource::Nofile).current
+}
+
+/// Bytes of memory that the process may use: the host's, or less where control groups that it is in say so
+/// (cgroups(7): memory.max).
+pub(super) fn memory_limit() -> u64 {
+    let info = rustix::system::sysinfo();
+    #[expect(
+        clippy::useless_conversion,
+        reason = "of another type on other architectures"
+    )]
+    let host = u64::from(info.totalram).saturating_mul(u64::from(info.mem_unit));
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let unified = groups.lines().find_map(|line| line.strip_prefix("0::/"));
+    let own = Path::new("/sys/fs/cgroup").join(unified.unwrap_or_default());
+    own.ancestors()
+        .filter_map(|group| std::fs::read_to_string(group.join("memory.max")).ok())
+        .filter_map(|limit| limit.trim().parse().ok())
+        .fold(host, u64::min)
 }
 
 /// What this host calls itself (gethostname(2)).

@@ -389,10 +389,15 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         history.clone(),
         Protection::new(&config.web.url, &daemon::hostname()),
     )));
+    let default = ServerLimits::default();
     let limits = ServerLimits {
+        calls: match config.callers.maximum_calls {
+            0 => default.calls,
+            calls => calls,
+        },
         requests_per_second: config.callers.requests_per_second,
         bytes_per_second: config.callers.bytes_per_second.get(),
-        ..ServerLimits::default()
+        ..default
     };
     let worker_limits = ServerLimits {
         largest_message: LARGEST_REPORT as u64,

@@ -166,6 +166,10 @@ const SCHEDULER: &[Row] = &[
         Good,
     ),
     (
+        "callers.maximum_calls = 999",
+        Refused("less than 1000 are not enough"),
+    ),
+    (
         "callers.bytes_per_second = \"1KiB\"",
         Refused("no build would go on; write \"100MiB\""),
     ),

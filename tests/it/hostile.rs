@@ -380,7 +380,7 @@ async fn uploads_that_are_left_stay_within_their_number() {
 /// A caller has a share of the connections and the calls, on however many connections it comes.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_caller_has_no_more_than_its_share_of_connections_and_calls() {
-    let attacked = Attacked::start("").await;
+    let attacked = Attacked::start("callers.maximum_calls = 50000").await;
     let wait = headers("/grpc.health.v1.Health/Watch");
     let mut open = Vec::new();
     for _ in 0..40 {

@@ -101,9 +101,9 @@ impl Default for ServerLimits {
             answers: 256 << 20,
             response_bytes_per_connection: 64 << 20,
             windows: 512 << 20,
+            calls: call_limit(),
             // A Bazel with --jobs=2000 has as many streams on one connection, and proxies gather
             // several of them.
-            calls: 50_000,
             calls_per_connection: 10_000,
             connections: connection_limit(),
             half_open: 1000,
@@ -132,6 +132,14 @@ fn connection_limit() -> usize {
 }
 
 const MAX_CONNECTIONS: usize = 10_000;
+
+/// Memory of a call that is under way, in bytes, when it waits for an operation: measured, and a quarter more.
+const CALL_MEMORY: u64 = 32 << 10;
+
+/// What a quarter of the memory has room for.
+fn call_limit() -> u64 {
+    (process::memory_limit() / 4 / CALL_MEMORY).clamp(10_000, 1_000_000)
+}
 
 /// A piece of 4 MiB in flight needs no round trip on a LAN. This is what a connection can hold besides
 /// what its calls have been given; one that finds no room for that among all of them has less.

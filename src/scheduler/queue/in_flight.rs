@@ -1,16 +1,13 @@
 //! Cacheable tasks that are not completed, by the hash of instance name and digest.
 //!
-//! Hashes are random, so that a million of them are in many small sets, by their first bits, of which
-//! each is a node or two.
+//! Hashes are random, so that a million of them are in many lists of a few, by their first bits.
 
-use std::collections::BTreeSet;
-
-use super::arena::{Number, TaskNumber};
+use super::arena::TaskNumber;
 
 const BITS: u32 = 17;
 
 pub(super) struct InFlight {
-    parts: Vec<BTreeSet<(u64, TaskNumber)>>,
+    parts: Vec<Vec<(u64, TaskNumber)>>,
     len: usize,
 }
 
@@ -21,17 +18,28 @@ fn part_of(hash: u64) -> usize {
 impl InFlight {
     pub(super) fn new() -> Self {
         InFlight {
-            parts: (0..1 << BITS).map(|_| BTreeSet::new()).collect(),
+            parts: vec![Vec::new(); 1 << BITS],
             len: 0,
         }
     }
 
     pub(super) fn insert(&mut self, hash: u64, task: TaskNumber) {
-        self.len += usize::from(self.parts[part_of(hash)].insert((hash, task)));
+        if !self.contains(hash, task) {
+            self.parts[part_of(hash)].push((hash, task));
+            self.len += 1;
+        }
     }
 
     pub(super) fn remove(&mut self, hash: u64, task: TaskNumber) {
-        self.len -= usize::from(self.parts[part_of(hash)].remove(&(hash, task)));
+        let part = &mut self.parts[part_of(hash)];
+        if let Some(place) = part.iter().position(|entry| *entry == (hash, task)) {
+            part.swap_remove(place);
+            self.len -= 1;
+        }
+        // What is empty takes no memory.
+        if part.is_empty() {
+            *part = Vec::new();
+        }
     }
 
     pub(super) fn contains(&self, hash: u64, task: TaskNumber) -> bool {
@@ -40,10 +48,9 @@ impl InFlight {
 
     /// Tasks of this hash, nearly always one at most.
     pub(super) fn of_hash(&self, hash: u64) -> impl Iterator<Item = TaskNumber> {
-        let from = (hash, TaskNumber::new(0, 0));
-        let candidates = self.parts[part_of(hash)].range(from..);
-        candidates
-            .take_while(move |(other, _)| *other == hash)
+        let of_part = self.parts[part_of(hash)].iter();
+        of_part
+            .filter(move |(other, _)| *other == hash)
             .map(|(_, task)| *task)
     }
 

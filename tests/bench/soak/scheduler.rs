@@ -32,11 +32,13 @@ impl Scheduler {
         };
         fs::create_dir(directory.path().join("storage")).unwrap();
         let config = directory.path().join("bb_scheduler.toml");
+        // All clients are one caller here, which has half of all calls at most.
         let text = format!(
             "clients.listen = \"127.0.0.1:0\"\nworkers.listen = \"127.0.0.1:0\"\n\
              state.listen = \"127.0.0.1:0\"\nstate.directory = \"{place}/state\"\n\
              web.listen = \"127.0.0.1:0\"\ncontrol.listen = \"unix:{place}/control\"\n\
              log.level = \"warn\"\n\
+             callers.maximum_calls = 1000000\n\
              scheduling.operation_with_no_waiters_timeout = \"5s\"\n\
              scheduling.busy_worker_synchronization_interval = \"2s\"\n\
              scheduling.worker_with_no_synchronizations_timeout = \"20s\"\n{storage}"
