@@ -66,9 +66,9 @@ pub use output::{Cell, Emphasis, Output, Table, age, bytes, span};
 pub use process::{Program, boot_id, hostname, raise_file_limit};
 pub use secrets::check_secrets;
 pub use server::{
-    Access, BudgetReservation, PageAccess, PageLimits, PageOrigin, Policy, RequestReservation,
-    ResponseBudget, ServerLimits, Services, client_address, client_name, serve, serve_pages,
-    serve_within, warn_grants, with_reservation,
+    Access, BudgetReservation, CallConnection, PageAccess, PageLimits, PageOrigin, Policy,
+    RequestReservation, ResponseBudget, ServerLimits, Services, client_address, client_name, serve,
+    serve_pages, serve_within, warn_grants, with_reservation,
 };
 pub use tls::{
     Credentials, PeerCertificate, ServerTls, check_client, check_headers, check_server, server_tls,

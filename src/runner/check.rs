@@ -102,7 +102,7 @@ fn check_cleaning(config: &Config, diagnostics: &mut Diagnostics) {
 
 /// A directory that would be emptied although the host cannot be without what is there, or a person.
 pub(super) fn vital_directory(config: &Config) -> Option<Failure> {
-    let homes = homes();
+    let homes = homes(&fs::read_to_string("/etc/passwd").unwrap_or_default());
     config
         .clean_temporary_directories
         .iter()
@@ -128,15 +128,15 @@ pub(super) fn vital_directory(config: &Config) -> Option<Failure> {
         })
 }
 
-/// Of people who can log in; daemons' homes are often /, or do not exist.
-fn homes() -> Vec<PathBuf> {
-    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
+/// Of people who can log in, by passwd(5), where links lead to; daemons' homes are often /, or do not exist.
+fn homes(users: &str) -> Vec<PathBuf> {
     users
         .lines()
         .filter_map(|line| {
             let fields: Vec<&str> = line.split(':').collect();
             let number: u32 = fields.get(2)?.parse().ok()?;
             let home = PathBuf::from(fields.get(5)?);
+            let home = fs::canonicalize(&home).unwrap_or(home);
             let real = home.parent().is_some() && home.is_dir();
             (number == 0 || (1000..60_000).contains(&number) && real).then_some(home)
         })
@@ -317,4 +317,23 @@ fn check_build_directory(config: &Config, report: &mut CheckReport) {
             .into_iter()
             .map(|message| Failure::Configuration { key, message }),
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn homes_are_found_where_links_lead_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path().canonicalize().unwrap();
+        fs::create_dir_all(place.join("data/homes/ann")).unwrap();
+        std::os::unix::fs::symlink(place.join("data/homes"), place.join("home")).unwrap();
+        let home = place.join("home");
+        let users = format!(
+            "ann:x:1000:1000::{0}/ann:/bin/sh\nbob:x:1001:1001::{0}/gone:/bin/sh\nd:x:100:100::{0}/ann:/bin/sh\n",
+            home.display()
+        );
+        assert_eq!(homes(&users), [place.join("data/homes/ann")]);
+    }
 }

@@ -97,11 +97,15 @@ impl Cleaner {
         for directory in &self.directories {
             for entry in fs::read_dir(directory)? {
                 let path = entry?.path();
-                let removed = match fs::symlink_metadata(&path)?.is_dir() {
+                let removed = fs::symlink_metadata(&path).and_then(|found| match found.is_dir() {
                     true => fs::remove_dir_all(&path),
                     false => fs::remove_file(&path),
-                };
-                removed.map_err(|error| about(&path.to_string_lossy(), &error))?;
+                });
+                match removed {
+                    // Others may remove what is theirs.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    removed => removed.map_err(|error| about(&path.to_string_lossy(), &error))?,
+                }
             }
         }
         if let Some((program, arguments)) = self.command.split_first() {

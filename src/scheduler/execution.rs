@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     config,
-    daemon::{self, Access, LogRateLimit},
+    daemon::{self, Access, CallConnection, LogRateLimit},
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     metadata::{REQUEST_METADATA_HEADER, TraceContext},
@@ -85,6 +85,7 @@ pub(super) struct Asked {
     address: Option<String>,
     /// For the log.
     client: String,
+    connection: CallConnection,
     /// What is to be in the result beside its digests.
     inline: InlineHints,
     /// The client's span, if it names one.
@@ -106,6 +107,7 @@ impl Asked {
             user: status::user(request),
             address: daemon::client_address(request),
             client: daemon::client_name(request),
+            connection: CallConnection::of(request),
             inline: InlineHints::default(),
             trace: TraceContext::of(request.metadata().as_ref()),
             name,
@@ -146,7 +148,7 @@ impl reapi::execution_server::Execution for ExecutionService {
         let text = &request.get_ref().name;
         let name = ParsedName::parse(text).map_err(|error| status::unknown_name(text, &error))?;
         let access = Access::of(&request);
-        if let Some(waiter) = self.queue.wait(name.operation()) {
+        if let Some(mut waiter) = self.queue.wait(name.operation()) {
             let action = &waiter.attached.action;
             return match &name {
                 // The UUID of one action, and the rest of another.
@@ -157,6 +159,7 @@ impl reapi::execution_server::Execution for ExecutionService {
                 }
                 _ => {
                     access.require(&action.instance)?;
+                    waiter.waits_for(CallConnection::of(&request), &self.stopping);
                     let client = daemon::client_name(&request);
                     let inline = InlineHints::default();
                     let operations = self.watch(waiter, text.clone(), client, inline);
@@ -185,6 +188,7 @@ impl ExecutionService {
         let (user, access) = (status::user(&request), Access::of(&request));
         let address = daemon::client_address(&request);
         let client = daemon::client_name(&request);
+        let connection = CallConnection::of(&request);
         let trace = TraceContext::of(request.metadata().as_ref());
         let request = request.into_inner();
         let inline = InlineHints::from(&request);
@@ -207,6 +211,7 @@ impl ExecutionService {
             user,
             address,
             client,
+            connection,
             inline,
             trace,
         })
@@ -257,7 +262,8 @@ impl ExecutionService {
             invocation: request.invocation.clone(),
             ..asked.name
         };
-        let waiter = self.without_incomplete_result(waiter, request).await?;
+        let mut waiter = self.without_incomplete_result(waiter, request).await?;
+        waiter.waits_for(asked.connection, &self.stopping);
         let name = OperationName {
             operation: waiter.attached.operation,
             ..name

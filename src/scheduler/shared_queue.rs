@@ -11,6 +11,7 @@ use std::{
 
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::queue::{
@@ -21,7 +22,10 @@ use super::queue::{
     WorkerReport,
 };
 use super::{completion_log::log_completion, statistics_store::StatisticsStore};
-use crate::{daemon::message_id, instance::InstanceName};
+use crate::{
+    daemon::{CallConnection, message_id},
+    instance::InstanceName,
+};
 
 /// Operations that are looked at under one lock.
 const PIECE: usize = 256;
@@ -57,7 +61,26 @@ pub(super) struct Waiter {
     shared: Arc<SharedQueue>,
     pub attached: AttachedWaiter<Watch>,
     pub news: watch::Receiver<Progress>,
+    stream: Option<WaitingStream>,
 }
+
+/// The stream of a waiter.
+struct WaitingStream {
+    connection: CallConnection,
+    /// Streams are ended by the scheduler when it stops.
+    stopping: CancellationToken,
+}
+
+impl WaitingStream {
+    /// Nobody but the client can have ended it, if it has ended.
+    fn is_client_there(&self) -> bool {
+        self.connection.is_open() && !self.stopping.is_cancelled()
+    }
+}
+
+/// A client that ends its stream and keeps its connection wants no result (Ctrl-C), unless it waits again within
+/// this time, as those do whose call has reached its deadline.
+const CLIENT_RETURNS_WITHIN: Duration = Duration::from_secs(2);
 
 /// A worker's call that is held; the queue forgets it when this is dropped before it is answered.
 struct HeldCallGuard<'a> {
@@ -274,6 +297,7 @@ impl SharedQueue {
             shared: self.clone(),
             news: attached.watch.subscribe(),
             attached,
+            stream: None,
         }
     }
 
@@ -519,6 +543,14 @@ impl QueueAndClock {
 }
 
 impl Waiter {
+    /// It waits for the client that called by this connection.
+    pub(super) fn waits_for(&mut self, connection: CallConnection, stopping: &CancellationToken) {
+        self.stream = Some(WaitingStream {
+            connection,
+            stopping: stopping.clone(),
+        });
+    }
+
     /// The newest that there is.
     pub(super) fn progress(&self) -> Progress {
         let news = self.news.borrow();
@@ -537,6 +569,20 @@ impl Drop for Waiter {
         let _ = self
             .shared
             .try_decide(|queue, now| queue.detach(now, operation));
+        let is_completed = matches!(self.progress().stage, Stage::Completed(_));
+        if let Some(stream) = self.stream.take()
+            && !is_completed
+            && stream.is_client_there()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let shared = self.shared.clone();
+            runtime.spawn(async move {
+                tokio::time::sleep(CLIENT_RETURNS_WITHIN).await;
+                if stream.is_client_there() {
+                    let _ = shared.try_decide(|queue, now| queue.give_up(now, operation));
+                }
+            });
+        }
     }
 }
 

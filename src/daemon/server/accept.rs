@@ -203,6 +203,7 @@ impl Server {
         let server = self.clone();
         self.tasks.spawn(async move {
             let open = ConnectionGuard { server, number };
+            let _closed = client.closed.clone().drop_guard();
             let server = &open.server;
             match &server.protocol {
                 Protocol::Grpc(routes) => {

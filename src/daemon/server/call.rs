@@ -29,7 +29,7 @@ use super::{
     ServerLimits,
     budget::{BudgetExhausted, BudgetReservation, ConnectionBudget},
     caller::Caller,
-    connection::{CallOwner, ClientConnection},
+    connection::{CallConnection, CallOwner, ClientConnection},
     response_body::{ResponseBody, ResponseBudget, ResponseReservation},
     status,
 };
@@ -126,6 +126,7 @@ pub(super) async fn answer(
     request.extensions_mut().insert(access.identity().clone());
     request.extensions_mut().insert(access.clone());
     request.extensions_mut().insert(received.clone());
+    request.extensions_mut().insert(CallConnection::new(caller));
     request
         .extensions_mut()
         .insert(ResponseBudget::new(&accounts));

@@ -66,6 +66,28 @@ pub(super) struct ClientConnection {
     arrived: Arc<AtomicU64>,
     /// Somebody else needs its descriptor.
     evict: CancellationToken,
+    /// It has ended.
+    pub closed: CancellationToken,
+}
+
+/// The connection that a call came by.
+#[derive(Clone, Debug, Default)]
+pub struct CallConnection(Option<CancellationToken>);
+
+impl CallConnection {
+    pub(super) fn new(connection: &ClientConnection) -> Self {
+        CallConnection(Some(connection.closed.clone()))
+    }
+
+    /// None, when it is no server of ours that calls.
+    pub fn of<T>(request: &tonic::Request<T>) -> Self {
+        request.extensions().get().cloned().unwrap_or_default()
+    }
+
+    /// Whether it is there still: so a call that has ended was ended by the peer, and not lost.
+    pub fn is_open(&self) -> bool {
+        self.0.as_ref().is_some_and(|closed| !closed.is_cancelled())
+    }
 }
 
 /// Whose the connection is.
@@ -139,6 +161,7 @@ impl ClientConnection {
             }),
             arrived: connection.arrived(),
             evict: CancellationToken::new(),
+            closed: CancellationToken::new(),
         })
     }
 

@@ -42,6 +42,7 @@ mod status;
 pub use access::{Access, PageAccess, Policy, client_address, client_name, warn_grants};
 pub use budget::BudgetReservation;
 pub use call::RequestReservation;
+pub use connection::CallConnection;
 pub use pages::{PageLimits, PageOrigin, serve_pages};
 pub use response_body::{ResponseBudget, with_reservation};
 pub use services::Services;

@@ -43,7 +43,8 @@ impl SandboxSpec {
         layers: Layers,
         cgroups: Option<ActionCgroups>,
     ) -> io::Result<Self> {
-        let image = config.root.image().map(Path::to_owned);
+        let image = config.root.image();
+        let image = image.map(|path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned()));
         let root = image.as_deref().unwrap_or(Path::new("/"));
         let mut temporary: Vec<PathBuf> = TEMPORARY
             .iter()

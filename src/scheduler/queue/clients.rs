@@ -164,6 +164,20 @@ impl<C, W: Clone> Queue<C, W> {
         }
     }
 
+    /// Ends an operation that nobody waits for at once: its client does not want it any more.
+    pub fn give_up(&mut self, now: Instant, operation: Uuid) {
+        let Some(number) = self.names.get(operation) else {
+            return;
+        };
+        let operation = &mut self.operations[number];
+        let is_completed = self.tasks[operation.task].is_completed();
+        if operation.waiters == 0 && operation.deadline.is_some() && !is_completed {
+            self.timers
+                .clear(&mut operation.deadline, Timer::Operation(number));
+            self.drop_operation(now, number);
+        }
+    }
+
     /// The client's operation ends at once with CANCELLED; others of the task go on.
     pub fn cancel(&mut self, now: Instant, operation: Uuid) -> Result<(), UnknownOperation> {
         let number = self.names.get(operation).ok_or(UnknownOperation)?;

@@ -113,7 +113,7 @@ impl<'a> LayOutContext<'a> {
         link_mode: LinkMode,
     ) -> Result<Option<KeptRoot>, LayOutError> {
         let Some(rewrite) = plan.rewrite.take() else {
-            return Ok(Some(root));
+            return Ok(keep.then_some(root));
         };
         let (moved, links) = (std::mem::take(&mut plan.moved), plan.links.len());
         let KeptRoot { top, inodes, .. } = root;

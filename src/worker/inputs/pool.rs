@@ -400,6 +400,11 @@ impl Pool {
     pub(super) fn invalidate_all(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
         while self.reclaim() {}
+        // Empty ones, too: whoever wrote where nobody may have written there as well.
+        let empty = std::mem::take(&mut self.waiting.lock().roots);
+        for root in empty {
+            self.delete(root.action_directory);
+        }
     }
 
     /// Lets go of what is kept until so many more directories may be open; `false` when that is not

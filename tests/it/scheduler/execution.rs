@@ -1,6 +1,8 @@
 //! What clients execute and wait for.
 
-use bb_remote_execution::proto::auth::AuthenticationMetadata;
+use bb_remote_execution::proto::{
+    auth::AuthenticationMetadata, buildqueuestate::GetOperationRequest,
+};
 
 use super::*;
 
@@ -324,4 +326,46 @@ async fn a_client_that_never_reads_hinders_nobody() {
     response(&mut stream).await;
     // Once they read, they get what is now, after what the connection had buffered.
     response(&mut lazy[0]).await;
+}
+
+/// Ctrl-C in a client ends its call, and keeps its connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_ends_a_call_has_its_action_cancelled_soon_and_who_loses_a_connection_has_not() {
+    let scheduler =
+        Scheduler::start(|config| config.scheduling.abandoned_operation_timeout = seconds(60))
+            .await;
+    let (one, two) = (scheduler.parked("one").await, scheduler.parked("two").await);
+    let lost = scheduler.action("lost", |_| {}).await;
+    let socket = scheduler.directory.path().join("clients");
+    let mut client = ExecutionClient::new(daemon::connect(&Endpoint::Unix(socket)));
+    let mut lost = client.execute(execute(&lost)).await.unwrap().into_inner();
+    let lost_name = next(&mut lost).await.name;
+    let ended = scheduler.action("ended", |_| {}).await;
+    let mut ended = scheduler.execute(&ended).await.unwrap();
+    let ended_name = next(&mut ended).await.name;
+    let again = scheduler.action("again", |_| {}).await;
+    let mut again = scheduler.execute(&again).await.unwrap();
+    let again_name = next(&mut again).await.name;
+    desired(one.await.unwrap().unwrap());
+    desired(two.await.unwrap().unwrap());
+    drop((lost, client));
+    drop(ended);
+    drop(again);
+    // Whose call had reached its deadline, say.
+    let mut again = scheduler.wait(&again_name).await.unwrap();
+    next(&mut again).await;
+    let get = async |name: &str| {
+        let request = GetOperationRequest {
+            operation_name: name.to_owned(),
+        };
+        scheduler.state().get_operation(request).await
+    };
+    while let Ok(_there) = get(&ended_name).await {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(get(&ended_name).await.unwrap_err().code(), Code::NotFound);
+    // As long again: the others are there.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    get(&lost_name).await.unwrap();
+    get(&again_name).await.unwrap();
 }

@@ -12,7 +12,7 @@ use bb_remote_execution::proto::buildqueuestate::{
 use super::*;
 
 impl Scheduler {
-    fn state(&self) -> BuildQueueStateClient<Channel> {
+    pub(super) fn state(&self) -> BuildQueueStateClient<Channel> {
         BuildQueueStateClient::new(self.state.clone())
     }
 

@@ -88,7 +88,11 @@ impl Drop for FileClaim<'_> {
         if !self.keys.is_empty() {
             let mut index = self.index.lock();
             for key in &self.keys {
-                index.in_progress.remove(key);
+                // Somebody else may have claimed it since.
+                let own = index.in_progress.get(key);
+                if own.is_some_and(|claimed| claimed.claim == self.number) {
+                    index.in_progress.remove(key);
+                }
             }
         }
         self.done.cancel();
