@@ -21,8 +21,8 @@ use super::{
     build_directory::{BuildDirectory, BuildDirectoryError},
     cleaner::{Cleaner, CleanerGuard},
     counts::RunCounts,
-    log_file::{CHECK_INTERVAL, LogFile},
-    root_directory::RootDirectoryError,
+    input_root_as_root::InputRootAsRootError,
+    limited_log::{CHECK_INTERVAL, LimitedLog},
     run_spec::{Executable, RunSpec},
     sandbox::{
         ActionCgroup, CgroupUsage, Layers, MemoryUsage, NamespaceEnd, Sandbox, SandboxError,
@@ -53,7 +53,7 @@ pub(super) struct RunContext {
     pub sandboxes: SandboxPool,
     pub null: File,
     pub inherited: InheritedState,
-    /// The process namespace of this daemon.
+    /// The PID namespace of this daemon.
     pub pid_namespace: OwnedFd,
     pub seccomp_filter: Option<SeccompFilter>,
     pub groups: Vec<Gid>,
@@ -135,7 +135,7 @@ impl RunError {
         match self {
             RunError::NotFound { .. } => true,
             RunError::BuildDirectory(error) => error.escapes(),
-            RunError::Mounts(ActionMountsError::Root(RootDirectoryError::NoDirectory(_))) => true,
+            RunError::Mounts(ActionMountsError::Root(InputRootAsRootError::NoDirectory(_))) => true,
             RunError::Start { stage, error, .. } => {
                 matches!(
                     stage,
@@ -278,8 +278,8 @@ fn run_in(
     // Before anything of the action exists, and closed after everything of it is gone.
     let directory = ActionDirectory::open(build, run, user, stop)?;
     let limits = &context.config.limits;
-    let mut stdout = LogFile::new(build.create_log(&run.stdout)?, limits.log_size);
-    let mut stderr = LogFile::new(build.create_log(&run.stderr)?, limits.log_size);
+    let mut stdout = LimitedLog::new(build.create_log(&run.stdout)?, limits.log_size);
+    let mut stderr = LimitedLog::new(build.create_log(&run.stderr)?, limits.log_size);
     if let Some(mounts) = &sandbox.mounts {
         let named = mounts.passwd.name(user, &run.home);
         named.map_err(RunError::resources("name the action's user"))?;
@@ -359,7 +359,7 @@ fn wait(
     context: &RunContext,
     mut process: Process,
     stop: &StopSignal,
-    mut logs: [&mut LogFile; 2],
+    mut logs: [&mut LimitedLog; 2],
 ) -> Result<Exit, RunError> {
     loop {
         match process.wait(stop, CHECK_INTERVAL) {
@@ -415,7 +415,7 @@ fn judge(
 }
 
 /// Tells whoever reads the action's output of limits that it has reached.
-fn explain_limits(stderr: &LogFile, usage: &CgroupUsage, processes: u64) {
+fn explain_limits(stderr: &LimitedLog, usage: &CgroupUsage, processes: u64) {
     if let Some(memory) = usage.memory.filter(MemoryUsage::is_exhausted) {
         let peak = memory.peak.map_or_else(String::new, |peak| {
             format!(" and it used up to {}", Size(peak))

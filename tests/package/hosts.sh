@@ -1,6 +1,6 @@
 # Booted Debian hosts, each a container with a systemd of its own: what shows are made of. Sourced.
 #
-# 1. Everything happens inside a cage: a mount and a process namespace whose end, for whatever reason,
+# 1. Everything happens inside a cage: a mount and a PID namespace whose end, for whatever reason,
 #    ends every process and every mount in it; and a control group that is removed afterwards.
 # 2. A host's root file system is an overlay in memory over a cached one, so that each host is new.
 # 3. Nothing of the host that this runs on is changed but the cache in BB_PACKAGE_CACHE.

@@ -20,7 +20,7 @@ use super::{
     mounts::{self, MountBuilder, SandboxMounts},
     namespace::Namespace,
     network::LentNetwork,
-    processes::InitProcess,
+    pid_namespace::InitProcess,
     spec::SandboxSpec,
 };
 use crate::runner::spawn::SetupStep;
@@ -32,7 +32,7 @@ const UNSHARED: [Layer; 3] = [mounts::LAYER, ipc::LAYER, hostname::LAYER];
 #[derive(Debug)]
 pub(crate) struct Sandbox {
     pub init: Option<InitProcess>,
-    /// All but the process namespace, which is `init`'s.
+    /// All but the PID namespace, which is `init`'s.
     namespaces: Vec<Namespace>,
     pub mounts: Option<SandboxMounts>,
     pub network: Option<LentNetwork>,
@@ -99,7 +99,7 @@ impl SandboxBuilder {
             Some(program) => {
                 let group = cgroup.as_ref().map(ActionCgroup::as_fd);
                 let started = InitProcess::start(program, group);
-                let (init, cgroups) = started.map_err(SandboxError::at("process namespace"))?;
+                let (init, cgroups) = started.map_err(SandboxError::at("PID namespace"))?;
                 namespaces.extend(cgroups);
                 Some(init)
             }
@@ -125,7 +125,7 @@ impl Sandbox {
             && !self.cgroup.as_ref().is_some_and(ActionCgroup::is_removed)
     }
 
-    /// What brings an action's process into it, but for its process namespace and control group.
+    /// What brings an action's process into it, but for its PID namespace and control group.
     pub(crate) fn setup_steps(&self) -> impl Iterator<Item = SetupStep<'_>> {
         self.namespaces.iter().map(Namespace::setup_step)
     }

@@ -8,7 +8,7 @@ use super::{
     cgroups::{self, ActionCgroups},
     devices, hidden, hostname, ipc,
     layer::{Layer, Layers, Probe},
-    mounts, network, processes, seccomp,
+    mounts, network, pid_namespace, seccomp,
     spec::SandboxSpec,
 };
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
 const LAYERS: [Layer; 9] = [
     cgroups::LAYER,
     mounts::LAYER,
-    processes::LAYER,
+    pid_namespace::LAYER,
     ipc::LAYER,
     hostname::LAYER,
     network::LAYER,

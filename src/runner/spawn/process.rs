@@ -115,7 +115,7 @@ impl Process {
         if let Some(namespaces) = spec.pid_namespaces
             && let Err(error) = setns(namespaces.daemon, kind)
         {
-            tracing::error!(%error, "a thread could not return to its process namespace");
+            tracing::error!(%error, "a thread could not return to its PID namespace");
         }
         let (pid, pidfd) = made.map_err(SpawnError::Clone)?;
         let mut process = Process {

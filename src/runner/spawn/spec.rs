@@ -52,7 +52,7 @@ pub(crate) enum PathBase<'a> {
     Path(&'a CStr),
 }
 
-/// The process namespace that the process is to be in, and the one that this daemon is in.
+/// The PID namespace that the process is to be in, and the one that this daemon is in.
 #[derive(Clone, Copy)]
 pub(crate) struct PidNamespaces<'a> {
     pub inside: BorrowedFd<'a>,

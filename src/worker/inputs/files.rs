@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::fs::AtFlags;
 
 use super::{
-    file_cache::{FileCache, FileKey, InputFile, InputFileKind, InputFiles, LinkError, LinkMode},
+    file_cache::{FileCache, FileKey, InputFiles, InputInode, InputInodeKind, LinkError, LinkMode},
     kept::{self, KeptDirectory},
     lay_out::{LayOut, LayOutError, at},
 };
@@ -16,7 +16,7 @@ use crate::worker::lru::Handle;
 pub(super) fn link(
     cache: &FileCache,
     key: &FileKey,
-    link: &mut InputFile,
+    link: &mut InputInode,
     directory: BorrowedFd<'_>,
     name: &str,
     buffer: &mut String,
@@ -24,7 +24,7 @@ pub(super) fn link(
 ) -> Result<(), LinkError> {
     loop {
         match (cache.link(key, link, directory, name, buffer), link.kind()) {
-            (Err(LinkError::Full), InputFileKind::HardLink(handle, number)) => {
+            (Err(LinkError::Full), InputInodeKind::HardLink(handle, number)) => {
                 cache.choose(key, link, other(handle, number))?;
             }
             (result, _) => return result,
@@ -66,7 +66,7 @@ impl LayOut<'_> {
         let mut inodes = self.inodes.lock();
         let mut taken = Vec::new();
         for (i, link) in kept.files.list.iter().enumerate() {
-            if let InputFileKind::HardLink(file, number) = link.kind()
+            if let InputInodeKind::HardLink(file, number) = link.kind()
                 && !inodes.take_this(file, number)
             {
                 taken.push((i, file));
@@ -110,7 +110,7 @@ impl LayOut<'_> {
         let mut inodes = self.inodes.lock();
         let mut others = Vec::new();
         for (i, file) in files.list.iter().enumerate() {
-            if let InputFileKind::HardLink(handle, _) = file.kind() {
+            if let InputInodeKind::HardLink(handle, _) = file.kind() {
                 let number = inodes.take(handle, 0);
                 others.extend((number > 0).then_some((i, number)));
             }
@@ -125,7 +125,7 @@ impl LayOut<'_> {
         Ok(files)
     }
 
-    fn choose(&self, key: &FileKey, link: &mut InputFile, number: u32) -> Result<(), LayOutError> {
+    fn choose(&self, key: &FileKey, link: &mut InputInode, number: u32) -> Result<(), LayOutError> {
         let chosen = self.context.cache.choose(key, link, number);
         self.record(key, &key.digest.to_string(), chosen)
     }
@@ -153,7 +153,7 @@ impl LayOut<'_> {
         directory: BorrowedFd<'_>,
         key: &FileKey,
         name: &str,
-        link: &mut InputFile,
+        link: &mut InputInode,
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
         let cache = &self.context.cache;

@@ -15,7 +15,7 @@ use rustix::{
 
 use super::{
     directory::Directory,
-    file_cache::{InputFileKind, InputFiles, LinkMode},
+    file_cache::{InputFiles, InputInodeKind, LinkMode},
     inodes::Inodes,
     tree::Tree,
 };
@@ -158,7 +158,7 @@ impl Inodes {
     /// What is in a directory and beneath it is no part of the root any more.
     pub(super) fn free_all(&mut self, kept: &KeptDirectory) {
         for link in &kept.files.list {
-            if let InputFileKind::HardLink(file, number) = link.kind() {
+            if let InputInodeKind::HardLink(file, number) = link.kind() {
                 self.free(file, number);
             }
         }

@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use rustix::fs::{AtFlags, Mode};
 
 use super::{
-    file_cache::{FileCache, FileKey, InputFileKind, LinkMode, PinnedFiles},
+    file_cache::{FileCache, FileKey, InputInodeKind, LinkMode, PinnedFiles},
     inodes::Inodes,
     kept::{self, DirectoryFd, KeptDirectory, KeptRoot},
     plan::{self, Child, LayOutPlan, Made, Origin, Rewrite, Source},
@@ -246,7 +246,7 @@ impl<'a> LayOut<'a> {
         let directory = kept.node.directory.clone();
         let fd = kept.fd.clone();
         for &i in &rewrite.dropped_files {
-            if let InputFileKind::HardLink(file, number) = kept.files.list[i as usize].kind() {
+            if let InputInodeKind::HardLink(file, number) = kept.files.list[i as usize].kind() {
                 self.inodes.lock().free(file, number);
             }
             let name = directory.files[i as usize].name.as_str();

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    input_file::{InputFile, InputFileKind},
+    input_inode::{InputInode, InputInodeKind},
     key::FileKey,
 };
 use crate::worker::lru::{Handle, Lru};
@@ -116,25 +116,25 @@ impl CacheIndex {
     }
 
     /// What a pinned file is in an input root that is yet to be made.
-    pub(super) fn input_file(&self, kind: InputFileKind) -> InputFile {
+    pub(super) fn input_inode(&self, kind: InputInodeKind) -> InputInode {
         let inode = match kind {
-            InputFileKind::Empty => None,
-            InputFileKind::Own(handle) | InputFileKind::HardLink(handle, _) => {
+            InputInodeKind::Empty => None,
+            InputInodeKind::Own(handle) | InputInodeKind::HardLink(handle, _) => {
                 self.files.value_of(handle).map(|file| file.inode)
             }
         };
-        InputFile::new(kind, inode.unwrap_or(0))
+        InputInode::new(kind, inode.unwrap_or(0))
     }
 
     /// A file is in an input root no more.
-    pub(super) fn release(&mut self, file: &InputFile) {
+    pub(super) fn release(&mut self, file: &InputInode) {
         match file.kind() {
-            InputFileKind::Empty => self.own_inodes -= 1,
-            InputFileKind::Own(handle) => {
+            InputInodeKind::Empty => self.own_inodes -= 1,
+            InputInodeKind::Own(handle) => {
                 self.own_inodes -= 1;
                 self.files.unpin(handle);
             }
-            InputFileKind::HardLink(handle, number) => {
+            InputInodeKind::HardLink(handle, number) => {
                 self.unlink_extra(handle, number, file.inode);
                 self.files.unpin(handle);
             }

@@ -18,7 +18,7 @@ use rustix::{fs::AtFlags, io::Errno};
 use super::{
     cache::FileCache,
     directory::{self, WriteAccess},
-    input_file::{InputFile, InputFileKind},
+    input_inode::{InputInode, InputInodeKind},
     key::FileKey,
 };
 use crate::{config::worker::Inputs, worker::lru::Handle};
@@ -63,10 +63,10 @@ impl FileCache {
     pub fn choose(
         &self,
         key: &FileKey,
-        file: &mut InputFile,
+        file: &mut InputInode,
         number: u32,
     ) -> Result<(), LinkError> {
-        let InputFileKind::HardLink(handle, before) = file.kind() else {
+        let InputInodeKind::HardLink(handle, before) = file.kind() else {
             return Ok(());
         };
         let mut made = false;
@@ -78,7 +78,7 @@ impl FileCache {
             };
             if let Some(inode) = found {
                 index.unlink_extra(handle, before, file.inode);
-                *file = InputFile::new(InputFileKind::HardLink(handle, number), inode);
+                *file = InputInode::new(InputInodeKind::HardLink(handle, number), inode);
                 break;
             }
             drop(index);
@@ -116,13 +116,13 @@ impl FileCache {
     pub fn link(
         &self,
         key: &FileKey,
-        file: &mut InputFile,
+        file: &mut InputInode,
         parent: BorrowedFd<'_>,
         name: &str,
         buffer: &mut String,
     ) -> Result<(), LinkError> {
         match file.kind() {
-            InputFileKind::HardLink(_, number) => {
+            InputInodeKind::HardLink(_, number) => {
                 self.hard_link(key, number, file.inode, parent, name, buffer)
             }
             _ => {
@@ -136,7 +136,7 @@ impl FileCache {
     pub fn copy(
         &self,
         key: &FileKey,
-        file: &InputFile,
+        file: &InputInode,
         parent: BorrowedFd<'_>,
         name: &str,
     ) -> Result<(), LinkError> {
@@ -148,14 +148,14 @@ impl FileCache {
     fn make(
         &self,
         key: &FileKey,
-        file: &InputFile,
+        file: &InputInode,
         parent: BorrowedFd<'_>,
         name: &str,
         access: WriteAccess,
     ) -> Result<u64, LinkError> {
         let made = match file.kind() {
-            InputFileKind::Empty => directory::make_empty(parent, name, key.executable, access),
-            InputFileKind::Own(handle) | InputFileKind::HardLink(handle, _) => {
+            InputInodeKind::Empty => directory::make_empty(parent, name, key.executable, access),
+            InputInodeKind::Own(handle) | InputInodeKind::HardLink(handle, _) => {
                 let cached = self.index.lock().files.value_of(handle).copied();
                 let source = self.open_first(key, cached.map(|cached| cached.inode))?;
                 directory::copy(&source, key, parent, name, access)

@@ -18,7 +18,7 @@
 //! To be read in this order:
 //!
 //! - `key` identifies a file; `directory` has the files on disk; `watch` hears of what others change.
-//! - `index` knows what is there, `input_file` what a file of an input root is made of.
+//! - `index` knows what is there, `input_inode` what a file of an input root is made of.
 //! - `cache` is what they make up; `pins` keep files in it.
 //! - `eviction` keeps the limits; `modifications` removes what others changed.
 //! - `fetch` brings what is not there, `outputs` what actions made.
@@ -31,7 +31,7 @@ mod directory;
 mod eviction;
 mod fetch;
 mod index;
-mod input_file;
+mod input_inode;
 mod key;
 mod link;
 mod modifications;
@@ -42,7 +42,7 @@ mod watch;
 
 pub use cache::{CacheLimits, FileCache};
 pub use directory::{is_the_workers, seal};
-pub use input_file::{InputFile, InputFileKind};
+pub use input_inode::{InputInode, InputInodeKind};
 pub use key::FileKey;
 pub use link::{LinkError, LinkMode};
 pub use pins::{InputFiles, PinnedFiles};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{
     cache::FileCache,
-    input_file::{InputFile, InputFileKind},
+    input_inode::{InputInode, InputInodeKind},
     key::FileKey,
     link::LinkMode,
 };
@@ -26,7 +26,7 @@ pub struct PinnedFiles {
 /// Files of an input root, which pin what they are made of.
 pub struct InputFiles {
     cache: Arc<FileCache>,
-    pub list: Vec<InputFile>,
+    pub list: Vec<InputInode>,
 }
 
 /// So many keys are looked up under one lock.
@@ -93,7 +93,7 @@ impl PinnedFiles {
         let mut index = self.cache.index.lock();
         for key in keys {
             let kind = match key.digest.size() {
-                0 => InputFileKind::Empty,
+                0 => InputInodeKind::Empty,
                 _ => {
                     first += 1;
                     match (self.handles[first - 1].take(), link_mode) {
@@ -101,15 +101,15 @@ impl PinnedFiles {
                             absent.push(key);
                             continue;
                         }
-                        (Some(handle), LinkMode::HardLink) => InputFileKind::HardLink(handle, 0),
-                        (Some(handle), _) => InputFileKind::Own(handle),
+                        (Some(handle), LinkMode::HardLink) => InputInodeKind::HardLink(handle, 0),
+                        (Some(handle), _) => InputInodeKind::Own(handle),
                     }
                 }
             };
-            if !matches!(kind, InputFileKind::HardLink(..)) {
+            if !matches!(kind, InputInodeKind::HardLink(..)) {
                 index.own_inodes += 1;
             }
-            files.list.push(index.input_file(kind));
+            files.list.push(index.input_inode(kind));
         }
         drop(index);
         match absent.is_empty() {
@@ -142,7 +142,7 @@ impl InputFiles {
     }
 
     /// Lets go of all but those that are put in their place.
-    pub fn replace(&mut self, gone: impl Iterator<Item = InputFile>, list: Vec<InputFile>) {
+    pub fn replace(&mut self, gone: impl Iterator<Item = InputInode>, list: Vec<InputInode>) {
         self.list = list;
         let gone = InputFiles {
             cache: self.cache.clone(),

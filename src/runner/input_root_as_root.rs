@@ -16,7 +16,7 @@ use rustix::{
 use super::spawn::SetupStep;
 
 #[derive(Debug)]
-pub(super) struct RootDirectory {
+pub(super) struct InputRootAsRoot {
     directory: OwnedFd,
     /// Where it is mounted in the sandbox.
     place: CString,
@@ -24,7 +24,7 @@ pub(super) struct RootDirectory {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub(super) enum RootDirectoryError {
+pub(super) enum InputRootAsRootError {
     /// The action's inputs are at fault.
     #[error(
         "/{0} of the input root must be a directory, or absent, as the input root is the action's /"
@@ -38,10 +38,10 @@ pub(super) enum RootDirectoryError {
 const COPIED: [&CStr; 2] = [c"/proc", c"/dev"];
 const TEMPORARY: &CStr = c"/tmp";
 
-impl RootDirectory {
+impl InputRootAsRoot {
     /// `place` is where the directory will be mounted in the sandbox.
-    pub(super) fn prepare(directory: OwnedFd, place: &CStr) -> Result<Self, RootDirectoryError> {
-        let mut root = RootDirectory {
+    pub(super) fn prepare(directory: OwnedFd, place: &CStr) -> Result<Self, InputRootAsRootError> {
+        let mut root = InputRootAsRoot {
             directory,
             place: place.to_owned(),
             made: Vec::new(),
@@ -52,7 +52,7 @@ impl RootDirectory {
                 Err(Errno::EXIST) => {
                     let stat = statat(&root.directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
                     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
-                        return Err(RootDirectoryError::NoDirectory(name));
+                        return Err(InputRootAsRootError::NoDirectory(name));
                     }
                 }
                 Err(error) => return Err(error.into()),
@@ -82,7 +82,7 @@ impl RootDirectory {
     }
 }
 
-impl Drop for RootDirectory {
+impl Drop for InputRootAsRoot {
     fn drop(&mut self) {
         for name in &self.made {
             // The action may have replaced it, and that is its output then.

@@ -1,4 +1,4 @@
-//! The layer `containment.processes`: a process namespace for each action (pid_namespaces(7)), and its
+//! The layer `containment.processes`: a PID namespace for each action (pid_namespaces(7)), and its
 //! first process.
 //!
 //! 1. That exists before the action and after it. The action's first process is not its child but this
@@ -103,7 +103,7 @@ struct InitLaunch<'a> {
 }
 
 impl InitProcess {
-    /// In a process namespace of its own and in the other namespaces of this thread, whose /proc it
+    /// In a PID namespace of its own and in the other namespaces of this thread, whose /proc it
     /// mounts. With a control group, the namespace of that one, to be entered by processes, comes too.
     pub(crate) fn start(
         program: &InitProgram,
@@ -203,7 +203,7 @@ impl Drop for InitProcess {
     }
 }
 
-/// The process namespace of this daemon.
+/// The PID namespace of this daemon.
 pub(crate) fn daemon_namespace() -> io::Result<OwnedFd> {
     Ok(fs::File::open("/proc/self/ns/pid")?.into())
 }

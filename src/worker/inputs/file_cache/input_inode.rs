@@ -4,7 +4,7 @@ use crate::worker::lru::Handle;
 
 /// A file of an input root.
 #[derive(Clone, Copy, Debug)]
-pub struct InputFile {
+pub struct InputInode {
     pub inode: u64,
     /// Of the cached file; empty files are none.
     pin: Option<Handle>,
@@ -16,7 +16,7 @@ pub struct InputFile {
 const OWN: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InputFileKind {
+pub enum InputInodeKind {
     /// Made for this place alone, as there is nothing in it.
     Empty,
     /// An inode of its own with the content of a cached file.
@@ -25,21 +25,21 @@ pub enum InputFileKind {
     HardLink(Handle, u32),
 }
 
-impl InputFile {
-    pub(super) fn new(kind: InputFileKind, inode: u64) -> Self {
+impl InputInode {
+    pub(super) fn new(kind: InputInodeKind, inode: u64) -> Self {
         let (pin, number) = match kind {
-            InputFileKind::Empty => (None, OWN),
-            InputFileKind::Own(handle) => (Some(handle), OWN),
-            InputFileKind::HardLink(handle, number) => (Some(handle), number),
+            InputInodeKind::Empty => (None, OWN),
+            InputInodeKind::Own(handle) => (Some(handle), OWN),
+            InputInodeKind::HardLink(handle, number) => (Some(handle), number),
         };
-        InputFile { inode, pin, number }
+        InputInode { inode, pin, number }
     }
 
-    pub fn kind(&self) -> InputFileKind {
+    pub fn kind(&self) -> InputInodeKind {
         match (self.pin, self.number) {
-            (None, _) => InputFileKind::Empty,
-            (Some(handle), OWN) => InputFileKind::Own(handle),
-            (Some(handle), number) => InputFileKind::HardLink(handle, number),
+            (None, _) => InputInodeKind::Empty,
+            (Some(handle), OWN) => InputInodeKind::Own(handle),
+            (Some(handle), number) => InputInodeKind::HardLink(handle, number),
         }
     }
 
