@@ -88,7 +88,7 @@ impl ActionDirectory {
 }
 
 /// Takes the lock of an action's directory, which the runner holds for as long as a process of the action
-/// lives (I5). `false` when that takes longer than `LOCK_TIMEOUT`.
+/// lives (I5 No process). `false` when that takes longer than `LOCK_TIMEOUT`.
 pub(super) fn lock(directory: BorrowedFd<'_>) -> bool {
     let (began, mut pause) = (Instant::now(), Duration::from_millis(1));
     while rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive).is_err() {

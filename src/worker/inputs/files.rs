@@ -1,4 +1,4 @@
-//! Files of a root: each one an inode that the root has once (I8).
+//! Files of a root: each one an inode that the root has once (I8 Distinct).
 
 use std::os::fd::{AsFd, BorrowedFd};
 

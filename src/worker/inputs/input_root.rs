@@ -116,7 +116,7 @@ impl InputRoot {
         self.taken_over = inodes;
     }
 
-    /// The action ran as root or as the worker, and may have changed anything in place (I2). Blocks.
+    /// The action ran as root or as the worker, and may have changed anything in place (I2 Credentials). Blocks.
     pub fn suspect_privileged_user(&mut self) {
         self.reusable = false;
         self.store.retention.suspend(Instant::now());
@@ -139,7 +139,7 @@ impl InputRoot {
     }
 
     /// Opens the directory to a group, for a runner that cannot do so for an action's user. Such a
-    /// runner holds no lock either (I5), so that the root is not used again. Blocks.
+    /// runner holds no lock either (I5 No process), so that the root is not used again. Blocks.
     pub fn open_to(&mut self, group: u32) -> Result<(), Fault> {
         self.reusable = false;
         self.action_directory().open_to(group).map_err(|error| {

@@ -130,7 +130,7 @@ fn baseline(stat: &Stat) -> Result<Baseline, Errno> {
     }
 }
 
-/// Ends the worker's changes to a directory: sets its mtime, then looks at it (I6). Returns inode
+/// Ends the worker's changes to a directory: sets its mtime, then looks at it (I6 Baseline). Returns inode
 /// number and baseline.
 pub(super) fn record_baseline(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
     set_mtime(directory)?;
@@ -169,7 +169,7 @@ impl Inodes {
 }
 
 impl KeptDirectory {
-    /// Whether nobody changed the list of entries since the worker did (I6), as far as a look tells.
+    /// Whether nobody changed the list of entries since the worker did (I6 Baseline), as far as a look tells.
     pub(super) fn is_untouched(&self) -> bool {
         let looked = read_baseline(self.fd.as_fd());
         looked.is_ok_and(|(inode, now)| inode == self.inode && Some(now) == self.baseline)

@@ -1,8 +1,8 @@
 //! Performing a plan.
 //!
 //! 1. Removals come first, everywhere in the root; then a directory's own changes, then its
-//!    baseline (I6), then what is below.
-//! 2. On any error the whole root is given up (I7): nothing here undoes anything.
+//!    baseline (I6 Baseline), then what is below.
+//! 2. On any error the whole root is given up (I7 Doubt means cold): nothing here undoes anything.
 //! 3. Directories that are made are worked on by two threads when that pays.
 
 use std::{

@@ -336,7 +336,7 @@ impl Pool {
     }
 
     /// Moves a stashed subtree into a root. A rename sets the ctime of what is renamed, so that its
-    /// baseline is new (I6); what is below is as it was.
+    /// baseline is new (I6 Baseline); what is below is as it was.
     pub(super) fn unstash(
         &self,
         stashed: StashedTree,
@@ -396,7 +396,7 @@ impl Pool {
         }
     }
 
-    /// All that is kept is thrown away, and what is in use will be (I7).
+    /// All that is kept is thrown away, and what is in use will be (I7 Doubt means cold).
     pub(super) fn invalidate_all(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
         while self.reclaim() {}

@@ -1,5 +1,5 @@
 //! Whether input roots are kept. They are not for a while after an action that ran as root or as the
-//! worker, which may have changed anything in place (I2); what was kept until then is gone. When no
+//! worker, which may have changed anything in place (I2 Credentials); what was kept until then is gone. When no
 //! such action comes for that while, roots are kept again.
 
 use std::time::{Duration, Instant};

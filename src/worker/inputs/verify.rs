@@ -1,14 +1,14 @@
 //! Making a used root what it was: after the action, off the next one's way.
 //!
-//! The kernel keeps a directory's ctime, which no action can set (I2): it changes with every change
+//! The kernel keeps a directory's ctime, which no action can set (I2 Credentials): it changes with every change
 //! of the entries, and with every change of the directory itself. So a directory whose ctime is the
-//! baseline has the entries that the worker left (I6): the same names lead to the same inodes. Files
-//! cannot have changed, since they are read-only and the worker's (I1); symbolic links cannot change
+//! baseline has the entries that the worker left (I6 Baseline): the same names lead to the same inodes. Files
+//! cannot have changed, since they are read-only and the worker's (I1 Files); symbolic links cannot change
 //! at all; subdirectories are looked at in turn. Where ctime tells of a change, the directory is
 //! read: what is foreign goes (I4), what is missing comes again. Inode numbers suffice to know hard
 //! links by: the cache holds every inode that is linked from a kept root, so that no other file can have
 //! its number. Of what nothing else holds, reflinks, empty files and symbolic links, an action that
-//! removed it may have got the number; but what an action makes is its own, and not the worker's (I2),
+//! removed it may have got the number; but what an action makes is its own, and not the worker's (I2 Credentials),
 //! which makes nothing in a root while an action has it, and remembers which outputs it took over.
 
 use std::{
@@ -63,7 +63,7 @@ struct SeenEntries {
 
 /// Repairs a root. `started` is when the action could begin (seconds since the epoch): baselines from
 /// about then are not trusted on kernels whose clock is coarse. On error nothing is known of the root
-/// (I7). `Oversized` is about the root itself; what is so beneath it is made again.
+/// (I7 Doubt means cold). `Oversized` is about the root itself; what is so beneath it is made again.
 pub(super) fn verify_root(
     context: &LayOutContext<'_>,
     root: &mut KeptRoot,
