@@ -129,8 +129,8 @@ mod tests {
             .render();
         let name = "buildbarn_builder_build_executor_duration_seconds";
         for labels in [
-            "result=\"Success\",grpc_code=\"Ok\",stage=\"Running\"",
-            "result=\"NonZeroExitCode\",grpc_code=\"Ok\",stage=\"FetchingInputs\"",
+            "result=\"Success\",grpc_code=\"\",stage=\"Running\"",
+            "result=\"NonZeroExitCode\",grpc_code=\"\",stage=\"FetchingInputs\"",
             "result=\"Failure\",grpc_code=\"Unavailable\",stage=\"Running\"",
         ] {
             assert!(
