@@ -133,6 +133,7 @@ fn a_farm_keeps_its_promises_whatever_the_network_does() {
             "scheduler restarted",
             "stood still",
             "taken up by name",
+            "given up",
             "told to stop",
             "woken",
             "paused",

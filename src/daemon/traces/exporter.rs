@@ -35,6 +35,8 @@ const BUFFER: usize = 8192;
 const BATCH: usize = 512;
 /// How long spans wait for others.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// How often those are looked for; the buffer has room for what comes meanwhile.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Before the second try, and twice as long before each other one.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -160,15 +162,16 @@ impl Sending {
                 _ = receiver.recv_many(&mut batch, BATCH) => {}
                 () = ending.cancelled() => break,
             }
-            // Others may come soon.
-            let wait = tokio::time::sleep(INTERVAL);
-            tokio::pin!(wait);
-            while batch.len() < BATCH {
-                let room = BATCH - batch.len();
+            // Others may come soon. They are looked for now and then: each one that is waited for wakes this task.
+            let begun = Instant::now();
+            while batch.len() < BATCH && begun.elapsed() < INTERVAL {
                 tokio::select! {
-                    _ = receiver.recv_many(&mut batch, room) => {}
-                    () = &mut wait => break,
+                    () = tokio::time::sleep(LOOK_INTERVAL) => {}
                     () = ending.cancelled() => break,
+                }
+                if !receiver.is_empty() {
+                    let room = BATCH - batch.len();
+                    receiver.recv_many(&mut batch, room).await;
                 }
             }
             self.send(batch).await;

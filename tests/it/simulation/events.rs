@@ -114,6 +114,7 @@ impl World {
                     | Event::Execute { .. }
                     | Event::Wait { .. }
                     | Event::Left(_)
+                    | Event::GiveUp { .. }
                     | Event::StandStill(_)
                     | Event::Cancel(_)
                     | Event::Kill(_)
@@ -213,6 +214,26 @@ impl World {
                 if let Some(stream) = self.streams.remove(&stream) {
                     let now = self.look();
                     self.queue.detach(now, stream.operation);
+                    self.perform();
+                    if self.random.chance(25) {
+                        let generation = self.generation;
+                        let operation = stream.operation;
+                        let event = Event::GiveUp {
+                            generation,
+                            operation,
+                        };
+                        self.after(Duration::from_secs(2), event);
+                    }
+                }
+            }
+            Event::GiveUp {
+                generation,
+                operation,
+            } => {
+                if generation == self.generation {
+                    self.see("given up");
+                    let now = self.look();
+                    self.queue.give_up(now, operation);
                     self.perform();
                 }
             }

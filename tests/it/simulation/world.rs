@@ -42,6 +42,11 @@ pub enum Event {
         name: Uuid,
     },
     Left(u64),
+    /// Its client has ended it by itself, and not come back.
+    GiveUp {
+        generation: u32,
+        operation: Uuid,
+    },
     Cancel(usize),
     /// An operator ends what a request waits for.
     Kill(usize),
