@@ -33,13 +33,6 @@ fn the_most_urgent_then_the_oldest_task_comes_first() {
     }
 }
 
-fn named(name: &str, action: &str) -> Request {
-    Request {
-        invocation: invocation(name),
-        ..request(action)
-    }
-}
-
 fn nested(names: &[&str], action: &str) -> Request {
     let keys = names
         .iter()

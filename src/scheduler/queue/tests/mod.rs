@@ -139,6 +139,14 @@ fn invocation(name: &str) -> InvocationKeys {
     InvocationKeys::new([InvocationKey::from_bytes(name.as_bytes())])
 }
 
+/// Of an invocation.
+fn named(name: &str, action: &str) -> Request {
+    Request {
+        invocation: invocation(name),
+        ..request(action)
+    }
+}
+
 fn idle() -> WorkerReport {
     WorkerReport {
         activity: WorkerActivity::Idle,

@@ -2,13 +2,6 @@
 
 use super::*;
 
-fn named(name: &str, action: &str) -> Request {
-    Request {
-        invocation: invocation(name),
-        ..request(action)
-    }
-}
-
 fn of(farm: &Farm) -> QueueStatistics {
     let all = farm.queue.statistics();
     let of = all.into_iter().find(|(key, _)| key.is_some());
@@ -20,7 +13,7 @@ fn what_happens_to_tasks_and_invocations_is_counted_once() {
     let mut farm = Farm::new();
     farm.held("a", idle(), 1);
     // The first finds a worker; two more of one invocation wait, and one of another.
-    let first = farm.add(named("one", "x"));
+    farm.add(named("one", "x"));
     farm.add(named("one", "y"));
     farm.add(named("two", "z"));
     // Joined, by its own invocation and by another one.
@@ -62,7 +55,6 @@ fn what_happens_to_tasks_and_invocations_is_counted_once() {
     assert_eq!(below.activated, 2);
     // Until nobody asks for them any more.
     assert_eq!(now.completed_durations.count(), 0);
-    let _ = first;
     farm.queue.detach(farm.now, Uuid::from_u128(1));
     farm.perform();
     farm.pass(120 * SECOND);
