@@ -39,7 +39,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream};
 use tokio_util::sync::CancellationToken;
 
-const SMALL: usize = 1 << 10;
+pub const SMALL: usize = 1 << 10;
 const SMALL_COUNT: usize = 10_000;
 const LARGE: usize = 4 << 20;
 /// Of the served store. It is soon full and evicts, as one in use does: in a virtual machine, memory
@@ -332,14 +332,14 @@ fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-async fn timed(work: impl Future<Output = ()>) -> f64 {
+pub async fn timed(work: impl Future<Output = ()>) -> f64 {
     let began = Instant::now();
     work.await;
     began.elapsed().as_secs_f64()
 }
 
 /// Blobs that no other seed makes.
-fn blobs(seed: u64, count: usize, size: usize) -> Vec<(Digest, Bytes)> {
+pub fn blobs(seed: u64, count: usize, size: usize) -> Vec<(Digest, Bytes)> {
     let mut state = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ size as u64;
     let mut blob = || {
         let mut bytes = Vec::with_capacity(size + 8);
@@ -360,7 +360,7 @@ fn contents(blobs: &[(Digest, Bytes)]) -> Vec<(Digest, Content)> {
     blobs.iter().map(content).collect()
 }
 
-async fn find_missing(channels: &[Channel], digests: &[Digest]) {
+pub async fn find_missing(channels: &[Channel], digests: &[Digest]) {
     stream::iter(digests.chunks(ASKED).enumerate())
         .for_each_concurrent(IN_FLIGHT, |(i, digests)| async move {
             let request = FindMissingBlobsRequest {
@@ -373,7 +373,7 @@ async fn find_missing(channels: &[Channel], digests: &[Digest]) {
         .await;
 }
 
-async fn batch_update(channels: &[Channel], blobs: &[(Digest, Bytes)]) {
+pub async fn batch_update(channels: &[Channel], blobs: &[(Digest, Bytes)]) {
     stream::iter(blobs.chunks(PER_BATCH).enumerate())
         .for_each_concurrent(IN_FLIGHT, |(i, blobs)| async move {
             let request = |(digest, data): &(Digest, Bytes)| batch_update_blobs_request::Request {
@@ -393,7 +393,7 @@ async fn batch_update(channels: &[Channel], blobs: &[(Digest, Bytes)]) {
         .await;
 }
 
-async fn batch_read(channels: &[Channel], digests: &[Digest]) {
+pub async fn batch_read(channels: &[Channel], digests: &[Digest]) {
     stream::iter(digests.chunks(PER_BATCH).enumerate())
         .for_each_concurrent(IN_FLIGHT, |(i, digests)| async move {
             let request = BatchReadBlobsRequest {
@@ -408,7 +408,7 @@ async fn batch_read(channels: &[Channel], digests: &[Digest]) {
         .await;
 }
 
-async fn stream_read(channels: &[Channel], digests: &[Digest], size: usize) {
+pub async fn stream_read(channels: &[Channel], digests: &[Digest], size: usize) {
     stream::iter(digests.iter().enumerate())
         .for_each_concurrent(IN_FLIGHT, |(i, digest)| async move {
             let request = ReadRequest {
@@ -425,7 +425,7 @@ async fn stream_read(channels: &[Channel], digests: &[Digest], size: usize) {
         .await;
 }
 
-async fn stream_write(channels: &[Channel], blobs: &[(Digest, Bytes)]) {
+pub async fn stream_write(channels: &[Channel], blobs: &[(Digest, Bytes)]) {
     const CHUNK: usize = 1 << 20;
     stream::iter(blobs.iter().enumerate())
         .for_each_concurrent(IN_FLIGHT, |(i, (digest, data))| async move {

@@ -10,6 +10,7 @@ mod harness;
 
 mod actions;
 mod cas;
+mod endpoint;
 mod noop;
 mod queue;
 mod roots;
@@ -17,6 +18,7 @@ mod runs;
 mod secure;
 mod shards;
 mod soak;
+mod stores;
 mod stream;
 mod watched;
 mod wire;
@@ -34,6 +36,7 @@ fn main() {
     for (benchmark, run) in [
         ("actions", actions::run as fn(&[String])),
         ("cas", cas::run),
+        ("endpoint", endpoint::run),
         ("noop", noop::run),
         ("queue", queue::run),
         ("roots", roots::run),
@@ -41,6 +44,7 @@ fn main() {
         ("secure", secure::run),
         ("shards", shards::run),
         ("soak", soak::run),
+        ("stores", stores::run),
         ("stream", stream::run),
         ("watched", watched::run),
         ("wire", wire::run),
@@ -52,7 +56,7 @@ fn main() {
     }
     if !known {
         eprintln!(
-            "no benchmark {name:?}; there are: actions, cas, noop, queue, roots, runs, secure, shards, soak, stream, watched, wire"
+            "no benchmark {name:?}; there are: actions, cas, endpoint, noop, queue, roots, runs, secure, shards, soak, stores, stream, watched, wire"
         );
         std::process::exit(2);
     }

@@ -114,10 +114,14 @@ fn write(path: &Path, clients: &Endpoint, text: &str) {
         true => String::new(),
         false => format!("web.listen = \"unix:{dir}/web\"\n"),
     };
+    let size = match text.contains("storage.embedded.maximum_size") {
+        true => "",
+        false => "storage.embedded.maximum_size = \"256MiB\"\n",
+    };
     let whole = format!(
         "clients.listen = \"{clients}\"\n{workers}{web}\
          state = {{ listen = \"unix:{dir}/state\", directory = \"{dir}/drains\" }}\n\
-         storage.embedded = {{ directory = \"{dir}/storage\", maximum_size = \"256MiB\" }}\n{text}"
+         storage.embedded.directory = \"{dir}/storage\"\n{size}{text}"
     );
     fs::write(path.join("bb_scheduler.toml"), whole).unwrap();
 }

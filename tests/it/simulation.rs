@@ -95,6 +95,10 @@ fn a_farm_keeps_its_promises_whatever_the_network_does() {
                 if seed >= seeds {
                     return told;
                 }
+                if seed % 10_000 == 9_999 {
+                    let time = start.elapsed().as_secs_f64();
+                    println!("{} of {seeds} seeds begun in {time:.0} s", seed + 1);
+                }
                 told.push(World::new(seed, start).run());
             }
         };
