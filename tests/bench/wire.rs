@@ -52,7 +52,7 @@ pub fn run(arguments: &[String]) {
 struct Link([String; 2]);
 
 const ADDRESSES: [&str; 2] = ["10.213.77.1", "10.213.77.2"];
-const INTERFACE: &str = "link";
+const INTERFACE: &str = "wire0";
 
 impl Link {
     fn make(rate: u32) -> Self {
@@ -63,8 +63,8 @@ impl Link {
         }
         let [server, client] = &link.0;
         ip(&[
-            "-n", server, "link", "add", INTERFACE, "type", "veth", "peer", "name", INTERFACE,
-            "netns", client,
+            "-n", server, "link", "add", "name", INTERFACE, "type", "veth", "peer", "name",
+            INTERFACE, "netns", client,
         ]);
         for (name, address) in link.0.iter().zip(ADDRESSES) {
             ip(&[
