@@ -1,7 +1,7 @@
 //! Storage: the Content Addressable Storage (CAS) and the Action Cache (AC), embedded or elsewhere.
 //!
 //! [`Backend`] is the one way to blobs and action results, for the worker, the scheduler, and the
-//! services. To read in this order: this file; `single_flight`, `batch`, `retry`, `compression` and
+//! services. To read in this order: this file; `error`; `single_flight`, `batch`, `retry`, `compression` and
 //! `chunking`, which all back ends share; [`embedded`], the store on this host's disk; [`grpc`], the client
 //! of any REAPI storage; [`shards`], several of those as one; [`object`], object stores and Redis; `open`,
 //! which of them a configuration asks for; [`serve`], the services over any back end.
@@ -14,14 +14,8 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::stream::BoxStream;
 
-use crate::{
-    daemon,
-    digest::{Digest, DigestFunction},
-    instance::InstanceName,
-    proto::reapi::ActionResult,
-};
+use crate::{digest::Digest, instance::InstanceName, proto::reapi::ActionResult};
 
 pub mod batch;
 pub mod chunking;
@@ -29,6 +23,7 @@ mod completeness;
 pub mod compression;
 mod content;
 pub mod embedded;
+mod error;
 pub mod grpc;
 mod initial_size_class_cache;
 mod inline;
@@ -36,73 +31,23 @@ pub mod object;
 mod open;
 mod recently;
 mod retry;
+mod seen_outputs;
 pub mod serve;
 pub mod shards;
 pub mod single_flight;
 mod upload;
 
 pub use content::Content;
+pub use error::{BlobStream, Error, UploadError};
+use error::{blocking, verify};
 pub use initial_size_class_cache::InitialSizeClassCache;
 pub use inline::InlineHints;
 use object::ObjectStorage;
 pub use open::probe_servers;
 pub use retry::RetryPolicy;
+use seen_outputs::SeenOutputs;
 use shards::Shards;
-pub use upload::{Upload, UploadError};
-
-/// Why storage did not do what it was asked; each variant says who must act.
-#[derive(Clone, Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "its message says what each of these is")]
-pub enum Error {
-    /// Blobs that are not there. The client uploads them and tries again.
-    #[error("{} of the blobs asked for {} not in the Content Addressable Storage, the first being {}", .0.len(), if .0.len() == 1 { "is" } else { "are" }, .0[0])]
-    Missing(Vec<Digest>),
-    /// Content that does not match its digest: from a client, its fault; from a server, the farm's.
-    #[error("blob {expected} has a content whose digest is {actual}")]
-    Corrupt {
-        expected: Digest,
-        actual: Box<Digest>,
-    },
-    #[error("blob {digest} is larger than the limit of {limit} bytes")]
-    TooLarge { digest: Digest, limit: u64 },
-    /// The request itself is at fault.
-    #[error("{0}")]
-    Invalid(String),
-    /// Cannot be reached, or is overloaded; later it may work.
-    #[error("{0}")]
-    Unavailable(String),
-    /// The disk or the store's limit is full; the administrator must act.
-    #[error("{0}")]
-    Full(String),
-    /// A defect of the farm.
-    #[error("{0}")]
-    Internal(String),
-}
-
-impl Error {
-    /// What a failed write of a blob to a file means.
-    fn of_file(error: std::io::Error) -> Self {
-        let text = format!("could not write a blob to a file: {error}");
-        match error.raw_os_error() {
-            Some(libc::ENOSPC | libc::EDQUOT) => Error::Full(text),
-            _ => Error::Internal(text),
-        }
-    }
-}
-
-/// Whether a content has the digest that it should have.
-fn verify(expected: &Digest, actual: Digest) -> Result<(), Error> {
-    match actual == *expected {
-        true => Ok(()),
-        false => Err(Error::Corrupt {
-            expected: *expected,
-            actual: Box::new(actual),
-        }),
-    }
-}
-
-/// The pieces of a blob, in their order.
-pub type BlobStream = BoxStream<'static, Result<Bytes, Error>>;
+pub use upload::Upload;
 
 /// Where CAS and AC are. Cheap to clone.
 #[derive(Clone)]
@@ -147,7 +92,7 @@ impl<'b> Place<'b> {
     }
 
     /// Of a CAS elsewhere.
-    fn seen_outputs(self) -> Option<&'b completeness::SeenOutputs> {
+    fn seen_outputs(self) -> Option<&'b SeenOutputs> {
         match self {
             Place::Embedded(_) => None,
             Place::Grpc(client) => Some(client.seen_outputs()),
@@ -438,26 +383,6 @@ impl Backend {
         Ok(complete.then_some(result))
     }
 
-    /// Whether all outputs of a result are in the CAS. Elsewhere than in the embedded store, what was
-    /// there two seconds ago counts.
-    pub async fn is_complete(
-        &self,
-        instance: &InstanceName,
-        function: DigestFunction,
-        result: &ActionResult,
-    ) -> Result<bool, Error> {
-        match (self.cas(), self.cas().seen_outputs()) {
-            (Place::Embedded(store), _) => {
-                let (store, result) = (store.clone(), result.clone());
-                blocking(move || store.is_complete(function, &result)).await
-            }
-            (_, None) => Ok(false),
-            (_, Some(seen)) => {
-                completeness::is_complete(self, seen, instance, function, result).await
-            }
-        }
-    }
-
     /// `None` when there is no result, or, in the embedded store, not all its outputs are there.
     pub async fn action_result(
         &self,
@@ -507,13 +432,4 @@ impl Backend {
 async fn received(store: &Arc<embedded::Store>, resource_name: &str) -> Result<u64, Error> {
     let (uploads, name) = (store.uploads().clone(), resource_name.to_owned());
     blocking(move || uploads.received(&name)).await
-}
-
-/// Away from the threads that serve.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Error> {
-    daemon::spawn_blocking(work)
-        .await
-        .map_err(|error| Error::Internal(format!("a storage task failed: {error}")))
 }

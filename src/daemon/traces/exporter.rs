@@ -6,7 +6,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -16,7 +16,7 @@ use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
-use super::{Attribute, RECORDER, attribute};
+use super::span::{Attribute, attribute};
 use crate::{
     config::traces::Traces,
     daemon::{self, Channel, Credentials, Failure, Lifecycle, LogRateLimit},
@@ -45,6 +45,9 @@ const TRIES: u32 = 5;
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 static LOSSES: LogRateLimit = LogRateLimit::new(1, Duration::from_secs(60));
+
+/// Of the process: there is one daemon in it.
+pub(super) static RECORDER: OnceLock<Recorder> = OnceLock::new();
 
 /// Where spans are recorded.
 pub(super) struct Recorder {

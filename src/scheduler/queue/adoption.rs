@@ -13,12 +13,12 @@ use std::{
 use uuid::Uuid;
 
 use super::{
-    EncodedResponse, Queue, ReportedAction, ReportedDigest, Request, SynchronizeAnswer, TaskState,
-    Timer, WorkerState,
+    EncodedResponse, Instruction, Queue, ReportedAction, ReportedDigest, Request,
+    SynchronizeAnswer, TaskState, Timer, WorkerState,
     arena::{Number, PlatformQueueNumber, QueueNumber, TaskNumber, WorkerNumber},
+    report::CallNumber,
     schedule::AssignedFrom,
     timers::Deadline,
-    workers::{CallNumber, GO_IDLE},
 };
 use crate::{instance::InstanceName, proto::rpc};
 
@@ -293,7 +293,7 @@ impl<C, W: Clone> Queue<C, W> {
         let unknown = action.attempt.is_none() && action.instance.is_none();
         if late || unknown {
             self.expect_call(now, worker);
-            return SynchronizeAnswer::Now(GO_IDLE);
+            return SynchronizeAnswer::Now(Instruction::GO_IDLE);
         }
         match self.task_of_report(queue, &action) {
             Some(task) => {
@@ -303,14 +303,14 @@ impl<C, W: Clone> Queue<C, W> {
                 let free = matches!(found.state, TaskState::Queued | TaskState::AwaitingReport);
                 if !free || lost_it {
                     self.expect_call(now, worker);
-                    return SynchronizeAnswer::Now(GO_IDLE);
+                    return SynchronizeAnswer::Now(Instruction::GO_IDLE);
                 }
                 self.withdraw(now, task);
                 self.adopt(now, task, worker, action.attempt.map(|a| a.number));
             }
             None if self.has_ended(&action) => {
                 self.expect_call(now, worker);
-                return SynchronizeAnswer::Now(GO_IDLE);
+                return SynchronizeAnswer::Now(Instruction::GO_IDLE);
             }
             None => {
                 let platform_queue = self.queues[queue].platform_queue;

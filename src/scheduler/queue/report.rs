@@ -159,12 +159,28 @@ impl From<&Digest> for ReportedDigest {
     }
 }
 
+/// One of the calls of all workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct CallNumber(pub u64);
+
 /// What a worker is to do next.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Instruction {
     pub desired: DesiredWorkerState,
     /// When it is to call again, from now.
     pub next: Duration,
+}
+
+impl Instruction {
+    pub(super) const GO_IDLE: Instruction = Instruction {
+        desired: DesiredWorkerState::Idle,
+        next: Duration::ZERO,
+    };
+
+    pub(super) const GO_ON: Instruction = Instruction {
+        desired: DesiredWorkerState::Unchanged,
+        next: Duration::ZERO,
+    };
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -4,11 +4,10 @@ use bytes::Bytes;
 
 use super::{
     super::{Error, verify},
-    SMALL,
     file::{self, BlobFileWriter},
-    index::IndexKey,
     instance_limits::LimitId,
-    segment::NewContent,
+    key::IndexKey,
+    segment::{NewContent, SMALL},
     space::{Space, SpaceReservation},
 };
 use crate::digest::{Digest, Hasher};

@@ -22,12 +22,12 @@ use tokio::sync::Semaphore;
 use tonic::{Code, Status, service::interceptor::InterceptedService};
 
 use self::{
-    chunks::LocalChunks,
     limits::{Announced, AnnouncedChunks, CallLimits},
+    local_chunks::LocalChunks,
     on_behalf::AddCarriedHeaders,
 };
 use super::{
-    Error, chunking::ChunkingFunction, completeness::SeenOutputs, compression, retry::RetryPolicy,
+    Error, chunking::ChunkingFunction, compression, retry::RetryPolicy, seen_outputs::SeenOutputs,
     single_flight::SingleFlight,
 };
 use crate::{
@@ -52,6 +52,7 @@ mod chunks;
 mod find;
 mod initial_size_class_cache;
 mod limits;
+mod local_chunks;
 mod on_behalf;
 mod read;
 mod read_stream;
@@ -59,8 +60,8 @@ mod status;
 mod write;
 mod write_stream;
 
-pub use chunks::LocalFiles;
 pub use initial_size_class_cache::InitialSizeClassCacheClient;
+pub use local_chunks::LocalFiles;
 pub use on_behalf::on_behalf_of;
 pub use write_stream::ForwardedUpload;
 

@@ -34,11 +34,7 @@ pub struct ByteStreamService {
 }
 
 impl ByteStreamService {
-    pub(super) async fn contains(
-        &self,
-        instance: &InstanceName,
-        digest: Digest,
-    ) -> Result<bool, Status> {
+    async fn contains(&self, instance: &InstanceName, digest: Digest) -> Result<bool, Status> {
         let missing = self.backend.find_missing(instance, &[digest]).await?;
         Ok(missing.is_empty())
     }
@@ -104,14 +100,20 @@ impl ByteStream for ByteStreamService {
         };
         let name = WriteName::parse(&first.resource_name)?;
         access.require(&name.instance)?;
-        if name.compressor == Compressor::Zstd {
-            let committed_size =
-                compressed_write::run(self, &name, &caller, &owner, first, stream).await?;
-            return Ok(Response::new(WriteResponse { committed_size }));
-        }
         let digest = name.digest;
         let size = digest.size() as i64;
-        if self.contains(&name.instance, digest).await? {
+        let is_there = self.contains(&name.instance, digest).await?;
+        if name.compressor == Compressor::Zstd {
+            let committed_size = match is_there {
+                true => compressed_write::ALREADY_THERE,
+                false => {
+                    let backend = &self.backend;
+                    compressed_write::run(backend, &name, &caller, &owner, first, stream).await?
+                }
+            };
+            return Ok(Response::new(WriteResponse { committed_size }));
+        }
+        if is_there {
             // REAPI: no need to send the rest of what is already here.
             return Ok(Response::new(WriteResponse {
                 committed_size: size,

@@ -13,7 +13,10 @@ use std::{
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tonic::Status;
 
-use super::{MAXIMUM_RESPONSE_SIZE, cas::answer_weight, digest, function};
+use super::{
+    request::{digest, function},
+    response_size::{MAXIMUM_RESPONSE_SIZE, answer_weight},
+};
 use crate::{
     digest::Digest,
     instance::InstanceName,

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use maud::{Markup, html};
 
 use super::{
-    Place, command, parse_digest,
+    Place,
+    address::parse_digest,
+    command,
     read::{self, Problem},
 };
 use crate::{

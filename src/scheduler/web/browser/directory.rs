@@ -7,9 +7,9 @@ use maud::{Markup, html};
 use prost::Message;
 
 use super::{
-    LARGE, Place,
+    Place,
     fields::Fields,
-    read::{self, Problem},
+    read::{self, LARGE, Problem},
 };
 use crate::{
     digest::{Digest, DigestFunction},

@@ -11,9 +11,9 @@ use bytes::Bytes;
 use prost::Message;
 
 use super::{
-    Place, SMALL,
+    Place,
     directory::blocking,
-    read::{self, Problem},
+    read::{self, Problem, SMALL},
 };
 use crate::{
     digest::{Digest, DigestFunction},

@@ -23,10 +23,10 @@ use maud::{Markup, html};
 use tokio::sync::mpsc;
 
 use super::{
-    Place, SMALL,
+    Place,
     archives::Turn,
     command, expansion,
-    read::{self, Problem},
+    read::{self, Problem, SMALL},
 };
 use crate::{
     digest::Digest,
