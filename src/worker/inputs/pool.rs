@@ -357,7 +357,8 @@ impl Pool {
         Ok(kept)
     }
 
-    pub(super) fn keep_stashed(&self, stashed: impl IntoIterator<Item = StashedTree>) {
+    /// Subtrees wait for a root that has them.
+    pub(super) fn add_stashed(&self, stashed: impl IntoIterator<Item = StashedTree>) {
         for stashed in stashed {
             // Looked at under the lock: whoever forgets all counts up first, and then empties the pool.
             let mut waiting = self.waiting.lock();

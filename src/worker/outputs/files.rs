@@ -70,7 +70,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
             executable: opened.executable,
         };
         self.cache
-            .keep_output(key, &opened.file, opened.sealed, directory, name);
+            .add_output(key, &opened.file, opened.sealed, directory, name);
         Ok((digest, opened.executable))
     }
 

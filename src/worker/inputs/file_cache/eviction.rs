@@ -98,8 +98,8 @@ impl FileCache {
             claim.add(&mut index, key);
         }
         drop(index);
-        for (key, copies) in &victims {
-            if let Err(error) = self.directory.remove(key, *copies) {
+        for (key, inodes) in &victims {
+            if let Err(error) = self.directory.remove(key, *inodes) {
                 tracing::warn!(digest = %key.digest, %error, "could not remove a file from the cache");
             }
         }

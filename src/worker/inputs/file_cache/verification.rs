@@ -131,7 +131,7 @@ impl Verifier {
     fn next(&mut self, cache: &FileCache) -> Option<(FileKey, u32)> {
         let index = cache.index.lock();
         if let Some((key, number)) = self.extra_inodes.take()
-            && number < index.copies(&key)
+            && number < index.inodes_of(&key)
         {
             self.extra_inodes = Some((key, number + 1));
             return Some((key, number));
@@ -150,7 +150,7 @@ impl FileCache {
 
     /// `None` when it is gone, or wrong already.
     fn open_for_reading(&self, key: FileKey, number: u32) -> Option<FileBeingRead> {
-        let file = self.directory.open_copy(&key, number).ok()?;
+        let file = self.directory.open_inode(&key, number).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
         if !directory::is_as_made(&stat, &key, rustix::process::geteuid().as_raw()) {
             self.report_wrong(&key, number, "has another size, mode, owner or mtime");
@@ -263,7 +263,7 @@ impl FileCache {
 
     /// `None` when it is not there.
     fn is_right(&self, key: &FileKey, buffer: &mut [u8]) -> Option<bool> {
-        let file = self.directory.open_copy(key, 0).ok()?;
+        let file = self.directory.open_inode(key, 0).ok()?;
         let mut hasher = key.digest.function().hasher(key.digest.size());
         self.verified.files.fetch_add(1, Ordering::Relaxed);
         loop {
