@@ -10,7 +10,7 @@ use std::{collections::HashSet, time::Instant};
 use bytes::Bytes;
 use prost::Message;
 
-use super::{Backend, Error, Place, SeenOutputs, blocking};
+use super::{Backend, Error, SeenOutputs, SingleBackend, blocking};
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
@@ -23,7 +23,7 @@ const MAXIMUM_MESSAGE_SIZE: u64 = 64 << 20;
 const MAXIMUM_DIRECTORIES: usize = 1 << 20;
 
 /// What a result names, and so must be there.
-struct Outputs {
+struct NamedOutputs {
     function: DigestFunction,
     blobs: Vec<Digest>,
     trees: Vec<Digest>,
@@ -40,7 +40,7 @@ impl Backend {
         result: &ActionResult,
     ) -> Result<bool, Error> {
         match (self.cas(), self.cas().seen_outputs()) {
-            (Place::Embedded(store), _) => {
+            (SingleBackend::Embedded(store), _) => {
                 let (store, result) = (store.clone(), result.clone());
                 blocking(move || store.is_complete(function, &result)).await
             }
@@ -79,7 +79,7 @@ async fn look(
     function: DigestFunction,
     result: &ActionResult,
 ) -> Result<bool, Error> {
-    let Some(mut outputs) = Outputs::of(function, result) else {
+    let Some(mut outputs) = NamedOutputs::of(function, result) else {
         return Ok(false);
     };
     let trees = std::mem::take(&mut outputs.trees);
@@ -162,11 +162,11 @@ async fn read<M: Message + Default>(
     Ok(Some(messages))
 }
 
-impl Outputs {
+impl NamedOutputs {
     /// `None` when the result names something that cannot be.
     fn of(function: DigestFunction, result: &ActionResult) -> Option<Self> {
         let parse = |digest: &reapi::Digest| Digest::parse(Some(function), digest).ok();
-        let mut outputs = Outputs {
+        let mut outputs = NamedOutputs {
             function,
             blobs: Vec::new(),
             trees: Vec::new(),

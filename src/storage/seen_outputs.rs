@@ -8,7 +8,7 @@ use super::recently::Recently;
 use crate::{digest::Digest, instance::InstanceName};
 
 /// How long what was seen is believed.
-const LIFETIME: Duration = Duration::from_secs(2);
+const SEEN_LIFETIME: Duration = Duration::from_secs(2);
 
 /// Results, and outputs, that are remembered.
 const MOST_RESULTS: usize = 20_000;
@@ -25,8 +25,8 @@ pub(super) struct SeenOutputs {
 impl Default for SeenOutputs {
     fn default() -> Self {
         SeenOutputs {
-            results: Mutex::new(Recently::new(LIFETIME, MOST_RESULTS)),
-            blobs: Mutex::new(Recently::new(LIFETIME, MOST_OUTPUTS)),
+            results: Mutex::new(Recently::new(SEEN_LIFETIME, MOST_RESULTS)),
+            blobs: Mutex::new(Recently::new(SEEN_LIFETIME, MOST_OUTPUTS)),
         }
     }
 }

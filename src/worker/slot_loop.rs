@@ -49,7 +49,7 @@ const MAXIMUM_READINESS_PAUSE: Duration = Duration::from_secs(5);
 
 /// How a slot presents itself.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Identity {
+pub struct SlotIdentity {
     /// Labels that no other slot of the farm has.
     pub worker_id: BTreeMap<String, String>,
     pub instance_name_prefix: InstanceName,
@@ -74,7 +74,7 @@ const LEFT_CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long it may hear nothing from the scheduler, which chooses how long it holds a call.
 const SYNCHRONIZE_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 
-struct Execution {
+struct RunningExecution {
     result: JoinHandle<Box<ExecuteResponse>>,
     phase: watch::Receiver<ExecutionPhase>,
     cancel: CancellationToken,
@@ -98,7 +98,7 @@ type Pending<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
 )]
 pub async fn run(
     channel: Channel,
-    identity: Identity,
+    identity: SlotIdentity,
     token: Option<FencingToken>,
     executor: Arc<Executor>,
     slot: usize,
@@ -115,7 +115,7 @@ pub async fn run(
     let mut call: Pending<Result<SynchronizeResponse, Status>> = None;
     let mut readiness: Pending<Result<(), NotReady>> = None;
     let mut paused = executor.availability.paused();
-    let mut execution: Option<Execution> = None;
+    let mut execution: Option<RunningExecution> = None;
     // What was started last, until its result has been taken.
     let mut started: Option<StartedTask> = None;
     let mut number = WorkerCall {
@@ -254,7 +254,7 @@ fn start(
     status_line: Arc<StatusLine>,
     slot: usize,
     task: Result<AssignedTask, Box<ExecuteResponse>>,
-) -> Execution {
+) -> RunningExecution {
     let (sender, phase) = watch::channel(ExecutionPhase::FetchingInputs);
     let cancel = CancellationToken::new();
     let cancelled = cancel.clone();
@@ -282,7 +282,7 @@ fn start(
             Err(refusal) => refusal,
         }
     };
-    Execution {
+    RunningExecution {
         result: tokio::spawn(work.instrument(span)),
         phase,
         _guard: cancel.clone().drop_guard(),
@@ -290,7 +290,7 @@ fn start(
     }
 }
 
-async fn returned(execution: &mut Option<Execution>) -> Box<ExecuteResponse> {
+async fn returned(execution: &mut Option<RunningExecution>) -> Box<ExecuteResponse> {
     let Some(execution) = execution else {
         return std::future::pending().await;
     };
@@ -324,7 +324,7 @@ async fn sleep_until(until: Option<Instant>) {
 }
 
 fn request(
-    identity: &Identity,
+    identity: &SlotIdentity,
     report: SlotReport<Box<ExecuteResponse>>,
     phase: Option<ExecutionPhase>,
     last: Option<&StartedTask>,
@@ -378,7 +378,7 @@ fn request(
 }
 
 fn answer_of(
-    identity: &Identity,
+    identity: &SlotIdentity,
     response: SynchronizeResponse,
     now: Instant,
 ) -> Answer<Result<AssignedTask, Box<ExecuteResponse>>> {

@@ -11,13 +11,13 @@ use prometheus_client::{
 use super::{Exposition, calls};
 use crate::daemon::traces;
 
-type Source = Box<dyn Fn(&mut Exposition<'_>) -> fmt::Result + Send + Sync>;
+type MetricsSource = Box<dyn Fn(&mut Exposition<'_>) -> fmt::Result + Send + Sync>;
 
 /// All that a daemon has to tell.
 #[derive(Debug)]
 pub struct Metrics(Registry);
 
-struct SourceCollector(Source);
+struct SourceCollector(MetricsSource);
 
 impl fmt::Debug for SourceCollector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -30,16 +30,16 @@ use crate::{
 };
 
 /// Spans that wait to be sent, of about 0.5 KiB each.
-const BUFFER: usize = 8192;
+const BUFFERED_SPANS: usize = 8192;
 /// Spans of one call.
 const BATCH: usize = 512;
 /// How long spans wait for others.
-const INTERVAL: Duration = Duration::from_secs(1);
+const BATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// How often those are looked for; the buffer has room for what comes meanwhile.
-const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+const BUFFER_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Before the second try, and twice as long before each other one.
-const PAUSE: Duration = Duration::from_millis(500);
+const FIRST_RETRY_DELAY: Duration = Duration::from_millis(500);
 const TRIES: u32 = 5;
 /// For what is left when the daemon ends.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -101,7 +101,7 @@ impl TraceExporter {
         };
         let credentials = Credentials::open("traces.tls", &config.tls, lifecycle)?
             .with_headers(config.call_headers(), Some(lifecycle))?;
-        let (sender, receiver) = mpsc::channel(BUFFER);
+        let (sender, receiver) = mpsc::channel(BUFFERED_SPANS);
         let counters = Arc::new(Counters::default());
         let recorder = Recorder {
             sender,
@@ -167,9 +167,9 @@ impl Sending {
             }
             // Others may come soon. They are looked for now and then: each one that is waited for wakes this task.
             let begun = Instant::now();
-            while batch.len() < BATCH && begun.elapsed() < INTERVAL {
+            while batch.len() < BATCH && begun.elapsed() < BATCH_INTERVAL {
                 tokio::select! {
-                    () = tokio::time::sleep(LOOK_INTERVAL) => {}
+                    () = tokio::time::sleep(BUFFER_CHECK_INTERVAL) => {}
                     () = ending.cancelled() => break,
                 }
                 if !receiver.is_empty() {
@@ -194,7 +194,7 @@ impl Sending {
                 scope_spans: vec![ScopeSpans { spans }],
             }],
         };
-        let mut pause = PAUSE;
+        let mut pause = FIRST_RETRY_DELAY;
         let mut reason = String::new();
         for attempt in 0..TRIES {
             if attempt > 0 {

@@ -20,7 +20,7 @@ use calls::Scheduler;
 
 /// What bb_scheduler asks a scheduler that runs.
 #[derive(clap::Subcommand)]
-pub enum Command {
+pub enum SchedulerCommand {
     /// Show how the farm is: what is queued, executing and idle, and what the store takes
     Status {
         #[command(flatten)]
@@ -147,25 +147,25 @@ pub enum StoreCommand {
 }
 
 /// Does what a command says.
-pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> {
+pub async fn ask(command: SchedulerCommand, config: &Config) -> Result<(), CommandError> {
     let connect = |options: &CommandOptions| -> Result<(Scheduler, Output), CommandError> {
         let channel = options.connect("bb_scheduler", &config.control.listen)?;
         Ok((Scheduler::new(channel), options.output()))
     };
     match command {
-        Command::Status { options } => {
+        SchedulerCommand::Status { options } => {
             let (scheduler, output) = connect(&options)?;
             look::status(&scheduler, &output).await
         }
-        Command::Queues { options } => {
+        SchedulerCommand::Queues { options } => {
             let (scheduler, output) = connect(&options)?;
             look::queues(&scheduler, &output).await
         }
-        Command::Workers { pattern, options } => {
+        SchedulerCommand::Workers { pattern, options } => {
             let (scheduler, output) = connect(&options)?;
             look::workers(&scheduler, &output, pattern.as_ref()).await
         }
-        Command::Operations {
+        SchedulerCommand::Operations {
             stage,
             limit,
             options,
@@ -173,11 +173,11 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
             let (scheduler, output) = connect(&options)?;
             look::operations(&scheduler, &output, stage, limit).await
         }
-        Command::Why { name, options } => {
+        SchedulerCommand::Why { name, options } => {
             let (scheduler, output) = connect(&options)?;
             look::why(&scheduler, &output, name).await
         }
-        Command::Drain {
+        SchedulerCommand::Drain {
             pattern,
             ahead,
             filter,
@@ -186,7 +186,7 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
             let (scheduler, output) = connect(&options)?;
             steer::drain(&scheduler, &output, &pattern, ahead, &filter).await
         }
-        Command::Undrain {
+        SchedulerCommand::Undrain {
             pattern,
             all,
             filter,
@@ -195,11 +195,11 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
             let (scheduler, output) = connect(&options)?;
             steer::undrain(&scheduler, &output, pattern.as_ref(), all, &filter).await
         }
-        Command::Terminate { pattern, options } => {
+        SchedulerCommand::Terminate { pattern, options } => {
             let (scheduler, output) = connect(&options)?;
             steer::terminate(&scheduler, &output, pattern).await
         }
-        Command::Kill {
+        SchedulerCommand::Kill {
             name,
             reason,
             filter,
@@ -217,7 +217,7 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
                 None => steer::kill_queued(&scheduler, &output, &reason, &filter).await,
             }
         }
-        Command::Action {
+        SchedulerCommand::Action {
             digest,
             instance,
             options,
@@ -225,7 +225,7 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
             let (scheduler, output) = connect(&options)?;
             action::show(&scheduler, &output, &digest, instance).await
         }
-        Command::Store { command } => match command {
+        SchedulerCommand::Store { command } => match command {
             StoreCommand::Usage { options } => {
                 let (scheduler, output) = connect(&options)?;
                 store::usage(&scheduler, &output).await

@@ -23,13 +23,13 @@ use super::{
 use crate::{instance::InstanceName, proto::rpc};
 
 /// An action as workers of a platform queue name it.
-type ActionName = (PlatformQueueNumber, InstanceName, ReportedDigest);
+type ReportedActionKey = (PlatformQueueNumber, InstanceName, ReportedDigest);
 
 /// Which workers execute what we did not hand them.
 #[derive(Default)]
 pub(super) struct ForeignActions {
     by_operation: BTreeMap<Uuid, WorkerNumber>,
-    by_action: BTreeSet<(ActionName, WorkerNumber)>,
+    by_action: BTreeSet<(ReportedActionKey, WorkerNumber)>,
 }
 
 impl ForeignActions {
@@ -65,7 +65,7 @@ impl ForeignActions {
         }
     }
 
-    fn of_action(&self, name: ActionName) -> Option<WorkerNumber> {
+    fn of_action(&self, name: ReportedActionKey) -> Option<WorkerNumber> {
         let least = Number::new(0, 0);
         let (found, worker) = self.by_action.range((name.clone(), least)..).next()?;
         (*found == name).then_some(*worker)
@@ -96,7 +96,7 @@ impl ForeignActions {
 pub(super) struct KeptResults {
     results: BTreeMap<u64, KeptResult>,
     by_operation: BTreeMap<Uuid, u64>,
-    by_action: BTreeMap<ActionName, u64>,
+    by_action: BTreeMap<ReportedActionKey, u64>,
     bytes: usize,
 }
 
@@ -108,7 +108,7 @@ struct KeptResult {
 }
 
 impl KeptResults {
-    fn name(kept: &KeptResult) -> Option<ActionName> {
+    fn name(kept: &KeptResult) -> Option<ReportedActionKey> {
         let instance = kept.action.instance.clone()?;
         Some((kept.queue, instance, kept.action.digest))
     }

@@ -74,7 +74,7 @@ impl fmt::Display for WorkerPattern {
 /// Who calls as a worker: its labels, and the end of the connection that the call came by. A worker
 /// that connects again has another one, and so has a second host of the same labels.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Caller {
+pub struct WorkerCaller {
     pub id: WorkerId,
     /// An address, for people and for telling callers apart.
     pub peer: Arc<str>,

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use super::{
-    Caller, DesiredWorkerState, Effect, Instruction, Queue, Refusal, ReportedAction,
-    ReportedDigest, SizeClassQueueKey, TaskState, Timer, Worker, WorkerActivity, WorkerReport,
+    DesiredWorkerState, Effect, Instruction, Queue, Refusal, ReportedAction, ReportedDigest,
+    SizeClassQueueKey, TaskState, Timer, Worker, WorkerActivity, WorkerCaller, WorkerReport,
     WorkerState,
     arena::{QueueNumber, TaskNumber, WorkerNumber},
     report::CallNumber,
@@ -32,7 +32,7 @@ impl<C, W: Clone> Queue<C, W> {
         &mut self,
         now: Instant,
         key: &SizeClassQueueKey,
-        caller: &Caller,
+        caller: &WorkerCaller,
         report: WorkerReport,
         call: C,
         idle_wait: Duration,
@@ -181,7 +181,7 @@ impl<C, W: Clone> Queue<C, W> {
     }
 
     /// Whether a later call of the same worker came before this one, or this one came twice.
-    fn is_outdated(&self, number: WorkerNumber, caller: &Caller) -> bool {
+    fn is_outdated(&self, number: WorkerNumber, caller: &WorkerCaller) -> bool {
         let (latest, call) = (self.workers[number].latest_call, caller.call);
         latest.zip(call).is_some_and(|(latest, call)| {
             latest.is_of_successor(call)
@@ -196,7 +196,7 @@ impl<C, W: Clone> Queue<C, W> {
         &mut self,
         now: Instant,
         number: WorkerNumber,
-        caller: &Caller,
+        caller: &WorkerCaller,
         activity: &WorkerActivity,
     ) -> Result<bool, Refusal> {
         let worker = &self.workers[number];
@@ -282,7 +282,7 @@ impl<C, W: Clone> Queue<C, W> {
         &mut self,
         now: Instant,
         queue: QueueNumber,
-        caller: &Caller,
+        caller: &WorkerCaller,
     ) -> Result<WorkerNumber, Refusal> {
         let limit = self.settings.limits.workers;
         if self.workers.len() >= limit {

@@ -20,7 +20,7 @@ use crate::scheduler::{
 
 /// Rows of a page, those that are looked at under one lock, and for one page.
 const ROWS: usize = 100;
-const PIECE: usize = 256;
+const ROWS_PER_LOCK: usize = 256;
 const MOST_SEEN: usize = 20_000;
 
 #[derive(Deserialize)]
@@ -35,7 +35,7 @@ pub(super) struct ListQuery {
 }
 
 /// Some of the operations that are looked for.
-struct Found {
+struct FoundRows {
     rows: Vec<OperationRow>,
     /// Where to go on; `None` at the end.
     next: Option<Uuid>,
@@ -47,9 +47,9 @@ async fn search(
     after: Option<Uuid>,
     filter: &OperationFilter,
     text: &str,
-) -> Found {
+) -> FoundRows {
     let (_, total) = queue.look(|queue| queue.place_of(None));
-    let mut found = Found {
+    let mut found = FoundRows {
         rows: Vec::new(),
         next: None,
         total,
@@ -57,7 +57,12 @@ async fn search(
     let mut last = after;
     let mut seen = 0;
     loop {
-        let piece = queue.look(|queue| queue.operations(last).take(PIECE).collect::<Vec<_>>());
+        let piece = queue.look(|queue| {
+            queue
+                .operations(last)
+                .take(ROWS_PER_LOCK)
+                .collect::<Vec<_>>()
+        });
         let Some(end) = piece.last().map(|row| row.name) else {
             found.next = None;
             return found;

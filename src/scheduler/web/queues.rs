@@ -28,7 +28,7 @@ use crate::scheduler::{
 
 /// Rows of a page, and those that are looked at under one lock.
 const ROWS: usize = 100;
-const PIECE: usize = 25;
+const ROWS_PER_LOCK: usize = 25;
 /// Invocations of one level, and levels, that a page shows.
 const SIBLINGS: usize = 50;
 const LEVELS: usize = 3;
@@ -45,7 +45,7 @@ pub(super) fn first(
     let mut found: Vec<QueueLoad> = Vec::new();
     let mut last = after;
     while found.len() < rows {
-        let wanted = PIECE.min(rows - found.len());
+        let wanted = ROWS_PER_LOCK.min(rows - found.len());
         let piece = queue.look(|queue| queue.queue_loads(last.as_ref(), wanted));
         let Some(end) = piece.last() else { break };
         last = Some((*end.key).clone());
@@ -160,7 +160,7 @@ pub(super) struct OneQuery {
 }
 
 /// A node of the tree, and how deep it is.
-struct Node {
+struct InvocationTreeNode {
     level: usize,
     keys: Vec<InvocationKey>,
     load: Load,
@@ -173,7 +173,7 @@ fn add_children(
     key: &SizeClassQueueKey,
     parent: &[InvocationKey],
     level: usize,
-    nodes: &mut Vec<Node>,
+    nodes: &mut Vec<InvocationTreeNode>,
 ) {
     let keys = InvocationKeys::new(parent.iter().cloned());
     let children = queue.look(|queue| queue.invocation_loads(key, &keys, None, SIBLINGS + 1));
@@ -185,7 +185,7 @@ fn add_children(
         let mut keys = parent.to_vec();
         keys.push(child);
         let deeper = keys.clone();
-        nodes.push(Node {
+        nodes.push(InvocationTreeNode {
             level,
             keys,
             load,
@@ -273,7 +273,7 @@ pub(super) async fn one(
     page.into_response()
 }
 
-fn tree(nodes: &[Node], row: &QueueLoad, address: &str) -> Markup {
+fn tree(nodes: &[InvocationTreeNode], row: &QueueLoad, address: &str) -> Markup {
     let share = |load: &Load| match row.load.executing {
         0 => 0.0,
         all => load.executing as f64 / all as f64,

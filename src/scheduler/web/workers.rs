@@ -18,7 +18,7 @@ use crate::scheduler::queue::{SizeClassQueueKey, WorkerId, WorkerSight, WorkerSi
 
 /// Rows of a page, and those that are looked at under one lock.
 const ROWS: usize = 200;
-const PIECE: usize = 50;
+const ROWS_PER_LOCK: usize = 50;
 
 #[derive(Deserialize)]
 pub(super) struct WorkersQuery {
@@ -54,7 +54,7 @@ fn collect(
     while let Some(current) = &key {
         let piece = pages.queue.look_now(|queue, time| {
             now = time;
-            queue.worker_sights(time, current, after.as_ref(), PIECE)
+            queue.worker_sights(time, current, after.as_ref(), ROWS_PER_LOCK)
         });
         match piece.last() {
             Some(last) => after = Some(last.id.clone()),

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use crate::{digest::Digest, storage::chunking::ChunkingFunction};
 
 /// Chunks of all blobs whose chunks are remembered, at most.
-const REMEMBERED: usize = 200_000;
+const REMEMBERED_CHUNKS: usize = 200_000;
 
 type ListKey = (Digest, ChunkingFunction);
 
@@ -36,7 +36,7 @@ impl ChunkLists {
             Some(before) => state.chunks -= before.len(),
             None => state.order.push_back(key),
         }
-        while state.chunks > REMEMBERED
+        while state.chunks > REMEMBERED_CHUNKS
             && let Some(oldest) = state.order.pop_front()
         {
             let gone = state.lists.remove(&oldest);
@@ -59,12 +59,12 @@ mod tests {
             (digest, ChunkingFunction::FAST_CDC_2020)
         };
         for number in 0..30 {
-            lists.remember(key(number), vec![chunk; REMEMBERED / 10]);
-            lists.remember(key(number), vec![chunk; REMEMBERED / 10]);
+            lists.remember(key(number), vec![chunk; REMEMBERED_CHUNKS / 10]);
+            lists.remember(key(number), vec![chunk; REMEMBERED_CHUNKS / 10]);
         }
         let known = |number| lists.get(&key(number)).is_some();
         assert!(!known(19) && known(20) && known(29));
-        lists.remember(key(99), vec![chunk; REMEMBERED + 1]);
+        lists.remember(key(99), vec![chunk; REMEMBERED_CHUNKS + 1]);
         assert!(!known(29) && !known(99));
         assert_eq!(lists.0.lock().chunks, 0);
     }

@@ -11,7 +11,7 @@ use crate::daemon::Counter;
 
 /// Times that are remembered of the clock of recency; the clock ticks 4,096 times while the store is filled
 /// once, and every ten seconds when nothing is written.
-const REMEMBERED: usize = 8_192;
+const REMEMBERED_TICKS: usize = 8_192;
 
 /// Counts since the store was opened.
 #[derive(Debug, Default)]
@@ -48,7 +48,7 @@ impl RecencyAges {
     pub(super) fn note(&mut self, tick: u32, now: Instant) {
         if self.times.back().is_none_or(|(last, _)| *last != tick) {
             self.times.push_back((tick, now));
-            if self.times.len() > REMEMBERED {
+            if self.times.len() > REMEMBERED_TICKS {
                 self.times.pop_front();
             }
         }

@@ -16,7 +16,7 @@ use crate::digest::Digest;
 pub type LocalFiles = Arc<dyn Fn(&Digest) -> Option<File> + Send + Sync>;
 
 /// Chunks that are known to be in files, at most: some 20 MB.
-const REMEMBERED: usize = 100_000;
+const REMEMBERED_CHUNKS: usize = 100_000;
 
 /// Which chunks files have that were here lately, and perhaps still are.
 #[derive(Default)]
@@ -42,7 +42,7 @@ impl LocalChunks {
         }
         state.chunks += chunks.len();
         state.files.push_back((file, chunks));
-        while state.chunks > REMEMBERED
+        while state.chunks > REMEMBERED_CHUNKS
             && let Some((file, chunks)) = state.files.pop_front()
         {
             state.chunks -= chunks.len();
@@ -108,7 +108,7 @@ mod tests {
             chunks.remember(digest(1_000_000 + file), list);
         }
         let state = chunks.0.lock();
-        assert!(state.chunks <= REMEMBERED && state.places.len() <= state.chunks);
+        assert!(state.chunks <= REMEMBERED_CHUNKS && state.places.len() <= state.chunks);
         assert_eq!(state.places[&shared], (digest(1_000_199), 8000));
         assert_eq!(state.places[&digest(199_001)], (digest(1_000_199), 8));
         drop(state);

@@ -23,7 +23,7 @@ use crate::{
 };
 
 use super::{
-    coder_budget::{self, Caller},
+    coder_budget::{self, CoderCaller},
     compressed_write,
 };
 
@@ -41,7 +41,7 @@ impl ByteStreamService {
 }
 
 /// What is written together at most.
-const CHUNK: u64 = 1 << 20;
+const WRITE_SIZE: u64 = 1 << 20;
 
 /// Messages that are written together; they may be as small as a client likes.
 const MAXIMUM_PARTS: usize = 256;
@@ -54,7 +54,7 @@ impl ByteStream for ByteStreamService {
         &self,
         request: Request<ReadRequest>,
     ) -> Result<Response<Self::ReadStream>, Status> {
-        let (access, caller) = (Access::of(&request), Caller::of(&request));
+        let (access, caller) = (Access::of(&request), CoderCaller::of(&request));
         let request = request.into_inner();
         let ReadName {
             instance,
@@ -90,7 +90,7 @@ impl ByteStream for ByteStreamService {
         &self,
         request: Request<Streaming<WriteRequest>>,
     ) -> Result<Response<WriteResponse>, Status> {
-        let (access, caller) = (Access::of(&request), Caller::of(&request));
+        let (access, caller) = (Access::of(&request), CoderCaller::of(&request));
         let owner = daemon::client_name(&request);
         let mut stream = request.into_inner();
         let Some(first) = stream.message().await? else {
@@ -155,7 +155,7 @@ impl ByteStream for ByteStreamService {
                 }
                 length += last.data.len() as u64;
                 finish = last.finish_write;
-                if finish || length >= CHUNK || parts.len() >= MAXIMUM_PARTS {
+                if finish || length >= WRITE_SIZE || parts.len() >= MAXIMUM_PARTS {
                     break;
                 }
                 match stream.message().now_or_never() {

@@ -6,7 +6,7 @@ use tonic::{Request, Response, Status, async_trait};
 
 use super::{
     chunks,
-    coder_budget::{self, Caller},
+    coder_budget::{self, CoderCaller},
     request::{digest, function, instance},
     response_size::{
         MAXIMUM_BATCH_SIZE, MAXIMUM_RESPONSE_SIZE, answer_weight, encoded_size, reserve,
@@ -124,7 +124,7 @@ impl ContentAddressableStorage for CasService {
             ResponseBudget::of(&request),
             RequestReservation::of(&request),
         );
-        let (access, caller) = (Access::of(&request), Caller::of(&request));
+        let (access, caller) = (Access::of(&request), CoderCaller::of(&request));
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
         access.require(&instance)?;
@@ -158,7 +158,7 @@ impl ContentAddressableStorage for CasService {
             ResponseBudget::of(&request),
             RequestReservation::of(&request),
         );
-        let (access, caller) = (Access::of(&request), Caller::of(&request));
+        let (access, caller) = (Access::of(&request), CoderCaller::of(&request));
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
         access.require(&instance)?;

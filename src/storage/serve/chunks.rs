@@ -27,7 +27,7 @@ use crate::{
 /// Chunks of one blob that is spliced; with FastCDC's recommended parameters, some 50 GiB.
 const MAXIMUM_CHUNKS: usize = 100_000;
 
-const TIMEOUT: Duration = Duration::from_secs(30);
+const TURN_TIMEOUT: Duration = Duration::from_secs(30);
 
 static UNDER_WAY: LazyLock<Semaphore> = LazyLock::new(|| {
     let count = std::thread::available_parallelism().map_or(1, |count| count.get());
@@ -46,7 +46,7 @@ fn store(backend: &Backend) -> Result<Arc<embedded::Store>, Status> {
 }
 
 async fn turn() -> Result<SemaphorePermit<'static>, Status> {
-    match tokio::time::timeout(TIMEOUT, UNDER_WAY.acquire()).await {
+    match tokio::time::timeout(TURN_TIMEOUT, UNDER_WAY.acquire()).await {
         Ok(Ok(permit)) => Ok(permit),
         _ => Err(Status::resource_exhausted(
             "too many blobs are being split or spliced; try again later, or send them as a whole",

@@ -7,7 +7,7 @@
 
 use tonic::{Status, Streaming};
 
-use super::coder_budget::{self, Caller};
+use super::coder_budget::{self, CoderCaller};
 use crate::{
     proto::bytestream::WriteRequest,
     resource::WriteName,
@@ -24,7 +24,7 @@ pub(super) const ALREADY_THERE: i64 = -1;
 pub(super) async fn run(
     backend: &Backend,
     name: &WriteName,
-    caller: &Caller,
+    caller: &CoderCaller,
     owner: &str,
     first: WriteRequest,
     mut stream: Streaming<WriteRequest>,

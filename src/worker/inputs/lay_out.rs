@@ -18,7 +18,7 @@ use super::{
     file_cache::{FileCache, FileKey, InputInodeKind, LinkMode, PinnedFiles},
     inodes::Inodes,
     kept::{self, DirectoryFd, KeptDirectory, KeptRoot},
-    plan::{self, Child, LayOutPlan, Made, Origin, Rewrite, Source},
+    plan::{self, Child, EntrySource, LayOutPlan, Made, Origin, Rewrite},
     pool::{Pool, StashedTree},
     tree::Tree,
 };
@@ -324,7 +324,7 @@ impl<'a> LayOut<'a> {
         } = pruned;
         let fd = kept.fd.clone();
         let directory = rewrite.node.directory.clone();
-        let new = |source: &Source| *source == Source::New;
+        let new = |source: &EntrySource| *source == EntrySource::New;
         let wanted = directory.files.iter().zip(&rewrite.files);
         let wanted = wanted
             .filter(|(_, source)| new(source))
@@ -337,16 +337,16 @@ impl<'a> LayOut<'a> {
         let mut added = std::mem::take(&mut fresh.list).into_iter();
         let old = std::mem::take(&mut kept.files.list);
         let files = rewrite.files.iter().filter_map(|source| match source {
-            Source::Unchanged(i) => old.get(*i as usize).copied(),
-            Source::New => added.next(),
+            EntrySource::Unchanged(i) => old.get(*i as usize).copied(),
+            EntrySource::New => added.next(),
         });
         let gone = rewrite.dropped_files.iter().map(|i| old[*i as usize]);
         kept.files.replace(gone, files.collect());
         let mut symlinks = Vec::with_capacity(directory.symlinks.len());
         for ((name, target), source) in directory.symlinks.iter().zip(&rewrite.symlinks) {
             symlinks.push(match source {
-                Source::Unchanged(i) => kept.symlinks[*i as usize],
-                Source::New => make_symlink(fd.as_fd(), name.as_str(), target)?,
+                EntrySource::Unchanged(i) => kept.symlinks[*i as usize],
+                EntrySource::New => make_symlink(fd.as_fd(), name.as_str(), target)?,
             });
         }
         kept.symlinks = symlinks.into();

@@ -85,7 +85,7 @@ mod root_store;
 pub mod tree;
 mod verify;
 
-pub use action_directory::LOCK_TIMEOUT;
+pub use action_directory::LAST_PROCESS_TIMEOUT;
 pub use input_root::InputRoot;
 pub use planned_root::{PlannedRoot, PrepareError};
 pub use prepare::InputRoots;

@@ -59,12 +59,12 @@ fn worker(name: &str) -> WorkerId {
     WorkerId::new(BTreeMap::from([("name".to_owned(), name.to_owned())]))
 }
 
-fn caller(name: &str) -> Caller {
+fn caller(name: &str) -> WorkerCaller {
     caller_at(name, "its address")
 }
 
-fn caller_at(name: &str, peer: &str) -> Caller {
-    Caller {
+fn caller_at(name: &str, peer: &str) -> WorkerCaller {
+    WorkerCaller {
         id: worker(name),
         peer: peer.into(),
         call: None,

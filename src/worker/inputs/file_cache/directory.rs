@@ -43,8 +43,8 @@ use crate::worker::attributes;
 
 const SHARDS: usize = 256;
 
-/// 2000-01-01T00:00:00Z
-const MTIME: i64 = 946_684_800;
+/// Of every input file, and of every directory in an input root: 2000-01-01T00:00:00Z.
+pub const MTIME: i64 = 946_684_800;
 
 /// Seconds after which the kernel has written a change to the disk; by default after 35
 /// (vm.dirty_expire_centisecs, vm.dirty_writeback_centisecs).
