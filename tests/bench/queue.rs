@@ -14,7 +14,7 @@ use std::{
 };
 
 use bb_remote_execution::{
-    config::scheduler::Scheduling,
+    config::scheduling::Scheduling,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::{self, reapi},

@@ -15,7 +15,7 @@ use std::{
 };
 
 use bb_remote_execution::{
-    config::scheduler::Scheduling,
+    config::scheduling::Scheduling,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::reapi,

@@ -35,7 +35,7 @@ use std::{
 };
 
 use bb_remote_execution::{
-    config::scheduler::Scheduling,
+    config::scheduling::Scheduling,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     metadata::{FencingToken, WorkerCall},

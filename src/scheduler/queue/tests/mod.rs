@@ -194,7 +194,7 @@ impl Farm {
     }
 
     fn with(change: impl FnOnce(&mut Settings)) -> Farm {
-        let mut settings = Settings::from(&crate::config::scheduler::Scheduling::default());
+        let mut settings = Settings::from(&crate::config::scheduling::Scheduling::default());
         change(&mut settings);
         #[expect(clippy::disallowed_methods, reason = "tests are not pure")]
         let now = Instant::now();
