@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{
     Pages,
     format::{encode, name, timestamp},
-    layout::{Page, Section},
+    layout::{self, Page, Section},
     protection::MaySee,
 };
 use crate::scheduler::{
@@ -179,41 +179,34 @@ pub(super) fn stage(stage: &Stage) -> Markup {
 
 pub(super) fn table(rows: &[OperationRow]) -> Markup {
     html! {
-        div.scroll tabindex="0" role="region" aria-label="Operations" {
-            table {
-                thead {
-                    tr {
-                        th scope="col" { "Operation" }
-                        th scope="col" { "Stage" }
-                        th scope="col" { "Action" }
-                        th scope="col" { "Queued" }
-                        th.number scope="col" { "Priority" }
-                        th scope="col" { "Worker" }
-                    }
-                }
-                tbody {
-                    @for row in rows {
-                        @let metadata = row.action.request_metadata();
-                        tr {
-                            th scope="row" {
-                                a href={ "/operations/" (row.name) } {
-                                    @if metadata.target_id.is_empty() { (row.name) }
-                                    @else { (name(&metadata.target_id)) }
-                                }
-                                @if !metadata.action_mnemonic.is_empty() {
-                                    " " span.quiet { (name(&metadata.action_mnemonic)) }
-                                }
-                            }
-                            td { (stage(&row.stage)) }
-                            td { code { (row.action.digest.hash_hex().get(..12).unwrap_or_default()) "…" } }
-                            td { (timestamp(&row.action.queued_timestamp)) }
-                            td.number { (row.priority) }
-                            td { (worker(row)) }
+        (layout::table("Operations", None, html! {
+            th scope="col" { "Operation" }
+            th scope="col" { "Stage" }
+            th scope="col" { "Action" }
+            th scope="col" { "Queued" }
+            th.number scope="col" { "Priority" }
+            th scope="col" { "Worker" }
+        }, html! {
+            @for row in rows {
+                @let metadata = row.action.request_metadata();
+                tr {
+                    th scope="row" {
+                        a href={ "/operations/" (row.name) } {
+                            @if metadata.target_id.is_empty() { (row.name) }
+                            @else { (name(&metadata.target_id)) }
+                        }
+                        @if !metadata.action_mnemonic.is_empty() {
+                            " " span.quiet { (name(&metadata.action_mnemonic)) }
                         }
                     }
+                    td { (stage(&row.stage)) }
+                    td { code { (row.action.digest.hash_hex().get(..12).unwrap_or_default()) "…" } }
+                    td { (timestamp(&row.action.queued_timestamp)) }
+                    td.number { (row.priority) }
+                    td { (worker(row)) }
                 }
             }
-        }
+        }))
     }
 }
 

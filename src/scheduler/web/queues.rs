@@ -99,38 +99,31 @@ pub(super) fn table(rows: &[QueueLoad]) -> Markup {
         @if rows.is_empty() {
             p.empty { "There are no platform queues: no worker has ever come, and none is predeclared." }
         } @else {
-            div.scroll tabindex="0" role="region" aria-label="Platform queues" {
-                table {
-                    thead {
-                        tr {
-                            th scope="col" { "Platform" }
-                            th scope="col" { "Instance name" }
-                            th.number scope="col" { "Size class" }
-                            th.number scope="col" { "Queued" }
-                            th.number scope="col" { "Executing" }
-                            th.number scope="col" { "Workers" }
-                            th scope="col" { "State" }
-                        }
-                    }
-                    tbody {
-                        @for row in rows {
-                            tr {
-                                th scope="row" {
-                                    a href={ "/queue?" (QueueQuery::of(&row.key).encoded()) } {
-                                        (properties(row.key.platform.properties()))
-                                    }
-                                }
-                                td { (name(row.key.prefix.as_str())) }
-                                td.number { (row.key.size_class) }
-                                td.number { (count(row.load.queued as u64)) }
-                                td.number { (count(row.load.executing as u64)) }
-                                td.number { (count(row.workers as u64)) }
-                                td { (state(row)) }
+            (layout::table("Platform queues", None, html! {
+                th scope="col" { "Platform" }
+                th scope="col" { "Instance name" }
+                th.number scope="col" { "Size class" }
+                th.number scope="col" { "Queued" }
+                th.number scope="col" { "Executing" }
+                th.number scope="col" { "Workers" }
+                th scope="col" { "State" }
+            }, html! {
+                @for row in rows {
+                    tr {
+                        th scope="row" {
+                            a href={ "/queue?" (QueueQuery::of(&row.key).encoded()) } {
+                                (properties(row.key.platform.properties()))
                             }
                         }
+                        td { (name(row.key.prefix.as_str())) }
+                        td.number { (row.key.size_class) }
+                        td.number { (count(row.load.queued as u64)) }
+                        td.number { (count(row.load.executing as u64)) }
+                        td.number { (count(row.workers as u64)) }
+                        td { (state(row)) }
                     }
                 }
-            }
+            }))
         }
     }
 }
@@ -151,12 +144,8 @@ fn state(row: &QueueLoad) -> Markup {
 pub(super) struct OneQuery {
     #[serde(default)]
     invocation: String,
-    #[serde(default)]
-    instance: String,
-    #[serde(default)]
-    platform: String,
-    #[serde(default)]
-    size: String,
+    #[serde(flatten)]
+    queue: QueueQuery,
 }
 
 /// A node of the tree, and how deep it is.
@@ -202,11 +191,7 @@ pub(super) async fn one(
     State(pages): State<Arc<Pages>>,
     Query(query): Query<OneQuery>,
 ) -> Response {
-    let wanted = QueueQuery {
-        instance: query.instance,
-        platform: query.platform,
-        size: query.size,
-    };
+    let wanted = query.queue;
     let keys = read_invocation(&query.invocation);
     let found = wanted.key().zip(keys).and_then(|(key, keys)| {
         let load = pages.queue.look(|queue| queue.queue_load(&key))?;
@@ -279,40 +264,33 @@ fn tree(nodes: &[InvocationTreeNode], row: &QueueLoad, address: &str) -> Markup 
         all => load.executing as f64 / all as f64,
     };
     html! {
-        div.scroll tabindex="0" role="region" aria-label="Invocations" {
-            table.tree {
-                thead {
-                    tr {
-                        th scope="col" { "Invocation" }
-                        th scope="col" { "Share of what executes" }
-                        th.number scope="col" { "Executing" }
-                        th.number scope="col" { "Queued" }
-                        th.number scope="col" { "Waiting workers" }
-                    }
-                }
-                tbody {
-                    @for node in nodes {
-                        @let text = node.keys.last().map(describe_invocation).unwrap_or_default();
-                        tr {
-                            th scope="row" class={ "level-" (node.level) } {
-                                span.quiet { (text.0) " " }
-                                a href={ (address) "&invocation=" (encode(&write_invocation(&node.keys))) "#queued" } {
-                                    (name(&text.1))
-                                }
-                                @if node.is_cut { " " span.badge.warn { "and more" } }
-                            }
-                            td {
-                                meter min="0" max="1" value=(share(&node.load)) aria-label="Share of what executes" {}
-                                " " (format!("{:.0} %", share(&node.load) * 100.0))
-                            }
-                            td.number { (count(node.load.executing as u64)) }
-                            td.number { (count(node.load.queued as u64)) }
-                            td.number { (count(node.load.idle as u64)) }
+        (layout::table("Invocations", Some("tree"), html! {
+            th scope="col" { "Invocation" }
+            th scope="col" { "Share of what executes" }
+            th.number scope="col" { "Executing" }
+            th.number scope="col" { "Queued" }
+            th.number scope="col" { "Waiting workers" }
+        }, html! {
+            @for node in nodes {
+                @let text = node.keys.last().map(describe_invocation).unwrap_or_default();
+                tr {
+                    th scope="row" class={ "level-" (node.level) } {
+                        span.quiet { (text.0) " " }
+                        a href={ (address) "&invocation=" (encode(&write_invocation(&node.keys))) "#queued" } {
+                            (name(&text.1))
                         }
+                        @if node.is_cut { " " span.badge.warn { "and more" } }
                     }
+                    td {
+                        meter min="0" max="1" value=(share(&node.load)) aria-label="Share of what executes" {}
+                        " " (format!("{:.0} %", share(&node.load) * 100.0))
+                    }
+                    td.number { (count(node.load.executing as u64)) }
+                    td.number { (count(node.load.queued as u64)) }
+                    td.number { (count(node.load.idle as u64)) }
                 }
             }
-        }
+        }))
     }
 }
 
@@ -332,30 +310,23 @@ fn drain_table(pages: &Pages, see: &MaySee, wanted: &QueueQuery, drains: &[Drain
         @if drains.is_empty() {
             p.empty { "No workers of this queue are drained." }
         } @else {
-            div.scroll tabindex="0" role="region" aria-label="Drains" {
-                table {
-                    thead {
-                        tr {
-                            th scope="col" { "Workers" }
-                            th scope="col" { "Since" }
-                            th scope="col" { "By" }
-                            @if see.may_steer() { th scope="col" { "Act" } }
-                        }
-                    }
-                    tbody {
-                        @for drain in drains {
-                            tr {
-                                th scope="row" { (layout::labels(drain.pattern.labels())) }
-                                td { (super::format::timestamp(&drain.created)) }
-                                td { (name(&pages.drainers.of(&drain.key, &drain.pattern))) }
-                                @if see.may_steer() {
-                                    td { (steering::undrain_form(pages, wanted, &drain.pattern)) }
-                                }
-                            }
+            (layout::table("Drains", None, html! {
+                th scope="col" { "Workers" }
+                th scope="col" { "Since" }
+                th scope="col" { "By" }
+                @if see.may_steer() { th scope="col" { "Act" } }
+            }, html! {
+                @for drain in drains {
+                    tr {
+                        th scope="row" { (layout::labels(drain.pattern.labels())) }
+                        td { (super::format::timestamp(&drain.created)) }
+                        td { (name(&pages.drainers.of(&drain.key, &drain.pattern))) }
+                        @if see.may_steer() {
+                            td { (steering::undrain_form(pages, wanted, &drain.pattern)) }
                         }
                     }
                 }
-            }
+            }))
         }
         @if see.may_steer() { (steering::drain_form(pages, wanted)) }
     }
