@@ -88,6 +88,8 @@ struct StartedTask {
     attempt: Option<Attempt>,
 }
 
+type WorkerSlot = Slot<Result<AssignedTask, Box<ExecuteResponse>>, Box<ExecuteResponse>>;
+
 type Pending<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
 
 /// Serves one slot until `stopping`; then finishes the running action within `drain`, reports it,
@@ -109,8 +111,7 @@ pub async fn run(
 ) {
     let client =
         OperationQueueClient::new(channel).max_decoding_message_size(MAXIMUM_RESPONSE_SIZE);
-    let mut state: Slot<Result<AssignedTask, Box<ExecuteResponse>>, Box<ExecuteResponse>> =
-        Slot::new(Instant::now());
+    let mut state = WorkerSlot::new(Instant::now());
     let mut told_to_stop = false;
     let mut call: Pending<Result<SynchronizeResponse, Status>> = None;
     let mut readiness: Pending<Result<(), NotReady>> = None;
@@ -188,29 +189,7 @@ pub async fn run(
         match event {
             SlotEvent::Answered(answer) => {
                 call = None;
-                match *answer {
-                    Ok(response) => {
-                        status_line.answered();
-                        state.answered(now, answer_of(&identity, response, now));
-                    }
-                    Err(status) if refuses(&status) => {
-                        tracing::warn!(
-                            slot,
-                            code = ?status.code(),
-                            error = status.message(),
-                            "the scheduler does not take what this slot says"
-                        );
-                        let reason = shorten(status.message());
-                        let smaller = |response: Box<ExecuteResponse>| {
-                            Box::new(response_size::after_refusal(&response, &reason))
-                        };
-                        state.refused(now, fastrand::u64(..), smaller);
-                    }
-                    Err(status) => {
-                        state.failed(now, fastrand::u64(..));
-                        status_line.failed(status.code(), status.message(), SystemTime::now());
-                    }
-                }
+                note_answer(&mut state, *answer, &identity, slot, &status_line, now);
             }
             SlotEvent::Finished(response) => {
                 execution = None;
@@ -222,22 +201,7 @@ pub async fn run(
             }
             SlotEvent::Readiness(result) => {
                 readiness = None;
-                let pause = MAXIMUM_READINESS_PAUSE.mul_f64(fastrand::f64());
-                match &result {
-                    Ok(()) => status_line.ready(slot),
-                    Err(NotReady::Because(error)) => {
-                        status_line.unready(slot, error, SystemTime::now());
-                    }
-                    // What is the matter was said when the pause began.
-                    Err(NotReady::Paused { .. }) => {}
-                }
-                let pause = match &result {
-                    Err(NotReady::Paused { until }) => {
-                        until.saturating_duration_since(now) + pause / 10
-                    }
-                    _ => pause,
-                };
-                state.readiness(now, result.is_ok(), pause);
+                note_readiness(&mut state, &result, slot, &status_line, now);
             }
             SlotEvent::Paused(until) => state.pause(until),
             SlotEvent::Stopping => {
@@ -247,6 +211,64 @@ pub async fn run(
             SlotEvent::Time => {}
         }
     }
+}
+
+/// What the scheduler answers to a call, or why it does not.
+fn note_answer(
+    state: &mut WorkerSlot,
+    answer: Result<SynchronizeResponse, Status>,
+    identity: &SlotIdentity,
+    slot: usize,
+    status_line: &StatusLine,
+    now: Instant,
+) {
+    match answer {
+        Ok(response) => {
+            status_line.answered();
+            state.answered(now, answer_of(identity, response, now));
+        }
+        Err(status) if refuses(&status) => {
+            tracing::warn!(
+                slot,
+                code = ?status.code(),
+                error = status.message(),
+                "the scheduler does not take what this slot says"
+            );
+            let reason = shorten(status.message());
+            let smaller = |response: Box<ExecuteResponse>| {
+                Box::new(response_size::after_refusal(&response, &reason))
+            };
+            state.refused(now, fastrand::u64(..), smaller);
+        }
+        Err(status) => {
+            state.failed(now, fastrand::u64(..));
+            status_line.failed(status.code(), status.message(), SystemTime::now());
+        }
+    }
+}
+
+/// Whether the runner, the storage and the disk are ready for an action.
+fn note_readiness(
+    state: &mut WorkerSlot,
+    result: &Result<(), NotReady>,
+    slot: usize,
+    status_line: &StatusLine,
+    now: Instant,
+) {
+    let pause = MAXIMUM_READINESS_PAUSE.mul_f64(fastrand::f64());
+    let pause = match result {
+        Ok(()) => {
+            status_line.ready(slot);
+            pause
+        }
+        Err(NotReady::Because(error)) => {
+            status_line.unready(slot, error, SystemTime::now());
+            pause
+        }
+        // What is the matter was said when the pause began.
+        Err(NotReady::Paused { until }) => until.saturating_duration_since(now) + pause / 10,
+    };
+    state.readiness(now, result.is_ok(), pause);
 }
 
 fn start(
