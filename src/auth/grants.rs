@@ -8,10 +8,10 @@ use crate::{
 
 /// What an administrator allows.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Grants(Vec<Rule>);
+pub struct Grants(Vec<GrantRule>);
 
 #[derive(Clone, Debug, PartialEq)]
-struct Rule {
+struct GrantRule {
     who: Vec<CallerPattern>,
     may: Vec<Permission>,
     may_not: Vec<Permission>,
@@ -46,7 +46,7 @@ impl Grants {
             }
             CallerPattern::Anyone => Some(CallerPattern::Anyone),
         };
-        let rule = |grant: &Grant| Rule {
+        let rule = |grant: &Grant| GrantRule {
             who: grant.who.iter().filter_map(numbered).collect(),
             may: grant.may.clone(),
             may_not: grant.may_not.clone(),
@@ -66,7 +66,7 @@ impl Grants {
 
     /// Whether a caller may do something with an instance.
     pub fn allow(&self, who: &Identity, what: Permission, place: &InstanceName) -> bool {
-        let is_there = |rule: &&Rule| {
+        let is_there = |rule: &&GrantRule| {
             let begins = |prefix: &InstanceName| place.strip_prefix(prefix).is_some();
             rule.places.is_empty() || rule.places.iter().any(begins)
         };
@@ -80,7 +80,7 @@ impl Grants {
     /// Whether a caller may do something with some instance, as far as no instance is known.
     pub fn allow_somewhere(&self, who: &Identity, what: Permission) -> bool {
         // Exceptions for some places leave others to the rules behind them.
-        let decides = |rule: &&Rule| rule.places.is_empty() || rule.may.contains(&what);
+        let decides = |rule: &&GrantRule| rule.places.is_empty() || rule.may.contains(&what);
         self.is_open()
             || self
                 .about(who, what)
@@ -89,7 +89,7 @@ impl Grants {
     }
 
     /// The rules that say something of a caller and a permission, in their order.
-    fn about(&self, who: &Identity, what: Permission) -> impl Iterator<Item = &Rule> {
+    fn about(&self, who: &Identity, what: Permission) -> impl Iterator<Item = &GrantRule> {
         self.0.iter().filter(move |rule| {
             (rule.may.contains(&what) || rule.may_not.contains(&what))
                 && rule.who.iter().any(|pattern| is_meant(pattern, who))

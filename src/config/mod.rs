@@ -6,16 +6,16 @@
 //! 3. All errors are told at once, each with its file, line and key: what is wrong is taken out, and
 //!    the rest is read again.
 //!
-//! To read in this order: this file; `runner`, `scheduler` (with `routing` and `size_classes`) and `worker`,
-//! the three programs' keys, with `value` (what is written in them), `storage`, `object_storage`, `tls`, `call_headers`, `tokens`, `callers`, `grants`, `control`, `traces`
-//! and `directory_kind`;
-//! `parse`, which keeps the facts of an error,
-//! and `error_message`, which tells them; `print`.
+//! To read in this order: this file; `runner`, `scheduler` (with `scheduling`, `routing` and `size_classes`)
+//! and `worker`, the three programs' keys, with `value` (what is written in them), `storage`,
+//! `object_storage`, `tls`, `call_headers`, `tokens`, `callers`, `grants`, `control`, `traces` and
+//! `directory_kind`; `parse`, which keeps the facts of an error, `error_message`, which tells them, and
+//! `locate`, which finds their lines; `error`; `print`.
 
 #![warn(missing_docs)]
 
 use std::{
-    fmt, fs, io,
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -25,14 +25,17 @@ pub mod call_headers;
 pub mod callers;
 pub mod control;
 mod directory_kind;
+mod error;
 mod error_message;
 pub mod grants;
+mod locate;
 pub mod object_storage;
 mod parse;
 mod print;
 pub mod routing;
 pub mod runner;
 pub mod scheduler;
+pub mod scheduling;
 pub mod size_classes;
 pub mod storage;
 pub mod tls;
@@ -43,6 +46,10 @@ pub mod web;
 pub mod worker;
 
 pub use directory_kind::{DirectoryKind, directory_kind, path_error};
+pub use error::{Error, Errors};
+use error::{at_line, no_toml, no_utf8};
+pub use locate::{at_key, locate};
+use locate::{drop_ins, line_of};
 use parse::PathStep;
 pub use print::effective;
 pub use value::{Duration, Endpoint, ListenAddress, OptionalEndpoint, Size};
@@ -113,59 +120,6 @@ pub enum Level {
     Debug,
     Trace,
 }
-
-/// Why there is no configuration. The administrator must act; the text says where and how.
-#[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "its message says what each of these is")]
-pub enum Error {
-    #[error("could not read {}: {error}", .path.display())]
-    Unreadable { path: PathBuf, error: io::Error },
-    #[error("{}:{line}: {message}\n    {text}", .path.display())]
-    Line {
-        path: PathBuf,
-        line: usize,
-        text: String,
-        message: String,
-    },
-    /// Of a key that no file gives.
-    #[error("{}: {key}: {message}", .path.display())]
-    Key {
-        path: PathBuf,
-        key: String,
-        message: String,
-    },
-}
-
-impl Error {
-    /// One line, for a log.
-    pub fn brief(&self) -> String {
-        match self {
-            Error::Line {
-                path,
-                line,
-                message,
-                ..
-            } => format!("{}:{line}: {message}", path.display()),
-            error => error.to_string(),
-        }
-    }
-}
-
-/// All that is wrong.
-#[derive(Debug)]
-pub struct Errors(pub Vec<Error>);
-
-impl fmt::Display for Errors {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (number, error) in self.0.iter().enumerate() {
-            let end = if number == 0 { "" } else { "\n" };
-            write!(f, "{end}{error}")?;
-        }
-        Ok(())
-    }
-}
-
-impl std::error::Error for Errors {}
 
 /// What the files say, and what is wrong with them.
 #[derive(Debug)]
@@ -335,113 +289,6 @@ impl<C: Validate> Loaded<C> {
     }
 }
 
-/// An error at the place where a dotted key was last given.
-pub fn at_key(path: &Path, key: &str, message: String) -> Error {
-    let message_of = |shown: &str| format!("{shown}: {message}");
-    let shown = error_message::dotted(&steps(key));
-    // Of a section among several that lacks the key, the last one is known.
-    let list = key.split('.').next().unwrap_or(key);
-    let item = || locate(path, item_of(key)?);
-    let place = locate(path, key).or_else(item).or_else(|| {
-        let (file, line) = locate(path, list)?;
-        is_list(&fs::read_to_string(&file).ok()?, list).then_some((file, line))
-    });
-    match place {
-        Some((file, line)) => {
-            let text = fs::read_to_string(&file).unwrap_or_default();
-            at_line(&file, &text, line, message_of(&shown))
-        }
-        None => Error::Key {
-            path: path.to_owned(),
-            key: shown,
-            message,
-        },
-    }
-}
-
-/// The section of a list that a dotted key is in.
-fn item_of(key: &str) -> Option<&str> {
-    let is_number = |step: &str| step.bytes().all(|byte| byte.is_ascii_digit());
-    let mut starts = key.rmatch_indices('.').map(|(at, _)| at);
-    let end = starts.find(|at| {
-        let item = key.get(..*at).unwrap_or_default();
-        item.rsplit('.').next().is_some_and(is_number)
-    })?;
-    key.get(..end)
-}
-
-/// Where a dotted key was last given. Lists replace those before them as a whole.
-pub fn locate(path: &Path, key: &str) -> Option<(PathBuf, usize)> {
-    let (drop_ins, _) = drop_ins(path).ok()?;
-    let steps = steps(key);
-    let list = key.split('.').next().unwrap_or(key);
-    for file in drop_ins
-        .into_iter()
-        .rev()
-        .chain(std::iter::once(path.to_owned()))
-    {
-        let Ok(text) = fs::read_to_string(&file) else {
-            continue;
-        };
-        match line_of(&text, &steps) {
-            Some(line) => return Some((file, line)),
-            None if is_list(&text, list) => return None,
-            None => {}
-        }
-    }
-    None
-}
-
-fn is_list(text: &str, key: &str) -> bool {
-    let table: toml::Table = toml::from_str(text).unwrap_or_default();
-    table.get(key).is_some_and(toml::Value::is_array)
-}
-
-fn steps(key: &str) -> Vec<PathStep> {
-    key.split('.')
-        .map(|step| match step.parse() {
-            Ok(index) => PathStep::Index(index),
-            Err(_) => PathStep::Key(step.to_owned()),
-        })
-        .collect()
-}
-
-/// Of several sections without a number, the last one.
-fn line_of(text: &str, path: &[PathStep]) -> Option<usize> {
-    use toml::de::{DeTable, DeValue};
-    enum At<'t, 'v> {
-        Table(&'t DeTable<'v>),
-        Value(&'t DeValue<'v>),
-    }
-    let document = DeTable::parse(text).ok()?;
-    let mut at = At::Table(document.get_ref());
-    let mut offset = None;
-    for step in path {
-        let table = match (&at, step) {
-            (At::Value(DeValue::Array(items)), PathStep::Index(index)) => {
-                let item = items.get(*index)?;
-                offset = Some(item.span().start);
-                at = At::Value(item.get_ref());
-                continue;
-            }
-            (At::Table(table), PathStep::Key(_)) => *table,
-            (At::Value(DeValue::Table(table)), PathStep::Key(_)) => table,
-            (At::Value(DeValue::Array(items)), PathStep::Key(_)) => match items.last()?.get_ref() {
-                DeValue::Table(table) => table,
-                _ => return None,
-            },
-            _ => return None,
-        };
-        let PathStep::Key(key) = step else {
-            return None;
-        };
-        let (name, value) = table.get_key_value(key.as_str())?;
-        offset = Some(name.span().start);
-        at = At::Value(value.get_ref());
-    }
-    offset.map(|offset| text[..offset].matches('\n').count() + 1)
-}
-
 fn remove(table: &mut toml::Table, path: &[PathStep]) -> bool {
     fn inside(value: &mut toml::Value, path: &[PathStep]) -> bool {
         match (value, path.split_first()) {
@@ -461,31 +308,6 @@ fn remove(table: &mut toml::Table, path: &[PathStep]) -> bool {
     }
 }
 
-/// The drop-ins of a file in their order, and what else is there.
-fn drop_ins(path: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>), Error> {
-    let mut directory = path.as_os_str().to_owned();
-    directory.push(".d");
-    let directory = PathBuf::from(directory);
-    let unreadable = |error| Error::Unreadable {
-        path: directory.clone(),
-        error,
-    };
-    let mut found = Vec::new();
-    match fs::read_dir(&directory) {
-        Ok(entries) => {
-            for entry in entries {
-                found.push(entry.map_err(unreadable)?.path());
-            }
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(unreadable(error)),
-    }
-    found.sort();
-    Ok(found
-        .into_iter()
-        .partition(|path| path.extension().is_some_and(|end| end == "toml")))
-}
-
 fn merge(into: &mut toml::Table, from: toml::Table) {
     for (key, value) in from {
         match (into.get_mut(&key), value) {
@@ -495,53 +317,6 @@ fn merge(into: &mut toml::Table, from: toml::Table) {
             }
         }
     }
-}
-
-fn at_line(path: &Path, text: &str, line: usize, message: String) -> Error {
-    Error::Line {
-        path: path.to_owned(),
-        line,
-        text: text
-            .lines()
-            .nth(line.saturating_sub(1))
-            .unwrap_or_default()
-            .trim()
-            .chars()
-            .take(200)
-            .collect(),
-        message,
-    }
-}
-
-fn no_utf8(path: &Path, error: &std::string::FromUtf8Error) -> Error {
-    let (before, rest) = error.as_bytes().split_at(error.utf8_error().valid_up_to());
-    let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
-    let byte = rest.first().copied().unwrap_or_default();
-    at_line(
-        path,
-        &String::from_utf8_lossy(error.as_bytes()),
-        line,
-        format!(
-            "byte 0x{byte:02x} on this line is not UTF-8, which TOML is written in; save the file as UTF-8"
-        ),
-    )
-}
-
-fn no_toml(path: &Path, text: &str, error: &toml::de::Error) -> Error {
-    let offset = error.span().map_or(0, |span| span.start.min(text.len()));
-    let line = text.as_bytes()[..offset]
-        .iter()
-        .filter(|byte| **byte == b'\n')
-        .count()
-        + 1;
-    let message = error.message().replace('\n', " ");
-    let message = message.split(", expected").next().unwrap_or(&message);
-    at_line(
-        path,
-        text,
-        line,
-        format!("this line is not TOML: {message}"),
-    )
 }
 
 #[cfg(test)]

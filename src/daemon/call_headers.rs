@@ -8,11 +8,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, header::AUTHORIZATION};
 use super::{
     Failure, Lifecycle,
     reloadable::{Reloadable, read_small},
+    tokens::LONGEST_TOKEN,
 };
 use crate::config::call_headers::CallHeaders as Config;
-
-/// Bytes of a token: all headers of a call are at most 16 KiB.
-const LONGEST_TOKEN: usize = 12 << 10;
 
 /// What is shown. Cheap to clone.
 #[derive(Clone, Default)]

@@ -5,14 +5,13 @@
 //! 2. What is good here, a start does not complain of.
 
 use std::{
-    fmt::Display,
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
 };
 
 use super::{
-    Failure,
+    CheckReport, Failure,
     logging::print_error,
     owner::{self, Owner},
     process::{EX_CONFIG, Program},
@@ -145,44 +144,7 @@ impl Installation {
 /// As in packaging/systemd; a test compares them.
 pub const SHIPPED_STOP_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(90);
 
-/// What was tried, and what is wrong.
-#[derive(Debug, Default)]
-pub struct CheckReport {
-    good: Vec<String>,
-    notes: Vec<String>,
-    failures: Vec<Failure>,
-}
-
 impl CheckReport {
-    /// Tells of something that was tried, and works.
-    pub fn good(&mut self, what: impl Display) {
-        self.good.push(what.to_string());
-    }
-
-    /// Worth knowing, but right.
-    pub fn note(&mut self, what: impl Display) {
-        self.notes.push(what.to_string());
-    }
-
-    /// Tells of something that was tried, and does not work.
-    pub fn fail(&mut self, failure: Failure) {
-        self.failures.push(failure);
-    }
-
-    /// What does not work, in the order in which it was tried.
-    pub fn failures(&self) -> &[Failure] {
-        &self.failures
-    }
-
-    /// That there is nothing else to say, if nothing failed.
-    pub fn record(&mut self, what: impl Display, failures: impl IntoIterator<Item = Failure>) {
-        let known = self.failures.len();
-        self.failures.extend(failures);
-        if self.failures.len() == known {
-            self.good(what);
-        }
-    }
-
     /// Whether this program can listen at an address, or does already, or systemd does for it.
     pub fn try_address(
         &mut self,

@@ -23,6 +23,7 @@ use super::{
     memory,
     process::{EX_CONFIG, Program, notify},
     reload::ReloadableConfig,
+    signals,
 };
 use crate::config::{self, Diagnostics, Loaded, Log, Validate};
 
@@ -210,9 +211,9 @@ fn serve<C: Validate + 'static>(
         log_of,
     };
     let result = runtime.block_on(async {
-        let signals = tokio::spawn(lifecycle.clone().obey_signals(reloadable, level));
+        let obeying = tokio::spawn(signals::obey(lifecycle.clone(), reloadable, level));
         let result = run(config, lifecycle).await;
-        signals.abort();
+        obeying.abort();
         result
     });
     // Blocking calls that hang, such as on a dead disk, must not keep the daemon from leaving.

@@ -17,7 +17,7 @@ use tokio_rustls::client::TlsStream;
 use super::Credentials;
 use crate::config::Endpoint;
 
-const TIMEOUT: Duration = Duration::from_secs(10);
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Bytes to and from a server.
 #[derive(Debug)]
@@ -35,12 +35,12 @@ pub async fn dial(endpoint: &Endpoint, credentials: &Credentials) -> Result<Conn
         Endpoint::Tcp(authority) | Endpoint::Tls(authority) => authority.clone(),
         Endpoint::Unix(path) => path.display().to_string(),
     };
-    match tokio::time::timeout(TIMEOUT, connect(endpoint, credentials)).await {
+    match tokio::time::timeout(DIAL_TIMEOUT, connect(endpoint, credentials)).await {
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(why)) => Err(format!("could not connect to {place}: {why}")),
         Err(_) => Err(format!(
             "could not connect to {place}: it did not answer within {} seconds",
-            TIMEOUT.as_secs()
+            DIAL_TIMEOUT.as_secs()
         )),
     }
 }

@@ -25,7 +25,7 @@ use super::process::notify;
 #[derive(Default)]
 pub(super) struct Health {
     checks: Mutex<Vec<LivenessCheck>>,
-    heartbeats: Mutex<Vec<Arc<Deadline>>>,
+    heartbeats: Mutex<Vec<Arc<HeartbeatDeadline>>>,
 }
 
 #[derive(Clone)]
@@ -34,14 +34,14 @@ struct LivenessCheck {
     check: Arc<dyn Fn() + Send + Sync>,
 }
 
-struct Deadline {
+struct HeartbeatDeadline {
     name: String,
     due: Mutex<Instant>,
 }
 
 /// A loop that must go on. The watchdog forgets it when it is dropped.
 pub struct Heartbeat {
-    deadline: Arc<Deadline>,
+    deadline: Arc<HeartbeatDeadline>,
     health: Arc<Health>,
 }
 
@@ -58,7 +58,7 @@ impl Health {
     /// it is late, the daemon is taken for hung.
     pub(super) fn add_heartbeat(this: &Arc<Self>, name: String, next: Duration) -> Heartbeat {
         let due = Mutex::new(Instant::now() + next);
-        let deadline = Arc::new(Deadline { name, due });
+        let deadline = Arc::new(HeartbeatDeadline { name, due });
         this.heartbeats.lock().push(deadline.clone());
         Heartbeat {
             deadline,

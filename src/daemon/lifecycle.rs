@@ -7,23 +7,18 @@ use std::{
 
 use parking_lot::Mutex;
 use sd_notify::NotifyState;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     Failure,
     health::{Health, Heartbeat},
-    logging::LevelHandle,
     process::notify,
-    reload::{LiveKeys, ReloadableConfig},
     reloadable::Refresh,
 };
 use crate::config::Validate;
 
 /// How old the line of `systemctl status` can be.
 const STATUS_INTERVAL: Duration = Duration::from_secs(2);
-/// How often files are looked at that may change.
-const REFRESH_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Tells a daemon once to stop, and systemd when the daemon is ready. Clones are handles of the same
 /// daemon's.
@@ -51,6 +46,25 @@ impl Status {
         Some(match self.reload.as_str() {
             "" => line.clone(),
             reload => format!("{line}; {reload}"),
+        })
+    }
+}
+
+/// Keys, or sections, that a daemon takes up without a restart.
+pub(super) struct LiveKeys {
+    pub keys: &'static [&'static str],
+    /// Takes up a whole configuration; an error changes nothing.
+    pub apply: Box<ApplyConfig>,
+}
+
+type ApplyConfig = dyn Fn(toml::Table, &Lifecycle) -> Result<(), Failure> + Send + Sync;
+
+impl LiveKeys {
+    /// Whether a key is one of them, or below one.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.keys.iter().any(|live| {
+            let below = key.strip_prefix(live);
+            below.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         })
     }
 }
@@ -135,6 +149,24 @@ impl Lifecycle {
         self.live.lock().push(Arc::new(LiveKeys { keys, apply }));
     }
 
+    /// What was registered for reloads.
+    pub(super) fn live_keys(&self) -> Vec<Arc<LiveKeys>> {
+        self.live.lock().clone()
+    }
+
+    /// A reload is over; `outcome` is shown beside the line of `systemctl status`.
+    pub(super) fn reloaded(&self, outcome: String) {
+        let shown = {
+            let mut status = self.status.lock();
+            status.reload = outcome;
+            status.shown()
+        };
+        // A daemon that is still starting says when it is ready by itself.
+        if let Some(shown) = shown {
+            notify(&[NotifyState::Ready, NotifyState::Status(&shown)]);
+        }
+    }
+
     /// Reads files that have changed; `is_asked` when somebody waits for it.
     pub async fn refresh(&self, is_asked: bool) {
         let files: Vec<Arc<dyn Refresh>> = {
@@ -146,70 +178,6 @@ impl Lifecycle {
             let look = move || files.iter().for_each(|files| files.refresh(is_asked));
             // Its end is all that is waited for.
             let _ = tokio::task::spawn_blocking(look).await;
-        }
-    }
-
-    /// Obeys signals until the runtime ends: the first SIGTERM or SIGINT asks the daemon to finish, a
-    /// second one ends it at once, and SIGHUP reads the configuration again. Files that change
-    /// by themselves are read again, too.
-    pub(super) async fn obey_signals<C: Validate>(
-        self,
-        mut config: ReloadableConfig<C>,
-        level: LevelHandle,
-    ) {
-        let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hang_up)) = (
-            signal(SignalKind::terminate()),
-            signal(SignalKind::interrupt()),
-            signal(SignalKind::hangup()),
-        ) else {
-            tracing::error!("could not listen for signals; SIGTERM will end this daemon at once");
-            return;
-        };
-        enum Signal {
-            Stop,
-            Reload,
-            Look,
-        }
-        loop {
-            let signal = tokio::select! {
-                _ = terminate.recv() => Signal::Stop,
-                _ = interrupt.recv() => Signal::Stop,
-                _ = hang_up.recv() => Signal::Reload,
-                () = tokio::time::sleep(REFRESH_INTERVAL) => Signal::Look,
-            };
-            match signal {
-                Signal::Look => self.refresh(false).await,
-                Signal::Reload => self.reload(&mut config, &level).await,
-                Signal::Stop if !self.stopping.is_cancelled() => {
-                    tracing::info!("stopping");
-                    notify(&[NotifyState::Stopping]);
-                    self.stop();
-                }
-                Signal::Stop => {
-                    tracing::warn!("stopping at once");
-                    std::process::exit(1);
-                }
-            }
-        }
-    }
-
-    /// Says RELOADING=1 and READY=1 around it (sd_notify(3)).
-    async fn reload<C: Validate>(&self, config: &mut ReloadableConfig<C>, level: &LevelHandle) {
-        if let Ok(now) = NotifyState::monotonic_usec_now() {
-            notify(&[NotifyState::Reloading, now]);
-        }
-        self.refresh(true).await;
-        let live = self.live.lock().clone();
-        // It reads files, and nobody waits for this thread but those who asked.
-        let reload = tokio::task::block_in_place(|| config.reload(level, &live, self));
-        let shown = {
-            let mut status = self.status.lock();
-            status.reload = reload;
-            status.shown()
-        };
-        // A daemon that is still starting says when it is ready by itself.
-        if let Some(shown) = shown {
-            notify(&[NotifyState::Ready, NotifyState::Status(&shown)]);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Listening: sockets of our own or from systemd, their connections, and who is at the other end.
+//! Listening: sockets of our own or from systemd, and their connections.
 
 #![expect(
     unsafe_code,
@@ -28,7 +28,7 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 
 use super::{
-    Failure, PeerCertificate, Policy, owner,
+    Failure, Peer, PeerCertificate, Policy, owner,
     tls::{ServerTls, TlsAcceptor},
 };
 use crate::config::ListenAddress;
@@ -52,22 +52,6 @@ pub struct Listener {
 pub(super) enum Socket {
     Tcp(TcpListener),
     Unix(UnixListener),
-}
-
-/// Who is at the other end; in the extensions of each request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Peer {
-    /// The other end's address, if the connection still has one.
-    Tcp(Option<std::net::SocketAddr>),
-    /// As the kernel says (unix(7), SO_PEERCRED).
-    Unix {
-        /// The user who made the connection.
-        uid: u32,
-        /// The group of that user.
-        gid: u32,
-        /// The process that made it.
-        pid: Option<i32>,
-    },
 }
 
 /// The sockets that systemd passed, by name (sd_listen_fds_with_names(3)); each is taken once. A unit

@@ -206,7 +206,7 @@ where
     L: Layer<S>,
 {
     fn on_new_span(&self, attributes: &span::Attributes<'_>, id: &span::Id, ctx: Context<'_, S>) {
-        let mut fields = Fields::default();
+        let mut fields = LogFields::default();
         attributes.record(&mut fields);
         if let Some(span) = ctx.span(id) {
             span.extensions_mut().insert(fields);
@@ -218,7 +218,7 @@ where
 
     fn on_record(&self, id: &span::Id, values: &span::Record<'_>, ctx: Context<'_, S>) {
         if let Some(span) = ctx.span(id)
-            && let Some(fields) = span.extensions_mut().get_mut::<Fields>()
+            && let Some(fields) = span.extensions_mut().get_mut::<LogFields>()
         {
             values.record(fields);
         }
@@ -228,7 +228,7 @@ where
     }
 
     fn on_event(&self, event: &Event<'_>, ctx: Context<'_, S>) {
-        let mut fields = Fields::default();
+        let mut fields = LogFields::default();
         event.record(&mut fields);
         let id = fields.take("message_id");
         if self.is_json {
@@ -283,12 +283,12 @@ fn priority(level: &Level) -> u8 {
 
 /// What an event, or a span, says.
 #[derive(Debug, Default)]
-struct Fields {
+struct LogFields {
     message: String,
     others: Vec<(&'static str, String)>,
 }
 
-impl Fields {
+impl LogFields {
     fn get(&self, name: &str) -> Option<&str> {
         let mut others = self.others.iter();
         let (_, value) = others.find(|(known, _)| *known == name)?;
@@ -305,7 +305,7 @@ impl Fields {
         &'f self,
         level: &Level,
         id: Option<&str>,
-        spans: impl Iterator<Item = &'f Fields>,
+        spans: impl Iterator<Item = &'f LogFields>,
     ) -> String {
         let now = humantime::format_rfc3339_micros(SystemTime::now()).to_string();
         let mut object = serde_json::Map::new();
@@ -344,7 +344,7 @@ impl Fields {
 
     /// The message, then the fields, also those of the spans around, from the innermost one on. The
     /// innermost value counts.
-    fn sentence<'f>(&'f self, spans: impl Iterator<Item = &'f Fields>) -> String {
+    fn sentence<'f>(&'f self, spans: impl Iterator<Item = &'f LogFields>) -> String {
         let mut text = String::new();
         for c in self.message.chars() {
             match c.is_control() {
@@ -372,7 +372,7 @@ impl Fields {
     }
 }
 
-impl Visit for Fields {
+impl Visit for LogFields {
     fn record_str(&mut self, field: &Field, value: &str) {
         self.put(field, value.to_owned());
     }
@@ -436,17 +436,17 @@ mod tests {
 
     /// What tracing-journald is handed: for each event the spans around it and its own fields.
     #[derive(Clone, Default)]
-    struct Recorder(Arc<Mutex<Vec<Fields>>>);
+    struct Recorder(Arc<Mutex<Vec<LogFields>>>);
 
     impl<S: Subscriber> Layer<S> for Recorder {
         fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-            let mut fields = Fields::default();
+            let mut fields = LogFields::default();
             event.record(&mut fields);
             self.0.lock().push(fields);
         }
     }
 
-    fn handed_on(speak: impl FnOnce()) -> Fields {
+    fn handed_on(speak: impl FnOnce()) -> LogFields {
         let recorder = Recorder::default();
         let layer = Sentences {
             journal: Some(recorder.clone()),
@@ -497,11 +497,11 @@ mod tests {
     #[test]
     fn a_line_of_json_has_the_facts_of_the_event_and_of_its_spans() {
         let field = |name: &'static str, value: &str| (name, value.to_owned());
-        let event = Fields {
+        let event = LogFields {
             message: "failed\n".to_owned(),
             others: vec![field("error", "a \"b\""), field("time", "no")],
         };
-        let span = Fields {
+        let span = LogFields {
             message: String::new(),
             others: vec![field("action", "abc"), field("error", "outer")],
         };

@@ -11,18 +11,18 @@
 use std::time::Duration;
 
 /// How often is looked.
-const INTERVAL: Duration = Duration::from_secs(30);
+const TRIM_INTERVAL: Duration = Duration::from_secs(30);
 
 /// So much may be kept: a burst that follows finds it.
-const KEPT: u64 = 32 << 20;
+const KEPT_MEMORY: u64 = 32 << 20;
 
 /// Looks from now on, on a thread of its own, since giving back takes milliseconds.
 pub(super) fn start() {
     let thread = std::thread::Builder::new().name("memory".to_owned());
     let started = thread.spawn(|| {
         loop {
-            std::thread::sleep(INTERVAL);
-            if unused().is_some_and(|bytes| bytes > KEPT) {
+            std::thread::sleep(TRIM_INTERVAL);
+            if unused().is_some_and(|bytes| bytes > KEPT_MEMORY) {
                 give_back();
             }
         }
@@ -71,7 +71,7 @@ mod tests {
         // Each thousandth lives on.
         let kept: Vec<_> = burst.into_iter().step_by(1000).collect();
         let before = unused().unwrap();
-        assert!(before > 2 * KEPT, "{before}");
+        assert!(before > 2 * KEPT_MEMORY, "{before}");
         give_back();
         let after = unused().unwrap_or(0);
         assert!(after < before / 2, "{before}, then {after}");

@@ -40,7 +40,7 @@ pub struct Observation {
     pub status: Box<dyn Fn() -> serde_json::Value + Send + Sync>,
 }
 
-struct Answer {
+struct HttpAnswer {
     status: &'static str,
     kind: &'static str,
     body: String,
@@ -49,8 +49,8 @@ struct Answer {
 const TEXT: &str = "text/plain; charset=utf-8";
 
 impl Observation {
-    fn answer(&self, head: &str, is_local: bool) -> Answer {
-        let text = |status, body: &str| Answer {
+    fn answer(&self, head: &str, is_local: bool) -> HttpAnswer {
+        let text = |status, body: &str| HttpAnswer {
             status,
             kind: TEXT,
             body: format!("{body}\n"),
@@ -67,7 +67,7 @@ impl Observation {
             return text("405 Method Not Allowed", "only GET and HEAD");
         }
         match target.split('?').next().unwrap_or_default() {
-            "/metrics" => Answer {
+            "/metrics" => HttpAnswer {
                 status: "200 OK",
                 kind: Metrics::CONTENT_TYPE,
                 body: self.metrics.render(),
@@ -77,7 +77,7 @@ impl Observation {
                 Ok(()) => text("200 OK", "ready"),
                 Err(reason) => text("503 Service Unavailable", &reason),
             },
-            "/status" if is_local => Answer {
+            "/status" if is_local => HttpAnswer {
                 status: "200 OK",
                 kind: "application/json",
                 body: (self.status)().to_string(),

@@ -7,28 +7,10 @@
 
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
 
-use super::{Failure, Lifecycle, logging::LevelHandle};
+use super::{Lifecycle, lifecycle::LiveKeys, logging::LevelHandle};
 use crate::config::{self, Log, Validate};
 
 const LOG_LEVEL: &str = "log.level";
-
-/// Keys, or sections, that a daemon takes up without a restart.
-pub(super) struct LiveKeys {
-    pub keys: &'static [&'static str],
-    /// Takes up a whole configuration; an error changes nothing.
-    pub apply: Box<ApplyConfig>,
-}
-
-type ApplyConfig = dyn Fn(toml::Table, &Lifecycle) -> Result<(), Failure> + Send + Sync;
-
-impl LiveKeys {
-    fn has(&self, key: &str) -> bool {
-        self.keys.iter().any(|live| {
-            let below = key.strip_prefix(live);
-            below.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-        })
-    }
-}
 
 /// What the daemon runs with.
 pub(super) struct ReloadableConfig<C> {
@@ -158,7 +140,7 @@ fn set(table: &mut toml::Table, key: &str, value: Option<toml::Value>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::worker::Config;
+    use crate::{config::worker::Config, daemon::Failure};
 
     #[test]
     fn only_what_really_changed_waits_for_a_restart_until_there_was_one() {

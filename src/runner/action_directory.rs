@@ -36,10 +36,10 @@ use super::{
 use crate::path::RelativePath;
 
 /// How long a Run waits for the one before it in the same directory to be cleaned up.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
+const PREVIOUS_RUN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The directory of an action that runs, open to it; closed, and then unlocked, on drop.
-pub(super) struct ActionDirectory {
+pub(super) struct LockedActionDirectory {
     directory: OwnedFd,
     /// Mode and group before; `None` when it had not to be changed.
     closed: Option<(Mode, Gid)>,
@@ -61,14 +61,14 @@ pub(super) enum ActionDirectoryError {
     Give { path: String, error: io::Error },
     #[error(
         "Directory {path:?} in build directory is still locked by another run, or by the worker, \
-         after {LOCK_TIMEOUT:?}"
+         after {PREVIOUS_RUN_TIMEOUT:?}"
     )]
     Locked { path: String },
     #[error("The call was cancelled")]
     Stopped,
 }
 
-impl ActionDirectory {
+impl LockedActionDirectory {
     /// Locks the directory that holds the input root, and lets the group `id` pass.
     pub(super) fn open(
         build: &BuildDirectory,
@@ -84,7 +84,7 @@ impl ActionDirectory {
         let path = parent.as_ref().unwrap_or(&run.input_root);
         let directory = build.directory(path, OFlags::RDONLY)?;
         lock(&directory, path, stop)?;
-        let mut opened = ActionDirectory {
+        let mut opened = LockedActionDirectory {
             directory,
             closed: None,
         };
@@ -157,7 +157,7 @@ impl ActionDirectory {
     }
 }
 
-impl Drop for ActionDirectory {
+impl Drop for LockedActionDirectory {
     fn drop(&mut self) {
         if let Some((mode, group)) = self.closed {
             // First the mode: the old group may have members.
@@ -177,7 +177,7 @@ fn lock(
     path: &RelativePath,
     stop: &StopSignal,
 ) -> Result<(), ActionDirectoryError> {
-    let deadline = Instant::now() + LOCK_TIMEOUT;
+    let deadline = Instant::now() + PREVIOUS_RUN_TIMEOUT;
     let mut pause = Duration::from_micros(200);
     loop {
         match flock(directory, FlockOperation::NonBlockingLockExclusive) {
@@ -227,7 +227,7 @@ pub(super) fn close_all(build_directory: &Path, range: &std::ops::Range<u32>) {
         if let Ok(stat) = fstat(&directory)
             && range.contains(&stat.st_gid)
         {
-            drop(ActionDirectory {
+            drop(LockedActionDirectory {
                 directory,
                 closed: Some((
                     Mode::from_raw_mode(stat.st_mode & 0o700),

@@ -7,7 +7,7 @@ use crate::{
 
 /// What bb_runner asks a runner that runs.
 #[derive(clap::Subcommand)]
-pub enum Command {
+pub enum RunnerCommand {
     /// Show what the runner does, and what keeps its actions apart
     Status {
         #[command(flatten)]
@@ -16,8 +16,8 @@ pub enum Command {
 }
 
 /// Does what a command says.
-pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> {
-    let Command::Status { options } = command;
+pub async fn ask(command: RunnerCommand, config: &Config) -> Result<(), CommandError> {
+    let RunnerCommand::Status { options } = command;
     let status = options
         .fetch_status("bb_runner", &config.control.listen)
         .await?;

@@ -8,7 +8,7 @@ use crate::daemon::{Exposition, Metrics};
 
 /// What a runner's numbers are taken from.
 #[derive(Clone)]
-pub(super) struct Sources {
+pub(super) struct RunnerSources {
     pub counts: Arc<RunCounts>,
     pub users: Arc<UserPool>,
     /// How many there are.
@@ -24,11 +24,11 @@ fn names(layers: Layers) -> Vec<String> {
 }
 
 /// All that a runner tells.
-pub(super) fn metrics(sources: Sources) -> Metrics {
+pub(super) fn metrics(sources: RunnerSources) -> Metrics {
     Metrics::new().with(move |exposition| sources.expose(exposition))
 }
 
-impl Sources {
+impl RunnerSources {
     fn expose(&self, exposition: &mut Exposition<'_>) -> fmt::Result {
         let layers = names(Layers::all()).into_iter().map(|name| {
             let is_on = names(self.layers).contains(&name);

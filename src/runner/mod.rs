@@ -67,7 +67,7 @@ pub use commands::ask;
 use counts::RunCounts;
 use early_headers::DeadlineService;
 use environment::{AddedVariables, BuildDirectoryView};
-use metrics::Sources;
+use metrics::RunnerSources;
 use run::RunContext;
 use sandbox::{Layers, SandboxPool, SandboxSpec, SeccompFilter};
 use service::RunnerService;
@@ -81,7 +81,7 @@ pub const PROGRAM: Program = Program {
 };
 
 /// How long killed actions may take when the daemon leaves.
-const KILL_TIMEOUT: Duration = Duration::from_secs(20);
+const SHUTDOWN_KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Runs until told to stop.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
@@ -129,7 +129,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let sandboxes = SandboxPool::open(spec).map_err(failed("start a thread"))?;
     let users = UserPool::new(&config.users);
     let added_variables = added_variables(&config, layers);
-    let sources = Sources {
+    let sources = RunnerSources {
         counts: Arc::default(),
         users: users.clone(),
         user_count: config.users.count,
@@ -194,14 +194,14 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     };
     let result = tokio::select! {
         // Callers are told what became of commands that had to be killed.
-        result = daemon::serve(listener, routes, lifecycle.stopping(), drain + KILL_TIMEOUT) => result,
+        result = daemon::serve(listener, routes, lifecycle.stopping(), drain + SHUTDOWN_KILL_TIMEOUT) => result,
         () = lifecycle.keep_status(line) => Ok(()),
         () = kill_what_is_late => Ok(()),
     };
     observed.abort();
     traces.flush().await;
     killing.cancel();
-    if !users.all_back(KILL_TIMEOUT).await {
+    if !users.all_back(SHUTDOWN_KILL_TIMEOUT).await {
         tracing::warn!("leaving although not everything that was killed is gone");
     }
     context.sandboxes.close();
@@ -244,7 +244,7 @@ fn prepare_process() {
 fn end_what_was_left(config: &Config) -> Result<(), Failure> {
     let range = config.users.range();
     for user in range.clone() {
-        if !sweep::kill_processes(user, KILL_TIMEOUT) {
+        if !sweep::kill_processes(user, SHUTDOWN_KILL_TIMEOUT) {
             return Err(Failure::Environment {
                 message: format!(
                     "could not kill the processes of user {user}, which is one of users.first and \

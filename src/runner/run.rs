@@ -16,7 +16,7 @@ use rustix::process::Gid;
 use tokio::sync::oneshot;
 
 use super::{
-    action_directory::{ActionDirectory, ActionDirectoryError},
+    action_directory::{ActionDirectoryError, LockedActionDirectory},
     action_mounts::{ActionMounts, ActionMountsError, c_string},
     build_directory::{BuildDirectory, BuildDirectoryError},
     cleaner::{Cleaner, CleanerGuard},
@@ -77,7 +77,7 @@ pub(super) enum RunError {
     #[error(transparent)]
     BuildDirectory(#[from] BuildDirectoryError),
     #[error(transparent)]
-    ActionDirectory(ActionDirectoryError),
+    LockedActionDirectory(ActionDirectoryError),
     #[error(transparent)]
     Mounts(ActionMountsError),
     #[error(transparent)]
@@ -115,7 +115,7 @@ impl From<ActionDirectoryError> for RunError {
         match error {
             ActionDirectoryError::Stopped => RunError::Stopped,
             ActionDirectoryError::Open(error) => RunError::BuildDirectory(error),
-            error => RunError::ActionDirectory(error),
+            error => RunError::LockedActionDirectory(error),
         }
     }
 }
@@ -276,7 +276,7 @@ fn run_in(
     sandbox: &mut Sandbox,
 ) -> Result<ActionExit, RunError> {
     // Before anything of the action exists, and closed after everything of it is gone.
-    let directory = ActionDirectory::open(build, run, user, stop)?;
+    let directory = LockedActionDirectory::open(build, run, user, stop)?;
     let limits = &context.config.limits;
     let mut stdout = LimitedLog::new(build.create_log(&run.stdout)?, limits.log_size);
     let mut stderr = LimitedLog::new(build.create_log(&run.stderr)?, limits.log_size);

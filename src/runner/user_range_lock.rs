@@ -26,7 +26,7 @@ use super::sandbox::cgroup_mount_point;
 const DIRECTORY: &str = "/run/bb-runner";
 const NAME: &str = "users.lock";
 /// A killed runner's last processes, too, hold its lock until they are gone.
-const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
+const RANGE_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Held while the runner lives.
 pub(super) struct UserRangeLock {
@@ -50,7 +50,7 @@ impl UserRangeLock {
         let mut waited = Duration::ZERO;
         for file in &files {
             while !lock(file, range)? {
-                if waited >= LOCK_TIMEOUT {
+                if waited >= RANGE_LOCK_TIMEOUT {
                     return Err(UserRangeError::Taken(range.clone()));
                 }
                 let pause = Duration::from_millis(50);

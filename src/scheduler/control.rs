@@ -15,9 +15,9 @@ use uuid::Uuid;
 
 use super::{
     queue::{EncodedResponse, Explanation, KILLED, Queue, UnknownOperation},
-    shared_queue::SharedQueue,
+    shared_queue::{OPERATIONS_PER_LOCK, SharedQueue},
     state::{
-        Details, LARGEST_STATUS, Times, operation_name, operation_state, size_class_queue_name,
+        LARGEST_STATUS, ShownParts, Times, operation_name, operation_state, size_class_queue_name,
         stage_kind,
     },
     status::{self, invalid},
@@ -45,10 +45,8 @@ use crate::{
 
 /// Of an Action or a Command.
 const LARGEST_MESSAGE: u64 = 16 << 20;
-/// Operations that are looked at under one lock.
-const PIECE: usize = 256;
-/// Operations of one list by age, and its bytes.
-const MOST_OLDEST: usize = 10_000;
+/// Operations of one list by age, and bytes of it.
+pub(super) const MOST_OLDEST: usize = 10_000;
 const LARGEST_LIST: usize = 32 << 20;
 /// Of one action.
 const MOST_OPERATIONS: usize = 100;
@@ -163,7 +161,7 @@ impl SchedulerControl for ControlService {
         };
         Ok(Response::new(OperationExplanation {
             text,
-            operation: Some(operation_state(row, times, Details::ALL)),
+            operation: Some(operation_state(row, times, ShownParts::ALL)),
             reason,
         }))
     }
@@ -178,13 +176,13 @@ impl SchedulerControl for ControlService {
         let limit = limit.clamp(1, MOST_OLDEST);
         let (names, total) = self.queue.oldest_operations(stage, limit).await;
         let (mut operations, mut size) = (Vec::new(), 0);
-        'pieces: for names in names.chunks(PIECE) {
+        'pieces: for names in names.chunks(OPERATIONS_PER_LOCK) {
             let (rows, times) = self.queue.look_now(|queue, now| {
                 let rows = names.iter().filter_map(|name| queue.operation(*name));
                 (rows.collect::<Vec<_>>(), Times::new(now))
             });
             for row in rows {
-                let state = operation_state(row, times, Details::ALL);
+                let state = operation_state(row, times, ShownParts::ALL);
                 size += state.encoded_len() + 8;
                 if size > LARGEST_LIST {
                     break 'pieces;
@@ -383,7 +381,7 @@ impl ControlService {
         let mut last: Option<Uuid> = None;
         loop {
             let rows: Vec<(Uuid, bool)> = self.queue.look(|queue| {
-                let rows = queue.operations(last).take(PIECE);
+                let rows = queue.operations(last).take(OPERATIONS_PER_LOCK);
                 rows.map(|row| {
                     let is_it = row.action.digest == *digest && row.action.instance == *instance;
                     (row.name, is_it)

@@ -39,13 +39,13 @@ const FILE: &str = "drains.json";
 const LARGEST_FILE: u64 = 64 << 20;
 
 #[derive(Deserialize, Serialize)]
-struct Content {
+struct DrainFileContent {
     version: u32,
-    drains: Vec<Entry>,
+    drains: Vec<DrainEntry>,
 }
 
 #[derive(Deserialize, Serialize)]
-struct Entry {
+struct DrainEntry {
     instance_name_prefix: String,
     platform: Vec<(String, String)>,
     size_class: u32,
@@ -173,13 +173,14 @@ fn parse(data: &[u8]) -> Result<Vec<Drain>, String> {
             header.version
         ));
     }
-    let content: Content = serde_json::from_slice(data).map_err(|error| error.to_string())?;
-    content.drains.into_iter().map(Entry::drain).collect()
+    let content: DrainFileContent =
+        serde_json::from_slice(data).map_err(|error| error.to_string())?;
+    content.drains.into_iter().map(DrainEntry::drain).collect()
 }
 
-impl Entry {
+impl DrainEntry {
     fn of(drain: &Drain) -> Self {
-        Entry {
+        DrainEntry {
             instance_name_prefix: drain.key.prefix.as_str().to_owned(),
             platform: drain.key.platform.properties().to_vec(),
             size_class: drain.key.size_class,
@@ -212,9 +213,9 @@ impl Entry {
 }
 
 fn write(path: &Path, drains: &[Drain]) -> io::Result<()> {
-    let content = Content {
+    let content = DrainFileContent {
         version: VERSION,
-        drains: drains.iter().map(Entry::of).collect(),
+        drains: drains.iter().map(DrainEntry::of).collect(),
     };
     let directory = path.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(directory)?;

@@ -2,7 +2,7 @@
 //! where it is not known, so that a scheduler needs no database.
 //!
 //! A name is `UUID.1CONTENT`: the queue's own name of the operation, the version of what follows, and an
-//! encoded `Content` with the beginning of a hash, in URL-safe Base64 (RFC 4648, section 5). It has no
+//! encoded `NameContent` with the beginning of a hash, in URL-safe Base64 (RFC 4648, section 5). It has no
 //! slash, so that a name that a frontend puts before it can be taken off again.
 //!
 //! 1. Every name that is written can be read, and is the same name again.
@@ -27,7 +27,7 @@ use crate::{
     proto::{auth::AuthenticationMetadata, reapi::RequestMetadata},
 };
 
-/// Of `Content` and the hash.
+/// Of `NameContent` and the hash.
 const VERSION: char = '1';
 /// The longest instance name and as many keys as routing makes, with much to spare.
 const LONGEST_NAME: usize = 32 << 10;
@@ -65,7 +65,7 @@ pub enum NameError {
 }
 
 #[derive(Clone, PartialEq, Message)]
-struct Content {
+struct NameContent {
     #[prost(fixed64, tag = "1")]
     scheduler: u64,
     #[prost(string, tag = "2")]
@@ -82,12 +82,12 @@ struct Content {
     #[prost(bool, tag = "7")]
     skip_cache_lookup: bool,
     #[prost(message, repeated, tag = "8")]
-    invocation: Vec<Key>,
+    invocation: Vec<EncodedInvocationKey>,
 }
 
 /// An invocation key, without the type's name where that is one of the usual ones.
 #[derive(Clone, PartialEq, Message)]
-struct Key {
+struct EncodedInvocationKey {
     #[prost(oneof = "KeyValue", tags = "1, 2, 3")]
     value: Option<KeyValue>,
 }
@@ -102,7 +102,7 @@ enum KeyValue {
     AuthenticationMetadata(Vec<u8>),
 }
 
-impl Key {
+impl EncodedInvocationKey {
     fn of(key: &InvocationKey) -> Self {
         // What is not written just so keeps its own bytes.
         let short = [
@@ -111,13 +111,13 @@ impl Key {
         ]
         .into_iter()
         .find(|short| short.key().as_ref() == Some(key));
-        short.unwrap_or_else(|| Key {
+        short.unwrap_or_else(|| EncodedInvocationKey {
             value: Some(KeyValue::Any(key.as_bytes().to_vec())),
         })
     }
 
     fn short(key: &InvocationKey, kind: fn(Vec<u8>) -> KeyValue) -> Self {
-        Key {
+        EncodedInvocationKey {
             value: Some(kind(key.any().value)),
         }
     }
@@ -155,7 +155,7 @@ fn hash(operation: Uuid, content: &[u8]) -> [u8; HASH_LENGTH] {
 
 impl fmt::Display for OperationName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let content = Content {
+        let content = NameContent {
             scheduler: self.scheduler,
             instance: self.instance.as_str().to_owned(),
             digest_function: self.digest.function().to_proto() as i32,
@@ -163,7 +163,12 @@ impl fmt::Display for OperationName {
             size: self.digest.size(),
             priority: self.priority,
             skip_cache_lookup: self.skip_cache_lookup,
-            invocation: self.invocation.as_slice().iter().map(Key::of).collect(),
+            invocation: self
+                .invocation
+                .as_slice()
+                .iter()
+                .map(EncodedInvocationKey::of)
+                .collect(),
         };
         let mut bytes = content.encode_to_vec();
         bytes.extend_from_slice(&hash(self.operation, &bytes));
@@ -205,7 +210,7 @@ impl ParsedName {
         if *sum != hash(operation, content) {
             return Err(NameError::Damaged);
         }
-        let full = Content::decode(content)
+        let full = NameContent::decode(content)
             .ok()
             .and_then(|content| OperationName::of(operation, &content))
             .ok_or(NameError::Malformed)?;
@@ -223,14 +228,18 @@ impl ParsedName {
 
 impl OperationName {
     /// `None` for what no scheduler writes.
-    fn of(operation: Uuid, content: &Content) -> Option<Self> {
+    fn of(operation: Uuid, content: &NameContent) -> Option<Self> {
         let function = DigestFunction::from_proto(content.digest_function).ok()??;
         // Sizes are signed in REAPI.
         let size = i64::try_from(content.size).ok()?;
         if content.hash.len() != function.length() {
             return None;
         }
-        let keys: Option<Vec<InvocationKey>> = content.invocation.iter().map(Key::key).collect();
+        let keys: Option<Vec<InvocationKey>> = content
+            .invocation
+            .iter()
+            .map(EncodedInvocationKey::key)
+            .collect();
         Some(OperationName {
             operation,
             scheduler: content.scheduler,
@@ -345,53 +354,53 @@ mod tests {
     #[test]
     fn hostile_names_name_nothing() {
         let uuid = Uuid::from_u128(7);
-        let name = |content: &Content, operation: Uuid| {
+        let name = |content: &NameContent, operation: Uuid| {
             let mut bytes = content.encode_to_vec();
             bytes.extend_from_slice(&hash(operation, &bytes));
             format!("{uuid}.1{}", URL_SAFE_NO_PAD.encode(bytes))
         };
-        let good = Content {
+        let good = NameContent {
             digest_function: 1,
             hash: vec![1; 32],
             ..Default::default()
         };
         assert!(ParsedName::parse(&name(&good, uuid)).is_ok());
-        let malformed = |content: Content| {
+        let malformed = |content: NameContent| {
             assert_eq!(
                 ParsedName::parse(&name(&content, uuid)),
                 Err(NameError::Malformed)
             );
         };
-        malformed(Content {
+        malformed(NameContent {
             hash: vec![1; 31],
             ..good.clone()
         });
-        malformed(Content {
+        malformed(NameContent {
             hash: vec![1; 1 << 12],
             ..good.clone()
         });
-        malformed(Content {
+        malformed(NameContent {
             digest_function: 99,
             ..good.clone()
         });
-        malformed(Content {
+        malformed(NameContent {
             digest_function: 0,
             ..good.clone()
         });
-        malformed(Content {
+        malformed(NameContent {
             size: u64::MAX,
             ..good.clone()
         });
-        malformed(Content {
+        malformed(NameContent {
             instance: "a//b".to_owned(),
             ..good.clone()
         });
-        malformed(Content {
+        malformed(NameContent {
             instance: "x".repeat(2000),
             ..good.clone()
         });
-        malformed(Content {
-            invocation: vec![Key::default()],
+        malformed(NameContent {
+            invocation: vec![EncodedInvocationKey::default()],
             ..good.clone()
         });
         let other = Uuid::from_u128(8);

@@ -18,6 +18,8 @@ use super::{
     operation_message::{self, Details},
     operation_name::{OperationName, ParsedName},
     queue::{OperationRow, Progress, Stage, StageKind},
+    shared_queue::OPERATIONS_PER_LOCK,
+    state::LARGEST_PAGE,
     status::{self, invalid},
 };
 use crate::{
@@ -37,10 +39,6 @@ use crate::{
 
 const DEFAULT_PAGE_SIZE: usize = 100;
 const LARGEST_PAGE_SIZE: usize = 1000;
-/// Of one answer; completed operations have their responses.
-const LARGEST_PAGE: usize = 2 << 20;
-/// Operations that are looked at under one lock.
-const PIECE: usize = 256;
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
 /// What the operations of the Execution service are asked besides.
@@ -73,7 +71,7 @@ impl Operations for OperationsService {
             let rows: Vec<OperationRow> = self
                 .0
                 .queue
-                .look(|queue| queue.operations(last).take(PIECE).collect());
+                .look(|queue| queue.operations(last).take(OPERATIONS_PER_LOCK).collect());
             if rows.is_empty() {
                 break;
             }
@@ -106,8 +104,8 @@ impl Operations for OperationsService {
     ) -> Result<Response<Operation>, Status> {
         let text = &request.get_ref().name;
         match self.find(text, &Access::of(&request))? {
-            Found::Here(row) => Ok(Response::new(self.operation(&row))),
-            Found::Before(name) => {
+            FoundOperation::Here(row) => Ok(Response::new(self.operation(&row))),
+            FoundOperation::Before(name) => {
                 let mut operations = self.take_up(*name, &request).await?;
                 let first = operations.next().await;
                 let first = first.ok_or_else(|| status::unknown_name(text, &"it is gone"))??;
@@ -134,12 +132,12 @@ impl Operations for OperationsService {
     ) -> Result<Response<()>, Status> {
         let text = &request.get_ref().name;
         let operation = match self.find(text, &Access::of(&request))? {
-            Found::Here(row) => {
+            FoundOperation::Here(row) => {
                 let cancelled = self.0.queue.cancel(row.name);
                 cancelled.map_err(|error| status::unknown_name(text, &error))?;
                 row.name
             }
-            Found::Before(name) => {
+            FoundOperation::Before(name) => {
                 let operation = name.operation;
                 let asked = Asked::again(*name, &request);
                 self.0.cancel_unknown(asked).await?;
@@ -162,8 +160,8 @@ impl Operations for OperationsService {
         let timeout = timeout.and_then(proto::duration);
         let timeout = timeout.unwrap_or(LONGEST_WAIT).min(LONGEST_WAIT);
         let row = match found {
-            Found::Here(row) => row,
-            Found::Before(name) => {
+            FoundOperation::Here(row) => row,
+            FoundOperation::Before(name) => {
                 let operations = self.take_up(*name, &request).await?;
                 let mut last = last_within(operations, timeout).await?;
                 last.name = request.into_inner().name;
@@ -198,7 +196,7 @@ impl Operations for OperationsService {
 }
 
 /// An operation that somebody asks for.
-enum Found {
+enum FoundOperation {
     Here(Box<OperationRow>),
     /// A scheduler before this one may have had it.
     Before(Box<OperationName>),
@@ -246,14 +244,14 @@ impl OperationsService {
         self.0.resume(asked).await
     }
 
-    fn find(&self, text: &str, access: &Access) -> Result<Found, Status> {
+    fn find(&self, text: &str, access: &Access) -> Result<FoundOperation, Status> {
         let name = ParsedName::parse(text).map_err(|error| status::unknown_name(text, &error))?;
         let row = self.0.queue.look(|queue| queue.operation(name.operation()));
         let row = match (row, &name) {
             (Some(row), _) => row,
             (None, ParsedName::Full(name)) => {
                 access.require(&name.instance)?;
-                return Ok(Found::Before(name.clone()));
+                return Ok(FoundOperation::Before(name.clone()));
             }
             (None, ParsedName::Plain(_)) => {
                 return Err(status::unknown_name(
@@ -270,7 +268,7 @@ impl OperationsService {
             }
             _ => {
                 access.require(&row.action.instance)?;
-                Ok(Found::Here(Box::new(row)))
+                Ok(FoundOperation::Here(Box::new(row)))
             }
         }
     }

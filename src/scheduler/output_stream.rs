@@ -38,7 +38,7 @@ use crate::{
 };
 
 /// Between two looks at an output that has nothing new.
-const PAUSE: Duration = Duration::from_millis(300);
+const POLL_INTERVAL: Duration = Duration::from_millis(300);
 const KEYWORD: &str = "logstreams";
 
 /// Streams of actions, beside those of blobs.
@@ -148,7 +148,7 @@ impl Reader {
                 Stage::Queued => {}
             }
             tokio::select! {
-                () = tokio::time::sleep(PAUSE) => {}
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
                 () = self.stopping.cancelled() => return Err(status::stopping()),
             }
         }

@@ -15,11 +15,11 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::queue::{
-    AttachedWaiter, Caller, Clock, Drain, DrainRefusal, Effect, EncodedResponse, ExecuteRefusal,
-    Explanation, HeldCall, Instruction, KillRefusal, NextWorker, OperationFilter, OperationRow,
-    Page, Platform, Progress, Queue, Refusal, Request, Settings, SizeClassQueueKey, Stage,
-    StageKind, SynchronizeAnswer, TICK, UnknownOperation, UnknownQueue, WorkerId, WorkerPattern,
-    WorkerReport,
+    AttachedWaiter, Clock, Drain, DrainRefusal, Effect, EncodedResponse, ExecuteRefusal,
+    Explanation, HeldCall, Instruction, KillRefusal, ListPage, NextWorker, OperationFilter,
+    OperationRow, Platform, Progress, Queue, Refusal, Request, Settings, SizeClassQueueKey, Stage,
+    StageKind, SynchronizeAnswer, TICK, UnknownOperation, UnknownQueue, WorkerCaller, WorkerId,
+    WorkerPattern, WorkerReport,
 };
 use super::{completion_log::log_completion, statistics_store::StatisticsStore};
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// Operations that are looked at under one lock.
-const PIECE: usize = 256;
+pub(super) const OPERATIONS_PER_LOCK: usize = 256;
 /// How often workers are looked at that somebody waits for until they have ended what they execute.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -306,7 +306,7 @@ impl SharedQueue {
     pub(super) async fn synchronize(
         &self,
         key: &SizeClassQueueKey,
-        caller: &Caller,
+        caller: &WorkerCaller,
         report: WorkerReport,
         idle_wait: Duration,
         stopping: impl Future<Output = ()>,
@@ -422,7 +422,7 @@ impl SharedQueue {
         while !executing.is_empty() {
             tokio::time::sleep(LOOK_INTERVAL).await;
             let mut rest = Vec::new();
-            for piece in executing.chunks(PIECE) {
+            for piece in executing.chunks(OPERATIONS_PER_LOCK) {
                 let of_piece = piece.iter().copied();
                 self.look(|queue| {
                     rest.extend(of_piece.filter(|worker| queue.is_executing(*worker)))
@@ -461,7 +461,8 @@ impl SharedQueue {
         let mut oldest = std::collections::BinaryHeap::new();
         let (mut total, mut last) = (0, None);
         loop {
-            let piece: Vec<_> = self.look(|queue| queue.ages(last).take(PIECE).collect());
+            let piece: Vec<_> =
+                self.look(|queue| queue.ages(last).take(OPERATIONS_PER_LOCK).collect());
             let Some((end, ..)) = piece.last() else {
                 break;
             };
@@ -488,12 +489,12 @@ impl SharedQueue {
         after: Option<Uuid>,
         filter: &OperationFilter,
         page_size: usize,
-    ) -> Page<OperationRow> {
+    ) -> ListPage<OperationRow> {
         if *filter == OperationFilter::default() {
             let (start_index, total) = self.look(|queue| queue.place_of(after));
             let (mut rows, mut last) = (Vec::new(), after);
             while rows.len() < page_size {
-                let more = (page_size - rows.len()).min(PIECE);
+                let more = (page_size - rows.len()).min(OPERATIONS_PER_LOCK);
                 let from = last;
                 let piece: Vec<OperationRow> =
                     self.look(|queue| queue.operations(from).take(more).collect());
@@ -504,20 +505,21 @@ impl SharedQueue {
                 rows.extend(piece);
                 tokio::task::yield_now().await;
             }
-            return Page {
+            return ListPage {
                 rows,
                 start_index,
                 total,
             };
         }
-        let mut page = Page {
+        let mut page = ListPage {
             rows: Vec::new(),
             start_index: 0,
             total: 0,
         };
         let mut last = None;
         loop {
-            let rows = self.look(|queue| queue.operations(last).take(PIECE).collect::<Vec<_>>());
+            let rows: Vec<_> =
+                self.look(|queue| queue.operations(last).take(OPERATIONS_PER_LOCK).collect());
             let Some(end) = rows.last().map(|row| row.name) else {
                 return page;
             };

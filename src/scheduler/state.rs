@@ -23,7 +23,7 @@ use super::{
     operation_name::ParsedName,
     queue::{
         Drain, EncodedResponse, InvocationFilter, InvocationKey, InvocationKeys, InvocationRow,
-        OperationFilter, OperationRow, Page, Platform, QueuedCursor, SizeClassQueueKey,
+        ListPage, OperationFilter, OperationRow, Platform, QueuedCursor, SizeClassQueueKey,
         SizeClassQueueRow, Stage, StageKind, UnknownOperation, WorkerFilter, WorkerId,
         WorkerPattern, WorkerRow,
     },
@@ -45,7 +45,7 @@ use crate::{
 };
 
 /// Of an answer, in bytes: rows that have no room any more are the next page's.
-const LARGEST_PAGE: usize = 2 << 20;
+pub(super) const LARGEST_PAGE: usize = 2 << 20;
 /// In rows.
 const LONGEST_PAGE: usize = 1_000;
 /// Of a status that kills.
@@ -98,7 +98,7 @@ impl BuildQueueState for StateService {
         Ok(Response::new(wire::GetOperationResponse {
             operation: Some(wire::OperationState {
                 name: String::new(),
-                ..operation_state(row, times, Details::ALL)
+                ..operation_state(row, times, ShownParts::ALL)
             }),
         }))
     }
@@ -124,7 +124,7 @@ impl BuildQueueState for StateService {
             .list_operations(after.transpose()?, &filter, page_size(request.page_size))
             .await;
         let (operations, pagination_info) =
-            fitting(page, |row| operation_state(row, times, Details::ALL));
+            fitting(page, |row| operation_state(row, times, ShownParts::ALL));
         Ok(Response::new(wire::ListOperationsResponse {
             operations,
             pagination_info,
@@ -249,7 +249,7 @@ impl BuildQueueState for StateService {
         });
         let page = page.map_err(status::unknown_invocation)?;
         let (queued_operations, pagination_info) = fitting(page, |row| {
-            operation_state(row, times, Details::NO_INVOCATION)
+            operation_state(row, times, ShownParts::NO_INVOCATION)
         });
         Ok(Response::new(wire::ListQueuedOperationsResponse {
             queued_operations,
@@ -418,7 +418,7 @@ fn drain(
 
 /// The rows of a page that one answer has room for, one at least.
 fn fitting<R, M: Message>(
-    page: Page<R>,
+    page: ListPage<R>,
     state: impl Fn(R) -> M,
 ) -> (Vec<M>, Option<wire::PaginationInfo>) {
     let info = wire::PaginationInfo {
@@ -490,21 +490,21 @@ fn invocation_state(row: &InvocationRow) -> wire::InvocationState {
 
 /// Which parts of an operation its place in an answer leaves open.
 #[derive(Clone, Copy)]
-pub(super) struct Details {
+pub(super) struct ShownParts {
     invocation: bool,
     stage: bool,
 }
 
-impl Details {
-    pub(super) const ALL: Self = Details {
+impl ShownParts {
+    pub(super) const ALL: Self = ShownParts {
         invocation: true,
         stage: true,
     };
-    const NO_INVOCATION: Self = Details {
+    const NO_INVOCATION: Self = ShownParts {
         invocation: false,
         stage: true,
     };
-    const OF_WORKER: Self = Details {
+    const OF_WORKER: Self = ShownParts {
         invocation: false,
         stage: false,
     };
@@ -513,7 +513,7 @@ impl Details {
 pub(super) fn operation_state(
     row: OperationRow,
     times: Times,
-    details: Details,
+    details: ShownParts,
 ) -> wire::OperationState {
     let stage = match &row.stage {
         Stage::Queued => operation_state::Stage::Queued(()),
@@ -549,7 +549,7 @@ fn worker_state(row: WorkerRow, times: Times) -> wire::WorkerState {
         timeout: row.removal.map(|at| times.timestamp(at)),
         current_operation: row
             .operation
-            .map(|operation| operation_state(operation, times, Details::OF_WORKER)),
+            .map(|operation| operation_state(operation, times, ShownParts::OF_WORKER)),
         drained: row.drained,
     }
 }

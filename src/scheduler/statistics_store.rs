@@ -51,7 +51,7 @@ pub struct StatisticsStore {
 
 #[derive(Default)]
 struct Handles {
-    by_key: BTreeMap<StatisticsKey, Handle>,
+    by_key: BTreeMap<StatisticsKey, StatisticsHandle>,
     /// Those that are not to be written, by their last use.
     clean: BTreeMap<u64, StatisticsKey>,
     /// Those that are, and are not being written.
@@ -59,7 +59,7 @@ struct Handles {
     last_use: u64,
 }
 
-struct Handle {
+struct StatisticsHandle {
     known: Known,
     /// Its place in `clean`.
     used: u64,
@@ -270,7 +270,7 @@ impl Handles {
     }
 
     fn insert(&mut self, key: &StatisticsKey, known: Known, used: u64) {
-        let handle = Handle {
+        let handle = StatisticsHandle {
             known,
             used,
             version: 0,

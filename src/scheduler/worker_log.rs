@@ -13,7 +13,7 @@ use crate::daemon::{Lifecycle, message_id};
 /// The label by which slots differ, as with Buildbarn's worker.
 const SLOT_LABEL: &str = "thread";
 /// Workers that are looked at under one lock.
-const PIECE: usize = 1_000;
+const WORKERS_PER_LOCK: usize = 1_000;
 const LOG_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Slots of each worker, by where it takes its work from and its labels without `SLOT_LABEL`.
@@ -43,7 +43,7 @@ impl WorkerOverview {
             view.executing += row.root.executing_workers;
             let mut last = None;
             while let Some(ids) =
-                queue.look(|queue| queue.worker_ids(&row.key, last.as_ref(), PIECE))
+                queue.look(|queue| queue.worker_ids(&row.key, last.as_ref(), WORKERS_PER_LOCK))
             {
                 for worker in &ids {
                     let mut labels = worker.labels().clone();

@@ -12,8 +12,8 @@ use tonic::{Request, Response, Status};
 use super::{
     action_routing::ActionRouting,
     queue::{
-        self, Caller, DesiredWorkerState, EncodedResponse, Platform, ReportedAction,
-        ReportedDigest, SizeClassQueueKey, WorkerActivity, WorkerId,
+        self, DesiredWorkerState, EncodedResponse, Platform, ReportedAction, ReportedDigest,
+        SizeClassQueueKey, WorkerActivity, WorkerCaller, WorkerId,
     },
     shared_queue::SharedQueue,
     status::{self, invalid},
@@ -65,7 +65,7 @@ impl OperationQueue for OperationQueueService {
         let (mut queue_key, id, report) = parse_worker(request.into_inner(), instance, attempt)?;
         queue_key.platform = self.routing.offered(&queue_key.platform);
         access.require(&queue_key.prefix)?;
-        let caller = Caller { id, peer, call };
+        let caller = WorkerCaller { id, peer, call };
         let idle_wait = random_below(self.idle_interval);
         let instruction = self
             .queue

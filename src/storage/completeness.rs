@@ -5,16 +5,12 @@
 //! 2. That a result is complete, and that an output is there, is believed for two seconds; that something
 //!    is missing is never. It is forgotten when a read finds a blob missing.
 
-use std::{
-    collections::HashSet,
-    time::{Duration, Instant},
-};
+use std::{collections::HashSet, time::Instant};
 
 use bytes::Bytes;
-use parking_lot::Mutex;
 use prost::Message;
 
-use super::{Backend, Error, recently::Recently};
+use super::{Backend, Error, SeenOutputs, SingleBackend, blocking};
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
@@ -26,48 +22,36 @@ const MAXIMUM_MESSAGE_SIZE: u64 = 64 << 20;
 /// Directories below an output directory's root.
 const MAXIMUM_DIRECTORIES: usize = 1 << 20;
 
-/// How long what was seen is believed.
-const LIFETIME: Duration = Duration::from_secs(2);
-
-/// Results, and outputs, that are remembered.
-const MOST_RESULTS: usize = 20_000;
-const MOST_OUTPUTS: usize = 100_000;
-
-/// What a CAS had a moment ago.
-#[derive(Debug)]
-pub(super) struct SeenOutputs {
-    /// By the digests of their messages.
-    results: Mutex<Recently<(InstanceName, Digest)>>,
-    blobs: Mutex<Recently<(InstanceName, Digest)>>,
-}
-
-impl Default for SeenOutputs {
-    fn default() -> Self {
-        SeenOutputs {
-            results: Mutex::new(Recently::new(LIFETIME, MOST_RESULTS)),
-            blobs: Mutex::new(Recently::new(LIFETIME, MOST_OUTPUTS)),
-        }
-    }
-}
-
-impl SeenOutputs {
-    /// Something is gone that was there.
-    pub(super) fn forget(&self) {
-        self.results.lock().clear();
-        self.blobs.lock().clear();
-    }
-}
-
 /// What a result names, and so must be there.
-struct Outputs {
+struct NamedOutputs {
     function: DigestFunction,
     blobs: Vec<Digest>,
     trees: Vec<Digest>,
     directories: Vec<Digest>,
 }
 
+impl Backend {
+    /// Whether all outputs of a result are in the CAS. Elsewhere than in the embedded store, what was
+    /// there two seconds ago counts.
+    pub async fn is_complete(
+        &self,
+        instance: &InstanceName,
+        function: DigestFunction,
+        result: &ActionResult,
+    ) -> Result<bool, Error> {
+        match (self.cas(), self.cas().seen_outputs()) {
+            (SingleBackend::Embedded(store), _) => {
+                let (store, result) = (store.clone(), result.clone());
+                blocking(move || store.is_complete(function, &result)).await
+            }
+            (_, None) => Ok(false),
+            (_, Some(seen)) => is_complete(self, seen, instance, function, result).await,
+        }
+    }
+}
+
 /// Whether the CAS has all that the result names.
-pub(super) async fn is_complete(
+async fn is_complete(
     cas: &Backend,
     seen: &SeenOutputs,
     instance: &InstanceName,
@@ -95,7 +79,7 @@ async fn look(
     function: DigestFunction,
     result: &ActionResult,
 ) -> Result<bool, Error> {
-    let Some(mut outputs) = Outputs::of(function, result) else {
+    let Some(mut outputs) = NamedOutputs::of(function, result) else {
         return Ok(false);
     };
     let trees = std::mem::take(&mut outputs.trees);
@@ -178,11 +162,11 @@ async fn read<M: Message + Default>(
     Ok(Some(messages))
 }
 
-impl Outputs {
+impl NamedOutputs {
     /// `None` when the result names something that cannot be.
     fn of(function: DigestFunction, result: &ActionResult) -> Option<Self> {
         let parse = |digest: &reapi::Digest| Digest::parse(Some(function), digest).ok();
-        let mut outputs = Outputs {
+        let mut outputs = NamedOutputs {
             function,
             blobs: Vec::new(),
             trees: Vec::new(),

@@ -28,7 +28,7 @@ const WINDOW_LOG_MAXIMUM: u32 = 23;
 pub const MINIMUM: u64 = 1 << 10;
 
 /// What a decoder gives at a time, at most.
-const CHUNK: u64 = 256 << 10;
+const DECODED_SIZE: u64 = 256 << 10;
 
 /// What a coder needs beside its blob: its tables, and a block of input and output each.
 const TABLES: u64 = 1 << 20;
@@ -91,7 +91,7 @@ impl Decoder {
     pub fn decode(&mut self, input: &mut Bytes) -> Result<Option<Bytes>, DecodeError> {
         while !input.is_empty() || self.is_full {
             // One more than what is left, so that more is noticed.
-            let mut output = vec![0; CHUNK.min(self.left + 1) as usize];
+            let mut output = vec![0; DECODED_SIZE.min(self.left + 1) as usize];
             let done = self
                 .raw
                 .run_on_buffers(input, &mut output)
@@ -266,7 +266,7 @@ mod tests {
         for piece in data.chunks(piece) {
             let mut input = Bytes::copy_from_slice(piece);
             while let Some(chunk) = decoder.decode(&mut input)? {
-                assert!(chunk.len() as u64 <= CHUNK);
+                assert!(chunk.len() as u64 <= DECODED_SIZE);
                 content.extend_from_slice(&chunk);
             }
             assert!(input.is_empty());

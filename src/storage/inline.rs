@@ -50,7 +50,7 @@ impl From<&ExecuteRequest> for InlineHints {
 }
 
 /// A place of a result for a content, with the digest that says which.
-type Place<'r> = (&'r mut bytes::Bytes, Digest);
+type InlinePlace<'r> = (&'r mut bytes::Bytes, Digest);
 
 impl InlineHints {
     /// Whether nothing is asked for.
@@ -91,12 +91,16 @@ impl InlineHints {
     }
 
     /// Where a content is asked for and not there.
-    fn places<'r>(&self, function: DigestFunction, result: &'r mut ActionResult) -> Vec<Place<'r>> {
+    fn places<'r>(
+        &self,
+        function: DigestFunction,
+        result: &'r mut ActionResult,
+    ) -> Vec<InlinePlace<'r>> {
         let parse = |digest: Option<&reapi::Digest>| {
             let digest = Digest::parse_required(Some(function), digest).ok()?;
             (digest.size() > 0).then_some(digest)
         };
-        let mut places: Vec<Place<'r>> = Vec::new();
+        let mut places: Vec<InlinePlace<'r>> = Vec::new();
         for (is_asked, raw, digest) in [
             (self.stdout, &mut result.stdout_raw, &result.stdout_digest),
             (self.stderr, &mut result.stderr_raw, &result.stderr_digest),

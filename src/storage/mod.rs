@@ -1,7 +1,7 @@
 //! Storage: the Content Addressable Storage (CAS) and the Action Cache (AC), embedded or elsewhere.
 //!
 //! [`Backend`] is the one way to blobs and action results, for the worker, the scheduler, and the
-//! services. To read in this order: this file; `single_flight`, `batch`, `retry`, `compression` and
+//! services. To read in this order: this file; `error`; `single_flight`, `batch`, `retry`, `compression` and
 //! `chunking`, which all back ends share; [`embedded`], the store on this host's disk; [`grpc`], the client
 //! of any REAPI storage; [`shards`], several of those as one; [`object`], object stores and Redis; `open`,
 //! which of them a configuration asks for; [`serve`], the services over any back end.
@@ -14,14 +14,8 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::stream::BoxStream;
 
-use crate::{
-    daemon,
-    digest::{Digest, DigestFunction},
-    instance::InstanceName,
-    proto::reapi::ActionResult,
-};
+use crate::{digest::Digest, instance::InstanceName, proto::reapi::ActionResult};
 
 pub mod batch;
 pub mod chunking;
@@ -29,6 +23,7 @@ mod completeness;
 pub mod compression;
 mod content;
 pub mod embedded;
+mod error;
 pub mod grpc;
 mod initial_size_class_cache;
 mod inline;
@@ -36,73 +31,23 @@ pub mod object;
 mod open;
 mod recently;
 mod retry;
+mod seen_outputs;
 pub mod serve;
 pub mod shards;
 pub mod single_flight;
 mod upload;
 
 pub use content::Content;
+pub use error::{BlobStream, Error, UploadError};
+use error::{blocking, verify};
 pub use initial_size_class_cache::InitialSizeClassCache;
 pub use inline::InlineHints;
 use object::ObjectStorage;
 pub use open::probe_servers;
 pub use retry::RetryPolicy;
+use seen_outputs::SeenOutputs;
 use shards::Shards;
-pub use upload::{Upload, UploadError};
-
-/// Why storage did not do what it was asked; each variant says who must act.
-#[derive(Clone, Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "its message says what each of these is")]
-pub enum Error {
-    /// Blobs that are not there. The client uploads them and tries again.
-    #[error("{} of the blobs asked for {} not in the Content Addressable Storage, the first being {}", .0.len(), if .0.len() == 1 { "is" } else { "are" }, .0[0])]
-    Missing(Vec<Digest>),
-    /// Content that does not match its digest: from a client, its fault; from a server, the farm's.
-    #[error("blob {expected} has a content whose digest is {actual}")]
-    Corrupt {
-        expected: Digest,
-        actual: Box<Digest>,
-    },
-    #[error("blob {digest} is larger than the limit of {limit} bytes")]
-    TooLarge { digest: Digest, limit: u64 },
-    /// The request itself is at fault.
-    #[error("{0}")]
-    Invalid(String),
-    /// Cannot be reached, or is overloaded; later it may work.
-    #[error("{0}")]
-    Unavailable(String),
-    /// The disk or the store's limit is full; the administrator must act.
-    #[error("{0}")]
-    Full(String),
-    /// A defect of the farm.
-    #[error("{0}")]
-    Internal(String),
-}
-
-impl Error {
-    /// What a failed write of a blob to a file means.
-    fn of_file(error: std::io::Error) -> Self {
-        let text = format!("could not write a blob to a file: {error}");
-        match error.raw_os_error() {
-            Some(libc::ENOSPC | libc::EDQUOT) => Error::Full(text),
-            _ => Error::Internal(text),
-        }
-    }
-}
-
-/// Whether a content has the digest that it should have.
-fn verify(expected: &Digest, actual: Digest) -> Result<(), Error> {
-    match actual == *expected {
-        true => Ok(()),
-        false => Err(Error::Corrupt {
-            expected: *expected,
-            actual: Box::new(actual),
-        }),
-    }
-}
-
-/// The pieces of a blob, in their order.
-pub type BlobStream = BoxStream<'static, Result<Bytes, Error>>;
+pub use upload::Upload;
 
 /// Where CAS and AC are. Cheap to clone.
 #[derive(Clone)]
@@ -129,30 +74,30 @@ pub struct Separate {
 
 /// Where one of both is.
 #[derive(Clone, Copy)]
-enum Place<'b> {
+enum SingleBackend<'b> {
     Embedded(&'b Arc<embedded::Store>),
     Grpc(&'b grpc::Client),
     Shards(&'b Arc<Shards>),
     Objects(&'b Arc<ObjectStorage>),
 }
 
-impl<'b> Place<'b> {
+impl<'b> SingleBackend<'b> {
     async fn answers(self) -> Result<(), Error> {
         match self {
-            Place::Embedded(_) => Ok(()),
-            Place::Grpc(client) => client.probe().await,
-            Place::Shards(shards) => shards.answers().await,
-            Place::Objects(objects) => objects.probe().await,
+            SingleBackend::Embedded(_) => Ok(()),
+            SingleBackend::Grpc(client) => client.probe().await,
+            SingleBackend::Shards(shards) => shards.answers().await,
+            SingleBackend::Objects(objects) => objects.probe().await,
         }
     }
 
     /// Of a CAS elsewhere.
-    fn seen_outputs(self) -> Option<&'b completeness::SeenOutputs> {
+    fn seen_outputs(self) -> Option<&'b SeenOutputs> {
         match self {
-            Place::Embedded(_) => None,
-            Place::Grpc(client) => Some(client.seen_outputs()),
-            Place::Shards(shards) => Some(shards.seen_outputs()),
-            Place::Objects(objects) => Some(objects.seen_outputs()),
+            SingleBackend::Embedded(_) => None,
+            SingleBackend::Grpc(client) => Some(client.seen_outputs()),
+            SingleBackend::Shards(shards) => Some(shards.seen_outputs()),
+            SingleBackend::Objects(objects) => Some(objects.seen_outputs()),
         }
     }
 }
@@ -161,8 +106,10 @@ impl Backend {
     /// The embedded store, if blobs or results are in one, or it is the cache of a CAS.
     pub fn embedded(&self) -> Option<&Arc<embedded::Store>> {
         match (self.cas(), self.action_cache()) {
-            (Place::Embedded(store), _) | (_, Place::Embedded(store)) => Some(store),
-            (Place::Objects(objects), _) => objects.cache(),
+            (SingleBackend::Embedded(store), _) | (_, SingleBackend::Embedded(store)) => {
+                Some(store)
+            }
+            (SingleBackend::Objects(objects), _) => objects.cache(),
             _ => None,
         }
     }
@@ -170,16 +117,16 @@ impl Backend {
     /// The embedded store, if results are in one.
     pub fn embedded_action_cache(&self) -> Option<&Arc<embedded::Store>> {
         match self.action_cache() {
-            Place::Embedded(store) => Some(store),
-            Place::Grpc(_) | Place::Shards(_) | Place::Objects(_) => None,
+            SingleBackend::Embedded(store) => Some(store),
+            SingleBackend::Grpc(_) | SingleBackend::Shards(_) | SingleBackend::Objects(_) => None,
         }
     }
 
     /// The embedded store, if blobs are in one.
     pub fn embedded_cas(&self) -> Option<&Arc<embedded::Store>> {
         match self.cas() {
-            Place::Embedded(store) => Some(store),
-            Place::Grpc(_) | Place::Shards(_) | Place::Objects(_) => None,
+            SingleBackend::Embedded(store) => Some(store),
+            SingleBackend::Grpc(_) | SingleBackend::Shards(_) | SingleBackend::Objects(_) => None,
         }
     }
 
@@ -188,17 +135,17 @@ impl Backend {
         !matches!(self, Backend::Grpc(_))
     }
 
-    fn cas(&self) -> Place<'_> {
+    fn cas(&self) -> SingleBackend<'_> {
         match self {
-            Backend::Embedded(store) => Place::Embedded(store),
-            Backend::Grpc(client) => Place::Grpc(client),
-            Backend::Shards(shards) => Place::Shards(shards),
-            Backend::Objects(objects) => Place::Objects(objects),
+            Backend::Embedded(store) => SingleBackend::Embedded(store),
+            Backend::Grpc(client) => SingleBackend::Grpc(client),
+            Backend::Shards(shards) => SingleBackend::Shards(shards),
+            Backend::Objects(objects) => SingleBackend::Objects(objects),
             Backend::Separate(places) => places.cas.cas(),
         }
     }
 
-    fn action_cache(&self) -> Place<'_> {
+    fn action_cache(&self) -> SingleBackend<'_> {
         match self {
             Backend::Separate(places) => places.action_cache.action_cache(),
             _ => self.cas(),
@@ -216,10 +163,10 @@ impl Backend {
     /// Bytes of the largest blob that is taken; the most there is when a server does not say.
     pub async fn maximum_blob_size(&self, instance: &InstanceName) -> u64 {
         match self.cas() {
-            Place::Embedded(store) => store.maximum_blob_size_of(instance),
-            Place::Grpc(client) => client.maximum_blob_size(instance).await,
-            Place::Shards(shards) => shards.maximum_blob_size(instance).await,
-            Place::Objects(objects) => objects.maximum_blob_size(),
+            SingleBackend::Embedded(store) => store.maximum_blob_size_of(instance),
+            SingleBackend::Grpc(client) => client.maximum_blob_size(instance).await,
+            SingleBackend::Shards(shards) => shards.maximum_blob_size(instance).await,
+            SingleBackend::Objects(objects) => objects.maximum_blob_size(),
         }
     }
 
@@ -231,10 +178,10 @@ impl Backend {
     ) -> Result<Vec<Digest>, Error> {
         match self.cas() {
             // The index is in memory.
-            Place::Embedded(store) => Ok(store.find_missing(digests)),
-            Place::Grpc(client) => client.find_missing(instance, digests).await,
-            Place::Shards(shards) => shards.find_missing(instance, digests).await,
-            Place::Objects(objects) => objects.find_missing(digests).await,
+            SingleBackend::Embedded(store) => Ok(store.find_missing(digests)),
+            SingleBackend::Grpc(client) => client.find_missing(instance, digests).await,
+            SingleBackend::Shards(shards) => shards.find_missing(instance, digests).await,
+            SingleBackend::Objects(objects) => objects.find_missing(digests).await,
         }
     }
 
@@ -246,18 +193,18 @@ impl Backend {
         limit: u64,
     ) -> Result<Bytes, Error> {
         match self.cas() {
-            Place::Embedded(store) => {
+            SingleBackend::Embedded(store) => {
                 let (store, digest) = (store.clone(), *digest);
                 blocking(move || store.read(&digest, limit)).await?
             }
-            Place::Grpc(client) => self.note(client.read(instance, digest, limit).await),
-            Place::Shards(shards) => {
+            SingleBackend::Grpc(client) => self.note(client.read(instance, digest, limit).await),
+            SingleBackend::Shards(shards) => {
                 let mut one = shards.read_many(instance, &[*digest], limit).await;
                 let one = one.pop();
                 let none = || Err(Error::Internal("a read had no result".to_owned()));
                 self.note(one.unwrap_or_else(none))
             }
-            Place::Objects(objects) => {
+            SingleBackend::Objects(objects) => {
                 let one = objects.read_many(&[*digest], limit).await.pop();
                 let none = || Err(Error::Internal("a read had no result".to_owned()));
                 one.unwrap_or_else(none)
@@ -274,28 +221,28 @@ impl Backend {
         limit: u64,
     ) -> Vec<Result<Bytes, Error>> {
         match self.cas() {
-            Place::Embedded(store) => {
+            SingleBackend::Embedded(store) => {
                 let (store, wanted) = (store.clone(), digests.to_vec());
                 let read = move |digest: &Digest| store.read(digest, limit);
                 blocking(move || wanted.iter().map(read).collect())
                     .await
                     .unwrap_or_else(|error| vec![Err(error); digests.len()])
             }
-            Place::Grpc(client) => {
+            SingleBackend::Grpc(client) => {
                 let results = client.read_many(instance, digests, limit).await;
                 results
                     .into_iter()
                     .map(|result| self.note(result))
                     .collect()
             }
-            Place::Shards(shards) => {
+            SingleBackend::Shards(shards) => {
                 let results = shards.read_many(instance, digests, limit).await;
                 results
                     .into_iter()
                     .map(|result| self.note(result))
                     .collect()
             }
-            Place::Objects(objects) => objects.read_many(digests, limit).await,
+            SingleBackend::Objects(objects) => objects.read_many(digests, limit).await,
         }
     }
 
@@ -309,10 +256,12 @@ impl Backend {
         end: u64,
     ) -> Result<BlobStream, Error> {
         match self.cas() {
-            Place::Embedded(store) => store.stream(digest, start, end).await,
-            Place::Grpc(client) => Ok(client.stream(instance, digest, start, end)),
-            Place::Shards(shards) => self.note(shards.stream(instance, digest, start, end).await),
-            Place::Objects(objects) => objects.stream(digest, start, end).await,
+            SingleBackend::Embedded(store) => store.stream(digest, start, end).await,
+            SingleBackend::Grpc(client) => Ok(client.stream(instance, digest, start, end)),
+            SingleBackend::Shards(shards) => {
+                self.note(shards.stream(instance, digest, start, end).await)
+            }
+            SingleBackend::Objects(objects) => objects.stream(digest, start, end).await,
         }
     }
 
@@ -324,13 +273,17 @@ impl Backend {
         file: Arc<std::fs::File>,
     ) -> Result<(), Error> {
         match self.cas() {
-            Place::Embedded(store) => {
+            SingleBackend::Embedded(store) => {
                 let (store, digest) = (store.clone(), *digest);
                 blocking(move || store.read_to_file(&digest, &file)).await?
             }
-            Place::Grpc(client) => self.note(client.read_to_file(instance, digest, file).await),
-            Place::Shards(shards) => self.note(shards.read_to_file(instance, digest, file).await),
-            Place::Objects(objects) => objects.read_to_file(digest, file).await,
+            SingleBackend::Grpc(client) => {
+                self.note(client.read_to_file(instance, digest, file).await)
+            }
+            SingleBackend::Shards(shards) => {
+                self.note(shards.read_to_file(instance, digest, file).await)
+            }
+            SingleBackend::Objects(objects) => objects.read_to_file(digest, file).await,
         }
     }
 
@@ -338,9 +291,9 @@ impl Backend {
     /// chunks that none of them has travel then.
     pub fn set_local_files(&self, files: grpc::LocalFiles) {
         match self.cas() {
-            Place::Embedded(_) | Place::Objects(_) => {}
-            Place::Grpc(client) => client.set_local_files(files),
-            Place::Shards(shards) => shards.set_local_files(&files),
+            SingleBackend::Embedded(_) | SingleBackend::Objects(_) => {}
+            SingleBackend::Grpc(client) => client.set_local_files(files),
+            SingleBackend::Shards(shards) => shards.set_local_files(&files),
         }
     }
 
@@ -351,13 +304,13 @@ impl Backend {
         blobs: Vec<(Digest, Content)>,
     ) -> Result<(), Error> {
         match self.cas() {
-            Place::Embedded(store) => {
+            SingleBackend::Embedded(store) => {
                 let (store, limit) = (store.clone(), store.limit_of(instance));
                 blocking(move || store.store_all(blobs, limit)).await?
             }
-            Place::Grpc(client) => client.upload(instance, blobs).await,
-            Place::Shards(shards) => shards.upload(instance, blobs).await,
-            Place::Objects(objects) => objects.upload(blobs).await,
+            SingleBackend::Grpc(client) => client.upload(instance, blobs).await,
+            SingleBackend::Shards(shards) => shards.upload(instance, blobs).await,
+            SingleBackend::Objects(objects) => objects.upload(blobs).await,
         }
     }
 
@@ -368,13 +321,13 @@ impl Backend {
         blobs: Vec<(Digest, Bytes)>,
     ) -> Result<Vec<Result<(), Error>>, Error> {
         match self.cas() {
-            Place::Embedded(store) => {
+            SingleBackend::Embedded(store) => {
                 let (store, limit) = (store.clone(), store.limit_of(instance));
                 blocking(move || store.put_within(&blobs, limit)).await
             }
-            Place::Grpc(client) => client.put_many(instance, blobs).await,
-            Place::Shards(shards) => shards.put_many(instance, blobs).await,
-            Place::Objects(objects) => objects.put_many(blobs).await,
+            SingleBackend::Grpc(client) => client.put_many(instance, blobs).await,
+            SingleBackend::Shards(shards) => shards.put_many(instance, blobs).await,
+            SingleBackend::Objects(objects) => objects.put_many(blobs).await,
         }
     }
 
@@ -389,16 +342,18 @@ impl Backend {
         offset: i64,
     ) -> Result<Upload, UploadError> {
         match self.cas() {
-            Place::Embedded(store) => {
+            SingleBackend::Embedded(store) => {
                 let limit = store.limit_of(instance);
                 Upload::resume_embedded(store, resource_name, owner, limit, digest, offset).await
             }
-            Place::Grpc(client) => Ok(Upload::Grpc(client.forward_upload(resource_name, digest))),
-            Place::Shards(shards) => {
+            SingleBackend::Grpc(client) => {
+                Ok(Upload::Grpc(client.forward_upload(resource_name, digest)))
+            }
+            SingleBackend::Shards(shards) => {
                 let upload = shards.forward_upload(resource_name, digest)?;
                 Ok(Upload::Shards(upload))
             }
-            Place::Objects(objects) => {
+            SingleBackend::Objects(objects) => {
                 Upload::resume_cached(objects, resource_name, owner, digest, offset).await
             }
         }
@@ -411,13 +366,13 @@ impl Backend {
         digest: &Digest,
     ) -> Result<u64, Error> {
         match self.cas() {
-            Place::Embedded(store) => received(store, resource_name).await,
-            Place::Objects(objects) => match objects.cache() {
+            SingleBackend::Embedded(store) => received(store, resource_name).await,
+            SingleBackend::Objects(objects) => match objects.cache() {
                 Some(cache) => received(cache, resource_name).await,
                 None => Ok(0),
             },
-            Place::Grpc(client) => client.upload_progress(resource_name).await,
-            Place::Shards(shards) => shards.upload_progress(resource_name, digest).await,
+            SingleBackend::Grpc(client) => client.upload_progress(resource_name).await,
+            SingleBackend::Shards(shards) => shards.upload_progress(resource_name, digest).await,
         }
     }
 
@@ -438,26 +393,6 @@ impl Backend {
         Ok(complete.then_some(result))
     }
 
-    /// Whether all outputs of a result are in the CAS. Elsewhere than in the embedded store, what was
-    /// there two seconds ago counts.
-    pub async fn is_complete(
-        &self,
-        instance: &InstanceName,
-        function: DigestFunction,
-        result: &ActionResult,
-    ) -> Result<bool, Error> {
-        match (self.cas(), self.cas().seen_outputs()) {
-            (Place::Embedded(store), _) => {
-                let (store, result) = (store.clone(), result.clone());
-                blocking(move || store.is_complete(function, &result)).await
-            }
-            (_, None) => Ok(false),
-            (_, Some(seen)) => {
-                completeness::is_complete(self, seen, instance, function, result).await
-            }
-        }
-    }
-
     /// `None` when there is no result, or, in the embedded store, not all its outputs are there.
     pub async fn action_result(
         &self,
@@ -465,7 +400,7 @@ impl Backend {
         action: &Digest,
     ) -> Result<Option<ActionResult>, Error> {
         match self.action_cache() {
-            Place::Embedded(store) => {
+            SingleBackend::Embedded(store) => {
                 let (store, instance, action) = (store.clone(), instance.clone(), *action);
                 let has_blobs = matches!(self, Backend::Embedded(_));
                 blocking(move || match has_blobs {
@@ -474,9 +409,9 @@ impl Backend {
                 })
                 .await?
             }
-            Place::Grpc(client) => client.action_result(instance, action).await,
-            Place::Shards(shards) => shards.action_result(instance, action).await,
-            Place::Objects(objects) => objects.action_result(instance, action).await,
+            SingleBackend::Grpc(client) => client.action_result(instance, action).await,
+            SingleBackend::Shards(shards) => shards.action_result(instance, action).await,
+            SingleBackend::Objects(objects) => objects.action_result(instance, action).await,
         }
     }
 
@@ -488,13 +423,17 @@ impl Backend {
         result: ActionResult,
     ) -> Result<(), Error> {
         match self.action_cache() {
-            Place::Embedded(store) => {
+            SingleBackend::Embedded(store) => {
                 let (store, instance, action) = (store.clone(), instance.clone(), *action);
                 blocking(move || store.update_action_result(&instance, &action, &result)).await?
             }
-            Place::Grpc(client) => client.update_action_result(instance, action, result).await,
-            Place::Shards(shards) => shards.update_action_result(instance, action, result).await,
-            Place::Objects(objects) => {
+            SingleBackend::Grpc(client) => {
+                client.update_action_result(instance, action, result).await
+            }
+            SingleBackend::Shards(shards) => {
+                shards.update_action_result(instance, action, result).await
+            }
+            SingleBackend::Objects(objects) => {
                 objects
                     .update_action_result(instance, action, &result)
                     .await
@@ -507,13 +446,4 @@ impl Backend {
 async fn received(store: &Arc<embedded::Store>, resource_name: &str) -> Result<u64, Error> {
     let (uploads, name) = (store.uploads().clone(), resource_name.to_owned());
     blocking(move || uploads.received(&name)).await
-}
-
-/// Away from the threads that serve.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Error> {
-    daemon::spawn_blocking(work)
-        .await
-        .map_err(|error| Error::Internal(format!("a storage task failed: {error}")))
 }

@@ -5,24 +5,20 @@ use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
 
-use super::{Error, blocking, embedded, grpc, object::ObjectStorage, shards};
+use super::{Error, UploadError, blocking, embedded, grpc, object::ObjectStorage, shards};
 use crate::digest::Digest;
 
 /// A call's part in an upload.
 pub enum Upload {
     /// Into the embedded store.
-    Embedded {
-        /// Where the blob will be.
-        store: Arc<embedded::Store>,
+    Embedded(
         /// The right to write to the upload.
-        lease: Arc<embedded::WriteLease>,
-    },
+        Arc<embedded::WriteLease>,
+    ),
     /// Into the embedded store, which is the cache of a CAS of objects, and on into that when it is whole.
     Cached {
         /// Where the blob will be.
         objects: Arc<ObjectStorage>,
-        /// The cache.
-        store: Arc<embedded::Store>,
         /// The right to write to the upload.
         lease: Arc<embedded::WriteLease>,
     },
@@ -30,28 +26,6 @@ pub enum Upload {
     Grpc(grpc::ForwardedUpload),
     /// To the servers of a shard, as it comes.
     Shards(shards::ShardUpload),
-}
-
-/// Why a call cannot go on; the client must act.
-#[derive(Clone, Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "its message says what each of these is")]
-pub enum UploadError {
-    #[error("another call writes to this upload now; use a UUID for each upload")]
-    TakenOver,
-    #[error("this upload has failed, or was given up when space was short; start it again")]
-    GivenUp,
-    #[error(
-        "write_offset is {offset}, but {received} bytes of this upload have been received; go on \
-         there, or start again at 0"
-    )]
-    Offset { offset: i64, received: u64 },
-    #[error(
-        "the stream ended after {received} of {size} bytes, without finish_write; go on at the \
-         committed_size that QueryWriteStatus tells"
-    )]
-    Unfinished { received: u64, size: u64 },
-    #[error(transparent)]
-    Storage(#[from] Error),
 }
 
 impl Upload {
@@ -64,8 +38,7 @@ impl Upload {
         offset: i64,
     ) -> Result<Self, UploadError> {
         let lease = lease(store, resource_name, owner, limit, digest, offset).await?;
-        let store = store.clone();
-        Ok(Upload::Embedded { store, lease })
+        Ok(Upload::Embedded(lease))
     }
 
     pub(super) async fn resume_cached(
@@ -82,22 +55,18 @@ impl Upload {
         let limit = embedded::LimitId::NONE;
         let lease = lease(&store, resource_name, owner, limit, digest, offset).await?;
         let objects = objects.clone();
-        Ok(Upload::Cached {
-            objects,
-            store,
-            lease,
-        })
+        Ok(Upload::Cached { objects, lease })
     }
 
     /// Appends parts, each of which begins at its offset.
     pub async fn write(&mut self, parts: Vec<(i64, Bytes)>) -> Result<(), UploadError> {
         match self {
-            Upload::Embedded { store, lease } | Upload::Cached { store, lease, .. } => {
-                let (store, lease) = (store.clone(), lease.clone());
+            Upload::Embedded(lease) | Upload::Cached { lease, .. } => {
+                let lease = lease.clone();
                 let write = move || {
                     let now = Instant::now();
                     let mut parts = parts.iter();
-                    parts.try_for_each(|(offset, data)| lease.write(&store, *offset, data, now))
+                    parts.try_for_each(|(offset, data)| lease.write(*offset, data, now))
                 };
                 blocking(write).await?
             }
@@ -119,7 +88,7 @@ impl Upload {
     /// Makes the blob visible. Without `finish_write`, only one of which all has arrived.
     pub async fn finish(self, digest: Digest, finish_write: bool) -> Result<(), UploadError> {
         match self {
-            Upload::Embedded { lease, .. } => {
+            Upload::Embedded(lease) => {
                 blocking(move || lease.finish(&digest, finish_write)).await?
             }
             Upload::Cached { objects, lease, .. } => {
@@ -141,11 +110,8 @@ async fn lease(
     digest: Digest,
     offset: i64,
 ) -> Result<Arc<embedded::WriteLease>, UploadError> {
-    let lease = store
-        .uploads()
-        .lease(resource_name, owner, limit, Instant::now())?;
-    let (store, lease) = (store.clone(), Arc::new(lease));
+    let lease = Arc::new(store.lease_upload(resource_name, owner, limit, Instant::now())?);
     let writer = lease.clone();
-    blocking(move || writer.begin(&store, digest, offset, Instant::now())).await??;
+    blocking(move || writer.begin(digest, offset, Instant::now())).await??;
     Ok(lease)
 }

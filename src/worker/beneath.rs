@@ -16,7 +16,7 @@ use rustix::{
 use crate::path::{Component, RelativePath};
 
 /// So many bytes of path go into one call; PATH_MAX is 4096.
-const PIECE: usize = 2048;
+const PATH_PIECE: usize = 2048;
 
 fn resolve(directory: BorrowedFd<'_>, path: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
     let flags = flags | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -41,7 +41,7 @@ pub fn open_directory(root: BorrowedFd<'_>, path: &RelativePath) -> Result<Owned
             None => {}
         }
         let last = components.peek().is_none();
-        if last || piece.len() > PIECE {
+        if last || piece.len() > PATH_PIECE {
             let from = at.as_ref().map_or(root, |at| at.as_fd());
             let opened = resolve(from, &piece, OFlags::PATH)?;
             if last {

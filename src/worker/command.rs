@@ -15,7 +15,7 @@ pub struct Command {
     pub environment: BTreeMap<String, String>,
     /// Relative to the input root.
     pub working_directory: RelativePath,
-    pub outputs: Vec<Output>,
+    pub outputs: Vec<CommandOutput>,
     /// Of output directories, store each Directory as a blob too.
     pub store_directories: bool,
     /// What is told of each output beside its content.
@@ -31,7 +31,7 @@ pub struct NodePropertyKeys {
 
 /// Where an output may be after the command ran.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Output {
+pub struct CommandOutput {
     /// As the client spells it, and as it is reported.
     pub text: String,
     /// Relative to the input root.
@@ -63,7 +63,7 @@ pub enum InvalidCommand {
     #[error("working directory: {0}")]
     WorkingDirectory(PathError),
     #[error("output path: {0}")]
-    Output(PathError),
+    CommandOutput(PathError),
     #[error("output node property {0:?} is not known; known are mtime and unix_mode")]
     NodeProperty(String),
     #[error("output_directory_format {0} is not known")]
@@ -112,8 +112,8 @@ impl Command {
         for (texts, kind) in declared {
             for text in texts {
                 let path = RelativePath::resolve(&working_directory, &text, "input root")
-                    .map_err(InvalidCommand::Output)?;
-                outputs.push(Output { text, path, kind });
+                    .map_err(InvalidCommand::CommandOutput)?;
+                outputs.push(CommandOutput { text, path, kind });
             }
         }
         let mut node_properties = NodePropertyKeys::default();
@@ -185,9 +185,12 @@ mod tests {
         assert_eq!(parse("", "").unwrap(), ".");
         assert!(matches!(
             parse("a", "../../b"),
-            Err(InvalidCommand::Output(_))
+            Err(InvalidCommand::CommandOutput(_))
         ));
-        assert!(matches!(parse("a", "/b"), Err(InvalidCommand::Output(_))));
+        assert!(matches!(
+            parse("a", "/b"),
+            Err(InvalidCommand::CommandOutput(_))
+        ));
         assert!(matches!(
             parse("..", "b"),
             Err(InvalidCommand::WorkingDirectory(_))

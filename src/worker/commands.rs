@@ -7,7 +7,7 @@ use crate::{
 
 /// What bb_worker asks a worker that runs.
 #[derive(clap::Subcommand)]
-pub enum Command {
+pub enum WorkerCommand {
     /// Show what the worker does, and whether it serves
     Status {
         #[command(flatten)]
@@ -21,10 +21,10 @@ pub enum Command {
 }
 
 /// Does what a command says.
-pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> {
+pub async fn ask(command: WorkerCommand, config: &Config) -> Result<(), CommandError> {
     let (options, is_cache) = match &command {
-        Command::Status { options } => (options, false),
-        Command::Cache { options } => (options, true),
+        WorkerCommand::Status { options } => (options, false),
+        WorkerCommand::Cache { options } => (options, true),
     };
     let mut status = options
         .fetch_status("bb_worker", &config.control.listen)

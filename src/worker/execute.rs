@@ -27,7 +27,7 @@ use super::{
     execution_metrics::ExecutionMetrics,
     execution_spans::ExecutionSpans,
     fault::Fault,
-    inputs::{InputRoot, InputRoots, LOCK_TIMEOUT},
+    inputs::{InputRoot, InputRoots, LAST_PROCESS_TIMEOUT},
     live_output::RunningOutputs,
     outputs::{self, CollectedOutputs, Collector, ToldOfOutputs},
     response_size, runner_client,
@@ -204,7 +204,7 @@ impl Executor {
             return Err(ran.err().filter(Fault::is_unavailable).unwrap_or_else(|| {
                 Fault::Unavailable(format!(
                     "the runner did not end all processes of the action within {} s; what they left was not collected",
-                    LOCK_TIMEOUT.as_secs()
+                    LAST_PROCESS_TIMEOUT.as_secs()
                 ))
             }));
         }

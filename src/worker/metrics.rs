@@ -13,7 +13,7 @@ use crate::daemon::{self, Exposition, Metrics};
 
 /// What a worker's numbers are taken from.
 #[derive(Clone)]
-pub(super) struct Sources {
+pub(super) struct WorkerSources {
     pub executions: Arc<ExecutionMetrics>,
     pub cache: Arc<FileCache>,
     pub store: Arc<RootStore>,
@@ -22,14 +22,14 @@ pub(super) struct Sources {
 }
 
 /// All that a worker tells.
-pub(super) fn metrics(sources: Sources) -> Metrics {
+pub(super) fn metrics(sources: WorkerSources) -> Metrics {
     Metrics::new().with(move |exposition| {
         sources.executions.expose(exposition)?;
         sources.expose(exposition)
     })
 }
 
-impl Sources {
+impl WorkerSources {
     fn expose(&self, exposition: &mut Exposition<'_>) -> fmt::Result {
         let (slots, running) = self.status_line.slots();
         exposition.gauge(

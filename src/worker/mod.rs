@@ -26,7 +26,7 @@ use self::{
         file_cache::{LinkMode, Verifier},
     },
     live_output::RunningOutputs,
-    metrics::Sources,
+    metrics::WorkerSources,
     status_line::StatusLine,
 };
 use crate::{
@@ -185,7 +185,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         }
     }
     let stopping = lifecycle.stopping();
-    let sources = Sources {
+    let sources = WorkerSources {
         executions,
         cache: cache.clone(),
         store: store.clone(),

@@ -19,7 +19,7 @@ use crate::{
     storage::probe_servers,
 };
 
-const TIMEOUT: Duration = Duration::from_secs(10);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Descriptors that one slot needs.
 const DESCRIPTORS: u64 = 100;
@@ -166,7 +166,7 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     let mut scheduler = OperationQueueClient::new(channel);
     // A worker that says nothing of itself is refused, which shows that a scheduler is there.
     let call = scheduler.synchronize(SynchronizeRequest::default());
-    let wrong = match tokio::time::timeout(TIMEOUT, call).await {
+    let wrong = match tokio::time::timeout(PROBE_TIMEOUT, call).await {
         Ok(Err(status)) if status.code() == tonic::Code::InvalidArgument => None,
         Ok(Ok(_)) => None,
         Ok(Err(status)) => Some(Failure::Configuration {
@@ -202,7 +202,7 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
         .with_secrets(places.secret_files(), None)
         .unwrap_or(credentials);
     let options = storage_options(config, credentials);
-    let wrong = tokio::time::timeout(TIMEOUT, probe_servers(&places, &options)).await;
+    let wrong = tokio::time::timeout(PROBE_TIMEOUT, probe_servers(&places, &options)).await;
     let wrong = wrong.unwrap_or_else(|_| {
         vec![Failure::Configuration {
             key: "storage.cas",
@@ -280,7 +280,7 @@ async fn answer<T>(
     endpoint: &crate::config::Endpoint,
     call: impl Future<Output = Result<T, tonic::Status>>,
 ) -> Option<String> {
-    match tokio::time::timeout(TIMEOUT, call).await {
+    match tokio::time::timeout(PROBE_TIMEOUT, call).await {
         Ok(Ok(_)) => None,
         Ok(Err(status)) => Some(format!("{endpoint}: {}", status.message())),
         Err(_) => Some(format!("{endpoint} does not answer")),

@@ -10,12 +10,12 @@ use crate::{
 };
 
 /// How long a runner that was lost may take to be there again.
-const TIMEOUT: Duration = Duration::from_secs(10);
-const PAUSE: Duration = Duration::from_millis(100);
+const RUNNER_RETURN_TIMEOUT: Duration = Duration::from_secs(10);
+const RUNNER_RETURN_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Waits for an answer, whatever it is.
 pub(super) async fn answers(runner: &RunnerClient<Channel>) -> bool {
-    let deadline = tokio::time::Instant::now() + TIMEOUT;
+    let deadline = tokio::time::Instant::now() + RUNNER_RETURN_TIMEOUT;
     while tokio::time::Instant::now() < deadline {
         let mut client = runner.clone();
         let check = client.check_readiness(CheckReadinessRequest::default());
@@ -23,7 +23,7 @@ pub(super) async fn answers(runner: &RunnerClient<Channel>) -> bool {
             Ok(Ok(_)) => return true,
             Ok(Err(status)) if is_answer(&status) => return true,
             // Nobody is there.
-            Ok(Err(_)) => tokio::time::sleep(PAUSE).await,
+            Ok(Err(_)) => tokio::time::sleep(RUNNER_RETURN_INTERVAL).await,
             Err(_) => return false,
         }
     }

@@ -14,7 +14,7 @@ use super::{
         RootStore,
         file_cache::{CacheLimits, FileCache},
     },
-    slot_loop::Identity,
+    slot_loop::SlotIdentity,
 };
 use crate::{
     config::worker::{Config, Runner},
@@ -155,7 +155,7 @@ pub(super) fn group_of(runner: &Runner) -> Result<Option<u32>, Failure> {
 }
 
 /// One for each slot. Their labels differ in `thread`, as with Buildbarn's worker.
-pub(super) fn identities(runner: &Runner) -> Result<Vec<Identity>, Failure> {
+pub(super) fn identities(runner: &Runner) -> Result<Vec<SlotIdentity>, Failure> {
     let instance_name_prefix =
         InstanceName::parse(&runner.instance_name_prefix).map_err(|error| {
             Failure::Configuration {
@@ -174,7 +174,7 @@ pub(super) fn identities(runner: &Runner) -> Result<Vec<Identity>, Failure> {
         if slots > 1 {
             worker_id.insert("thread".to_owned(), format!("{slot:0width$}"));
         }
-        Identity {
+        SlotIdentity {
             worker_id,
             instance_name_prefix: instance_name_prefix.clone(),
             platform: Platform {

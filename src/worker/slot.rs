@@ -220,63 +220,12 @@ impl<T, R: Clone> Slot<T, R> {
         {
             return SlotStep::LeaveCall;
         }
-        if let Some(call) = &self.call {
-            // The scheduler holds calls that ask for work; a slot that leaves must not wait for it.
-            let held = draining && !call.prefer_being_idle && call.kind != ReportKind::Executing;
-            let limit = deadline.map(|deadline| match call.kind {
-                ReportKind::Leaving => (call.began + LEAVING_CALL_TIMEOUT)
-                    .min(deadline.max(call.began + FINAL_CALL_TIMEOUT)),
-                _ => deadline.max(call.began + FINAL_CALL_TIMEOUT),
-            });
-            if held || limit.is_some_and(|limit| limit <= now) {
-                if call.kind == ReportKind::Leaving {
-                    self.drain = DrainState::Left;
-                }
-                self.call = None;
-                return SlotStep::AbortCall;
-            }
-            // An execution is cancelled at the deadline, whatever the call does.
-            return SlotStep::Wait(match self.state {
-                SlotState::Executing { .. } => deadline,
-                _ => limit,
-            });
+        if self.call.is_some() {
+            return self.await_answer(now, deadline);
         }
-        let (at, kind, activity) = match &mut self.state {
-            SlotState::Idle(_) if draining => (now, ReportKind::Leaving, Activity::Idle),
-            SlotState::Idle(readiness) => match readiness {
-                Readiness::Unknown { not_before } if *not_before <= now => {
-                    *readiness = Readiness::Checking;
-                    return SlotStep::CheckReadiness;
-                }
-                Readiness::Unknown { not_before } => return SlotStep::Wait(Some(*not_before)),
-                Readiness::Checking => return SlotStep::Wait(None),
-                Readiness::Ready => (self.not_before, ReportKind::Idle, Activity::Idle),
-            },
-            SlotState::Executing { action } => (
-                self.due.max(self.not_before),
-                ReportKind::Executing,
-                Activity::Executing(action.clone()),
-            ),
-            SlotState::Finished { .. } if overdue => {
-                self.drain = DrainState::Left;
-                return SlotStep::Exit;
-            }
-            SlotState::Finished { action, result, .. } => (
-                self.not_before,
-                ReportKind::Completed,
-                Activity::Completed(action.clone(), result.clone()),
-            ),
-            SlotState::Cancelling {
-                then: Some((action, _)),
-                ..
-            } => (
-                self.due.max(self.not_before),
-                ReportKind::Executing,
-                Activity::Started(action.clone()),
-            ),
-            SlotState::Cancelling { then: None, .. } | SlotState::Starting { .. } => {
-                return SlotStep::Wait(None);
-            }
+        let (at, kind, activity) = match self.next_report(now, draining, overdue) {
+            Ok(report) => report,
+            Err(step) => return step,
         };
         if at > now {
             return SlotStep::Wait(Some(match deadline {
@@ -295,6 +244,79 @@ impl<T, R: Clone> Slot<T, R> {
         SlotStep::Call(SlotReport {
             activity,
             prefer_being_idle,
+        })
+    }
+
+    /// A call is under way: whether it is waited for any longer.
+    fn await_answer(&mut self, now: Instant, deadline: Option<Instant>) -> SlotStep<T, R> {
+        let Some(call) = &self.call else {
+            return SlotStep::Wait(None);
+        };
+        // The scheduler holds calls that ask for work; a slot that leaves must not wait for it.
+        let held =
+            deadline.is_some() && !call.prefer_being_idle && call.kind != ReportKind::Executing;
+        let limit = deadline.map(|deadline| match call.kind {
+            ReportKind::Leaving => (call.began + LEAVING_CALL_TIMEOUT)
+                .min(deadline.max(call.began + FINAL_CALL_TIMEOUT)),
+            _ => deadline.max(call.began + FINAL_CALL_TIMEOUT),
+        });
+        if held || limit.is_some_and(|limit| limit <= now) {
+            if call.kind == ReportKind::Leaving {
+                self.drain = DrainState::Left;
+            }
+            self.call = None;
+            return SlotStep::AbortCall;
+        }
+        // An execution is cancelled at the deadline, whatever the call does.
+        SlotStep::Wait(match self.state {
+            SlotState::Executing { .. } => deadline,
+            _ => limit,
+        })
+    }
+
+    /// What is to be reported, and when at the earliest; or what is to be done instead.
+    fn next_report(
+        &mut self,
+        now: Instant,
+        draining: bool,
+        overdue: bool,
+    ) -> Result<(Instant, ReportKind, Activity<R>), SlotStep<T, R>> {
+        Ok(match &mut self.state {
+            SlotState::Idle(_) if draining => (now, ReportKind::Leaving, Activity::Idle),
+            SlotState::Idle(readiness) => match readiness {
+                Readiness::Unknown { not_before } if *not_before <= now => {
+                    *readiness = Readiness::Checking;
+                    return Err(SlotStep::CheckReadiness);
+                }
+                Readiness::Unknown { not_before } => return Err(SlotStep::Wait(Some(*not_before))),
+                Readiness::Checking => return Err(SlotStep::Wait(None)),
+                Readiness::Ready => (self.not_before, ReportKind::Idle, Activity::Idle),
+            },
+            SlotState::Executing { action } => (
+                self.due.max(self.not_before),
+                ReportKind::Executing,
+                Activity::Executing(action.clone()),
+            ),
+            SlotState::Finished { .. } if overdue => {
+                self.drain = DrainState::Left;
+                return Err(SlotStep::Exit);
+            }
+            SlotState::Finished { action, result, .. } => (
+                self.not_before,
+                ReportKind::Completed,
+                Activity::Completed(action.clone(), result.clone()),
+            ),
+            SlotState::Cancelling {
+                then: Some((action, _)),
+                ..
+            } => (
+                self.due.max(self.not_before),
+                ReportKind::Executing,
+                Activity::Started(action.clone()),
+            ),
+            SlotState::Cancelling { then: None, .. } | SlotState::Starting { .. } => {
+                return Err(SlotStep::Wait(None));
+            }
         })
     }
 

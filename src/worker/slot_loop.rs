@@ -49,7 +49,7 @@ const MAXIMUM_READINESS_PAUSE: Duration = Duration::from_secs(5);
 
 /// How a slot presents itself.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Identity {
+pub struct SlotIdentity {
     /// Labels that no other slot of the farm has.
     pub worker_id: BTreeMap<String, String>,
     pub instance_name_prefix: InstanceName,
@@ -74,7 +74,7 @@ const LEFT_CALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long it may hear nothing from the scheduler, which chooses how long it holds a call.
 const SYNCHRONIZE_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 
-struct Execution {
+struct RunningExecution {
     result: JoinHandle<Box<ExecuteResponse>>,
     phase: watch::Receiver<ExecutionPhase>,
     cancel: CancellationToken,
@@ -88,6 +88,8 @@ struct StartedTask {
     attempt: Option<Attempt>,
 }
 
+type WorkerSlot = Slot<Result<AssignedTask, Box<ExecuteResponse>>, Box<ExecuteResponse>>;
+
 type Pending<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
 
 /// Serves one slot until `stopping`; then finishes the running action within `drain`, reports it,
@@ -98,7 +100,7 @@ type Pending<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
 )]
 pub async fn run(
     channel: Channel,
-    identity: Identity,
+    identity: SlotIdentity,
     token: Option<FencingToken>,
     executor: Arc<Executor>,
     slot: usize,
@@ -109,13 +111,12 @@ pub async fn run(
 ) {
     let client =
         OperationQueueClient::new(channel).max_decoding_message_size(MAXIMUM_RESPONSE_SIZE);
-    let mut state: Slot<Result<AssignedTask, Box<ExecuteResponse>>, Box<ExecuteResponse>> =
-        Slot::new(Instant::now());
+    let mut state = WorkerSlot::new(Instant::now());
     let mut told_to_stop = false;
     let mut call: Pending<Result<SynchronizeResponse, Status>> = None;
     let mut readiness: Pending<Result<(), NotReady>> = None;
     let mut paused = executor.availability.paused();
-    let mut execution: Option<Execution> = None;
+    let mut execution: Option<RunningExecution> = None;
     // What was started last, until its result has been taken.
     let mut started: Option<StartedTask> = None;
     let mut number = WorkerCall {
@@ -188,29 +189,7 @@ pub async fn run(
         match event {
             SlotEvent::Answered(answer) => {
                 call = None;
-                match *answer {
-                    Ok(response) => {
-                        status_line.answered();
-                        state.answered(now, answer_of(&identity, response, now));
-                    }
-                    Err(status) if refuses(&status) => {
-                        tracing::warn!(
-                            slot,
-                            code = ?status.code(),
-                            error = status.message(),
-                            "the scheduler does not take what this slot says"
-                        );
-                        let reason = shorten(status.message());
-                        let smaller = |response: Box<ExecuteResponse>| {
-                            Box::new(response_size::after_refusal(&response, &reason))
-                        };
-                        state.refused(now, fastrand::u64(..), smaller);
-                    }
-                    Err(status) => {
-                        state.failed(now, fastrand::u64(..));
-                        status_line.failed(status.code(), status.message(), SystemTime::now());
-                    }
-                }
+                note_answer(&mut state, *answer, &identity, slot, &status_line, now);
             }
             SlotEvent::Finished(response) => {
                 execution = None;
@@ -222,22 +201,7 @@ pub async fn run(
             }
             SlotEvent::Readiness(result) => {
                 readiness = None;
-                let pause = MAXIMUM_READINESS_PAUSE.mul_f64(fastrand::f64());
-                match &result {
-                    Ok(()) => status_line.ready(slot),
-                    Err(NotReady::Because(error)) => {
-                        status_line.unready(slot, error, SystemTime::now());
-                    }
-                    // What is the matter was said when the pause began.
-                    Err(NotReady::Paused { .. }) => {}
-                }
-                let pause = match &result {
-                    Err(NotReady::Paused { until }) => {
-                        until.saturating_duration_since(now) + pause / 10
-                    }
-                    _ => pause,
-                };
-                state.readiness(now, result.is_ok(), pause);
+                note_readiness(&mut state, &result, slot, &status_line, now);
             }
             SlotEvent::Paused(until) => state.pause(until),
             SlotEvent::Stopping => {
@@ -249,12 +213,70 @@ pub async fn run(
     }
 }
 
+/// What the scheduler answers to a call, or why it does not.
+fn note_answer(
+    state: &mut WorkerSlot,
+    answer: Result<SynchronizeResponse, Status>,
+    identity: &SlotIdentity,
+    slot: usize,
+    status_line: &StatusLine,
+    now: Instant,
+) {
+    match answer {
+        Ok(response) => {
+            status_line.answered();
+            state.answered(now, answer_of(identity, response, now));
+        }
+        Err(status) if refuses(&status) => {
+            tracing::warn!(
+                slot,
+                code = ?status.code(),
+                error = status.message(),
+                "the scheduler does not take what this slot says"
+            );
+            let reason = shorten(status.message());
+            let smaller = |response: Box<ExecuteResponse>| {
+                Box::new(response_size::after_refusal(&response, &reason))
+            };
+            state.refused(now, fastrand::u64(..), smaller);
+        }
+        Err(status) => {
+            state.failed(now, fastrand::u64(..));
+            status_line.failed(status.code(), status.message(), SystemTime::now());
+        }
+    }
+}
+
+/// Whether the runner, the storage and the disk are ready for an action.
+fn note_readiness(
+    state: &mut WorkerSlot,
+    result: &Result<(), NotReady>,
+    slot: usize,
+    status_line: &StatusLine,
+    now: Instant,
+) {
+    let pause = MAXIMUM_READINESS_PAUSE.mul_f64(fastrand::f64());
+    let pause = match result {
+        Ok(()) => {
+            status_line.ready(slot);
+            pause
+        }
+        Err(NotReady::Because(error)) => {
+            status_line.unready(slot, error, SystemTime::now());
+            pause
+        }
+        // What is the matter was said when the pause began.
+        Err(NotReady::Paused { until }) => until.saturating_duration_since(now) + pause / 10,
+    };
+    state.readiness(now, result.is_ok(), pause);
+}
+
 fn start(
     executor: Arc<Executor>,
     status_line: Arc<StatusLine>,
     slot: usize,
     task: Result<AssignedTask, Box<ExecuteResponse>>,
-) -> Execution {
+) -> RunningExecution {
     let (sender, phase) = watch::channel(ExecutionPhase::FetchingInputs);
     let cancel = CancellationToken::new();
     let cancelled = cancel.clone();
@@ -282,7 +304,7 @@ fn start(
             Err(refusal) => refusal,
         }
     };
-    Execution {
+    RunningExecution {
         result: tokio::spawn(work.instrument(span)),
         phase,
         _guard: cancel.clone().drop_guard(),
@@ -290,7 +312,7 @@ fn start(
     }
 }
 
-async fn returned(execution: &mut Option<Execution>) -> Box<ExecuteResponse> {
+async fn returned(execution: &mut Option<RunningExecution>) -> Box<ExecuteResponse> {
     let Some(execution) = execution else {
         return std::future::pending().await;
     };
@@ -324,7 +346,7 @@ async fn sleep_until(until: Option<Instant>) {
 }
 
 fn request(
-    identity: &Identity,
+    identity: &SlotIdentity,
     report: SlotReport<Box<ExecuteResponse>>,
     phase: Option<ExecutionPhase>,
     last: Option<&StartedTask>,
@@ -378,7 +400,7 @@ fn request(
 }
 
 fn answer_of(
-    identity: &Identity,
+    identity: &SlotIdentity,
     response: SynchronizeResponse,
     now: Instant,
 ) -> Answer<Result<AssignedTask, Box<ExecuteResponse>>> {

@@ -14,16 +14,16 @@ use std::{
 };
 
 use bb_remote_execution::{
-    config::scheduler::Scheduling,
+    config::scheduling::Scheduling,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::{self, reapi},
     scheduler::{
         queue::{
-            Attempt, Caller, DesiredWorkerState, Effect, EncodedResponse, Instruction,
-            InvocationKey, InvocationKeys, Limits, Platform, PredeclaredQueue, Queue, QueuedAction,
+            Attempt, DesiredWorkerState, Effect, EncodedResponse, Instruction, InvocationKey,
+            InvocationKeys, Limits, Platform, PredeclaredQueue, Queue, QueuedAction,
             ReportedAction, ReportedDigest, Request, Settings, SizeClassQueueKey,
-            SynchronizeAnswer, WorkerActivity, WorkerId, WorkerReport,
+            SynchronizeAnswer, WorkerActivity, WorkerCaller, WorkerId, WorkerReport,
         },
         size_class::Analyzer,
     },
@@ -112,7 +112,7 @@ struct Bench {
     queue: Queue<usize, u64>,
     now: Instant,
     key: SizeClassQueueKey,
-    workers: Vec<(Caller, Option<(Digest, Attempt)>)>,
+    workers: Vec<(WorkerCaller, Option<(Digest, Attempt)>)>,
     response: Arc<EncodedResponse>,
     invocations: u64,
     made: u64,
@@ -157,7 +157,7 @@ impl Bench {
         let workers = (0..workers).map(|worker| {
             let labels = [("hostname", "host"), ("thread", &worker.to_string())];
             let labels = labels.map(|(name, value)| (name.to_owned(), value.to_owned()));
-            let caller = Caller {
+            let caller = WorkerCaller {
                 id: WorkerId::new(labels.into()),
                 peer: "127.0.0.1:1".into(),
                 call: None,

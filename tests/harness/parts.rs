@@ -73,7 +73,7 @@ pub fn keep(cache: &FileCache, place: &Path, key: FileKey, content: &str) {
     fs::write(&path, content).unwrap();
     let parent = fs::File::open(place).unwrap();
     let file = fs::File::open(&path).unwrap();
-    cache.keep_output(key, &file, false, parent.as_fd(), "content");
+    cache.add_output(key, &file, false, parent.as_fd(), "content");
 }
 
 /// A file system in a file, mounted by loop; unmounted on drop.

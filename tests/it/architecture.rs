@@ -1,10 +1,10 @@
 //! The direction of dependencies, as src/ARCHITECTURE.md gives it.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeSet, fs, path::Path};
+
+use imports::{Modules, absolute_paths, circle, files, source};
+
+mod imports;
 
 /// Each imports only those before it.
 const WORDS: &[&str] = &[
@@ -27,25 +27,6 @@ const PURE: &[&str] = &[
     "runner/run_spec.rs",
 ];
 
-fn source() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src")
-}
-
-/// Every .rs file below `directory`, with its text.
-fn files(directory: &Path) -> Vec<(PathBuf, String)> {
-    let mut files: Vec<_> = walkdir::WalkDir::new(directory)
-        .into_iter()
-        .map(|entry| entry.unwrap().into_path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
-        .map(|path| {
-            let text = fs::read_to_string(&path).unwrap();
-            (path, text)
-        })
-        .collect();
-    files.sort();
-    files
-}
-
 /// The top-level module that a file belongs to.
 fn module(path: &Path) -> String {
     let relative = path.strip_prefix(source()).unwrap();
@@ -56,46 +37,6 @@ fn module(path: &Path) -> String {
         .unwrap()
         .trim_end_matches(".rs")
         .to_owned()
-}
-
-/// The top-level modules that a text names: `crate::x`, and the members of `crate::{…}`.
-fn imports(text: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    for (index, _) in text.match_indices("crate::") {
-        let rest = &text[index + "crate::".len()..];
-        if let Some(group) = rest.strip_prefix('{') {
-            let mut depth = 0;
-            let mut name = String::new();
-            for c in group.chars() {
-                match c {
-                    '{' => depth += 1,
-                    '}' if depth == 0 => break,
-                    '}' => depth -= 1,
-                    ',' if depth == 0 => {
-                        found.push(std::mem::take(&mut name));
-                        continue;
-                    }
-                    _ => {}
-                }
-                if depth == 0 {
-                    name.push(c);
-                }
-            }
-            found.push(name);
-        } else {
-            found.push(rest.to_owned());
-        }
-    }
-    found
-        .into_iter()
-        .map(|name| {
-            name.trim()
-                .chars()
-                .take_while(|c| c.is_alphanumeric() || *c == '_')
-                .collect()
-        })
-        .filter(|name: &String| !name.is_empty())
-        .collect()
 }
 
 /// Whether `first` comes before `second` in a list.
@@ -128,123 +69,15 @@ fn modules_import_only_what_lies_below_them() {
         if from == "lib" || from == "bin" {
             continue;
         }
-        for to in imports(&text) {
+        for to in absolute_paths(&text) {
+            let to = to.split("::").next().unwrap();
             assert!(
-                may_import(&from, &to),
+                may_import(&from, to),
                 "{} must not import crate::{to}",
                 path.display()
             );
         }
     }
-}
-
-/// The modules below a directory of the sources by their paths, with their texts but not their tests'.
-fn modules_below(directory: &str) -> BTreeMap<String, String> {
-    let files = files(&source().join(directory)).into_iter();
-    let modules = files.filter_map(|(path, text)| {
-        let path = path.strip_prefix(source()).unwrap().with_extension("");
-        let name = path.to_str().unwrap().replace('/', "::");
-        let name = name.strip_suffix("::mod").unwrap_or(&name).to_owned();
-        let code: Vec<&str> = text
-            .lines()
-            .take_while(|line| !line.starts_with("#[cfg(test)]"))
-            .map(|line| line.split("//").next().unwrap())
-            .collect();
-        (!name.ends_with("::tests")).then(|| (name, code.join("\n")))
-    });
-    modules.collect()
-}
-
-/// The single paths of a tree of them, `a::{b, c::{d, e}}`.
-fn expand(tree: &str) -> Vec<String> {
-    let tree = tree.trim();
-    let Some((prefix, rest)) = tree.split_once('{') else {
-        return vec![tree.to_owned()];
-    };
-    let (mut depth, mut start, mut paths) = (0, 0, Vec::new());
-    let members = rest.strip_suffix('}').unwrap_or(rest);
-    for (at, c) in members.char_indices().chain([(members.len(), ',')]) {
-        match c {
-            '{' => depth += 1,
-            '}' => depth -= 1,
-            ',' if depth == 0 => {
-                let expanded = expand(&members[start..at]).into_iter();
-                let expanded = expanded.filter(|path| !path.is_empty());
-                paths.extend(expanded.map(|path| format!("{prefix}{path}")));
-                start = at + 1;
-            }
-            _ => {}
-        }
-    }
-    paths
-}
-
-/// What a module names: in its imports, and from the root of the crate or the module above elsewhere.
-fn paths_in(code: &str) -> Vec<String> {
-    let mut paths = Vec::new();
-    for statement in code.split(';') {
-        let import = statement.rsplit_once("use ").filter(|(before, _)| {
-            let line = before.lines().last().unwrap_or_default().trim();
-            line.is_empty() || line.starts_with("pub")
-        });
-        match import {
-            Some((_, tree)) => paths.extend(expand(tree)),
-            None => {
-                let words = statement.split(|c: char| !c.is_alphanumeric() && !"_:".contains(c));
-                let absolute =
-                    |word: &&str| word.starts_with("crate::") || word.starts_with("super::");
-                paths.extend(words.filter(absolute).map(str::to_owned));
-            }
-        }
-    }
-    paths
-}
-
-/// Which of the modules a path in one of them leads to.
-fn module_of(path: &str, from: &str, modules: &BTreeMap<String, String>) -> Option<String> {
-    let mut at: Vec<&str> = from.split("::").collect();
-    let mut rest = path.split("::").map(str::trim).peekable();
-    match *rest.peek()? {
-        "crate" => at.clear(),
-        "super" | "self" => {}
-        child if modules.contains_key(&format!("{from}::{child}")) => {}
-        _ => return None,
-    }
-    for part in rest {
-        match part {
-            "crate" | "self" => {}
-            "super" => drop(at.pop()),
-            name => at.push(name),
-        }
-    }
-    while !at.is_empty() && !modules.contains_key(&at.join("::")) {
-        at.pop();
-    }
-    Some(at.join("::")).filter(|module| !module.is_empty() && module != from)
-}
-
-/// A module of several files is read from its `mod.rs` on, which names what is in it; so what is in it
-/// does not import from there.
-#[test]
-fn the_workers_modules_import_one_another_in_no_circle() {
-    let modules = modules_below("worker");
-    let mut imports: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
-    for (name, code) in &modules {
-        let paths = paths_in(code);
-        let named = paths
-            .iter()
-            .filter_map(|path| module_of(path, name, &modules));
-        imports.insert(name, named.collect());
-    }
-    assert!(imports.values().map(BTreeSet::len).sum::<usize>() > modules.len());
-    loop {
-        let left: BTreeSet<String> = imports.keys().map(|name| (*name).to_owned()).collect();
-        imports.retain(|_, imported| imported.iter().any(|name| left.contains(name)));
-        if imports.len() == left.len() {
-            break;
-        }
-    }
-    assert!(imports.is_empty(), "in circles, or above one: {imports:#?}");
 }
 
 #[test]
@@ -462,154 +295,40 @@ const RUNNER: &[&str] = &[
     "sys",
 ];
 
-/// The module of a file: `runner/spawn/mod.rs` is `runner::spawn`.
-fn module_path(path: &Path) -> Vec<String> {
-    let relative = path.strip_prefix(source()).unwrap().with_extension("");
-    let mut names: Vec<String> = relative
-        .iter()
-        .map(|name| name.to_str().unwrap().to_owned())
-        .collect();
-    names.pop_if(|name| name == "mod");
-    names
-}
+/// What is in a directory of these is read from its `mod.rs` on, which names it: so `mod.rs` counts as
+/// importing all of it, and nothing in it imports from there.
+const READ_FROM_THE_TOP: &[&str] = &["runner", "worker"];
 
-/// The paths of a use tree, such as `a::{b, c::d}`, with which a text begins.
-fn use_tree(text: &mut &str) -> Vec<Vec<String>> {
-    let name: String = text
-        .chars()
-        .take_while(|c| c.is_alphanumeric() || *c == '_')
-        .collect();
-    *text = &text[name.len()..];
-    if let Some(rest) = text.strip_prefix("::{") {
-        *text = rest;
-        let mut paths = Vec::new();
-        loop {
-            *text = text.trim_start_matches(|c: char| c.is_whitespace() || c == ',');
-            let before = text.len();
-            if text.starts_with('}') || text.is_empty() {
-                *text = text.get(1..).unwrap_or_default();
-                break;
-            }
-            paths.extend(use_tree(text));
-            if text.len() == before {
-                break;
-            }
+#[test]
+fn modules_import_one_another_in_no_circle() {
+    let mut imports = Modules::read().imports();
+    assert!(imports.len() > 350 && imports.values().map(BTreeSet::len).sum::<usize>() > 1500);
+    let names: Vec<String> = imports.keys().cloned().collect();
+    for name in names {
+        let Some((parent, _)) = name.rsplit_once("::") else {
+            continue;
+        };
+        let top = name.split("::").next().unwrap();
+        if READ_FROM_THE_TOP.contains(&top) {
+            imports.get_mut(parent).unwrap().insert(name);
         }
-        for path in &mut paths {
-            path.insert(0, name.clone());
-        }
-        return paths;
     }
-    match text.strip_prefix("::") {
-        Some(rest) if rest.starts_with(|c: char| c.is_alphabetic() || c == '_') => {
-            *text = rest;
-            let mut paths = use_tree(text);
-            for path in &mut paths {
-                path.insert(0, name.clone());
-            }
-            paths
-        }
-        _ => vec![vec![name]],
-    }
-}
-
-/// The modules below `root` that each file there uses; a directory's mod.rs uses all that it declares.
-fn uses(root: &str) -> BTreeMap<Vec<String>, BTreeSet<Vec<String>>> {
-    let files = files(&source().join(root));
-    let modules: BTreeSet<Vec<String>> = files.iter().map(|(path, _)| module_path(path)).collect();
-    let mut uses = BTreeMap::new();
-    for (path, text) in &files {
-        let own = module_path(path);
-        let product = text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
-        let mut used = BTreeSet::new();
-        let starts = product
-            .match_indices("super::")
-            .chain(product.match_indices("crate::"))
-            .filter(|(at, _)| !product[..*at].ends_with("::"));
-        for (at, _) in starts {
-            for named in use_tree(&mut &product[at..]) {
-                let mut absolute = own.clone();
-                for name in named {
-                    match name.as_str() {
-                        "crate" => absolute.clear(),
-                        "super" => drop(absolute.pop()),
-                        _ => absolute.push(name),
-                    }
-                }
-                while !absolute.is_empty() && !modules.contains(&absolute) {
-                    absolute.pop();
-                }
-                used.insert(absolute);
-            }
-        }
-        for line in product.lines() {
-            if let Some(name) = line
-                .strip_prefix("mod ")
-                .and_then(|it| it.strip_suffix(';'))
-            {
-                used.insert([own.as_slice(), &[name.to_owned()]].concat());
-            }
-        }
-        used.remove(&own);
-        used.remove(&Vec::new());
-        uses.insert(own, used);
-    }
-    uses
-}
-
-/// Modules each of which uses the next one, and the last one the first.
-fn circle(uses: &BTreeMap<Vec<String>, BTreeSet<Vec<String>>>) -> Option<Vec<Vec<String>>> {
-    fn visit(
-        module: &Vec<String>,
-        uses: &BTreeMap<Vec<String>, BTreeSet<Vec<String>>>,
-        path: &mut Vec<Vec<String>>,
-        done: &mut BTreeSet<Vec<String>>,
-    ) -> bool {
-        if let Some(at) = path.iter().position(|it| it == module) {
-            path.drain(..at);
-            return true;
-        }
-        if done.contains(module) {
-            return false;
-        }
-        path.push(module.clone());
-        for used in &uses[module] {
-            if visit(used, uses, path, done) {
-                return true;
-            }
-        }
-        path.pop();
-        done.insert(module.clone());
-        false
-    }
-    let (mut path, mut done) = (Vec::new(), BTreeSet::new());
-    let has_circle = uses
-        .keys()
-        .any(|module| visit(module, uses, &mut path, &mut done));
-    has_circle.then_some(path)
+    assert_eq!(circle(&imports), None);
 }
 
 #[test]
-fn no_two_files_of_the_runner_use_each_other() {
-    let uses = uses("runner");
-    assert!(uses.len() > 40 && uses.values().map(BTreeSet::len).sum::<usize>() > 100);
-    assert_eq!(circle(&uses), None);
-}
-
-#[test]
-fn modules_of_the_runner_use_only_what_comes_after_them() {
-    let place = |module: &[String]| {
-        let name = module.get(1)?;
-        let place = RUNNER.iter().position(|it| it == name);
+fn modules_of_the_runner_import_only_what_comes_after_them() {
+    let place = |module: &str| {
+        let name = module.strip_prefix("runner::")?.split("::").next()?;
+        let place = RUNNER.iter().position(|it| *it == name);
         Some(place.unwrap_or_else(|| panic!("runner/{name} is in no place")))
     };
-    for (module, used) in uses("runner") {
-        for used in used {
+    for (module, imported) in Modules::read().imports() {
+        let of_runner = imported.iter().filter(|name| name.starts_with("runner"));
+        for imported in of_runner.filter(|_| module.starts_with("runner")) {
             assert!(
-                place(&module) <= place(&used),
-                "{} must not use {}",
-                module.join("::"),
-                used.join("::")
+                place(&module) <= place(imported),
+                "{module} must not import {imported}"
             );
         }
     }

@@ -15,16 +15,16 @@ use std::{
 };
 
 use bb_remote_execution::{
-    config::scheduler::Scheduling,
+    config::scheduling::Scheduling,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     proto::reapi,
     scheduler::{
         queue::{
-            Attempt, Caller, DesiredWorkerState, Effect, EncodedResponse, Instruction,
-            InvocationKey, InvocationKeys, Platform, PredeclaredQueue, Queue, QueuedAction,
-            ReportedAction, ReportedDigest, Request, Settings, SizeClassQueueKey, Stage,
-            SynchronizeAnswer, WorkerActivity, WorkerId, WorkerReport,
+            Attempt, DesiredWorkerState, Effect, EncodedResponse, Instruction, InvocationKey,
+            InvocationKeys, Platform, PredeclaredQueue, Queue, QueuedAction, ReportedAction,
+            ReportedDigest, Request, Settings, SizeClassQueueKey, Stage, SynchronizeAnswer,
+            WorkerActivity, WorkerCaller, WorkerId, WorkerReport,
         },
         size_class::Analyzer,
     },
@@ -316,7 +316,7 @@ impl World {
     }
 
     fn synchronize(&mut self, worker: usize) -> Result<(), String> {
-        let caller = Caller {
+        let caller = WorkerCaller {
             id: WorkerId::new([("thread".to_owned(), worker.to_string())].into()),
             peer: format!("127.0.0.1:{worker}").into(),
             call: None,

@@ -35,17 +35,17 @@ use std::{
 };
 
 use bb_remote_execution::{
-    config::scheduler::Scheduling,
+    config::scheduling::Scheduling,
     digest::{Digest, DigestFunction},
     instance::InstanceName,
     metadata::{FencingToken, WorkerCall},
     proto::{self, reapi, rpc},
     scheduler::queue::{
-        Attempt, Caller, Clock, DesiredWorkerState, Drain, Effect, EncodedResponse, ExecuteRefusal,
+        Attempt, Clock, DesiredWorkerState, Drain, Effect, EncodedResponse, ExecuteRefusal,
         Explanation, HeldCall, Instruction, InvocationKey, InvocationKeys, Limits, Platform,
         PredeclaredQueue, Progress, Queue, QueuedAction, ReportedAction, ReportedDigest,
         Request as QueueRequest, Settings, SizeClassQueueKey, Stage, SynchronizeAnswer, TICK,
-        WorkerActivity, WorkerId, WorkerPattern, WorkerReport,
+        WorkerActivity, WorkerCaller, WorkerId, WorkerPattern, WorkerReport,
     },
     scheduler::size_class::Analyzer,
     worker::slot::{Activity, Answer, Desired, Slot, SlotReport, SlotStep},

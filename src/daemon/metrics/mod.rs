@@ -4,16 +4,19 @@
 //! 2. A daemon's sources are asked when the metrics are fetched. Values of labels come from closed sets, or
 //!    from one that its source bounds, so that clients cannot make a server of metrics keep more.
 //!
-//! `histogram` counts durations, `calls` counts gRPC calls; `exposition` writes all of it.
+//! `histogram` counts durations, `calls` counts gRPC calls; `exposition` is what sources write to, `registry`
+//! has all of them.
 
 mod calls;
 mod exposition;
 mod histogram;
+mod registry;
 
 pub(super) use calls::CountedCall;
 pub use calls::failure_code;
-pub use exposition::{Exposition, Labels, Metrics};
+pub use exposition::{Exposition, Labels};
 pub use histogram::{Counts, DURATION_BOUNDS, Durations, Histogram};
+pub use registry::Metrics;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

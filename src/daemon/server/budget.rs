@@ -15,6 +15,7 @@
 //!    before.
 
 use std::{
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -75,6 +76,9 @@ pub struct BudgetReservation {
     account: Arc<ConnectionBudget>,
     bytes: u64,
 }
+
+/// A wait, while there is one.
+pub(super) type PendingFuture<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
 
 /// There was no room for too long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -26,10 +26,10 @@ use tower::Service;
 use crate::auth::Identity;
 
 use super::{
-    ServerLimits,
-    budget::{BudgetExhausted, BudgetReservation, ConnectionBudget},
+    budget::{BudgetExhausted, BudgetReservation, ConnectionBudget, PendingFuture},
     caller::Caller,
     connection::{CallConnection, CallOwner, ClientConnection},
+    limits::ServerLimits,
     response_body::{ResponseBody, ResponseBudget, ResponseReservation},
     status,
 };
@@ -70,10 +70,6 @@ fn too_large(length: u64, largest: u64) -> Status {
     ))
 }
 
-pub(super) fn exhausted(error: BudgetExhausted) -> Status {
-    Status::resource_exhausted(error.to_string())
-}
-
 /// The answer to one request of a connection.
 pub(super) async fn answer(
     caller: &Arc<ClientConnection>,
@@ -96,7 +92,7 @@ pub(super) async fn answer(
     let weight = CALL_OVERHEAD + weight(request.headers());
     let headers = match accounts.received.reserve(weight).await {
         Ok(headers) => headers,
-        Err(error) => return refuse(caller, exhausted(error), Some(counted)),
+        Err(error) => return refuse(caller, status::exhausted(error), Some(counted)),
     };
     let identity = caller.identity.get().cloned().unwrap_or_default();
     let policy = &caller.policy;
@@ -294,8 +290,6 @@ impl MessageFraming {
     }
 }
 
-pub(super) type PendingFuture<T> = Option<Pin<Box<dyn Future<Output = T> + Send>>>;
-
 struct RequestBody {
     inner: Incoming,
     limits: Arc<ServerLimits>,
@@ -355,7 +349,7 @@ impl HttpBody for RequestBody {
                 this.reservation = None;
                 match reservation {
                     Ok(reservation) => this.received.0.lock().message = Some(reservation),
-                    Err(error) => return Poll::Ready(Some(Err(exhausted(error)))),
+                    Err(error) => return Poll::Ready(Some(Err(status::exhausted(error)))),
                 }
             }
             if let Some(data) = this.waiting.take() {
@@ -382,7 +376,7 @@ impl HttpBody for RequestBody {
                 Err(length) => return Poll::Ready(Some(Err(too_large(length, largest)))),
             };
             this.restart_timer(begun);
-            this.pause = pause_for(&this.caller, data.len());
+            this.pause = this.caller.pause_after(data.len());
             if begun > 0 {
                 // What came before it has been taken.
                 this.received.0.lock().message = None;
@@ -396,12 +390,6 @@ impl HttpBody for RequestBody {
     fn is_end_stream(&self) -> bool {
         self.waiting.is_none() && self.inner.is_end_stream()
     }
-}
-
-/// After so many bytes.
-pub(super) fn pause_for(caller: &Caller, bytes: usize) -> Option<Pin<Box<Sleep>>> {
-    let delay = caller.bytes.take(bytes as u64, std::time::Instant::now());
-    (!delay.is_zero()).then(|| Box::pin(tokio::time::sleep(delay)))
 }
 
 #[cfg(test)]

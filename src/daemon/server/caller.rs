@@ -11,15 +11,17 @@ use std::{
     collections::BTreeMap,
     fmt,
     net::{IpAddr, Ipv6Addr},
+    pin::Pin,
     sync::Arc,
     time::Instant,
 };
 
 use parking_lot::Mutex;
+use tokio::time::Sleep;
 
 use super::{
-    CONNECTION_WINDOW, SMALLEST_WINDOW, ServerLimits,
     budget::{Budget, BudgetReservation, CallerBudget, ConnectionBudget},
+    limits::{CONNECTION_WINDOW, SMALLEST_WINDOW, ServerLimits},
     rate::Rate,
 };
 use crate::{auth::Identity, daemon::Peer};
@@ -159,6 +161,12 @@ impl Callers {
 }
 
 impl Caller {
+    /// How long it waits after so many bytes, if at all.
+    pub(super) fn pause_after(&self, bytes: usize) -> Option<Pin<Box<Sleep>>> {
+        let delay = self.bytes.take(bytes as u64, Instant::now());
+        (!delay.is_zero()).then(|| Box::pin(tokio::time::sleep(delay)))
+    }
+
     /// What a new connection takes; `None` when this caller has as many as it may.
     pub(super) fn connect(self: &Arc<Self>) -> Option<Accounts> {
         let place = self.connections.account().try_reserve(1)?;

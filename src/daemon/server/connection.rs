@@ -9,7 +9,6 @@
 //! 4. Whether a peer is still there is asked by PING; one that is not is hyper's to close.
 
 use std::{
-    pin::pin,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
@@ -17,32 +16,24 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use hyper::{server::conn::http2, service::service_fn};
-use hyper_util::rt::{TokioExecutor, TokioIo};
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
 
 use super::{
-    ServerLimits,
-    accept::Server,
-    access::{self, Policy},
+    access::Policy,
     budget::BudgetReservation,
-    call,
     caller::{Accounts, Caller, CallerKey, Callers},
-    opening::{self, OpenedConnection},
+    limits::ServerLimits,
 };
 use crate::{
     auth::Identity,
-    daemon::{LogRateLimit, Peer, PeerCertificate, listen::AcceptedStream, tokens::TokenTurn},
+    daemon::{Peer, PeerCertificate, listen::AcceptedStream, tokens::TokenTurn},
 };
 
 /// How often a connection is looked at.
 pub(super) const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// What a client has to read GOAWAY and to close the connection by itself.
 pub(super) const GOAWAY_GRACE: Duration = Duration::from_secs(2);
-/// Lines about connections on which HTTP/2 did not begin.
-static REFUSALS: LogRateLimit = LogRateLimit::new(20, Duration::from_secs(10));
 /// Of a connection of gRPC that stays silent.
 pub(super) const NO_HTTP2: &str = "its peer does not speak HTTP/2, or not at all";
 /// The preface of HTTP/2, and the head of the frame that follows it.
@@ -125,7 +116,7 @@ pub(super) struct ActiveCall {
 
 /// What shall become of a connection.
 #[derive(Debug, PartialEq, Eq)]
-enum Decision {
+pub(super) enum Decision {
     Keep,
     /// Its client hears of it first.
     CloseGracefully,
@@ -223,43 +214,11 @@ impl ClientConnection {
         (activity.under_way == 0).then_some((activity.called, activity.since))
     }
 
-    /// What `opening` makes of the connection; `None` when it is over already.
-    pub(super) async fn open<T>(
-        &self,
-        server: &Server,
-        opening: impl Future<Output = Result<T, String>>,
-    ) -> Option<T> {
-        let opened = tokio::select! {
-            opened = tokio::time::timeout(server.limits.handshake, opening) => opened,
-            () = server.killed.cancelled() => return None,
-            () = server.stopping.cancelled() => return None,
-            () = self.evict.cancelled() => return None,
-        };
-        let reason = match opened {
-            Ok(Ok(opened)) => return Some(opened),
-            Ok(Err(reason)) => reason,
-            Err(_) => server.reason_of_silence()?.to_owned(),
-        };
-        if let Some(lines_withheld) = REFUSALS.admit(Instant::now()) {
-            tracing::info!(peer = ?self.peer, reason, lines_withheld, "closed a connection");
-        }
-        None
-    }
-
     /// What the peer has shown in its handshake; called once, before it is known who calls.
     pub(super) fn show(&self, certificate: Option<PeerCertificate>) {
         if let Some(certificate) = certificate {
             let _ = self.certificate.set(certificate);
         }
-    }
-
-    /// Now it is known who makes the connection. False when it may have no more of them.
-    pub(super) fn identify(&self, server: &Server, number: u64) -> bool {
-        let identity = access::identify(&self.peer, self.certificate.get());
-        let may_go_on = server.opened(number, self, &identity);
-        // It is set here alone.
-        let _ = self.identity.set(Arc::new(identity));
-        may_go_on
     }
 
     /// Whether what the peer has shown counts no longer.
@@ -281,7 +240,8 @@ impl ClientConnection {
         self.evict.cancel();
     }
 
-    fn decide(&self, now: Instant, limits: &ServerLimits) -> Decision {
+    /// What shall become of it now.
+    pub(super) fn decide(&self, now: Instant, limits: &ServerLimits) -> Decision {
         let short = self
             .callers
             .answers()
@@ -330,99 +290,5 @@ impl Drop for ActiveCall {
         let mut activity = self.caller.activity.lock();
         activity.under_way -= 1;
         activity.since = Instant::now();
-    }
-}
-
-enum Event {
-    Ended(Result<(), hyper::Error>),
-    Stopping,
-    Evict,
-    Killed,
-    Look,
-}
-
-/// Until the connection is closed, or the server stops.
-pub(super) async fn serve(
-    server: &Server,
-    number: u64,
-    connection: AcceptedStream,
-    caller: Arc<ClientConnection>,
-    routes: Routes,
-) {
-    let limits = &server.limits;
-    let opening = opening::open(connection, server.acceptor.as_ref());
-    let (connection, refusal) = match caller.open(server, opening).await {
-        None => return,
-        Some(OpenedConnection::Refused(connection, why)) => (connection, Some(why)),
-        Some(OpenedConnection::Served(connection, certificate)) => {
-            caller.show(certificate);
-            (connection, None)
-        }
-    };
-    if !caller.identify(server, number) {
-        return;
-    }
-    let service = {
-        let caller = caller.clone();
-        service_fn(move |request| {
-            let (caller, routes) = (caller.clone(), routes.clone());
-            async move {
-                Ok::<_, std::convert::Infallible>(match refusal {
-                    None => call::answer(&caller, routes, request).await,
-                    Some(why) => call::refuse_connection(&caller, why),
-                })
-            }
-        })
-    };
-    let mut protocol = http2::Builder::new(TokioExecutor::new());
-    let (window, _held) = caller.accounts().caller.window();
-    limits.apply(window, &mut protocol);
-    let mut serving = pin!(protocol.serve_connection(TokioIo::new(connection), service));
-    let round = CHECK_INTERVAL
-        .min(limits.handshake)
-        .min(limits.first_call)
-        .min(limits.idle)
-        .min(limits.stalled_when_short);
-    // From when on it is cut, unless calls are under way.
-    let mut leaving: Option<Instant> = None;
-    let mut told_to_stop = false;
-    loop {
-        let event = tokio::select! {
-            ended = &mut serving => Event::Ended(ended),
-            () = server.killed.cancelled() => Event::Killed,
-            () = server.stopping.cancelled(), if !told_to_stop => Event::Stopping,
-            () = caller.evict.cancelled(), if leaving.is_none() => Event::Evict,
-            () = tokio::time::sleep(round) => Event::Look,
-        };
-        let now = Instant::now();
-        match event {
-            Event::Ended(Ok(())) | Event::Killed => return,
-            Event::Ended(Err(error)) => {
-                tracing::debug!(peer = ?caller.peer, %error, "a connection ended");
-                return;
-            }
-            Event::Evict if caller.idle().is_some_and(|(called, _)| !called) => return,
-            Event::Stopping | Event::Evict => {
-                told_to_stop |= server.stopping.is_cancelled();
-                serving.as_mut().graceful_shutdown();
-                leaving.get_or_insert(now + GOAWAY_GRACE);
-            }
-            Event::Look => match caller.decide(now, limits) {
-                Decision::Abort(reason) => {
-                    tracing::info!(peer = ?caller.peer, reason, "closed a connection");
-                    return;
-                }
-                _ if leaving.is_some_and(|end| now >= end) => {
-                    if caller.idle().is_some() {
-                        return;
-                    }
-                }
-                Decision::CloseGracefully if leaving.is_none() => {
-                    serving.as_mut().graceful_shutdown();
-                    leaving = Some(now + GOAWAY_GRACE);
-                }
-                Decision::CloseGracefully | Decision::Keep => {}
-            },
-        }
     }
 }

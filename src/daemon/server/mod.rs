@@ -8,23 +8,22 @@
 //!    has more than its share of them, one of its own.
 //! 3. Whatever a status says fits into everybody's headers (`status`).
 //!
-//! To read in this order: this file has what a listener grants; `accept` accepts connections; `opening`
-//! is how one begins, `connection` what it is then, `call` one call on it, `response_body` what that
-//! answers, `access` whether it is allowed; `services` are what is called. `pages` is what a connection
-//! of a browser is.
+//! To read in this order: `limits` has what a listener grants; `accept` accepts connections,
+//! `open_connections` has those that are open; `opening` is how one begins, `connection` whose it is then,
+//! and `grpc` serves it; `call` is one call on it, `response_body` what that answers, `access` whether it
+//! is allowed; `services` are what is called. `pages` serves a browser's connection.
 //!
 //! tonic's own server could not keep (1) and (2): none of its connections can be told to go away, or be
 //! cut, by itself.
 
 use std::time::Duration;
 
-use hyper::server::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use axum::Router;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use self::accept::Protocol;
-use super::{Failure, listen::Listener, process};
+use self::open_connections::Protocol;
+use super::{Failure, listen::Listener};
 
 mod accept;
 mod access;
@@ -32,6 +31,9 @@ mod budget;
 mod call;
 mod caller;
 mod connection;
+mod grpc;
+mod limits;
+mod open_connections;
 mod opening;
 mod pages;
 mod rate;
@@ -43,137 +45,10 @@ pub use access::{Access, PageAccess, Policy, client_address, client_name, warn_g
 pub use budget::BudgetReservation;
 pub use call::RequestReservation;
 pub use connection::CallConnection;
-pub use pages::{PageLimits, PageOrigin, serve_pages};
+pub use limits::{PageLimits, ServerLimits};
+pub use pages::PageOrigin;
 pub use response_body::{ResponseBudget, with_reservation};
 pub use services::Services;
-
-/// What one listener grants its callers.
-#[derive(Clone, Debug)]
-pub struct ServerLimits {
-    /// Bytes of messages that are on their way in, on one connection and on all.
-    pub received: u64,
-    /// The same, on one connection.
-    pub request_bytes_per_connection: u64,
-    /// Bytes of answers that are not written to their connections, on one and on all.
-    pub answers: u64,
-    /// The same, on one connection.
-    pub response_bytes_per_connection: u64,
-    /// Bytes that may arrive ahead of the calls of all connections, besides 64 KiB of each.
-    pub windows: u64,
-    /// Calls under way on all connections.
-    pub calls: u64,
-    /// The same, on one connection.
-    pub calls_per_connection: u32,
-    /// Connections that are open.
-    pub connections: usize,
-    /// Those of them on which neither TLS nor HTTP/2 has begun; the oldest gives way.
-    pub half_open: usize,
-    /// Bytes of a message.
-    pub largest_message: u64,
-    /// Until TLS and HTTP/2 have begun.
-    pub handshake: Duration,
-    /// Until the first call.
-    pub first_call: Duration,
-    /// Without a call.
-    pub idle: Duration,
-    /// Between two messages of a stream.
-    pub pause: Duration,
-    /// For a message that has begun, and a second for each 64 KiB of it.
-    pub message: Duration,
-    /// Of each caller; 0 for as many as it likes.
-    pub requests_per_second: u64,
-    /// Of messages of each caller, in both directions; 0 for as many as it likes.
-    pub bytes_per_second: u64,
-    /// Without reading any of what was asked for; and that when others wait for the room.
-    pub stalled: Duration,
-    /// The same, when others wait for the room.
-    pub stalled_when_short: Duration,
-    /// After so long without a word of the peer it is asked whether it is there (PING).
-    pub ping_interval: Duration,
-    /// How long it may take to answer.
-    pub ping_timeout: Duration,
-}
-
-impl Default for ServerLimits {
-    fn default() -> Self {
-        ServerLimits {
-            received: 256 << 20,
-            request_bytes_per_connection: 64 << 20,
-            answers: 256 << 20,
-            response_bytes_per_connection: 64 << 20,
-            windows: 512 << 20,
-            calls: call_limit(),
-            // A Bazel with --jobs=2000 has as many streams on one connection, and proxies gather
-            // several of them.
-            calls_per_connection: 10_000,
-            connections: connection_limit(),
-            half_open: 1000,
-            largest_message: 16 << 20,
-            handshake: Duration::from_secs(10),
-            first_call: Duration::from_secs(60),
-            idle: Duration::from_secs(30 * 60),
-            pause: Duration::from_secs(300),
-            message: Duration::from_secs(60),
-            requests_per_second: 0,
-            bytes_per_second: 0,
-            stalled: Duration::from_secs(300),
-            stalled_when_short: Duration::from_secs(10),
-            ping_interval: Duration::from_secs(60),
-            ping_timeout: Duration::from_secs(20),
-        }
-    }
-}
-
-/// Two listeners together leave a fifth of all descriptors to files.
-fn connection_limit() -> usize {
-    let limit = process::file_limit().map_or(MAX_CONNECTIONS, |limit| {
-        usize::try_from(limit).unwrap_or(MAX_CONNECTIONS)
-    });
-    (limit / 5 * 2).clamp(8, MAX_CONNECTIONS)
-}
-
-const MAX_CONNECTIONS: usize = 10_000;
-
-/// Memory of a call that is under way, in bytes, when it waits for an operation: measured, and a quarter more.
-const CALL_MEMORY: u64 = 32 << 10;
-
-/// What a quarter of the memory has room for.
-fn call_limit() -> u64 {
-    (process::memory_limit() / 4 / CALL_MEMORY).clamp(10_000, 1_000_000)
-}
-
-/// A piece of 4 MiB in flight needs no round trip on a LAN. This is what a connection can hold besides
-/// what its calls have been given; one that finds no room for that among all of them has less.
-const STREAM_WINDOW: u32 = 4 << 20;
-const CONNECTION_WINDOW: u32 = 8 << 20;
-/// With which every connection begins (RFC 9113, section 6.9.2).
-const SMALLEST_WINDOW: u32 = 65_535;
-
-/// Calls that are read together with their cancellation. A client that is interrupted cancels all that
-/// it has just asked for; at 20, the default of h2, that ends the calls of all who share the
-/// connection.
-const PENDING_RESETS: usize = 1000;
-
-/// In the life of a connection: frames of calls that were answered before their client had sent
-/// everything, and forgotten before it stopped. Beyond that h2 ends the connection, whose default is
-/// 1024; each may leave an unread answer of a few bytes behind.
-const ERROR_RESETS: usize = 16_384;
-
-impl ServerLimits {
-    /// `window` is how much may arrive on the connection ahead of its calls.
-    fn apply(&self, window: u32, protocol: &mut http2::Builder<TokioExecutor>) {
-        protocol
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(STREAM_WINDOW.min(window))
-            .initial_connection_window_size(window)
-            .max_concurrent_streams(self.calls_per_connection)
-            .max_frame_size(1 << 20)
-            .max_pending_accept_reset_streams(PENDING_RESETS)
-            .max_local_error_reset_streams(ERROR_RESETS)
-            .keep_alive_interval(self.ping_interval)
-            .keep_alive_timeout(self.ping_timeout);
-    }
-}
 
 /// Serves until `stopping`, then gives calls that are under way `drain` to finish.
 pub async fn serve(
@@ -195,5 +70,18 @@ pub async fn serve_within(
 ) -> Result<(), Failure> {
     let protocol = Protocol::Grpc(routes.prepare());
     accept::accept_and_drain(listener, protocol, limits, stopping, drain).await;
+    Ok(())
+}
+
+/// Serves pages until `stopping`, then gives requests that are under way `drain` to finish.
+pub async fn serve_pages(
+    listener: Listener,
+    router: Router,
+    limits: PageLimits,
+    stopping: CancellationToken,
+    drain: Duration,
+) -> Result<(), Failure> {
+    let protocol = Protocol::Pages(router);
+    accept::accept_and_drain(listener, protocol, limits.into(), stopping, drain).await;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Serving pages on a listener, by HTTP/1.1 and HTTP/2, to browsers and whatever else fetches them.
+//! Serving pages on a connection, by HTTP/1.1 and HTTP/2, to browsers and whatever else fetches them.
 //!
 //! 1. At most `PageLimits::connections` are open, shared among callers like those of gRPC; when all are, one
 //!    on which nothing is asked for gives way.
@@ -28,45 +28,15 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     time::{Instant, Sleep},
 };
-use tokio_util::sync::CancellationToken;
 use tower::Service;
 
 use super::{
-    ServerLimits,
-    accept::{self, Protocol, Server},
     call,
     connection::{CHECK_INTERVAL, ClientConnection, GOAWAY_GRACE},
+    open_connections::OpenConnection,
     opening,
 };
-use crate::daemon::{
-    Failure,
-    listen::{AcceptedStream, Listener},
-};
-
-/// Requests under way on one connection of HTTP/2.
-const MAX_STREAMS: u32 = 32;
-
-/// What a listener for pages grants its callers.
-#[derive(Clone, Debug)]
-pub struct PageLimits {
-    /// Connections that are open.
-    pub connections: usize,
-    /// Until TLS has begun, and for the head of a request.
-    pub head: Duration,
-    /// Without a byte in either direction.
-    pub silence: Duration,
-}
-
-impl Default for PageLimits {
-    fn default() -> Self {
-        PageLimits {
-            // A tenth of the descriptors that two other listeners have at least.
-            connections: (super::connection_limit() / 8).clamp(8, 1500),
-            head: Duration::from_secs(10),
-            silence: Duration::from_secs(120),
-        }
-    }
-}
+use crate::daemon::listen::AcceptedStream;
 
 /// How a request came; in its extensions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,42 +47,15 @@ pub struct PageOrigin {
     pub is_local_socket: bool,
 }
 
-/// Serves until `stopping`, then gives requests that are under way `drain` to finish.
-pub async fn serve_pages(
-    listener: Listener,
-    router: Router,
-    limits: PageLimits,
-    stopping: CancellationToken,
-    drain: Duration,
-) -> Result<(), Failure> {
-    let limits = ServerLimits {
-        connections: limits.connections,
-        half_open: limits.connections,
-        handshake: limits.head,
-        idle: limits.silence,
-        calls_per_connection: MAX_STREAMS,
-        ..ServerLimits::default()
-    };
-    let protocol = Protocol::Pages(router);
-    accept::accept_and_drain(listener, protocol, limits, stopping, drain).await;
-    Ok(())
-}
-
 /// Until the connection is closed, or the server stops.
-pub(super) async fn serve(
-    server: &Server,
-    number: u64,
-    connection: AcceptedStream,
-    caller: Arc<ClientConnection>,
-    router: Router,
-) {
+pub(super) async fn serve(open: &OpenConnection, connection: AcceptedStream, router: Router) {
+    let (server, caller) = (&open.server, &open.client);
     let limits = &server.limits;
     let opening = opening::open_pages(connection, server.acceptor.as_ref());
-    let Some((connection, certificate)) = caller.open(server, opening).await else {
+    let Some((connection, certificate)) = open.open(opening).await else {
         return;
     };
-    caller.show(certificate);
-    if !caller.identify(server, number) {
+    if !open.identify(certificate) {
         return;
     }
     let origin = PageOrigin {

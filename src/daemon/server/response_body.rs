@@ -17,8 +17,7 @@ use tokio::time::Sleep;
 use tonic::{Status, body::Body};
 
 use super::{
-    budget::{BudgetReservation, ConnectionBudget},
-    call::{PendingFuture, exhausted, pause_for},
+    budget::{BudgetReservation, ConnectionBudget, PendingFuture},
     caller::Accounts,
     connection::{ActiveCall, CallOwner},
     status,
@@ -50,7 +49,7 @@ impl ResponseBudget {
 
     /// Waits for room for so many bytes; an error is the call's answer.
     pub async fn reserve(&self, bytes: u64) -> Result<BudgetReservation, Status> {
-        self.0.reserve(bytes).await.map_err(exhausted)
+        self.0.reserve(bytes).await.map_err(status::exhausted)
     }
 }
 
@@ -166,7 +165,7 @@ impl HttpBody for ResponseBody {
             Ok(data) if data.is_empty() => Frame::data(data),
             Ok(data) => {
                 if let Some((_, owner, _)) = &this.under_way {
-                    this.pause = pause_for(&owner.caller, data.len());
+                    this.pause = owner.caller.pause_after(data.len());
                 }
                 let reservation = Arc::new(this.account.charge(data.len() as u64));
                 this.reservation = None;

@@ -6,6 +6,9 @@
 //! all listeners pass through here.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
+use tonic::Status;
+
+use super::budget::BudgetExhausted;
 
 const MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 const DETAILS: HeaderName = HeaderName::from_static("grpc-status-details-bin");
@@ -16,6 +19,10 @@ const LONGEST_MESSAGE: usize = 2 << 10;
 const LONGEST_DETAILS: usize = 4 << 10;
 /// In place of what was left out, percent-encoded.
 const CUT: &[u8] = b"... (shortened)";
+
+pub(super) fn exhausted(error: BudgetExhausted) -> Status {
+    Status::resource_exhausted(error.to_string())
+}
 
 pub(super) fn shorten(headers: &mut HeaderMap) {
     if let Some(message) = headers.get(MESSAGE)
@@ -56,7 +63,7 @@ fn shortened(message: &[u8]) -> HeaderValue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tonic::{Code, Status};
+    use tonic::Code;
 
     fn told(text: &str, details: usize) -> Status {
         let details = vec![7; details].into();

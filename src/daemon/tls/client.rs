@@ -266,12 +266,13 @@ fn host_of(authority: &str) -> String {
 /// Servers say first what they take (RFC 9113, section 3.4). One that waits for us is not waited for.
 const FIRST_FRAME: Duration = Duration::from_secs(2);
 
-type Connecting<T> = Pin<Box<dyn Future<Output = Result<T, Box<dyn Error + Send + Sync>>> + Send>>;
+type ConnectFuture<T> =
+    Pin<Box<dyn Future<Output = Result<T, Box<dyn Error + Send + Sync>>> + Send>>;
 
 impl Service<Uri> for TlsConnector {
     type Response = TokioIo<TlsStream<TcpStream>>;
     type Error = Box<dyn Error + Send + Sync>;
-    type Future = Connecting<Self::Response>;
+    type Future = ConnectFuture<Self::Response>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.tcp.poll_ready(context).map_err(Into::into)

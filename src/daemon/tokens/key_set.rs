@@ -30,13 +30,13 @@ struct Set {
 /// The keys of a set that can be used.
 #[derive(Default)]
 pub(super) struct KeySet {
-    keys: Vec<Key>,
+    keys: Vec<VerificationKey>,
     /// What is wrong with the others.
     faults: Vec<String>,
 }
 
 /// One of them, and what it verifies.
-pub(super) struct Key {
+pub(super) struct VerificationKey {
     name: Option<String>,
     pub key: DecodingKey,
     pub algorithms: Vec<Algorithm>,
@@ -80,7 +80,7 @@ impl KeySet {
     }
 
     /// Those that a token of this header may be signed by.
-    pub(super) fn fitting(&self, header: &Header) -> impl Iterator<Item = &Key> {
+    pub(super) fn fitting(&self, header: &Header) -> impl Iterator<Item = &VerificationKey> {
         self.keys.iter().filter(|key| {
             let is_named = header.kid.is_none() || key.name == header.kid;
             key.algorithms.contains(&header.alg) && is_named
@@ -106,7 +106,7 @@ pub(super) fn faults(path: &Path) -> Vec<String> {
             "{name}: every user of this host can write it, and so be anybody; chmod o-w {name}"
         ));
     }
-    let has_secret = |key: &Key| key.key.family() == AlgorithmFamily::Hmac;
+    let has_secret = |key: &VerificationKey| key.key.family() == AlgorithmFamily::Hmac;
     if mode & 0o004 != 0 && set.keys.iter().any(has_secret) {
         faults.push(format!(
             "{name}: every user of this host can read the secret in it, and so be anybody; chmod o-r {name}"
@@ -116,7 +116,7 @@ pub(super) fn faults(path: &Path) -> Vec<String> {
 }
 
 /// An error is why it counts for nothing, as a fragment after its name.
-fn key(jwk: &Jwk) -> Result<Key, String> {
+fn key(jwk: &Jwk) -> Result<VerificationKey, String> {
     let fitting: &[Algorithm] = match &jwk.algorithm {
         AlgorithmParameters::RSA(_) => &[Algorithm::RS256, Algorithm::RS384, Algorithm::RS512],
         AlgorithmParameters::EllipticCurve(curve) => match curve.curve {
@@ -160,7 +160,7 @@ fn key(jwk: &Jwk) -> Result<Key, String> {
             "is a secret of less than {SHORTEST_SECRET} bytes, which can be guessed"
         ));
     }
-    Ok(Key {
+    Ok(VerificationKey {
         name: jwk.common.key_id.clone(),
         key,
         algorithms,

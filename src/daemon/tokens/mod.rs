@@ -23,7 +23,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
-use self::key_set::{Key, KeySet};
+use self::key_set::{KeySet, VerificationKey};
 use super::{CheckReport, Failure, Lifecycle, reloadable::Reloadable};
 use crate::{
     auth::Identity,
@@ -32,8 +32,8 @@ use crate::{
 
 mod key_set;
 
-/// Bytes of a token.
-const LONGEST_TOKEN: usize = 12 << 10;
+/// Bytes of a token: all headers of a call are at most 16 KiB.
+pub(super) const LONGEST_TOKEN: usize = 12 << 10;
 /// Tokens that were right, and are not verified again.
 const CACHED_TOKENS: usize = 1000;
 /// Bytes of what they say.
@@ -228,7 +228,11 @@ impl Tokens {
         Err(refusal)
     }
 
-    fn claims_by(&self, token: &str, key: &Key) -> Result<Map<String, Value>, TokenError> {
+    fn claims_by(
+        &self,
+        token: &str,
+        key: &VerificationKey,
+    ) -> Result<Map<String, Value>, TokenError> {
         let mut validation = Validation::default();
         validation.algorithms.clone_from(&key.algorithms);
         validation.leeway = self.config.leeway.get().as_secs();

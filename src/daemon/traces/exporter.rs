@@ -6,7 +6,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -16,7 +16,7 @@ use tokio::{sync::mpsc, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
-use super::{Attribute, RECORDER, attribute};
+use super::span::{Attribute, attribute};
 use crate::{
     config::traces::Traces,
     daemon::{self, Channel, Credentials, Failure, Lifecycle, LogRateLimit},
@@ -30,21 +30,24 @@ use crate::{
 };
 
 /// Spans that wait to be sent, of about 0.5 KiB each.
-const BUFFER: usize = 8192;
+const BUFFERED_SPANS: usize = 8192;
 /// Spans of one call.
 const BATCH: usize = 512;
 /// How long spans wait for others.
-const INTERVAL: Duration = Duration::from_secs(1);
+const BATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// How often those are looked for; the buffer has room for what comes meanwhile.
-const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+const BUFFER_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Before the second try, and twice as long before each other one.
-const PAUSE: Duration = Duration::from_millis(500);
+const FIRST_RETRY_DELAY: Duration = Duration::from_millis(500);
 const TRIES: u32 = 5;
 /// For what is left when the daemon ends.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 static LOSSES: LogRateLimit = LogRateLimit::new(1, Duration::from_secs(60));
+
+/// Of the process: there is one daemon in it.
+pub(super) static RECORDER: OnceLock<Recorder> = OnceLock::new();
 
 /// Where spans are recorded.
 pub(super) struct Recorder {
@@ -98,7 +101,7 @@ impl TraceExporter {
         };
         let credentials = Credentials::open("traces.tls", &config.tls, lifecycle)?
             .with_headers(config.call_headers(), Some(lifecycle))?;
-        let (sender, receiver) = mpsc::channel(BUFFER);
+        let (sender, receiver) = mpsc::channel(BUFFERED_SPANS);
         let counters = Arc::new(Counters::default());
         let recorder = Recorder {
             sender,
@@ -164,9 +167,9 @@ impl Sending {
             }
             // Others may come soon. They are looked for now and then: each one that is waited for wakes this task.
             let begun = Instant::now();
-            while batch.len() < BATCH && begun.elapsed() < INTERVAL {
+            while batch.len() < BATCH && begun.elapsed() < BATCH_INTERVAL {
                 tokio::select! {
-                    () = tokio::time::sleep(LOOK_INTERVAL) => {}
+                    () = tokio::time::sleep(BUFFER_CHECK_INTERVAL) => {}
                     () = ending.cancelled() => break,
                 }
                 if !receiver.is_empty() {
@@ -191,7 +194,7 @@ impl Sending {
                 scope_spans: vec![ScopeSpans { spans }],
             }],
         };
-        let mut pause = PAUSE;
+        let mut pause = FIRST_RETRY_DELAY;
         let mut reason = String::new();
         for attempt in 0..TRIES {
             if attempt > 0 {

@@ -23,7 +23,7 @@ use rustix::mount::mount_bind;
 use super::mount_calls::{READ_ONLY, c_path, set_attributes};
 
 /// What the user and its group are called.
-pub(super) const NAME: &str = "build";
+pub(super) const USER_NAME: &str = "build";
 
 #[derive(Clone, Copy, Debug)]
 enum Database {
@@ -121,8 +121,8 @@ fn line(database: Database, id: u32, home: &str) -> String {
         false => home,
     };
     match database {
-        Database::User => format!("{NAME}:x:{id}:{id}:Build action:{home}:/bin/sh\n"),
-        Database::Group => format!("{NAME}:x:{id}:\n"),
+        Database::User => format!("{USER_NAME}:x:{id}:{id}:Build action:{home}:/bin/sh\n"),
+        Database::Group => format!("{USER_NAME}:x:{id}:\n"),
     }
 }
 

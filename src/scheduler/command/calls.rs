@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tonic::{Code, Response, Status};
 
+use super::super::control::MOST_OLDEST;
 use crate::{
     daemon::{CommandChannel, CommandError},
     proto::{
@@ -23,9 +24,6 @@ use crate::{
 const PAGE: u32 = 1_000;
 /// Completed operations have whole responses.
 const LARGEST_ANSWER: usize = 64 << 20;
-
-/// The longest list that a scheduler makes by age.
-const MOST_OLDEST: usize = 10_000;
 
 /// What was told. `None` where nothing of the kind is: Buildbarn's scheduler does not know our calls.
 fn known<T>(answer: Result<Response<T>, Status>) -> Result<Option<T>, CommandError> {

@@ -1,32 +1,26 @@
 //! The commands of bb_scheduler that ask a scheduler that runs.
 //!
-//! In the order to read it: `rows` is what they show, `calls` how they ask; `look`, `action` and `store` show
+//! In the order to read it: `arguments` is what they are about, `rows` what they show, `calls` how they ask; `look`, `action` and `store` show
 //! it, `steer` changes something. What they print for scripts is described in bb_scheduler(8).
 
 mod action;
+mod arguments;
 mod calls;
 mod look;
 mod rows;
 mod steer;
 mod store;
 
-use std::collections::BTreeMap;
-
 use crate::{
     config::scheduler::Config,
     daemon::{CommandError, CommandOptions, Output},
-    digest::Digest,
-    proto::{
-        buildqueuestate::{PlatformQueueName, SizeClassQueueName},
-        reapi::{Platform, platform::Property},
-    },
 };
+use arguments::{ActionName, Pattern, QueueFilter, StageName};
 use calls::Scheduler;
-use rows::QueueName;
 
 /// What bb_scheduler asks a scheduler that runs.
 #[derive(clap::Subcommand)]
-pub enum Command {
+pub enum SchedulerCommand {
     /// Show how the farm is: what is queued, executing and idle, and what the store takes
     Status {
         #[command(flatten)]
@@ -152,145 +146,26 @@ pub enum StoreCommand {
     },
 }
 
-/// Which platform queues are meant; all when nothing is said.
-#[derive(clap::Args, Default, PartialEq)]
-pub struct QueueFilter {
-    /// Only queues of this instance name
-    #[arg(long, value_name = "NAME")]
-    instance: Option<String>,
-    /// Only queues whose platform has this property, NAME=VALUE; may be repeated
-    #[arg(long = "platform", value_name = "PROPERTY")]
-    platform: Vec<String>,
-    /// Only queues of this size class
-    #[arg(long, value_name = "NUMBER")]
-    size_class: Option<u32>,
-}
-
-/// A stage that operations can be at.
-#[derive(Clone, Copy, clap::ValueEnum)]
-pub enum StageName {
-    Queued,
-    Executing,
-    Completed,
-}
-
-/// Labels that a worker must have to be meant.
-#[derive(Clone)]
-pub struct Pattern(BTreeMap<String, String>);
-
-/// The digest of an action, as people have it.
-#[derive(Clone)]
-pub struct ActionName {
-    hash: String,
-    /// 0 when it was not said.
-    size: i64,
-}
-
-impl QueueFilter {
-    /// The queue that it describes, where none is there.
-    fn queue(&self) -> Result<SizeClassQueueName, CommandError> {
-        let mut properties = Vec::new();
-        for property in &self.platform {
-            let (name, value) = property.split_once('=').ok_or_else(|| {
-                CommandError::Usage(format!("--platform {property}: write NAME=VALUE"))
-            })?;
-            properties.push(Property {
-                name: name.to_owned(),
-                value: value.to_owned(),
-            });
-        }
-        properties.sort_by(|one, other| (&one.name, &one.value).cmp(&(&other.name, &other.value)));
-        Ok(SizeClassQueueName {
-            platform_queue_name: Some(PlatformQueueName {
-                instance_name_prefix: self.instance.clone().unwrap_or_default(),
-                platform: Some(Platform { properties }),
-            }),
-            size_class: self.size_class.unwrap_or_default(),
-        })
-    }
-
-    fn admits(&self, queue: &QueueName) -> bool {
-        let is_property = |wanted: &String| {
-            let mut properties = queue.platform.iter();
-            properties.any(|property| property.to_string() == *wanted)
-        };
-        self.instance
-            .as_ref()
-            .is_none_or(|name| *name == queue.instance)
-            && self.size_class.is_none_or(|size| size == queue.size_class)
-            && self.platform.iter().all(is_property)
-    }
-}
-
-impl std::str::FromStr for Pattern {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if !text.contains('=') {
-            return match text {
-                "" => Err("write LABEL=VALUE, or a host's name".to_owned()),
-                host => Ok(Pattern([("hostname".to_owned(), host.to_owned())].into())),
-            };
-        }
-        let label = |part: &str| {
-            let (name, value) = part.split_once('=')?;
-            (!name.is_empty()).then(|| (name.to_owned(), value.to_owned()))
-        };
-        let labels: Option<BTreeMap<_, _>> = text.split(',').map(label).collect();
-        let labels = labels.ok_or("each label is LABEL=VALUE, and commas are between them")?;
-        Ok(Pattern(labels))
-    }
-}
-
-impl Pattern {
-    fn matches(&self, labels: &BTreeMap<String, String>) -> bool {
-        self.0
-            .iter()
-            .all(|(name, value)| labels.get(name) == Some(value))
-    }
-}
-
-impl std::str::FromStr for ActionName {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (hash, size) = match text.split_once(['/', '-']) {
-            Some((hash, size)) => (
-                hash,
-                size.parse()
-                    .map_err(|_| "after the hash comes the size, a number")?,
-            ),
-            None => (text, 0),
-        };
-        let name = ActionName {
-            hash: hash.to_owned(),
-            size,
-        };
-        Digest::parse_required(None, Some(&(&name).into())).map_err(|error| error.to_string())?;
-        Ok(name)
-    }
-}
-
 /// Does what a command says.
-pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> {
+pub async fn ask(command: SchedulerCommand, config: &Config) -> Result<(), CommandError> {
     let connect = |options: &CommandOptions| -> Result<(Scheduler, Output), CommandError> {
         let channel = options.connect("bb_scheduler", &config.control.listen)?;
         Ok((Scheduler::new(channel), options.output()))
     };
     match command {
-        Command::Status { options } => {
+        SchedulerCommand::Status { options } => {
             let (scheduler, output) = connect(&options)?;
             look::status(&scheduler, &output).await
         }
-        Command::Queues { options } => {
+        SchedulerCommand::Queues { options } => {
             let (scheduler, output) = connect(&options)?;
             look::queues(&scheduler, &output).await
         }
-        Command::Workers { pattern, options } => {
+        SchedulerCommand::Workers { pattern, options } => {
             let (scheduler, output) = connect(&options)?;
             look::workers(&scheduler, &output, pattern.as_ref()).await
         }
-        Command::Operations {
+        SchedulerCommand::Operations {
             stage,
             limit,
             options,
@@ -298,11 +173,11 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
             let (scheduler, output) = connect(&options)?;
             look::operations(&scheduler, &output, stage, limit).await
         }
-        Command::Why { name, options } => {
+        SchedulerCommand::Why { name, options } => {
             let (scheduler, output) = connect(&options)?;
             look::why(&scheduler, &output, name).await
         }
-        Command::Drain {
+        SchedulerCommand::Drain {
             pattern,
             ahead,
             filter,
@@ -311,7 +186,7 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
             let (scheduler, output) = connect(&options)?;
             steer::drain(&scheduler, &output, &pattern, ahead, &filter).await
         }
-        Command::Undrain {
+        SchedulerCommand::Undrain {
             pattern,
             all,
             filter,
@@ -320,11 +195,11 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
             let (scheduler, output) = connect(&options)?;
             steer::undrain(&scheduler, &output, pattern.as_ref(), all, &filter).await
         }
-        Command::Terminate { pattern, options } => {
+        SchedulerCommand::Terminate { pattern, options } => {
             let (scheduler, output) = connect(&options)?;
             steer::terminate(&scheduler, &output, pattern).await
         }
-        Command::Kill {
+        SchedulerCommand::Kill {
             name,
             reason,
             filter,
@@ -342,7 +217,7 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
                 None => steer::kill_queued(&scheduler, &output, &reason, &filter).await,
             }
         }
-        Command::Action {
+        SchedulerCommand::Action {
             digest,
             instance,
             options,
@@ -350,7 +225,7 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
             let (scheduler, output) = connect(&options)?;
             action::show(&scheduler, &output, &digest, instance).await
         }
-        Command::Store { command } => match command {
+        SchedulerCommand::Store { command } => match command {
             StoreCommand::Usage { options } => {
                 let (scheduler, output) = connect(&options)?;
                 store::usage(&scheduler, &output).await
@@ -368,42 +243,5 @@ pub async fn ask(command: Command, config: &Config) -> Result<(), CommandError> 
                 store::remove_result(&scheduler, &output, &digest, instance).await
             }
         },
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn workers_are_meant_by_labels_or_by_their_host() {
-        let labels = |text: &str| text.parse::<Pattern>().map(|pattern| pattern.0);
-        let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
-        assert_eq!(labels("a"), Ok([pair("hostname", "a")].into()));
-        assert_eq!(labels("a=b,c="), Ok([pair("a", "b"), pair("c", "")].into()));
-        for bad in ["", "=b", "a=b,c"] {
-            assert!(labels(bad).is_err(), "{bad}");
-        }
-    }
-
-    #[test]
-    fn actions_are_named_with_or_without_their_size() {
-        let hash = "ab".repeat(32);
-        for (text, size) in [
-            (hash.clone(), 0),
-            (format!("{hash}/7"), 7),
-            (format!("{hash}-8"), 8),
-        ] {
-            let name: ActionName = text.parse().unwrap();
-            assert_eq!((name.hash, name.size), (hash.clone(), size));
-        }
-        for bad in [
-            "ab".to_owned(),
-            hash.to_uppercase(),
-            format!("{hash}/x"),
-            format!("{hash}/-7"),
-        ] {
-            assert!(bad.parse::<ActionName>().is_err(), "{bad}");
-        }
     }
 }

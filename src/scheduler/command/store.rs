@@ -3,9 +3,8 @@
 use super::{ActionName, calls::Scheduler, rows::StoreRow};
 use crate::{
     daemon::{Cell, CommandError, Emphasis, Output, bytes},
-    proto::{
-        control::{CheckStoreRequest, GetStoreUsageRequest, RemoveActionResultRequest, StoreCheck},
-        reapi,
+    proto::control::{
+        CheckStoreRequest, GetStoreUsageRequest, RemoveActionResultRequest, StoreCheck,
     },
 };
 
@@ -99,13 +98,4 @@ pub(super) async fn remove_result(
         )),
     }
     Ok(())
-}
-
-impl From<&ActionName> for reapi::Digest {
-    fn from(name: &ActionName) -> Self {
-        reapi::Digest {
-            hash: name.hash.clone(),
-            size_bytes: name.size,
-        }
-    }
 }

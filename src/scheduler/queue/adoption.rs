@@ -13,23 +13,23 @@ use std::{
 use uuid::Uuid;
 
 use super::{
-    EncodedResponse, Queue, ReportedAction, ReportedDigest, Request, SynchronizeAnswer, TaskState,
-    Timer, WorkerState,
+    EncodedResponse, Instruction, Queue, ReportedAction, ReportedDigest, Request,
+    SynchronizeAnswer, TaskState, Timer, WorkerState,
     arena::{Number, PlatformQueueNumber, QueueNumber, TaskNumber, WorkerNumber},
+    report::CallNumber,
     schedule::AssignedFrom,
     timers::Deadline,
-    workers::{CallNumber, GO_IDLE},
 };
 use crate::{instance::InstanceName, proto::rpc};
 
 /// An action as workers of a platform queue name it.
-type ActionName = (PlatformQueueNumber, InstanceName, ReportedDigest);
+type ReportedActionKey = (PlatformQueueNumber, InstanceName, ReportedDigest);
 
 /// Which workers execute what we did not hand them.
 #[derive(Default)]
 pub(super) struct ForeignActions {
     by_operation: BTreeMap<Uuid, WorkerNumber>,
-    by_action: BTreeSet<(ActionName, WorkerNumber)>,
+    by_action: BTreeSet<(ReportedActionKey, WorkerNumber)>,
 }
 
 impl ForeignActions {
@@ -65,7 +65,7 @@ impl ForeignActions {
         }
     }
 
-    fn of_action(&self, name: ActionName) -> Option<WorkerNumber> {
+    fn of_action(&self, name: ReportedActionKey) -> Option<WorkerNumber> {
         let least = Number::new(0, 0);
         let (found, worker) = self.by_action.range((name.clone(), least)..).next()?;
         (*found == name).then_some(*worker)
@@ -96,7 +96,7 @@ impl ForeignActions {
 pub(super) struct KeptResults {
     results: BTreeMap<u64, KeptResult>,
     by_operation: BTreeMap<Uuid, u64>,
-    by_action: BTreeMap<ActionName, u64>,
+    by_action: BTreeMap<ReportedActionKey, u64>,
     bytes: usize,
 }
 
@@ -108,7 +108,7 @@ struct KeptResult {
 }
 
 impl KeptResults {
-    fn name(kept: &KeptResult) -> Option<ActionName> {
+    fn name(kept: &KeptResult) -> Option<ReportedActionKey> {
         let instance = kept.action.instance.clone()?;
         Some((kept.queue, instance, kept.action.digest))
     }
@@ -293,7 +293,7 @@ impl<C, W: Clone> Queue<C, W> {
         let unknown = action.attempt.is_none() && action.instance.is_none();
         if late || unknown {
             self.expect_call(now, worker);
-            return SynchronizeAnswer::Now(GO_IDLE);
+            return SynchronizeAnswer::Now(Instruction::GO_IDLE);
         }
         match self.task_of_report(queue, &action) {
             Some(task) => {
@@ -303,14 +303,14 @@ impl<C, W: Clone> Queue<C, W> {
                 let free = matches!(found.state, TaskState::Queued | TaskState::AwaitingReport);
                 if !free || lost_it {
                     self.expect_call(now, worker);
-                    return SynchronizeAnswer::Now(GO_IDLE);
+                    return SynchronizeAnswer::Now(Instruction::GO_IDLE);
                 }
                 self.withdraw(now, task);
                 self.adopt(now, task, worker, action.attempt.map(|a| a.number));
             }
             None if self.has_ended(&action) => {
                 self.expect_call(now, worker);
-                return SynchronizeAnswer::Now(GO_IDLE);
+                return SynchronizeAnswer::Now(Instruction::GO_IDLE);
             }
             None => {
                 let platform_queue = self.queues[queue].platform_queue;

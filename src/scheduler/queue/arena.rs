@@ -11,7 +11,7 @@ use std::{
 };
 
 /// Objects of one chunk.
-const CHUNK: usize = 256;
+const CHUNK_LENGTH: usize = 256;
 
 /// A number of one kind of object.
 pub(super) trait Number: Copy {
@@ -58,14 +58,14 @@ numbers! {
     WorkerNumber,
 }
 
-struct Slot<V> {
+struct ArenaSlot<V> {
     generation: u32,
     value: Result<V, Option<u32>>,
 }
 
 /// Objects of one kind.
 pub(super) struct Arena<K, V> {
-    chunks: Vec<Vec<Slot<V>>>,
+    chunks: Vec<Vec<ArenaSlot<V>>>,
     /// The first free slot; each names the next one.
     free: Option<u32>,
     len: usize,
@@ -84,14 +84,18 @@ impl<K, V> Default for Arena<K, V> {
 }
 
 impl<K: Number, V> Arena<K, V> {
-    fn slot(&self, index: u32) -> Option<&Slot<V>> {
+    fn slot(&self, index: u32) -> Option<&ArenaSlot<V>> {
         let index = index as usize;
-        self.chunks.get(index / CHUNK)?.get(index % CHUNK)
+        self.chunks
+            .get(index / CHUNK_LENGTH)?
+            .get(index % CHUNK_LENGTH)
     }
 
-    fn slot_mut(&mut self, index: u32) -> Option<&mut Slot<V>> {
+    fn slot_mut(&mut self, index: u32) -> Option<&mut ArenaSlot<V>> {
         let index = index as usize;
-        self.chunks.get_mut(index / CHUNK)?.get_mut(index % CHUNK)
+        self.chunks
+            .get_mut(index / CHUNK_LENGTH)?
+            .get_mut(index % CHUNK_LENGTH)
     }
 
     pub(super) fn insert(&mut self, value: V) -> K {
@@ -107,15 +111,19 @@ impl<K: Number, V> Arena<K, V> {
             self.free = next;
             return K::new(index, generation);
         }
-        if self.chunks.last().is_none_or(|chunk| chunk.len() == CHUNK) {
-            self.chunks.push(Vec::with_capacity(CHUNK));
+        if self
+            .chunks
+            .last()
+            .is_none_or(|chunk| chunk.len() == CHUNK_LENGTH)
+        {
+            self.chunks.push(Vec::with_capacity(CHUNK_LENGTH));
         }
-        let full = (self.chunks.len() - 1) * CHUNK;
+        let full = (self.chunks.len() - 1) * CHUNK_LENGTH;
         let Some(chunk) = self.chunks.last_mut() else {
             unreachable!("a chunk was pushed");
         };
         let index = (full + chunk.len()) as u32;
-        chunk.push(Slot {
+        chunk.push(ArenaSlot {
             generation: 0,
             value: Ok(value),
         });
@@ -159,7 +167,7 @@ impl<K: Number, V> Arena<K, V> {
             slot.value.as_ref().ok()?;
             Some(K::new(index as u32, slot.generation))
         });
-        let all = self.chunks.len() * CHUNK;
+        let all = self.chunks.len() * CHUNK_LENGTH;
         (numbers.collect(), (end < all).then_some(end))
     }
 
@@ -187,7 +195,7 @@ impl<K: Number, V> Index<K> for Arena<K, V> {
 impl<K: Number, V> IndexMut<K> for Arena<K, V> {
     fn index_mut(&mut self, number: K) -> &mut V {
         match self.slot_mut(number.index()) {
-            Some(Slot {
+            Some(ArenaSlot {
                 generation,
                 value: Ok(value),
             }) if *generation == number.generation() => value,

@@ -9,7 +9,7 @@ use super::{
 
 /// How many of each thing there are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct QueueCounts {
     pub queues: usize,
     pub workers: usize,
     pub idle_synchronizing_workers: usize,
@@ -22,7 +22,7 @@ pub struct Counts {
     pub kept_results: usize,
 }
 
-/// What has come and gone in the queue's life. Together with `Counts` it explains every action that
+/// What has come and gone in the queue's life. Together with `QueueCounts` it explains every action that
 /// a client has sent: none is lost without a trace.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
@@ -49,11 +49,11 @@ impl<C, W: Clone> Queue<C, W> {
         self.totals
     }
 
-    pub fn counts(&self) -> Counts {
+    pub fn counts(&self) -> QueueCounts {
         let idle = |queue: &super::SizeClassQueue| self.invocations.get(queue.root).idle_in_all;
         let executing =
             |queue: &super::SizeClassQueue| self.invocations.get(queue.root).executing.len();
-        Counts {
+        QueueCounts {
             queues: self.queues.len(),
             workers: self.workers.len(),
             idle_synchronizing_workers: self.queues.iter().map(|(_, queue)| idle(queue)).sum(),

@@ -5,7 +5,7 @@ use std::{cmp::Reverse, ops::Bound};
 use uuid::Uuid;
 
 use super::{
-    InvocationFilter, InvocationKey, InvocationKeys, InvocationRow, OperationRow, Page,
+    InvocationFilter, InvocationKey, InvocationKeys, InvocationRow, ListPage, OperationRow,
     PlatformQueueRow, Queue, QueuedCursor, SizeClassQueueKey, SizeClassQueueRow, Stage, StageKind,
     TaskState, UnknownInvocation, WorkerFilter, WorkerId, WorkerRow, WorkerState,
     arena::{InvocationNumber, OperationNumber, QueueNumber, WorkerNumber},
@@ -106,7 +106,7 @@ impl<C, W: Clone> Queue<C, W> {
         invocation: &InvocationKeys,
         after: Option<QueuedCursor>,
         page_size: usize,
-    ) -> Result<Page<OperationRow>, UnknownInvocation> {
+    ) -> Result<ListPage<OperationRow>, UnknownInvocation> {
         let node = self.find_invocation(key, invocation)?;
         let queued = &self.invocations.get(node).queued;
         let is_after = |number: OperationNumber| {
@@ -132,7 +132,7 @@ impl<C, W: Clone> Queue<C, W> {
             .take(page_size)
             .collect();
         let first = rest.first().map(|first| self.position(*first));
-        Ok(Page {
+        Ok(ListPage {
             rows: rest
                 .into_iter()
                 .map(|operation| self.row(operation))
@@ -152,7 +152,7 @@ impl<C, W: Clone> Queue<C, W> {
         filter: &WorkerFilter,
         after: Option<&WorkerId>,
         page_size: usize,
-    ) -> Result<Page<WorkerRow>, UnknownInvocation> {
+    ) -> Result<ListPage<WorkerRow>, UnknownInvocation> {
         if *filter == WorkerFilter::All {
             let queue = &self.queues[self.find_queue(key)?];
             let from = after.map_or(Bound::Unbounded, Bound::Excluded);
@@ -161,7 +161,7 @@ impl<C, W: Clone> Queue<C, W> {
                 Some(after) => queue.workers.range(..=after.clone()).count(),
                 None => 0,
             };
-            return Ok(Page {
+            return Ok(ListPage {
                 rows: rest
                     .take(page_size)
                     .map(|(_, worker)| self.worker_row(*worker))
@@ -196,7 +196,7 @@ impl<C, W: Clone> Queue<C, W> {
             after.is_some_and(|after| self.workers[*number].id <= *after)
         });
         let rest = numbers.iter().skip(start_index).take(page_size);
-        Ok(Page {
+        Ok(ListPage {
             rows: rest.map(|worker| self.worker_row(*worker)).collect(),
             start_index,
             total: numbers.len(),

@@ -90,18 +90,18 @@ pub use clock::{Clock, TICK};
 pub use drains::{Drain, ExecutingWorker, NextWorker};
 pub use explain::{Explanation, MatchingWorkers, QueuedExplanation};
 pub use fairness::InvocationCounts;
-pub use invariants::{Counts, Totals};
+pub use invariants::{QueueCounts, Totals};
 pub use platform::{Platform, SizeClassQueueKey, UnsortedPlatform};
 pub use refusal::{
     DrainRefusal, ExecuteRefusal, KillRefusal, NoWorkers, QueueFull, Refusal, UnknownInvocation,
     UnknownOperation, UnknownQueue,
 };
 pub use report::{
-    Caller, DesiredWorkerState, Instruction, ReportedAction, ReportedDigest, WorkerActivity,
+    DesiredWorkerState, Instruction, ReportedAction, ReportedDigest, WorkerActivity, WorkerCaller,
     WorkerId, WorkerPattern, WorkerReport,
 };
 pub use rows::{
-    InvocationFilter, InvocationRow, OperationFilter, OperationRow, Page, PlatformQueueRow,
+    InvocationFilter, InvocationRow, ListPage, OperationFilter, OperationRow, PlatformQueueRow,
     QueuedCursor, SizeClassQueueRow, StageKind, WorkerFilter, WorkerRow,
 };
 pub use settings::{Limits, PredeclaredQueue, Settings};
@@ -121,7 +121,7 @@ use resumption::AwaitedReports;
 use state::{
     Operation, OperationPlace, PlatformQueue, SizeClassQueue, Task, TaskState, Worker, WorkerState,
 };
-use statistics::Statistics;
+use statistics::StatisticsByQueue;
 use timers::{Timer, Timers};
 
 /// How many deadlines pass under one lock; a worker's, whose task is queued again, counts as several: where
@@ -149,7 +149,7 @@ pub struct Queue<C, W> {
     drains_version: u64,
     queued: QueuedCounts,
     queued_by_age: QueuedByAge,
-    statistics: Statistics,
+    statistics: StatisticsByQueue,
     timers: Timers,
     effects: Vec<Effect<C, W>>,
     last_number: u64,
@@ -202,7 +202,7 @@ impl<C, W: Clone> Queue<C, W> {
             drains_version: 0,
             queued: QueuedCounts::default(),
             queued_by_age: QueuedByAge::default(),
-            statistics: Statistics::default(),
+            statistics: StatisticsByQueue::default(),
             timers: Timers::default(),
             effects: Vec::new(),
             last_number: 0,

@@ -74,7 +74,7 @@ impl fmt::Display for WorkerPattern {
 /// Who calls as a worker: its labels, and the end of the connection that the call came by. A worker
 /// that connects again has another one, and so has a second host of the same labels.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Caller {
+pub struct WorkerCaller {
     pub id: WorkerId,
     /// An address, for people and for telling callers apart.
     pub peer: Arc<str>,
@@ -159,12 +159,28 @@ impl From<&Digest> for ReportedDigest {
     }
 }
 
+/// One of the calls of all workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct CallNumber(pub u64);
+
 /// What a worker is to do next.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Instruction {
     pub desired: DesiredWorkerState,
     /// When it is to call again, from now.
     pub next: Duration,
+}
+
+impl Instruction {
+    pub(super) const GO_IDLE: Instruction = Instruction {
+        desired: DesiredWorkerState::Idle,
+        next: Duration::ZERO,
+    };
+
+    pub(super) const GO_ON: Instruction = Instruction {
+        desired: DesiredWorkerState::Unchanged,
+        next: Duration::ZERO,
+    };
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -15,7 +15,7 @@ use crate::instance::InstanceName;
 
 /// A part of a list.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Page<T> {
+pub struct ListPage<T> {
     pub rows: Vec<T>,
     /// Of the first row, in the whole list.
     pub start_index: usize,

@@ -13,7 +13,7 @@ use super::{
     OperationPlace, Queue, QueuedAction, Task, TaskState, Timer, WorkerState,
     arena::{InvocationNumber, OperationNumber, QueueNumber, TaskNumber, WorkerNumber},
     fairness::Position,
-    workers::CallNumber,
+    report::CallNumber,
 };
 use crate::{
     proto::rpc,
@@ -192,7 +192,7 @@ impl<C, W: Clone> Queue<C, W> {
                 if let Some(call) = self.set_idle(worker) {
                     self.effects.push(Effect::Answer {
                         call,
-                        instruction: super::workers::GO_IDLE,
+                        instruction: Instruction::GO_IDLE,
                     });
                     self.expect_call(now, worker);
                 }

@@ -4,10 +4,7 @@ use std::time::Duration;
 
 use super::{Drain, Platform};
 use crate::{
-    config::{
-        self,
-        scheduler::{Config, Scheduling},
-    },
+    config::{self, scheduler::Config, scheduling::Scheduling},
     instance::InstanceName,
 };
 
@@ -77,7 +74,7 @@ pub struct PredeclaredQueue {
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits::from(&config::scheduler::Limits::default())
+        Limits::from(&config::scheduling::SchedulingLimits::default())
     }
 }
 
@@ -116,8 +113,8 @@ impl From<&Scheduling> for Settings {
     }
 }
 
-impl From<&config::scheduler::Limits> for Limits {
-    fn from(config: &config::scheduler::Limits) -> Self {
+impl From<&config::scheduling::SchedulingLimits> for Limits {
+    fn from(config: &config::scheduling::SchedulingLimits) -> Self {
         Limits {
             queued_operations: config.queued_operations,
             queued_operations_per_instance_name: config.queued_operations_per_instance_name,

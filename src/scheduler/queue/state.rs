@@ -16,8 +16,8 @@ use super::{
         InvocationNumber, OperationNumber, PlatformQueueNumber, QueueNumber, TaskNumber,
         WorkerNumber,
     },
+    report::CallNumber,
     timers::Deadline,
-    workers::CallNumber,
 };
 use crate::{
     instance::InstanceName,

@@ -74,12 +74,12 @@ impl CountsByCaching {
 }
 
 #[derive(Default)]
-pub(super) struct Statistics {
+pub(super) struct StatisticsByQueue {
     by_queue: BTreeMap<QueueNumber, QueueStatistics>,
     others: QueueStatistics,
 }
 
-impl Statistics {
+impl StatisticsByQueue {
     fn of(
         &mut self,
         number: QueueNumber,

@@ -3,10 +3,11 @@
 use std::time::{Duration, Instant};
 
 use super::{
-    Caller, DesiredWorkerState, Effect, Instruction, Queue, Refusal, ReportedAction,
-    ReportedDigest, SizeClassQueueKey, TaskState, Timer, Worker, WorkerActivity, WorkerReport,
+    DesiredWorkerState, Effect, Instruction, Queue, Refusal, ReportedAction, ReportedDigest,
+    SizeClassQueueKey, TaskState, Timer, Worker, WorkerActivity, WorkerCaller, WorkerReport,
     WorkerState,
     arena::{QueueNumber, TaskNumber, WorkerNumber},
+    report::CallNumber,
     schedule::AssignedFrom,
 };
 
@@ -19,23 +20,10 @@ pub enum SynchronizeAnswer {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct CallNumber(u64);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct HeldCall {
     pub(super) worker: WorkerNumber,
     pub(super) number: CallNumber,
 }
-
-pub(super) const GO_IDLE: Instruction = Instruction {
-    desired: DesiredWorkerState::Idle,
-    next: Duration::ZERO,
-};
-
-const GO_ON: Instruction = Instruction {
-    desired: DesiredWorkerState::Unchanged,
-    next: Duration::ZERO,
-};
 
 impl<C, W: Clone> Queue<C, W> {
     /// One call of a worker. When there is no work for it, `call` is held for up to `idle_wait`; when it
@@ -44,7 +32,7 @@ impl<C, W: Clone> Queue<C, W> {
         &mut self,
         now: Instant,
         key: &SizeClassQueueKey,
-        caller: &Caller,
+        caller: &WorkerCaller,
         report: WorkerReport,
         call: C,
         idle_wait: Duration,
@@ -57,7 +45,7 @@ impl<C, W: Clone> Queue<C, W> {
         };
         if self.is_outdated(number, caller) {
             // The worker does not wait for the answer any more.
-            return Ok(SynchronizeAnswer::Now(GO_IDLE));
+            return Ok(SynchronizeAnswer::Now(Instruction::GO_IDLE));
         }
         let succeeds = self.admit(now, number, caller, &report.activity)?;
         self.answer_former_call(now, number);
@@ -82,7 +70,7 @@ impl<C, W: Clone> Queue<C, W> {
                     // Idle workers are offered it; this one only when it calls again.
                     self.lose_worker(now, number);
                     self.expect_call(now, number);
-                    return Ok(SynchronizeAnswer::Now(GO_IDLE));
+                    return Ok(SynchronizeAnswer::Now(Instruction::GO_IDLE));
                 }
                 let near = self.common_invocation(task);
                 self.invocations.hold(near);
@@ -111,7 +99,7 @@ impl<C, W: Clone> Queue<C, W> {
             // Nobody wants it any more; the worker knows best when it has stopped.
             (WorkerState::Idle, WorkerActivity::Executing(_)) => {
                 self.expect_call(now, number);
-                return Ok(SynchronizeAnswer::Now(GO_IDLE));
+                return Ok(SynchronizeAnswer::Now(Instruction::GO_IDLE));
             }
             (WorkerState::Idle, _) => {}
             (
@@ -130,7 +118,7 @@ impl<C, W: Clone> Queue<C, W> {
                     }
                     WorkerActivity::Executing(_) => {
                         self.expect_call(now, number);
-                        return Ok(SynchronizeAnswer::Now(GO_IDLE));
+                        return Ok(SynchronizeAnswer::Now(Instruction::GO_IDLE));
                     }
                     WorkerActivity::Idle => {}
                 }
@@ -138,7 +126,7 @@ impl<C, W: Clone> Queue<C, W> {
         }
         if prefers_being_idle {
             self.expect_call(now, number);
-            return Ok(SynchronizeAnswer::Now(GO_IDLE));
+            return Ok(SynchronizeAnswer::Now(Instruction::GO_IDLE));
         }
         let picked = self.workers[number]
             .takes_work()
@@ -150,7 +138,7 @@ impl<C, W: Clone> Queue<C, W> {
             && picked.is_none_or(|task| reported.is(&self.tasks[task].action.digest))
         {
             self.expect_call(now, number);
-            return Ok(SynchronizeAnswer::Now(GO_IDLE));
+            return Ok(SynchronizeAnswer::Now(Instruction::GO_IDLE));
         }
         if let Some(task) = picked {
             let instruction = self.assign(now, task, number, None, AssignedFrom::Tree);
@@ -193,7 +181,7 @@ impl<C, W: Clone> Queue<C, W> {
     }
 
     /// Whether a later call of the same worker came before this one, or this one came twice.
-    fn is_outdated(&self, number: WorkerNumber, caller: &Caller) -> bool {
+    fn is_outdated(&self, number: WorkerNumber, caller: &WorkerCaller) -> bool {
         let (latest, call) = (self.workers[number].latest_call, caller.call);
         latest.zip(call).is_some_and(|(latest, call)| {
             latest.is_of_successor(call)
@@ -208,7 +196,7 @@ impl<C, W: Clone> Queue<C, W> {
         &mut self,
         now: Instant,
         number: WorkerNumber,
-        caller: &Caller,
+        caller: &WorkerCaller,
         activity: &WorkerActivity,
     ) -> Result<bool, Refusal> {
         let worker = &self.workers[number];
@@ -277,12 +265,12 @@ impl<C, W: Clone> Queue<C, W> {
     /// A worker's newer call takes the older one's place.
     fn answer_former_call(&mut self, now: Instant, number: WorkerNumber) {
         let answer = match &self.workers[number].state {
-            WorkerState::IdleSynchronizing { .. } => {
-                self.take_call(now, number).map(|(_, call)| (call, GO_IDLE))
-            }
+            WorkerState::IdleSynchronizing { .. } => self
+                .take_call(now, number)
+                .map(|(_, call)| (call, Instruction::GO_IDLE)),
             WorkerState::Executing { .. } | WorkerState::ExecutingForeign { .. } => self
                 .take_executing_call(now, number)
-                .map(|(_, call)| (call, GO_ON)),
+                .map(|(_, call)| (call, Instruction::GO_ON)),
             WorkerState::Idle => None,
         };
         if let Some((call, instruction)) = answer {
@@ -294,7 +282,7 @@ impl<C, W: Clone> Queue<C, W> {
         &mut self,
         now: Instant,
         queue: QueueNumber,
-        caller: &Caller,
+        caller: &WorkerCaller,
     ) -> Result<WorkerNumber, Refusal> {
         let limit = self.settings.limits.workers;
         if self.workers.len() >= limit {

@@ -20,7 +20,7 @@ pub struct InvalidTimeout {
 /// means that its action shall not run.
 pub fn execution_timeout(
     asked: Option<&prost_types::Duration>,
-    scheduling: &config::scheduler::Scheduling,
+    scheduling: &config::scheduling::Scheduling,
 ) -> Result<Duration, InvalidTimeout> {
     let default = scheduling.default_execution_timeout.get();
     let maximum = scheduling.maximum_execution_timeout;

@@ -12,12 +12,12 @@ use std::{
 use parking_lot::Mutex;
 
 use crate::scheduler::{
-    queue::{Counts, Queue, Totals},
+    queue::{Queue, QueueCounts, Totals},
     shared_queue::SharedQueue,
 };
 
 /// Between two samples.
-const INTERVAL: Duration = Duration::from_secs(10);
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(10);
 /// Samples of an hour.
 pub(super) const KEPT: usize = 360;
 
@@ -67,7 +67,7 @@ impl History {
     /// Takes samples; never returns.
     pub(in crate::scheduler) async fn run(&self, queue: &SharedQueue) {
         let mut before = Before::default();
-        let mut timer = tokio::time::interval(INTERVAL);
+        let mut timer = tokio::time::interval(SAMPLE_INTERVAL);
         timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             timer.tick().await;
@@ -76,7 +76,7 @@ impl History {
         }
     }
 
-    fn take(&self, counts: Counts, totals: Totals, before: &mut Before) {
+    fn take(&self, counts: QueueCounts, totals: Totals, before: &mut Before) {
         let now = Before {
             completed: totals.completed,
             failed: totals.failed,
@@ -107,7 +107,7 @@ impl History {
 }
 
 /// Counts of the queue as it is now.
-pub(super) fn now(queue: &SharedQueue) -> Counts {
+pub(super) fn now(queue: &SharedQueue) -> QueueCounts {
     queue.look(Queue::counts)
 }
 
@@ -126,7 +126,7 @@ mod tests {
                 failed: number,
                 ..Totals::default()
             };
-            history.take(Counts::default(), totals, &mut before);
+            history.take(QueueCounts::default(), totals, &mut before);
         }
         let samples = history.samples();
         assert_eq!(samples.len(), KEPT);

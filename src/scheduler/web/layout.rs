@@ -119,6 +119,18 @@ pub(super) fn properties(properties: &[(String, String)]) -> Markup {
     }
 }
 
+/// A table that scrolls by itself where it is wider than the page: cells of its head, and its rows.
+pub(super) fn table(label: &str, class: Option<&str>, head: Markup, rows: Markup) -> Markup {
+    html! {
+        div.scroll tabindex="0" role="region" aria-label=(label) {
+            table class=[class] {
+                thead { tr { (head) } }
+                tbody { (rows) }
+            }
+        }
+    }
+}
+
 /// Labels of workers, one after the other.
 pub(super) fn labels(labels: &BTreeMap<String, String>) -> Markup {
     html! {

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::{
     Pages,
     format::{encode, name, timestamp},
-    layout::{Page, Section},
+    layout::{self, Page, Section},
     protection::MaySee,
 };
 use crate::scheduler::{
@@ -20,7 +20,7 @@ use crate::scheduler::{
 
 /// Rows of a page, those that are looked at under one lock, and for one page.
 const ROWS: usize = 100;
-const PIECE: usize = 256;
+const ROWS_PER_LOCK: usize = 256;
 const MOST_SEEN: usize = 20_000;
 
 #[derive(Deserialize)]
@@ -35,7 +35,7 @@ pub(super) struct ListQuery {
 }
 
 /// Some of the operations that are looked for.
-struct Found {
+struct FoundRows {
     rows: Vec<OperationRow>,
     /// Where to go on; `None` at the end.
     next: Option<Uuid>,
@@ -47,9 +47,9 @@ async fn search(
     after: Option<Uuid>,
     filter: &OperationFilter,
     text: &str,
-) -> Found {
+) -> FoundRows {
     let (_, total) = queue.look(|queue| queue.place_of(None));
-    let mut found = Found {
+    let mut found = FoundRows {
         rows: Vec::new(),
         next: None,
         total,
@@ -57,7 +57,12 @@ async fn search(
     let mut last = after;
     let mut seen = 0;
     loop {
-        let piece = queue.look(|queue| queue.operations(last).take(PIECE).collect::<Vec<_>>());
+        let piece = queue.look(|queue| {
+            queue
+                .operations(last)
+                .take(ROWS_PER_LOCK)
+                .collect::<Vec<_>>()
+        });
         let Some(end) = piece.last().map(|row| row.name) else {
             found.next = None;
             return found;
@@ -174,41 +179,34 @@ pub(super) fn stage(stage: &Stage) -> Markup {
 
 pub(super) fn table(rows: &[OperationRow]) -> Markup {
     html! {
-        div.scroll tabindex="0" role="region" aria-label="Operations" {
-            table {
-                thead {
-                    tr {
-                        th scope="col" { "Operation" }
-                        th scope="col" { "Stage" }
-                        th scope="col" { "Action" }
-                        th scope="col" { "Queued" }
-                        th.number scope="col" { "Priority" }
-                        th scope="col" { "Worker" }
-                    }
-                }
-                tbody {
-                    @for row in rows {
-                        @let metadata = row.action.request_metadata();
-                        tr {
-                            th scope="row" {
-                                a href={ "/operations/" (row.name) } {
-                                    @if metadata.target_id.is_empty() { (row.name) }
-                                    @else { (name(&metadata.target_id)) }
-                                }
-                                @if !metadata.action_mnemonic.is_empty() {
-                                    " " span.quiet { (name(&metadata.action_mnemonic)) }
-                                }
-                            }
-                            td { (stage(&row.stage)) }
-                            td { code { (row.action.digest.hash_hex().get(..12).unwrap_or_default()) "…" } }
-                            td { (timestamp(&row.action.queued_timestamp)) }
-                            td.number { (row.priority) }
-                            td { (worker(row)) }
+        (layout::table("Operations", None, html! {
+            th scope="col" { "Operation" }
+            th scope="col" { "Stage" }
+            th scope="col" { "Action" }
+            th scope="col" { "Queued" }
+            th.number scope="col" { "Priority" }
+            th scope="col" { "Worker" }
+        }, html! {
+            @for row in rows {
+                @let metadata = row.action.request_metadata();
+                tr {
+                    th scope="row" {
+                        a href={ "/operations/" (row.name) } {
+                            @if metadata.target_id.is_empty() { (row.name) }
+                            @else { (name(&metadata.target_id)) }
+                        }
+                        @if !metadata.action_mnemonic.is_empty() {
+                            " " span.quiet { (name(&metadata.action_mnemonic)) }
                         }
                     }
+                    td { (stage(&row.stage)) }
+                    td { code { (row.action.digest.hash_hex().get(..12).unwrap_or_default()) "…" } }
+                    td { (timestamp(&row.action.queued_timestamp)) }
+                    td.number { (row.priority) }
+                    td { (worker(row)) }
                 }
             }
-        }
+        }))
     }
 }
 

@@ -28,7 +28,7 @@ use crate::scheduler::{
 
 /// Rows of a page, and those that are looked at under one lock.
 const ROWS: usize = 100;
-const PIECE: usize = 25;
+const ROWS_PER_LOCK: usize = 25;
 /// Invocations of one level, and levels, that a page shows.
 const SIBLINGS: usize = 50;
 const LEVELS: usize = 3;
@@ -45,7 +45,7 @@ pub(super) fn first(
     let mut found: Vec<QueueLoad> = Vec::new();
     let mut last = after;
     while found.len() < rows {
-        let wanted = PIECE.min(rows - found.len());
+        let wanted = ROWS_PER_LOCK.min(rows - found.len());
         let piece = queue.look(|queue| queue.queue_loads(last.as_ref(), wanted));
         let Some(end) = piece.last() else { break };
         last = Some((*end.key).clone());
@@ -99,38 +99,31 @@ pub(super) fn table(rows: &[QueueLoad]) -> Markup {
         @if rows.is_empty() {
             p.empty { "There are no platform queues: no worker has ever come, and none is predeclared." }
         } @else {
-            div.scroll tabindex="0" role="region" aria-label="Platform queues" {
-                table {
-                    thead {
-                        tr {
-                            th scope="col" { "Platform" }
-                            th scope="col" { "Instance name" }
-                            th.number scope="col" { "Size class" }
-                            th.number scope="col" { "Queued" }
-                            th.number scope="col" { "Executing" }
-                            th.number scope="col" { "Workers" }
-                            th scope="col" { "State" }
-                        }
-                    }
-                    tbody {
-                        @for row in rows {
-                            tr {
-                                th scope="row" {
-                                    a href={ "/queue?" (QueueQuery::of(&row.key).encoded()) } {
-                                        (properties(row.key.platform.properties()))
-                                    }
-                                }
-                                td { (name(row.key.prefix.as_str())) }
-                                td.number { (row.key.size_class) }
-                                td.number { (count(row.load.queued as u64)) }
-                                td.number { (count(row.load.executing as u64)) }
-                                td.number { (count(row.workers as u64)) }
-                                td { (state(row)) }
+            (layout::table("Platform queues", None, html! {
+                th scope="col" { "Platform" }
+                th scope="col" { "Instance name" }
+                th.number scope="col" { "Size class" }
+                th.number scope="col" { "Queued" }
+                th.number scope="col" { "Executing" }
+                th.number scope="col" { "Workers" }
+                th scope="col" { "State" }
+            }, html! {
+                @for row in rows {
+                    tr {
+                        th scope="row" {
+                            a href={ "/queue?" (QueueQuery::of(&row.key).encoded()) } {
+                                (properties(row.key.platform.properties()))
                             }
                         }
+                        td { (name(row.key.prefix.as_str())) }
+                        td.number { (row.key.size_class) }
+                        td.number { (count(row.load.queued as u64)) }
+                        td.number { (count(row.load.executing as u64)) }
+                        td.number { (count(row.workers as u64)) }
+                        td { (state(row)) }
                     }
                 }
-            }
+            }))
         }
     }
 }
@@ -151,16 +144,12 @@ fn state(row: &QueueLoad) -> Markup {
 pub(super) struct OneQuery {
     #[serde(default)]
     invocation: String,
-    #[serde(default)]
-    instance: String,
-    #[serde(default)]
-    platform: String,
-    #[serde(default)]
-    size: String,
+    #[serde(flatten)]
+    queue: QueueQuery,
 }
 
 /// A node of the tree, and how deep it is.
-struct Node {
+struct InvocationTreeNode {
     level: usize,
     keys: Vec<InvocationKey>,
     load: Load,
@@ -173,7 +162,7 @@ fn add_children(
     key: &SizeClassQueueKey,
     parent: &[InvocationKey],
     level: usize,
-    nodes: &mut Vec<Node>,
+    nodes: &mut Vec<InvocationTreeNode>,
 ) {
     let keys = InvocationKeys::new(parent.iter().cloned());
     let children = queue.look(|queue| queue.invocation_loads(key, &keys, None, SIBLINGS + 1));
@@ -185,7 +174,7 @@ fn add_children(
         let mut keys = parent.to_vec();
         keys.push(child);
         let deeper = keys.clone();
-        nodes.push(Node {
+        nodes.push(InvocationTreeNode {
             level,
             keys,
             load,
@@ -202,11 +191,7 @@ pub(super) async fn one(
     State(pages): State<Arc<Pages>>,
     Query(query): Query<OneQuery>,
 ) -> Response {
-    let wanted = QueueQuery {
-        instance: query.instance,
-        platform: query.platform,
-        size: query.size,
-    };
+    let wanted = query.queue;
     let keys = read_invocation(&query.invocation);
     let found = wanted.key().zip(keys).and_then(|(key, keys)| {
         let load = pages.queue.look(|queue| queue.queue_load(&key))?;
@@ -273,46 +258,39 @@ pub(super) async fn one(
     page.into_response()
 }
 
-fn tree(nodes: &[Node], row: &QueueLoad, address: &str) -> Markup {
+fn tree(nodes: &[InvocationTreeNode], row: &QueueLoad, address: &str) -> Markup {
     let share = |load: &Load| match row.load.executing {
         0 => 0.0,
         all => load.executing as f64 / all as f64,
     };
     html! {
-        div.scroll tabindex="0" role="region" aria-label="Invocations" {
-            table.tree {
-                thead {
-                    tr {
-                        th scope="col" { "Invocation" }
-                        th scope="col" { "Share of what executes" }
-                        th.number scope="col" { "Executing" }
-                        th.number scope="col" { "Queued" }
-                        th.number scope="col" { "Waiting workers" }
-                    }
-                }
-                tbody {
-                    @for node in nodes {
-                        @let text = node.keys.last().map(describe_invocation).unwrap_or_default();
-                        tr {
-                            th scope="row" class={ "level-" (node.level) } {
-                                span.quiet { (text.0) " " }
-                                a href={ (address) "&invocation=" (encode(&write_invocation(&node.keys))) "#queued" } {
-                                    (name(&text.1))
-                                }
-                                @if node.is_cut { " " span.badge.warn { "and more" } }
-                            }
-                            td {
-                                meter min="0" max="1" value=(share(&node.load)) aria-label="Share of what executes" {}
-                                " " (format!("{:.0} %", share(&node.load) * 100.0))
-                            }
-                            td.number { (count(node.load.executing as u64)) }
-                            td.number { (count(node.load.queued as u64)) }
-                            td.number { (count(node.load.idle as u64)) }
+        (layout::table("Invocations", Some("tree"), html! {
+            th scope="col" { "Invocation" }
+            th scope="col" { "Share of what executes" }
+            th.number scope="col" { "Executing" }
+            th.number scope="col" { "Queued" }
+            th.number scope="col" { "Waiting workers" }
+        }, html! {
+            @for node in nodes {
+                @let text = node.keys.last().map(describe_invocation).unwrap_or_default();
+                tr {
+                    th scope="row" class={ "level-" (node.level) } {
+                        span.quiet { (text.0) " " }
+                        a href={ (address) "&invocation=" (encode(&write_invocation(&node.keys))) "#queued" } {
+                            (name(&text.1))
                         }
+                        @if node.is_cut { " " span.badge.warn { "and more" } }
                     }
+                    td {
+                        meter min="0" max="1" value=(share(&node.load)) aria-label="Share of what executes" {}
+                        " " (format!("{:.0} %", share(&node.load) * 100.0))
+                    }
+                    td.number { (count(node.load.executing as u64)) }
+                    td.number { (count(node.load.queued as u64)) }
+                    td.number { (count(node.load.idle as u64)) }
                 }
             }
-        }
+        }))
     }
 }
 
@@ -332,30 +310,23 @@ fn drain_table(pages: &Pages, see: &MaySee, wanted: &QueueQuery, drains: &[Drain
         @if drains.is_empty() {
             p.empty { "No workers of this queue are drained." }
         } @else {
-            div.scroll tabindex="0" role="region" aria-label="Drains" {
-                table {
-                    thead {
-                        tr {
-                            th scope="col" { "Workers" }
-                            th scope="col" { "Since" }
-                            th scope="col" { "By" }
-                            @if see.may_steer() { th scope="col" { "Act" } }
-                        }
-                    }
-                    tbody {
-                        @for drain in drains {
-                            tr {
-                                th scope="row" { (layout::labels(drain.pattern.labels())) }
-                                td { (super::format::timestamp(&drain.created)) }
-                                td { (name(&pages.drainers.of(&drain.key, &drain.pattern))) }
-                                @if see.may_steer() {
-                                    td { (steering::undrain_form(pages, wanted, &drain.pattern)) }
-                                }
-                            }
+            (layout::table("Drains", None, html! {
+                th scope="col" { "Workers" }
+                th scope="col" { "Since" }
+                th scope="col" { "By" }
+                @if see.may_steer() { th scope="col" { "Act" } }
+            }, html! {
+                @for drain in drains {
+                    tr {
+                        th scope="row" { (layout::labels(drain.pattern.labels())) }
+                        td { (super::format::timestamp(&drain.created)) }
+                        td { (name(&pages.drainers.of(&drain.key, &drain.pattern))) }
+                        @if see.may_steer() {
+                            td { (steering::undrain_form(pages, wanted, &drain.pattern)) }
                         }
                     }
                 }
-            }
+            }))
         }
         @if see.may_steer() { (steering::drain_form(pages, wanted)) }
     }

@@ -66,24 +66,10 @@ impl Drainers {
 
 #[derive(Deserialize)]
 pub(super) struct WorkersForm {
-    #[serde(default)]
-    instance: String,
-    #[serde(default)]
-    platform: String,
-    #[serde(default)]
-    size: String,
+    #[serde(flatten)]
+    queue: QueueQuery,
     /// Labels that a worker must have: a JSON object.
     workers: String,
-}
-
-impl WorkersForm {
-    fn queue(&self) -> QueueQuery {
-        QueueQuery {
-            instance: self.instance.clone(),
-            platform: self.platform.clone(),
-            size: self.size.clone(),
-        }
-    }
 }
 
 fn no_pattern() -> Response {
@@ -104,7 +90,7 @@ pub(super) async fn drain(
     let Some(pattern) = read_pattern(&sent.form.workers) else {
         return no_pattern();
     };
-    let Some(key) = sent.form.queue().key() else {
+    let Some(key) = sent.form.queue.key() else {
         return no_queue();
     };
     let added = pages.queue.add_drain(Drain {
@@ -123,7 +109,7 @@ pub(super) async fn drain(
         "workers are drained"
     );
     pages.drainers.set(key, pattern, Some(sent.by));
-    kept(&pages, &sent.form.queue()).await
+    kept(&pages, &sent.form.queue).await
 }
 
 pub(super) async fn undrain(
@@ -133,7 +119,7 @@ pub(super) async fn undrain(
     let Some(pattern) = read_pattern(&sent.form.workers) else {
         return no_pattern();
     };
-    let Some(key) = sent.form.queue().key() else {
+    let Some(key) = sent.form.queue.key() else {
         return no_queue();
     };
     if pages.queue.remove_drain(&key, &pattern).is_err() {
@@ -147,7 +133,7 @@ pub(super) async fn undrain(
         "workers are drained no longer"
     );
     pages.drainers.set(key, pattern, None);
-    kept(&pages, &sent.form.queue()).await
+    kept(&pages, &sent.form.queue).await
 }
 
 /// Back to the queue, when what is drained would outlive the scheduler.
@@ -177,7 +163,7 @@ pub(super) async fn terminate(
     let queue = pages.queue.clone();
     // Nobody waits for what they execute now.
     tokio::spawn(async move { queue.terminate_workers(&pattern).await });
-    Redirect::to(&format!("/workers?{}", sent.form.queue().encoded())).into_response()
+    Redirect::to(&format!("/workers?{}", sent.form.queue.encoded())).into_response()
 }
 
 #[derive(Deserialize)]

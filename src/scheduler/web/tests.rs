@@ -19,8 +19,8 @@ use crate::{
     proto::reapi,
     scheduler::{
         queue::{
-            Caller, InvocationKeys, Platform, QueuedAction, Request as Execute, Settings,
-            SizeClassQueueKey, WorkerActivity, WorkerId, WorkerReport,
+            InvocationKeys, Platform, QueuedAction, Request as Execute, Settings,
+            SizeClassQueueKey, WorkerActivity, WorkerCaller, WorkerId, WorkerReport,
         },
         size_class::Analyzer,
         statistics_store::StatisticsStore,
@@ -63,7 +63,7 @@ async fn lists_of_100_000_operations_and_10_000_workers_are_small_and_soon_there
     };
     for number in 0..WORKERS {
         let labels = BTreeMap::from([("hostname".to_owned(), format!("host{number:05}"))]);
-        let caller = Caller {
+        let caller = WorkerCaller {
             id: WorkerId::new(labels),
             peer: "192.0.2.1:4".into(),
             call: None,

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::{
     Pages,
     format::{duration, encode, name, size},
-    layout::{Page, Section, labels},
+    layout::{self, Page, Section, labels},
     protection::MaySee,
     queue_key::QueueQuery,
     queues, steering,
@@ -18,16 +18,12 @@ use crate::scheduler::queue::{SizeClassQueueKey, WorkerId, WorkerSight, WorkerSi
 
 /// Rows of a page, and those that are looked at under one lock.
 const ROWS: usize = 200;
-const PIECE: usize = 50;
+const ROWS_PER_LOCK: usize = 50;
 
 #[derive(Deserialize)]
 pub(super) struct WorkersQuery {
-    #[serde(default)]
-    instance: String,
-    #[serde(default)]
-    platform: String,
-    #[serde(default)]
-    size: String,
+    #[serde(flatten)]
+    queue: QueueQuery,
     /// Of the last worker of the page before: the JSON of its labels.
     #[serde(default)]
     after: String,
@@ -54,7 +50,7 @@ fn collect(
     while let Some(current) = &key {
         let piece = pages.queue.look_now(|queue, time| {
             now = time;
-            queue.worker_sights(time, current, after.as_ref(), PIECE)
+            queue.worker_sights(time, current, after.as_ref(), ROWS_PER_LOCK)
         });
         match piece.last() {
             Some(last) => after = Some(last.id.clone()),
@@ -79,11 +75,7 @@ pub(super) async fn list(
     State(pages): State<Arc<Pages>>,
     Query(query): Query<WorkersQuery>,
 ) -> Page<'static> {
-    let wanted = QueueQuery {
-        instance: query.instance,
-        platform: query.platform,
-        size: query.size,
-    };
+    let wanted = query.queue;
     let key = (!wanted.platform.is_empty())
         .then(|| wanted.key())
         .flatten();
@@ -123,33 +115,26 @@ pub(super) async fn list(
 
 fn table(pages: &Pages, see: &MaySee, rows: &[WorkerSight], now: Instant) -> Markup {
     html! {
-        div.scroll tabindex="0" role="region" aria-label="Workers" {
-            table {
-                thead {
-                    tr {
-                        th scope="col" { "Worker" }
-                        th scope="col" { "Does" }
-                        th.number scope="col" { "For" }
-                        th scope="col" { "State" }
-                        th scope="col" { "Host" }
-                        @if see.may_steer() { th scope="col" { "Act" } }
-                    }
-                }
-                tbody {
-                    @for row in rows {
-                        tr {
-                            th scope="row" { (labels(row.id.labels())) }
-                            (activity(row, now))
-                            td { (state(pages, row)) }
-                            td { (host(pages, row)) }
-                            @if see.may_steer() {
-                                td { (steering::worker_forms(pages, row)) }
-                            }
-                        }
+        (layout::table("Workers", None, html! {
+            th scope="col" { "Worker" }
+            th scope="col" { "Does" }
+            th.number scope="col" { "For" }
+            th scope="col" { "State" }
+            th scope="col" { "Host" }
+            @if see.may_steer() { th scope="col" { "Act" } }
+        }, html! {
+            @for row in rows {
+                tr {
+                    th scope="row" { (labels(row.id.labels())) }
+                    (activity(row, now))
+                    td { (state(pages, row)) }
+                    td { (host(pages, row)) }
+                    @if see.may_steer() {
+                        td { (steering::worker_forms(pages, row)) }
                     }
                 }
             }
-        }
+        }))
     }
 }
 

@@ -161,7 +161,7 @@ pub struct Chunks<R> {
 }
 
 /// Read at a time.
-const PIECE: u64 = 1 << 20;
+const READ_SIZE: u64 = 1 << 20;
 
 impl<R: FnMut(u64, u64) -> Result<bytes::Bytes, Error>> Chunks<R> {
     /// Of a blob of this size.
@@ -184,7 +184,7 @@ impl<R: FnMut(u64, u64) -> Result<bytes::Bytes, Error>> Chunks<R> {
             self.cut = 0;
             // As much again, so that what is left is seldom moved.
             while self.buffer.len() < 2 * self.window && self.at < self.size {
-                let end = (self.at + PIECE).min(self.size);
+                let end = (self.at + READ_SIZE).min(self.size);
                 let piece = (self.read)(self.at, end)?;
                 if piece.is_empty() {
                     return Err(Error::Internal("a blob ended before its chunks".to_owned()));

@@ -27,16 +27,16 @@ static GEAR: LazyLock<[u64; 256]> = LazyLock::new(|| {
 
 /// A place after so many bytes from where the next chunk begins, with the hash of those before.
 #[derive(Clone, Copy)]
-struct Place {
+struct CutPoint {
     at: usize,
     hash: u64,
 }
 
 pub(super) struct RepMaxCutter {
     minimum: usize,
-    records: Vec<Place>,
+    records: Vec<CutPoint>,
     /// The last place that was looked at.
-    reached: Place,
+    reached: CutPoint,
 }
 
 impl RepMaxCutter {
@@ -45,7 +45,7 @@ impl RepMaxCutter {
         RepMaxCutter {
             minimum,
             records: Vec::new(),
-            reached: Place { at: 0, hash: 0 },
+            reached: CutPoint { at: 0, hash: 0 },
         }
     }
 
@@ -86,7 +86,7 @@ impl RepMaxCutter {
         }
         let hashed = ahead[minimum - HASHED..minimum].iter();
         let hash = hashed.fold(0, |hash, byte| next_hash(hash, *byte));
-        let first = Place { at: minimum, hash };
+        let first = CutPoint { at: minimum, hash };
         let mut records = vec![first];
         match self.records.first() {
             Some(kept) => {
@@ -108,7 +108,13 @@ fn next_hash(hash: u64, byte: u8) -> u64 {
 }
 
 /// Looks at the places after `from`, up to `last`, for hashes greater than `best` and all before.
-fn scan(ahead: &[u8], from: Place, last: usize, mut best: u64, records: &mut Vec<Place>) -> Place {
+fn scan(
+    ahead: &[u8],
+    from: CutPoint,
+    last: usize,
+    mut best: u64,
+    records: &mut Vec<CutPoint>,
+) -> CutPoint {
     if last <= from.at {
         return from;
     }
@@ -119,10 +125,10 @@ fn scan(ahead: &[u8], from: Place, last: usize, mut best: u64, records: &mut Vec
         if hash > best {
             best = hash;
             let at = from.at + offset + 1;
-            records.push(Place { at, hash });
+            records.push(CutPoint { at, hash });
         }
     }
-    Place { at: last, hash }
+    CutPoint { at: last, hash }
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use bytes::Bytes;
 use prost::Message;
 
-use super::{super::Error, Store, index::IndexKey, segment::NewContent};
+use super::{super::Error, Store, key::IndexKey, segment::NewContent};
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,

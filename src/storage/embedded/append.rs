@@ -4,27 +4,13 @@ use std::sync::{Arc, atomic::Ordering};
 
 use super::{
     super::Error,
+    active_segment::{ActiveSegment, SegmentWrite},
     file,
     index::{IndexEntry, Location},
     instance_limits::LimitId,
     segment::{self, AppendPosition, NewContent, Segment},
     space::Space,
 };
-
-/// The segment that contents are appended to.
-pub(super) struct ActiveSegment {
-    pub segment: Arc<Segment>,
-    pub end: AppendPosition,
-}
-
-/// A segment that somebody writes to.
-struct SegmentWrite(Arc<Segment>);
-
-impl Drop for SegmentWrite {
-    fn drop(&mut self) {
-        self.0.end_writing();
-    }
-}
 
 /// Where the space of a new segment comes from.
 #[derive(Clone, Copy)]
@@ -33,39 +19,6 @@ pub(super) enum SpaceSource {
     Shared,
     /// From what the limit leaves to whoever makes room.
     Reserve,
-}
-
-impl ActiveSegment {
-    fn fits(&self, size: u64) -> bool {
-        self.end.offset + size <= self.segment.capacity()
-            && self.end.slot < self.segment.slot_count()
-    }
-
-    /// Reserves room for as many contents as fit. `None` when the first does not.
-    fn take(
-        &mut self,
-        contents: &[NewContent],
-    ) -> Option<(SegmentWrite, AppendPosition, usize, u64)> {
-        let at = self.end;
-        let mut count = 0;
-        for new in contents {
-            let size = new.content.len() as u64;
-            if !self.fits(size) {
-                break;
-            }
-            self.end = AppendPosition {
-                offset: self.end.offset + size,
-                slot: self.end.slot + 1,
-            };
-            count += 1;
-        }
-        if count == 0 {
-            return None;
-        }
-        self.segment.begin_writing();
-        let writing = SegmentWrite(self.segment.clone());
-        Some((writing, at, count, self.end.offset - at.offset))
-    }
 }
 
 impl Space {

@@ -4,11 +4,10 @@ use bytes::Bytes;
 
 use super::{
     super::{Error, verify},
-    SMALL,
     file::{self, BlobFileWriter},
-    index::IndexKey,
     instance_limits::LimitId,
-    segment::NewContent,
+    key::IndexKey,
+    segment::{NewContent, SMALL},
     space::{Space, SpaceReservation},
 };
 use crate::digest::{Digest, Hasher};
@@ -32,7 +31,7 @@ enum BlobBuffer {
 }
 
 /// Space is taken in steps, as bytes arrive: what a client announces is no reason to evict.
-const STEP: u64 = 4 << 20;
+const SPACE_STEP: u64 = 4 << 20;
 
 impl BlobWriter {
     pub(super) fn start(space: Arc<Space>, digest: Digest, limit: LimitId) -> Result<Self, Error> {
@@ -84,7 +83,7 @@ impl BlobWriter {
             } => {
                 let total = file::footprint(self.digest.size());
                 if size > reservation.bytes() {
-                    let wanted = (size + STEP).min(total);
+                    let wanted = (size + SPACE_STEP).min(total);
                     reservation.grow(wanted - reservation.bytes())?;
                 }
                 writer

@@ -3,8 +3,9 @@
 
 use super::{
     Store, file,
-    index::{IndexEntry, IndexKey, Location},
+    index::{IndexEntry, Location},
     instance_limits::InstanceUsage,
+    key::IndexKey,
 };
 use crate::{daemon, digest::Digest, instance::InstanceName};
 

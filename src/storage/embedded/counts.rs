@@ -6,12 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Store, index::IndexEntry, space::Space};
+use super::index::IndexEntry;
 use crate::daemon::Counter;
 
 /// Times that are remembered of the clock of recency; the clock ticks 4,096 times while the store is filled
 /// once, and every ten seconds when nothing is written.
-const REMEMBERED: usize = 8_192;
+const REMEMBERED_TICKS: usize = 8_192;
 
 /// Counts since the store was opened.
 #[derive(Debug, Default)]
@@ -48,7 +48,7 @@ impl RecencyAges {
     pub(super) fn note(&mut self, tick: u32, now: Instant) {
         if self.times.back().is_none_or(|(last, _)| *last != tick) {
             self.times.push_back((tick, now));
-            if self.times.len() > REMEMBERED {
+            if self.times.len() > REMEMBERED_TICKS {
                 self.times.pop_front();
             }
         }
@@ -61,6 +61,11 @@ impl RecencyAges {
         Some(*time)
     }
 
+    /// For how long what went last in the last eviction had not been used.
+    pub(super) fn retention(&self) -> Option<Duration> {
+        self.evicted
+    }
+
     pub(super) fn evicted(&mut self, entries: &[IndexEntry], now: Instant) {
         let last = entries.iter().map(|entry| entry.used).max();
         let time = last.and_then(|tick| self.time_of(tick));
@@ -68,32 +73,10 @@ impl RecencyAges {
     }
 }
 
-impl Space {
-    pub(super) fn note_age(&self) {
-        self.ages.lock().note(self.now(), Instant::now());
-    }
-}
-
-impl Store {
-    /// What it has done since it was opened.
-    pub fn counts(&self) -> &StoreCounts {
-        &self.space.counts
-    }
-
-    /// For how long what was evicted last had not been used, or for how long this process knows of it, if
-    /// that is shorter; `None` while nothing was evicted.
-    pub fn retention(&self) -> Option<Duration> {
-        self.space.ages.lock().evicted
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{
-            index::{IndexKey, Location},
-            instance_limits::LimitId,
-        },
+        super::{index::Location, instance_limits::LimitId, key::IndexKey},
         *,
     };
     use crate::digest::DigestFunction;

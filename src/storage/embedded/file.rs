@@ -19,7 +19,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{index::IndexKey, instance_limits::LimitId};
+use super::{instance_limits::LimitId, key::IndexKey};
 use crate::text::{parse_hex, push_hex};
 
 /// Bytes per checksum; whoever reads in multiples of it has each byte checked once.

@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use prost::Message;
 
-use super::{super::Error, Store, index::IndexKey, segment::NewContent};
+use super::{super::Error, Store, key::IndexKey, segment::NewContent};
 use crate::{digest::Digest, instance::InstanceName, proto::iscc::PreviousExecutionStats};
 
 impl Store {

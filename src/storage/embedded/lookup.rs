@@ -8,8 +8,9 @@ use parking_lot::MutexGuard;
 use super::{
     super::Error,
     file::{self, BlobFile, BlobFileWriter},
-    index::{IndexEntry, IndexKey, Location},
+    index::{IndexEntry, Location},
     instance_limits::LimitId,
+    key::IndexKey,
     space::Space,
 };
 use crate::daemon::message_id;

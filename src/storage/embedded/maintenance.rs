@@ -6,38 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use parking_lot::{Condvar, Mutex};
-
 use super::{
     recency,
     scrub::{self, Scrub},
     space::Space,
+    uploads::Uploads,
 };
-
-/// Wakes the thread.
-#[derive(Default)]
-pub(super) struct MaintenanceSignal {
-    state: Mutex<MaintenanceState>,
-    changed: Condvar,
-}
-
-impl MaintenanceSignal {
-    pub(super) fn space_is_short(&self) {
-        self.state.lock().space_is_short = true;
-        self.changed.notify_all();
-    }
-
-    fn stop(&self) {
-        self.state.lock().stopping = true;
-        self.changed.notify_all();
-    }
-}
-
-#[derive(Default)]
-struct MaintenanceState {
-    space_is_short: bool,
-    stopping: bool,
-}
 
 pub(super) struct MaintenanceThread {
     space: Arc<Space>,
@@ -45,11 +19,11 @@ pub(super) struct MaintenanceThread {
 }
 
 impl MaintenanceThread {
-    pub(super) fn start(space: Arc<Space>) -> Self {
+    pub(super) fn start(space: Arc<Space>, uploads: Arc<Uploads>) -> Self {
         let own = space.clone();
         let thread = std::thread::Builder::new()
             .name("storage".to_owned())
-            .spawn(move || own.maintain())
+            .spawn(move || own.maintain(&uploads))
             .inspect_err(|error| tracing::error!(%error, "could not start a thread"))
             .ok();
         MaintenanceThread { space, thread }
@@ -64,7 +38,7 @@ impl MaintenanceThread {
 }
 
 impl Space {
-    fn maintain(&self) {
+    fn maintain(&self, uploads: &Uploads) {
         const ROUND: Duration = Duration::from_secs(10);
         const ROUNDS_PER_SAVING: u32 = 30;
         let mut rounds = 0;
@@ -96,7 +70,7 @@ impl Space {
                 return;
             }
             self.note_age();
-            self.uploads.expire(Instant::now());
+            uploads.expire(Instant::now());
             self.measure_free_space(Instant::now());
             self.reclaim();
             if quiet {

@@ -35,14 +35,21 @@
 //!
 //! The last two lines decide: the store's size is a promise, and so is that it outlives a full disk.
 
-use std::{fs::File, os::unix::fs::FileExt, path::Path, sync::Arc};
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use futures::{StreamExt, stream};
 
 use self::{
     file::BlobFile,
-    index::{IndexEntry, IndexKey, Location},
+    index::{IndexEntry, Location},
+    key::IndexKey,
     segment::NewContent,
     space::Space,
 };
@@ -55,18 +62,22 @@ use crate::{
 };
 
 mod action_results;
+mod active_segment;
 mod append;
 mod blob_writer;
 mod ceiling;
 mod check;
+mod chunk_lists;
 mod chunks;
 mod counts;
 mod file;
 mod index;
 mod initial_size_class_cache;
 mod instance_limits;
+mod key;
 mod lookup;
 mod maintenance;
+mod maintenance_signal;
 mod open;
 mod recency;
 mod reclaim;
@@ -80,16 +91,15 @@ pub use check::{CheckProgress, StoreUsage};
 pub use counts::StoreCounts;
 pub use instance_limits::{InstanceUsage, LimitId};
 pub use open::probe;
+pub use segment::SMALL;
 pub use uploads::{Uploads, WriteLease};
-
-/// Blobs of at most this size share segments; larger ones are files of their own.
-pub const SMALL: u64 = 64 << 10;
 
 /// An open store. All calls block, for memory, and for the disk when the page cache has not what
 /// they need.
 pub struct Store {
     space: Arc<Space>,
-    chunk_lists: chunks::ChunkLists,
+    uploads: Arc<Uploads>,
+    chunk_lists: chunk_lists::ChunkLists,
     maintenance: Option<maintenance::MaintenanceThread>,
 }
 
@@ -155,13 +165,30 @@ impl Store {
 
     /// The same, as configured.
     pub fn open_configured(config: &Embedded) -> Result<Self, Failure> {
-        let space = Arc::new(open::open(config)?);
-        let maintenance = Some(maintenance::MaintenanceThread::start(space.clone()));
+        let uploads = Arc::new(Uploads::default());
+        let abandon_upload = {
+            let uploads = uploads.clone();
+            Box::new(move || uploads.abandon_one(None, Instant::now()))
+        };
+        let space = Arc::new(open::open(config, abandon_upload)?);
+        let maintenance = maintenance::MaintenanceThread::start(space.clone(), uploads.clone());
         Ok(Store {
             space,
-            chunk_lists: chunks::ChunkLists::default(),
-            maintenance,
+            uploads,
+            chunk_lists: chunk_lists::ChunkLists::default(),
+            maintenance: Some(maintenance),
         })
+    }
+
+    /// What it has done since it was opened.
+    pub fn counts(&self) -> &StoreCounts {
+        &self.space.counts
+    }
+
+    /// For how long what was evicted last had not been used, or for how long this process knows of it, if
+    /// that is shorter; `None` while nothing was evicted.
+    pub fn retention(&self) -> Option<Duration> {
+        self.space.ages.lock().retention()
     }
 
     /// The largest blob that is taken.
@@ -366,12 +393,18 @@ impl Store {
 
     /// Those that arrive in several messages.
     pub fn uploads(&self) -> &Arc<Uploads> {
-        &self.space.uploads
+        &self.uploads
     }
 
-    /// Bytes that all of `uploads` together may take.
-    fn largest_uploads(&self) -> u64 {
-        self.maximum_blob_size() / 3
+    /// Gives a new call of `owner` the right to write to an upload.
+    pub fn lease_upload(
+        &self,
+        name: &str,
+        owner: &str,
+        limit: LimitId,
+        now: Instant,
+    ) -> Result<WriteLease, Error> {
+        self.uploads.lease(&self.space, name, owner, limit, now)
     }
 
     /// Starts to store a blob piece by piece, which counts towards a limit.
@@ -385,7 +418,7 @@ impl Drop for Store {
         if let Some(maintenance) = self.maintenance.take() {
             maintenance.stop();
         }
-        // They hold on to the space that holds them.
-        self.space.uploads.clear();
+        // They hold on to the space, which holds on to them to make room.
+        self.uploads.clear();
     }
 }

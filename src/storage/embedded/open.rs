@@ -16,14 +16,14 @@ use parking_lot::{Mutex, RwLock};
 use rustix::fs::FlockOperation;
 
 use super::{
-    append::ActiveSegment,
+    active_segment::ActiveSegment,
     ceiling::Ceiling,
     file,
     index::{Index, IndexEntry, Location},
     instance_limits::InstanceLimits,
     recency,
     segment::{self, Segment},
-    space::{Space, segment_capacity},
+    space::{AbandonUpload, Space, segment_capacity},
 };
 use crate::{
     config::{Size, scheduler::Embedded},
@@ -130,7 +130,10 @@ fn check_format(directory: &Path) -> Result<bool, Failure> {
     }
 }
 
-pub(super) fn open(config: &Embedded) -> Result<Space, Failure> {
+pub(super) fn open(
+    config: &Embedded,
+    abandon_upload: Box<AbandonUpload>,
+) -> Result<Space, Failure> {
     let directory = &*config.directory;
     let trouble = |error: io::Error| {
         failure(format!(
@@ -158,11 +161,16 @@ pub(super) fn open(config: &Embedded) -> Result<Space, Failure> {
             .map_err(trouble)?;
     }
     let limits = InstanceLimits::new(&config.instance_limits)?;
-    read(config, limits, lock).map_err(trouble)
+    read(config, limits, abandon_upload, lock).map_err(trouble)
 }
 
 /// Reads the index, and takes up the last segment where it ends.
-fn read(config: &Embedded, limits: InstanceLimits, lock: File) -> io::Result<Space> {
+fn read(
+    config: &Embedded,
+    limits: InstanceLimits,
+    abandon_upload: Box<AbandonUpload>,
+    lock: File,
+) -> io::Result<Space> {
     let (directory, maximum_size) = (&*config.directory, config.maximum_size.0);
     let minimum_free = config.minimum_free.0;
     let segments = directory.join("segments");
@@ -191,7 +199,7 @@ fn read(config: &Embedded, limits: InstanceLimits, lock: File) -> io::Result<Spa
         written: AtomicU64::new(recency.as_ref().map_or(0, |recency| recency.written)),
         next_segment: AtomicU32::new(0),
         next_upload: AtomicU64::new(0),
-        uploads: Default::default(),
+        abandon_upload,
         reclaiming: Mutex::new(()),
         segment_creation: Mutex::new(()),
         file_locks: std::array::from_fn(|_| Mutex::new(())),

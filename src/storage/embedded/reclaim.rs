@@ -17,7 +17,7 @@ impl Space {
     pub(super) fn reclaim(&self) {
         let _alone = self.reclaiming.lock();
         let limit = self.limit();
-        while self.used() > limit / 32 * 31 && self.uploads.abandon_one(None, Instant::now()) {}
+        while self.used() > limit / 32 * 31 && (self.abandon_upload)() {}
         if self.used() <= limit / 32 * 31 {
             return;
         }

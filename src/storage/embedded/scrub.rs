@@ -160,7 +160,7 @@ mod tests {
     use super::*;
     use crate::{
         digest::DigestFunction,
-        storage::embedded::{Store, index::IndexKey, instance_limits::LimitId},
+        storage::embedded::{Store, instance_limits::LimitId, key::IndexKey},
     };
 
     #[test]

@@ -19,7 +19,10 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{index::IndexKey, instance_limits::LimitId};
+use super::{instance_limits::LimitId, key::IndexKey};
+
+/// Blobs of at most this size share segments; larger ones are files of their own.
+pub const SMALL: u64 = 64 << 10;
 
 pub(super) const SLOT: usize = 64;
 

@@ -30,17 +30,18 @@ use parking_lot::{Mutex, RwLock};
 
 use super::{
     super::Error,
-    SMALL,
-    append::ActiveSegment,
+    active_segment::ActiveSegment,
     ceiling::Ceiling,
     counts::{RecencyAges, StoreCounts},
     index::Index,
     instance_limits::InstanceLimits,
-    maintenance::MaintenanceSignal,
-    segment::{self, Segment},
-    uploads::Uploads,
+    maintenance_signal::MaintenanceSignal,
+    segment::{self, SMALL, Segment},
 };
 use crate::{config::Size, daemon};
+
+/// Gives up the upload that nobody continues for longest; false when there is none.
+pub(super) type AbandonUpload = dyn Fn() -> bool + Send + Sync;
 
 /// What all of an open store share.
 pub(super) struct Space {
@@ -61,7 +62,7 @@ pub(super) struct Space {
     pub written: AtomicU64,
     pub next_segment: AtomicU32,
     pub next_upload: AtomicU64,
-    pub uploads: Arc<Uploads>,
+    pub abandon_upload: Box<AbandonUpload>,
     pub reclaiming: Mutex<()>,
     pub segment_creation: Mutex<()>,
     pub file_locks: [Mutex<()>; 64],
@@ -101,6 +102,10 @@ impl Drop for SpaceReservation {
 }
 
 impl Space {
+    pub(super) fn note_age(&self) {
+        self.ages.lock().note(self.now(), Instant::now());
+    }
+
     pub(super) fn segment_capacity(&self) -> u64 {
         segment_capacity(self.maximum_size)
     }

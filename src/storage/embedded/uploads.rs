@@ -23,8 +23,9 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::{
     super::{Error, UploadError},
-    BlobWriter, Store,
+    blob_writer::BlobWriter,
     instance_limits::LimitId,
+    space::Space,
 };
 use crate::digest::Digest;
 
@@ -107,6 +108,7 @@ impl Drop for ByteCount {
 /// A call's right to write to an upload, until a newer call takes it over.
 pub struct WriteLease {
     uploads: Arc<Uploads>,
+    space: Arc<Space>,
     name: String,
     /// Whose the upload is.
     owner: Arc<str>,
@@ -118,8 +120,9 @@ pub struct WriteLease {
 
 impl Uploads {
     /// Gives a new call of `owner` the right to write.
-    pub fn lease(
+    pub(super) fn lease(
         self: &Arc<Self>,
+        space: &Arc<Space>,
         name: &str,
         owner: &str,
         limit: LimitId,
@@ -157,6 +160,7 @@ impl Uploads {
         });
         Ok(WriteLease {
             uploads: self.clone(),
+            space: space.clone(),
             name: name.to_owned(),
             owner: upload.owner.clone(),
             limit,
@@ -268,6 +272,11 @@ fn abandonment_rank(phase: &UploadPhase, received: u64, now: Instant) -> Option<
     }
 }
 
+/// Bytes that all uploads of a store together may take.
+fn largest_uploads(space: &Space) -> u64 {
+    space.maximum_blob_size() / 3
+}
+
 impl WriteLease {
     fn lock(&self) -> Result<MutexGuard<'_, UploadState>, UploadError> {
         let state = self.shared.lock();
@@ -278,13 +287,7 @@ impl WriteLease {
     }
 
     /// Takes up the upload where it was left, or starts it.
-    pub fn begin(
-        &self,
-        store: &Store,
-        digest: Digest,
-        offset: i64,
-        now: Instant,
-    ) -> Result<(), UploadError> {
+    pub fn begin(&self, digest: Digest, offset: i64, now: Instant) -> Result<(), UploadError> {
         let mut state = self.shared.lock();
         if state.lease > self.number {
             return Err(UploadError::TakenOver);
@@ -297,7 +300,7 @@ impl WriteLease {
         if offset == 0 || state.upload.is_none() {
             state.upload = None;
             state.upload = Some(CountedUpload {
-                upload: store.writer(digest, self.limit)?,
+                upload: BlobWriter::start(self.space.clone(), digest, self.limit)?,
                 count: ByteCount {
                     uploads: self.uploads.clone(),
                     owner: self.owner.clone(),
@@ -309,13 +312,7 @@ impl WriteLease {
     }
 
     /// Appends what begins at `offset`.
-    pub fn write(
-        &self,
-        store: &Store,
-        offset: i64,
-        data: &Bytes,
-        now: Instant,
-    ) -> Result<(), UploadError> {
+    pub fn write(&self, offset: i64, data: &Bytes, now: Instant) -> Result<(), UploadError> {
         let mut state = self.lock()?;
         if let UploadPhase::UnderWay { last, .. } = &mut state.phase {
             *last = now;
@@ -327,7 +324,7 @@ impl WriteLease {
         }
         counted
             .count
-            .grow(data.len() as u64, store.largest_uploads(), now)?;
+            .grow(data.len() as u64, largest_uploads(&self.space), now)?;
         counted.upload.write(data)?;
         Ok(())
     }
@@ -413,6 +410,7 @@ impl Drop for WriteLease {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::embedded::Store;
 
     #[test]
     fn whoever_leaves_bytes_unfinished_leaves_as_many_to_others() {
@@ -447,13 +445,10 @@ mod tests {
         let digest = crate::digest::DigestFunction::Sha256.digest_of(&[7; 1000]);
         let now = Instant::now();
         let lease = store
-            .uploads()
-            .lease("name", "somebody", LimitId::NONE, now)
+            .lease_upload("name", "somebody", LimitId::NONE, now)
             .unwrap();
-        lease.begin(&store, digest, 0, now).unwrap();
-        lease
-            .write(&store, 0, &Bytes::from_static(&[7; 600]), now)
-            .unwrap();
+        lease.begin(digest, 0, now).unwrap();
+        lease.write(0, &Bytes::from_static(&[7; 600]), now).unwrap();
         drop(lease);
         let left = Instant::now();
         store

@@ -33,7 +33,7 @@ const MAXIMUM_INSTANCES: usize = 1_000;
 
 #[derive(Debug)]
 pub(super) struct CallLimits {
-    announcement: tokio::sync::Mutex<Announcement>,
+    announcement: tokio::sync::Mutex<AnnouncementState>,
     batch_size: AtomicU64,
     /// By instance name, since some have a limit of their own.
     blob_sizes: Mutex<HashMap<InstanceName, u64>>,
@@ -62,27 +62,27 @@ pub(super) struct AnnouncedChunks {
 }
 
 #[derive(Debug)]
-enum Announcement {
+enum AnnouncementState {
     /// Not before this time.
     NotYet(Option<Instant>),
     Answered,
 }
 
-impl Announcement {
+impl AnnouncementState {
     /// Whether the peer is to be asked now.
     fn is_due(&self) -> bool {
-        matches!(self, Announcement::NotYet(not_before) if not_before.is_none_or(|at| at <= Instant::now()))
+        matches!(self, AnnouncementState::NotYet(not_before) if not_before.is_none_or(|at| at <= Instant::now()))
     }
 
     fn is_known(&self) -> bool {
-        matches!(self, Announcement::Answered)
+        matches!(self, AnnouncementState::Answered)
     }
 }
 
 impl Default for CallLimits {
     fn default() -> Self {
         CallLimits {
-            announcement: tokio::sync::Mutex::new(Announcement::NotYet(None)),
+            announcement: tokio::sync::Mutex::new(AnnouncementState::NotYet(None)),
             batch_size: AtomicU64::new(DEFAULT_BATCH_SIZE),
             blob_sizes: Mutex::default(),
             digests: AtomicU64::new(DEFAULT_DIGESTS),
@@ -128,9 +128,9 @@ impl CallLimits {
         &self,
         instance: &InstanceName,
         ask: impl Future<Output = Result<Announced, Status>>,
-    ) -> Announcement {
+    ) -> AnnouncementState {
         let Ok(said) = ask.await else {
-            return Announcement::NotYet(Some(Instant::now() + ASK_AGAIN_AFTER));
+            return AnnouncementState::NotYet(Some(Instant::now() + ASK_AGAIN_AFTER));
         };
         self.zstd_streams
             .store(said.zstd_streams, Ordering::Relaxed);
@@ -147,7 +147,7 @@ impl CallLimits {
             blob_sizes.clear();
         }
         blob_sizes.insert(instance.clone(), limit(said.blob_size).unwrap_or(u64::MAX));
-        Announcement::Answered
+        AnnouncementState::Answered
     }
 
     /// What the peer does with chunks.

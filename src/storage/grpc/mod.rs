@@ -22,12 +22,12 @@ use tokio::sync::Semaphore;
 use tonic::{Code, Status, service::interceptor::InterceptedService};
 
 use self::{
-    chunks::LocalChunks,
     limits::{Announced, AnnouncedChunks, CallLimits},
+    local_chunks::LocalChunks,
     on_behalf::AddCarriedHeaders,
 };
 use super::{
-    Error, chunking::ChunkingFunction, completeness::SeenOutputs, compression, retry::RetryPolicy,
+    Error, chunking::ChunkingFunction, compression, retry::RetryPolicy, seen_outputs::SeenOutputs,
     single_flight::SingleFlight,
 };
 use crate::{
@@ -52,6 +52,7 @@ mod chunks;
 mod find;
 mod initial_size_class_cache;
 mod limits;
+mod local_chunks;
 mod on_behalf;
 mod read;
 mod read_stream;
@@ -59,8 +60,8 @@ mod status;
 mod write;
 mod write_stream;
 
-pub use chunks::LocalFiles;
 pub use initial_size_class_cache::InitialSizeClassCacheClient;
+pub use local_chunks::LocalFiles;
 pub use on_behalf::on_behalf_of;
 pub use write_stream::ForwardedUpload;
 
@@ -144,7 +145,7 @@ impl Default for Options {
     }
 }
 
-type Channel = InterceptedService<daemon::Channel, AddCarriedHeaders>;
+type CarryingChannel = InterceptedService<daemon::Channel, AddCarriedHeaders>;
 
 /// Cheap to clone.
 #[derive(Clone)]
@@ -155,9 +156,9 @@ type FlightKey = (InstanceName, Digest);
 
 struct ClientState {
     /// Several connections, since each is driven by one thread at each end.
-    cas: Vec<Channel>,
+    cas: Vec<CarryingChannel>,
     next: AtomicUsize,
-    action_cache: Channel,
+    action_cache: CarryingChannel,
     limits: CallLimits,
     timeouts: Timeouts,
     retry: RetryPolicy,
@@ -174,7 +175,7 @@ struct ClientState {
 }
 
 /// Blobs of at most this size travel in batches, if the server's batches are not smaller still.
-const SMALL: u64 = 1 << 20;
+const LARGEST_BATCHED: u64 = 1 << 20;
 
 /// What a digest, a status and their tags add to a blob in a batch, at most.
 const OVERHEAD: u64 = 200;
@@ -316,21 +317,21 @@ impl Client {
         self.0.instance_name_prefix.join(instance)
     }
 
-    fn channel(&self) -> Channel {
+    fn channel(&self) -> CarryingChannel {
         let next = self.0.next.fetch_add(1, Ordering::Relaxed);
         self.0.cas[next % self.0.cas.len()].clone()
     }
 
-    fn cas(&self) -> ContentAddressableStorageClient<Channel> {
+    fn cas(&self) -> ContentAddressableStorageClient<CarryingChannel> {
         ContentAddressableStorageClient::new(self.channel())
             .max_decoding_message_size(MAX_MESSAGE_SIZE)
     }
 
-    fn bytes(&self) -> ByteStreamClient<Channel> {
+    fn bytes(&self) -> ByteStreamClient<CarryingChannel> {
         ByteStreamClient::new(self.channel()).max_decoding_message_size(MAX_MESSAGE_SIZE)
     }
 
-    fn actions(&self) -> ActionCacheClient<Channel> {
+    fn actions(&self) -> ActionCacheClient<CarryingChannel> {
         ActionCacheClient::new(self.0.action_cache.clone())
             .max_decoding_message_size(MAX_MESSAGE_SIZE)
     }

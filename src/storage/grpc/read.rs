@@ -7,7 +7,7 @@ use futures::{StreamExt, stream::FuturesUnordered};
 use tonic::{Code, Status};
 
 use super::{
-    Client, FlightKey, OVERHEAD, SMALL, call, sent_size,
+    Client, FlightKey, LARGEST_BATCHED, OVERHEAD, call, sent_size,
     status::{self, error, may_pass},
 };
 use crate::{
@@ -83,7 +83,7 @@ impl Client {
     /// Lets every leader finish.
     async fn fetch(&self, instance: &InstanceName, leaders: Vec<ReadLeader>, batch_size: u64) {
         let fits = |leader: &ReadLeader| {
-            leader.digest().size() <= SMALL.min(batch_size.saturating_sub(OVERHEAD))
+            leader.digest().size() <= LARGEST_BATCHED.min(batch_size.saturating_sub(OVERHEAD))
         };
         let (small, large): (Vec<_>, Vec<_>) = leaders.into_iter().partition(fits);
         let mut fetches = FuturesUnordered::new();

@@ -7,7 +7,7 @@ use futures::{StreamExt, stream};
 use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Code, Status, Streaming};
 
-use super::{Client, SMALL, call::timely, status::wait};
+use super::{Client, LARGEST_BATCHED, call::timely, status::wait};
 use crate::{
     digest::{Digest, Hasher},
     instance::InstanceName,
@@ -260,8 +260,8 @@ impl Client {
         digest: &Digest,
         file: Arc<File>,
     ) -> Result<(), Error> {
-        if digest.size() <= SMALL {
-            let content = self.read(instance, digest, SMALL).await?;
+        if digest.size() <= LARGEST_BATCHED {
+            let content = self.read(instance, digest, LARGEST_BATCHED).await?;
             let written = blocking(move || file.write_all_at(&content, 0)).await?;
             return written.map_err(Error::of_file);
         }

@@ -7,7 +7,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use tonic::{Code, Status};
 
 use super::{
-    Client, OVERHEAD, SMALL, call, sent_size,
+    Client, LARGEST_BATCHED, OVERHEAD, call, sent_size,
     status::{self, error, may_pass},
 };
 use crate::{
@@ -65,7 +65,7 @@ impl Client {
         blobs: Vec<(Digest, Content)>,
     ) -> Result<(), Error> {
         let batch_size = self.batch_size(instance).await;
-        let most = SMALL.min(batch_size.saturating_sub(OVERHEAD));
+        let most = LARGEST_BATCHED.min(batch_size.saturating_sub(OVERHEAD));
         let (small, large): (Vec<_>, Vec<_>) = blobs
             .into_iter()
             .partition(|(digest, _)| digest.size() <= most);

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// One message of a stream.
-const CHUNK: u64 = 1 << 20;
+const MESSAGE_SIZE: u64 = 1 << 20;
 
 /// What the server says that it has: `committed_size`.
 type WriteAnswer = Result<i64, Status>;
@@ -167,7 +167,7 @@ impl Client {
         let mut call = self.write_call();
         let mut at = offset;
         loop {
-            let end = (at + CHUNK).min(digest.size());
+            let end = (at + MESSAGE_SIZE).min(digest.size());
             let data = match content {
                 Content::Bytes(_) => content.part(&digest, at, end)?,
                 Content::File(_) | Content::FilePart { .. } => {
@@ -209,7 +209,7 @@ impl Client {
         let (mut at, mut sent) = (0, 0);
         let mut resource_name = name.to_owned();
         while let Some(open) = encoder.take() {
-            let end = (at + CHUNK).min(digest.size());
+            let end = (at + MESSAGE_SIZE).min(digest.size());
             let content = content.clone();
             let data = blocking(move || content.part(&digest, at, end)).await??;
             let last = end == digest.size();

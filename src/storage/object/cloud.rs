@@ -16,9 +16,9 @@ use object_store::{
 };
 
 use super::{
+    attempt::{FailedAttempt, Pieces, WrittenPart},
     http::{HttpTransport, Refusal},
     secrets::{AwsSecret, AzureSecret, GoogleSecret, Secret},
-    service::{FailedAttempt, Pieces, WrittenPart},
 };
 use crate::{
     config::object_storage::{Azure, Gcs, HttpEndpoint, ObjectService, S3},

@@ -32,8 +32,8 @@ use self::{
     service::{FailedAttempt, Service},
 };
 use super::{
-    Error, batch, completeness::SeenOutputs, embedded, grpc::Options, recently::Recently,
-    retry::RetryPolicy, single_flight::SingleFlight,
+    Error, batch, embedded, grpc::Options, recently::Recently, retry::RetryPolicy,
+    seen_outputs::SeenOutputs, single_flight::SingleFlight,
 };
 use crate::{
     config::object_storage::{ObjectService, ObjectStores},
@@ -43,6 +43,7 @@ use crate::{
     proto::reapi::ActionResult,
 };
 
+mod attempt;
 mod cloud;
 mod http;
 mod read;

@@ -21,7 +21,7 @@ use redis::{
 };
 use uuid::Uuid;
 
-use super::service::{FailedAttempt, Pieces, WrittenPart};
+use super::attempt::{FailedAttempt, Pieces, WrittenPart};
 use crate::{
     config::object_storage::{ObjectService, Redis as Config},
     daemon::{self, Credentials},

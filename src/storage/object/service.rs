@@ -4,13 +4,12 @@
 use std::ops::Range;
 
 use bytes::Bytes;
-use futures::stream::BoxStream;
 
+pub(super) use super::attempt::{FailedAttempt, Pieces, WrittenPart};
 use super::{
     cloud::{Cloud, CloudWrite},
     redis::{Redis, RedisWrite},
 };
-use crate::storage::{Error, retry::Transience};
 
 /// Who keeps the values.
 pub(super) enum Service {
@@ -18,39 +17,11 @@ pub(super) enum Service {
     Redis(Redis),
 }
 
-/// Why an attempt failed, and whether another one may not.
-pub(super) struct FailedAttempt {
-    pub error: Error,
-    pub transience: Transience,
-}
-
-impl FailedAttempt {
-    pub(super) fn permanent(error: Error) -> Self {
-        FailedAttempt {
-            error,
-            transience: Transience::Permanent,
-        }
-    }
-
-    pub(super) fn unavailable(text: String) -> Self {
-        FailedAttempt {
-            error: Error::Unavailable(text),
-            transience: Transience::Transient,
-        }
-    }
-}
-
-/// Bytes of a value, in their order.
-pub(super) type Pieces = BoxStream<'static, Result<Bytes, FailedAttempt>>;
-
 /// A value that is written in parts, and is not there before it is finished.
 pub(super) enum PartialWrite {
     Cloud(CloudWrite),
     Redis(RedisWrite),
 }
-
-/// What identifies a part that was written.
-pub(super) struct WrittenPart(pub String);
 
 impl Service {
     /// Bytes of the largest value.

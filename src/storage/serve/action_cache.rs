@@ -2,7 +2,10 @@
 
 use tonic::{Request, Response, Status, async_trait};
 
-use super::{digest, encoded_size, instance, reserve};
+use super::{
+    request::{digest, instance},
+    response_size::{encoded_size, reserve},
+};
 use crate::{
     daemon::{self, Access, RequestReservation, ResponseBudget, with_reservation},
     digest::{Digest, DigestFunction},

@@ -23,7 +23,7 @@ use crate::{
 };
 
 use super::{
-    coder_budget::{self, Caller},
+    coder_budget::{self, CoderCaller},
     compressed_write,
 };
 
@@ -34,18 +34,14 @@ pub struct ByteStreamService {
 }
 
 impl ByteStreamService {
-    pub(super) async fn contains(
-        &self,
-        instance: &InstanceName,
-        digest: Digest,
-    ) -> Result<bool, Status> {
+    async fn contains(&self, instance: &InstanceName, digest: Digest) -> Result<bool, Status> {
         let missing = self.backend.find_missing(instance, &[digest]).await?;
         Ok(missing.is_empty())
     }
 }
 
 /// What is written together at most.
-const CHUNK: u64 = 1 << 20;
+const WRITE_SIZE: u64 = 1 << 20;
 
 /// Messages that are written together; they may be as small as a client likes.
 const MAXIMUM_PARTS: usize = 256;
@@ -58,7 +54,7 @@ impl ByteStream for ByteStreamService {
         &self,
         request: Request<ReadRequest>,
     ) -> Result<Response<Self::ReadStream>, Status> {
-        let (access, caller) = (Access::of(&request), Caller::of(&request));
+        let (access, caller) = (Access::of(&request), CoderCaller::of(&request));
         let request = request.into_inner();
         let ReadName {
             instance,
@@ -94,7 +90,7 @@ impl ByteStream for ByteStreamService {
         &self,
         request: Request<Streaming<WriteRequest>>,
     ) -> Result<Response<WriteResponse>, Status> {
-        let (access, caller) = (Access::of(&request), Caller::of(&request));
+        let (access, caller) = (Access::of(&request), CoderCaller::of(&request));
         let owner = daemon::client_name(&request);
         let mut stream = request.into_inner();
         let Some(first) = stream.message().await? else {
@@ -104,14 +100,20 @@ impl ByteStream for ByteStreamService {
         };
         let name = WriteName::parse(&first.resource_name)?;
         access.require(&name.instance)?;
-        if name.compressor == Compressor::Zstd {
-            let committed_size =
-                compressed_write::run(self, &name, &caller, &owner, first, stream).await?;
-            return Ok(Response::new(WriteResponse { committed_size }));
-        }
         let digest = name.digest;
         let size = digest.size() as i64;
-        if self.contains(&name.instance, digest).await? {
+        let is_there = self.contains(&name.instance, digest).await?;
+        if name.compressor == Compressor::Zstd {
+            let committed_size = match is_there {
+                true => compressed_write::ALREADY_THERE,
+                false => {
+                    let backend = &self.backend;
+                    compressed_write::run(backend, &name, &caller, &owner, first, stream).await?
+                }
+            };
+            return Ok(Response::new(WriteResponse { committed_size }));
+        }
+        if is_there {
             // REAPI: no need to send the rest of what is already here.
             return Ok(Response::new(WriteResponse {
                 committed_size: size,
@@ -153,7 +155,7 @@ impl ByteStream for ByteStreamService {
                 }
                 length += last.data.len() as u64;
                 finish = last.finish_write;
-                if finish || length >= CHUNK || parts.len() >= MAXIMUM_PARTS {
+                if finish || length >= WRITE_SIZE || parts.len() >= MAXIMUM_PARTS {
                     break;
                 }
                 match stream.message().now_or_never() {

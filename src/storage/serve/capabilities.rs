@@ -2,7 +2,7 @@
 
 use tonic::{Request, Response, Status, async_trait, codec::CompressionEncoding};
 
-use super::{MAXIMUM_BATCH_SIZE, instance};
+use super::{request::instance, response_size::MAXIMUM_BATCH_SIZE};
 use crate::{
     config::grants::Permission,
     daemon::Access,

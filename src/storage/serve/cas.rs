@@ -2,13 +2,16 @@
 
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
-use prost::Message;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{
-    MAXIMUM_BATCH_SIZE, MAXIMUM_RESPONSE_SIZE, chunks,
-    coder_budget::{self, Caller},
-    digest, encoded_size, function, instance, reserve, status_of,
+    chunks,
+    coder_budget::{self, CoderCaller},
+    request::{digest, function, instance},
+    response_size::{
+        MAXIMUM_BATCH_SIZE, MAXIMUM_RESPONSE_SIZE, answer_weight, encoded_size, reserve,
+    },
+    status::status_of,
     tree::{MAXIMUM_PAGE_LENGTH, MAXIMUM_PAGE_SIZE, TreeWalk},
 };
 use crate::{
@@ -121,7 +124,7 @@ impl ContentAddressableStorage for CasService {
             ResponseBudget::of(&request),
             RequestReservation::of(&request),
         );
-        let (access, caller) = (Access::of(&request), Caller::of(&request));
+        let (access, caller) = (Access::of(&request), CoderCaller::of(&request));
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
         access.require(&instance)?;
@@ -155,7 +158,7 @@ impl ContentAddressableStorage for CasService {
             ResponseBudget::of(&request),
             RequestReservation::of(&request),
         );
-        let (access, caller) = (Access::of(&request), Caller::of(&request));
+        let (access, caller) = (Access::of(&request), CoderCaller::of(&request));
         let request = request.into_inner();
         let instance = instance(&request.instance_name)?;
         access.require(&instance)?;
@@ -305,15 +308,6 @@ fn check_batch(total: u64) -> Result<(), Status> {
         )));
     }
     Ok(())
-}
-
-/// Bytes of one blob's part of an answer: its digest, its content, and a status that has a code.
-pub(super) fn answer_weight(sent: Option<&reapi::Digest>, size: u64) -> u64 {
-    const STATUS: u64 = 4;
-    let field = |length: u64| 1 + prost::length_delimiter_len(length as usize) as u64 + length;
-    let digest = sent.map_or(0, |digest| field(digest.encoded_len() as u64));
-    let content = if size > 0 { field(size) } else { 0 };
-    field(digest + content + STATUS)
 }
 
 /// The code says enough when there are so many.

@@ -13,7 +13,10 @@ use std::{
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tonic::Status;
 
-use super::{MAXIMUM_RESPONSE_SIZE, cas::answer_weight, digest, function};
+use super::{
+    request::{digest, function},
+    response_size::{MAXIMUM_RESPONSE_SIZE, answer_weight},
+};
 use crate::{
     digest::Digest,
     instance::InstanceName,
@@ -24,7 +27,7 @@ use crate::{
 /// Chunks of one blob that is spliced; with FastCDC's recommended parameters, some 50 GiB.
 const MAXIMUM_CHUNKS: usize = 100_000;
 
-const TIMEOUT: Duration = Duration::from_secs(30);
+const TURN_TIMEOUT: Duration = Duration::from_secs(30);
 
 static UNDER_WAY: LazyLock<Semaphore> = LazyLock::new(|| {
     let count = std::thread::available_parallelism().map_or(1, |count| count.get());
@@ -43,7 +46,7 @@ fn store(backend: &Backend) -> Result<Arc<embedded::Store>, Status> {
 }
 
 async fn turn() -> Result<SemaphorePermit<'static>, Status> {
-    match tokio::time::timeout(TIMEOUT, UNDER_WAY.acquire()).await {
+    match tokio::time::timeout(TURN_TIMEOUT, UNDER_WAY.acquire()).await {
         Ok(Ok(permit)) => Ok(permit),
         _ => Err(Status::resource_exhausted(
             "too many blobs are being split or spliced; try again later, or send them as a whole",

@@ -23,24 +23,26 @@ use crate::{
 const OF_ALL: usize = 256 << 10;
 const OF_CALLER: usize = 64 << 10;
 
-const TIMEOUT: Duration = Duration::from_secs(30);
+const CODER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Who waits for whom.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Caller {
+pub(super) enum CoderCaller {
     /// By certificate, or by the kernel.
     Known(String),
     Address(IpAddr),
     Nobody,
 }
 
-impl Caller {
+impl CoderCaller {
     pub(super) fn of<T>(request: &Request<T>) -> Self {
         let access = Access::of(request);
         match (access.identity(), request.extensions().get::<Peer>()) {
-            (identity, _) if !identity.is_nobody() => Caller::Known(identity.name().to_owned()),
-            (_, Some(Peer::Tcp(Some(address)))) => Caller::Address(address.ip()),
-            _ => Caller::Nobody,
+            (identity, _) if !identity.is_nobody() => {
+                CoderCaller::Known(identity.name().to_owned())
+            }
+            (_, Some(Peer::Tcp(Some(address)))) => CoderCaller::Address(address.ip()),
+            _ => CoderCaller::Nobody,
         }
     }
 }
@@ -48,7 +50,7 @@ impl Caller {
 struct CoderBudget {
     all: Arc<Semaphore>,
     /// Those that have some of it, or wait for it.
-    callers: Mutex<HashMap<Caller, Arc<Semaphore>>>,
+    callers: Mutex<HashMap<CoderCaller, Arc<Semaphore>>>,
 }
 
 static BUDGET: LazyLock<CoderBudget> = LazyLock::new(|| CoderBudget {
@@ -63,12 +65,12 @@ pub(super) struct CoderReservation {
 }
 
 /// Memory for a coder of a blob of this size.
-pub(super) async fn reserve(caller: &Caller, size: u64) -> Result<CoderReservation, Status> {
+pub(super) async fn reserve(caller: &CoderCaller, size: u64) -> Result<CoderReservation, Status> {
     BUDGET.reserve(caller, size).await
 }
 
 impl CoderBudget {
-    async fn reserve(&self, caller: &Caller, size: u64) -> Result<CoderReservation, Status> {
+    async fn reserve(&self, caller: &CoderCaller, size: u64) -> Result<CoderReservation, Status> {
         let count = u32::try_from(compression::memory(size) >> 10).unwrap_or(u32::MAX);
         let own = {
             let mut callers = self.callers.lock();
@@ -82,7 +84,7 @@ impl CoderBudget {
             let own = own.acquire_many_owned(count).await;
             (self.all.clone().acquire_many_owned(count).await, own)
         };
-        match tokio::time::timeout(TIMEOUT, both).await {
+        match tokio::time::timeout(CODER_TIMEOUT, both).await {
             Ok((Ok(all), Ok(own))) => Ok(CoderReservation {
                 _all: all,
                 _own: own,
@@ -104,7 +106,7 @@ mod tests {
             all: Arc::new(Semaphore::new(OF_ALL)),
             callers: Mutex::default(),
         };
-        let greedy = Caller::Known("cn:greedy".to_owned());
+        let greedy = CoderCaller::Known("cn:greedy".to_owned());
         let mut held = Vec::new();
         let soon = Duration::from_millis(50);
         while let Ok(reservation) =
@@ -113,7 +115,7 @@ mod tests {
             held.push(reservation.unwrap());
         }
         assert_eq!(held.len(), 7);
-        let other = Caller::Address([127, 0, 0, 1].into());
+        let other = CoderCaller::Address([127, 0, 0, 1].into());
         drop(budget.reserve(&other, 1).await.unwrap());
         held.pop();
         held.push(budget.reserve(&greedy, u64::MAX).await.unwrap());

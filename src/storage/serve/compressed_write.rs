@@ -7,32 +7,29 @@
 
 use tonic::{Status, Streaming};
 
-use super::{
-    bytestream::ByteStreamService,
-    coder_budget::{self, Caller},
-};
+use super::coder_budget::{self, CoderCaller};
 use crate::{
     proto::bytestream::WriteRequest,
     resource::WriteName,
-    storage::compression::{self, Decoder},
+    storage::{
+        Backend,
+        compression::{self, Decoder},
+    },
 };
 
 /// REAPI: what a Write is answered with when its blob is there already, and comes compressed.
-const ALREADY_THERE: i64 = -1;
+pub(super) const ALREADY_THERE: i64 = -1;
 
-/// Takes all messages; what `committed_size` is answered.
+/// Takes all messages of a blob that is not there; what `committed_size` is answered.
 pub(super) async fn run(
-    service: &ByteStreamService,
+    backend: &Backend,
     name: &WriteName,
-    caller: &Caller,
+    caller: &CoderCaller,
     owner: &str,
     first: WriteRequest,
     mut stream: Streaming<WriteRequest>,
 ) -> Result<i64, Status> {
     let digest = name.digest;
-    if service.contains(&name.instance, digest).await? {
-        return Ok(ALREADY_THERE);
-    }
     let begin = u64::try_from(first.write_offset).ok();
     let Some((begin, left)) = begin.and_then(|at| Some((at, digest.size().checked_sub(at)?)))
     else {
@@ -43,8 +40,7 @@ pub(super) async fn run(
         )));
     };
     let _memory = coder_budget::reserve(caller, left).await?;
-    let mut upload = service
-        .backend
+    let mut upload = backend
         .resume_upload(
             &name.instance,
             &name.uncompressed(),

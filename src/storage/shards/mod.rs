@@ -32,11 +32,10 @@ use self::{
     shard::{Shard, may_be_elsewhere},
 };
 use super::{
-    BlobStream, Content, Error, batch,
-    completeness::SeenOutputs,
-    content,
+    BlobStream, Content, Error, batch, content,
     grpc::{Client, LocalFiles, Options, Timeouts},
     retry::RetryPolicy,
+    seen_outputs::SeenOutputs,
 };
 use crate::{
     config::{Endpoint, storage as config},

@@ -19,7 +19,7 @@ const CONCURRENCY: usize = 8;
 const MOST_WAITING: usize = 4096;
 
 /// Larger blobs go by way of a file.
-const SMALL: u64 = 1 << 20;
+const LARGEST_IN_MEMORY: u64 = 1 << 20;
 
 pub(super) struct Repairs {
     waiting: Arc<Semaphore>,
@@ -45,9 +45,9 @@ impl Repairs {
     ) {
         let (from, to, instance, digest) = (from.clone(), to.clone(), instance.clone(), *digest);
         self.start(async move {
-            let content = match digest.size() <= SMALL {
+            let content = match digest.size() <= LARGEST_IN_MEMORY {
                 true => {
-                    let read = from.client.read(&instance, &digest, SMALL);
+                    let read = from.client.read(&instance, &digest, LARGEST_IN_MEMORY);
                     Content::Bytes(from.call(read).await?)
                 }
                 false => {

@@ -15,7 +15,7 @@ use super::{directory::Directory, kept};
 use crate::worker::{attributes, beneath::open_child, removal};
 
 /// How long the runner may take until the last process of an action is gone.
-pub const LOCK_TIMEOUT: Duration = Duration::from_secs(60);
+pub const LAST_PROCESS_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two attempts to take the lock.
 const MAXIMUM_PAUSE: Duration = Duration::from_millis(100);
 
@@ -88,11 +88,11 @@ impl ActionDirectory {
 }
 
 /// Takes the lock of an action's directory, which the runner holds for as long as a process of the action
-/// lives (I5 No process). `false` when that takes longer than `LOCK_TIMEOUT`.
+/// lives (I5 No process). `false` when that takes longer than `LAST_PROCESS_TIMEOUT`.
 pub(super) fn lock(directory: BorrowedFd<'_>) -> bool {
     let (began, mut pause) = (Instant::now(), Duration::from_millis(1));
     while rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive).is_err() {
-        if began.elapsed() > LOCK_TIMEOUT {
+        if began.elapsed() > LAST_PROCESS_TIMEOUT {
             return false;
         }
         std::thread::sleep(pause);

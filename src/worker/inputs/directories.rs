@@ -1,4 +1,4 @@
-//! Directory messages: fetched level by level, parsed once, kept in memory, put together to the
+//! Directory messages: fetched level by level, parsed once, cached, put together to the
 //! tree that an input root is laid out from.
 //!
 //! 1. A Directory is fetched once, however many actions ask for it at the same time.
@@ -56,12 +56,12 @@ impl DirectoryWalk {
 type FetchLeader = Leader<Digest, ()>;
 type FetchFollower = (Digest, Follower<()>);
 
-/// Fetches Directories, and keeps those last used.
+/// Fetches Directories, and caches those last used.
 pub struct DirectoryCache {
     storage: Backend,
     /// Of one message, in bytes.
     message_limit: u64,
-    /// Of what is kept, and of what one input root may have.
+    /// Of what is cached, and of what one input root may have.
     limit: u64,
     state: Mutex<DirectoryCacheState>,
     /// Joined under the lock of `state`.
@@ -70,7 +70,7 @@ pub struct DirectoryCache {
 
 #[derive(Default)]
 struct DirectoryCacheState {
-    kept: Lru<Digest, Arc<Directory>>,
+    directories: Lru<Digest, Arc<Directory>>,
     /// Subtrees that somebody holds as a whole: input roots that are kept on disk do.
     trees: HashMap<Digest, Weak<Node>>,
     /// From so many on the dead ones are looked for.
@@ -149,7 +149,7 @@ impl DirectoryCache {
                         }
                         match result {
                             Ok(data) => {
-                                let directory = self.keep(digest, &data)?;
+                                let directory = self.insert(digest, &data)?;
                                 found.insert(digest, directory);
                             }
                             Err(storage::Error::Missing(_)) => {
@@ -163,7 +163,7 @@ impl DirectoryCache {
                     }
                 }
                 drop(batches);
-                // What they fetched is kept by now.
+                // What they fetched is cached by now.
                 drop(leaders);
                 for (digest, follower) in followers {
                     follower.result().await;
@@ -241,7 +241,7 @@ impl DirectoryCache {
                 found.insert(digest, Arc::default());
             } else if let Some(tree) = state.trees.get(&digest).and_then(Weak::upgrade) {
                 known.insert(digest, tree);
-            } else if let Some(directory) = state.kept.get(&digest) {
+            } else if let Some(directory) = state.directories.get(&digest) {
                 found.insert(digest, directory.clone());
             } else {
                 match self.flights.join(digest) {
@@ -253,7 +253,7 @@ impl DirectoryCache {
         (leaders, followers)
     }
 
-    fn keep(&self, digest: Digest, data: &[u8]) -> Result<Arc<Directory>, Fault> {
+    fn insert(&self, digest: Digest, data: &[u8]) -> Result<Arc<Directory>, Fault> {
         let directory = Directory::parse(&digest, data).map_err(|reason| {
             Fault::Invalid(format!(
                 "directory {digest} of the input root is wrong: {reason}"
@@ -262,9 +262,9 @@ impl DirectoryCache {
         let directory = Arc::new(directory);
         let mut state = self.state.lock();
         state
-            .kept
+            .directories
             .insert(digest, directory.clone(), directory.weight());
-        let evicted = state.kept.evict(|weight, _| weight > self.limit);
+        let evicted = state.directories.evict(|weight, _| weight > self.limit);
         drop(state);
         drop(evicted);
         Ok(directory)

@@ -3,7 +3,7 @@
 //!
 //! 1. No command starts unless `cache.minimum_free` is free.
 //! 2. A command during which hardly anything was free has no result, whoever took it: one sample is
-//!    taken every `INTERVAL` while any command runs, and one at the end.
+//!    taken every `FREE_SPACE_INTERVAL` while any command runs, and one at the end.
 //!
 //! With a `minimum_free` of 0 nothing of this is looked at.
 
@@ -20,15 +20,14 @@ use std::{
 
 use parking_lot::{Condvar, Mutex};
 
+use super::file_cache::MINIMUM_FREE_INODES;
 use crate::{config::Size, worker::fault::Fault};
 
 /// Between two looks at it.
-pub(super) const INTERVAL: Duration = Duration::from_millis(50);
+pub(super) const FREE_SPACE_INTERVAL: Duration = Duration::from_millis(50);
 /// With less free than this part of `minimum_free`, and no more than this, a write may have failed.
 const FULL_PART: u64 = 8;
 const FULL_AT_MOST: u64 = 64 << 20;
-/// Every file and directory takes one.
-const MINIMUM_FREE_INODES: u64 = 1_000;
 const FULL_INODES: u64 = 16;
 
 pub(super) struct FreeSpace {
@@ -166,13 +165,15 @@ fn sample(space: &Weak<FreeSpace>, commands: &Commands) {
         let mut running = commands.running.lock();
         while *running == 0 && space.strong_count() > 0 {
             // Whoever drops the disk may do so between the two looks.
-            commands.changed.wait_for(&mut running, INTERVAL * 20);
+            commands
+                .changed
+                .wait_for(&mut running, FREE_SPACE_INTERVAL * 20);
         }
         drop(running);
         match space.upgrade() {
             Some(space) => space.take_sample(),
             None => return,
         }
-        std::thread::sleep(INTERVAL);
+        std::thread::sleep(FREE_SPACE_INTERVAL);
     }
 }

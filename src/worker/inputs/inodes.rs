@@ -18,7 +18,7 @@ pub(super) struct Inodes {
     /// Files of which the first inode is taken: nearly all are in this set alone, which is small.
     first: HashSet<Handle>,
     /// Those from 1 on; a file of which none is taken is not there.
-    further: HashMap<Handle, Numbers>,
+    extra: HashMap<Handle, Numbers>,
 }
 
 /// A set of small numbers.
@@ -35,7 +35,7 @@ impl Inodes {
         if least == 0 && self.first.insert(file) {
             return 0;
         }
-        let numbers = self.further.entry(file).or_default();
+        let numbers = self.extra.entry(file).or_default();
         let number = numbers.first_free(least.saturating_sub(1));
         numbers.insert(number);
         number + 1
@@ -45,7 +45,7 @@ impl Inodes {
     pub(super) fn take_this(&mut self, file: Handle, number: u32) -> bool {
         match number {
             0 => self.first.insert(file),
-            number => self.further.entry(file).or_default().insert(number - 1),
+            number => self.extra.entry(file).or_default().insert(number - 1),
         }
     }
 
@@ -59,10 +59,10 @@ impl Inodes {
     pub(super) fn free(&mut self, file: Handle, number: u32) {
         if number == 0 {
             self.first.remove(&file);
-        } else if let Some(numbers) = self.further.get_mut(&file)
+        } else if let Some(numbers) = self.extra.get_mut(&file)
             && numbers.remove(number - 1)
         {
-            self.further.remove(&file);
+            self.extra.remove(&file);
         }
     }
 }
@@ -148,7 +148,7 @@ mod tests {
                         plain.insert(lowest);
                     }
                 }
-                let none = inodes.first.is_empty() && inodes.further.is_empty();
+                let none = inodes.first.is_empty() && inodes.extra.is_empty();
                 prop_assert_eq!(none, plain.is_empty());
             }
         }

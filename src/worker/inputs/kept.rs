@@ -15,13 +15,11 @@ use rustix::{
 
 use super::{
     directory::Directory,
-    file_cache::{InputFiles, InputInodeKind, LinkMode},
+    file_cache::{InputFiles, InputInodeKind, LinkMode, MTIME},
     inodes::Inodes,
     tree::Tree,
 };
 
-/// Of every directory in an input root, and of every input file: 2000-01-01T00:00:00Z.
-pub(super) const MTIME: i64 = 946_684_800;
 /// Bytes that a directory may take whatever is in it.
 const DIRECTORY_SIZE: u64 = 256 << 10;
 /// Bytes that an entry may take besides its name: those of ext4 take 8 and padding, in blocks of which

@@ -18,7 +18,7 @@ use super::{
     file_cache::{FileCache, FileKey, InputInodeKind, LinkMode, PinnedFiles},
     inodes::Inodes,
     kept::{self, DirectoryFd, KeptDirectory, KeptRoot},
-    plan::{self, Child, LayOutPlan, Made, Origin, Rewrite, Source},
+    plan::{self, Child, EntrySource, LayOutPlan, Made, Origin, Rewrite},
     pool::{Pool, StashedTree},
     tree::Tree,
 };
@@ -45,7 +45,7 @@ struct PartialDirectory {
 }
 
 enum LaidOutChild {
-    Kept(KeptDirectory),
+    Whole(KeptDirectory),
     Partial(Box<PartialDirectory>),
     /// Which of those that are made.
     Made(u32),
@@ -59,7 +59,7 @@ struct PrunedDirectory {
 }
 
 enum PrunedChild {
-    Kept(KeptDirectory),
+    Unchanged(KeptDirectory),
     Pruned(Box<PrunedDirectory>),
     New(Origin),
 }
@@ -126,7 +126,7 @@ impl<'a> LayOutContext<'a> {
             ..
         } = lay_out;
         let dropped = dropped.into_inner().into_iter().flatten();
-        self.pool.keep_stashed(dropped);
+        self.pool.add_stashed(dropped);
         // After an error: it may have been changed.
         for stashed in taken.into_inner().into_iter().flatten() {
             self.pool.delete_stashed(stashed);
@@ -199,7 +199,7 @@ impl<'a> LayOut<'a> {
         moved: &[u32],
         links: usize,
     ) -> Result<Option<KeptDirectory>, LayOutError> {
-        let half = self.remove(root, rewrite)?;
+        let pruned = self.remove(root, rewrite)?;
         let mut buffer = String::new();
         self.settle_inodes(moved, &mut buffer)?;
         let helpers = match links >= WORTH_A_THREAD {
@@ -207,23 +207,25 @@ impl<'a> LayOut<'a> {
             false => 0,
         };
         self.queue.lock().working = 1;
-        let part = std::thread::scope(|scope| {
+        let partial = std::thread::scope(|scope| {
             for _ in 0..helpers {
                 scope.spawn(|| self.work(&mut String::new()));
             }
-            let part = self.add(half, &mut buffer);
+            let partial = self.add(pruned, &mut buffer);
             let mut queue = self.queue.lock();
             queue.working -= 1;
-            if part.is_err() {
+            if partial.is_err() {
                 queue.jobs.clear();
             }
             drop(queue);
             self.changed.notify_all();
             self.work(&mut buffer);
-            part
+            partial
         })?;
         self.outcome()?;
-        Ok(self.keep.then(|| assemble(part, &mut self.results.lock())))
+        Ok(self
+            .keep
+            .then(|| assemble(partial, &mut self.results.lock())))
     }
 
     fn outcome(&self) -> Result<(), LayOutError> {
@@ -237,7 +239,7 @@ impl<'a> LayOut<'a> {
         }
     }
 
-    /// Unlinks and parks what is not wanted, in the whole root.
+    /// Unlinks and stashes what is not wanted, in the whole root.
     fn remove(
         &self,
         mut kept: KeptDirectory,
@@ -284,7 +286,7 @@ impl<'a> LayOut<'a> {
             self.dropped.lock()[dropped.number as usize] = Some(stashed);
         }
         let stale = |name: &str| LayOutError::Disk(name.to_owned(), io::ErrorKind::NotFound.into());
-        let mut halves = Vec::with_capacity(rewrite.children.len());
+        let mut pruned = Vec::with_capacity(rewrite.children.len());
         for (child, entry) in std::mem::take(&mut rewrite.children)
             .into_iter()
             .zip(&rewrite.node.directory.directories)
@@ -294,8 +296,8 @@ impl<'a> LayOut<'a> {
                     .take()
                     .ok_or_else(|| stale(entry.0.as_str()))
             };
-            halves.push(match child {
-                Child::Kept(i) => PrunedChild::Kept(take(i)?),
+            pruned.push(match child {
+                Child::Unchanged(i) => PrunedChild::Unchanged(take(i)?),
                 Child::Rewritten(i, rewrite) => {
                     PrunedChild::Pruned(Box::new(self.remove(take(i)?, *rewrite)?))
                 }
@@ -305,24 +307,24 @@ impl<'a> LayOut<'a> {
         Ok(PrunedDirectory {
             kept,
             rewrite,
-            children: halves,
+            children: pruned,
         })
     }
 
     /// Adds what is wanted to directories that were there, and makes jobs of the others.
     fn add(
         &self,
-        half: PrunedDirectory,
+        pruned: PrunedDirectory,
         buffer: &mut String,
     ) -> Result<PartialDirectory, LayOutError> {
         let PrunedDirectory {
             mut kept,
             rewrite,
             children,
-        } = half;
+        } = pruned;
         let fd = kept.fd.clone();
         let directory = rewrite.node.directory.clone();
-        let new = |source: &Source| *source == Source::New;
+        let new = |source: &EntrySource| *source == EntrySource::New;
         let wanted = directory.files.iter().zip(&rewrite.files);
         let wanted = wanted
             .filter(|(_, source)| new(source))
@@ -335,16 +337,16 @@ impl<'a> LayOut<'a> {
         let mut added = std::mem::take(&mut fresh.list).into_iter();
         let old = std::mem::take(&mut kept.files.list);
         let files = rewrite.files.iter().filter_map(|source| match source {
-            Source::Kept(i) => old.get(*i as usize).copied(),
-            Source::New => added.next(),
+            EntrySource::Unchanged(i) => old.get(*i as usize).copied(),
+            EntrySource::New => added.next(),
         });
         let gone = rewrite.dropped_files.iter().map(|i| old[*i as usize]);
         kept.files.replace(gone, files.collect());
         let mut symlinks = Vec::with_capacity(directory.symlinks.len());
         for ((name, target), source) in directory.symlinks.iter().zip(&rewrite.symlinks) {
             symlinks.push(match source {
-                Source::Kept(i) => kept.symlinks[*i as usize],
-                Source::New => make_symlink(fd.as_fd(), name.as_str(), target)?,
+                EntrySource::Unchanged(i) => kept.symlinks[*i as usize],
+                EntrySource::New => make_symlink(fd.as_fd(), name.as_str(), target)?,
             });
         }
         kept.symlinks = symlinks.into();
@@ -354,10 +356,10 @@ impl<'a> LayOut<'a> {
         for (child, (name, _)) in children.into_iter().zip(&directory.directories) {
             let name = name.as_str();
             match child {
-                PrunedChild::Kept(kept) => stays.push(LaidOutChild::Kept(kept)),
+                PrunedChild::Unchanged(kept) => stays.push(LaidOutChild::Whole(kept)),
                 PrunedChild::New(origin) => stays.push(self.bring(&fd, name, origin)?),
-                PrunedChild::Pruned(half) => {
-                    below.push((stays.len(), half));
+                PrunedChild::Pruned(pruned) => {
+                    below.push((stays.len(), pruned));
                     // A place for it.
                     stays.push(LaidOutChild::Made(u32::MAX));
                 }
@@ -366,8 +368,8 @@ impl<'a> LayOut<'a> {
         let (_, baseline) = kept::record_baseline(fd.as_fd()).map_err(at("."))?;
         kept.baseline = Some(baseline);
         self.enqueue(&fd, &directory.directories, &stays);
-        for (i, half) in below {
-            stays[i] = LaidOutChild::Partial(Box::new(self.add(*half, buffer)?));
+        for (i, pruned) in below {
+            stays[i] = LaidOutChild::Partial(Box::new(self.add(*pruned, buffer)?));
         }
         Ok(PartialDirectory {
             kept,
@@ -397,7 +399,7 @@ impl<'a> LayOut<'a> {
             .pool
             .unstash(stashed, fd.as_fd(), name)
             .map_err(at(name))?;
-        Ok(LaidOutChild::Kept(kept))
+        Ok(LaidOutChild::Whole(kept))
     }
 
     fn enqueue(
@@ -524,13 +526,13 @@ pub(super) fn make_symlink(
     Ok(stat.map_err(at(name))?.st_ino)
 }
 
-fn assemble(part: PartialDirectory, results: &mut [Option<PartialDirectory>]) -> KeptDirectory {
-    let PartialDirectory { mut kept, children } = part;
+fn assemble(partial: PartialDirectory, results: &mut [Option<PartialDirectory>]) -> KeptDirectory {
+    let PartialDirectory { mut kept, children } = partial;
     kept.children = children
         .into_iter()
         .map(|stay| match stay {
-            LaidOutChild::Kept(kept) => kept,
-            LaidOutChild::Partial(part) => assemble(*part, results),
+            LaidOutChild::Whole(kept) => kept,
+            LaidOutChild::Partial(partial) => assemble(*partial, results),
             LaidOutChild::Made(i) => assemble_made(i, results),
         })
         .collect();
@@ -538,6 +540,6 @@ fn assemble(part: PartialDirectory, results: &mut [Option<PartialDirectory>]) ->
 }
 
 fn assemble_made(made: u32, results: &mut [Option<PartialDirectory>]) -> KeptDirectory {
-    let part = results[made as usize].take().expect("every job ended well");
-    assemble(part, results)
+    let partial = results[made as usize].take().expect("every job ended well");
+    assemble(partial, results)
 }

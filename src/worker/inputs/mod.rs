@@ -31,7 +31,7 @@
 //! - I7 Doubt means cold: after any error, a root and all that is known of it is thrown away.
 //! - I8 Distinct: no two files of a root are one inode, so that programs find separate files whatever
 //!   their content is. Reflinks and empty files are so by themselves. Of hard links, a root knows which
-//!   of the inodes of a cached file it has (`inodes`), takes for a further occurrence the first one that
+//!   of the inodes of a cached file it has (`inodes`), takes for one more occurrence the first one that
 //!   it does not have, and the cache makes it when it does not have it either. A subtree that leaves the
 //!   root gives its inodes back; one that comes into it takes its own along, and where the root has one
 //!   of these already, that file is linked anew, to another inode, before the subtree is in its place.
@@ -85,7 +85,7 @@ mod root_store;
 pub mod tree;
 mod verify;
 
-pub use action_directory::LOCK_TIMEOUT;
+pub use action_directory::LAST_PROCESS_TIMEOUT;
 pub use input_root::InputRoot;
 pub use planned_root::{PlannedRoot, PrepareError};
 pub use prepare::InputRoots;

@@ -24,15 +24,15 @@ const MOVE: u64 = 3;
 
 /// Where an entry of the wanted directory comes from: it is there, at this index, or it is new.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Source {
-    Kept(u32),
+pub enum EntrySource {
+    Unchanged(u32),
     New,
 }
 
 /// Where a subdirectory of the wanted directory comes from.
 #[derive(Debug)]
 pub enum Child {
-    Kept(u32),
+    Unchanged(u32),
     Rewritten(u32, Box<Rewrite>),
     New(Origin),
 }
@@ -53,8 +53,8 @@ pub enum Origin {
 pub struct Rewrite {
     pub node: Tree,
     /// For each file of `node`; likewise the others.
-    pub files: Vec<Source>,
-    pub symlinks: Vec<Source>,
+    pub files: Vec<EntrySource>,
+    pub symlinks: Vec<EntrySource>,
     pub children: Vec<Child>,
     /// Indices of what is there and not wanted.
     pub dropped_files: Vec<u32>,
@@ -155,23 +155,25 @@ fn sources<T>(
     new: &[T],
     name: impl Fn(&T) -> &Component,
     same: impl Fn(&T, &T) -> bool,
-) -> (Vec<Source>, Vec<u32>) {
-    let mut kept = Vec::with_capacity(new.len());
+) -> (Vec<EntrySource>, Vec<u32>) {
+    let mut sources = Vec::with_capacity(new.len());
     let mut dropped = Vec::new();
     merge(old, new, name, |i, j| match (i, j) {
-        (Some(i), Some(j)) if same(&old[i], &new[j]) => kept.push(Source::Kept(i as u32)),
+        (Some(i), Some(j)) if same(&old[i], &new[j]) => {
+            sources.push(EntrySource::Unchanged(i as u32))
+        }
         (i, j) => {
             dropped.extend(i.map(|i| i as u32));
-            kept.extend(j.map(|_| Source::New));
+            sources.extend(j.map(|_| EntrySource::New));
         }
     });
-    (kept, dropped)
+    (sources, dropped)
 }
 
-fn added(sources: &[Source]) -> u64 {
+fn added(sources: &[EntrySource]) -> u64 {
     sources
         .iter()
-        .filter(|source| **source == Source::New)
+        .filter(|source| **source == EntrySource::New)
         .count() as u64
 }
 
@@ -222,7 +224,7 @@ fn diff(old: &Node, new: &Tree, has: &dyn Fn(&Digest) -> bool) -> Rewrite {
             };
             let (before, after) = (&old.children[i], &new.children[j]);
             if before.digest == after.digest {
-                return children.push(Child::Kept(i as u32));
+                return children.push(Child::Unchanged(i as u32));
             }
             let replaced = MOVE.saturating_add(match has(&after.digest) {
                 true => MOVE,
@@ -296,13 +298,13 @@ impl<'a, P> Resolver<'a, P> {
 
     fn resolve(&mut self, rewrite: &mut Rewrite) {
         let files = rewrite.node.directory.files.iter().zip(&rewrite.files);
-        let new = files.filter(|(_, source)| **source == Source::New);
+        let new = files.filter(|(_, source)| **source == EntrySource::New);
         rewrite.first_link = self.plan.links.len();
         self.link(new.map(|(file, _)| file.key));
         let node = rewrite.node.clone();
         for (child, node) in rewrite.children.iter_mut().zip(&node.children) {
             match child {
-                Child::Kept(_) => {}
+                Child::Unchanged(_) => {}
                 Child::Rewritten(_, rewrite) => self.resolve(rewrite),
                 Child::New(origin) => *origin = self.origin(node),
             }
@@ -478,7 +480,7 @@ mod tests {
             let (a, b) = (&old.directory, &rewrite.node.directory);
             let mut gone: Vec<u32> = rewrite.dropped_files.clone();
             for (file, source) in b.files.iter().zip(&rewrite.files) {
-                if let Source::Kept(i) = source {
+                if let EntrySource::Unchanged(i) = source {
                     assert_eq!(&a.files[*i as usize], file);
                     gone.push(*i);
                 }
@@ -486,14 +488,14 @@ mod tests {
             gone.sort_unstable();
             assert_eq!(gone, (0..a.files.len() as u32).collect::<Vec<_>>());
             for (link, source) in b.symlinks.iter().zip(&rewrite.symlinks) {
-                if let Source::Kept(i) = source {
+                if let EntrySource::Unchanged(i) = source {
                     assert_eq!(&a.symlinks[*i as usize], link);
                 }
             }
             let places = rewrite.children.iter().zip(&b.directories);
             for ((child, (name, _)), wanted) in places.zip(&rewrite.node.children) {
                 match child {
-                    Child::Kept(i) => {
+                    Child::Unchanged(i) => {
                         assert_eq!(&a.directories[*i as usize].0, name);
                         assert_eq!(old.children[*i as usize].digest, wanted.digest);
                     }

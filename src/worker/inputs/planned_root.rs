@@ -54,7 +54,7 @@ impl Drop for PlannedRoot {
         if let Some((root, plan)) = self.work.take() {
             let store = self.store.clone();
             in_background(move || {
-                store.pool.keep_stashed(plan.taken);
+                store.pool.add_stashed(plan.taken);
                 store.pool.return_root(root);
             });
         }

@@ -79,12 +79,12 @@ pub(super) struct Pool {
     pub maximum_open: u64,
     /// Counts how often all was thrown away.
     generation: AtomicU64,
-    waiting: Mutex<Waiting>,
+    waiting: Mutex<WaitingRoots>,
     cleaned: Condvar,
 }
 
 #[derive(Default)]
-struct Waiting {
+struct WaitingRoots {
     /// The longest unused first.
     roots: Vec<IdleRoot>,
     /// Roots being cleaned.
@@ -94,7 +94,7 @@ struct Waiting {
     sequence: u64,
 }
 
-impl Waiting {
+impl WaitingRoots {
     fn has(&self, link_mode: LinkMode, digest: &Digest) -> bool {
         self.by_digest.contains_key(&(link_mode, *digest))
     }
@@ -275,7 +275,7 @@ impl Pool {
     }
 
     /// Comes back when it was to be forgotten meanwhile.
-    fn put_root(&self, waiting: &mut Waiting, root: IdleRoot) -> Option<IdleRoot> {
+    fn put_root(&self, waiting: &mut WaitingRoots, root: IdleRoot) -> Option<IdleRoot> {
         if self.generation() != root.generation {
             return Some(root);
         }
@@ -357,7 +357,8 @@ impl Pool {
         Ok(kept)
     }
 
-    pub(super) fn keep_stashed(&self, stashed: impl IntoIterator<Item = StashedTree>) {
+    /// Subtrees wait for a root that has them.
+    pub(super) fn add_stashed(&self, stashed: impl IntoIterator<Item = StashedTree>) {
         for stashed in stashed {
             // Looked at under the lock: whoever forgets all counts up first, and then empties the pool.
             let mut waiting = self.waiting.lock();

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Files that vanish from the cache again and again are a broken disk.
-const ATTEMPTS: u32 = 3;
+const LAY_OUT_ATTEMPTS: u32 = 3;
 
 /// Makes the input roots of one runner's actions.
 pub struct InputRoots {
@@ -54,7 +54,7 @@ impl InputRoots {
             match self.lay_out(task, &tree, &parents).await {
                 Ok(root) => return Ok((command, root)),
                 Err(PrepareError::Fault(fault)) => return Err(fault),
-                Err(PrepareError::Vanished(keys)) if attempts < ATTEMPTS => {
+                Err(PrepareError::Vanished(keys)) if attempts < LAY_OUT_ATTEMPTS => {
                     attempts += 1;
                     self.restore(task, keys).await?;
                 }

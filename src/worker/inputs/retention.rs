@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 /// After the last action that could have changed anything.
-const PAUSE: Duration = Duration::from_secs(10 * 60);
+const RETENTION_PAUSE: Duration = Duration::from_secs(10 * 60);
 
 pub(super) struct Retention {
     /// Never, where changes of directories do not show.
@@ -49,12 +49,12 @@ impl Retention {
         let mut suspension = self.suspension.lock();
         suspension.actions += 1;
         let actions = suspension.actions;
-        if suspension.until.replace(now + PAUSE).is_none() {
+        if suspension.until.replace(now + RETENTION_PAUSE).is_none() {
             drop(suspension);
             tracing::error!(
                 actions,
                 "an action ran as root or as the worker's own user: until {} after the last such action each input root is made anew; let the runner use other users",
-                humantime::format_duration(PAUSE)
+                humantime::format_duration(RETENTION_PAUSE)
             );
         }
     }
@@ -82,16 +82,16 @@ mod tests {
         assert!(retention.is_active(now));
         assert_eq!(retention.suspension(now), None);
         retention.suspend(now);
-        retention.suspend(now + PAUSE / 2);
-        assert!(!retention.is_active(now + PAUSE));
+        retention.suspend(now + RETENTION_PAUSE / 2);
+        assert!(!retention.is_active(now + RETENTION_PAUSE));
         assert!(
             retention
-                .suspension(now + PAUSE)
+                .suspension(now + RETENTION_PAUSE)
                 .unwrap()
                 .contains("2 actions")
         );
-        assert!(retention.is_active(now + PAUSE / 2 + PAUSE));
-        assert_eq!(retention.suspension(now + 2 * PAUSE), None);
+        assert!(retention.is_active(now + RETENTION_PAUSE / 2 + RETENTION_PAUSE));
+        assert_eq!(retention.suspension(now + 2 * RETENTION_PAUSE), None);
         assert!(!Retention::new(false).is_active(now));
     }
 }

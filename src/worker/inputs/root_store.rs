@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use rustix::fs::Mode;
 
 use super::{
-    action_directory::{self, ActionDirectory, INPUT_ROOT, LOCK_TIMEOUT},
+    action_directory::{self, ActionDirectory, INPUT_ROOT, LAST_PROCESS_TIMEOUT},
     counts::LayOutCounts,
     ctime::{self, CtimeResolution},
     file_cache::{FileCache, InputFiles, LinkMode},
@@ -32,7 +32,7 @@ use super::{
 use crate::worker::fault::Fault;
 
 /// Threads that lay out a large root.
-const THREADS: usize = 2;
+const LAY_OUT_THREADS: usize = 2;
 /// How long an action waits for what is being removed.
 const FREE_SPACE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long, before cached files go for it.
@@ -73,7 +73,8 @@ impl RootStore {
         let resolution = ctime::probe(pool.build_directory())?;
         let watched = pool.build_directory().try_clone_to_owned()?;
         let space = FreeSpace::new(path.to_owned(), watched, cache.minimum_free())?;
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS));
+        let threads =
+            std::thread::available_parallelism().map_or(1, |n| n.get().min(LAY_OUT_THREADS));
         let how = match resolution {
             CtimeResolution::Fine => {
                 "input roots are kept and changed; ctime tells every change of a directory"
@@ -213,7 +214,7 @@ impl RootStore {
         if !action_directory::lock(action_directory.directory.as_fd()) {
             tracing::error!(
                 directory = %self.path.join(&action_directory.name).display(),
-                seconds = LOCK_TIMEOUT.as_secs(),
+                seconds = LAST_PROCESS_TIMEOUT.as_secs(),
                 "the runner did not let go of the directory of an action that is over; it is left until the next start"
             );
             self.pool.end_cleaning(None);
@@ -306,7 +307,7 @@ impl RootStore {
                 self.cache.evict_to_fit();
                 before = Some(free);
             }
-            std::thread::sleep(free_space::INTERVAL);
+            std::thread::sleep(free_space::FREE_SPACE_INTERVAL);
         }
     }
 }

@@ -107,7 +107,7 @@ impl Node {
 }
 
 /// A directory whose children are being built.
-struct Open<'a> {
+struct OpenNode<'a> {
     digest: Digest,
     directory: &'a Arc<Directory>,
     children: Vec<Tree>,
@@ -123,11 +123,11 @@ pub fn build(
     if let Some(tree) = known.get(&root) {
         return Ok((tree.clone(), Vec::new()));
     }
-    let open = |digest: Digest| -> Result<Open<'_>, Fault> {
+    let open = |digest: Digest| -> Result<OpenNode<'_>, Fault> {
         let directory = found
             .get(&digest)
             .ok_or_else(|| Fault::Internal(format!("directory {digest} was not fetched")))?;
-        Ok(Open {
+        Ok(OpenNode {
             digest,
             directory,
             children: Vec::with_capacity(directory.directories.len()),
@@ -151,7 +151,7 @@ pub fn build(
                 }
             }
             None => {
-                let Some(Open {
+                let Some(OpenNode {
                     digest,
                     directory,
                     children,

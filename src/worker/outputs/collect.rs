@@ -21,7 +21,7 @@ use crate::{
     text::shorten,
     worker::{
         beneath,
-        command::{Command, Output, OutputKind},
+        command::{Command, CommandOutput, OutputKind},
         fault::Fault,
     },
 };
@@ -75,7 +75,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
         }
     }
 
-    fn output(&mut self, root: BorrowedFd<'_>, output: &Output) -> Result<(), Fault> {
+    fn output(&mut self, root: BorrowedFd<'_>, output: &CommandOutput) -> Result<(), Fault> {
         let text = shorten(&output.text);
         let unreadable = |error: Errno| unreadable(&text, error);
         let wrong = |is: &str, declared: &str| {

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     bounds::{Bounds, OutputLimits},
-    node_properties::OutputProperties,
+    node_properties::{InodeId, OutputProperties},
 };
 use crate::{
     digest::{Digest, DigestFunction},
@@ -74,9 +74,6 @@ pub struct Collector<'a, S> {
     /// Large files that are open and hashed already.
     pub(super) ahead: HashMap<InodeId, (OpenedOutput, Digest)>,
 }
-
-/// Device and inode number.
-pub(super) type InodeId = (u64, u64);
 
 /// A regular file, before it is read.
 pub(super) struct OpenedOutput {

@@ -18,7 +18,7 @@ use crate::{
     proto::reapi,
     storage::Content,
     text::shorten,
-    worker::{beneath, command::Output, fault::Fault, inputs::directory::MAXIMUM_DEPTH},
+    worker::{beneath, command::CommandOutput, fault::Fault, inputs::directory::MAXIMUM_DEPTH},
 };
 
 /// One level of an output directory.
@@ -32,7 +32,11 @@ struct DirectoryLevel {
 }
 
 impl<S: FnMut(Blobs)> Collector<'_, S> {
-    pub fn output_directory(&mut self, output: &Output, directory: OwnedFd) -> Result<(), Fault> {
+    pub fn output_directory(
+        &mut self,
+        output: &CommandOutput,
+        directory: OwnedFd,
+    ) -> Result<(), Fault> {
         let (tree, root) = self.tree(directory, &shorten(&output.text))?;
         let tree = Bytes::from(tree.encode_to_vec());
         let tree_digest = self.function.digest_of(&tree);

@@ -14,22 +14,23 @@ use bytes::Bytes;
 use rustix::fs::{AtFlags, FileType, Stat};
 
 use super::{
-    collector::{Blobs, Collector, InodeId, OpenedOutput, unreadable},
+    collector::{Blobs, Collector, OpenedOutput, unreadable},
     hashing,
+    node_properties::InodeId,
 };
 use crate::{
     digest::Digest,
     storage::Content,
     worker::{
         beneath,
-        command::{Output, OutputKind},
+        command::{CommandOutput, OutputKind},
         fault::Fault,
         inputs::file_cache::{self, FileKey},
     },
 };
 
 /// Two files of this size are worth a thread.
-const LARGE: i64 = 4 << 20;
+const WORTH_A_THREAD_SIZE: i64 = 4 << 20;
 /// Of one batch.
 const BATCH_BYTES: usize = 8 << 20;
 const BATCH_FILES: usize = 64;
@@ -70,7 +71,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
             executable: opened.executable,
         };
         self.cache
-            .keep_output(key, &opened.file, opened.sealed, directory, name);
+            .add_output(key, &opened.file, opened.sealed, directory, name);
         Ok((digest, opened.executable))
     }
 
@@ -123,7 +124,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
         self.ahead.remove(&inode_of(&stat))
     }
 
-    pub fn hash_outputs_ahead(&mut self, root: BorrowedFd<'_>, outputs: &[Output]) {
+    pub fn hash_outputs_ahead(&mut self, root: BorrowedFd<'_>, outputs: &[CommandOutput]) {
         if outputs.len() < 2 {
             return;
         }
@@ -153,7 +154,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
             let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
             if let Ok(stat) = stat
                 && FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
-                && stat.st_size >= LARGE
+                && stat.st_size >= WORTH_A_THREAD_SIZE
                 && large.len() < BATCH_FILES
                 && !self.read.contains_key(&inode_of(&stat))
             {

@@ -15,7 +15,7 @@ use crate::{
 
 /// Read at a time; a file of up to this size is in the buffer afterwards.
 pub(super) const BUFFER: usize = 64 << 10;
-const THREADS: usize = 8;
+const HASHING_THREADS: usize = 8;
 
 /// Reads a file, and no more of it than its `size`. Tells its length too when all of it is in
 /// `buffer`.
@@ -63,7 +63,7 @@ pub(super) fn hash_all(
     function: DigestFunction,
     time: ReadDeadline<'_>,
 ) -> Vec<Option<Digest>> {
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS));
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(HASHING_THREADS));
     let next = AtomicUsize::new(0);
     let work = || {
         let mut buffer = Vec::new();

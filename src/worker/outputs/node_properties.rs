@@ -11,7 +11,7 @@ use rustix::fs::Stat;
 use crate::{proto::reapi::NodeProperties, worker::command::NodePropertyKeys};
 
 /// Device and inode number.
-type InodeId = (u64, u64);
+pub(super) type InodeId = (u64, u64);
 
 /// The properties that are asked for, and those of files that are not any more what they were.
 #[derive(Default)]

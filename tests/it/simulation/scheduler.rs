@@ -192,7 +192,7 @@ impl World {
         };
         let waited = self.waiting(&key, worker);
         let (wait, now) = (self.random.up_to(120_000), self.look());
-        let caller = Caller {
+        let caller = WorkerCaller {
             id,
             peer: format!("{worker}, life {life}").into(),
             call: (!self.workers[worker].foreign).then_some(WorkerCall {

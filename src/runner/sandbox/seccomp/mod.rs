@@ -19,7 +19,7 @@ mod syscalls;
 use bpf::{
     ARCHITECTURE, EQUAL, FIRST_ARGUMENT, Fragment, HAS_BITS, NUMBER, answer, choose, decide, load,
 };
-use syscalls::{FAMILIES, NEWEST, Rule, SOCKET_MAKERS, SYSTEM_CALLS, SystemCall};
+use syscalls::{FAMILIES, NEWEST, SOCKET_MAKERS, SYSTEM_CALLS, SyscallRule, SystemCall};
 
 use super::layer::{Layer, Layers, Probe};
 use crate::{config::runner::Config, runner::process_status};
@@ -86,7 +86,7 @@ impl SeccompFilter {
 #[derive(Clone, Copy, PartialEq)]
 enum FilterAnswer {
     Fixed(u32),
-    ByArgument(Rule),
+    ByArgument(SyscallRule),
 }
 
 /// The fragment for one ABI, whose numbers `number` tells.
@@ -98,11 +98,13 @@ fn table(user_namespaces: bool, number: impl Fn(&SystemCall) -> Option<u32>) -> 
             // Here end those of the x32 ABI as well, which start at 2^30.
             _ if it > NEWEST => FilterAnswer::Fixed(refuse(libc::ENOSYS)),
             None => FilterAnswer::Fixed(ALLOW),
-            Some(Rule::Refused(errno)) => FilterAnswer::Fixed(refuse(errno)),
-            Some(Rule::ForUserNamespaces(_) | Rule::CloneFlags) if user_namespaces => {
+            Some(SyscallRule::Refused(errno)) => FilterAnswer::Fixed(refuse(errno)),
+            Some(SyscallRule::ForUserNamespaces(_) | SyscallRule::CloneFlags)
+                if user_namespaces =>
+            {
                 FilterAnswer::Fixed(ALLOW)
             }
-            Some(Rule::ForUserNamespaces(errno)) => FilterAnswer::Fixed(refuse(errno)),
+            Some(SyscallRule::ForUserNamespaces(errno)) => FilterAnswer::Fixed(refuse(errno)),
             Some(rule) => FilterAnswer::ByArgument(rule),
         };
         if answers.last().is_none_or(|(_, last)| *last != found) {
@@ -122,20 +124,22 @@ fn fragment(it: FilterAnswer) -> Fragment {
     };
     match it {
         FilterAnswer::Fixed(verdict) => vec![answer(verdict)],
-        FilterAnswer::ByArgument(Rule::AddressFamily) => {
+        FilterAnswer::ByArgument(SyscallRule::AddressFamily) => {
             one_of(&FAMILIES, ALLOW, refuse(libc::EPERM))
         }
-        FilterAnswer::ByArgument(Rule::SocketCall) => {
+        FilterAnswer::ByArgument(SyscallRule::SocketCall) => {
             one_of(&SOCKET_MAKERS, refuse(libc::ENOSYS), ALLOW)
         }
-        FilterAnswer::ByArgument(Rule::CloneFlags) => {
+        FilterAnswer::ByArgument(SyscallRule::CloneFlags) => {
             let user = libc::CLONE_NEWUSER as u32;
             let refused = vec![answer(refuse(libc::EPERM))];
             let tested = choose(HAS_BITS, user, refused, vec![answer(ALLOW)]);
             [vec![load(FIRST_ARGUMENT)], tested].concat()
         }
         // These ask for nothing.
-        FilterAnswer::ByArgument(Rule::Refused(errno) | Rule::ForUserNamespaces(errno)) => {
+        FilterAnswer::ByArgument(
+            SyscallRule::Refused(errno) | SyscallRule::ForUserNamespaces(errno),
+        ) => {
             vec![answer(refuse(errno))]
         }
     }
@@ -186,8 +190,10 @@ mod tests {
                         .iter()
                         .find(|call| numbered(call) == Some(number));
                     let expected = match row.map(|call| call.rule) {
-                        Some(Rule::Refused(errno)) => refuse(errno),
-                        Some(Rule::ForUserNamespaces(errno)) if !user_namespaces => refuse(errno),
+                        Some(SyscallRule::Refused(errno)) => refuse(errno),
+                        Some(SyscallRule::ForUserNamespaces(errno)) if !user_namespaces => {
+                            refuse(errno)
+                        }
                         _ => ALLOW,
                     };
                     let got = verdict(&filter, architecture, number, 0);

@@ -25,11 +25,11 @@ pub(super) struct SystemCall {
     pub i386: Option<u32>,
     #[cfg_attr(not(any(test, target_arch = "aarch64")), expect(dead_code))]
     pub arm64: Option<u32>,
-    pub rule: Rule,
+    pub rule: SyscallRule,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Rule {
+pub(super) enum SyscallRule {
     /// It fails with this error number.
     Refused(i32),
     /// The same; but in a user namespace of the action's own it concerns nobody else, and makes what
@@ -57,17 +57,23 @@ pub(super) const FAMILIES: [u32; 6] = [
 /// linux/net.h: SYS_SOCKET and SYS_SOCKETPAIR.
 pub(super) const SOCKET_MAKERS: [u32; 2] = [1, 8];
 
-use Rule::{ForUserNamespaces, Refused};
+use SyscallRule::{ForUserNamespaces, Refused};
 
-const DENIED: Rule = Refused(libc::EPERM);
+const DENIED: SyscallRule = Refused(libc::EPERM);
 /// As on a kernel without it: for calls that are new, optional or obsolete, which programs have a
 /// way around.
-const ABSENT: Rule = Refused(libc::ENOSYS);
-const NAMESPACED: Rule = ForUserNamespaces(libc::EPERM);
-const NAMESPACED_NEW: Rule = ForUserNamespaces(libc::ENOSYS);
+const ABSENT: SyscallRule = Refused(libc::ENOSYS);
+const NAMESPACED: SyscallRule = ForUserNamespaces(libc::EPERM);
+const NAMESPACED_NEW: SyscallRule = ForUserNamespaces(libc::ENOSYS);
 
 /// A call that every architecture has.
-const fn call(name: &'static str, amd64: u32, i386: u32, arm64: u32, rule: Rule) -> SystemCall {
+const fn call(
+    name: &'static str,
+    amd64: u32,
+    i386: u32,
+    arm64: u32,
+    rule: SyscallRule,
+) -> SystemCall {
     SystemCall {
         name,
         amd64: Some(amd64),
@@ -78,12 +84,17 @@ const fn call(name: &'static str, amd64: u32, i386: u32, arm64: u32, rule: Rule)
 }
 
 /// One of those that have the same number everywhere.
-const fn new(name: &'static str, number: u32, rule: Rule) -> SystemCall {
+const fn new(name: &'static str, number: u32, rule: SyscallRule) -> SystemCall {
     call(name, number, number, number, rule)
 }
 
 /// A call of Intel's architectures alone.
-const fn x86(name: &'static str, amd64: Option<u32>, i386: Option<u32>, rule: Rule) -> SystemCall {
+const fn x86(
+    name: &'static str,
+    amd64: Option<u32>,
+    i386: Option<u32>,
+    rule: SyscallRule,
+) -> SystemCall {
     SystemCall {
         name,
         amd64,
@@ -119,8 +130,8 @@ pub(super) const SYSTEM_CALLS: &[SystemCall] = &[
     new("statmount", 457, NAMESPACED_NEW),
     new("listmount", 458, NAMESPACED_NEW),
     call("setns", 308, 346, 268, NAMESPACED),
-    call("clone", 56, 120, 220, Rule::CloneFlags),
-    call("unshare", 272, 310, 97, Rule::CloneFlags),
+    call("clone", 56, 120, 220, SyscallRule::CloneFlags),
+    call("unshare", 272, 310, 97, SyscallRule::CloneFlags),
     new("clone3", 435, ABSENT),
     // Names of the host.
     call("sethostname", 170, 74, 161, NAMESPACED),
@@ -172,7 +183,7 @@ pub(super) const SYSTEM_CALLS: &[SystemCall] = &[
     // Its contexts are counted against one number of the whole host's, fs.aio-max-nr.
     call("io_setup", 206, 245, 0, ABSENT),
     // Sockets.
-    call("socket", 41, 359, 198, Rule::AddressFamily),
-    call("socketpair", 53, 360, 199, Rule::AddressFamily),
-    x86("socketcall", None, Some(102), Rule::SocketCall),
+    call("socket", 41, 359, 198, SyscallRule::AddressFamily),
+    call("socketpair", 53, 360, 199, SyscallRule::AddressFamily),
+    x86("socketcall", None, Some(102), SyscallRule::SocketCall),
 ];

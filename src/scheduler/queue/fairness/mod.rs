@@ -20,7 +20,7 @@ pub(super) use node::{Invocation, Position};
 use super::{
     InvocationKey, InvocationKeys,
     arena::{Arena, InvocationNumber, OperationNumber, QueueNumber, WorkerNumber},
-    workers::CallNumber,
+    report::CallNumber,
 };
 
 /// What has happened to the invocations of one depth of a tree; the root's depth is 0.

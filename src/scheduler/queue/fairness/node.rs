@@ -8,7 +8,7 @@ use std::{
 use crate::scheduler::queue::{
     InvocationKey, InvocationKeys,
     arena::{InvocationNumber, OperationNumber, QueueNumber, WorkerNumber},
-    workers::CallNumber,
+    report::CallNumber,
 };
 
 /// An operation's place within its invocation: most urgent first, then what is expected to take longer,

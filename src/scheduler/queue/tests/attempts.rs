@@ -132,7 +132,7 @@ fn what_a_lost_worker_brings_late_changes_nothing() {
 fn another_process_in_the_place_of_a_worker_does_not_have_what_that_one_executed() {
     let mut farm = Farm::new();
     let call = |farm: &mut Farm, session, report, call| {
-        let caller = Caller {
+        let caller = WorkerCaller {
             call: Some(crate::metadata::WorkerCall {
                 session,
                 number: 1,
@@ -267,7 +267,7 @@ fn a_queue_that_ends_without_workers_names_those_that_were_lost_with_an_action()
 fn a_worker_that_started_again_is_let_in_at_once_where_it_proves_that_it_did() {
     let mut farm = Farm::new();
     let call = |farm: &mut Farm, start, number, report| {
-        let caller = Caller {
+        let caller = WorkerCaller {
             call: Some(crate::metadata::WorkerCall {
                 session: 100 + start,
                 number,

@@ -59,12 +59,12 @@ fn worker(name: &str) -> WorkerId {
     WorkerId::new(BTreeMap::from([("name".to_owned(), name.to_owned())]))
 }
 
-fn caller(name: &str) -> Caller {
+fn caller(name: &str) -> WorkerCaller {
     caller_at(name, "its address")
 }
 
-fn caller_at(name: &str, peer: &str) -> Caller {
-    Caller {
+fn caller_at(name: &str, peer: &str) -> WorkerCaller {
+    WorkerCaller {
         id: worker(name),
         peer: peer.into(),
         call: None,
@@ -194,7 +194,7 @@ impl Farm {
     }
 
     fn with(change: impl FnOnce(&mut Settings)) -> Farm {
-        let mut settings = Settings::from(&crate::config::scheduler::Scheduling::default());
+        let mut settings = Settings::from(&crate::config::scheduling::Scheduling::default());
         change(&mut settings);
         #[expect(clippy::disallowed_methods, reason = "tests are not pure")]
         let now = Instant::now();

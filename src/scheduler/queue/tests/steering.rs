@@ -17,8 +17,8 @@ fn drain(name: &str) -> Drain {
     }
 }
 
-fn numbered(name: &str, session: u64, number: u64) -> Caller {
-    Caller {
+fn numbered(name: &str, session: u64, number: u64) -> WorkerCaller {
+    WorkerCaller {
         call: Some(crate::metadata::WorkerCall {
             session,
             number,

@@ -50,9 +50,9 @@ impl Default for Archives {
 }
 
 /// Somebody waits for a turn while this is there.
-struct Waiting<'a>(&'a AtomicUsize);
+struct WaitingTurn<'a>(&'a AtomicUsize);
 
-impl Drop for Waiting<'_> {
+impl Drop for WaitingTurn<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -75,7 +75,7 @@ impl Archives {
 
     async fn turn_within(self: &Arc<Self>, caller: &str, limit: Duration) -> Option<Turn> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        let _waiting = Waiting(&self.waiting);
+        let _waiting = WaitingTurn(&self.waiting);
         let taken = async {
             let of_caller = self.of_caller(caller).acquire_owned().await.ok()?;
             let of_all = self.turns.clone().acquire_owned().await.ok()?;

@@ -18,7 +18,7 @@ use crate::{
     scheduler::web::{
         Pages,
         format::name,
-        layout::{Page, Section, properties},
+        layout::{self, Page, Section, properties},
     },
     text::posix_shell_word,
 };
@@ -112,19 +112,16 @@ pub(super) fn show(command: &Command, place: &Place, digest: &Digest) -> Markup 
             summary { "Environment (" (command.environment_variables.len()) ")" }
             @if command.environment_variables.is_empty() { p.empty { "No variables." } }
             @else {
-                div.scroll tabindex="0" role="region" aria-label="Environment" {
-                    table {
-                        thead { tr { th scope="col" { "Variable" } th scope="col" { "Value" } } }
-                        tbody {
-                            @for variable in command.environment_variables.iter().take(MOST_ARGUMENTS) {
-                                tr {
-                                    th scope="row" { code { (name(&variable.name)) } }
-                                    td { code { (name(&variable.value)) } }
-                                }
-                            }
+                (layout::table("Environment", None, html! {
+                    th scope="col" { "Variable" } th scope="col" { "Value" }
+                }, html! {
+                    @for variable in command.environment_variables.iter().take(MOST_ARGUMENTS) {
+                        tr {
+                            th scope="row" { code { (name(&variable.name)) } }
+                            td { code { (name(&variable.value)) } }
                         }
                     }
-                }
+                }))
             }
         }
         details #outputs-declared {

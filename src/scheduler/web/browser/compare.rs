@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use maud::{Markup, html};
 
 use super::{
-    Place, command, parse_digest,
+    Place,
+    address::parse_digest,
+    command,
     read::{self, Problem},
 };
 use crate::{
@@ -17,7 +19,7 @@ use crate::{
     scheduler::web::{
         Pages,
         format::{duration, name},
-        layout::{Page, Section},
+        layout::{self, Page, Section},
     },
 };
 
@@ -179,26 +181,19 @@ fn table(differences: &[Difference], none: &str) -> Markup {
     };
     html! {
         @if differences.is_empty() { p.empty { (none) } } @else {
-            div.scroll tabindex="0" role="region" aria-label="Differences" {
-                table {
-                    thead {
-                        tr {
-                            th scope="col" { "What" }
-                            th scope="col" { "One" }
-                            th scope="col" { "The other" }
-                        }
-                    }
-                    tbody {
-                        @for difference in differences.iter().take(MOST_DIFFERENCES) {
-                            tr {
-                                th scope="row" { (name(&difference.what)) }
-                                td { (side(&difference.one)) }
-                                td { (side(&difference.other)) }
-                            }
-                        }
+            (layout::table("Differences", None, html! {
+                th scope="col" { "What" }
+                th scope="col" { "One" }
+                th scope="col" { "The other" }
+            }, html! {
+                @for difference in differences.iter().take(MOST_DIFFERENCES) {
+                    tr {
+                        th scope="row" { (name(&difference.what)) }
+                        td { (side(&difference.one)) }
+                        td { (side(&difference.other)) }
                     }
                 }
-            }
+            }))
             @if differences.len() > MOST_DIFFERENCES {
                 p { "… and " (differences.len() - MOST_DIFFERENCES) " more." }
             }

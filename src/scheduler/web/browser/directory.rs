@@ -7,9 +7,9 @@ use maud::{Markup, html};
 use prost::Message;
 
 use super::{
-    LARGE, Place,
+    Place,
     fields::Fields,
-    read::{self, Problem},
+    read::{self, LARGE, Problem},
 };
 use crate::{
     digest::{Digest, DigestFunction},
@@ -17,7 +17,7 @@ use crate::{
     scheduler::web::{
         Pages,
         format::{count, encode, name, size},
-        layout::{Page, Section},
+        layout::{self, Page, Section},
     },
 };
 
@@ -161,48 +161,41 @@ pub(super) fn show(
             }
         }
         @if shown == 0 { p.empty { "Nothing is in it." } } @else {
-            div.scroll tabindex="0" role="region" aria-label="Entries" {
-                table {
-                    thead {
-                        tr {
-                            th scope="col" { "Name" }
-                            th scope="col" { "Kind" }
-                            th.number scope="col" { "Size" }
+            (layout::table("Entries", None, html! {
+                th scope="col" { "Name" }
+                th scope="col" { "Kind" }
+                th.number scope="col" { "Size" }
+            }, html! {
+                @for node in &listing.directories {
+                    tr {
+                        th scope="row" {
+                            @match address(node) {
+                                Some(address) => a href=(address) { (name(&node.name)) "/" },
+                                None => { (name(&node.name)) "/" }
+                            }
                         }
+                        td { "directory" }
+                        td {}
                     }
-                    tbody {
-                        @for node in &listing.directories {
-                            tr {
-                                th scope="row" {
-                                    @match address(node) {
-                                        Some(address) => a href=(address) { (name(&node.name)) "/" },
-                                        None => { (name(&node.name)) "/" }
-                                    }
-                                }
-                                td { "directory" }
-                                td {}
-                            }
-                        }
-                        @for node in &listing.files {
-                            tr {
-                                th scope="row" { (file_link(place, node)) }
-                                td { @if node.is_executable { "program" } @else { "file" } }
-                                td.number {
-                                    @let bytes = node.digest.as_ref().map_or(0, |digest| digest.size_bytes);
-                                    (size(u64::try_from(bytes).unwrap_or_default()))
-                                }
-                            }
-                        }
-                        @for node in &listing.symlinks {
-                            tr {
-                                th scope="row" { (name(&node.name)) }
-                                td { "link to " code { (name(&node.target)) } }
-                                td {}
-                            }
+                }
+                @for node in &listing.files {
+                    tr {
+                        th scope="row" { (file_link(place, node)) }
+                        td { @if node.is_executable { "program" } @else { "file" } }
+                        td.number {
+                            @let bytes = node.digest.as_ref().map_or(0, |digest| digest.size_bytes);
+                            (size(u64::try_from(bytes).unwrap_or_default()))
                         }
                     }
                 }
-            }
+                @for node in &listing.symlinks {
+                    tr {
+                        th scope="row" { (name(&node.name)) }
+                        td { "link to " code { (name(&node.target)) } }
+                        td {}
+                    }
+                }
+            }))
         }
         nav.pager aria-label="Further entries" {
             @if listing.from > 0 { a href=(own) { "First entries" } }

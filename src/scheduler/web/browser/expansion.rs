@@ -11,9 +11,9 @@ use bytes::Bytes;
 use prost::Message;
 
 use super::{
-    Place, SMALL,
+    Place,
     directory::blocking,
-    read::{self, Problem},
+    read::{self, Problem, SMALL},
 };
 use crate::{
     digest::{Digest, DigestFunction},
@@ -35,7 +35,7 @@ const READ_AT_A_TIME: u64 = 16 << 20;
 
 /// What one Directory has right in it.
 #[derive(Default)]
-struct Counts {
+struct DirectoryCounts {
     entries: u64,
     bytes: u64,
     /// Numbers of Directories; one that is named twice is here twice.
@@ -54,7 +54,7 @@ struct Sum {
 struct Expansion {
     function: DigestFunction,
     numbers: HashMap<Digest, usize>,
-    counts: Vec<Counts>,
+    counts: Vec<DirectoryCounts>,
     entries: u64,
 }
 
@@ -123,7 +123,7 @@ impl Expansion {
         for name in names.chain(directory.symlinks.iter().map(|node| &node.name)) {
             Component::parse(name).map_err(malformed)?;
         }
-        let mut counts = Counts::default();
+        let mut counts = DirectoryCounts::default();
         let own = directory.files.len() + directory.directories.len() + directory.symlinks.len();
         counts.entries = own as u64;
         for file in &directory.files {

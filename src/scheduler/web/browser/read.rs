@@ -8,7 +8,7 @@ use bytes::Bytes;
 use maud::html;
 use prost::Message;
 
-use super::{Place, SMALL};
+use super::Place;
 use crate::{
     digest::Digest,
     scheduler::web::{
@@ -18,6 +18,10 @@ use crate::{
     },
     storage,
 };
+
+/// Bytes of a message that is decoded, and of one that is walked through.
+pub(super) const SMALL: u64 = 16 << 20;
+pub(super) const LARGE: u64 = 512 << 20;
 
 /// Why something cannot be shown.
 #[derive(Debug)]

@@ -17,7 +17,7 @@ use crate::{
     scheduler::web::{
         Pages,
         format::{count, duration, name, size, timestamp},
-        layout::labels,
+        layout::{self, labels},
     },
 };
 
@@ -154,35 +154,28 @@ fn timeline(metadata: &ExecutedActionMetadata) -> Markup {
     };
     html! {
         h2 { "Timeline" }
-        div.scroll tabindex="0" role="region" aria-label="Timeline" {
-            table.timeline {
-                thead {
-                    tr {
-                        th scope="col" { "Stage" }
-                        th scope="col" { "Begin" }
-                        th.number scope="col" { "Took" }
-                        th scope="col" { "Of " (duration(all)) }
-                    }
-                }
-                tbody {
-                    @for (title, from, to) in stages {
-                        @let took = passed(from.as_ref(), to.as_ref());
-                        tr {
-                            th scope="row" { (title) }
-                            td { @if let Some(from) = from { (timestamp(from)) } }
-                            td.number { @if let Some(took) = took { (duration(took)) } }
-                            td {
-                                svg.bar viewBox="0 0 240 10" preserveAspectRatio="none" aria-hidden="true" {
-                                    rect.back x="0" y="0" width="240" height="10" {}
-                                    rect.part x=(format!("{:.1}", share(passed(begin.as_ref(), from.as_ref())))) y="0"
-                                        width=(format!("{:.1}", share(took).max(if took.is_some() { 1.0 } else { 0.0 }))) height="10" {}
-                                }
-                            }
+        (layout::table("Timeline", Some("timeline"), html! {
+            th scope="col" { "Stage" }
+            th scope="col" { "Begin" }
+            th.number scope="col" { "Took" }
+            th scope="col" { "Of " (duration(all)) }
+        }, html! {
+            @for (title, from, to) in stages {
+                @let took = passed(from.as_ref(), to.as_ref());
+                tr {
+                    th scope="row" { (title) }
+                    td { @if let Some(from) = from { (timestamp(from)) } }
+                    td.number { @if let Some(took) = took { (duration(took)) } }
+                    td {
+                        svg.bar viewBox="0 0 240 10" preserveAspectRatio="none" aria-hidden="true" {
+                            rect.back x="0" y="0" width="240" height="10" {}
+                            rect.part x=(format!("{:.1}", share(passed(begin.as_ref(), from.as_ref())))) y="0"
+                                width=(format!("{:.1}", share(took).max(if took.is_some() { 1.0 } else { 0.0 }))) height="10" {}
                         }
                     }
                 }
             }
-        }
+        }))
         @if !metadata.worker.is_empty() {
             p { "Executed on " (worker(&metadata.worker)) }
         }

@@ -23,10 +23,10 @@ use maud::{Markup, html};
 use tokio::sync::mpsc;
 
 use super::{
-    Place, SMALL,
+    Place,
     archives::Turn,
     command, expansion,
-    read::{self, Problem},
+    read::{self, Problem, SMALL},
 };
 use crate::{
     digest::Digest,
@@ -163,7 +163,7 @@ struct Writer {
 }
 
 /// What is still to be written of a directory.
-struct Open {
+struct OpenDirectory {
     path: String,
     left: Directory,
 }
@@ -196,7 +196,7 @@ impl Writer {
         Ok(())
     }
 
-    async fn entry(&mut self, entry: &Entry<'_>) -> Result<(), String> {
+    async fn entry(&mut self, entry: &TarEntry<'_>) -> Result<(), String> {
         self.send(entry.header()).await
     }
 
@@ -206,14 +206,14 @@ impl Writer {
         root: Digest,
         command: Option<Command>,
     ) -> Result<(), String> {
-        self.entry(&Entry::directory(&format!("{top}/"))).await?;
+        self.entry(&TarEntry::directory(&format!("{top}/"))).await?;
         let mut path = top.to_owned();
         let mut extra = Vec::new();
         if let Some(command) = &command {
             let script = command::shell_script(command);
             let name = format!("{top}/run.sh");
             let size = script.len() as u64;
-            self.entry(&Entry {
+            self.entry(&TarEntry {
                 path: &name,
                 kind: Kind::File {
                     size,
@@ -223,14 +223,15 @@ impl Writer {
             .await?;
             self.send(padded(script.into_bytes())).await?;
             path = format!("{top}/root");
-            self.entry(&Entry::directory(&format!("{path}/"))).await?;
+            self.entry(&TarEntry::directory(&format!("{path}/")))
+                .await?;
             // As a worker does: directories that outputs are to be in.
             extra = parents_of_outputs(command);
         }
         let root_path = path.clone();
         self.write_tree(path, root).await?;
         for directory in extra {
-            self.entry(&Entry::directory(&format!("{root_path}/{directory}/")))
+            self.entry(&TarEntry::directory(&format!("{root_path}/{directory}/")))
                 .await?;
         }
         self.send(vec![0; 2 * BLOCK]).await
@@ -247,7 +248,7 @@ impl Writer {
         let parse = |digest: Option<&reapi::Digest>| {
             Digest::parse_required(Some(function), digest).map_err(|error| error.to_string())
         };
-        let mut open = vec![Open {
+        let mut open = vec![OpenDirectory {
             path,
             left: self.read(&root).await?,
         }];
@@ -259,20 +260,21 @@ impl Writer {
                     size: digest.size(),
                     is_executable: file.is_executable,
                 };
-                self.entry(&Entry { path: &path, kind }).await?;
+                self.entry(&TarEntry { path: &path, kind }).await?;
                 self.copy(&digest).await?;
             } else if let Some(link) = top.left.symlinks.pop() {
                 let path = below(&top.path, &link.name)?;
-                self.entry(&Entry {
+                self.entry(&TarEntry {
                     path: &path,
                     kind: Kind::Symlink(&link.target),
                 })
                 .await?;
             } else if let Some(directory) = top.left.directories.pop() {
                 let path = below(&top.path, &directory.name)?;
-                self.entry(&Entry::directory(&format!("{path}/"))).await?;
+                self.entry(&TarEntry::directory(&format!("{path}/")))
+                    .await?;
                 let left = self.read(&parse(directory.digest.as_ref())?).await?;
-                open.push(Open { path, left });
+                open.push(OpenDirectory { path, left });
             } else {
                 open.pop();
             }
@@ -345,14 +347,14 @@ enum Kind<'a> {
     Symlink(&'a str),
 }
 
-struct Entry<'a> {
+struct TarEntry<'a> {
     path: &'a str,
     kind: Kind<'a>,
 }
 
-impl<'a> Entry<'a> {
+impl<'a> TarEntry<'a> {
     fn directory(path: &'a str) -> Self {
-        Entry {
+        TarEntry {
             path,
             kind: Kind::Directory,
         }
@@ -478,7 +480,7 @@ mod tests {
             ("top/ü", Kind::Symlink("../elsewhere")),
         ] {
             let is_file = matches!(kind, Kind::File { .. });
-            archive.extend(Entry { path, kind }.header());
+            archive.extend(TarEntry { path, kind }.header());
             if is_file {
                 archive.extend(padded(b"abc".to_vec()));
             }

@@ -97,7 +97,7 @@ impl FileCache {
                 digest: *digest,
                 executable,
             };
-            let open = |executable| cache.directory.open_copy(&key(executable), 0).ok();
+            let open = |executable| cache.directory.open_inode(&key(executable), 0).ok();
             open(false).or_else(|| open(true))
         };
         self.storage.set_local_files(Arc::new(open));

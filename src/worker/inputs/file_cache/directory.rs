@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! DIRECTORY/00 … ff/    by the first byte of the hash: sha256-HASH-SIZE+x, sha256-HASH-SIZE-x
-//!                       (executable or not), and …+x.1, …+x.2, further inodes of a file that
+//!                       (executable or not), and …+x.1, …+x.2, extra inodes of a file that
 //!                       is hard-linked several times into one input root, or has so many links
 //!                       that one inode does not take them
 //! DIRECTORY/incoming/   what is being written; emptied at start
@@ -43,8 +43,8 @@ use crate::worker::attributes;
 
 const SHARDS: usize = 256;
 
-/// 2000-01-01T00:00:00Z
-const MTIME: i64 = 946_684_800;
+/// Of every input file, and of every directory in an input root: 2000-01-01T00:00:00Z.
+pub const MTIME: i64 = 946_684_800;
 
 /// Seconds after which the kernel has written a change to the disk; by default after 35
 /// (vm.dirty_expire_centisecs, vm.dirty_writeback_centisecs).
@@ -54,7 +54,7 @@ fn mode(executable: bool) -> Mode {
     Mode::from_raw_mode(if executable { 0o555 } else { 0o444 })
 }
 
-/// Key, copy, inode number, last use as in `ScannedFile`.
+/// Key, which of its inodes (0 is the first), inode number, last use as in `ScannedFile`.
 type Scanned = (FileKey, u32, u64, (bool, i64, i64));
 
 pub(super) struct CacheDirectory {
@@ -129,7 +129,7 @@ impl CacheDirectory {
         &self.path
     }
 
-    /// Of the first copy.
+    /// Of the first inode.
     pub(super) fn path_of(&self, key: &FileKey) -> PathBuf {
         let mut name = String::new();
         key.write_name(0, &mut name);
@@ -140,7 +140,7 @@ impl CacheDirectory {
         &self.shards
     }
 
-    /// What is there, the longest unused first. Removes what nobody can use, and further inodes of files.
+    /// What is there, the longest unused first. Removes what nobody can use, and extra inodes of files.
     pub(super) fn scan(&self) -> io::Result<Vec<ScannedFile>> {
         // A directory's inodes are read one by one: two threads take half of the time.
         let (low, high) = std::thread::scope(|scope| {
@@ -156,15 +156,15 @@ impl CacheDirectory {
         files.append(&mut high?);
         files.sort_unstable();
         let mut found: Vec<ScannedFile> = Vec::new();
-        for (key, copy, inode, last_used) in files {
-            match copy {
+        for (key, number, inode, last_used) in files {
+            match number {
                 0 => found.push(ScannedFile {
                     key,
                     inode,
                     last_used,
                 }),
                 // They are seldom, and quickly made of the first one, which is read before it is used.
-                _ => self.remove_copy(&key, copy)?,
+                _ => self.remove_inode(&key, number)?,
             }
         }
         found.sort_unstable_by_key(|found| found.last_used);
@@ -185,7 +185,7 @@ impl CacheDirectory {
         Ok(found)
     }
 
-    /// Whether size, mode, owner and mtime of the first copy are right; also when it is not there.
+    /// Whether size, mode, owner and mtime of the first inode are right; also when it is not there.
     pub(super) fn is_as_made(&self, key: &FileKey) -> bool {
         let mut name = String::new();
         key.write_name(0, &mut name);
@@ -197,7 +197,7 @@ impl CacheDirectory {
         }
     }
 
-    /// Every usable file with its copy, inode number and last use. Removes all else.
+    /// Every usable file with the number among its inodes, inode number and last use. Removes all else.
     fn scan_shards(&self, shards: std::ops::Range<usize>) -> io::Result<Vec<Scanned>> {
         let owner = rustix::process::geteuid().as_raw();
         let mut files = Vec::new();
@@ -213,9 +213,9 @@ impl CacheDirectory {
                     .and_then(FileKey::parse_name)
                     .filter(|(key, _)| key.shard() == number && is_as_made(&stat, key, owner));
                 match usable {
-                    Some((key, copy)) => {
+                    Some((key, extra)) => {
                         let changed = (stat.st_nlink > 1, stat.st_ctime, stat.st_ctime_nsec as i64);
-                        files.push((key, copy, stat.st_ino, changed));
+                        files.push((key, extra, stat.st_ino, changed));
                     }
                     None if entry.file_type().is_dir() => std::fs::remove_dir_all(entry.path())?,
                     None => std::fs::remove_file(entry.path())?,
@@ -236,17 +236,17 @@ impl CacheDirectory {
         })
     }
 
-    /// Makes a written and verified file the n-th copy of `key`; tells its inode number.
+    /// Makes a written and verified file the n-th extra inode of `key`, or the first one (0); tells its inode number.
     pub(super) fn publish(
         &self,
         mut incoming: IncomingFile,
         key: &FileKey,
-        copy: u32,
+        number: u32,
     ) -> io::Result<u64> {
         finish(incoming.file.as_fd(), key.executable)?;
         let inode = rustix::fs::fstat(&incoming.file)?.st_ino;
         let mut name = String::new();
-        key.write_name(copy, &mut name);
+        key.write_name(number, &mut name);
         rustix::fs::renameat(
             &*self.incoming,
             &incoming.name,
@@ -264,21 +264,21 @@ impl CacheDirectory {
         self.publish(incoming, key, 0)
     }
 
-    /// Links the n-th copy of `key` into a directory.
+    /// Links the n-th extra inode of `key`, or the first one (0), into a directory.
     pub(super) fn link(
         &self,
         key: &FileKey,
-        copy: u32,
+        number: u32,
         directory: BorrowedFd<'_>,
         name: &str,
         buffer: &mut String,
     ) -> Result<(), Errno> {
-        key.write_name(copy, buffer);
+        key.write_name(number, buffer);
         let shard = &self.shards[key.shard()];
         rustix::fs::linkat(shard, buffer.as_str(), directory, name, AtFlags::empty())
     }
 
-    /// Makes a sealed file the first copy of `key`, by a further link to it.
+    /// Makes a sealed file the first inode of `key`, by one more link to it.
     pub(super) fn adopt(
         &self,
         key: &FileKey,
@@ -294,10 +294,10 @@ impl CacheDirectory {
 
     /// Makes another inode with the content of `source`, sharing its blocks where the file system
     /// can.
-    pub(super) fn duplicate(&self, source: &File, key: &FileKey, copy: u32) -> io::Result<u64> {
+    pub(super) fn duplicate(&self, source: &File, key: &FileKey, number: u32) -> io::Result<u64> {
         let incoming = self.create()?;
         copy_content(source, &incoming.file, key.digest.size())?;
-        self.publish(incoming, key, copy)
+        self.publish(incoming, key, number)
     }
 
     /// Bytes and inodes that unprivileged users can still take on the file system.
@@ -318,26 +318,26 @@ impl CacheDirectory {
         Ok(reflink_copy::reflink_file(&one.file, &other.file).is_ok())
     }
 
-    pub(super) fn open_copy(&self, key: &FileKey, copy: u32) -> io::Result<File> {
+    pub(super) fn open_inode(&self, key: &FileKey, number: u32) -> io::Result<File> {
         let mut name = String::new();
-        key.write_name(copy, &mut name);
+        key.write_name(number, &mut name);
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let shard = &self.shards[key.shard()];
         Ok(rustix::fs::openat(shard, &name, flags, Mode::empty())?.into())
     }
 
-    /// Removes all copies of a file.
-    pub(super) fn remove(&self, key: &FileKey, copies: u32) -> io::Result<()> {
-        // The last copy first, so that a worker killed in between leaves no gap.
-        for copy in (0..copies).rev() {
-            self.remove_copy(key, copy)?;
+    /// Removes all inodes of a file, of which there are so many.
+    pub(super) fn remove(&self, key: &FileKey, inodes: u32) -> io::Result<()> {
+        // The last one first, so that a worker killed in between leaves no gap.
+        for number in (0..inodes).rev() {
+            self.remove_inode(key, number)?;
         }
         Ok(())
     }
 
-    pub(super) fn remove_copy(&self, key: &FileKey, copy: u32) -> io::Result<()> {
+    pub(super) fn remove_inode(&self, key: &FileKey, number: u32) -> io::Result<()> {
         let mut name = String::new();
-        key.write_name(copy, &mut name);
+        key.write_name(number, &mut name);
         match rustix::fs::unlinkat(&self.shards[key.shard()], &name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(error) => Err(error.into()),

@@ -10,9 +10,9 @@ use super::{
 };
 
 /// Of a file system, that are left free; every directory and output of an action takes one.
-const MINIMUM_FREE_INODES: u64 = 1_000;
+pub const MINIMUM_FREE_INODES: u64 = 1_000;
 /// How often files are evicted for one that a full disk does not take.
-pub(super) const ATTEMPTS: u32 = 4;
+pub(super) const EVICTION_ATTEMPTS: u32 = 4;
 
 impl CacheIndex {
     fn is_over(&self, limits: CacheLimits) -> bool {
@@ -98,8 +98,8 @@ impl FileCache {
             claim.add(&mut index, key);
         }
         drop(index);
-        for (key, copies) in &victims {
-            if let Err(error) = self.directory.remove(key, *copies) {
+        for (key, inodes) in &victims {
+            if let Err(error) = self.directory.remove(key, *inodes) {
                 tracing::warn!(digest = %key.digest, %error, "could not remove a file from the cache");
             }
         }
@@ -127,7 +127,9 @@ impl FileCache {
         loop {
             match write() {
                 Err(error)
-                    if attempts < ATTEMPTS && is_full(&error) && self.evict_when_full(key) =>
+                    if attempts < EVICTION_ATTEMPTS
+                        && is_full(&error)
+                        && self.evict_when_full(key) =>
                 {
                     attempts += 1;
                 }

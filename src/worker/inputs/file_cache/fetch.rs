@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     cache::FileCache,
-    eviction::ATTEMPTS,
+    eviction::EVICTION_ATTEMPTS,
     index::FileClaim,
     key::FileKey,
     link::LinkMode,
@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// From this size on a file is streamed to disk rather than read into memory.
-const LARGE: u64 = 1 << 20;
+const SMALLEST_STREAMED: u64 = 1 << 20;
 /// Batches and large files of one action that are fetched at a time.
 const CONCURRENCY: usize = 8;
 
@@ -167,8 +167,9 @@ impl FileCache {
         fetched: &mut PinnedFiles,
         missing: &mut HashSet<Digest>,
     ) -> Result<(), Fault> {
-        let (large, small): (Vec<FileKey>, Vec<FileKey>) =
-            keys.iter().partition(|key| key.digest.size() >= LARGE);
+        let (large, small): (Vec<FileKey>, Vec<FileKey>) = keys
+            .iter()
+            .partition(|key| key.digest.size() >= SMALLEST_STREAMED);
         let mut jobs = batches(small, |key: &FileKey| key.digest.size());
         jobs.extend(large.into_iter().map(|key| vec![key]));
         let mut fetches = stream::iter(jobs)
@@ -189,12 +190,15 @@ impl FileCache {
         keys: Vec<FileKey>,
     ) -> Result<(PinnedFiles, Vec<Digest>), Fault> {
         if let [key] = keys[..]
-            && key.digest.size() >= LARGE
+            && key.digest.size() >= SMALLEST_STREAMED
         {
             return self.fetch_large(instance, key).await;
         }
         let digests: Vec<Digest> = keys.iter().map(|key| key.digest).collect();
-        let results = self.storage.read_many(instance, &digests, LARGE).await;
+        let results = self
+            .storage
+            .read_many(instance, &digests, SMALLEST_STREAMED)
+            .await;
         let (mut pinned, mut missing) = (PinnedFiles::none(self), Vec::new());
         let write = move || {
             let cache = pinned.cache.clone();
@@ -268,7 +272,7 @@ impl FileCache {
                 Err(storage::Error::Full(_)) => {
                     let evict = move || {
                         drop(incoming);
-                        attempts < ATTEMPTS && cache.evict_when_full(&key)
+                        attempts < EVICTION_ATTEMPTS && cache.evict_when_full(&key)
                     };
                     if !blocking("evict input files", evict).await? {
                         return Err(self.disk_fault(&key, io::ErrorKind::StorageFull.into()));

@@ -111,7 +111,7 @@ impl CacheIndex {
     }
 
     /// How many inodes a file has.
-    pub(super) fn copies(&self, key: &FileKey) -> u32 {
+    pub(super) fn inodes_of(&self, key: &FileKey) -> u32 {
         1 + self.extra.of.get(key).map_or(0, |of| of.len() as u32)
     }
 

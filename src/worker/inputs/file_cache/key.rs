@@ -1,5 +1,5 @@
 //! What identifies a cached file, and its name on disk: sha256-HASH-SIZE+x when it is executable, else
-//! sha256-HASH-SIZE-x; its n-th further inode has `.n` behind that.
+//! sha256-HASH-SIZE-x; its n-th extra inode has `.n` behind that.
 
 use std::str::FromStr;
 
@@ -20,8 +20,8 @@ impl FileKey {
         usize::from(self.digest.hash_bytes()[0])
     }
 
-    /// The name of its n-th copy, into a buffer that is used again and again.
-    pub(super) fn write_name(&self, copy: u32, name: &mut String) {
+    /// The name of its n-th extra inode, or of the first one (0), into a buffer that is used again and again.
+    pub(super) fn write_name(&self, number: u32, name: &mut String) {
         use std::fmt::Write;
         name.clear();
         name.push_str(self.digest.function().name());
@@ -29,14 +29,17 @@ impl FileKey {
         push_hex(name, self.digest.hash_bytes());
         let sign = if self.executable { '+' } else { '-' };
         let _ = write!(name, "-{}{sign}x", self.digest.size());
-        if copy > 0 {
-            let _ = write!(name, ".{copy}");
+        if number > 0 {
+            let _ = write!(name, ".{number}");
         }
     }
 
     pub(super) fn parse_name(name: &str) -> Option<(Self, u32)> {
-        let (name, copy) = match name.split_once('.') {
-            Some((name, copy)) => (name, u32::from_str(copy).ok().filter(|copy| *copy > 0)?),
+        let (name, number) = match name.split_once('.') {
+            Some((name, number)) => (
+                name,
+                u32::from_str(number).ok().filter(|number| *number > 0)?,
+            ),
             None => (name, 0),
         };
         let (name, executable) = match name.strip_suffix("+x") {
@@ -53,7 +56,7 @@ impl FileKey {
         parts
             .next()
             .is_none()
-            .then_some((FileKey { digest, executable }, copy))
+            .then_some((FileKey { digest, executable }, number))
     }
 }
 
@@ -65,12 +68,12 @@ mod tests {
     fn a_name_tells_what_the_file_is() {
         for function in DigestFunction::ALL {
             for executable in [false, true] {
-                for copy in [0, 1, 17] {
+                for number in [0, 1, 17] {
                     let digest = function.digest_of(b"x");
                     let key = FileKey { digest, executable };
                     let mut name = String::new();
-                    key.write_name(copy, &mut name);
-                    assert_eq!(FileKey::parse_name(&name), Some((key, copy)));
+                    key.write_name(number, &mut name);
+                    assert_eq!(FileKey::parse_name(&name), Some((key, number)));
                 }
             }
         }

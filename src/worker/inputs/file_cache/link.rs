@@ -101,12 +101,12 @@ impl FileCache {
         let cached = self.index.lock().files.value_of(handle).copied();
         let source = self.open_first(key, cached.map(|cached| cached.inode))?;
         let _one_at_a_time = self.changing_extra_inodes.lock();
-        let copies = self.index.lock().copies(key);
-        if copies > wanted {
+        let inodes = self.index.lock().inodes_of(key);
+        if inodes > wanted {
             return Ok(());
         }
         let inode = self
-            .evicting_when_full(key, || self.directory.duplicate(&source, key, copies))
+            .evicting_when_full(key, || self.directory.duplicate(&source, key, inodes))
             .map_err(LinkError::of_disk)?;
         self.index.lock().add_extra(key, inode);
         Ok(())
@@ -187,7 +187,7 @@ impl FileCache {
     fn open_first(&self, key: &FileKey, inode: Option<u64>) -> Result<File, LinkError> {
         let file = self
             .directory
-            .open_copy(key, 0)
+            .open_inode(key, 0)
             .map_err(LinkError::of_disk)?;
         let stat = rustix::fs::fstat(&file).map_err(|error| LinkError::Other(error.into()))?;
         self.check_as_made(key, &stat, inode)?;
@@ -217,24 +217,24 @@ impl FileCache {
     /// Removes all but the first inode of a file, from the disk too.
     pub(super) fn forget_extra_inodes(&self, key: &FileKey) {
         let _one_at_a_time = self.changing_extra_inodes.lock();
-        let copies = self.index.lock().take_extra(key);
-        self.remove_copies(key, 1..copies);
+        let inodes = self.index.lock().take_extra(key);
+        self.remove_inodes(key, 1..inodes);
     }
 
-    /// Removes further inodes that no kept input root has; `false` when there are none.
+    /// Removes extra inodes that no kept input root has; `false` when there are none.
     pub(super) fn remove_idle_extra_inodes(&self) -> bool {
         let _one_at_a_time = self.changing_extra_inodes.lock();
         let idle = self.index.lock().take_idle();
         for (key, number) in &idle {
-            self.remove_copies(key, *number..number + 1);
+            self.remove_inodes(key, *number..number + 1);
         }
         !idle.is_empty()
     }
 
-    fn remove_copies(&self, key: &FileKey, copies: std::ops::Range<u32>) {
-        for copy in copies.rev() {
-            if let Err(error) = self.directory.remove_copy(key, copy) {
-                tracing::warn!(digest = %key.digest, copy, %error, "could not remove a file from the cache");
+    fn remove_inodes(&self, key: &FileKey, numbers: std::ops::Range<u32>) {
+        for number in numbers.rev() {
+            if let Err(error) = self.directory.remove_inode(key, number) {
+                tracing::warn!(digest = %key.digest, number, %error, "could not remove a file from the cache");
             }
         }
     }

@@ -41,7 +41,8 @@ mod verification;
 mod watch;
 
 pub use cache::{CacheLimits, FileCache};
-pub use directory::{is_the_workers, seal};
+pub use directory::{MTIME, is_the_workers, seal};
+pub use eviction::MINIMUM_FREE_INODES;
 pub use input_inode::{InputInode, InputInodeKind};
 pub use key::FileKey;
 pub use link::{LinkError, LinkMode};

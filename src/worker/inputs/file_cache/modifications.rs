@@ -66,8 +66,8 @@ impl FileCache {
             }
         }
         drop(index);
-        for (key, copies) in all {
-            if let Err(error) = self.directory.remove(key, copies) {
+        for (key, inodes) in all {
+            if let Err(error) = self.directory.remove(key, inodes) {
                 tracing::error!(digest = %key.digest, %error, "could not remove a wrong file from the cache");
             }
         }

@@ -8,9 +8,9 @@ use super::{cache::FileCache, index::FileClaim, key::FileKey};
 
 impl FileCache {
     /// An output becomes an input of later actions without a download. `sealed` says that the file
-    /// itself may enter the cache; otherwise a copy does. What cannot be kept is not: it will be
+    /// itself may enter the cache; otherwise a copy does. What cannot enter is
     /// fetched.
-    pub fn keep_output(
+    pub fn add_output(
         &self,
         key: FileKey,
         file: &File,
@@ -29,7 +29,7 @@ impl FileCache {
         }
         claim.add(&mut index, key);
         drop(index);
-        let kept = match sealed {
+        let added = match sealed {
             true => match self.directory.adopt(&key, directory, name) {
                 // A file that the cache does not know of.
                 Err(Errno::EXIST) => self
@@ -40,7 +40,7 @@ impl FileCache {
             },
             false => self.directory.duplicate(file, &key, 0),
         };
-        match kept {
+        match added {
             Ok(inode) => {
                 let handle = self.admit(key, inode);
                 self.index.lock().files.unpin(handle);
@@ -48,7 +48,7 @@ impl FileCache {
                 self.evict_to_fit();
             }
             Err(error) => {
-                tracing::debug!(digest = %key.digest, %error, "could not keep an output in the cache");
+                tracing::debug!(digest = %key.digest, %error, "could not add an output to the cache");
             }
         }
     }

@@ -23,14 +23,14 @@ use super::{cache::FileCache, counts::VerificationCounts, directory, key::FileKe
 use crate::digest::Hasher;
 
 /// Read at a time.
-const BUFFER: usize = 64 << 10;
+const READ_SIZE: usize = 64 << 10;
 /// What looking at a file counts for, beside its bytes.
 const PER_FILE: u64 = 4 << 10;
 /// Between portions of what is read in the background.
-const PERIOD: Duration = Duration::from_secs(1);
+const PORTION_INTERVAL: Duration = Duration::from_secs(1);
 /// After all was read.
-const PAUSE: Duration = Duration::from_secs(600);
-const THREADS: usize = 8;
+const PASS_PAUSE: Duration = Duration::from_secs(600);
+const VERIFICATION_THREADS: usize = 8;
 
 /// What came of a portion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,7 +68,7 @@ impl Verifier {
             place: 0,
             extra_inodes: None,
             reading: None,
-            buffer: vec![0; BUFFER],
+            buffer: vec![0; READ_SIZE],
         }
     }
 
@@ -79,8 +79,8 @@ impl Verifier {
             let _ = rustix::process::nice(19);
             loop {
                 match self.portion(bytes) {
-                    Portion::Read => std::thread::sleep(PERIOD),
-                    Portion::Last => std::thread::sleep(PAUSE),
+                    Portion::Read => std::thread::sleep(PORTION_INTERVAL),
+                    Portion::Last => std::thread::sleep(PASS_PAUSE),
                     Portion::Gone => return,
                 }
             }
@@ -108,7 +108,7 @@ impl Verifier {
             let most = self
                 .buffer
                 .len()
-                .min(usize::try_from(rest).unwrap_or(BUFFER));
+                .min(usize::try_from(rest).unwrap_or(READ_SIZE));
             let read = read_at(
                 &reading.file,
                 &mut self.buffer[..most],
@@ -131,7 +131,7 @@ impl Verifier {
     fn next(&mut self, cache: &FileCache) -> Option<(FileKey, u32)> {
         let index = cache.index.lock();
         if let Some((key, number)) = self.extra_inodes.take()
-            && number < index.copies(&key)
+            && number < index.inodes_of(&key)
         {
             self.extra_inodes = Some((key, number + 1));
             return Some((key, number));
@@ -150,7 +150,7 @@ impl FileCache {
 
     /// `None` when it is gone, or wrong already.
     fn open_for_reading(&self, key: FileKey, number: u32) -> Option<FileBeingRead> {
-        let file = self.directory.open_copy(&key, number).ok()?;
+        let file = self.directory.open_inode(&key, number).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
         if !directory::is_as_made(&stat, &key, rustix::process::geteuid().as_raw()) {
             self.report_wrong(&key, number, "has another size, mode, owner or mtime");
@@ -213,10 +213,11 @@ impl FileCache {
         keys.sort_unstable();
         keys.dedup();
         let began = std::time::Instant::now();
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS));
+        let threads =
+            std::thread::available_parallelism().map_or(1, |n| n.get().min(VERIFICATION_THREADS));
         let next = AtomicUsize::new(0);
         let work = || {
-            let mut buffer = vec![0; BUFFER];
+            let mut buffer = vec![0; READ_SIZE];
             let mut wrong = Vec::new();
             while let Some(key) = keys.get(next.fetch_add(1, Ordering::Relaxed)) {
                 // One that is gone is found so when it is linked.
@@ -263,7 +264,7 @@ impl FileCache {
 
     /// `None` when it is not there.
     fn is_right(&self, key: &FileKey, buffer: &mut [u8]) -> Option<bool> {
-        let file = self.directory.open_copy(key, 0).ok()?;
+        let file = self.directory.open_inode(key, 0).ok()?;
         let mut hasher = key.digest.function().hasher(key.digest.size());
         self.verified.files.fetch_add(1, Ordering::Relaxed);
         loop {
