@@ -36,6 +36,11 @@ const FINAL_CALL_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long an idle slot that stops waits for a scheduler to take note. One that is stopped at the
 /// same time may never answer.
 const LEAVING_CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Before the second call of a slot that leaves; doubles. Buildbarn's scheduler refuses the first one until it has
+/// noticed that the call before is dropped.
+const LEAVING_RETRY_DELAY: Duration = Duration::from_millis(25);
+/// Of those calls: 1.6 s in all.
+const MAXIMUM_LEAVING_RETRIES: u32 = 6;
 
 pub struct Slot<T, R> {
     state: SlotState<T, R>,
@@ -49,6 +54,9 @@ pub struct Slot<T, R> {
     /// When the scheduler wants to hear of an execution again.
     due: Instant,
     drain: DrainState,
+    /// Calls of a slot that leaves that were refused, and when the next one is.
+    leaving_retries: u32,
+    leave_at: Instant,
 }
 
 enum SlotState<T, R> {
@@ -166,6 +174,8 @@ impl<T, R: Clone> Slot<T, R> {
             paused: now,
             due: now,
             drain: DrainState::Serving,
+            leaving_retries: 0,
+            leave_at: now,
         }
     }
 
@@ -282,7 +292,7 @@ impl<T, R: Clone> Slot<T, R> {
         overdue: bool,
     ) -> Result<(Instant, ReportKind, Activity<R>), SlotStep<T, R>> {
         Ok(match &mut self.state {
-            SlotState::Idle(_) if draining => (now, ReportKind::Leaving, Activity::Idle),
+            SlotState::Idle(_) if draining => (self.leave_at, ReportKind::Leaving, Activity::Idle),
             SlotState::Idle(readiness) => match readiness {
                 Readiness::Unknown { not_before } if *not_before <= now => {
                     *readiness = Readiness::Checking;
@@ -408,6 +418,19 @@ impl<T, R: Clone> Slot<T, R> {
         self.failures = self.failures.saturating_add(1);
         let spread = (longest / 2).as_nanos() as u64;
         self.not_before = now + longest / 2 + Duration::from_nanos(random % spread.max(1));
+    }
+
+    /// The scheduler still has the call before that this slot has dropped. Whether a call that was to say that the slot
+    /// leaves is made again; others fail.
+    pub fn already_synchronizing(&mut self, now: Instant) -> bool {
+        let retries = self.leaving_retries;
+        let is_leaving = |call: &mut PendingCall| call.kind == ReportKind::Leaving;
+        if retries >= MAXIMUM_LEAVING_RETRIES || self.call.take_if(is_leaving).is_none() {
+            return false;
+        }
+        self.leave_at = now + LEAVING_RETRY_DELAY * (1 << retries);
+        self.leaving_retries += 1;
+        true
     }
 
     /// The call failed, since the scheduler does not take what it said. When that was a result, there

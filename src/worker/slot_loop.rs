@@ -240,6 +240,12 @@ fn note_answer(
             };
             state.refused(now, fastrand::u64(..), smaller);
         }
+        // Only its code tells: the words are those of the scheduler's version.
+        Err(status)
+            if status.code() == Code::ResourceExhausted && state.already_synchronizing(now) =>
+        {
+            tracing::debug!(slot, error = status.message(), "leaving; trying again");
+        }
         Err(status) => {
             state.failed(now, fastrand::u64(..));
             status_line.failed(status.code(), status.message(), SystemTime::now());

@@ -175,6 +175,35 @@ fn a_stopping_slot_does_not_wait_for_a_call_that_is_held() {
 }
 
 #[test]
+fn a_slot_that_leaves_tells_a_scheduler_that_has_not_noticed_the_end_of_the_call_before() {
+    let mut fixture = Fixture::asking();
+    assert!(!fixture.slot.already_synchronizing(fixture.now));
+    fixture.slot.stop(fixture.now + 60 * SECOND);
+    let leaving = || unwilling(Activity::Idle);
+    assert_eq!(fixture.steps(), [SlotStep::AbortCall, leaving()]);
+    assert!(fixture.slot.already_synchronizing(fixture.now));
+    assert_eq!(fixture.steps(), []);
+    assert_eq!(fixture.pass(SECOND / 40).steps(), [leaving()]);
+    fixture.answer(Desired::Idle, 0);
+    assert_eq!(fixture.steps(), [SlotStep::Exit]);
+}
+
+#[test]
+fn a_slot_whose_place_another_one_has_gives_up_at_last() {
+    let mut fixture = Fixture::asking();
+    fixture.slot.stop(fixture.now + 60 * SECOND);
+    fixture.steps();
+    let mut times = 0;
+    while fixture.slot.already_synchronizing(fixture.now) {
+        times += 1;
+        fixture.pass(SECOND * 4 / 5).steps();
+    }
+    assert_eq!(times, 6);
+    fixture.slot.failed(fixture.now, 0);
+    assert_eq!(fixture.steps(), [SlotStep::Exit]);
+}
+
+#[test]
 fn an_idle_slot_that_stops_does_not_wait_long_for_a_scheduler_that_is_silent() {
     let mut fixture = Fixture::asking();
     fixture.slot.stop(fixture.now + 60 * SECOND);
