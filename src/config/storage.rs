@@ -47,7 +47,7 @@ pub struct InstanceLimit {
     pub maximum_size: Size,
 }
 
-/// When a server of a shard is out of use.
+/// When a server of a shard, or an object store, is out of use.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Health {

@@ -48,6 +48,8 @@ impl Upload {
         digest: Digest,
         offset: i64,
     ) -> Result<Self, UploadError> {
+        // Before any of it travels.
+        objects.require_usable()?;
         let store = objects.cache().cloned().ok_or_else(|| {
             Error::Internal("without a cache, nobody's uploads are taken".to_owned())
         })?;
