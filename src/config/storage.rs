@@ -103,8 +103,12 @@ impl<'c> Places<'c> {
     /// Whether bb_scheduler has an embedded store: for what is embedded, or as the cache of a CAS of
     /// objects.
     pub fn has_embedded(&self) -> bool {
+        self.counts_for_instances() || matches!(self.cas, StorageLocation::Objects(_))
+    }
+
+    /// Whether what is stored here is an instance name's: all but the cache of a CAS of objects.
+    pub fn counts_for_instances(&self) -> bool {
         [self.cas, self.action_cache].contains(&&StorageLocation::Embedded)
-            || matches!(self.cas, StorageLocation::Objects(_))
     }
 
     /// Object stores that are used, each once.
