@@ -332,9 +332,9 @@ impl Storage {
             "less than 16MiB cannot hold the outputs of a build; 20GiB is a good start",
         );
         diagnostics.require(
-            self.embedded.instance_limits.is_empty() || self.places().has_embedded(),
+            self.embedded.instance_limits.is_empty() || self.places().counts_for_instances(),
             "storage.embedded.instance_limits",
-            "neither storage.cas nor storage.action_cache is \"embedded\", so that there is no store to limit; leave it out",
+            "neither storage.cas nor storage.action_cache is \"embedded\", so that nothing is stored for an instance name here: what is kept of another storage's blobs counts for nobody; leave it out",
         );
         validate_instance_limits(
             &self.embedded.instance_limits,

@@ -47,7 +47,7 @@ pub struct InstanceLimit {
     pub maximum_size: Size,
 }
 
-/// When a server of a shard is out of use.
+/// When a server of a shard, or an object store, is out of use.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Health {
@@ -103,8 +103,12 @@ impl<'c> Places<'c> {
     /// Whether bb_scheduler has an embedded store: for what is embedded, or as the cache of a CAS of
     /// objects.
     pub fn has_embedded(&self) -> bool {
+        self.counts_for_instances() || matches!(self.cas, StorageLocation::Objects(_))
+    }
+
+    /// Whether what is stored here is an instance name's: all but the cache of a CAS of objects.
+    pub fn counts_for_instances(&self) -> bool {
         [self.cas, self.action_cache].contains(&&StorageLocation::Embedded)
-            || matches!(self.cas, StorageLocation::Objects(_))
     }
 
     /// Object stores that are used, each once.

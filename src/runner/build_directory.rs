@@ -118,33 +118,46 @@ impl BuildDirectory {
     /// Makes a log file. The action may open it again, as /dev/stderr; others are kept out by
     /// the action's directory.
     pub(super) fn create_log(&self, log: &LogPath) -> Result<OwnedFd, BuildDirectoryError> {
-        let create = || -> rustix::io::Result<OwnedFd> {
-            let (parent, name) = log.path.split_last().ok_or(rustix::io::Errno::ISDIR)?;
-            let parent = openat2(
-                &self.directory,
-                parent.to_string(),
-                OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                Mode::empty(),
-                BENEATH,
-            )?;
-            let file = openat2(
-                &parent,
-                name.as_str(),
-                OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC,
-                Mode::from_raw_mode(0o666),
-                BENEATH,
-            )?;
-            // The umask, or a default ACL, may have taken something away; each change of a file
-            // costs as much as making one.
-            if fstat(&file)?.st_mode & 0o777 != 0o666 {
-                fchmod(&file, Mode::from_raw_mode(0o666))?;
-            }
-            Ok(file)
-        };
-        create().map_err(|error| BuildDirectoryError::Log {
+        let parts = log.path.split_last().ok_or(rustix::io::Errno::ISDIR);
+        let created = parts.and_then(|(parent, name)| self.create(&parent, name.as_str(), 0o666));
+        created.map_err(|error| BuildDirectoryError::Log {
             log: log.clone(),
             error: error.into(),
         })
+    }
+
+    /// Makes a file for whoever reads an action's logs, in a directory that the action could write to.
+    pub(super) fn create_server_log(
+        &self,
+        directory: &RelativePath,
+        name: &str,
+    ) -> io::Result<OwnedFd> {
+        Ok(self.create(directory, name, 0o644)?)
+    }
+
+    /// Makes a file that was not there.
+    fn create(&self, parent: &RelativePath, name: &str, mode: u32) -> rustix::io::Result<OwnedFd> {
+        let parent = openat2(
+            &self.directory,
+            parent.to_string(),
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+            BENEATH,
+        )?;
+        let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::EXCL;
+        let file = openat2(
+            &parent,
+            name,
+            flags | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+            Mode::from_raw_mode(mode),
+            BENEATH,
+        )?;
+        // The umask, or a default ACL, may have taken something away; each change of a file
+        // costs as much as making one.
+        if fstat(&file)?.st_mode & 0o777 != mode {
+            fchmod(&file, Mode::from_raw_mode(mode))?;
+        }
+        Ok(file)
     }
 }
 

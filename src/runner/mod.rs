@@ -5,7 +5,7 @@
 //! - `service`, `deadline`: what a worker asks for over a Unix socket; `check`: what `--check` says;
 //! - `metrics`: what is told of it, and `commands`, which ask for that; `counts` has what became of actions;
 //! - `run`: one action, from its command to its last process, with `cleaner` around several, `log_file`
-//!   for what it writes, `action_directory` (with `input_ownership`) and `action_mounts` (with
+//!   for what it writes, `server_log` for what is told of it, `action_directory` (with `input_ownership`) and `action_mounts` (with
 //!   `root_directory`) for what it is in;
 //! - `build_directory`: where workers lay out actions;
 //! - `run_spec`, `environment`: what to run, parsed;
@@ -53,6 +53,7 @@ mod process_status;
 mod run;
 mod run_spec;
 mod sandbox;
+mod server_log;
 mod service;
 mod spawn;
 mod stop;

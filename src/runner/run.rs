@@ -9,7 +9,7 @@ use std::{
     io,
     os::fd::{AsFd, OwnedFd},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::process::Gid;
@@ -23,11 +23,12 @@ use super::{
     counts::RunCounts,
     input_root_as_root::InputRootAsRootError,
     limited_log::{CHECK_INTERVAL, LimitedLog},
-    run_spec::{Executable, RunSpec},
+    run_spec::{Deadline, Executable, RunSpec},
     sandbox::{
         ActionCgroup, CgroupUsage, Layers, MemoryUsage, NamespaceEnd, Sandbox, SandboxError,
         SandboxPool, SandboxSpec, SeccompFilter,
     },
+    server_log::ActionRecord,
     spawn::{
         Exit, InheritedState, PathBase, PidNamespaces, Process, SetupStep, SpawnError, SpawnSpec,
         SpawnStage, WaitEnd,
@@ -292,6 +293,7 @@ fn run_in(
         Executable::Path(path) => (std::slice::from_ref(path), false),
         Executable::Search { candidates, .. } => (candidates.as_slice(), true),
     };
+    let start = Instant::now();
     let spawned = Process::spawn(&SpawnSpec {
         arguments: &run.arguments,
         environment: &run.environment,
@@ -323,9 +325,16 @@ fn run_in(
         seccomp_filter: context.seccomp_filter.as_ref().map(SeccompFilter::program),
     });
     drop(setup);
+    let mut running = Vec::new();
     let ended = spawned
         .map_err(|error| start_error(run, error))
-        .and_then(|process| wait(context, process, stop, [&mut stdout, &mut stderr]));
+        .and_then(|process| {
+            let logs = [&mut stdout, &mut stderr];
+            wait(context, process, stop, logs, || {
+                running = sweep::running(user);
+            })
+        });
+    let elapsed = start.elapsed();
 
     // Also when it never started: by now nothing may be left.
     let Some(namespace) = kill_all(sandbox, user) else {
@@ -348,23 +357,38 @@ fn run_in(
         explain_limits(&stderr, usage, limits.processes);
     }
     let result = judge(ended, cgroup, namespace);
+    if let Some(server_logs) = &run.server_logs {
+        let record = ActionRecord {
+            fault: result.as_ref().err().and_then(|error| fault(error, run)),
+            limits,
+            timeout: run.deadline.map(|deadline| deadline.limit),
+            elapsed,
+            usage: cgroup.as_ref(),
+            running: &running,
+        };
+        // While nobody else is in there.
+        record.write(build, server_logs);
+    }
     remove_shared(context.sandboxes.spec(), user);
     drop(mounts);
     drop(directory);
     result
 }
 
-/// Waits for the end of an action's first process; that of the others is to come.
+/// Waits for the end of an action's first process; that of the others is to come. `before_stop` is called when it
+/// is to be told to end.
 fn wait(
     context: &RunContext,
     mut process: Process,
     stop: &StopSignal,
     mut logs: [&mut LimitedLog; 2],
+    before_stop: impl FnOnce(),
 ) -> Result<Exit, RunError> {
     loop {
         match process.wait(stop, CHECK_INTERVAL) {
             WaitEnd::Exited => return process.reap().map_err(RunError::Wait),
             WaitEnd::Stopped => {
+                before_stop();
                 let grace = context.config.termination_grace.get();
                 if !grace.is_zero() {
                     process.terminate(grace);
@@ -412,6 +436,22 @@ fn judge(
         ));
     }
     ended.map(|exit| ActionExit { exit, cgroup })
+}
+
+/// What an error says of an action that was ended by others. All else is about its start.
+fn fault(error: &RunError, run: &RunSpec) -> Option<String> {
+    match error {
+        RunError::Killed(_) => Some(error.to_string()),
+        RunError::Stopped => Some(match run.deadline {
+            Some(Deadline { at, limit }) if at <= Instant::now() => {
+                format!("its time of {} s was over, and it was killed", limit.as_secs_f64())
+            }
+            _ => "it was killed when the call for it ended: its time was over, nobody wanted its result any more, \
+                  or bb_runner was stopped"
+                .to_owned(),
+        }),
+        _ => None,
+    }
 }
 
 /// Tells whoever reads the action's output of limits that it has reached.

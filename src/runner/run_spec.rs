@@ -9,7 +9,12 @@
 
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
-use std::{collections::BTreeSet, ffi::CString, fmt};
+use std::{
+    collections::BTreeSet,
+    ffi::CString,
+    fmt,
+    time::{Duration, Instant},
+};
 
 use super::environment::AddedVariables;
 use crate::{
@@ -37,10 +42,22 @@ pub(super) struct RunSpec {
     pub temporary_directory: Option<RelativePath>,
     pub stdout: LogPath,
     pub stderr: LogPath,
+    /// Where logs of servers are taken from; `None` when the worker takes none.
+    pub server_logs: Option<RelativePath>,
     /// An absolute path as the command sees it.
     pub home: String,
     /// Nobody else has the files in the input root: they become the action's.
     pub owns_inputs: bool,
+    /// The caller's.
+    pub deadline: Option<Deadline>,
+}
+
+/// When a command must have ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Deadline {
+    pub at: Instant,
+    /// How much time that was.
+    pub limit: Duration,
 }
 
 /// Where the executable may be; relative paths start at the working directory.
@@ -113,6 +130,10 @@ impl RunSpec {
         let temporary_directory = match request.temporary_directory.as_str() {
             "" => None,
             text => Some(below_build("temporary", text)?),
+        };
+        let server_logs = match request.server_logs_directory.as_str() {
+            "" => None,
+            text => Some(below_build("server logs", text)?),
         };
         let working_directory = RelativePath::resolve(
             &RelativePath::root(),
@@ -191,8 +212,10 @@ impl RunSpec {
             temporary_directory,
             stdout,
             stderr,
+            server_logs,
             home,
             owns_inputs: false,
+            deadline: None,
         })
     }
 }
@@ -400,6 +423,10 @@ mod tests {
             },
             RunRequest {
                 temporary_directory: "../x".to_owned(),
+                ..request(&["/x"], &[])
+            },
+            RunRequest {
+                server_logs_directory: "0/../../x".to_owned(),
                 ..request(&["/x"], &[])
             },
             RunRequest {

@@ -27,7 +27,7 @@ use super::{
     environment::AddedVariables,
     grpc_timeout,
     run::{self, ActionExit, RunContext, RunError},
-    run_spec::{RunSpec, RunSpecError},
+    run_spec::{Deadline, RunSpec, RunSpecError},
     sandbox::{CgroupUsage, SandboxError},
     spawn::EndCause,
     stop::StopSignal,
@@ -191,12 +191,15 @@ impl RunnerService {
         &self,
         request: Request<RunRequest>,
     ) -> Result<Response<RunResponse>, Status> {
-        let deadline =
-            grpc_timeout::of(request.metadata()).map(|limit| (Instant::now() + limit, limit));
+        let deadline = grpc_timeout::of(request.metadata()).map(|limit| Deadline {
+            at: Instant::now() + limit,
+            limit,
+        });
         let owns_inputs = metadata::has_private_inputs(&request);
         let mut run =
             RunSpec::parse(request.into_inner(), &self.added_variables).map_err(refused)?;
         run.owns_inputs = owns_inputs;
+        run.deadline = deadline;
         let user = self
             .users
             .take(USER_TIMEOUT)
@@ -212,8 +215,8 @@ impl RunnerService {
         daemon::spawn_blocking(move || run::run(&context, &run, user, &told, answer));
         let over = async {
             match deadline {
-                Some((instant, limit)) => {
-                    tokio::time::sleep_until(instant.into()).await;
+                Some(Deadline { at, limit }) => {
+                    tokio::time::sleep_until(at.into()).await;
                     limit
                 }
                 None => std::future::pending().await,

@@ -97,6 +97,32 @@ fn any_alive(id: u32) -> bool {
     processes_of(id).any(|(_, alive)| alive)
 }
 
+/// A process, as proc_pid_status(5) tells of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct RunningProcess {
+    /// At most 15 bytes, of its own choice.
+    pub name: String,
+    pub state: String,
+}
+
+/// Processes whose real user is `id`; zombies aside.
+pub(super) fn running(id: u32) -> Vec<RunningProcess> {
+    let alive = processes_of(id).filter(|(_, alive)| *alive);
+    let look = |(pid, _)| {
+        let status = fs::read(format!("/proc/{pid}/status")).ok()?;
+        let status = String::from_utf8_lossy(&status);
+        let field = |name: &str| {
+            let value = status.lines().find_map(|line| line.strip_prefix(name))?;
+            Some(value.trim().to_owned())
+        };
+        Some(RunningProcess {
+            name: field("Name:")?,
+            state: field("State:")?,
+        })
+    };
+    alive.filter_map(look).collect()
+}
+
 /// Process numbers whose real user is `id`, and whether they are more than zombies.
 fn processes_of(id: u32) -> impl Iterator<Item = (i32, bool)> {
     fs::read_dir("/proc")

@@ -1,8 +1,8 @@
 //! Storage: the Content Addressable Storage (CAS) and the Action Cache (AC), embedded or elsewhere.
 //!
 //! [`Backend`] is the one way to blobs and action results, for the worker, the scheduler, and the
-//! services. To read in this order: this file; `error`; `single_flight`, `batch`, `retry`, `compression` and
-//! `chunking`, which all back ends share; [`embedded`], the store on this host's disk; [`grpc`], the client
+//! services. To read in this order: this file; `error`; `single_flight`, `batch`, `retry`, `breaker`, `compression`
+//! and `chunking`, which all back ends share; [`embedded`], the store on this host's disk; [`grpc`], the client
 //! of any REAPI storage; [`shards`], several of those as one; [`object`], object stores and Redis; `open`,
 //! which of them a configuration asks for; [`serve`], the services over any back end.
 //!
@@ -18,6 +18,7 @@ use bytes::Bytes;
 use crate::{digest::Digest, instance::InstanceName, proto::reapi::ActionResult};
 
 pub mod batch;
+mod breaker;
 pub mod chunking;
 mod completeness;
 pub mod compression;

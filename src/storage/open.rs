@@ -20,7 +20,7 @@ impl Backend {
     }
 
     /// Clients of the servers that are named, which connect at the first call; within a runtime where
-    /// there are shards. `embedded` is the store for what is embedded, or the cache of a CAS of objects.
+    /// there are shards or object stores. `embedded` is the store for what is embedded, or the cache of a CAS of objects.
     pub fn connect_to(
         places: &Places<'_>,
         embedded: Option<Arc<embedded::Store>>,
@@ -40,7 +40,8 @@ impl Backend {
             StorageLocation::Shards => Ok(shards()),
             StorageLocation::Objects(service) => {
                 let cache = embedded.clone().filter(|_| location == places.cas);
-                let opened = ObjectStorage::open(*service, &places.objects, cache, options)?;
+                let opened =
+                    ObjectStorage::open(*service, &places.objects, places.health, cache, options)?;
                 Ok(Backend::Objects(opened))
             }
         };
@@ -152,7 +153,7 @@ async fn probe_service(
     options: &grpc::Options,
 ) -> Option<Failure> {
     let key = service.section();
-    let opened = match ObjectStorage::open(service, &places.objects, None, options) {
+    let opened = match ObjectStorage::open(service, &places.objects, places.health, None, options) {
         Ok(opened) => opened,
         Err(failure) => return Some(failure),
     };

@@ -48,10 +48,12 @@ impl Upload {
         digest: Digest,
         offset: i64,
     ) -> Result<Self, UploadError> {
+        // Before any of it travels.
+        objects.require_usable()?;
         let store = objects.cache().cloned().ok_or_else(|| {
             Error::Internal("without a cache, nobody's uploads are taken".to_owned())
         })?;
-        // A cache has no limits of instance names.
+        // Blobs in a cache count for no instance name.
         let limit = embedded::LimitId::NONE;
         let lease = lease(&store, resource_name, owner, limit, digest, offset).await?;
         let objects = objects.clone();

@@ -275,6 +275,7 @@ const RUNNER: &[&str] = &[
     "run",
     "cleaner",
     "limited_log",
+    "server_log",
     "action_directory",
     "input_ownership",
     "action_mounts",

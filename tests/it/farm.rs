@@ -193,6 +193,7 @@ async fn failures_are_told_as_what_they_are() {
     let response = client.run(&Task::shell("echo boom >&2; exit 37")).await;
     assert_eq!(response.status.clone().unwrap_or_default().code, 0);
     assert_eq!(response.result.as_ref().unwrap().exit_code, 37);
+    assert!(response.server_logs.is_empty(), "{response:?}");
 
     let mut slow = Task::shell("echo begun; sleep infinity");
     slow.action.timeout = Some(prost_types::Duration {
@@ -206,6 +207,14 @@ async fn failures_are_told_as_what_they_are() {
         "{response:?}"
     );
     assert_eq!(client.standard_output(&response).await, "begun\n");
+    let log = &response.server_logs["bb_runner.log"];
+    assert!(log.human_readable);
+    let log = client.read(log.digest.as_ref().unwrap()).await;
+    let log = String::from_utf8(log).unwrap();
+    assert!(
+        log.contains("its time was over") && log.contains("- sleep: "),
+        "{log}"
+    );
 
     let response = client.run(&Task::new(&["no-such-program"])).await;
     let status = response.status.unwrap();

@@ -202,6 +202,8 @@ struct Ended {
     group: BTreeMap<String, f64>,
     stdout: String,
     stderr: String,
+    /// Empty where there is none.
+    server_log: String,
 }
 
 impl Ended {
@@ -217,6 +219,8 @@ impl Ended {
                 .map_or_else(BTreeMap::new, figures),
             stdout: text("stdout"),
             stderr: text("stderr"),
+            server_log: fs::read_to_string(slot.path.join("server_logs/bb_runner.log"))
+                .unwrap_or_default(),
         }
     }
 }

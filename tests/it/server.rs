@@ -257,6 +257,45 @@ async fn a_long_message_fails_its_own_call_and_no_other_on_its_connection() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn headers_that_are_too_large_fail_their_own_call_and_are_named() {
+    const METADATA: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
+    let server = Server::start(ServerLimits::default());
+    let client = server.client();
+    let waiting = client.clone();
+    let parked = server
+        .parked_by(1, move || {
+            let mut client = waiting.clone();
+            async move {
+                let answer = client.query_write_status(QueryWriteStatusRequest::default());
+                answer.await.map(drop)
+            }
+        })
+        .await;
+    let read = |length: usize| {
+        let mut client = client.clone();
+        async move {
+            let mut request = Request::new(ReadRequest::default());
+            let value = tonic::metadata::MetadataValue::from_bytes(&vec![7; length]);
+            request.metadata_mut().insert_bin(METADATA, value);
+            let mut pieces = client.read(request).await?.into_inner();
+            pieces.message().await.map(drop)
+        }
+    };
+    read(10_000).await.unwrap();
+    let status = read(20_000).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+    for words in ["of the 16384", METADATA, "alone has 26667"] {
+        assert!(status.message().contains(words), "{status}");
+    }
+    // What h2 answers by itself is no status, but one call's.
+    let status = read(150_000).await.unwrap_err();
+    assert!(status.message().contains("431"), "{status}");
+    read(10_000).await.unwrap();
+    // On the same connection.
+    parked.succeed().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn answers_that_nobody_reads_are_not_made_and_others_get_theirs() {
     let limits = ServerLimits {
         answers: 64 << 20,

@@ -33,7 +33,7 @@ use super::{
     response_body::{ResponseBody, ResponseBudget, ResponseReservation},
     status,
 };
-use crate::daemon::metrics::CountedCall;
+use crate::{daemon::metrics::CountedCall, text::shorten};
 
 /// A message that has begun may take a second more for so many bytes.
 const MIN_BYTES_PER_SECOND: u64 = 64 << 10;
@@ -41,6 +41,8 @@ const MIN_BYTES_PER_SECOND: u64 = 64 << 10;
 const MAX_GZIP_RATIO: u64 = 1032;
 /// A caller that asks faster than it may is kept waiting so long, and then refused.
 const LONGEST_DELAY: Duration = Duration::from_secs(10);
+/// Headers of a call, as `weight` counts them.
+const LARGEST_HEADERS: u64 = 16 << 10;
 /// What a call costs besides its headers and messages.
 const CALL_OVERHEAD: u64 = 2 << 10;
 
@@ -70,6 +72,17 @@ fn too_large(length: u64, largest: u64) -> Status {
     ))
 }
 
+/// INVALID_ARGUMENT: clients try RESOURCE_EXHAUSTED again.
+fn headers_too_large(headers: &HeaderMap, weight: u64) -> Status {
+    let largest = headers.iter().max_by_key(|(_, value)| value.len());
+    let (name, length) = largest.map_or(("", 0), |(name, value)| (name.as_str(), value.len()));
+    Status::invalid_argument(format!(
+        "the headers of this call take {weight} bytes, of the {LARGEST_HEADERS} that this server takes, and {} alone \
+         has {length}; have the client send less in it",
+        shorten(name)
+    ))
+}
+
 /// The answer to one request of a connection.
 pub(super) async fn answer(
     caller: &Arc<ClientConnection>,
@@ -88,9 +101,13 @@ pub(super) async fn answer(
         }
     };
     let mut counted = CountedCall::begin(request.uri().path(), request.headers());
+    let weight = weight(request.headers());
+    if weight > LARGEST_HEADERS {
+        let status = headers_too_large(request.headers(), weight);
+        return refuse(caller, status, Some(counted));
+    }
     // First of all: a call that waits for its token to be verified holds its headers.
-    let weight = CALL_OVERHEAD + weight(request.headers());
-    let headers = match accounts.received.reserve(weight).await {
+    let headers = match accounts.received.reserve(CALL_OVERHEAD + weight).await {
         Ok(headers) => headers,
         Err(error) => return refuse(caller, status::exhausted(error), Some(counted)),
     };

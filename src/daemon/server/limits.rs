@@ -119,6 +119,10 @@ const PENDING_RESETS: usize = 1000;
 /// 1024; each may leave an unread answer of a few bytes behind.
 const ERROR_RESETS: usize = 16_384;
 
+/// Of headers that are looked at. A call with more than `call::LARGEST_HEADERS` of them is told so; h2 answers one with
+/// more than this by a bare HTTP 431, and ends the connection, with all its other calls, at four times this.
+const HEADERS_READ: u32 = 64 << 10;
+
 impl ServerLimits {
     /// `window` is how much may arrive on the connection ahead of its calls.
     pub(super) fn apply(&self, window: u32, protocol: &mut http2::Builder<TokioExecutor>) {
@@ -128,6 +132,7 @@ impl ServerLimits {
             .initial_connection_window_size(window)
             .max_concurrent_streams(self.calls_per_connection)
             .max_frame_size(1 << 20)
+            .max_header_list_size(HEADERS_READ)
             .max_pending_accept_reset_streams(PENDING_RESETS)
             .max_local_error_reset_streams(ERROR_RESETS)
             .keep_alive_interval(self.ping_interval)

@@ -5,6 +5,8 @@
 //! 2. Beyond a limit, the least recently used of its entries are evicted, and none of others.
 //! 3. Which limit an entry counts towards is on disk beside it, as a hash of the limit's prefix: limits may come in
 //!    another order, and what was stored under one that is gone, or before there was one, counts towards none.
+//! 4. Of a store that is the cache of a CAS of objects, blobs count towards none: who uploads one to the service, and
+//!    who reads it there, may be anybody, here and at other hosts.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -148,6 +148,10 @@ impl Cloud {
         })
     }
 
+    pub(super) fn place(&self) -> &str {
+        &self.place
+    }
+
     /// An object that is not there: an answer about the bucket is another one.
     pub(super) async fn probe(&self) -> Result<(), FailedAttempt> {
         let path = Path::from("bb-remote-execution-probe");

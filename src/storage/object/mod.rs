@@ -1,6 +1,6 @@
 //! Object stores and Redis: blobs and results as values of their names, without anybody who understands them.
 //! In this order: `service`, what is asked of both; `cloud`, with its HTTP (`http`) and what it shows
-//! (`secrets`); `redis`; this file, who is asked and what is there; `read` and `write`, blobs.
+//! (`secrets`); `redis`; `health`, whether a service is asked; this file, who is asked and what is there; `read` and `write`, blobs.
 //!
 //! ```text
 //! PREFIX/cas/FUNCTION/HASH-SIZE           a blob, whatever its instance
@@ -12,7 +12,8 @@
 //! 2. Blobs are kept in the cache, if there is one: an embedded store, which is read first. Whether a blob is
 //!    there, and results, the service alone says: the cache may have what others can't read.
 //! 3. That a blob is there is believed for five seconds. That it is not is never.
-//! 4. Every call ends, and is made again as long as `retry` says. What is under way in memory is bounded.
+//! 4. Every call ends, and is made again as long as `retry` says, or until the service is taken out of use.
+//!    What is under way in memory is bounded.
 
 use std::{
     collections::HashSet,
@@ -28,6 +29,7 @@ use tokio::sync::Semaphore;
 
 use self::{
     cloud::{Cloud, Connecting},
+    health::ServiceHealth,
     redis::Redis,
     service::{FailedAttempt, Service},
 };
@@ -36,7 +38,10 @@ use super::{
     seen_outputs::SeenOutputs, single_flight::SingleFlight,
 };
 use crate::{
-    config::object_storage::{ObjectService, ObjectStores},
+    config::{
+        object_storage::{ObjectService, ObjectStores},
+        storage::Health,
+    },
     daemon::Failure,
     digest::Digest,
     instance::InstanceName,
@@ -45,6 +50,7 @@ use crate::{
 
 mod attempt;
 mod cloud;
+mod health;
 mod http;
 mod read;
 mod redis;
@@ -67,7 +73,8 @@ const MEMORY: usize = 128 << 20;
 
 /// CAS and AC in a service.
 pub struct ObjectStorage {
-    service: Service,
+    service: Arc<Service>,
+    health: Arc<ServiceHealth>,
     /// With its slash; before all names.
     prefix: String,
     /// Blobs on this host's disk.
@@ -84,10 +91,12 @@ pub struct ObjectStorage {
 }
 
 impl ObjectStorage {
-    /// Connects at the first call. `cache` is where blobs are kept that pass.
+    /// Connects at the first call; looks at the health of the service from now on. Within a runtime.
+    /// `cache` is where blobs are kept that pass.
     pub fn open(
         service: ObjectService,
         config: &ObjectStores<'_>,
+        health: &Health,
         cache: Option<Arc<embedded::Store>>,
         options: &Options,
     ) -> Result<Arc<Self>, Failure> {
@@ -123,7 +132,15 @@ impl ObjectStorage {
                 (&config.redis.prefix, Service::Redis(redis))
             }
         };
+        let service = Arc::new(service);
+        let service_health = ServiceHealth::new(service.place(), health.faults);
+        let probed = service.clone();
+        service_health.watch(health, move || {
+            let service = probed.clone();
+            async move { service.probe().await.map_err(|failed| failed.error) }
+        });
         Ok(Arc::new(ObjectStorage {
+            health: service_health,
             prefix: match prefix.as_str() {
                 "" => String::new(),
                 prefix => format!("{prefix}/"),
@@ -261,22 +278,32 @@ impl ObjectStorage {
     where
         F: Future<Output = Result<T, FailedAttempt>>,
     {
-        let mut attempts = self.retry.attempts();
-        loop {
-            let done = {
-                // Never closed.
-                let _turn = self.calls.acquire().await;
-                attempt().await
-            };
-            match done {
-                Ok(value) => return Ok(value),
-                Err(failed) => {
-                    if !attempts.wait(failed.transience).await {
-                        return Err(failed.error);
+        let work = async {
+            let mut attempts = self.retry.attempts();
+            loop {
+                let done = {
+                    // Never closed.
+                    let _turn = self.calls.acquire().await;
+                    attempt().await
+                };
+                let error = done.as_ref().err().map(|failed| &failed.error);
+                self.health.note_attempt(error);
+                match done {
+                    Ok(value) => return Ok(value),
+                    Err(failed) => {
+                        if !attempts.wait(failed.transience).await {
+                            return Err(failed.error);
+                        }
                     }
                 }
             }
-        }
+        };
+        self.health.call(work).await
+    }
+
+    /// The refusal of a call while the service is out of use.
+    pub(super) fn require_usable(&self) -> Result<(), Error> {
+        self.health.require_usable()
     }
 
     /// A blob that the service has is another one: it is missing until somebody uploads it again.

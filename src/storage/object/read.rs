@@ -56,6 +56,11 @@ impl PieceReader {
 
     /// The next piece; `None` when all of them have come.
     async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        let storage = self.storage.clone();
+        storage.health.call(self.read_piece()).await
+    }
+
+    async fn read_piece(&mut self) -> Result<Option<Bytes>, Error> {
         if self.at == self.end {
             // One more byte would make it another blob.
             let rest = match &mut self.open {
@@ -68,7 +73,10 @@ impl PieceReader {
             };
         }
         loop {
-            let failed = match self.attempt().await {
+            let done = self.attempt().await;
+            let error = done.as_ref().err().map(|failed| &failed.error);
+            self.storage.health.note_attempt(error);
+            let failed = match done {
                 Ok(Some(piece)) => {
                     self.at += piece.len() as u64;
                     return match self.at > self.end {

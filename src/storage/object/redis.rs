@@ -154,7 +154,7 @@ impl Redis {
         }
     }
 
-    fn place(&self) -> String {
+    pub(super) fn place(&self) -> String {
         self.0.config.endpoint.to_string()
     }
 

@@ -24,6 +24,14 @@ pub(super) enum PartialWrite {
 }
 
 impl Service {
+    /// What it is and where, for people.
+    pub(super) fn place(&self) -> String {
+        match self {
+            Service::Cloud(cloud) => cloud.place().to_owned(),
+            Service::Redis(redis) => redis.place(),
+        }
+    }
+
     /// Bytes of the largest value.
     pub(super) fn largest_value(&self) -> u64 {
         match self {

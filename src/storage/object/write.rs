@@ -148,7 +148,8 @@ impl ObjectStorage {
         let write = self.call(|| self.service.begin(&name)).await?;
         let done = self.write_parts_of(digest, source, &write).await;
         if done.is_err() {
-            write.abandon().await;
+            // A service that is out of use is not asked for this, either.
+            let _ = self.health.while_usable(write.abandon()).await;
         }
         done
     }

@@ -77,7 +77,8 @@ impl Capabilities for CapabilitiesService {
             action_cache_update_capabilities: Some(reapi::ActionCacheUpdateCapabilities {
                 update_enabled: may(Permission::ActionCacheWrite),
             }),
-            cache_priority_capabilities: Some(priorities.clone()),
+            // ResultsCachePolicy.priority is taken and changes nothing: no storage here keeps by it.
+            cache_priority_capabilities: None,
             max_batch_total_size_bytes: MAXIMUM_BATCH_SIZE as i64,
             symlink_absolute_path_strategy: reapi::symlink_absolute_path_strategy::Value::Allowed
                 as i32,

@@ -8,8 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::breaker::{Attempt, Breaker};
-use crate::storage::{Error, grpc::Client};
+use crate::storage::{
+    Error,
+    breaker::{Attempt, Breaker},
+    grpc::Client,
+};
 
 pub(super) struct Member {
     /// The shard's name, and where it is.

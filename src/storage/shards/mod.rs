@@ -1,5 +1,5 @@
 //! Storage of several servers: shards, each of which is a server or some that mirror each other. In this
-//! order: `rendezvous`, which shard has what; `breaker`, `member` and `shard`, who is used; `repair`; this
+//! order: `rendezvous`, which shard has what; `member` and `shard`, who is used; `repair`; this
 //! file, what becomes of a call; `upload`, a client's upload that is passed on.
 //!
 //! 1. The first shard in a digest's order that is in use has it. While that is out of use, the next one
@@ -44,7 +44,6 @@ use crate::{
     proto::reapi::ActionResult,
 };
 
-mod breaker;
 mod member;
 mod rendezvous;
 mod repair;

@@ -390,7 +390,11 @@ pub const SCHEDULER: &[Row] = &[
     ),
     (
         "storage.cas = \"grpc://127.0.0.1:1\"\nstorage.action_cache = \"grpc://127.0.0.1:1\"\nstorage.embedded.instance_limits = [{ maximum_size = \"16MiB\" }]",
-        Refused("there is no store to limit"),
+        Refused("nothing is stored for an instance name here"),
+    ),
+    (
+        "storage.cas = \"redis\"\nstorage.action_cache = \"redis\"\nstorage.redis.endpoint = \"redis://127.0.0.1:1\"\nstorage.embedded.instance_limits = [{ maximum_size = \"16MiB\" }]",
+        Refused("what is kept of another storage's blobs counts for nobody"),
     ),
     (
         "storage.health.timeout = \"1ms\"",

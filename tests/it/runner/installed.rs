@@ -54,10 +54,12 @@ async fn installed_want_of_memory_is_told_apart_from_other_ends() {
     assert_eq!(ended.group["out_of_memory"], 1.0);
     assert_eq!(ended.group["memory_limit_bytes"], MEMORY);
     is_near(ended.group["memory_peak_bytes"], MEMORY);
+    assert!(ended.server_log.contains("limits.memory"), "{ended:?}");
 
     let ended = sh("kill -KILL $$").await;
     assert_eq!((ended.code, &*ended.usage.termination_signal), (-1, "KILL"));
     assert_eq!((ended.group["out_of_memory"], &*ended.stderr), (0.0, ""));
+    assert_eq!(ended.server_log, "");
 
     let ended = sh("exit 137").await;
     assert_eq!((ended.code, &*ended.usage.termination_signal), (137, ""));
@@ -95,6 +97,7 @@ async fn installed_processes_are_limited() {
     assert_eq!(ended.stdout, (PROCESSES - 1).to_string());
     assert_eq!(ended.group["process_limit_reached"], 1.0);
     assert!(ended.stderr.contains("its limit is 64"), "{ended:?}");
+    assert!(ended.server_log.contains("limits.processes"), "{ended:?}");
 }
 
 #[tokio::test]

@@ -1,7 +1,8 @@
 //! Execute looks into the Action Cache.
 
 use bb_remote_execution::proto::reapi::{
-    ActionResult, OutputFile, UpdateActionResultRequest, action_cache_client::ActionCacheClient,
+    ActionResult, OutputFile, ResultsCachePolicy, UpdateActionResultRequest,
+    action_cache_client::ActionCacheClient, capabilities_client::CapabilitiesClient,
 };
 
 use super::*;
@@ -45,6 +46,47 @@ async fn a_result_that_the_action_cache_has_is_given_at_once_and_marked_as_cache
     // Its name can be waited for, too.
     let mut again = scheduler.wait(&first.name).await.unwrap();
     assert_eq!(response(&mut again).await, told);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_priority_in_the_cache_is_announced_by_nobody_and_taken_from_those_who_give_one() {
+    let scheduler = Scheduler::start(|_| {}).await;
+    let held = scheduler.parked("w").await;
+    let mut capabilities = CapabilitiesClient::new(scheduler.clients.clone());
+    let request = GetCapabilitiesRequest::default();
+    let answer = capabilities.get_capabilities(request).await.unwrap();
+    let answer = answer.into_inner();
+    let cache = answer.cache_capabilities.unwrap();
+    assert_eq!(cache.cache_priority_capabilities, None);
+    // That of an execution is another one, which counts.
+    let execution = answer.execution_capabilities.unwrap();
+    assert!(execution.execution_priority_capabilities.is_some());
+
+    let action = scheduler.action("x", |_| {}).await;
+    let request = ExecuteRequest {
+        results_cache_policy: Some(ResultsCachePolicy { priority: i32::MIN }),
+        ..execute(&action)
+    };
+    let mut stream = scheduler.request(request).await.unwrap();
+    desired(held.await.unwrap().unwrap());
+    let done = completed(&action, "done");
+    scheduler.synchronize("w", done).await.unwrap();
+    assert_eq!(response(&mut stream).await.message, "done");
+
+    let result = ActionResult {
+        stdout_raw: b"kept".as_slice().into(),
+        ..Default::default()
+    };
+    let mut client = ActionCacheClient::new(scheduler.clients.clone());
+    let update = client.update_action_result(UpdateActionResultRequest {
+        action_digest: Some(action.clone()),
+        action_result: Some(result.clone()),
+        results_cache_policy: Some(ResultsCachePolicy { priority: 7 }),
+        ..Default::default()
+    });
+    assert_eq!(update.await.unwrap().into_inner(), result);
+    let mut stream = scheduler.execute(&action).await.unwrap();
+    assert_eq!(response(&mut stream).await.result, Some(result));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -351,6 +351,7 @@ async fn capabilities_announce_what_is_served() {
     assert_eq!(cache.supported_compressors, [zstd]);
     assert_eq!(cache.supported_batch_update_compressors, [zstd]);
     assert!(answer.execution_capabilities.is_none());
+    assert_eq!(cache.cache_priority_capabilities, None);
     // A batch of just the size announced is taken, and comes back.
     let data = content(1, cache.max_batch_total_size_bytes as usize);
     let digest = upload(&mut client, &data).await;

@@ -371,11 +371,14 @@ async fn a_redis_without_memory_says_so_and_is_used_again_when_it_has_some() {
 async fn servers_that_are_down_or_hang_hold_no_call_for_long_and_are_used_again() {
     for real in real() {
         let proxy = Proxy::start(real.server.address).await;
-        let backend = Sections::at(proxy.address).backend(real.service, None);
-        let name = instance("");
+        let (name, directory) = (instance(""), tempfile::tempdir().unwrap());
+        let store = Arc::new(Store::open(directory.path(), GIB).unwrap());
+        let sections = Sections::at(proxy.address);
+        let backend = sections.backend(real.service, None);
+        let cached = sections.backend(real.service, Some(store));
         let blobs = [content(1, 100), content(2, 9_000_000)];
         let digests: Vec<Digest> = blobs.iter().map(|blob| sha256(blob)).collect();
-        backend.upload(&name, uploads(&blobs)).await.unwrap();
+        cached.upload(&name, uploads(&blobs)).await.unwrap();
         for route in [Route::Closed, Route::Hanging] {
             proxy.set(route);
             let begun = Instant::now();
@@ -398,11 +401,67 @@ async fn servers_that_are_down_or_hang_hold_no_call_for_long_and_are_used_again(
             assert!(matches!(action, Err(Error::Unavailable(_))), "{action:?}");
             let time = begun.elapsed();
             assert!(time < Duration::from_secs(40), "{route:?}: {time:?}");
+            // What has failed often enough is refused at once, until it answers.
+            until_refused_at_once(&backend).await;
+            until_refused_at_once(&cached).await;
+            for (digest, blob) in digests.iter().zip(&blobs) {
+                assert_eq!(&streamed(&cached, digest).await.unwrap(), blob);
+                let file = Arc::new(tempfile::tempfile().unwrap());
+                cached.read_to_file(&name, digest, file).await.unwrap();
+            }
+            let begun = Instant::now();
+            let absent = sha256(b"absent");
+            let large = content(begun.elapsed().as_nanos() as u64, 9_000_000);
+            for error in [
+                cached.upload(&name, uploads(&[large])).await.unwrap_err(),
+                cached.read(&name, &absent, GIB).await.unwrap_err(),
+                streamed(&cached, &absent).await.unwrap_err(),
+                cached.action_result(&name, &absent).await.unwrap_err(),
+                cached.find_missing(&name, &[absent]).await.unwrap_err(),
+            ] {
+                assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+                let text = error.to_string();
+                assert!(text.contains(&address), "{text}");
+                assert!(text.contains("asked again in about"), "{text}");
+            }
+            let resumed = cached.resume_upload(&name, "uploads/x", "o", absent, 0);
+            assert!(resumed.await.is_err());
+            let time = begun.elapsed();
+            assert!(time < Duration::from_secs(1), "{route:?}: {time:?}");
+
             proxy.set(Route::Open);
+            until_used(&backend).await;
+            until_used(&cached).await;
             for (digest, blob) in digests.iter().zip(&blobs) {
                 assert_eq!(&streamed(&backend, digest).await.unwrap(), blob);
             }
         }
+    }
+}
+
+/// While calls fail in their own time.
+async fn until_refused_at_once(backend: &Backend) {
+    let deadline = Instant::now() + Duration::from_secs(40);
+    let absent = sha256(b"absent");
+    loop {
+        let begun = Instant::now();
+        let error = backend.read(&instance(""), &absent, GIB).await.unwrap_err();
+        if begun.elapsed() < Duration::from_millis(100)
+            && error.to_string().contains("out of use until it answers")
+        {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{error}");
+    }
+}
+
+/// While nobody starts anything again.
+async fn until_used(backend: &Backend) {
+    let deadline = Instant::now() + Duration::from_secs(40);
+    let absent = sha256(b"absent");
+    while let Err(error @ Error::Unavailable(_)) = backend.read(&instance(""), &absent, GIB).await {
+        assert!(Instant::now() < deadline, "{error}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 

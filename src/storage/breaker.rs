@@ -70,6 +70,19 @@ impl Breaker {
         let _ = self.usable.subscribe().wait_for(|usable| !usable).await;
     }
 
+    /// Whether nothing is held against the server that took it out of use before.
+    pub(super) fn is_closed(&self) -> bool {
+        matches!(*self.state.lock(), State::Closed { .. })
+    }
+
+    /// How long a server that is out of use is left alone from now on.
+    pub(super) fn pause_left(&self, now: Instant) -> Option<Duration> {
+        match *self.state.lock() {
+            State::Open { until, .. } => Some(until.saturating_duration_since(now)),
+            State::Closed { .. } | State::HalfOpen { .. } => None,
+        }
+    }
+
     /// Whether it is time for a health check.
     pub(super) fn is_due(&self, now: Instant) -> bool {
         match *self.state.lock() {
@@ -152,17 +165,20 @@ mod tests {
         assert!(breaker.is_usable());
         assert!(breaker.fail(Call, now));
         assert!(!breaker.is_usable() && !breaker.is_due(now));
+        assert_eq!(breaker.pause_left(now), Some(SHORTEST_PAUSE));
         assert!(!breaker.succeed(Call) && !breaker.is_usable());
         let later = now + SHORTEST_PAUSE;
         assert!(breaker.is_due(later));
+        assert_eq!(breaker.pause_left(later), Some(Duration::ZERO));
         assert!(breaker.succeed(HealthCheck) && breaker.is_usable());
+        assert!(breaker.pause_left(later).is_none() && !breaker.is_closed());
         // Half open: one fault is enough, and it is left alone for longer.
         assert!(breaker.fail(Call, later));
         assert!(!breaker.is_due(later + SHORTEST_PAUSE));
         assert!(breaker.is_due(later + 2 * SHORTEST_PAUSE));
         breaker.succeed(HealthCheck);
         breaker.succeed(Call);
-        assert!(!breaker.fail(Call, later));
+        assert!(breaker.is_closed() && !breaker.fail(Call, later));
     }
 
     #[test]
