@@ -2,11 +2,11 @@
 //!
 //! In the order to read it, from the top down; each uses only what comes after it:
 //!
-//! - `service`, `deadline`: what a worker asks for over a Unix socket; `check`: what `--check` says;
+//! - `service`, `early_headers`: what a worker asks for over a Unix socket; `check`: what `--check` says;
 //! - `metrics`: what is told of it, and `commands`, which ask for that; `counts` has what became of actions;
-//! - `run`: one action, from its command to its last process, with `cleaner` around several, `log_file`
-//!   for what it writes, `server_log` for what is told of it, `action_directory` (with `input_ownership`) and `action_mounts` (with
-//!   `root_directory`) for what it is in;
+//! - `run`: one action, from its command to its last process, with `cleaner` around several, `limited_log`
+//!   for what it writes, `server_log` for what is told of it, `action_directory` (with `input_ownership`) and
+//!   `action_mounts` (with `input_root_as_root`) for what it is in;
 //! - `build_directory`: where workers lay out actions;
 //! - `run_spec`, `environment`: what to run, parsed;
 //! - `sandbox`: the layers of containment, made ahead;

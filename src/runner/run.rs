@@ -411,10 +411,11 @@ fn kill_all(sandbox: &mut Sandbox, user: u32) -> Option<Option<NamespaceEnd>> {
         Some(init) => Some(init.end(KILL_TIMEOUT)?),
         None => None,
     };
+    // First by their user, which every kernel can; cgroup.kill came with Linux 5.14.
+    let of_user = sweep::kill_processes(user, KILL_TIMEOUT);
     let cgroup = sandbox.cgroup.as_ref();
-    let all_gone = cgroup.is_none_or(|cgroup| cgroup.kill_all(KILL_TIMEOUT))
-        && sweep::kill_processes(user, KILL_TIMEOUT);
-    all_gone.then_some(namespace)
+    let of_cgroup = cgroup.is_none_or(|cgroup| cgroup.kill_all(KILL_TIMEOUT));
+    (of_user && of_cgroup).then_some(namespace)
 }
 
 /// Whether what the first process's end says is a result.

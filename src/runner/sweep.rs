@@ -123,7 +123,8 @@ pub(super) fn running(id: u32) -> Vec<RunningProcess> {
     alive.filter_map(look).collect()
 }
 
-/// Process numbers whose real user is `id`, and whether they are more than zombies.
+/// Process numbers whose real user is `id`, and whether they are more than zombies. One whose first thread has ended
+/// is called a zombie, too, while other threads of it run (pthread_exit(3)).
 fn processes_of(id: u32) -> impl Iterator<Item = (i32, bool)> {
     fs::read_dir("/proc")
         .into_iter()
@@ -137,7 +138,9 @@ fn processes_of(id: u32) -> impl Iterator<Item = (i32, bool)> {
                 line.split_ascii_whitespace().next()
             };
             let uid: u32 = field("Uid:")?.parse().ok()?;
-            (uid == id).then_some((pid, !matches!(field("State:"), Some("Z" | "X"))))
+            let is_zombie = matches!(field("State:"), Some("Z" | "X"));
+            let has_others = field("Threads:").is_some_and(|count| !matches!(count, "0" | "1"));
+            (uid == id).then_some((pid, !is_zombie || has_others))
         })
 }
 

@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use crate::{
-    config::{self, ListenAddress, scheduler::Config, tls::ServerTls},
+    config::{self, scheduler::Config, tls::ServerTls},
     daemon::{self, Failure, Lifecycle, Listener, PageLimits, Policy, ServerLimits},
 };
 
@@ -48,34 +48,25 @@ impl Listeners {
                 control_policy.replace(&grants, &no_tokens, lifecycle)
             }
         });
-        let listen = |name,
-                      (key, address): (&'static str, &ListenAddress),
-                      (tls_key, tls): (&'static str, &ServerTls)| {
-            let tls = |listener: Listener| {
-                Ok::<_, Failure>(listener.with_tls(daemon::server_tls(tls_key, tls, lifecycle)?))
-            };
-            let listener = daemon::listen(name, key, address, None)?;
-            Ok::<_, Failure>(tls(listener)?.with_policy(&policy))
+        let secured = |listener: Listener, (key, tls): (&'static str, &ServerTls)| {
+            let listener = listener.with_tls(daemon::server_tls(key, tls, lifecycle)?);
+            Ok::<_, Failure>(listener.with_policy(&policy))
         };
         Ok(Listeners {
-            clients: listen(
-                "clients",
-                ("clients.listen", &config.clients.listen),
+            clients: secured(
+                daemon::listen("clients", "clients.listen", &config.clients.listen, None)?,
                 ("clients.tls", &config.clients.tls),
             )?,
-            workers: listen(
-                "workers",
-                ("workers.listen", &config.workers.listen),
+            workers: secured(
+                daemon::listen("workers", "workers.listen", &config.workers.listen, None)?,
                 ("workers.tls", &config.workers.tls),
             )?,
-            state: listen(
-                "state",
-                ("state.listen", &config.state.listen),
+            state: secured(
+                daemon::listen("state", "state.listen", &config.state.listen, None)?,
                 ("state.tls", &config.state.tls),
             )?,
-            web: listen(
-                "web",
-                ("web.listen", &config.web.listen),
+            web: secured(
+                daemon::listen("web", "web.listen", &config.web.listen, None)?,
                 ("web.tls", &config.web.tls),
             )?,
             control: daemon::listen_if_possible(

@@ -115,6 +115,13 @@ pub(super) struct Attempts {
 }
 
 impl Attempts {
+    /// What was asked for has come closer: failures before that count no more.
+    pub(super) fn progressed(&mut self) {
+        self.failures = 0;
+        self.first_failure = None;
+        self.delays = DELAYS.build();
+    }
+
     /// Counts a failure, and waits before the next attempt. False when there should be none.
     pub(super) async fn wait(&mut self, transience: Transience) -> bool {
         let most = match transience {
@@ -153,6 +160,19 @@ mod tests {
         }
         assert!(!attempts.wait(Transience::Doubtful).await);
         assert!(attempts.wait(Transience::Transient).await);
+    }
+
+    #[tokio::test]
+    async fn failures_before_progress_count_no_more() {
+        let mut attempts = RetryPolicy::budgeted(Duration::ZERO).attempts();
+        assert!(!attempts.wait(Transience::Transient).await);
+        let mut attempts = RetryPolicy::default().attempts();
+        for _ in 0..3 {
+            for _ in 1..BELIEVED_AFTER {
+                assert!(attempts.wait(Transience::Doubtful).await);
+            }
+            attempts.progressed();
+        }
     }
 
     #[tokio::test]

@@ -127,7 +127,11 @@ impl Sandbox {
 
     /// What brings an action's process into it, but for its PID namespace and control group.
     pub(crate) fn setup_steps(&self) -> impl Iterator<Item = SetupStep<'_>> {
-        self.namespaces.iter().map(Namespace::setup_step)
+        let mounts = self.mounts.iter().map(|_| SetupStep::DetachMounts);
+        self.namespaces
+            .iter()
+            .map(Namespace::setup_step)
+            .chain(mounts)
     }
 }
 

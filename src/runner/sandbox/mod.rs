@@ -9,7 +9,7 @@
 //!   - `cgroups`, with `cgroup_limits`, `cgroup_usage`, `cgroup_mount`,
 //!   - `mounts`, with `template` (what all sandboxes have mounted), `mount_watch` (whether that is still
 //!     so), `passwd` (the action's user by name), `mount_calls`,
-//!   - `processes`, with `init_program`,
+//!   - `pid_namespace`, with `init_program`,
 //!   - `ipc`, `hostname`, `network`, `devices`, `hidden`, `seccomp`;
 //! - `namespace`: what most of them are made of.
 

@@ -5,7 +5,7 @@
 //!    what each sandbox has of its own in memory. So an action leaves nothing on the host, whatever
 //!    directories there are open to all.
 //! 2. Hidden paths are empty; what must be seen below them is mounted there again. So is the place of
-//!    control groups, where each sandbox has its own group mounted (`processes`).
+//!    control groups, where each sandbox has its own group mounted (`pid_namespace`).
 //! 3. It is of one moment: when something was mounted on the host since, or the directories that it
 //!    is about were made anew, then another must be made, which `HostSnapshot` tells.
 
@@ -33,7 +33,7 @@ use super::{
     spec::{SHARED_MEMORY, SandboxSpec},
 };
 
-/// As the first process of a sandbox has it (`processes`).
+/// As the first process of a sandbox has it (`pid_namespace`).
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// The namespace, and what is to be done in a copy of it.
 #[derive(Debug)]
@@ -63,7 +63,8 @@ impl MountTemplate {
     ) -> Result<Self, SandboxError> {
         unshare(kind.flag).map_err(SandboxError::at("unshare"))?;
         let namespace = Namespace::current(kind).map_err(SandboxError::at("mnt"))?;
-        // What the host mounts and unmounts later is seen here too, and not the other way round.
+        // What the host unmounts later is unmounted here too, so that it is not held by sandboxes that wait. What it
+        // mounts is seen as well, and writable: hence actions begin with `SetupStep::DetachMounts`.
         mount_change(
             "/",
             MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,

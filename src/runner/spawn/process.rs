@@ -35,6 +35,9 @@ use super::{
 };
 use crate::runner::{stop::StopSignal, sys};
 
+/// How long one that was killed is waited for when it is dropped.
+const REAP_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// A process that was made and not yet waited for; killed and reaped on drop.
 pub(crate) struct Process {
     pid: libc::pid_t,
@@ -185,10 +188,20 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if !self.is_reaped {
-            let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
-            let _ = self.reap();
+        if self.is_reaped {
+            return;
         }
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let timeout = Timespec::try_from(REAP_TIMEOUT).ok();
+        if poll(&mut fds, timeout.as_ref()) == Ok(1) {
+            let _ = self.reap();
+            return;
+        }
+        // It waits for a device, say, where no signal ends it: whoever looks whether all is gone says so.
+        let pid = self.pid;
+        let reaper = std::thread::Builder::new().name("reap".to_owned());
+        let _ = reaper.spawn(move || sys::wait4(pid));
     }
 }
 

@@ -8,7 +8,10 @@ use std::{
 use rustix::{
     fs::CWD,
     io::Errno,
-    mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount},
+    mount::{
+        MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change,
+        move_mount, open_tree, unmount,
+    },
     process::{Gid, chdir, pivot_root},
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
@@ -71,6 +74,8 @@ pub(crate) struct InheritedState {
 #[derive(Debug)]
 pub(crate) enum SetupStep<'a> {
     EnterNamespace(BorrowedFd<'a>, LinkNameSpaceType),
+    /// What the host mounts from now on is not seen, as it would be writable.
+    DetachMounts,
     /// Mounts a tree that is attached nowhere.
     AttachMount {
         tree: OwnedFd,
@@ -107,7 +112,7 @@ impl SetupStep<'_> {
     pub(super) fn stage(&self) -> SpawnStage {
         match self {
             SetupStep::EnterNamespace(..) => SpawnStage::Namespaces,
-            SetupStep::AttachMount { .. } => SpawnStage::Mounts,
+            SetupStep::DetachMounts | SetupStep::AttachMount { .. } => SpawnStage::Mounts,
             SetupStep::CopyMount { .. } | SetupStep::ChangeRoot(_) => SpawnStage::Root,
         }
     }
@@ -117,6 +122,10 @@ impl SetupStep<'_> {
         match self {
             SetupStep::EnterNamespace(namespace, kind) => {
                 move_into_link_name_space(*namespace, Some(*kind))
+            }
+            SetupStep::DetachMounts => {
+                let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+                mount_change(c"/", flags)
             }
             SetupStep::AttachMount { tree, place } => attach(tree.as_fd(), place),
             SetupStep::CopyMount { from, to } => {

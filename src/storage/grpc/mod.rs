@@ -63,6 +63,7 @@ mod write_stream;
 pub use initial_size_class_cache::InitialSizeClassCacheClient;
 pub use local_chunks::LocalFiles;
 pub use on_behalf::on_behalf_of;
+pub(super) use read_stream::verified;
 pub use write_stream::ForwardedUpload;
 
 /// How much a client asks for at a time, and how long it waits.

@@ -1,6 +1,11 @@
 //! Reading one blob by ByteStream, resumed where it was interrupted.
 
-use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, stream};
@@ -21,6 +26,9 @@ use crate::{
     },
 };
 
+/// Less than this, in as long as a server may be silent, is no progress.
+const LEAST_PROGRESS: u64 = 64 << 10;
+
 /// The pieces of a blob as its server sends them, from one stream or, after interruptions, several.
 /// Nothing is verified.
 struct PieceReader {
@@ -30,6 +38,9 @@ struct PieceReader {
     at: u64,
     end: u64,
     attempts: Attempts,
+    /// How far it had come when it last made progress, and how long it has waited for messages since.
+    marked: u64,
+    waited: Duration,
     /// `None` until the first stream is opened.
     compressor: Option<Compressor>,
     open: Option<OpenStream>,
@@ -78,7 +89,13 @@ impl PieceReader {
                     continue;
                 }
             }
-            let status = match timely(silence, stream.messages.message()).await {
+            let begun = Instant::now();
+            let rest = silence.saturating_sub(self.waited);
+            let message = timely(rest, stream.messages.message()).await;
+            self.waited += begun.elapsed();
+            let status = match message {
+                // Nothing has come: the time for something goes on.
+                Ok(Some(message)) if message.data.is_empty() => continue,
                 Ok(Some(message)) => match &mut stream.decoder {
                     Some((_, input)) => {
                         *input = message.data;
@@ -95,6 +112,12 @@ impl PieceReader {
                     self.digest.size(),
                     self.digest
                 )),
+                Err(_) if self.waited >= silence => Status::deadline_exceeded(format!(
+                    "no more than {} bytes of blob {} came in {} seconds",
+                    self.at - self.marked,
+                    self.digest,
+                    silence.as_secs()
+                )),
                 Err(status) => status,
             };
             // Others may stream while this one waits.
@@ -105,6 +128,8 @@ impl PieceReader {
 
     /// Before the next attempt. The error when there should be none.
     async fn wait(&mut self, status: &Status) -> Result<(), Error> {
+        // Each attempt may be silent for as long.
+        self.waited = Duration::ZERO;
         // Perhaps the server does not give what it announces.
         if self.compressor == Some(Compressor::Zstd)
             && matches!(status.code(), Code::InvalidArgument | Code::Unimplemented)
@@ -117,6 +142,11 @@ impl PieceReader {
 
     fn advance(&mut self, data: Bytes) -> Result<Bytes, Error> {
         self.at += data.len() as u64;
+        if self.at - self.marked >= LEAST_PROGRESS || self.at >= self.end {
+            self.marked = self.at;
+            self.waited = Duration::ZERO;
+            self.attempts.progressed();
+        }
         match self.at > self.end {
             true => Err(Error::Internal(format!(
                 "the CAS sent more than {} bytes for blob {}",
@@ -200,6 +230,8 @@ impl Client {
             at: start,
             end,
             attempts: self.0.retry.attempts(),
+            marked: start,
+            waited: Duration::ZERO,
             compressor: None,
             open: None,
         }
@@ -214,28 +246,25 @@ impl Client {
         start: u64,
         end: u64,
     ) -> BlobStream {
-        let whole = start == 0 && end == digest.size();
-        let hasher = whole.then(|| digest.function().hasher(digest.size()));
-        let state = (self.reader(instance, digest, start, end), hasher);
-        let pieces = stream::try_unfold(state, |(mut reader, mut hasher)| async move {
-            let Some(data) = reader.next().await? else {
-                return Ok(None);
-            };
-            let digest = reader.digest;
-            if let Some(mut so_far) = hasher.take() {
-                let hashed = data.clone();
-                so_far = blocking(move || {
-                    so_far.update(&hashed);
-                    so_far
-                })
-                .await?;
-                if so_far.size() == digest.size() {
-                    verify(&digest, so_far.finish())?;
-                } else {
-                    hasher = Some(so_far);
-                }
-            }
-            Ok(Some((data, (reader, hasher))))
+        let pieces = self.unverified(instance, digest, start, end);
+        match start == 0 && end == digest.size() {
+            true => verified(pieces, *digest),
+            false => pieces,
+        }
+    }
+
+    /// Part of a blob, piece by piece, as its server sends it.
+    pub(in crate::storage) fn unverified(
+        &self,
+        instance: &InstanceName,
+        digest: &Digest,
+        start: u64,
+        end: u64,
+    ) -> BlobStream {
+        let reader = self.reader(instance, digest, start, end);
+        let pieces = stream::try_unfold(reader, |mut reader| async move {
+            let data = reader.next().await?;
+            Ok(data.map(|data| (data, reader)))
         });
         pieces.boxed()
     }
@@ -300,6 +329,32 @@ impl Client {
             }
         }
     }
+}
+
+/// All pieces of a blob, of which the last one comes when all of them have been verified.
+pub(in crate::storage) fn verified(pieces: BlobStream, digest: Digest) -> BlobStream {
+    let hasher = digest.function().hasher(digest.size());
+    let state = (pieces, Some(hasher));
+    let verified = stream::try_unfold(state, move |(mut pieces, mut hasher)| async move {
+        let Some(data) = pieces.next().await.transpose()? else {
+            return Ok(None);
+        };
+        if let Some(mut so_far) = hasher.take() {
+            let hashed = data.clone();
+            so_far = blocking(move || {
+                so_far.update(&hashed);
+                so_far
+            })
+            .await?;
+            if so_far.size() == digest.size() {
+                verify(&digest, so_far.finish())?;
+            } else {
+                hasher = Some(so_far);
+            }
+        }
+        Ok(Some((data, (pieces, hasher))))
+    });
+    verified.boxed()
 }
 
 /// Takes a piece of a large blob, away from the threads that talk to peers.

@@ -24,7 +24,7 @@ use crate::{
 
 use super::{
     coder_budget::{self, CoderCaller},
-    compressed_write,
+    compressed_write, status,
 };
 
 /// Blobs of a back end.
@@ -63,7 +63,8 @@ impl ByteStream for ByteStreamService {
         } = ReadName::parse(&request.resource_name)?;
         access.require(&instance)?;
         let (start, end) = range(&request, &digest)?;
-        let pieces = self.backend.stream(&instance, &digest, start, end).await?;
+        let pieces = self.backend.stream(&instance, &digest, start, end).await;
+        let pieces = pieces.map_err(status::of_read)?;
         let (pieces, reservation) = match compressor {
             Compressor::Identity => (pieces, None),
             // REAPI: what a limit would count is not said.
@@ -81,7 +82,8 @@ impl ByteStream for ByteStreamService {
         let answers = pieces.map(move |piece| {
             // Held until the stream ends.
             let _held = &reservation;
-            Ok(ReadResponse { data: piece? })
+            let data = piece.map_err(status::of_read)?;
+            Ok(ReadResponse { data })
         });
         Ok(Response::new(answers.boxed()))
     }

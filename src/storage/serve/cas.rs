@@ -11,7 +11,7 @@ use super::{
     response_size::{
         MAXIMUM_BATCH_SIZE, MAXIMUM_RESPONSE_SIZE, answer_weight, encoded_size, reserve,
     },
-    status::status_of,
+    status::{status_of, status_of_read},
     tree::{MAXIMUM_PAGE_LENGTH, MAXIMUM_PAGE_SIZE, TreeWalk},
 };
 use crate::{
@@ -198,7 +198,7 @@ impl ContentAddressableStorage for CasService {
             batch_read_blobs_response::Response {
                 digest: Some(sent),
                 data,
-                status: Some(status_of(result)),
+                status: Some(status_of_read(result)),
                 compressor: compressor.to_proto(),
             }
         };

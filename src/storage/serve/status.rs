@@ -34,6 +34,16 @@ impl From<Error> for Status {
     }
 }
 
+/// Of a blob that was to be read: one that is damaged is not the caller's fault, as one that it uploads would be.
+pub(super) fn of_read(error: Error) -> Status {
+    Status::from(match error {
+        Error::Corrupt { .. } => Error::Internal(format!(
+            "{error}, as its storage sent it: it is damaged there; remove it there, or repair that storage"
+        )),
+        error => error,
+    })
+}
+
 impl From<UploadError> for Status {
     fn from(error: UploadError) -> Self {
         let code = match error {
@@ -71,15 +81,21 @@ impl From<ResourceNameError> for Status {
 
 /// The status of one blob of a batch.
 pub(super) fn status_of(result: Result<(), Error>) -> rpc::Status {
-    match result {
-        Ok(()) => rpc::Status::default(),
-        Err(error) => {
-            let status = Status::from(error);
-            rpc::Status {
-                code: status.code() as i32,
-                message: status.message().to_owned(),
-                details: Vec::new(),
-            }
-        }
+    result.map_or_else(|error| in_batch(error.into()), |()| rpc::Status::default())
+}
+
+/// The status of one blob of a batch that was to be read.
+pub(super) fn status_of_read(result: Result<(), Error>) -> rpc::Status {
+    result.map_or_else(
+        |error| in_batch(of_read(error)),
+        |()| rpc::Status::default(),
+    )
+}
+
+fn in_batch(status: Status) -> rpc::Status {
+    rpc::Status {
+        code: status.code() as i32,
+        message: status.message().to_owned(),
+        details: Vec::new(),
     }
 }

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use prost::Message;
 use tonic::Status;
 
+use super::status;
 use crate::{
     digest::{Digest, DigestFunction},
     instance::InstanceName,
@@ -108,7 +109,7 @@ impl TreeWalk {
         let content = match self.read(&digest).await {
             Ok(content) => content,
             Err(Error::Missing(_)) if root.is_none() => return Ok(None),
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(status::of_read(error)),
         };
         let length = content.len();
         let directory = Directory::decode(content).map_err(|error| {

@@ -427,7 +427,7 @@ impl Shards {
     ) -> Result<BlobStream, Error> {
         self.at_first_or_second(digest, |shard| {
             let (instance, digest) = (instance.clone(), *digest);
-            Box::pin(async move { shard.stream(&instance, &digest, start, end).await })
+            Box::pin(shard.stream(instance, digest, start, end))
         })
         .await
     }

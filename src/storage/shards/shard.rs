@@ -6,7 +6,7 @@
 //! 3. A blob is missing when every server that answers lacks it.
 
 use std::{
-    collections::HashSet,
+    collections::{HashSet, VecDeque},
     fs::File,
     sync::{
         Arc,
@@ -22,7 +22,7 @@ use crate::{
     digest::Digest,
     instance::InstanceName,
     proto::reapi::ActionResult,
-    storage::{BlobStream, Content, Error, blocking},
+    storage::{BlobStream, Content, Error, blocking, grpc},
 };
 
 pub(super) struct Shard {
@@ -33,12 +33,22 @@ pub(super) struct Shard {
     repairs: Repairs,
 }
 
-/// Whether another server may have what this one failed to give.
+/// Blobs up to this are streamed when they have been read and verified: one that a server has damaged comes from
+/// another one. Of larger ones, a part would have gone to who asked.
+const LARGEST_READ_FIRST: u64 = 1 << 20;
+
+/// Whether another server may have what this one failed to give. What it refuses, it may refuse by itself: it is busy,
+/// say, or has another configuration.
 pub(super) fn may_be_elsewhere(error: &Error) -> bool {
-    matches!(
-        error,
-        Error::Missing(_) | Error::Corrupt { .. } | Error::Unavailable(_) | Error::Internal(_)
-    )
+    match error {
+        Error::Missing(_)
+        | Error::Corrupt { .. }
+        | Error::Unavailable(_)
+        | Error::Internal(_)
+        | Error::Full(_)
+        | Error::Invalid(_) => true,
+        Error::TooLarge { .. } => false,
+    }
 }
 
 /// Members that were asked for a blob in vain.
@@ -69,6 +79,54 @@ impl TriedMembers {
             self.failure = error;
         }
         Ok(())
+    }
+}
+
+/// A blob, or a part of it, that comes from one member; what that one fails to give comes from the next one.
+struct Reading {
+    shard: Arc<Shard>,
+    instance: InstanceName,
+    digest: Digest,
+    at: u64,
+    end: u64,
+    /// Whom nobody has asked yet.
+    members: VecDeque<Arc<Member>>,
+    tried: TriedMembers,
+    open: Option<(Arc<Member>, BlobStream)>,
+}
+
+impl Reading {
+    /// The next piece, which nobody has verified; `None` when all of them have come.
+    async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        loop {
+            let (member, mut pieces) = match self.open.take() {
+                Some(open) => open,
+                None if self.at == self.end && self.at > 0 => return Ok(None),
+                None => {
+                    let Some(member) = self.members.pop_front() else {
+                        return Err(self.tried.failure.clone());
+                    };
+                    let client = &member.client;
+                    let pieces = client.unverified(&self.instance, &self.digest, self.at, self.end);
+                    (member, pieces)
+                }
+            };
+            let piece = async { Ok((pieces.next().await.transpose()?, pieces)) };
+            match member.call(piece).await {
+                Ok((piece, pieces)) => {
+                    for to in self.tried.lacking.drain(..) {
+                        let repairs = &self.shard.repairs;
+                        repairs.copy_blob(&self.instance, &self.digest, &member, &to);
+                    }
+                    if let Some(piece) = &piece {
+                        self.at += piece.len() as u64;
+                        self.open = Some((member, pieces));
+                    }
+                    return Ok(piece);
+                }
+                Err(error) => self.tried.fail(member, error)?,
+            }
+        }
     }
 }
 
@@ -186,24 +244,50 @@ impl Shard {
 
     /// A stream whose first piece has come.
     pub(super) async fn stream(
-        &self,
-        instance: &InstanceName,
-        digest: &Digest,
+        self: Arc<Self>,
+        instance: InstanceName,
+        digest: Digest,
         start: u64,
         end: u64,
     ) -> Result<BlobStream, Error> {
+        let whole = start == 0 && end == digest.size();
+        if whole && end <= LARGEST_READ_FIRST {
+            let content = self.read(&instance, &digest).await?;
+            return Ok(stream::iter([Ok(content)]).boxed());
+        }
+        let mut reading = Reading {
+            tried: TriedMembers::new(self.lost()),
+            members: self.usable().into(),
+            shard: self,
+            instance,
+            digest,
+            at: start,
+            end,
+            open: None,
+        };
+        let first = stream::iter(reading.next().await?.map(Ok));
+        let others = stream::try_unfold(reading, |mut reading| async move {
+            let data = reading.next().await?;
+            Ok(data.map(|data| (data, reading)))
+        });
+        let pieces = first.chain(others).boxed();
+        Ok(match whole {
+            true => grpc::verified(pieces, digest),
+            false => pieces,
+        })
+    }
+
+    /// A small blob, verified.
+    async fn read(&self, instance: &InstanceName, digest: &Digest) -> Result<Bytes, Error> {
         let mut tried = TriedMembers::new(self.lost());
         for member in self.usable() {
-            let mut pieces = member.client.stream(instance, digest, start, end);
-            let first =
-                member.call(async { Ok::<_, Error>((pieces.next().await.transpose()?, pieces)) });
-            match first.await {
-                Ok((first, pieces)) => {
+            let work = member.client.read(instance, digest, LARGEST_READ_FIRST);
+            match member.call(work).await {
+                Ok(content) => {
                     for to in &tried.lacking {
                         self.repairs.copy_blob(instance, digest, &member, to);
                     }
-                    let first = stream::iter(first.map(Ok));
-                    return Ok(first.chain(pieces).boxed());
+                    return Ok(content);
                 }
                 Err(error) => tried.fail(member, error)?,
             }

@@ -21,20 +21,28 @@ pub(super) fn set_all(root: BorrowedFd<'_>, tree: &Node) -> Result<(), (String, 
         let name = name.to_owned();
         move |error| (name, error)
     };
-    let mut open: Vec<(OwnedFd, &Node)> = Vec::new();
+    // Those from the root down to one: of a tree as wide as a client likes, no more are open than it is deep.
+    let mut open: Vec<(OwnedFd, &Node, usize)> = Vec::new();
     let root = rustix::io::fcntl_dupfd_cloexec(root, 0).map_err(at("."))?;
-    open.push((root, tree));
-    while let Some((directory, node)) = open.pop() {
-        let entries = node.directory.directories.iter().zip(&node.children);
-        for ((name, _), child) in entries.filter(|(_, child)| child.has_properties) {
+    open.push((root, tree, 0));
+    while let Some((directory, node, next)) = open.last_mut() {
+        let mut left = node.children[*next..].iter();
+        if let Some(skipped) = left.position(|child| child.has_properties) {
+            let place = *next + skipped;
+            *next = place + 1;
+            let (name, _) = &node.directory.directories[place];
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            let below = rustix::fs::openat(&directory, name.as_str(), flags, Mode::empty());
-            open.push((below.map_err(at(name.as_str()))?, child));
+            let below = rustix::fs::openat(&*directory, name.as_str(), flags, Mode::empty());
+            let below = below.map_err(at(name.as_str()))?;
+            let child = &node.children[place];
+            open.push((below, child, 0));
+            continue;
         }
         for (name, properties) in &node.directory.properties {
             let name = name.as_ref().map_or(".", |name| name.as_str());
             set(*properties, directory.as_fd(), name).map_err(at(name))?;
         }
+        open.pop();
     }
     Ok(())
 }

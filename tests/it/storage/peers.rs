@@ -59,6 +59,8 @@ pub struct PeerBehaviour {
     /// Streams that were opened, and so many of them say nothing.
     pub streams: AtomicUsize,
     pub silent_streams: AtomicUsize,
+    /// After the first byte of a blob it sends messages without any.
+    pub drips: bool,
     /// Between two pieces of a stream.
     pub pause: Duration,
     /// So many answers have a wrong content.
@@ -263,6 +265,16 @@ impl ByteStream for Peer {
         let digest = name.digest;
         let data = self.blob(&digest).ok_or_else(|| Status::not_found(""))?;
         let rest = data[request.read_offset as usize..].to_vec();
+        if self.0.drips {
+            let first = rest[..1].to_vec();
+            let nothing = stream::unfold((), |()| async {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                Some((Vec::new(), ()))
+            });
+            let drops = stream::iter([first]).chain(nothing);
+            let drops = drops.map(|data| Ok(ReadResponse { data: data.into() }));
+            return Ok(Response::new(drops.boxed()));
+        }
         let broken = self.fail();
         let sent = if broken.is_err() {
             rest.len() / 2

@@ -17,6 +17,7 @@ use bb_remote_execution::{
     proto::reapi::{ActionResult, OutputFile},
     storage::{Backend, Content, Error, grpc::Options},
 };
+use futures::TryStreamExt;
 use tokio::{
     io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
@@ -375,6 +376,75 @@ async fn other_bytes_than_those_of_the_blob_are_never_given() {
     for _ in 0..4 {
         assert_all_read(&mirrored, &blobs).await;
     }
+}
+
+/// By the stream that clients are served.
+async fn streamed(backend: &Backend, blob: &[u8]) -> Result<Vec<u8>, Error> {
+    let (digest, size) = (sha256(blob), blob.len() as u64);
+    let pieces = backend.stream(&instance(""), &digest, 0, size).await?;
+    let pieces: Vec<_> = pieces.try_collect().await?;
+    Ok(pieces.concat())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_mirror_refuses_or_breaks_off_comes_from_the_other_one() {
+    use tonic::Code::{Internal, InvalidArgument, OutOfRange, ResourceExhausted, Unavailable};
+    let blobs: Vec<_> = vec![content(1, 3000), content(2, 900_000), content(3, 3 << 20)];
+    let directory = tempfile::tempdir().unwrap();
+    let server = Server::start(directory.path(), 64 << 20).await;
+    let client = server.client();
+    client.upload(&instance(""), uploads(&blobs)).await.unwrap();
+    for code in [
+        Internal,
+        InvalidArgument,
+        OutOfRange,
+        ResourceExhausted,
+        Unavailable,
+    ] {
+        let failing = PeerBehaviour {
+            fail: 1_000_000.into(),
+            status: Some(code),
+            ..Default::default()
+        };
+        let (peer, _stop) = with_blobs(&blobs, failing).start_at_endpoint().await;
+        let mirrored = backend(&[shard("a", vec![peer, server.endpoint()])]);
+        // Each is read from first in its turn.
+        for _ in 0..2 {
+            for blob in &blobs {
+                let read = streamed(&mirrored, blob).await;
+                assert!(
+                    read.as_ref().is_ok_and(|read| read == blob),
+                    "{code:?}: {:?}",
+                    read.err()
+                );
+            }
+            assert_all_read(&mirrored, &blobs).await;
+        }
+    }
+    let lying = PeerBehaviour {
+        corrupt: 1_000_000.into(),
+        ..Default::default()
+    };
+    let (liar, _stop) = with_blobs(&blobs, lying).start_at_endpoint().await;
+    let mirrored = backend(&[shard("a", vec![liar, server.endpoint()])]);
+    for blob in blobs[..2].iter().cycle().take(6) {
+        assert_eq!(&streamed(&mirrored, blob).await.unwrap(), blob);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_sends_messages_without_bytes_is_given_up_like_a_silent_one() {
+    let blob = content(1, 3 << 20);
+    let dripping = PeerBehaviour {
+        drips: true,
+        ..Default::default()
+    };
+    let blobs = [blob];
+    let (peer, _stop) = with_blobs(&blobs, dripping).start_at_endpoint().await;
+    let alone = backend(&[shard("a", vec![peer])]);
+    let read = tokio::time::timeout(Duration::from_secs(40), streamed(&alone, &blobs[0])).await;
+    let error = read.expect("it waits for ever").unwrap_err();
+    assert!(matches!(error, Error::Unavailable(_)), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -18,6 +18,7 @@ use rustix::{fs::AtFlags, io::Errno};
 use super::{
     cache::FileCache,
     directory::{self, WriteAccess},
+    index::CacheIndex,
     input_inode::{InputInode, InputInodeKind},
     key::FileKey,
 };
@@ -98,10 +99,17 @@ impl FileCache {
         handle: Handle,
         wanted: u32,
     ) -> Result<(), LinkError> {
-        let cached = self.index.lock().files.value_of(handle).copied();
-        let source = self.open_first(key, cached.map(|cached| cached.inode))?;
+        let first = |index: &CacheIndex| index.files.value_of(handle).map(|cached| cached.inode);
+        let inode = first(&self.index.lock());
+        // Not under the lock: a file that is found wrong is removed, which takes it.
+        let source = self.open_first(key, inode)?;
         let _one_at_a_time = self.changing_extra_inodes.lock();
-        let inodes = self.index.lock().inodes_of(key);
+        let index = self.index.lock();
+        if first(&index) != inode {
+            return Err(LinkError::Vanished);
+        }
+        let inodes = index.inodes_of(key);
+        drop(index);
         if inodes > wanted {
             return Ok(());
         }

@@ -9,6 +9,7 @@
 //!    input roots is forgotten, and actions that ran meanwhile fail.
 
 use std::{
+    collections::HashSet,
     fs::File,
     io,
     os::unix::fs::FileExt,
@@ -237,13 +238,6 @@ impl FileCache {
                 wrong.extend(other.join().unwrap_or_default());
             }
         });
-        let mut index = self.index.lock();
-        for key in &keys {
-            if let Some(file) = index.files.peek_mut(key) {
-                file.verified = true;
-            }
-        }
-        drop(index);
         tracing::debug!(
             files = keys.len(),
             microseconds = began.elapsed().as_micros() as u64,
@@ -259,12 +253,25 @@ impl FileCache {
             );
             self.remove_wrong(&wrong);
         }
+        // Not before: others use what is marked.
+        let unusable: HashSet<&FileKey> = wrong.iter().collect();
+        let mut index = self.index.lock();
+        for key in keys.iter().filter(|key| !unusable.contains(key)) {
+            if let Some(file) = index.files.peek_mut(key) {
+                file.verified = true;
+            }
+        }
+        drop(index);
         wrong
     }
 
     /// `None` when it is not there.
     fn is_right(&self, key: &FileKey, buffer: &mut [u8]) -> Option<bool> {
-        let file = self.directory.open_inode(key, 0).ok()?;
+        let file = match self.directory.open_inode(key, 0) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(_) => return Some(false),
+        };
         let mut hasher = key.digest.function().hasher(key.digest.size());
         self.verified.files.fetch_add(1, Ordering::Relaxed);
         loop {
