@@ -115,6 +115,11 @@ pub(super) struct Attempts {
 }
 
 impl Attempts {
+    /// The first failure was then, unless there was one before.
+    pub(super) fn failing_since(&mut self, begun: Instant) {
+        self.first_failure.get_or_insert(begun);
+    }
+
     /// What was asked for has come closer: failures before that count no more.
     pub(super) fn progressed(&mut self) {
         self.failures = 0;

@@ -1,13 +1,16 @@
 //! Calls, each of which ends: within its time, or after as many attempts as are worth it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use tonic::{Response, Status};
+use tonic::{Code, Response, Status};
 
 use super::status::{may_be_too_large, wait};
 use crate::{
     digest::Digest,
-    storage::{Error, retry::RetryPolicy},
+    storage::{
+        Error,
+        retry::{Attempts, RetryPolicy},
+    },
 };
 
 /// Calls until there is an answer, or it is no use. Each answer takes no longer than `limit`;
@@ -20,9 +23,13 @@ pub(super) async fn unary<T, F: Future<Output = Result<Response<T>, Status>> + S
 ) -> Result<T, Error> {
     let mut attempts = retry.attempts();
     loop {
+        let begun = Instant::now();
         match timely(limit, call()).await {
             Ok(answer) => return Ok(answer.into_inner()),
-            Err(status) => wait(&mut attempts, &status, digest).await?,
+            Err(status) => {
+                count_silence(&mut attempts, &status, begun);
+                wait(&mut attempts, &status, digest).await?;
+            }
         }
     }
 }
@@ -35,11 +42,22 @@ pub(super) async fn divisible<T, F: Future<Output = Result<Response<T>, Status>>
 ) -> Result<Result<T, Status>, Error> {
     let mut attempts = retry.attempts();
     loop {
+        let begun = Instant::now();
         match timely(limit, call()).await {
             Ok(answer) => return Ok(Ok(answer.into_inner())),
             Err(status) if may_be_too_large(&status) => return Ok(Err(status)),
-            Err(status) => wait(&mut attempts, &status, None).await?,
+            Err(status) => {
+                count_silence(&mut attempts, &status, begun);
+                wait(&mut attempts, &status, None).await?;
+            }
         }
+    }
+}
+
+/// A server that said nothing has been failing since it was asked: whoever waits has waited for as long.
+fn count_silence(attempts: &mut Attempts, status: &Status, begun: Instant) {
+    if status.code() == Code::DeadlineExceeded {
+        attempts.failing_since(begun);
     }
 }
 

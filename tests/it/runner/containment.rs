@@ -1,5 +1,7 @@
 //! What an action cannot do, and what is left of it: nothing.
 
+use bb_remote_execution::config::runner::Demand;
+
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -342,6 +344,69 @@ async fn what_is_mounted_on_the_host_later_is_there_and_read_only() {
         .await;
     assert_eq!(ended.stdout, "there");
     assert!(ended.stderr.contains("Read-only file system"), "{ended:?}");
+    drop(mounted);
+    farm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_whose_first_thread_has_ended_is_killed_by_its_user_alone() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start_in("/tmp", |config| {
+        config.containment.processes = Demand::Off;
+        config.containment.cgroups = Demand::Off;
+    })
+    .await;
+    // proc(5) calls it a zombie.
+    let script = "import ctypes, os, threading, time
+if os.fork():
+    time.sleep(0.3)
+    os._exit(3)
+os.setsid()
+threading.Thread(target=time.sleep, args=(1000,)).start()
+ctypes.CDLL(None).pthread_exit(None)";
+    let slot = farm.slot();
+    let ended = farm.run(&slot, &["python3", "-c", script]).await.unwrap();
+    assert_eq!(ended.code, 3, "{ended:?}");
+    let user = farm.first..farm.first + 8;
+    let left = fs::read_dir("/proc").unwrap().flatten().filter(|entry| {
+        let status = fs::read_to_string(entry.path().join("status")).unwrap_or_default();
+        let field = |name| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_whitespace().next()?.parse::<u32>().ok()
+        };
+        field("Uid:").is_some_and(|id| user.contains(&id)) && field("Threads:") > Some(1)
+    });
+    assert_eq!(left.count(), 0);
+    farm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_mounted_on_the_host_while_an_action_runs_is_not_its_to_write_to() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start().await;
+    let directory = tempfile::tempdir_in("/srv").unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let slot = farm.slot();
+    let root = slot.path.join("root");
+    let script = format!(
+        "touch started; until [ -e go ]; do sleep 0.02; done; touch {}/new",
+        directory.path().display()
+    );
+    let arguments = ["/bin/sh", "-c", &script];
+    let mount = async {
+        until("it runs", || root.join("started").exists()).await;
+        let mounted = Mounted::tmpfs(directory.path().to_owned());
+        fs::write(root.join("go"), "").unwrap();
+        mounted
+    };
+    let (ended, mounted) = tokio::join!(farm.run(&slot, &arguments), mount);
+    let ended = ended.unwrap();
+    assert_ne!(ended.code, 0, "{ended:?}");
+    assert!(!mounted.0.join("new").exists());
     drop(mounted);
     farm.stop().await;
 }
