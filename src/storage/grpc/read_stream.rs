@@ -128,8 +128,13 @@ impl PieceReader {
 
     /// Before the next attempt. The error when there should be none.
     async fn wait(&mut self, status: &Status) -> Result<(), Error> {
-        // Each attempt may be silent for as long.
-        self.waited = Duration::ZERO;
+        // Each attempt may be silent for as long; whoever waits has waited for as long as that.
+        let waited = std::mem::take(&mut self.waited);
+        if waited >= self.client.0.timeouts.idle
+            && let Some(begun) = Instant::now().checked_sub(waited)
+        {
+            self.attempts.failing_since(begun);
+        }
         // Perhaps the server does not give what it announces.
         if self.compressor == Some(Compressor::Zstd)
             && matches!(status.code(), Code::InvalidArgument | Code::Unimplemented)
