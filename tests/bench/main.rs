@@ -61,3 +61,11 @@ fn main() {
         std::process::exit(2);
     }
 }
+
+/// What KEY=VALUE says.
+fn number(arguments: &[String], key: &str, default: usize) -> usize {
+    let given = arguments
+        .iter()
+        .find_map(|text| text.strip_prefix(key)?.strip_prefix('='));
+    given.map_or(default, |text| text.parse().unwrap())
+}

@@ -40,12 +40,7 @@ mod workers;
 const STREAMS: usize = 2_000;
 
 pub fn run(arguments: &[String]) {
-    let number = |key: &str, default: usize| {
-        let given = arguments
-            .iter()
-            .find_map(|text| text.strip_prefix(key)?.strip_prefix('='));
-        given.map_or(default, |text| text.parse().unwrap())
-    };
+    let number = |key: &str, default: usize| crate::number(arguments, key, default);
     let wanted = arguments.first().map(String::as_str);
     let is = |name: &str| wanted.is_none_or(|wanted| wanted == name || wanted.contains('='));
     let text = |key: &str, default: &str| {

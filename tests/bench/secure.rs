@@ -37,12 +37,7 @@ const WORKERS: usize = 64;
 const BLOB: usize = 4 << 20;
 
 pub fn run(arguments: &[String]) {
-    let number = |key: &str, default: usize| {
-        let given = arguments
-            .iter()
-            .find_map(|text| text.strip_prefix(key)?.strip_prefix('='));
-        given.map_or(default, |text| text.parse().unwrap())
-    };
+    let number = |key: &str, default: usize| crate::number(arguments, key, default);
     let (rounds, actions) = (number("rounds", 5), number("actions", 2000));
     let blobs = number("blobs", 50);
     tokio::runtime::Runtime::new().unwrap().block_on(async {

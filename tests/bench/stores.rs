@@ -30,12 +30,7 @@ const LARGE: usize = 4 << 20;
 const IN_FLIGHT: usize = 8;
 
 pub fn run(arguments: &[String]) {
-    let number = |key: &str, default: usize| {
-        let given = arguments
-            .iter()
-            .find_map(|text| text.strip_prefix(key)?.strip_prefix('='));
-        given.map_or(default, |text| text.parse().unwrap())
-    };
+    let number = |key: &str, default: usize| crate::number(arguments, key, default);
     let (rounds, small) = (number("rounds", 5), number("small", 2000));
     let large = number("large", 20);
     let mut services = Vec::new();

@@ -59,12 +59,7 @@ pub fn run(arguments: &[String]) {
     if !is_root() {
         return;
     }
-    let number = |key: &str, default: usize| {
-        let given = arguments
-            .iter()
-            .find_map(|text| text.strip_prefix(key)?.strip_prefix('='));
-        given.map_or(default, |text| text.parse().unwrap())
-    };
+    let number = |key: &str, default: usize| crate::number(arguments, key, default);
     let (rounds, actions) = (number("rounds", 7), number("actions", 1000));
     tokio::runtime::Runtime::new()
         .unwrap()

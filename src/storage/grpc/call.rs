@@ -27,8 +27,7 @@ pub(super) async fn unary<T, F: Future<Output = Result<Response<T>, Status>> + S
         match timely(limit, call()).await {
             Ok(answer) => return Ok(answer.into_inner()),
             Err(status) => {
-                count_silence(&mut attempts, &status, begun);
-                wait(&mut attempts, &status, digest).await?;
+                wait_after(&mut attempts, &status, digest, begun).await?;
             }
         }
     }
@@ -47,18 +46,24 @@ pub(super) async fn divisible<T, F: Future<Output = Result<Response<T>, Status>>
             Ok(answer) => return Ok(Ok(answer.into_inner())),
             Err(status) if may_be_too_large(&status) => return Ok(Err(status)),
             Err(status) => {
-                count_silence(&mut attempts, &status, begun);
-                wait(&mut attempts, &status, None).await?;
+                wait_after(&mut attempts, &status, None, begun).await?;
             }
         }
     }
 }
 
-/// A server that said nothing has been failing since it was asked: whoever waits has waited for as long.
-fn count_silence(attempts: &mut Attempts, status: &Status, begun: Instant) {
+/// The same as `wait` for a call that was made then. A server that said nothing has been failing since it was asked:
+/// whoever waits has waited for as long.
+async fn wait_after(
+    attempts: &mut Attempts,
+    status: &Status,
+    digest: Option<&Digest>,
+    begun: Instant,
+) -> Result<(), Error> {
     if status.code() == Code::DeadlineExceeded {
         attempts.failing_since(begun);
     }
+    wait(attempts, status, digest).await
 }
 
 /// Waits for an answer no longer than `limit`.

@@ -252,7 +252,10 @@ impl Shard {
     ) -> Result<BlobStream, Error> {
         let whole = start == 0 && end == digest.size();
         if whole && end <= LARGEST_READ_FIRST {
-            let content = self.read(&instance, &digest).await?;
+            let mut one = self
+                .read_many(&instance, &[digest], LARGEST_READ_FIRST)
+                .await;
+            let content = one.pop().unwrap_or_else(|| Err(self.lost()))?;
             return Ok(stream::iter([Ok(content)]).boxed());
         }
         let mut reading = Reading {
@@ -275,24 +278,6 @@ impl Shard {
             true => grpc::verified(pieces, digest),
             false => pieces,
         })
-    }
-
-    /// A small blob, verified.
-    async fn read(&self, instance: &InstanceName, digest: &Digest) -> Result<Bytes, Error> {
-        let mut tried = TriedMembers::new(self.lost());
-        for member in self.usable() {
-            let work = member.client.read(instance, digest, LARGEST_READ_FIRST);
-            match member.call(work).await {
-                Ok(content) => {
-                    for to in &tried.lacking {
-                        self.repairs.copy_blob(instance, digest, &member, to);
-                    }
-                    return Ok(content);
-                }
-                Err(error) => tried.fail(member, error)?,
-            }
-        }
-        Err(tried.failure)
     }
 
     pub(super) async fn read_to_file(

@@ -1,4 +1,6 @@
 //! Configurations of bb_scheduler.
+//!
+//! Long, since it is one table: who adds a key sees at once what is tried of those beside it.
 
 use super::expect::{
     Expect::{Good, Refused, Waits, Warned},

@@ -266,12 +266,11 @@ impl ByteStream for Peer {
         let data = self.blob(&digest).ok_or_else(|| Status::not_found(""))?;
         let rest = data[request.read_offset as usize..].to_vec();
         if self.0.drips {
-            let first = rest[..1].to_vec();
             let nothing = stream::unfold((), |()| async {
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 Some((Vec::new(), ()))
             });
-            let drops = stream::iter([first]).chain(nothing);
+            let drops = stream::iter([rest[..1].to_vec()]).chain(nothing);
             let drops = drops.map(|data| Ok(ReadResponse { data: data.into() }));
             return Ok(Response::new(drops.boxed()));
         }
