@@ -186,7 +186,12 @@ fn serve<C: Validate + 'static>(
 ) -> ExitCode {
     let config = loaded.config;
     let level = logging::start(program.name, log_of(&config));
-    let runtime = match tokio::runtime::Runtime::new() {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(processors.div_ceil(program.processors_per_thread))
+        .enable_all()
+        .build();
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
             print_error(program.name, &format!("could not start threads: {error}"));

@@ -15,6 +15,10 @@ pub struct Program {
     pub name: &'static str,
     /// What it is for, in one line.
     pub about: &'static str,
+    /// Processors of the host for each thread that serves calls. Each thread that has nothing to do is woken
+    /// up for every call that another one serves, so that where others do the work, few are faster. Blocking work
+    /// has threads of its own.
+    pub processors_per_thread: usize,
 }
 
 /// Tells systemd, if there is one that listens.

@@ -79,6 +79,7 @@ use users::UserPool;
 pub const PROGRAM: Program = Program {
     name: "bb_runner",
     about: "Runs the commands of build actions as other Unix users",
+    processors_per_thread: 8,
 };
 
 /// How long killed actions may take when the daemon leaves.

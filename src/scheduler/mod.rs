@@ -78,6 +78,7 @@ pub use probe::{probe, warnings};
 pub const PROGRAM: Program = Program {
     name: "bb_scheduler",
     about: "Queues build actions of REAPI clients and hands them to workers; with an embedded store by default",
+    processors_per_thread: 1,
 };
 
 /// An ExecuteRequest has a few names and a digest.

@@ -4,7 +4,7 @@ use std::{fs::File, io::ErrorKind, os::unix::fs::FileExt, sync::Arc};
 
 use bytes::Bytes;
 
-use super::{Error, blocking, verify};
+use super::{Error, computing, verify};
 use crate::digest::Digest;
 
 /// Uploads whole blobs that somebody else sent, once they have proved right; each has a result of its own.
@@ -26,7 +26,8 @@ async fn verify_all(
 ) -> Result<(Vec<Result<(), Error>>, Vec<(Digest, Content)>), Error> {
     let verify =
         |(digest, content): &(Digest, Bytes)| verify(digest, digest.function().digest_of(content));
-    let (results, blobs) = blocking(move || {
+    let bytes = blobs.iter().map(|(_, content)| content.len() as u64).sum();
+    let (results, blobs) = computing(bytes, move || {
         let results: Vec<Result<(), Error>> = blobs.iter().map(verify).collect();
         (results, blobs)
     })
@@ -55,6 +56,14 @@ pub enum Content {
 }
 
 impl Content {
+    /// Its bytes; `None` when reading them may wait for a disk.
+    pub(super) fn in_memory(&self) -> Option<u64> {
+        match self {
+            Content::Bytes(content) => Some(content.len() as u64),
+            Content::File(_) | Content::FilePart { .. } => None,
+        }
+    }
+
     /// Where the blob begins in its file.
     fn offset(&self) -> u64 {
         match self {

@@ -81,6 +81,20 @@ pub enum UploadError {
 /// The pieces of a blob, in their order.
 pub type BlobStream = BoxStream<'static, Result<Bytes, Error>>;
 
+/// Work on so few bytes takes less time than handing it to another thread and being woken up.
+const BRIEF: u64 = 16 << 10;
+
+/// Work on so many bytes, which waits for nothing but a processor.
+pub(super) async fn computing<T: Send + 'static>(
+    bytes: u64,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    match bytes <= BRIEF {
+        true => Ok(work()),
+        false => blocking(work).await,
+    }
+}
+
 /// Away from the threads that serve.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,

@@ -40,7 +40,7 @@ mod upload;
 
 pub use content::Content;
 pub use error::{BlobStream, Error, UploadError};
-use error::{blocking, verify};
+use error::{blocking, computing, verify};
 pub use initial_size_class_cache::InitialSizeClassCache;
 pub use inline::InlineHints;
 use object::ObjectStorage;
@@ -195,6 +195,9 @@ impl Backend {
     ) -> Result<Bytes, Error> {
         match self.cas() {
             SingleBackend::Embedded(store) => {
+                if let Some(read) = store.read_cached(digest, limit) {
+                    return read;
+                }
                 let (store, digest) = (store.clone(), *digest);
                 blocking(move || store.read(&digest, limit)).await?
             }
@@ -223,6 +226,9 @@ impl Backend {
     ) -> Vec<Result<Bytes, Error>> {
         match self.cas() {
             SingleBackend::Embedded(store) => {
+                if let Some(read) = store.read_many_cached(digests, limit) {
+                    return read;
+                }
                 let (store, wanted) = (store.clone(), digests.to_vec());
                 let read = move |digest: &Digest| store.read(digest, limit);
                 blocking(move || wanted.iter().map(read).collect())
@@ -402,8 +408,11 @@ impl Backend {
     ) -> Result<Option<ActionResult>, Error> {
         match self.action_cache() {
             SingleBackend::Embedded(store) => {
-                let (store, instance, action) = (store.clone(), instance.clone(), *action);
                 let has_blobs = matches!(self, Backend::Embedded(_));
+                if let Some(result) = store.cached_action_result(instance, action, !has_blobs) {
+                    return result;
+                }
+                let (store, instance, action) = (store.clone(), instance.clone(), *action);
                 blocking(move || match has_blobs {
                     true => store.action_result(&instance, &action),
                     false => store.unchecked_action_result(&instance, &action),

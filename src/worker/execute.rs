@@ -16,7 +16,7 @@ use std::{
 };
 
 use prost::Name;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
@@ -319,19 +319,24 @@ impl Executor {
             directories: command.store_directories || self.force_upload_trees_and_directories,
             node_properties: command.node_properties,
         };
-        let collecting =
-            daemon::spawn_blocking(move || {
-                let reliable = root.check();
-                // Nobody receives any more after a failed upload; the rest is collected all the same.
-                let send = |batch| drop(sender.blocking_send(batch));
-                let mut found = Collector::new(function, &cache, told, limits, &cancel, send)
-                    .collect(root.directory(), root.root(), &command);
-                root.taken_over(std::mem::take(&mut found.taken_over));
-                if found.by_a_privileged_user && shared {
-                    root.suspect_privileged_user();
-                }
-                (reliable, found)
-            });
+        let (collected, collecting) = oneshot::channel();
+        drop(daemon::spawn_blocking(move || {
+            let reliable = root.check();
+            // Nobody receives any more after a failed upload; the rest is collected all the same.
+            let send = |batch| drop(sender.blocking_send(batch));
+            let mut found = Collector::new(function, &cache, told, limits, &cancel, send).collect(
+                root.directory(),
+                root.root(),
+                &command,
+            );
+            root.taken_over(std::mem::take(&mut found.taken_over));
+            if found.by_a_privileged_user && shared {
+                root.suspect_privileged_user();
+            }
+            let clean = root.into_cleaning();
+            drop(collected.send((reliable, found)));
+            clean();
+        }));
         let mut uploaded = Ok(());
         while let Some(batch) = batches.recv().await {
             let upload = self.storage.upload(&task.instance, batch).await;
@@ -341,9 +346,9 @@ impl Executor {
             }
         }
         drop(batches);
-        let (reliable, found) = collecting
-            .await
-            .map_err(|error| Fault::Internal(format!("could not collect outputs: {error}")))?;
+        let (reliable, found) = collecting.await.map_err(|_| {
+            Fault::Internal("could not collect outputs: the thread that did so panicked".to_owned())
+        })?;
         let uploaded = fill_response(found, uploaded, response);
         reliable.and(uploaded)
     }

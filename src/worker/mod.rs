@@ -71,6 +71,7 @@ pub use probe::{probe, warnings};
 pub const PROGRAM: Program = Program {
     name: "bb_worker",
     about: "Lays out input roots, has a runner run build actions in them, and uploads their outputs",
+    processors_per_thread: 4,
 };
 
 /// How long a start waits for runner, scheduler and storage before it says that it is ready without them.

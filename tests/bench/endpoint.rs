@@ -2,7 +2,7 @@
 //! changed, and the Content Addressable Storage. What is measured takes turns, so that a noisy host is as noisy for each.
 //!
 //! usage: cargo bench --bench farm -- endpoint [rounds=5] [actions=400] [blobs=4000] [platform=OSFamily=linux]
-//!        [skip=actions|roots|cas] NAME=HOST:PORT...
+//!        [in_flight=1,8,64] [skip=actions|roots|cas[,...]] NAME=HOST:PORT...
 
 use std::{
     collections::BTreeMap,
@@ -32,6 +32,7 @@ pub fn run(arguments: &[String]) {
         ("blobs", "4000"),
         ("platform", "OSFamily=linux"),
         ("skip", ""),
+        ("in_flight", "1,8,64"),
     ]);
     let mut farms = Vec::new();
     for argument in arguments {
@@ -46,6 +47,9 @@ pub fn run(arguments: &[String]) {
         return;
     }
     let number = |key: &str| settings[key].parse::<usize>().unwrap();
+    let skipped: Vec<&str> = settings["skip"].split(',').collect();
+    let in_flight = settings["in_flight"].split(',');
+    let in_flight: Vec<usize> = in_flight.map(|text| text.parse().unwrap()).collect();
     let (property, value) = settings["platform"].split_once('=').unwrap();
     tokio::runtime::Runtime::new().unwrap().block_on(async {
         let mut farms: Vec<Measured> = farms
@@ -65,13 +69,14 @@ pub fn run(arguments: &[String]) {
         for round in 0..number("rounds") {
             for farm in &mut farms {
                 let mut figures = Vec::new();
-                if settings["skip"] != "actions" {
-                    farm.actions(round, number("actions"), &mut figures).await;
+                if !skipped.contains(&"actions") {
+                    let count = number("actions");
+                    farm.actions(round, count, &in_flight, &mut figures).await;
                 }
-                if settings["skip"] != "roots" {
+                if !skipped.contains(&"roots") {
                     farm.roots(round, &mut figures).await;
                 }
-                if settings["skip"] != "cas" {
+                if !skipped.contains(&"cas") {
                     farm.cas(round, number("blobs"), &mut figures).await;
                 }
                 farm.figures.push(figures);
@@ -141,8 +146,14 @@ impl Measured<'_> {
         begun.elapsed().as_secs_f64()
     }
 
-    async fn actions(&self, round: usize, count: usize, figures: &mut Vec<Figure>) {
-        for in_flight in [1, 8, 64] {
+    async fn actions(
+        &self,
+        round: usize,
+        count: usize,
+        in_flight: &[usize],
+        figures: &mut Vec<Figure>,
+    ) {
+        for &in_flight in in_flight {
             let mut actions = Vec::new();
             for number in 0..count {
                 let task = self.task(&format!("{round}-{in_flight}-{number}"));

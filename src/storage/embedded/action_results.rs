@@ -22,6 +22,15 @@ const MAXIMUM_DIRECTORIES: usize = 1 << 20;
 /// Why a result is not returned.
 struct Incomplete;
 
+/// What was stored for an action.
+pub(super) fn decode(action: &Digest, content: Bytes) -> Result<ActionResult, Error> {
+    ActionResult::decode(content).map_err(|error| {
+        Error::Internal(format!(
+            "the stored result of action {action} cannot be read: {error}"
+        ))
+    })
+}
+
 impl Store {
     /// `None` when there is no result, or not all of its outputs are there.
     pub fn action_result(
@@ -48,12 +57,7 @@ impl Store {
         else {
             return Ok(None);
         };
-        let result = ActionResult::decode(content).map_err(|error| {
-            Error::Internal(format!(
-                "the stored result of action {action} cannot be read: {error}"
-            ))
-        })?;
-        Ok(Some(result))
+        decode(action, content).map(Some)
     }
 
     /// Whether all outputs of a result are there; they are then recently used.

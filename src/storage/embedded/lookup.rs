@@ -40,6 +40,15 @@ impl Space {
         }
     }
 
+    /// The same without waiting for the disk. `None` says nothing about the entry.
+    pub(super) fn cached_content(&self, found: &IndexEntry) -> Option<Bytes> {
+        let Location::Segment { number, slot } = found.place else {
+            return None;
+        };
+        let (record, content) = self.segment(number)?.cached(slot)?;
+        (record.key == found.key && record.size == found.size).then_some(content)
+    }
+
     /// `None` when it is gone or damaged.
     pub(super) fn large(&self, found: &IndexEntry) -> Result<Option<BlobFile>, Error> {
         for _ in 0..2 {

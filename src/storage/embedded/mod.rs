@@ -65,6 +65,7 @@ mod action_results;
 mod active_segment;
 mod append;
 mod blob_writer;
+mod cached;
 mod ceiling;
 mod check;
 mod chunk_lists;
@@ -302,7 +303,10 @@ impl Store {
         end: u64,
     ) -> Result<BlobStream, Error> {
         let (store, digest) = (self.clone(), *digest);
-        let blob = blocking(move || store.blob(&digest)).await??;
+        let blob = match self.read_cached(&digest, SMALL) {
+            Some(small) => Blob::Small(small?),
+            None => blocking(move || store.blob(&digest)).await??,
+        };
         if let Blob::Small(_) = blob {
             let data = blob.read(start, end)?;
             return Ok(stream::once(async { Ok(data) }).boxed());

@@ -18,6 +18,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use rustix::io::ReadWriteFlags;
 
 use super::{instance_limits::LimitId, key::IndexKey};
 
@@ -159,6 +160,20 @@ pub(super) fn weight(size: u64) -> u64 {
     size + SLOT as u64
 }
 
+/// Fills the bytes from an offset on.
+type ReadAt = fn(&File, &mut [u8], u64) -> io::Result<()>;
+
+/// Does not wait for the disk (preadv2(2), RWF_NOWAIT): an error where the page cache has not all of it.
+fn read_cached(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
+    let wanted = bytes.len();
+    let mut buffers = [io::IoSliceMut::new(bytes)];
+    let read = rustix::io::preadv2(file, &mut buffers, at, ReadWriteFlags::NOWAIT)?;
+    match read == wanted {
+        true => Ok(()),
+        false => Err(io::ErrorKind::WouldBlock.into()),
+    }
+}
+
 fn slots_for(capacity: u64) -> u64 {
     capacity.div_ceil(AVERAGE).max(64)
 }
@@ -271,14 +286,25 @@ impl Segment {
         Record::from_bytes(&self.slot(slot)?)
     }
 
+    /// A record and its content, if the page cache has both. `None` says nothing about the slot.
+    pub(super) fn cached(&self, slot: u32) -> Option<(Record, Bytes)> {
+        let record = Record::from_bytes(&self.slot_by(slot, read_cached)?)?;
+        let content = self.content_by(&record, read_cached)?;
+        Some((record, content))
+    }
+
     /// One slot's bytes. `None` when there is none, or it cannot be read.
     fn slot(&self, slot: u32) -> Option<[u8; SLOT]> {
+        self.slot_by(slot, File::read_exact_at)
+    }
+
+    fn slot_by(&self, slot: u32, read: ReadAt) -> Option<[u8; SLOT]> {
         if slot >= self.slot_count() {
             return None;
         }
         let mut bytes = [0; SLOT];
         let at = u64::from(slot) * SLOT as u64;
-        self.table.read_exact_at(&mut bytes, at).ok()?;
+        read(&self.table, &mut bytes, at).ok()?;
         Some(bytes)
     }
 
@@ -327,8 +353,12 @@ impl Segment {
 
     /// The content of a slot. `None` when it is damaged.
     pub(super) fn content(&self, record: &Record) -> Option<Bytes> {
+        self.content_by(record, File::read_exact_at)
+    }
+
+    fn content_by(&self, record: &Record, read: ReadAt) -> Option<Bytes> {
         let mut content = vec![0; usize::try_from(record.size).ok()?];
-        let read = self.data.read_exact_at(&mut content, record.offset.into());
+        let read = read(&self.data, &mut content, record.offset.into());
         if read.is_err() || crc32fast::hash(&content) != record.checksum {
             return None;
         }

@@ -16,7 +16,7 @@ use crate::{
     proto::reapi::{BatchReadBlobsRequest, batch_read_blobs_response::Response},
     resource::Compressor,
     storage::{
-        Error, batch, blocking, compression,
+        Error, batch, compression, computing,
         single_flight::{self, Follower, Role},
         verify,
     },
@@ -197,6 +197,8 @@ impl Client {
                 .iter()
                 .map(|leader| (leader.digest().hash_hex(), leader.digest().size()))
                 .collect();
+            let received = answer.responses.iter().map(|one| one.data.len() as u64);
+            let bytes = received.chain(sizes.values().copied()).sum();
             let decompress_all = move || -> HashMap<_, _> {
                 let responses = answer.responses.into_iter();
                 let known = responses.filter_map(|response| {
@@ -206,7 +208,7 @@ impl Client {
                 });
                 known.collect()
             };
-            let mut answers = blocking(decompress_all).await.unwrap_or_default();
+            let mut answers = computing(bytes, decompress_all).await.unwrap_or_default();
             for leader in leaders {
                 let digest = *leader.digest();
                 let Some(response) = answers.remove(&digest.hash_hex()) else {

@@ -30,7 +30,7 @@ use crate::{
         rpc,
     },
     resource::Compressor,
-    storage::{Backend, Error, blocking, compression},
+    storage::{Backend, Error, compression, computing},
 };
 
 pub(super) struct CasService {
@@ -64,13 +64,23 @@ impl CasService {
             };
             Ok((digest, content))
         };
+        let is_whole = |request: &batch_update_blobs_request::Request| {
+            request.compressor == Compressor::Identity.to_proto()
+        };
+        let sent = match requests.iter().all(is_whole) {
+            true => requests
+                .iter()
+                .map(|request| request.data.len() as u64)
+                .sum(),
+            false => u64::MAX,
+        };
         let parse_all = move || -> Vec<_> {
             let parsed = requests.iter().map(parse).collect::<Vec<_>>();
             let digests = requests.into_iter().map(|request| request.digest);
             digests.zip(parsed).collect()
         };
         // Decompressing takes a processor for a while.
-        for (digest, parsed) in blocking(parse_all).await? {
+        for (digest, parsed) in computing(sent, parse_all).await? {
             let status = match parsed {
                 Ok(blob) => {
                     blobs.push(blob);
@@ -181,9 +191,14 @@ impl ContentAddressableStorage for CasService {
         let read = match accepted.contains(&Compressor::Zstd.to_proto()) {
             true => {
                 let _memory = coder_budget::reserve(&caller, MAXIMUM_BATCH_SIZE).await?;
+                let bytes = read
+                    .iter()
+                    .flatten()
+                    .map(|content| content.len() as u64)
+                    .sum();
                 let compress = |read: Result<Bytes, Error>| compression::compressed(read?);
                 let compress_all = move || -> Vec<_> { read.into_iter().map(compress).collect() };
-                blocking(compress_all).await?
+                computing(bytes, compress_all).await?
             }
             false => {
                 let as_it_is = |data| (data, Compressor::Identity);

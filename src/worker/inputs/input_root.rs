@@ -165,22 +165,33 @@ impl InputRoot {
         };
         blocking("lock an action's directory", lock).await == Ok(true)
     }
+
+    /// What is left to do when the action has ended. Blocks, and nobody needs to wait for it.
+    pub fn into_cleaning(mut self) -> impl FnOnce() + Send + use<> {
+        let cleaning = self.begin_cleaning();
+        move || cleaning.into_iter().for_each(|cleaning| cleaning())
+    }
+
+    fn begin_cleaning(&mut self) -> Option<impl FnOnce() + Send + use<>> {
+        let action_directory = self.action_directory.take()?;
+        self.store.pool.begin_cleaning();
+        let store = self.store.clone();
+        // A thread that panics may not have told what it took over.
+        let reusable = self.reusable && !std::thread::panicking();
+        let used = UsedRoot {
+            kept: self.kept.take().filter(|_| reusable),
+            generation: self.generation,
+            ready: self.ready,
+            taken_over: std::mem::take(&mut self.taken_over),
+        };
+        Some(move || store.clean(action_directory, used))
+    }
 }
 
 impl Drop for InputRoot {
     fn drop(&mut self) {
-        if let Some(action_directory) = self.action_directory.take() {
-            self.store.pool.begin_cleaning();
-            let store = self.store.clone();
-            // A thread that panics may not have told what it took over.
-            let reusable = self.reusable && !std::thread::panicking();
-            let used = UsedRoot {
-                kept: self.kept.take().filter(|_| reusable),
-                generation: self.generation,
-                ready: self.ready,
-                taken_over: std::mem::take(&mut self.taken_over),
-            };
-            in_background(move || store.clean(action_directory, used));
+        if let Some(cleaning) = self.begin_cleaning() {
+            in_background(cleaning);
         }
     }
 }
