@@ -159,7 +159,8 @@ impl reapi::execution_server::Execution for ExecutionService {
                 }
                 _ => {
                     access.require(&action.instance)?;
-                    waiter.waits_for(CallConnection::of(&request), &self.stopping);
+                    let timeout = self.scheduling.ended_call_timeout.get();
+                    waiter.waits_for(CallConnection::of(&request), timeout, &self.stopping);
                     let client = daemon::client_name(&request);
                     let inline = InlineHints::default();
                     let operations = self.watch(waiter, text.clone(), client, inline);
@@ -263,7 +264,8 @@ impl ExecutionService {
             ..asked.name
         };
         let mut waiter = self.without_incomplete_result(waiter, request).await?;
-        waiter.waits_for(asked.connection, &self.stopping);
+        let timeout = self.scheduling.ended_call_timeout.get();
+        waiter.waits_for(asked.connection, timeout, &self.stopping);
         let name = OperationName {
             operation: waiter.attached.operation,
             ..name
