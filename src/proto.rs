@@ -54,6 +54,34 @@ pub fn status(code: rpc::Code, message: impl Into<String>) -> rpc::Status {
     }
 }
 
+/// What `ErrorInfo.reason` says, with `ERROR_DOMAIN`, of an action that its worker could execute, but for
+/// the storage.
+const STORAGE_UNAVAILABLE: &str = "STORAGE_UNAVAILABLE";
+const ERROR_DOMAIN: &str = "bb_remote_execution";
+
+/// UNAVAILABLE, since a storage did not do what it was asked.
+pub fn storage_unavailable(message: impl Into<String>) -> rpc::Status {
+    let reason = rpc::ErrorInfo {
+        reason: STORAGE_UNAVAILABLE.to_owned(),
+        domain: ERROR_DOMAIN.to_owned(),
+        ..Default::default()
+    };
+    rpc::Status {
+        details: vec![pack(&reason)],
+        ..status(rpc::Code::Unavailable, message)
+    }
+}
+
+/// Whether a status is one that `storage_unavailable` makes.
+pub fn is_storage_unavailable(status: &rpc::Status) -> bool {
+    status.code == rpc::Code::Unavailable as i32
+        && status.details.iter().any(|any| {
+            unpack::<rpc::ErrorInfo>(any).is_some_and(|info| {
+                info.domain == ERROR_DOMAIN && info.reason == STORAGE_UNAVAILABLE
+            })
+        })
+}
+
 pub fn timestamp(time: SystemTime) -> Timestamp {
     Timestamp::from(time)
 }

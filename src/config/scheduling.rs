@@ -26,6 +26,8 @@ pub struct Scheduling {
     pub operation_with_no_waiters_timeout: Duration,
     /// How long an operation that is not completed goes on when nobody waits for it (Buildbarn: 60 s).
     pub abandoned_operation_timeout: Duration,
+    /// How long one goes on whose client ended its call and keeps its connection (Buildbarn: as above).
+    pub ended_call_timeout: Duration,
     /// How soon a busy worker calls again, and so hears of a cancellation.
     pub busy_worker_synchronization_interval: Duration,
     /// An idle worker's call is held for a random time up to this.
@@ -93,6 +95,7 @@ impl Default for Scheduling {
             execution_update_interval: Duration::seconds(20),
             operation_with_no_waiters_timeout: Duration::seconds(60),
             abandoned_operation_timeout: Duration::seconds(10),
+            ended_call_timeout: Duration::seconds(2),
             busy_worker_synchronization_interval: Duration::seconds(10),
             idle_worker_synchronization_interval: Duration::seconds(120),
             worker_report_timeout: Duration::seconds(2),

@@ -240,14 +240,17 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
         ),
     }
     let range = config.users.range();
-    report.record(
-        format!(
-            "users: {} to {} are nobody else's",
-            range.start,
-            range.end.saturating_sub(1)
-        ),
-        check_users(config).err(),
-    );
+    // That there is none is told by itself.
+    if !range.is_empty() {
+        report.record(
+            format!(
+                "users: {} to {} are nobody else's",
+                range.start,
+                range.end - 1
+            ),
+            check_users(config).err(),
+        );
+    }
     let (_, unknown) = resolve_users(&config.allowed_users);
     report.record(
         "allowed_users: all of them exist",

@@ -86,18 +86,18 @@ fn reap_orphans(id: u32) {
     if std::process::id() != 1 {
         return;
     }
-    for (pid, _) in processes_of(id) {
+    for process in processes_of(id) {
         // Those that are not our children are left alone; the first process of the action was reaped
         // before.
-        let _ = waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG));
+        let _ = waitpid(Pid::from_raw(process.pid), Some(WaitPidFlag::WNOHANG));
     }
 }
 
 fn any_alive(id: u32) -> bool {
-    processes_of(id).any(|(_, alive)| alive)
+    processes_of(id).any(|process| process.is_alive)
 }
 
-/// A process, as proc_pid_status(5) tells of it.
+/// What people are told of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct RunningProcess {
     /// At most 15 bytes, of its own choice.
@@ -107,40 +107,51 @@ pub(super) struct RunningProcess {
 
 /// Processes whose real user is `id`; zombies aside.
 pub(super) fn running(id: u32) -> Vec<RunningProcess> {
-    let alive = processes_of(id).filter(|(_, alive)| *alive);
-    let look = |(pid, _)| {
-        let status = fs::read(format!("/proc/{pid}/status")).ok()?;
-        let status = String::from_utf8_lossy(&status);
-        let field = |name: &str| {
-            let value = status.lines().find_map(|line| line.strip_prefix(name))?;
-            Some(value.trim().to_owned())
-        };
-        Some(RunningProcess {
-            name: field("Name:")?,
-            state: field("State:")?,
-        })
-    };
-    alive.filter_map(look).collect()
+    processes_of(id)
+        .filter(|process| process.is_alive)
+        .map(|process| process.told)
+        .collect()
 }
 
-/// Process numbers whose real user is `id`, and whether they are more than zombies. One whose first thread has ended
-/// is called a zombie, too, while other threads of it run (pthread_exit(3)).
-fn processes_of(id: u32) -> impl Iterator<Item = (i32, bool)> {
+/// A process, as proc_pid_status(5) tells of it.
+struct UserProcess {
+    pid: i32,
+    /// More than a zombie. One whose first thread has ended is called a zombie, too, while other threads of
+    /// it run (pthread_exit(3)).
+    is_alive: bool,
+    told: RunningProcess,
+}
+
+/// Processes whose real user is `id`.
+fn processes_of(id: u32) -> impl Iterator<Item = UserProcess> {
     fs::read_dir("/proc")
         .into_iter()
         .flatten()
         .flatten()
         .filter_map(move |entry| {
             let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
-            let status = fs::read_to_string(entry.path().join("status")).ok()?;
+            let status = fs::read(entry.path().join("status")).ok()?;
+            // The name may be any bytes.
+            let status = String::from_utf8_lossy(&status);
             let field = |name: &str| {
-                let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-                line.split_ascii_whitespace().next()
+                let value = status.lines().find_map(|line| line.strip_prefix(name))?;
+                Some(value.trim())
             };
-            let uid: u32 = field("Uid:")?.parse().ok()?;
-            let is_zombie = matches!(field("State:"), Some("Z" | "X"));
+            let uid: u32 = field("Uid:")?.split('\t').next()?.parse().ok()?;
+            if uid != id {
+                return None;
+            }
+            let state = field("State:")?;
+            let is_zombie = state.starts_with(['Z', 'X']);
             let has_others = field("Threads:").is_some_and(|count| !matches!(count, "0" | "1"));
-            (uid == id).then_some((pid, !is_zombie || has_others))
+            Some(UserProcess {
+                pid,
+                is_alive: !is_zombie || has_others,
+                told: RunningProcess {
+                    name: field("Name:")?.to_owned(),
+                    state: state.to_owned(),
+                },
+            })
         })
 }
 
@@ -195,4 +206,26 @@ fn made_by(id: u32, kind: &str) -> Vec<i32> {
         .filter(|line| column(line, creator).and_then(|text| text.parse().ok()) == Some(id))
         .filter_map(|line| column(line, 1)?.parse().ok())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt, process::Command};
+
+    use super::*;
+
+    #[test]
+    fn a_process_is_found_whatever_bytes_its_name_has() {
+        let directory = tempfile::tempdir().unwrap();
+        let program = directory.path().join(OsStr::from_bytes(b"a\xff\xfe"));
+        std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
+        let mut child = Command::new(program).arg("60").spawn().unwrap();
+        let own = nix::unistd::getuid().as_raw();
+        let found = processes_of(own).find(|process| process.pid == child.id() as i32);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let found = found.unwrap();
+        assert!(found.is_alive);
+        assert_eq!(found.told.name, "a\u{fffd}\u{fffd}");
+    }
 }

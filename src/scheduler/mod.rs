@@ -27,6 +27,7 @@ mod live_output;
 mod metrics;
 mod operation_message;
 pub mod operation_name;
+mod operation_stream;
 mod operations;
 mod output_stream;
 mod probe;

@@ -67,6 +67,9 @@ pub(super) struct Waiter {
 /// The stream of a waiter.
 struct WaitingStream {
     connection: CallConnection,
+    /// A client that ends its stream and keeps its connection wants no result (Ctrl-C), unless it waits again
+    /// within this time, as those do whose call has reached its deadline.
+    ended_call_timeout: Duration,
     /// Streams are ended by the scheduler when it stops.
     stopping: CancellationToken,
 }
@@ -77,10 +80,6 @@ impl WaitingStream {
         self.connection.is_open() && !self.stopping.is_cancelled()
     }
 }
-
-/// A client that ends its stream and keeps its connection wants no result (Ctrl-C), unless it waits again within
-/// this time, as those do whose call has reached its deadline.
-const CLIENT_RETURNS_WITHIN: Duration = Duration::from_secs(2);
 
 /// A worker's call that is held; the queue forgets it when this is dropped before it is answered.
 struct HeldCallGuard<'a> {
@@ -546,9 +545,15 @@ impl QueueAndClock {
 
 impl Waiter {
     /// It waits for the client that called by this connection.
-    pub(super) fn waits_for(&mut self, connection: CallConnection, stopping: &CancellationToken) {
+    pub(super) fn waits_for(
+        &mut self,
+        connection: CallConnection,
+        ended_call_timeout: Duration,
+        stopping: &CancellationToken,
+    ) {
         self.stream = Some(WaitingStream {
             connection,
+            ended_call_timeout,
             stopping: stopping.clone(),
         });
     }
@@ -579,7 +584,7 @@ impl Drop for Waiter {
         {
             let shared = self.shared.clone();
             runtime.spawn(async move {
-                tokio::time::sleep(CLIENT_RETURNS_WITHIN).await;
+                tokio::time::sleep(stream.ended_call_timeout).await;
                 if stream.is_client_there() {
                     let _ = shared.try_decide(|queue, now| queue.give_up(now, operation));
                 }

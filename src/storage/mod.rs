@@ -179,7 +179,10 @@ impl Backend {
     ) -> Result<Vec<Digest>, Error> {
         match self.cas() {
             // The index is in memory.
-            SingleBackend::Embedded(store) => Ok(store.find_missing(digests)),
+            SingleBackend::Embedded(store) => {
+                store.require_directory()?;
+                Ok(store.find_missing(digests))
+            }
             SingleBackend::Grpc(client) => client.find_missing(instance, digests).await,
             SingleBackend::Shards(shards) => shards.find_missing(instance, digests).await,
             SingleBackend::Objects(objects) => objects.find_missing(digests).await,

@@ -42,6 +42,7 @@ impl Backend {
                 let cache = embedded.clone().filter(|_| location == places.cas);
                 let opened =
                     ObjectStorage::open(*service, &places.objects, places.health, cache, options)?;
+                opened.warn_of_refusal();
                 Ok(Backend::Objects(opened))
             }
         };

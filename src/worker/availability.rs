@@ -51,7 +51,9 @@ impl Availability {
     pub fn ended(&self, began: Instant, fault: Option<&Fault>) {
         let verdict = match fault {
             None => ActionVerdict::Ran,
-            Some(Fault::Unavailable(reason)) => ActionVerdict::Fault(reason.clone()),
+            Some(Fault::Unavailable(reason) | Fault::Storage(reason)) => {
+                ActionVerdict::Fault(reason.clone())
+            }
             Some(_) => ActionVerdict::Neither,
         };
         let now = Instant::now();

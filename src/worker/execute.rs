@@ -119,7 +119,8 @@ impl Executor {
         }
         response.status = fault.as_ref().map(Fault::status);
         response_size::truncate(&mut response);
-        if fault != Some(Fault::Cancelled) {
+        // What cannot be uploaded is not tried once more.
+        if !matches!(fault, Some(Fault::Cancelled | Fault::Storage(_))) {
             let record = self.record(&task, &mut response);
             grpc::on_behalf_of(client, spans.of_storage(), record).await;
         }

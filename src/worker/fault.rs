@@ -39,6 +39,10 @@ pub enum Fault {
     /// Likewise, but an action may have brought it about: it says nothing of this host.
     #[error("{0}")]
     Contended(String),
+    /// The farm: its storage did not do what it was asked, for as long as this host tried. Elsewhere it may
+    /// work only if it is this host that cannot reach it.
+    #[error("{0}")]
+    Storage(String),
     /// The farm: a defect.
     #[error("{0}")]
     Internal(String),
@@ -61,6 +65,7 @@ impl Fault {
             Fault::Cancelled => Code::Cancelled,
             Fault::Exhausted(_) => Code::ResourceExhausted,
             Fault::Unavailable(_) | Fault::Contended(_) => Code::Unavailable,
+            Fault::Storage(text) => return proto::storage_unavailable(text),
             Fault::Internal(_) => Code::Internal,
             Fault::Runner { code, text } => {
                 return rpc::Status {
@@ -84,7 +89,9 @@ impl Fault {
         match error {
             Error::Missing(digests) => Fault::Missing { text, digests },
             Error::TooLarge { .. } | Error::Invalid(_) => Fault::Invalid(text),
-            Error::Unavailable(_) => Fault::Unavailable(text),
+            Error::Unavailable(_) => Fault::Storage(format!(
+                "{text}; see whether that storage is up and can be reached from this worker's host, and what its log says"
+            )),
             Error::Full(_) => Fault::Exhausted(text),
             Error::Corrupt { .. } | Error::Internal(_) => Fault::Internal(text),
         }
@@ -101,5 +108,22 @@ impl Fault {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Fault::Contended(text),
             _ => Fault::Unavailable(text),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unavailable_storage_is_told_apart_from_an_unavailable_worker() {
+        let error = || storage::Error::Unavailable("storage grpc://store:1 is down".to_owned());
+        let status = Fault::of_storage("upload the outputs", error()).status();
+        assert_eq!(status.code, rpc::Code::Unavailable as i32);
+        assert!(proto::is_storage_unavailable(&status));
+        let expected = "could not upload the outputs: storage grpc://store:1 is down; see whether";
+        assert!(status.message.starts_with(expected), "{status:?}");
+        let status = Fault::Unavailable("no runner".to_owned()).status();
+        assert!(!proto::is_storage_unavailable(&status));
     }
 }

@@ -29,7 +29,12 @@ use tokio::{
     net::TcpStream,
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Request, Response, Status, Streaming, codec::CompressionEncoding};
+use tonic::{
+    Code, Request, Response, Status, Streaming,
+    client::GrpcService,
+    codec::CompressionEncoding,
+    codegen::{Body, Bytes, StdError},
+};
 
 const MIB: usize = 1 << 20;
 
@@ -106,23 +111,23 @@ impl Server {
     }
 
     /// Calls of one client that wait.
-    async fn parked(&self, client: ByteStreamClient<Channel>, count: usize) -> Parked {
-        self.parked_by(count, || {
-            let mut client = client.clone();
-            async move {
-                let answer = client.query_write_status(QueryWriteStatusRequest::default());
-                answer.await.map(drop)
-            }
-        })
-        .await
-    }
-
-    async fn parked_by<F>(&self, count: usize, call: impl Fn() -> F) -> Parked
+    async fn parked<T>(&self, client: ByteStreamClient<T>, count: usize) -> Parked
     where
-        F: Future<Output = Result<(), Status>> + Send + 'static,
+        T: GrpcService<tonic::body::Body> + Clone + Send + 'static,
+        T::Future: Send,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + Send,
     {
         let before = self.mock.parked.load(Ordering::Relaxed);
-        let calls = (0..count).map(|_| tokio::spawn(call())).collect();
+        let call = || {
+            let mut client = client.clone();
+            tokio::spawn(async move {
+                let answer = client.query_write_status(QueryWriteStatusRequest::default());
+                answer.await.map(drop)
+            })
+        };
+        let calls = (0..count).map(|_| call()).collect();
         while self.mock.parked.load(Ordering::Relaxed) < before + count {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -233,16 +238,7 @@ async fn a_long_message_fails_its_own_call_and_no_other_on_its_connection() {
     let plain =
         tonic::transport::Endpoint::from_shared(format!("http://{}", server.address)).unwrap();
     let mut client = ByteStreamClient::new(plain.connect().await.unwrap());
-    let waiting = client.clone();
-    let parked = server
-        .parked_by(1, move || {
-            let mut client = waiting.clone();
-            async move {
-                let answer = client.query_write_status(QueryWriteStatusRequest::default());
-                answer.await.map(drop)
-            }
-        })
-        .await;
+    let parked = server.parked(client.clone(), 1).await;
     for text in ["x", "\n", "ä", "🦀 "] {
         let request = WriteRequest {
             resource_name: text.to_owned(),
@@ -261,16 +257,7 @@ async fn headers_that_are_too_large_fail_their_own_call_and_are_named() {
     const METADATA: &str = "build.bazel.remote.execution.v2.requestmetadata-bin";
     let server = Server::start(ServerLimits::default());
     let client = server.client();
-    let waiting = client.clone();
-    let parked = server
-        .parked_by(1, move || {
-            let mut client = waiting.clone();
-            async move {
-                let answer = client.query_write_status(QueryWriteStatusRequest::default());
-                answer.await.map(drop)
-            }
-        })
-        .await;
+    let parked = server.parked(client.clone(), 1).await;
     let read = |length: usize| {
         let mut client = client.clone();
         async move {

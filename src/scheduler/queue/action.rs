@@ -223,6 +223,8 @@ pub struct EncodedResponse {
     pub response: Vec<u8>,
     /// Of the response's status.
     pub code: i32,
+    /// Its worker says that it is the storage that is unavailable.
+    pub is_fault_of_storage: bool,
     /// Who says so: ExecutedActionMetadata.worker.
     pub worker: String,
     pub exit_code: i32,
@@ -238,6 +240,8 @@ impl EncodedResponse {
         EncodedResponse {
             response: response.encode_to_vec(),
             code: response.status.as_ref().map_or(0, |status| status.code),
+            is_fault_of_storage: (response.status.as_ref())
+                .is_some_and(proto::is_storage_unavailable),
             worker: metadata.map_or_else(String::new, |metadata| metadata.worker.clone()),
             exit_code: result.map_or(0, |result| result.exit_code),
             duration: metadata.and_then(execution_duration).unwrap_or_default(),

@@ -59,13 +59,18 @@ impl<C, W: Clone> Queue<C, W> {
         true
     }
 
-    /// Whether a result says that the worker or its host is at fault, rather than the action, and the
-    /// action may be executed once more.
+    /// Whether a result says that the worker, its host or what these need is at fault, rather than the
+    /// action, and the action may be executed once more. Of a storage that is unavailable, the first
+    /// worker has tried for as long as that may help, and the second one tells whether it is the first one's way to it.
     pub(super) fn is_worker_fault(&self, number: TaskNumber, outcome: &EncodedResponse) -> bool {
         let task = &self.tasks[number];
+        let most = match outcome.is_fault_of_storage {
+            true => self.settings.lost_worker_retry_count.min(1),
+            false => self.settings.lost_worker_retry_count,
+        };
         outcome.code == rpc::Code::Unavailable as i32
             && !task.background
-            && (task.lost().len() as u64) < u64::from(self.settings.lost_worker_retry_count)
+            && (task.lost().len() as u64) < u64::from(most)
     }
 
     /// A worker that executes is gone or has failed, or another process has its place: what it executes

@@ -24,6 +24,8 @@ pub(super) enum SpaceSource {
 impl Space {
     /// Stores contents that proved right. On an error some of them may have been stored.
     pub(super) fn store_small(&self, contents: &[NewContent]) -> Result<(), Error> {
+        // Files that are open take what nobody would find at the next start.
+        self.require_directory_now()?;
         for new in contents {
             self.limits.admit(new.limit, new.content.len() as u64)?;
         }

@@ -11,7 +11,7 @@ use super::{
     space::{Space, SpaceReservation},
 };
 use crate::digest::{Digest, Hasher};
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 /// Dropped before it is finished, it leaves nothing.
 pub struct BlobWriter {
@@ -30,6 +30,18 @@ enum BlobBuffer {
     },
 }
 
+/// In a directory that is made again if somebody removed it.
+fn create_file(space: &Space) -> Result<BlobFileWriter, Error> {
+    let created = match BlobFileWriter::create(space.fresh_upload_path()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && space.look_for_directory() => {
+            space.mend_directories();
+            BlobFileWriter::create(space.fresh_upload_path())
+        }
+        created => created,
+    };
+    created.map_err(|error| space.write_error(error))
+}
+
 /// Space is taken in steps, as bytes arrive: what a client announces is no reason to evict.
 const SPACE_STEP: u64 = 4 << 20;
 
@@ -42,13 +54,13 @@ impl BlobWriter {
                 limit: most,
             });
         }
+        space.require_directory_now()?;
         space.limits.admit(limit, digest.size())?;
         let content = if digest.size() <= SMALL {
             BlobBuffer::Small(Vec::new())
         } else {
             BlobBuffer::Large {
-                writer: BlobFileWriter::create(space.fresh_upload_path())
-                    .map_err(|error| space.write_error(error))?,
+                writer: create_file(&space)?,
                 reservation: space.reserve(0)?,
             }
         };

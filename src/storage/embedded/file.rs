@@ -67,10 +67,15 @@ fn parse_name(name: &str) -> Option<LargeBlob> {
     ))
 }
 
+/// Where the blobs are whose hashes begin with this byte.
+pub(super) fn directory_of(directory: &Path, byte: u8) -> PathBuf {
+    directory.join(format!("{byte:02x}"))
+}
+
 /// Makes the 256 directories.
 pub(super) fn prepare(directory: &Path) -> io::Result<()> {
-    for byte in 0..=255u8 {
-        fs::create_dir_all(directory.join(format!("{byte:02x}")))?;
+    for byte in 0..=255 {
+        fs::create_dir_all(directory_of(directory, byte))?;
     }
     Ok(())
 }
@@ -87,7 +92,7 @@ pub(super) fn list(directory: &Path) -> io::Result<Vec<LargeBlob>> {
 /// Those whose hashes begin with this byte.
 pub(super) fn list_one(directory: &Path, byte: u8) -> io::Result<Vec<LargeBlob>> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(directory.join(format!("{byte:02x}")))? {
+    for entry in fs::read_dir(directory_of(directory, byte))? {
         if let Some(blob) = entry?.file_name().to_str().and_then(parse_name) {
             found.push(blob);
         }
@@ -157,7 +162,18 @@ impl BlobFileWriter {
         trailer.extend_from_slice(&checksum.to_le_bytes());
         trailer.extend_from_slice(FORMAT);
         self.file.write_all_at(&trailer, self.size)?;
-        fs::rename(&self.path, path(directory, key, self.size, limit))?;
+        let path = path(directory, key, self.size, limit);
+        let mut renamed = fs::rename(&self.path, &path);
+        // Somebody removed the directory that it goes into, rather than the one that it is in.
+        if let Err(error) = &renamed
+            && error.kind() == io::ErrorKind::NotFound
+            && self.path.exists()
+            && let Some(parent) = path.parent()
+        {
+            fs::create_dir_all(parent)?;
+            renamed = fs::rename(&self.path, &path);
+        }
+        renamed?;
         self.committed = true;
         Ok(())
     }

@@ -55,12 +55,17 @@ impl Space {
             let stopping = state.stopping;
             state.space_is_short = false;
             drop(state);
+            // What is there instead is left alone.
+            let is_there = self.look_for_directory();
+            if is_there {
+                self.mend_directories();
+            }
             if quiet {
                 // So that order in time shows even when nothing is written.
                 self.written.fetch_add(self.tick(), Ordering::Relaxed);
                 rounds += 1;
             }
-            if stopping || rounds >= ROUNDS_PER_SAVING {
+            if is_there && (stopping || rounds >= ROUNDS_PER_SAVING) {
                 rounds = 0;
                 if let Err(error) = recency::save(self) {
                     tracing::warn!(%error, "could not save when blobs were used");
@@ -71,6 +76,9 @@ impl Space {
             }
             self.note_age();
             uploads.expire(Instant::now());
+            if !is_there {
+                continue;
+            }
             self.measure_free_space(Instant::now());
             self.reclaim();
             if quiet {

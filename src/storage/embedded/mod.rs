@@ -16,7 +16,8 @@
 //! 3. The files' sizes together stay below the maximum size, and something of the file system stays
 //!    free; least recently used blobs make room. So do those of instance names with limits of their own,
 //!    for one another (instance_limits.rs).
-//! 4. A lookup, of FindMissing, a read or an action's result, makes recently used.
+//! 4. While its directory is removed or unmounted, nothing is taken and nothing is given (directory.rs).
+//! 5. A lookup, of FindMissing, a read or an action's result, makes recently used.
 //!
 //! # Why no database
 //!
@@ -71,6 +72,7 @@ mod check;
 mod chunk_lists;
 mod chunks;
 mod counts;
+mod directory;
 mod file;
 mod index;
 mod initial_size_class_cache;
@@ -216,7 +218,12 @@ impl Store {
 
     /// Whether the blob is there.
     pub fn contains(&self, digest: &Digest) -> bool {
-        digest.is_empty_blob() || self.find(digest).is_some()
+        digest.is_empty_blob() || self.find(digest).is_some() && self.require_directory().is_ok()
+    }
+
+    /// An error while the directory of the store is known to be removed or unmounted: nothing is there then.
+    pub fn require_directory(&self) -> Result<(), Error> {
+        self.space.require_directory()
     }
 
     /// Those that are not there, in the order given, repetitions included. What is there becomes
@@ -247,6 +254,7 @@ impl Store {
         if digest.is_empty_blob() {
             return Ok(Blob::Small(Bytes::new()));
         }
+        self.require_directory()?;
         let found = self.find(digest).ok_or_else(missing)?;
         match found.place {
             Location::Segment { .. } => self
@@ -254,14 +262,18 @@ impl Store {
                 .content(found)
                 .map(Blob::Small)
                 .ok_or_else(missing),
-            Location::File => match self.space.large(&found) {
-                Ok(Some(blob)) => Ok(Blob::Large {
-                    digest: *digest,
-                    blob,
-                }),
-                Ok(None) => Err(missing()),
-                Err(error) => Err(error),
-            },
+            Location::File => {
+                // A file that is not there is no damage when all of them are gone.
+                self.space.require_directory_now()?;
+                match self.space.large(&found) {
+                    Ok(Some(blob)) => Ok(Blob::Large {
+                        digest: *digest,
+                        blob,
+                    }),
+                    Ok(None) => Err(missing()),
+                    Err(error) => Err(error),
+                }
+            }
         }
     }
 

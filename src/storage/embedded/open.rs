@@ -7,7 +7,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -206,7 +206,8 @@ fn read(
         maintenance: Default::default(),
         counts: Default::default(),
         ages: Default::default(),
-        _lock: lock,
+        lock,
+        is_gone: AtomicBool::new(false),
     };
     let mut latest = space.now();
     for number in segment::list(&segments)? {

@@ -21,7 +21,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -70,7 +70,9 @@ pub(super) struct Space {
     pub counts: StoreCounts,
     pub ages: Mutex<RecencyAges>,
     /// Held for as long as the store is open.
-    pub _lock: fs::File,
+    pub lock: fs::File,
+    /// The directory was not there when it was looked for last.
+    pub is_gone: AtomicBool,
 }
 
 /// Bytes that are counted as used; given back when dropped, unless kept.
@@ -187,8 +189,17 @@ impl Space {
 
     /// What a failed write means.
     pub(super) fn write_error(&self, error: io::Error) -> Error {
+        if error.kind() == io::ErrorKind::NotFound
+            && let Err(gone) = self.require_directory_now()
+        {
+            return gone;
+        }
         match error.raw_os_error() {
             Some(libc::ENOSPC | libc::EDQUOT) => self.full_file_system(),
+            Some(libc::EROFS) => Error::Internal(format!(
+                "could not write in {}: {error}; see what the kernel's log says of its disk, and mount it read-write again",
+                self.directory.display()
+            )),
             _ => Error::Internal(format!(
                 "could not write in {}: {error}",
                 self.directory.display()

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use futures::{StreamExt, TryStreamExt, stream};
 use tonic::Status;
 
-use super::{Client, call, status::error};
+use super::Client;
 use crate::{
     digest::Digest,
     instance::InstanceName,
@@ -51,7 +51,7 @@ impl Client {
                     accepted = accepted.max(count);
                     missing.extend(found);
                 }
-                Err(status) if count <= 1 => return Err(error(&status, None)),
+                Err(status) if count <= 1 => return Err(self.0.cas_server.error(&status, None)),
                 Err(_) => {
                     refused = true;
                     let later = digests.split_off(count / 2);
@@ -79,7 +79,7 @@ impl Client {
             blob_digests: digests.iter().map(Digest::to_proto).collect(),
             digest_function: function.to_proto() as i32,
         };
-        let answer = call::divisible(self.0.timeouts.call, &self.0.retry, || {
+        let answer = self.0.cas_server.divisible(|| {
             let (mut client, request) = (self.cas(), request.clone());
             async move { client.find_missing_blobs(request).await }
         });

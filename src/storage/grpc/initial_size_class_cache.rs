@@ -1,8 +1,8 @@
 //! A client of buildbarn.iscc.InitialSizeClassCache.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-use super::call;
+use super::call::CalledServer;
 use crate::{
     config::Endpoint,
     daemon::{self, Channel, Credentials},
@@ -20,8 +20,7 @@ use crate::{
 #[derive(Clone)]
 pub struct InitialSizeClassCacheClient {
     stub: Stub<Channel>,
-    /// From a call to its answer.
-    timeout: Duration,
+    server: Arc<CalledServer>,
 }
 
 impl InitialSizeClassCacheClient {
@@ -29,7 +28,7 @@ impl InitialSizeClassCacheClient {
     pub fn connect(endpoint: &Endpoint, credentials: &Credentials, timeout: Duration) -> Self {
         InitialSizeClassCacheClient {
             stub: Stub::new(daemon::connect_with(endpoint, credentials)),
-            timeout,
+            server: Arc::new(CalledServer::new(endpoint, timeout, RetryPolicy::default())),
         }
     }
 
@@ -44,8 +43,7 @@ impl InitialSizeClassCacheClient {
             reduced_action_digest: Some(reduced_action.to_proto()),
             digest_function: reduced_action.function().to_proto() as i32,
         };
-        let retry = RetryPolicy::default();
-        let answer = call::unary(self.timeout, &retry, Some(reduced_action), || {
+        let answer = self.server.unary(Some(reduced_action), || {
             let (mut stub, request) = (self.stub.clone(), request.clone());
             async move { stub.get_previous_execution_stats(request).await }
         });
@@ -69,8 +67,7 @@ impl InitialSizeClassCacheClient {
             previous_execution_stats: Some(stats),
             digest_function: reduced_action.function().to_proto() as i32,
         };
-        let retry = RetryPolicy::default();
-        let answer = call::unary(self.timeout, &retry, None, || {
+        let answer = self.server.unary(None, || {
             let (mut stub, request) = (self.stub.clone(), request.clone());
             async move { stub.update_previous_execution_stats(request).await }
         });

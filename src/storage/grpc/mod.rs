@@ -22,6 +22,7 @@ use tokio::sync::Semaphore;
 use tonic::{Code, Status, service::interceptor::InterceptedService};
 
 use self::{
+    call::CalledServer,
     limits::{Announced, AnnouncedChunks, CallLimits},
     local_chunks::LocalChunks,
     on_behalf::AddCarriedHeaders,
@@ -160,9 +161,10 @@ struct ClientState {
     cas: Vec<CarryingChannel>,
     next: AtomicUsize,
     action_cache: CarryingChannel,
+    cas_server: CalledServer,
+    action_cache_server: CalledServer,
     limits: CallLimits,
     timeouts: Timeouts,
-    retry: RetryPolicy,
     instance_name_prefix: InstanceName,
     /// Where the CAS announces it.
     compresses: bool,
@@ -194,13 +196,16 @@ impl Client {
             InterceptedService::new(channel, AddCarriedHeaders)
         };
         let permits = |n: NonZeroUsize| Semaphore::new(n.get().min(Semaphore::MAX_PERMITS));
+        let called =
+            |endpoint| CalledServer::new(endpoint, options.timeouts.call, options.retry.clone());
         Client(Arc::new(ClientState {
             cas: (0..CONNECTIONS).map(|_| connect(cas)).collect(),
             next: AtomicUsize::new(0),
             action_cache: connect(action_cache),
             limits: CallLimits::default(),
+            cas_server: called(cas),
+            action_cache_server: called(action_cache),
             timeouts: options.timeouts,
-            retry: options.retry,
             instance_name_prefix: options.instance_name_prefix,
             compresses: options.compression.holds_for(cas),
             chunks: options.chunks.holds_for(cas),
@@ -245,7 +250,7 @@ impl Client {
             Err(status) if status.code() == Code::Unimplemented => Err(Error::Invalid(
                 "what answers there is no Content Addressable Storage".to_owned(),
             )),
-            Err(status) => Err(status::error(&status, None)),
+            Err(status) => Err(self.0.cas_server.error(&status, None)),
         }
     }
 
@@ -275,8 +280,8 @@ impl Client {
             digest_function: action.function().to_proto() as i32,
             ..Default::default()
         };
-        let limit = self.0.timeouts.call;
-        let result = call::unary(limit, &self.0.retry, Some(action), || {
+        let server = &self.0.action_cache_server;
+        let result = server.unary(Some(action), || {
             let (mut client, request) = (self.actions(), request.clone());
             async move { client.get_action_result(request).await }
         });
@@ -301,7 +306,7 @@ impl Client {
             results_cache_policy: None,
             digest_function: action.function().to_proto() as i32,
         };
-        let answer = call::unary(self.0.timeouts.call, &self.0.retry, None, || {
+        let answer = self.0.action_cache_server.unary(None, || {
             let (mut client, request) = (self.actions(), request.clone());
             async move { client.update_action_result(request).await }
         });

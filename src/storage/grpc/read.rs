@@ -6,10 +6,7 @@ use bytes::Bytes;
 use futures::{StreamExt, stream::FuturesUnordered};
 use tonic::{Code, Status};
 
-use super::{
-    Client, FlightKey, LARGEST_BATCHED, OVERHEAD, call, sent_size,
-    status::{self, error, may_pass},
-};
+use super::{Client, FlightKey, LARGEST_BATCHED, OVERHEAD, sent_size, status::may_pass};
 use crate::{
     digest::Digest,
     instance::InstanceName,
@@ -130,7 +127,7 @@ impl Client {
             let hopeless = matches!(content, Err(Error::Invalid(_)));
             leader.finish(content);
             if hopeless {
-                let error = error(&status, None);
+                let error = self.0.cas_server.error(&status, None);
                 for leader in open.drain(..).flatten() {
                     leader.finish(Err(error.clone()));
                 }
@@ -149,7 +146,7 @@ impl Client {
         instance: &InstanceName,
         mut leaders: Vec<ReadLeader>,
     ) -> Option<(Vec<ReadLeader>, Status)> {
-        let mut attempts = self.0.retry.attempts();
+        let mut attempts = self.0.cas_server.attempts();
         let mut corrupt_before = false;
         while let Some(first) = leaders.first() {
             let function = first.digest().function();
@@ -171,7 +168,7 @@ impl Client {
                 digest_function: function.to_proto() as i32,
             };
             let permit = self.0.downloads.acquire().await;
-            let answer = call::divisible(self.0.timeouts.call, &self.0.retry, || {
+            let answer = self.0.cas_server.divisible(|| {
                 let (mut client, request) = (self.cas(), request.clone());
                 async move { client.batch_read_blobs(request).await }
             });
@@ -225,7 +222,9 @@ impl Client {
                             trouble = Some(status);
                             again.push(leader);
                         }
-                        false => leader.finish(Err(error(&status, Some(&digest)))),
+                        false => {
+                            leader.finish(Err(self.0.cas_server.error(&status, Some(&digest))))
+                        }
                     }
                     continue;
                 }
@@ -237,7 +236,7 @@ impl Client {
             }
             corrupt_before = true;
             if let Some(status) = trouble
-                && let Err(error) = status::wait(&mut attempts, &status, None).await
+                && let Err(error) = self.0.cas_server.wait(&mut attempts, &status, None).await
             {
                 for leader in again.drain(..) {
                     leader.finish(Err(error.clone()));

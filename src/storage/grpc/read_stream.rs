@@ -12,7 +12,7 @@ use futures::{StreamExt, stream};
 use tokio::sync::OwnedSemaphorePermit;
 use tonic::{Code, Status, Streaming};
 
-use super::{Client, LARGEST_BATCHED, call::timely, status::wait};
+use super::{Client, LARGEST_BATCHED, call::timely, status::observed};
 use crate::{
     digest::{Digest, Hasher},
     instance::InstanceName,
@@ -106,18 +106,22 @@ impl PieceReader {
                 Ok(None) if self.at == self.end => return Ok(None),
                 // How the stream ends says nothing about what has come.
                 Err(_) if self.at == self.end && self.at > 0 => return Ok(None),
-                Ok(None) => Status::aborted(format!(
-                    "the stream ended after {} of {} bytes of blob {}",
-                    self.at,
-                    self.digest.size(),
-                    self.digest
-                )),
-                Err(_) if self.waited >= silence => Status::deadline_exceeded(format!(
-                    "no more than {} bytes of blob {} came in {} seconds",
-                    self.at - self.marked,
-                    self.digest,
-                    silence.as_secs()
-                )),
+                Ok(None) => {
+                    let (at, size) = (self.at, self.digest.size());
+                    let text = format!(
+                        "ended the stream after {at} of {size} bytes of blob {}",
+                        self.digest
+                    );
+                    observed(Code::Aborted, text)
+                }
+                Err(_) if self.waited >= silence => {
+                    let (came, seconds) = (self.at - self.marked, silence.as_secs());
+                    let text = format!(
+                        "sent no more than {came} bytes of blob {} in {seconds} seconds",
+                        self.digest
+                    );
+                    observed(Code::DeadlineExceeded, text)
+                }
                 Err(status) => status,
             };
             // Others may stream while this one waits.
@@ -142,7 +146,10 @@ impl PieceReader {
             self.compressor = Some(Compressor::Identity);
             return Ok(());
         }
-        wait(&mut self.attempts, status, Some(&self.digest)).await
+        let server = &self.client.0.cas_server;
+        server
+            .wait(&mut self.attempts, status, Some(&self.digest))
+            .await
     }
 
     fn advance(&mut self, data: Bytes) -> Result<Bytes, Error> {
@@ -234,7 +241,7 @@ impl Client {
             digest: *digest,
             at: start,
             end,
-            attempts: self.0.retry.attempts(),
+            attempts: self.0.cas_server.attempts(),
             marked: start,
             waited: Duration::ZERO,
             compressor: None,

@@ -1,30 +1,28 @@
 //! What a server's status means: whose fault it is, whether trying again may help, and whether less in
 //! one call may.
 
+use std::sync::Arc;
+
 use tonic::{Code, Status};
 
 use crate::{
     digest::Digest,
-    storage::{
-        Error,
-        retry::{Attempts, Transience},
-    },
+    storage::{Error, retry::Transience},
 };
 
-/// Waits before the next attempt at a call that failed. The error of the call when there should be
-/// none; `digest` is what NOT_FOUND is about.
-pub(super) async fn wait(
-    attempts: &mut Attempts,
-    status: &Status,
-    digest: Option<&Digest>,
-) -> Result<(), Error> {
-    match attempts.wait(transience(status)).await {
-        true => Ok(()),
-        false => Err(error(status, digest)),
-    }
+/// What a server did, as its client saw it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Observation(String);
+
+/// The status of a call whose server did not answer it as it should; `text` reads as "storage SERVER TEXT".
+pub(super) fn observed(code: Code, text: String) -> Status {
+    let mut status = Status::new(code, text.clone());
+    status.set_source(Arc::new(Observation(text)));
+    status
 }
 
-fn transience(status: &Status) -> Transience {
+pub(super) fn transience(status: &Status) -> Transience {
     match status.code() {
         Code::Unavailable | Code::Aborted | Code::Cancelled | Code::DeadlineExceeded => {
             Transience::Transient
@@ -63,16 +61,16 @@ pub(super) fn may_be_too_large(status: &Status) -> bool {
     }
 }
 
-/// Not an answer of the peer's: the connection ended under the call. Such errors show themselves as
+/// Not an answer of the peer's: the connection ended under the call, or what came was none. Such errors show themselves as
 /// INTERNAL or UNKNOWN, too, and as RESOURCE_EXHAUSTED where an end of HTTP/2 finds the other one too
 /// busy (RFC 9113, ENHANCE_YOUR_CALM).
 fn is_of_the_connection(status: &Status) -> bool {
     std::error::Error::source(status).is_some()
 }
 
-/// What a status means to whoever called. `digest` is what NOT_FOUND is about.
-pub(super) fn error(status: &Status, digest: Option<&Digest>) -> Error {
-    let text = describe(status);
+/// What a status of a server means to whoever called. `digest` is what NOT_FOUND is about.
+pub(super) fn error(server: &str, status: &Status, digest: Option<&Digest>) -> Error {
+    let text = describe(server, status);
     if is_of_the_connection(status) {
         return Error::Unavailable(text);
     }
@@ -92,12 +90,22 @@ pub(super) fn error(status: &Status, digest: Option<&Digest>) -> Error {
     }
 }
 
-/// With the causes, which name the endpoint that could not be reached.
-fn describe(status: &Status) -> String {
+/// With the causes. What a server only passes on from another one says already whose it is.
+fn describe(server: &str, status: &Status) -> String {
+    let (code, message) = (status.code(), status.message());
+    if let Some(Observation(text)) =
+        std::error::Error::source(status).and_then(|source| source.downcast_ref())
+    {
+        return format!("storage {server} {text}");
+    }
     let mut text = match is_of_the_connection(status) {
-        true => format!("no answer from storage: {}", status.message()),
-        false => format!("storage answered {:?}: {}", status.code(), status.message()),
+        true => format!("no answer from storage {server}: {message}"),
+        false if is_passed_on(message, code) => message.to_owned(),
+        false => format!("storage {server} answered {code:?}: {message}"),
     };
+    if matches!(code, Code::PermissionDenied | Code::Unauthenticated) {
+        text.push_str("; let it give this daemon what it asks for, or see what storage.tls, storage.authorization_file and storage.add_metadata show it");
+    }
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {
         let more = error.to_string();
@@ -109,9 +117,33 @@ fn describe(status: &Status) -> String {
     text
 }
 
+/// Whether a server says what `describe` made of another one's status.
+fn is_passed_on(message: &str, code: Code) -> bool {
+    let answered = format!(" answered {code:?}: ");
+    message.contains("no answer from storage ")
+        || message
+            .split_once("storage ")
+            .is_some_and(|(_, rest)| rest.contains(&answered))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_server_passes_on_from_another_one_is_told_once() {
+        let told = |server: &str, status: &Status| error(server, status, None).to_string();
+        let first = told("grpc://store:1", &Status::internal("broken"));
+        assert_eq!(first, "storage grpc://store:1 answered Internal: broken");
+        let second = told("grpc://scheduler:2", &Status::internal(&*first));
+        assert_eq!(second, first);
+        let of_a_shard = format!("shard a: {first}");
+        let second = told("grpc://scheduler:2", &Status::internal(&*of_a_shard));
+        assert_eq!(second, of_a_shard);
+        let silent = observed(Code::DeadlineExceeded, "did not answer".to_owned());
+        let silent = told("grpc://store:1", &silent);
+        assert_eq!(silent, "storage grpc://store:1 did not answer");
+    }
 
     #[test]
     fn a_full_disk_is_no_large_message() {

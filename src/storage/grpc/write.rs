@@ -6,10 +6,7 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use tonic::{Code, Status};
 
-use super::{
-    Client, LARGEST_BATCHED, OVERHEAD, call, sent_size,
-    status::{self, error, may_pass},
-};
+use super::{Client, LARGEST_BATCHED, OVERHEAD, sent_size, status::may_pass};
 use crate::{
     digest::Digest,
     instance::InstanceName,
@@ -130,7 +127,7 @@ impl Client {
         instance: &InstanceName,
         mut blobs: Vec<(Digest, Content)>,
     ) -> Result<Vec<(Digest, Content)>, Error> {
-        let mut attempts = self.0.retry.attempts();
+        let mut attempts = self.0.cas_server.attempts();
         while let Some((first, _)) = blobs.first() {
             let function = first.function();
             let (same, other): (Vec<_>, Vec<_>) = blobs
@@ -162,7 +159,7 @@ impl Client {
                 requests: requests?,
                 digest_function: function.to_proto() as i32,
             };
-            let answer = call::divisible(self.0.timeouts.call, &self.0.retry, || {
+            let answer = self.0.cas_server.divisible(|| {
                 let (mut client, request) = (self.cas(), request.clone());
                 async move { client.batch_update_blobs(request).await }
             });
@@ -192,11 +189,11 @@ impl Client {
                         trouble = Some(status);
                         again.push((digest, content));
                     }
-                    _ => return Err(error(&status, None)),
+                    _ => return Err(self.0.cas_server.error(&status, None)),
                 }
             }
             if let Some(status) = trouble {
-                status::wait(&mut attempts, &status, None).await?;
+                self.0.cas_server.wait(&mut attempts, &status, None).await?;
             }
             blobs = again;
         }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::{
     Client,
     call::{self, silent, timely},
-    status::{error, wait},
+    status::observed,
 };
 use crate::{
     digest::Digest,
@@ -111,7 +111,7 @@ impl Client {
         let instance = &self.name_there(instance);
         let name = |compressor| WriteName::format_as(instance, Uuid::new_v4(), &digest, compressor);
         let mut resource_name = name(compressor);
-        let mut attempts = self.0.retry.attempts();
+        let mut attempts = self.0.cas_server.attempts();
         let mut offset = 0;
         loop {
             let permit = self.0.uploads.acquire().await;
@@ -130,10 +130,13 @@ impl Client {
             let status = match answer {
                 Ok(committed) if is_complete(committed, &digest) => return Ok(()),
                 Ok(committed) if u64::try_from(committed) == Ok(length) => return Ok(()),
-                Ok(committed) => Status::aborted(format!(
-                    "the CAS took {committed} of {} bytes of blob {digest}",
-                    digest.size()
-                )),
+                Ok(committed) => observed(
+                    Code::Aborted,
+                    format!(
+                        "took {committed} of {} bytes of blob {digest}",
+                        digest.size()
+                    ),
+                ),
                 Err(status) if status.code() == Code::AlreadyExists => return Ok(()),
                 // Perhaps it does not take what it announces.
                 Err(status)
@@ -146,7 +149,8 @@ impl Client {
                 }
                 Err(status) => status,
             };
-            wait(&mut attempts, &status, None).await?;
+            let server = &self.0.cas_server;
+            server.wait(&mut attempts, &status, None).await?;
             // From the start when the server cannot tell.
             let committed = self.committed_size(&resource_name).await.unwrap_or(0);
             offset = match compressor {
@@ -254,13 +258,14 @@ impl Client {
         };
         let mut client = self.bytes();
         let answer = call::timely(self.0.timeouts.call, client.query_write_status(request)).await;
-        let answer = answer.map_err(|status| error(&status, None))?;
+        let answer = answer.map_err(|status| self.0.cas_server.error(&status, None))?;
         Ok(u64::try_from(answer.into_inner().committed_size).unwrap_or(0))
     }
 
     /// Passes on an upload of a client, who resumes it himself.
     pub fn forward_upload(&self, resource_name: &str, digest: Digest) -> ForwardedUpload {
         ForwardedUpload {
+            client: self.clone(),
             call: self.write_call(),
             resource_name: self.upload_name_there(resource_name),
             digest,
@@ -292,6 +297,7 @@ fn is_complete(committed: i64, digest: &Digest) -> bool {
 
 /// A client's upload that is passed on as it comes.
 pub struct ForwardedUpload {
+    client: Client,
     call: WriteCall,
     /// Empty once it has been sent.
     resource_name: String,
@@ -308,7 +314,7 @@ impl ForwardedUpload {
         self.received = offset as u64 + data.len() as u64;
         self.send(offset, data, false).await;
         match &self.answer {
-            Some(Err(status)) => Err(error(status, None).into()),
+            Some(Err(status)) => Err(self.client.0.cas_server.error(status, None).into()),
             _ => Ok(()),
         }
     }
@@ -335,14 +341,23 @@ impl ForwardedUpload {
             Some(answer) => answer,
             None => self.call.finish(self.last).await,
         };
+        let server = &self.client.0.cas_server;
+        let (size, received) = (self.digest.size(), self.received);
         match answer {
             Ok(committed) if is_complete(committed, &self.digest) => Ok(()),
+            // The client sent all of it, and said so.
+            Ok(committed) if finish_write && received >= size => Err(Error::Internal(format!(
+                "storage {server} answered a Write with committed_size {committed}, after all {size} bytes \
+                 of blob {}; see what its log says of this upload",
+                self.digest
+            ))
+            .into()),
             Ok(committed) => Err(UploadError::Unfinished {
-                received: u64::try_from(committed).unwrap_or(0),
-                size: self.digest.size(),
+                received: u64::try_from(committed).unwrap_or(0).min(received),
+                size,
             }),
             Err(status) if status.code() == Code::AlreadyExists => Ok(()),
-            Err(status) => Err(error(&status, None).into()),
+            Err(status) => Err(server.error(&status, None).into()),
         }
     }
 }

@@ -158,6 +158,21 @@ impl ObjectStorage {
         }))
     }
 
+    /// Asks the service once, and tells in the log when it is not there or does not let us in: else nobody would
+    /// know before the first action. Within a runtime.
+    pub(super) fn warn_of_refusal(&self) {
+        let service = self.service.clone();
+        tokio::spawn(async move {
+            if let Err(failed) = service.probe().await {
+                tracing::warn!(
+                    service = service.place(),
+                    error = %failed.error,
+                    "the storage does not do what it is asked; whoever needs it is refused until it does"
+                );
+            }
+        });
+    }
+
     /// Blobs of it on this host's disk.
     pub fn cache(&self) -> Option<&Arc<embedded::Store>> {
         self.cache.as_ref()

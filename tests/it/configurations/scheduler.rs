@@ -493,6 +493,12 @@ pub const SCHEDULER: &[Row] = &[
         "scheduling.abandoned_operation_timeout = \"0s\"",
         Refused("would find its action cancelled"),
     ),
+    ("scheduling.ended_call_timeout = \"0s\"", Good),
+    ("scheduling.ended_call_timeout = \"1m\"", Good),
+    (
+        "scheduling.ended_call_timeout = 2",
+        Refused("ended_call_timeout"),
+    ),
     ("scheduling.lost_worker_retry_count = 0", Good),
     ("scheduling.action_cache_lookup = false", Good),
     (

@@ -267,6 +267,24 @@ fn without_privileges_the_program_says_what_to_do() {
     assert!(output.unwrap().status.success());
 }
 
+#[test]
+fn a_check_finds_nothing_good_in_users_of_whom_there_are_none() {
+    if !is_root() {
+        return;
+    }
+    let (directory, _) = program_directory();
+    let path = directory.path().join("bb_runner.toml");
+    let text = fs::read_to_string(&path).unwrap();
+    for (count, is_good) in [("count = 8", true), ("count = 0", false)] {
+        fs::write(&path, text.replace("count = 8", count)).unwrap();
+        let output = program(&[], directory.path()).arg("--check").output();
+        let output = output.unwrap();
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(said.contains("are nobody else's"), is_good, "{said}");
+        assert_eq!(output.status.success(), is_good, "{said}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_runner_that_was_killed_leaves_nothing_after_the_next_start() {
     if !is_root() {

@@ -369,3 +369,21 @@ async fn who_ends_a_call_has_its_action_cancelled_soon_and_who_loses_a_connectio
     get(&lost_name).await.unwrap();
     get(&again_name).await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_ends_a_call_may_come_back_within_the_time_that_is_configured() {
+    let scheduler = Scheduler::start(|config| {
+        config.scheduling.abandoned_operation_timeout = seconds(60);
+        config.scheduling.ended_call_timeout = seconds(60);
+    })
+    .await;
+    let worker = scheduler.parked("one").await;
+    let action = scheduler.action("ended", |_| {}).await;
+    let mut ended = scheduler.execute(&action).await.unwrap();
+    let name = next(&mut ended).await.name;
+    desired(worker.await.unwrap().unwrap());
+    drop(ended);
+    // Longer than it is by default.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    next(&mut scheduler.wait(&name).await.unwrap()).await;
+}

@@ -31,7 +31,10 @@ use super::{
     ANYWHERE, GIB, content, instance, sha256,
     shards::{Proxy, Route},
 };
-use crate::harness::services::{self, BUCKET, Service};
+use crate::harness::{
+    scheduler_process::SchedulerProcess,
+    services::{self, BUCKET, Service},
+};
 
 /// What leads to a service.
 #[derive(Clone, Default)]
@@ -482,9 +485,45 @@ async fn answering(answer: &'static str) -> std::net::SocketAddr {
     address
 }
 
+const DENIED: &str = "HTTP/1.1 403 Forbidden\r\nContent-Length: 81\r\nConnection: close\r\n\r\n<Error><Code>InvalidAccessKeyId</Code><Message>no such key here</Message></Error>";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_an_object_store_refuses_says_so_when_it_starts_and_serves_all_the_same() {
+    let mut refusing = vec![(
+        answering(DENIED).await,
+        BUCKET,
+        "storage.s3.credentials_file",
+    )];
+    let real = services::s3();
+    if let Some(server) = &real {
+        refusing.push((server.address, "another", "make the bucket another"));
+    }
+    for (address, bucket, remedy) in refusing {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("key");
+        let key = "[default]\naws_access_key_id = a\naws_secret_access_key = b\n";
+        std::fs::write(&file, key).unwrap();
+        let scheduler = SchedulerProcess::start(&format!(
+            "storage.cas = \"s3\"\nstorage.action_cache = \"s3\"\n\
+             storage.s3 = {{ bucket = \"{bucket}\", endpoint = \"http://{address}\", credentials_file = \"{}\" }}\n",
+            file.display()
+        ));
+        for words in ["whoever needs it is refused", "ready: "] {
+            scheduler.says(0, words).await;
+        }
+        let log = scheduler.log();
+        let place = format!("s3 bucket {bucket} at http://{address}");
+        let is_warning = |line: &&str| line.contains("whoever needs it is refused");
+        let warnings: Vec<&str> = log.lines().filter(is_warning).collect();
+        assert_eq!(warnings.len(), 1, "{log}");
+        for words in [&place, remedy] {
+            assert!(warnings[0].contains(words), "{}", warnings[0]);
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn refusals_are_told_with_what_to_do() {
-    const DENIED: &str = "HTTP/1.1 403 Forbidden\r\nContent-Length: 81\r\nConnection: close\r\n\r\n<Error><Code>InvalidAccessKeyId</Code><Message>no such key here</Message></Error>";
     const BUSY: &str = "HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
     let (name, blob) = (instance(""), [content(1, 100)]);
     let denied = Sections::at(answering(DENIED).await).backend(ObjectService::S3, None);

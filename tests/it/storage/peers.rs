@@ -31,9 +31,9 @@ use bb_remote_execution::{
             },
         },
     },
-    resource::{Compressor, ReadName},
+    resource::{Compressor, ReadName, WriteName},
     storage::{
-        Content, Error, compression,
+        Content, Error, UploadError, compression,
         grpc::{Client, Options, When},
     },
 };
@@ -385,6 +385,45 @@ async fn identical_reads_at_once_are_one_call() {
         .await;
     assert!(both.into_iter().all(|read| read.unwrap() == small));
     assert_eq!(peer.0.reads.load(Ordering::SeqCst), before + 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clients_upload_of_which_a_server_says_that_it_has_a_wrong_part_is_no_fault_of_the_client()
+ {
+    let data = content(3, 300_000);
+    let digest = sha256(&data);
+    for (committed, finish_write) in [(0, true), (7, true), (1 << 40, true), (100_000, false)] {
+        let peer = with_blobs(
+            &[],
+            PeerBehaviour {
+                committed,
+                ..Default::default()
+            },
+        );
+        let (endpoint, _stop) = peer.start_at_endpoint().await;
+        let client = Client::connect(&endpoint, &endpoint, Options::default());
+        let name = WriteName::format_as(
+            &instance(""),
+            uuid::Uuid::from_u128(1),
+            &digest,
+            Compressor::Identity,
+        );
+        let mut upload = client.forward_upload(&name, digest);
+        let sent = if finish_write { data.len() } else { 200_000 };
+        let part = Bytes::copy_from_slice(&data[..sent]);
+        upload.write(0, part).await.unwrap();
+        match upload.finish(finish_write).await.unwrap_err() {
+            UploadError::Storage(Error::Internal(text)) if finish_write => {
+                for part in [endpoint.to_string(), format!("committed_size {committed},")] {
+                    assert!(text.contains(&part), "{text}");
+                }
+            }
+            UploadError::Unfinished { received, size } if !finish_write => {
+                assert_eq!((received, size), (100_000, 300_000));
+            }
+            error => panic!("{committed}: {error}"),
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,7 @@
 //! Lost workers, and the attempts that fence off what they bring too late.
 
 use super::*;
+use crate::proto;
 
 /// The attempt that an instruction hands out.
 fn attempt(instruction: &Instruction) -> Attempt {
@@ -89,6 +90,36 @@ fn what_fails_for_a_fault_of_the_worker_is_executed_elsewhere_until_the_limit() 
         farm.told[&7],
         Stage::Completed(outcome(rpc::Code::Unavailable))
     );
+}
+
+#[test]
+fn what_fails_since_the_storage_is_unavailable_is_executed_once_more_and_no_oftener() {
+    let refused = |text: &str| {
+        let outcome = EncodedResponse::new(&reapi::ExecuteResponse {
+            status: Some(proto::storage_unavailable(text)),
+            ..Default::default()
+        });
+        let WorkerReport { activity, .. } = completed("x", rpc::Code::Unavailable);
+        let WorkerActivity::Completed(action, _) = activity else {
+            panic!("{activity:?}");
+        };
+        WorkerReport {
+            activity: WorkerActivity::Completed(action, Arc::new(outcome)),
+            prefer_being_idle: false,
+        }
+    };
+    let mut farm = Farm::new();
+    farm.held("a", idle(), 1);
+    farm.execute(request("x"), 7).unwrap();
+    let text = "storage grpc://store:1 answered Unavailable: no";
+    let answer = farm.now("a", refused(text));
+    assert_eq!(answer.desired, DesiredWorkerState::Idle);
+    assert_eq!(farm.told[&7], Stage::Queued);
+    assert_eq!(action(&farm.now("b", idle())), Some(digest("x")));
+    farm.held("b", refused(text), 2);
+    let (code, message) = status(&farm.told[&7]);
+    assert_eq!(code, rpc::Code::Unavailable as i32);
+    assert!(message.contains("grpc://store:1"), "{message}");
 }
 
 #[test]
