@@ -479,11 +479,12 @@ fn remove_shared(spec: &SandboxSpec, user: u32) {
         sweep::remove_files(user, &spec.shared());
     }
     if !spec.layers.contains(Layers::IPC) {
-        sweep::remove_ipc(user);
+        sweep::remove_system_v_ipc(user);
+        sweep::remove_message_queues(user);
     }
 }
 
-fn start_error(run: &RunSpec, error: SpawnError) -> RunError {
+fn start_error(run: &RunSpec, emulator: &[CString], error: SpawnError) -> RunError {
     let (stage, error, executable) = match error {
         SpawnError::Clone(error) => {
             return RunError::Resources {
