@@ -137,6 +137,15 @@ impl RunError {
             RunError::NotFound { .. } => true,
             RunError::BuildDirectory(error) => error.escapes(),
             RunError::Mounts(ActionMountsError::Root(InputRootAsRootError::NoDirectory(_))) => true,
+            // The administrator has chosen the emulator; its arguments are the action's.
+            RunError::Start {
+                stage: SpawnStage::Emulate,
+                error,
+                ..
+            } => error.raw_os_error() == Some(libc::E2BIG),
+            // Also where the interpreter that a program or script names is missing, on this host or among
+            // the inputs: whoever sent the action has chosen it, and a platform that has it (Buildbarn's
+            // runner: INVALID_ARGUMENT).
             RunError::Start { stage, error, .. } => {
                 matches!(
                     stage,
@@ -169,6 +178,9 @@ impl RunError {
 /// What execve(2)'s words do not say.
 fn hint(stage: &SpawnStage, error: &io::Error) -> &'static str {
     match (stage, error.raw_os_error()) {
+        (SpawnStage::Emulate, code) if code != Some(libc::E2BIG) => {
+            "; bb_runner.toml names it (emulator), and it must be a program where actions run"
+        }
         (SpawnStage::Execute, Some(libc::ENOENT)) => {
             "; if it is there, what its first line (#!) or its program header names as interpreter is not"
         }
@@ -194,6 +206,7 @@ fn verb(stage: &SpawnStage) -> &'static str {
         SpawnStage::Credentials => "become the user of",
         SpawnStage::Filter => "filter system calls of",
         SpawnStage::WorkingDirectory => "chdir",
+        SpawnStage::Emulate => "exec emulator",
         SpawnStage::Search | SpawnStage::Execute => "exec",
     }
 }
@@ -327,7 +340,7 @@ fn run_in(
     drop(setup);
     let mut running = Vec::new();
     let ended = spawned
-        .map_err(|error| start_error(run, error))
+        .map_err(|error| start_error(run, &context.emulator, error))
         .and_then(|process| {
             let logs = [&mut stdout, &mut stderr];
             wait(context, process, stop, logs, || {
@@ -350,8 +363,8 @@ fn run_in(
         );
         return Err(RunError::Unkillable { user });
     };
-    stdout.finish();
-    stderr.finish();
+    stdout.finish(user);
+    stderr.finish(user);
     let cgroup = sandbox.cgroup.as_ref().map(ActionCgroup::usage);
     if let (Ok(_), Some(usage)) = (&ended, &cgroup) {
         explain_limits(&stderr, usage, limits.processes);
@@ -391,16 +404,29 @@ fn wait(
                 before_stop();
                 let grace = context.config.termination_grace.get();
                 if !grace.is_zero() {
-                    process.terminate(grace);
+                    process.terminate();
+                    let deadline = Instant::now() + grace;
+                    while !process.has_ended_within(rest_of(deadline)) && Instant::now() < deadline
+                    {
+                        truncate(&mut logs);
+                    }
                 }
                 return Err(RunError::Stopped);
             }
-            WaitEnd::TimedOut => {
-                for log in &mut logs {
-                    log.truncate();
-                }
-            }
+            WaitEnd::TimedOut => truncate(&mut logs),
         }
+    }
+}
+
+/// What is left of a time, but no more than until the logs are to be looked at.
+fn rest_of(deadline: Instant) -> Duration {
+    let rest = deadline.saturating_duration_since(Instant::now());
+    rest.min(CHECK_INTERVAL)
+}
+
+fn truncate(logs: &mut [&mut LimitedLog; 2]) {
+    for log in logs {
+        log.truncate();
     }
 }
 
@@ -507,6 +533,9 @@ fn start_error(run: &RunSpec, emulator: &[CString], error: SpawnError) -> RunErr
         }
         (SpawnStage::WorkingDirectory, _) => run.working_directory.to_string(),
         (SpawnStage::InputRoot, _) => run.input_root.to_string(),
+        (SpawnStage::Emulate, _) => emulator
+            .first()
+            .map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
         (_, Executable::Path(path)) => path.to_string_lossy().into_owned(),
         (_, Executable::Search { candidates, .. }) => executable
             .and_then(|index| candidates.get(index))
