@@ -16,13 +16,13 @@ use rustix::process::Gid;
 use tokio::sync::oneshot;
 
 use super::{
-    action_directory::{ActionDirectoryError, LockedActionDirectory},
+    action_directory_lock::{ActionDirectoryError, LockedActionDirectory},
     action_mounts::{ActionMounts, ActionMountsError, c_string},
     build_directory::{BuildDirectory, BuildDirectoryError},
     cleaner::{Cleaner, CleanerGuard},
     counts::RunCounts,
-    input_root_as_root::InputRootAsRootError,
-    limited_log::{CHECK_INTERVAL, LimitedLog},
+    input_root_chroot::InputRootChrootError,
+    output_limit::{CHECK_INTERVAL, LimitedOutput},
     run_spec::{Deadline, Executable, RunSpec},
     sandbox::{
         ActionCgroup, CgroupUsage, Layers, MemoryUsage, NamespaceEnd, Sandbox, SandboxError,
@@ -132,11 +132,11 @@ impl From<ActionMountsError> for RunError {
 
 impl RunError {
     /// Whether the action itself is at fault, so that it would fail again elsewhere.
-    pub(super) fn is_the_actions(&self) -> bool {
+    pub(super) fn is_client_error(&self) -> bool {
         match self {
             RunError::NotFound { .. } => true,
             RunError::BuildDirectory(error) => error.escapes(),
-            RunError::Mounts(ActionMountsError::Root(InputRootAsRootError::NoDirectory(_))) => true,
+            RunError::Mounts(ActionMountsError::Root(InputRootChrootError::NoDirectory(_))) => true,
             // The administrator has chosen the emulator; its arguments are the action's.
             RunError::Start {
                 stage: SpawnStage::Emulate,
@@ -292,8 +292,8 @@ fn run_in(
     // Before anything of the action exists, and closed after everything of it is gone.
     let directory = LockedActionDirectory::open(build, run, user, stop)?;
     let limits = &context.config.limits;
-    let mut stdout = LimitedLog::new(build.create_log(&run.stdout)?, limits.log_size);
-    let mut stderr = LimitedLog::new(build.create_log(&run.stderr)?, limits.log_size);
+    let mut stdout = LimitedOutput::new(build.create_log(&run.stdout)?, limits.log_size);
+    let mut stderr = LimitedOutput::new(build.create_log(&run.stderr)?, limits.log_size);
     if let Some(mounts) = &sandbox.mounts {
         let named = mounts.passwd.name(user, &run.home);
         named.map_err(RunError::resources("name the action's user"))?;
@@ -394,7 +394,7 @@ fn wait(
     context: &RunContext,
     mut process: Process,
     stop: &StopSignal,
-    mut logs: [&mut LimitedLog; 2],
+    mut logs: [&mut LimitedOutput; 2],
     before_stop: impl FnOnce(),
 ) -> Result<Exit, RunError> {
     loop {
@@ -424,7 +424,7 @@ fn rest_of(deadline: Instant) -> Duration {
     rest.min(CHECK_INTERVAL)
 }
 
-fn truncate(logs: &mut [&mut LimitedLog; 2]) {
+fn truncate(logs: &mut [&mut LimitedOutput; 2]) {
     for log in logs {
         log.truncate();
     }
@@ -451,7 +451,7 @@ fn judge(
     namespace: Option<NamespaceEnd>,
 ) -> Result<ActionExit, RunError> {
     let memory = cgroup.and_then(|usage| usage.memory);
-    if memory.is_some_and(|memory| memory.is_victim()) {
+    if memory.is_some_and(|memory| memory.is_external_oom()) {
         return ended.and(Err(RunError::Killed("this host ran out of memory")));
     }
     if namespace == Some(NamespaceEnd::Killed)
@@ -482,7 +482,7 @@ fn fault(error: &RunError, run: &RunSpec) -> Option<String> {
 }
 
 /// Tells whoever reads the action's output of limits that it has reached.
-fn explain_limits(stderr: &LimitedLog, usage: &CgroupUsage, processes: u64) {
+fn explain_limits(stderr: &LimitedOutput, usage: &CgroupUsage, processes: u64) {
     if let Some(memory) = usage.memory.filter(MemoryUsage::is_exhausted) {
         let peak = memory.peak.map_or_else(String::new, |peak| {
             format!(" and it used up to {}", Size(peak))

@@ -326,7 +326,7 @@ impl Executor {
                 let send = |batch| drop(sender.blocking_send(batch));
                 let mut found = Collector::new(function, &cache, told, limits, &cancel, send)
                     .collect(root.directory(), root.root(), &command);
-                root.taken_over(std::mem::take(&mut found.taken_over));
+                root.set_adopted_output_inodes(std::mem::take(&mut found.adopted_output_inodes));
                 if found.by_a_privileged_user && shared {
                     root.suspect_privileged_user();
                 }

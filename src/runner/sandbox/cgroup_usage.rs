@@ -55,7 +55,7 @@ impl MemoryUsage {
     }
 
     /// The action was killed since others had used too much.
-    pub(crate) fn is_victim(&self) -> bool {
+    pub(crate) fn is_external_oom(&self) -> bool {
         self.killed > 0 && self.refused == 0
     }
 }
