@@ -10,7 +10,7 @@ use rustix::fs::OFlags;
 
 use super::{
     build_directory::{BuildDirectory, BuildDirectoryError},
-    input_root_as_root::{InputRootAsRoot, InputRootAsRootError},
+    input_root_chroot::{InputRootChroot, InputRootChrootError},
     run_spec::RunSpec,
     sandbox::{SandboxMounts, copy_of_directory},
     spawn::SetupStep,
@@ -25,7 +25,7 @@ pub(super) struct ActionMounts {
     pub input_root: CString,
     pub steps: Vec<SetupStep<'static>>,
     /// What was made in an input root that becomes `/`; removed on drop.
-    _root: Option<InputRootAsRoot>,
+    _root: Option<InputRootChroot>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -38,7 +38,7 @@ pub(super) enum ActionMountsError {
         error: io::Error,
     },
     #[error("Failed to start process: could not make the input root a root directory: {0}")]
-    Root(#[from] InputRootAsRootError),
+    Root(#[from] InputRootChrootError),
 }
 
 impl ActionMounts {
@@ -74,7 +74,7 @@ impl ActionMounts {
         };
         if *root == Root::Input {
             let directory = build.directory(&run.input_root, OFlags::PATH)?;
-            let root = InputRootAsRoot::prepare(directory, &sandbox.place)?;
+            let root = InputRootChroot::prepare(directory, &sandbox.place)?;
             let tree = copy(&run.input_root, "mount the input root")?;
             mounts.steps.push(attach(tree, &sandbox.place));
             mounts.steps.extend(temporary(&[root.temporary()])?);

@@ -51,7 +51,7 @@ impl BuildDirectoryError {
 }
 
 fn leads_away(error: &io::Error) -> bool {
-    // openat2(2): `..` or a mount that leads out, and a symbolic link on the way.
+    // openat2(2): a `..` that leads out of the build directory, and a symbolic link on the way.
     matches!(error.raw_os_error(), Some(libc::EXDEV | libc::ELOOP))
 }
 

@@ -5,6 +5,8 @@
 //!
 //! 1. Nobody holds the lock while something is cleaned, so that who waits for it can be told to stop.
 //! 2. The command ends within `COMMAND_TIMEOUT`, or is killed; then cleaning has failed.
+//! 3. The command has the usual umask, not this daemon's, which is empty: what it makes is not for all to
+//!    write to.
 
 use std::{
     fs, io,
@@ -17,14 +19,17 @@ use std::{
 use parking_lot::Mutex;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    fs::Mode,
     process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open},
 };
 use tokio::sync::Notify;
 
-use super::stop::StopSignal;
+use super::{stop::StopSignal, sys};
 
 /// No action can start before the command has ended.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
+/// Of the command.
+const UMASK: Mode = Mode::WGRP.union(Mode::WOTH);
 
 #[derive(Debug)]
 pub(super) struct Cleaner {
@@ -109,10 +114,13 @@ impl Cleaner {
             }
         }
         if let Some((program, arguments)) = self.command.split_first() {
-            let status = Command::new(program)
+            let mut command = Command::new(program);
+            command
                 .args(arguments)
                 .stdin(Stdio::null())
-                .process_group(0)
+                .process_group(0);
+            sys::set_umask(&mut command, UMASK);
+            let status = command
                 .spawn()
                 .and_then(|command| end_within(self.timeout, command))
                 .map_err(|error| about(program, &error))?;
@@ -124,27 +132,33 @@ impl Cleaner {
     }
 }
 
-/// Waits for a command, which leads a process group; kills that group when it takes too long.
+/// Waits for a command, which leads a process group; kills that group when it takes too long, or cannot
+/// be waited for.
 fn end_within(timeout: Duration, mut command: Child) -> io::Result<ExitStatus> {
     let pid = Pid::from_child(&command);
-    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    let limit = Timespec::try_from(timeout).ok();
-    let ended = loop {
-        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], limit.as_ref()) {
-            Err(rustix::io::Errno::INTR) => continue,
-            result => break result? > 0,
-        }
-    };
-    if !ended {
+    let ended = has_ended_within(timeout, pid);
+    if !matches!(ended, Ok(true)) {
         let _ = kill_process_group(pid, Signal::KILL);
     }
+    // Whatever became of it, it is reaped.
     let status = command.wait()?;
-    match ended {
+    match ended? {
         true => Ok(status),
         false => Err(io::Error::new(
             io::ErrorKind::TimedOut,
             format!("it did not end within {timeout:?}, and was killed"),
         )),
+    }
+}
+
+fn has_ended_within(timeout: Duration, pid: Pid) -> io::Result<bool> {
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    let limit = Timespec::try_from(timeout).ok();
+    loop {
+        match poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], limit.as_ref()) {
+            Err(rustix::io::Errno::INTR) => continue,
+            result => return Ok(result? > 0),
+        }
     }
 }
 
@@ -191,6 +205,15 @@ mod tests {
         assert!(error.to_string().contains("/bin/sh"), "{error}");
         // And the next one tries again.
         cleaner.begin(&StopSignal::new().unwrap()).unwrap_err();
+    }
+
+    #[test]
+    fn what_the_command_makes_is_not_for_all_to_write_to() {
+        let place = tempfile::tempdir().unwrap();
+        let made = place.path().join("made");
+        let cleaner = cleaner(&["/bin/sh", "-c", "umask > \"$0\"", made.to_str().unwrap()]);
+        drop(cleaner.begin(&StopSignal::new().unwrap()).unwrap());
+        assert_eq!(fs::read_to_string(&made).unwrap().trim(), "0022");
     }
 
     #[tokio::test]

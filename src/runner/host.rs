@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeSet, fs, ops::Range};
 
-use super::process_status;
+use super::proc_self_status;
 use crate::{config::runner::Config, daemon::Failure};
 
 /// capabilities(7): what running as root is needed for.
@@ -40,7 +40,7 @@ pub(super) fn check_capabilities() -> Result<(), Failure> {
 
 /// Those of `CAPABILITIES` that this process lacks, from the given one on.
 fn missing_capabilities(from: usize) -> Vec<&'static str> {
-    let effective = process_status::bits("CapEff:").unwrap_or(0);
+    let effective = proc_self_status::bits("CapEff:").unwrap_or(0);
     CAPABILITIES
         .iter()
         .skip(from)

@@ -2,17 +2,17 @@
 //!
 //! In the order to read it, from the top down; each uses only what comes after it:
 //!
-//! - `service`, `early_headers`: what a worker asks for over a Unix socket; `check`: what `--check` says;
+//! - `service`, `run_deadline`: what a worker asks for over a Unix socket; `self_check`: what `--check` says;
 //! - `metrics`: what is told of it, and `commands`, which ask for that; `counts` has what became of actions;
-//! - `run`: one action, from its command to its last process, with `cleaner` around several, `limited_log`
-//!   for what it writes, `server_log` for what is told of it, `action_directory` (with `input_ownership`) and
-//!   `action_mounts` (with `input_root_as_root`) for what it is in;
+//! - `run`: one action, from its command to its last process, with `cleaner` around several, `output_limit`
+//!   for what it writes, `server_log` for what is told of it, `action_directory_lock` (with `input_ownership`) and
+//!   `action_mounts` (with `input_root_chroot`) for what it is in;
 //! - `build_directory`: where workers lay out actions;
 //! - `run_spec`, `environment`: what to run, parsed;
 //! - `sandbox`: the layers of containment, made ahead;
 //! - `spawn`: making a process and waiting for it;
 //! - `users`, `user_range_lock`, `sweep`: the users that actions run as, and what is left of one;
-//! - `host`, `process_status`, `grpc_timeout`, `stop`, `sys`: privileges and accounts, what the kernel
+//! - `host`, `proc_self_status`, `grpc_timeout`, `stop`, `sys`: privileges and accounts, what the kernel
 //!   says of this process, a caller's deadline, the way to tell a Run to end, system calls.
 //!
 //! What an action can and cannot do to whom: bb-remote-execution(7), SECURITY.
@@ -34,25 +34,25 @@ use crate::{
     },
 };
 
-mod action_directory;
+mod action_directory_lock;
 mod action_mounts;
 mod build_directory;
-mod check;
 mod cleaner;
 mod commands;
 mod counts;
-mod early_headers;
 mod environment;
 mod grpc_timeout;
 mod host;
 mod input_ownership;
-mod input_root_as_root;
-mod limited_log;
+mod input_root_chroot;
 mod metrics;
-mod process_status;
+mod output_limit;
+mod proc_self_status;
 mod run;
+mod run_deadline;
 mod run_spec;
 mod sandbox;
+mod self_check;
 mod server_log;
 mod service;
 mod spawn;
@@ -62,15 +62,15 @@ mod sys;
 mod user_range_lock;
 mod users;
 
-pub use check::{probe, warnings};
 use cleaner::Cleaner;
 pub use commands::ask;
 use counts::RunCounts;
-use early_headers::DeadlineService;
 use environment::{AddedVariables, BuildDirectoryView};
 use metrics::RunnerSources;
 use run::RunContext;
+use run_deadline::DeadlineService;
 use sandbox::{Layers, SandboxPool, SandboxSpec, SeccompFilter};
+pub use self_check::{probe, warnings};
 use service::RunnerService;
 use spawn::InheritedState;
 use user_range_lock::{UserRangeError, UserRangeLock};
@@ -89,7 +89,7 @@ const SHUTDOWN_KILL_TIMEOUT: Duration = Duration::from_secs(20);
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     host::check_capabilities()?;
     host::check_users(&config)?;
-    if let Some(failure) = check::vital_directory(&config) {
+    if let Some(failure) = self_check::vital_directory(&config) {
         return Err(failure);
     }
     let (allowed, unknown) = host::resolve_users(&config.allowed_users);
@@ -255,7 +255,7 @@ fn end_what_was_left(config: &Config) -> Result<(), Failure> {
             });
         }
     }
-    action_directory::close_all(&config.build_directory, &range);
+    action_directory_lock::close_all(&config.build_directory, &range);
     Ok(())
 }
 
@@ -288,8 +288,8 @@ fn context(
         null: fs::File::open("/dev/null").map_err(failed("open /dev/null"))?,
         inherited: InheritedState {
             // SIGPIPE is ignored by Rust's runtime; the rest is as whoever started this daemon had it.
-            ignored_signals: process_status::bits("SigIgn:").unwrap_or(0),
-            bounding_capabilities: process_status::bits("CapBnd:").unwrap_or(u64::MAX),
+            ignored_signals: proc_self_status::bits("SigIgn:").unwrap_or(0),
+            bounding_capabilities: proc_self_status::bits("CapBnd:").unwrap_or(u64::MAX),
         },
         pid_namespace: sandbox::daemon_namespace().map_err(failed("open /proc/self/ns/pid"))?,
         seccomp_filter: has_filter

@@ -16,13 +16,13 @@ use rustix::process::Gid;
 use tokio::sync::oneshot;
 
 use super::{
-    action_directory::{ActionDirectoryError, LockedActionDirectory},
+    action_directory_lock::{ActionDirectoryError, LockedActionDirectory},
     action_mounts::{ActionMounts, ActionMountsError, c_string},
     build_directory::{BuildDirectory, BuildDirectoryError},
     cleaner::{Cleaner, CleanerGuard},
     counts::RunCounts,
-    input_root_as_root::InputRootAsRootError,
-    limited_log::{CHECK_INTERVAL, LimitedLog},
+    input_root_chroot::InputRootChrootError,
+    output_limit::{CHECK_INTERVAL, LimitedOutput},
     run_spec::{Deadline, Executable, RunSpec},
     sandbox::{
         ActionCgroup, CgroupUsage, Layers, MemoryUsage, NamespaceEnd, Sandbox, SandboxError,
@@ -132,11 +132,20 @@ impl From<ActionMountsError> for RunError {
 
 impl RunError {
     /// Whether the action itself is at fault, so that it would fail again elsewhere.
-    pub(super) fn is_the_actions(&self) -> bool {
+    pub(super) fn is_client_error(&self) -> bool {
         match self {
             RunError::NotFound { .. } => true,
             RunError::BuildDirectory(error) => error.escapes(),
-            RunError::Mounts(ActionMountsError::Root(InputRootAsRootError::NoDirectory(_))) => true,
+            RunError::Mounts(ActionMountsError::Root(InputRootChrootError::NoDirectory(_))) => true,
+            // The administrator has chosen the emulator; its arguments are the action's.
+            RunError::Start {
+                stage: SpawnStage::Emulate,
+                error,
+                ..
+            } => error.raw_os_error() == Some(libc::E2BIG),
+            // Also where the interpreter that a program or script names is missing, on this host or among
+            // the inputs: whoever sent the action has chosen it, and a platform that has it (Buildbarn's
+            // runner: INVALID_ARGUMENT).
             RunError::Start { stage, error, .. } => {
                 matches!(
                     stage,
@@ -169,6 +178,9 @@ impl RunError {
 /// What execve(2)'s words do not say.
 fn hint(stage: &SpawnStage, error: &io::Error) -> &'static str {
     match (stage, error.raw_os_error()) {
+        (SpawnStage::Emulate, code) if code != Some(libc::E2BIG) => {
+            "; bb_runner.toml names it (emulator), and it must be a program where actions run"
+        }
         (SpawnStage::Execute, Some(libc::ENOENT)) => {
             "; if it is there, what its first line (#!) or its program header names as interpreter is not"
         }
@@ -194,6 +206,7 @@ fn verb(stage: &SpawnStage) -> &'static str {
         SpawnStage::Credentials => "become the user of",
         SpawnStage::Filter => "filter system calls of",
         SpawnStage::WorkingDirectory => "chdir",
+        SpawnStage::Emulate => "exec emulator",
         SpawnStage::Search | SpawnStage::Execute => "exec",
     }
 }
@@ -279,8 +292,8 @@ fn run_in(
     // Before anything of the action exists, and closed after everything of it is gone.
     let directory = LockedActionDirectory::open(build, run, user, stop)?;
     let limits = &context.config.limits;
-    let mut stdout = LimitedLog::new(build.create_log(&run.stdout)?, limits.log_size);
-    let mut stderr = LimitedLog::new(build.create_log(&run.stderr)?, limits.log_size);
+    let mut stdout = LimitedOutput::new(build.create_log(&run.stdout)?, limits.log_size);
+    let mut stderr = LimitedOutput::new(build.create_log(&run.stderr)?, limits.log_size);
     if let Some(mounts) = &sandbox.mounts {
         let named = mounts.passwd.name(user, &run.home);
         named.map_err(RunError::resources("name the action's user"))?;
@@ -327,7 +340,7 @@ fn run_in(
     drop(setup);
     let mut running = Vec::new();
     let ended = spawned
-        .map_err(|error| start_error(run, error))
+        .map_err(|error| start_error(run, &context.emulator, error))
         .and_then(|process| {
             let logs = [&mut stdout, &mut stderr];
             wait(context, process, stop, logs, || {
@@ -350,8 +363,8 @@ fn run_in(
         );
         return Err(RunError::Unkillable { user });
     };
-    stdout.finish();
-    stderr.finish();
+    stdout.finish(user);
+    stderr.finish(user);
     let cgroup = sandbox.cgroup.as_ref().map(ActionCgroup::usage);
     if let (Ok(_), Some(usage)) = (&ended, &cgroup) {
         explain_limits(&stderr, usage, limits.processes);
@@ -381,7 +394,7 @@ fn wait(
     context: &RunContext,
     mut process: Process,
     stop: &StopSignal,
-    mut logs: [&mut LimitedLog; 2],
+    mut logs: [&mut LimitedOutput; 2],
     before_stop: impl FnOnce(),
 ) -> Result<Exit, RunError> {
     loop {
@@ -391,16 +404,29 @@ fn wait(
                 before_stop();
                 let grace = context.config.termination_grace.get();
                 if !grace.is_zero() {
-                    process.terminate(grace);
+                    process.terminate();
+                    let deadline = Instant::now() + grace;
+                    while !process.has_ended_within(rest_of(deadline)) && Instant::now() < deadline
+                    {
+                        truncate(&mut logs);
+                    }
                 }
                 return Err(RunError::Stopped);
             }
-            WaitEnd::TimedOut => {
-                for log in &mut logs {
-                    log.truncate();
-                }
-            }
+            WaitEnd::TimedOut => truncate(&mut logs),
         }
+    }
+}
+
+/// What is left of a time, but no more than until the logs are to be looked at.
+fn rest_of(deadline: Instant) -> Duration {
+    let rest = deadline.saturating_duration_since(Instant::now());
+    rest.min(CHECK_INTERVAL)
+}
+
+fn truncate(logs: &mut [&mut LimitedOutput; 2]) {
+    for log in logs {
+        log.truncate();
     }
 }
 
@@ -425,7 +451,7 @@ fn judge(
     namespace: Option<NamespaceEnd>,
 ) -> Result<ActionExit, RunError> {
     let memory = cgroup.and_then(|usage| usage.memory);
-    if memory.is_some_and(|memory| memory.is_victim()) {
+    if memory.is_some_and(|memory| memory.is_external_oom()) {
         return ended.and(Err(RunError::Killed("this host ran out of memory")));
     }
     if namespace == Some(NamespaceEnd::Killed)
@@ -456,7 +482,7 @@ fn fault(error: &RunError, run: &RunSpec) -> Option<String> {
 }
 
 /// Tells whoever reads the action's output of limits that it has reached.
-fn explain_limits(stderr: &LimitedLog, usage: &CgroupUsage, processes: u64) {
+fn explain_limits(stderr: &LimitedOutput, usage: &CgroupUsage, processes: u64) {
     if let Some(memory) = usage.memory.filter(MemoryUsage::is_exhausted) {
         let peak = memory.peak.map_or_else(String::new, |peak| {
             format!(" and it used up to {}", Size(peak))
@@ -479,11 +505,12 @@ fn remove_shared(spec: &SandboxSpec, user: u32) {
         sweep::remove_files(user, &spec.shared());
     }
     if !spec.layers.contains(Layers::IPC) {
-        sweep::remove_ipc(user);
+        sweep::remove_system_v_ipc(user);
+        sweep::remove_message_queues(user);
     }
 }
 
-fn start_error(run: &RunSpec, error: SpawnError) -> RunError {
+fn start_error(run: &RunSpec, emulator: &[CString], error: SpawnError) -> RunError {
     let (stage, error, executable) = match error {
         SpawnError::Clone(error) => {
             return RunError::Resources {
@@ -506,6 +533,9 @@ fn start_error(run: &RunSpec, error: SpawnError) -> RunError {
         }
         (SpawnStage::WorkingDirectory, _) => run.working_directory.to_string(),
         (SpawnStage::InputRoot, _) => run.input_root.to_string(),
+        (SpawnStage::Emulate, _) => emulator
+            .first()
+            .map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
         (_, Executable::Path(path)) => path.to_string_lossy().into_owned(),
         (_, Executable::Search { candidates, .. }) => executable
             .and_then(|index| candidates.get(index))

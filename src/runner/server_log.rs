@@ -166,8 +166,6 @@ fn printable(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use rustix::io::Errno;
-
     use super::*;
 
     const LIMITS: Limits = Limits {
@@ -183,7 +181,7 @@ mod tests {
             let found = files.iter().find(|(file, _)| *file == name);
             found
                 .map(|(_, text)| (*text).to_owned())
-                .ok_or(Errno::NOENT)
+                .ok_or(std::io::ErrorKind::NotFound.into())
         })
     }
 

@@ -269,7 +269,7 @@ fn refused(error: RunSpecError) -> Status {
 
 fn failed(error: RunError) -> Status {
     let message = error.to_string();
-    if error.is_the_actions() {
+    if error.is_client_error() {
         return Status::invalid_argument(message);
     }
     match error {

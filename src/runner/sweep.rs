@@ -1,5 +1,5 @@
 //! What is left of an action's user, found by its number: processes, files in directories that all may
-//! write to, and System V IPC objects.
+//! write to, System V IPC objects and POSIX message queues.
 //!
 //! Processes are looked for after every action, whatever layers of containment there are.
 
@@ -7,7 +7,10 @@
 
 use std::{
     fs,
-    os::unix::fs::MetadataExt,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -20,6 +23,7 @@ use nix::{
     unistd::Pid,
 };
 use rustix::{
+    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen},
     process::{Gid, Uid, getpriority_user},
     thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
@@ -183,7 +187,7 @@ pub(super) fn remove_files(id: u32, directories: &[PathBuf]) {
 }
 
 /// Removes the System V IPC objects that a user made, when actions have no IPC namespaces of their own.
-pub(super) fn remove_ipc(id: u32) {
+pub(super) fn remove_system_v_ipc(id: u32) {
     let (segments, semaphores, queues) =
         (made_by(id, "shm"), made_by(id, "sem"), made_by(id, "msg"));
     if segments.is_empty() && semaphores.is_empty() && queues.is_empty() {
@@ -191,6 +195,29 @@ pub(super) fn remove_ipc(id: u32) {
     }
     // Only their creator may, or whoever could have made a namespace in the first place.
     as_user(id, || sys::remove_ipc(&segments, &semaphores, &queues));
+}
+
+/// Removes the POSIX message queues that a user made (mq_overview(7)), when actions have no IPC namespaces of
+/// their own. They are files of a file system that need not be mounted anywhere.
+pub(super) fn remove_message_queues(id: u32) {
+    match message_queues() {
+        Ok(queues) => {
+            let directory = format!("/proc/self/fd/{}", queues.as_raw_fd());
+            remove_files(id, &[PathBuf::from(directory)]);
+        }
+        // Where mounting is forbidden; a kernel without such queues has none to remove.
+        Err(_) => remove_files(id, &[PathBuf::from("/dev/mqueue")]),
+    }
+}
+
+/// The file system of this IPC namespace's message queues, mounted nowhere.
+fn message_queues() -> Result<OwnedFd, rustix::io::Errno> {
+    let queues = fsopen("mqueue", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_create(&queues)?;
+    let flags = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    fsmount(&queues, FsMountFlags::FSMOUNT_CLOEXEC, flags)
 }
 
 /// The numbers of the objects of one kind that a user made (sysvipc(7)).
@@ -227,5 +254,25 @@ mod tests {
         let found = found.unwrap();
         assert!(found.is_alive);
         assert_eq!(found.told.name, "a\u{fffd}\u{fffd}");
+    }
+
+    #[test]
+    fn message_queues_of_one_user_are_removed_and_no_others() {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let queues = message_queues().unwrap();
+        let directory = PathBuf::from(format!("/proc/self/fd/{}", queues.as_raw_fd()));
+        let id = 900_000_000 + std::process::id();
+        let made = [id, id + 1].map(|user| {
+            let path = directory.join(format!("bb-test-{user}"));
+            fs::write(&path, "").unwrap();
+            std::os::unix::fs::chown(&path, Some(user), Some(user)).unwrap();
+            path
+        });
+        remove_message_queues(id);
+        assert_eq!(made.each_ref().map(|path| path.exists()), [false, true]);
+        remove_message_queues(id + 1);
+        assert!(!made[1].exists());
     }
 }

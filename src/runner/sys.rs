@@ -12,12 +12,16 @@ use std::{
     ffi::{CStr, c_char, c_int, c_void},
     io,
     mem::MaybeUninit,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::process::CommandExt,
+    },
+    process::Command,
     ptr,
 };
 
 use nix::sys::signal::{SigSet, SigmaskHow};
-use rustix::io::Errno;
+use rustix::{fs::Mode, io::Errno, process::umask};
 
 /// A system call for a new process, with the result as an error number.
 macro_rules! call {
@@ -197,6 +201,16 @@ pub(super) fn wait4(pid: libc::pid_t) -> io::Result<(c_int, libc::rusage)> {
             return Err(error);
         }
     }
+}
+
+/// Has a command begin with another umask than this process's (umask(2)).
+pub(super) fn set_umask(command: &mut Command, mask: Mode) {
+    let set = move || {
+        umask(mask);
+        Ok(())
+    };
+    // SAFETY: it makes one system call, and allocates nothing.
+    unsafe { command.pre_exec(set) };
 }
 
 /// struct mount_attr of mount_setattr(2), which libc lacks on glibc.

@@ -5,10 +5,14 @@
 //! open file description locks): overlapping ranges exclude each other, and the kernel drops the
 //! lock of a runner that dies.
 //!
-//! That file is `cgroup.procs` of the root of the control groups that are mounted here, since runners
-//! that have one of their own in common would also clear each other's groups; and where it cannot be
-//! opened, or for a runner of an older version, one below /run, which a service or a container may
-//! have to itself.
+//! There are two such files, and a runner locks both:
+//!
+//! - one below /run, which nobody but root can open, but which a service or a container may have to itself;
+//! - `cgroup.procs` of the root of the control groups that are mounted here, where it can be opened:
+//!   runners that have these in common would also clear each other's groups, whatever /run each of them
+//!   sees. Every user may read it, and who may read may take a lock for reading, which keeps this one out.
+//!   A runner's is for writing. So one that is in the way and for reading is a stranger's, and then the
+//!   first file alone decides.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -30,36 +34,56 @@ const RANGE_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Held while the runner lives.
 pub(super) struct UserRangeLock {
-    _files: Vec<File>,
+    _own: File,
+    _groups: Option<File>,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum UserRangeError {
     #[error("another bb_runner on this host uses some of the users {} to {}", .0.start, .0.end - 1)]
     Taken(Range<u32>),
-    #[error("could not lock {DIRECTORY}/{NAME}: {0}")]
+    #[error("could not lock {DIRECTORY}/{NAME} or the root's cgroup.procs: {0}")]
     Io(#[from] io::Error),
 }
 
 impl UserRangeLock {
     pub(super) async fn take(range: &Range<u32>) -> Result<Self, UserRangeError> {
-        let mut files = vec![open(Path::new(DIRECTORY))?];
         let groups = cgroup_mount_point().map(|root| root.join("cgroup.procs"));
         let groups = groups.map(|path| OpenOptions::new().read(true).write(true).open(path));
-        files.extend(groups.and_then(Result::ok));
-        let mut waited = Duration::ZERO;
-        for file in &files {
-            while !lock(file, range)? {
-                if waited >= RANGE_LOCK_TIMEOUT {
-                    return Err(UserRangeError::Taken(range.clone()));
-                }
-                let pause = Duration::from_millis(50);
-                tokio::time::sleep(pause).await;
-                waited += pause;
-            }
+        let groups = groups.and_then(Result::ok);
+        let own = open(Path::new(DIRECTORY))?;
+        if !lock_in_time(&own, range).await? {
+            return Err(UserRangeError::Taken(range.clone()));
         }
-        Ok(UserRangeLock { _files: files })
+        if let Some(groups) = &groups
+            && !lock_in_time(groups, range).await?
+        {
+            if !is_kept_by_readers_alone(groups, range)? {
+                return Err(UserRangeError::Taken(range.clone()));
+            }
+            tracing::warn!(
+                "somebody holds a lock for reading on cgroup.procs of the root (lslocks(8)); another bb_runner \
+                 that uses some of the same users is not noticed if it has a /run of its own"
+            );
+        }
+        Ok(UserRangeLock {
+            _own: own,
+            _groups: groups,
+        })
     }
+}
+
+async fn lock_in_time(file: &File, range: &Range<u32>) -> io::Result<bool> {
+    let pause = Duration::from_millis(50);
+    let mut waited = Duration::ZERO;
+    while !lock(file, range)? {
+        if waited >= RANGE_LOCK_TIMEOUT {
+            return Ok(false);
+        }
+        tokio::time::sleep(pause).await;
+        waited += pause;
+    }
+    Ok(true)
 }
 
 fn open(directory: &Path) -> io::Result<File> {
@@ -79,17 +103,34 @@ fn open(directory: &Path) -> io::Result<File> {
 
 /// False when somebody else has some of it.
 fn lock(file: &File, range: &Range<u32>) -> io::Result<bool> {
-    let lock = libc::flock {
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&write_lock(range))) {
+        Ok(_) => Ok(true),
+        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether no other runner has any of it, but whoever may read the file.
+fn is_kept_by_readers_alone(file: &File, range: &Range<u32>) -> io::Result<bool> {
+    // One by one: of a lock for writing and one for reading, the kernel may tell the latter. On a single
+    // byte there cannot be both.
+    for number in range.clone() {
+        let mut found = write_lock(&(number..number + 1));
+        fcntl(file, FcntlArg::F_OFD_GETLK(&mut found))?;
+        if found.l_type == libc::F_WRLCK as libc::c_short {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn write_lock(range: &Range<u32>) -> libc::flock {
+    libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: range.start.into(),
         l_len: (range.end - range.start).into(),
         l_pid: 0,
-    };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&lock)) {
-        Ok(_) => Ok(true),
-        Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EACCES) => Ok(false),
-        Err(error) => Err(error.into()),
     }
 }
 
@@ -106,5 +147,28 @@ mod tests {
         assert!(lock(&c, &(58_256..58_300)).unwrap());
         drop(a);
         assert!(lock(&b, &(58_000..58_256)).unwrap());
+    }
+
+    #[test]
+    fn a_lock_of_somebody_who_may_only_read_is_told_from_a_runners() {
+        let directory = tempfile::tempdir().unwrap();
+        let [runner, other] = [(); 2].map(|()| open(directory.path()).unwrap());
+        let stranger = File::open(directory.path().join(NAME)).unwrap();
+        let mut reads = write_lock(&(0..u32::MAX));
+        reads.l_type = libc::F_RDLCK as libc::c_short;
+        fcntl(&stranger, FcntlArg::F_OFD_SETLK(&reads)).unwrap();
+        let range = 58_000..58_256;
+        assert!(!lock(&runner, &range).unwrap());
+        assert!(is_kept_by_readers_alone(&runner, &range).unwrap());
+        // Beside a runner that has one number in common.
+        reads.l_len = 58_255;
+        reads.l_type = libc::F_UNLCK as libc::c_short;
+        reads.l_start = 58_255;
+        fcntl(&stranger, FcntlArg::F_OFD_SETLK(&reads)).unwrap();
+        assert!(lock(&other, &(58_255..58_300)).unwrap());
+        assert!(!lock(&runner, &range).unwrap());
+        assert!(!is_kept_by_readers_alone(&runner, &range).unwrap());
+        // A writer is no reader to itself.
+        assert!(is_kept_by_readers_alone(&other, &(58_255..58_300)).unwrap());
     }
 }

@@ -324,13 +324,13 @@ impl Executor {
         drop(daemon::spawn_blocking(move || {
             let reliable = root.check();
             // Nobody receives any more after a failed upload; the rest is collected all the same.
-            let send = |batch| drop(sender.blocking_send(batch));
+            let send = move |batch| drop(sender.blocking_send(batch));
             let mut found = Collector::new(function, &cache, told, limits, &cancel, send).collect(
                 root.directory(),
                 root.root(),
                 &command,
             );
-            root.taken_over(std::mem::take(&mut found.taken_over));
+            root.set_adopted_output_inodes(std::mem::take(&mut found.adopted_output_inodes));
             if found.by_a_privileged_user && shared {
                 root.suspect_privileged_user();
             }

@@ -1,8 +1,14 @@
 //! What a control group says of its action.
 
-use std::time::Duration;
+use std::{
+    io::{self, Read},
+    time::Duration,
+};
 
-use rustix::io::Errno;
+/// What is read of one file at most. `io.stat` is the longest: some hundred bytes for each device.
+const MAXIMUM_TEXT: u64 = 1 << 20;
+/// The kernel hands out whole lines, of a page at most at a time.
+const USUAL_TEXT: usize = 4096;
 
 /// What a group says of its action at the end: all processes, those that nobody waited for included.
 /// Where a controller is missing, so is what it would tell.
@@ -30,7 +36,8 @@ pub(crate) struct MemoryUsage {
     pub limit: Option<u64>,
     /// Processes that were killed for want of memory: this group's, or the host's.
     pub killed: u64,
-    /// How often the limit stood in the way.
+    /// How often this group's own limit left nothing but to kill a process, or to fail (`oom` of
+    /// memory.events).
     pub refused: u64,
 }
 
@@ -48,14 +55,14 @@ impl MemoryUsage {
     }
 
     /// The action was killed since others had used too much.
-    pub(crate) fn is_victim(&self) -> bool {
+    pub(crate) fn is_external_oom(&self) -> bool {
         self.killed > 0 && self.refused == 0
     }
 }
 
 impl CgroupUsage {
     /// Of a group whose files `read` reads; what cannot be read is not told.
-    pub(crate) fn read(read: impl Fn(&str) -> Result<String, Errno>) -> Self {
+    pub(crate) fn read(read: impl Fn(&str) -> io::Result<String>) -> Self {
         let number = |file| read(file).ok()?.trim().parse().ok();
         CgroupUsage {
             cpu: read("cpu.stat").ok().map(|text| CpuUsage {
@@ -88,6 +95,13 @@ impl IoUsage {
     }
 }
 
+/// A group's file, as far as `MAXIMUM_TEXT`.
+pub(super) fn read_text(file: impl Read) -> io::Result<String> {
+    let mut text = Vec::with_capacity(USUAL_TEXT);
+    file.take(MAXIMUM_TEXT).read_to_end(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
 /// A number of a flat keyed file; 0 when it is not there.
 fn field(text: &str, name: &str) -> u64 {
     text.lines()
@@ -100,6 +114,33 @@ fn field(text: &str, name: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As the kernel's files: no more than a line at a time.
+    struct Lines<'a>(&'a [u8]);
+
+    impl Read for Lines<'_> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            let line = self.0.split_inclusive(|byte| *byte == b'\n').next();
+            let length = line.map_or(0, <[u8]>::len).min(buffer.len());
+            let (read, rest) = self.0.split_at(length);
+            buffer[..length].copy_from_slice(read);
+            self.0 = rest;
+            Ok(length)
+        }
+    }
+
+    #[test]
+    fn a_host_of_many_devices_is_read_to_the_last_one() {
+        let line =
+            |device| format!("254:{device} rbytes=1 wbytes=2 rios=1 wios=1 dbytes=0 dios=0\n");
+        let stat: String = (0..1000).map(line).collect();
+        assert!(stat.len() > 10 * USUAL_TEXT);
+        let text = read_text(Lines(stat.as_bytes())).unwrap();
+        let (read, written) = (1000, 2000);
+        assert_eq!(IoUsage::sum(&text), IoUsage { read, written });
+        let endless = read_text(io::repeat(b'x')).unwrap();
+        assert_eq!(endless.len() as u64, MAXIMUM_TEXT);
+    }
 
     #[test]
     fn figures_are_found_by_their_whole_names_and_summed_over_devices() {

@@ -33,7 +33,7 @@ use rustix::fs::{AtFlags, Mode, OFlags, openat};
 use super::{
     cgroup_limits::{Setting, UnmetLimit, settings},
     cgroup_mount::own_cgroup,
-    cgroup_usage::CgroupUsage,
+    cgroup_usage::{self, CgroupUsage},
     error::{CGROUP_STEP, SandboxError},
     layer::{Layer, Layers, Probe},
 };
@@ -206,9 +206,7 @@ impl ActionCgroup {
         CgroupUsage::read(|name| {
             let flags = OFlags::RDONLY | OFlags::CLOEXEC;
             let file = openat(&self.directory, name, flags, Mode::empty())?;
-            let mut text = [0; 4096];
-            let length = rustix::io::read(&file, &mut text)?;
-            Ok(String::from_utf8_lossy(&text[..length]).into_owned())
+            cgroup_usage::read_text(fs::File::from(file))
         })
     }
 

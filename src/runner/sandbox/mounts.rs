@@ -147,8 +147,8 @@ impl SandboxMounts {
         })
     }
 
-    /// Whether the host has this build directory, nothing was mounted since, by the watch's count, and
-    /// no other users were made.
+    /// Whether the host still has this build directory, no more mounts changed than the watch had counted
+    /// then, and its files of users and groups (`passwd`) are those that are covered here.
     pub(crate) fn is_current(&self, build_directory: DirectoryId, changes: u64) -> bool {
         self.identity == build_directory
             && self.snapshot.has_mounts_of(changes)

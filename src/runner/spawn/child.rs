@@ -220,6 +220,7 @@ fn execute(launch: &CommandLaunch<'_>) -> Errno {
             emulated.set(executable.as_ptr());
         }
         executable = emulator;
+        launch.begin(SpawnStage::Emulate);
     }
     let mut attempts = 0;
     loop {

@@ -1,5 +1,6 @@
-//! An action's limits for what the kernel counts by user (getrlimit(2)), whatever this daemon was
-//! started with: each action has a user of its own.
+//! An action's resource limits (getrlimit(2)): at most these, however high this daemon's own are; where
+//! the daemon was started with lower ones, those. Some bound what the kernel counts by user, and so by action,
+//! as each has a user of its own; the others bound each process.
 //!
 //! What the kernel counts for nobody is in bb-remote-execution(7), "What is not stopped".
 

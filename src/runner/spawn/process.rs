@@ -160,14 +160,16 @@ impl Process {
         }
     }
 
-    /// Asks the process to end, and gives it this long.
-    pub(crate) fn terminate(&self, grace: Duration) {
+    /// Asks the process to end.
+    pub(crate) fn terminate(&self) {
         let _ = pidfd_send_signal(&self.pidfd, Signal::TERM);
-        let timeout = Timespec::try_from(grace).ok();
-        let _ = poll(
-            &mut [PollFd::new(&self.pidfd, PollFlags::IN)],
-            timeout.as_ref(),
-        );
+    }
+
+    /// Waits until the process has ended, or this long; also less, when a signal comes.
+    pub(crate) fn has_ended_within(&self, timeout: Duration) -> bool {
+        let timeout = Timespec::try_from(timeout).ok();
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        poll(&mut fds, timeout.as_ref()) == Ok(1)
     }
 
     /// Waits for its end.
@@ -192,9 +194,7 @@ impl Drop for Process {
             return;
         }
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
-        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        let timeout = Timespec::try_from(REAP_TIMEOUT).ok();
-        if poll(&mut fds, timeout.as_ref()) == Ok(1) {
+        if self.has_ended_within(REAP_TIMEOUT) {
             let _ = self.reap();
             return;
         }

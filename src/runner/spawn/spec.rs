@@ -106,6 +106,8 @@ pub(crate) enum SpawnStage {
     WorkingDirectory,
     Search,
     Execute,
+    /// Instead of that, where an emulator is executed with the command as an argument.
+    Emulate,
 }
 
 impl SetupStep<'_> {

@@ -25,7 +25,7 @@ pub(super) struct DeletionQueue {
     directory: Arc<OwnedFd>,
     sequence: AtomicU64,
     waiting: Arc<AtomicU64>,
-    /// `None` when nobody empties it.
+    /// To the thread that removes what they name.
     names: Mutex<Sender<String>>,
 }
 

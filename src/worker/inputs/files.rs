@@ -160,7 +160,7 @@ impl LayOut<'_> {
         let made = match self.link_mode {
             LinkMode::Copy => cache.copy(key, link, directory, name),
             _ => self::link(cache, key, link, directory, name, buffer, |file, full| {
-                self.inodes.lock().instead(file, full)
+                self.inodes.lock().replace_full(file, full)
             }),
         };
         self.record(key, name, made)

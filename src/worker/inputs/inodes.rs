@@ -50,7 +50,7 @@ impl Inodes {
     }
 
     /// Another one instead of one that is full: the next that is not taken.
-    pub(super) fn instead(&mut self, file: Handle, full: u32) -> u32 {
+    pub(super) fn replace_full(&mut self, file: Handle, full: u32) -> u32 {
         let number = self.take(file, full + 1);
         self.free(file, full);
         number

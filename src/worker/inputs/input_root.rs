@@ -36,7 +36,7 @@ pub struct InputRoot {
     /// From when the command may start.
     command: Option<RunningCommand>,
     /// Inode numbers of what is the worker's though the action made it, in their order.
-    taken_over: Vec<u64>,
+    adopted_output_inodes: Vec<u64>,
 }
 
 impl InputRoot {
@@ -70,7 +70,7 @@ impl InputRoot {
             reusable: true,
             has_own_files: false,
             command: None,
-            taken_over: Vec::new(),
+            adopted_output_inodes: Vec::new(),
         }
     }
 
@@ -111,9 +111,9 @@ impl InputRoot {
     }
 
     /// The files with these inode numbers, which the action made, may be the worker's now.
-    pub fn taken_over(&mut self, mut inodes: Vec<u64>) {
+    pub fn set_adopted_output_inodes(&mut self, mut inodes: Vec<u64>) {
         inodes.sort_unstable();
-        self.taken_over = inodes;
+        self.adopted_output_inodes = inodes;
     }
 
     /// The action ran as root or as the worker, and may have changed anything in place (I2 Credentials). Blocks.
@@ -182,7 +182,7 @@ impl InputRoot {
             kept: self.kept.take().filter(|_| reusable),
             generation: self.generation,
             ready: self.ready,
-            taken_over: std::mem::take(&mut self.taken_over),
+            adopted_output_inodes: std::mem::take(&mut self.adopted_output_inodes),
         };
         Some(move || store.clean(action_directory, used))
     }

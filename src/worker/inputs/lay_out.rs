@@ -91,6 +91,24 @@ pub(super) struct LayOut<'a> {
     results: Mutex<Vec<Option<PartialDirectory>>>,
 }
 
+/// A thread that may yet add jobs. Whoever waits for some learns when it is no more, also by a panic: else
+/// the others would wait for ever, and the panic would be told nobody.
+struct WorkingGuard<'a, 'b>(&'a LayOut<'b>);
+
+impl<'a, 'b> WorkingGuard<'a, 'b> {
+    fn new(lay_out: &'a LayOut<'b>, queue: &mut JobQueue) -> Self {
+        queue.working += 1;
+        WorkingGuard(lay_out)
+    }
+}
+
+impl Drop for WorkingGuard<'_, '_> {
+    fn drop(&mut self) {
+        self.0.queue.lock().working -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
 #[derive(Default)]
 pub(super) struct JobQueue {
     /// The last first: so only the ancestors of what is worked on must be open.
@@ -206,19 +224,16 @@ impl<'a> LayOut<'a> {
             true => self.context.threads.saturating_sub(1),
             false => 0,
         };
-        self.queue.lock().working = 1;
+        let adding = WorkingGuard::new(self, &mut self.queue.lock());
         let partial = std::thread::scope(|scope| {
             for _ in 0..helpers {
                 scope.spawn(|| self.work(&mut String::new()));
             }
             let partial = self.add(pruned, &mut buffer);
-            let mut queue = self.queue.lock();
-            queue.working -= 1;
             if partial.is_err() {
-                queue.jobs.clear();
+                self.queue.lock().jobs.clear();
             }
-            drop(queue);
-            self.changed.notify_all();
+            drop(adding);
             self.work(&mut buffer);
             partial
         })?;
@@ -426,15 +441,14 @@ impl<'a> LayOut<'a> {
 
     fn work(&self, buffer: &mut String) {
         loop {
-            let (parent, made, name) = {
+            let (_working, (parent, made, name)) = {
                 let mut queue = self.queue.lock();
                 loop {
                     if queue.failed.is_some() {
                         return;
                     }
                     if let Some(job) = queue.jobs.pop() {
-                        queue.working += 1;
-                        break job;
+                        break (WorkingGuard::new(self, &mut queue), job);
                     }
                     if queue.working == 0 {
                         return;
@@ -448,17 +462,13 @@ impl<'a> LayOut<'a> {
                 .open_directory(&*parent, &name)
                 .map_err(at(&name))
                 .and_then(|fd| self.fill(made, Arc::new(fd), buffer));
-            let mut queue = self.queue.lock();
-            queue.working -= 1;
             match filled {
                 Ok(()) => {}
-                Err(LayOutError::Vanished(keys)) => queue.vanished.extend(keys),
+                Err(LayOutError::Vanished(keys)) => self.queue.lock().vanished.extend(keys),
                 Err(error) => {
-                    queue.failed.get_or_insert(error);
+                    self.queue.lock().failed.get_or_insert(error);
                 }
             }
-            drop(queue);
-            self.changed.notify_all();
         }
     }
 

@@ -50,7 +50,7 @@
 //!
 //! - `prepare` is the whole way from a task to its root.
 //! - `directory` is a Directory message, `tree` a Merkle tree of them; `directories` fetches them.
-//! - `file_cache` has the input files.
+//! - `file_cache` has the input files; both fetch by `batches`, which fit into memory.
 //! - `plan` says how one tree becomes another.
 //! - `planned_root` chooses a root and lays it out: `lay_out` performs the plan, `files` makes the files
 //!   in it, `inodes` knows which inodes of cached files a root has; `node_properties` sets the modes and

@@ -60,7 +60,7 @@ pub(super) struct UsedRoot {
     /// When the action could begin, in seconds since the epoch.
     pub ready: i64,
     /// Inode numbers of what is the worker's though the action made it, in their order.
-    pub taken_over: Vec<u64>,
+    pub adopted_output_inodes: Vec<u64>,
 }
 
 impl RootStore {
@@ -277,7 +277,7 @@ impl RootStore {
             &mut kept,
             self.fine_ctime,
             used.ready,
-            &used.taken_over,
+            &used.adopted_output_inodes,
         )? {
             DirectoryCondition::Good => Ok(Some(kept)),
             DirectoryCondition::Oversized => Ok(None),

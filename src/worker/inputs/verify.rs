@@ -43,7 +43,7 @@ struct Verification<'a> {
     inodes: &'a mut Inodes,
     link_mode: LinkMode,
     /// Inode numbers of what is the worker's though the action made it, in their order.
-    taken_over: &'a [u64],
+    adopted_output_inodes: &'a [u64],
 }
 
 /// What became of a directory that the worker keeps.
@@ -69,7 +69,7 @@ pub(super) fn verify_root(
     root: &mut KeptRoot,
     fine_ctime: bool,
     started: i64,
-    taken_over: &[u64],
+    adopted_output_inodes: &[u64],
 ) -> io::Result<DirectoryCondition> {
     let mut verification = Verification {
         context,
@@ -77,7 +77,7 @@ pub(super) fn verify_root(
         started,
         inodes: &mut root.inodes,
         link_mode: root.link_mode,
-        taken_over,
+        adopted_output_inodes,
     };
     verification.verify(&mut root.top)
 }
@@ -212,7 +212,7 @@ impl Verification<'_> {
                     _ => (kept.children[at].inode, &mut seen.children, false),
                 };
                 let is_ours = |inode: u64| -> io::Result<bool> {
-                    let other = self.taken_over.binary_search(&inode).is_ok();
+                    let other = self.adopted_output_inodes.binary_search(&inode).is_ok();
                     Ok(!other && is_the_workers(fd, name)?)
                 };
                 if inode == entry.ino() && (!doubtful || is_ours(inode)?) {
@@ -263,7 +263,7 @@ impl Verification<'_> {
                 continue;
             }
             let (name, link) = (file.name.as_str(), &mut kept.files.list[at]);
-            let instead = |file, full| self.inodes.instead(file, full);
+            let replace_full = |file, full| self.inodes.replace_full(file, full);
             let (cache, directory) = (self.context.cache, fd.as_fd());
             let linked = files::link(
                 cache,
@@ -272,7 +272,7 @@ impl Verification<'_> {
                 directory,
                 name,
                 &mut buffer,
-                instead,
+                replace_full,
             );
             linked.map_err(|error| match error {
                 LinkError::Vanished => io::ErrorKind::NotFound.into(),

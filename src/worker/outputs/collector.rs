@@ -41,7 +41,7 @@ pub struct CollectedOutputs {
     /// anything.
     pub by_a_privileged_user: bool,
     /// Inode numbers of files that were the action's, and may be the worker's now.
-    pub taken_over: Vec<u64>,
+    pub adopted_output_inodes: Vec<u64>,
 }
 
 /// What a client wants to be told of outputs, beside what everybody is.

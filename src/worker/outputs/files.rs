@@ -100,7 +100,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
             self.found.by_a_privileged_user = true;
         }
         if stat.st_uid != worker {
-            self.found.taken_over.push(stat.st_ino);
+            self.found.adopted_output_inodes.push(stat.st_ino);
         }
         OpenedOutput {
             sealed: file_cache::seal(&file, executable),

@@ -51,6 +51,70 @@ async fn a_command_that_is_stopped_may_say_good_bye() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn logs_end_at_their_limit_also_while_a_command_says_good_bye() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start_in("/tmp", |config| {
+        config.termination_grace = Configured::seconds(60);
+        config.limits.log_size = Size(1000);
+    })
+    .await;
+    let slot = farm.slot();
+    let script = "bye() { head -c 5000000 /dev/zero; touch said; while [ ! -e go ]; do sleep 0.02; done; exit; }; \
+                  trap bye TERM; touch started; while :; do sleep 0.02; done";
+    let request = slot.request(&["/bin/sh", "-c", script]);
+    let mut client = farm.client.clone();
+    let call = tokio::spawn(async move { client.run(request).await });
+    let root = slot.path.join("root");
+    until("the action has started", || root.join("started").exists()).await;
+    call.abort();
+    until("it has said all", || root.join("said").exists()).await;
+    let stdout = slot.path.join("stdout");
+    let length = || fs::metadata(&stdout).unwrap().len();
+    until("its log is cut", || length() <= 1000).await;
+    fs::write(root.join("go"), "").unwrap();
+    farm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_an_action_links_into_its_outputs_is_as_if_its_user_had_made_it() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start().await;
+    let slot = farm.slot();
+    let script = "ln ../stdout linked && id -u";
+    let ended = farm.run(&slot, &["/bin/sh", "-c", script]).await.unwrap();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    let user = ended.stdout.trim().parse::<u32>().unwrap();
+    let owner = |name| fs::metadata(slot.path.join(name)).unwrap().uid();
+    assert_eq!((owner("root/linked"), owner("stderr")), (user, 0));
+    farm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_emulator_that_is_missing_is_not_the_client_s_fault() {
+    if !is_root() {
+        return;
+    }
+    let farm = Farm::start_in("/tmp", |config| {
+        config.emulator = vec!["/nonexistent/emulator".to_owned()];
+    })
+    .await;
+    let slot = farm.slot();
+    let status = farm.run(&slot, &["/bin/true"]).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    let message = status.message();
+    assert!(
+        message.contains("exec emulator \"/nonexistent/emulator\""),
+        "{message}"
+    );
+    assert!(message.contains("bb_runner.toml"), "{message}");
+    farm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn groups_and_an_emulator_are_added() {
     if !is_root() {
         return;

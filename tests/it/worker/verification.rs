@@ -109,6 +109,29 @@ async fn what_rots_while_no_worker_runs_is_found_before_it_is_used() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_mode_that_somebody_gives_to_an_extra_inode_is_noticed_like_that_of_the_first() {
+    let settings = Settings {
+        inputs: Inputs::HardLinks,
+        ..Default::default()
+    };
+    let farm = Farm::start_with(settings).await;
+    is_good(&farm, run(&farm, "cold").await).await;
+    let before = farm.cache.modifications();
+    let mut inodes = cached(&farm, "second");
+    inodes.sort_unstable();
+    let [_, extra] = &inodes[..] else {
+        panic!("{inodes:?}");
+    };
+    let made = fs::metadata(extra).unwrap().permissions();
+    fs::set_permissions(extra, made).unwrap();
+    assert_eq!(farm.cache.modifications(), before);
+    fs::set_permissions(extra, fs::Permissions::from_mode(0o644)).unwrap();
+    assert_eq!(farm.cache.modifications(), before + 1);
+    assert_eq!(cached(&farm, "second"), Vec::<PathBuf>::new());
+    is_good(&farm, run(&farm, "again").await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_was_changed_through_another_name_is_found_when_it_is_used_in_another_root() {
     for inputs in [Inputs::Shared, Inputs::HardLinks] {
         let settings = Settings {

@@ -22,7 +22,7 @@ use bpf::{
 use syscalls::{FAMILIES, NEWEST, SOCKET_MAKERS, SYSTEM_CALLS, SyscallRule, SystemCall};
 
 use super::layer::{Layer, Layers, Probe};
-use crate::{config::runner::Config, runner::process_status};
+use crate::{config::runner::Config, runner::proc_self_status};
 
 pub(super) const LAYER: Layer = Layer {
     layer: Layers::SECCOMP,
@@ -37,7 +37,7 @@ pub(super) const LAYER: Layer = Layer {
 
 /// A kernel that was built without it has no such field.
 fn is_built_in(_: &Config) -> Result<(), String> {
-    process_status::bits("Seccomp:")
+    proc_self_status::bits("Seccomp:")
         .map(drop)
         .ok_or_else(|| "this kernel has no seccomp filters".to_owned())
 }

@@ -129,10 +129,10 @@ impl CacheDirectory {
         &self.path
     }
 
-    /// Of the first inode.
-    pub(super) fn path_of(&self, key: &FileKey) -> PathBuf {
+    /// Of the n-th extra inode, or of the first one (0).
+    pub(super) fn path_of(&self, key: &FileKey, number: u32) -> PathBuf {
         let mut name = String::new();
-        key.write_name(0, &mut name);
+        key.write_name(number, &mut name);
         self.path.join(format!("{:02x}", key.shard())).join(name)
     }
 
@@ -185,10 +185,11 @@ impl CacheDirectory {
         Ok(found)
     }
 
-    /// Whether size, mode, owner and mtime of the first inode are right; also when it is not there.
-    pub(super) fn is_as_made(&self, key: &FileKey) -> bool {
+    /// Whether size, mode, owner and mtime of the n-th extra inode, or of the first one (0), are right; also
+    /// when it is not there.
+    pub(super) fn is_as_made(&self, key: &FileKey, number: u32) -> bool {
         let mut name = String::new();
-        key.write_name(0, &mut name);
+        key.write_name(number, &mut name);
         let shard = &self.shards[key.shard()];
         let owner = rustix::process::geteuid().as_raw();
         match rustix::fs::statat(shard, &name, AtFlags::SYMLINK_NOFOLLOW) {

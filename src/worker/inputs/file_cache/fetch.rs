@@ -70,16 +70,54 @@ impl FileCache {
     ) -> Result<(), Fault> {
         let mut missing = HashSet::new();
         let mut fetched = PinnedFiles::none(self);
-        let (cache, gone) = (self.clone(), keys.clone());
-        blocking("forget input files", move || {
-            for key in &gone {
-                cache.forget_extra_inodes(key);
+        let mut rest = keys;
+        while !rest.is_empty() {
+            let (claim, waiting) = self.claim_gone(&mut rest);
+            if !claim.keys.is_empty() {
+                let (cache, gone) = (self.clone(), claim.keys.clone());
+                blocking("forget input files", move || {
+                    for key in &gone {
+                        cache.forget_extra_inodes(key);
+                    }
+                })
+                .await?;
+                self.download(instance, &claim.keys, &mut fetched, &mut missing)
+                    .await?;
             }
-        })
-        .await?;
-        self.download(instance, &keys, &mut fetched, &mut missing)
-            .await?;
+            drop(claim);
+            for done in waiting {
+                done.cancelled().await;
+            }
+            // What others have brought meanwhile is there.
+            let cache = self.clone();
+            let look = move || {
+                rest.retain(|key| cache.directory.open_inode(key, 0).is_err());
+                rest
+            };
+            rest = blocking("look for input files", look).await?;
+        }
         none_missing(missing)
+    }
+
+    /// Sorts files that are gone from the disk into those that are ours to fetch, and those that others
+    /// change, which stay in `keys`.
+    fn claim_gone(&self, keys: &mut Vec<FileKey>) -> (FileClaim<'_>, Vec<CancellationToken>) {
+        let mut claim = FileClaim::new(&self.index);
+        let mut waiting = Vec::new();
+        let mut index = self.index.lock();
+        keys.retain(|key| match index.in_progress.get(key) {
+            Some(other) if other.claim == claim.number => false,
+            Some(other) => {
+                waiting.push(other.done.clone());
+                true
+            }
+            None => {
+                claim.add(&mut index, *key);
+                false
+            }
+        });
+        drop(index);
+        (claim, waiting)
     }
 
     /// Whether an input root of these files may be made. Each occurrence is a file of its own, and takes

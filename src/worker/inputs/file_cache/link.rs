@@ -188,7 +188,7 @@ impl FileCache {
         }
         let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW);
         let stat = stat.map_err(|error| LinkError::Other(error.into()))?;
-        self.check_as_made(key, &stat, Some(inode))
+        self.check_as_made(key, number, &stat, Some(inode))
     }
 
     /// The first inode of a file, which must have this number.
@@ -198,14 +198,16 @@ impl FileCache {
             .open_inode(key, 0)
             .map_err(LinkError::of_disk)?;
         let stat = rustix::fs::fstat(&file).map_err(|error| LinkError::Other(error.into()))?;
-        self.check_as_made(key, &stat, inode)?;
+        self.check_as_made(key, 0, &stat, inode)?;
         Ok(file)
     }
 
-    /// Whether a file is the one that the cache knows, and as the cache made it.
+    /// Whether a file is the n-th extra inode that the cache knows, or the first one (0), and as the cache
+    /// made it.
     fn check_as_made(
         &self,
         key: &FileKey,
+        number: u32,
         stat: &rustix::fs::Stat,
         inode: Option<u64>,
     ) -> Result<(), LinkError> {
@@ -214,7 +216,7 @@ impl FileCache {
         }
         if !directory::is_as_made(stat, key, rustix::process::geteuid().as_raw()) {
             self.report_modified(
-                &[*key],
+                &[(*key, number)],
                 "somebody changed a file of the cache, by whatever name of it",
             );
             return Err(LinkError::Vanished);

@@ -16,13 +16,18 @@ impl FileCache {
                 attributes,
             } => {
                 // Whoever sets what was set already does no harm.
-                let changed = |key: &FileKey| !self.directory.is_as_made(key);
+                let changed =
+                    |(key, number): &(FileKey, u32)| !self.directory.is_as_made(key, *number);
                 contents.extend(attributes.into_iter().filter(changed));
                 contents.sort_unstable();
-                contents.dedup();
+                // All inodes of a file go with it: the first of them that was changed tells.
+                contents.dedup_by_key(|(key, _)| *key);
                 contents
             }
-            ChangedFiles::Unknown => self.index.lock().files.keys(),
+            ChangedFiles::Unknown => {
+                let keys = self.index.lock().files.keys();
+                keys.into_iter().map(|key| (key, 0)).collect()
+            }
         };
         if changed.is_empty() {
             return *modifications;
@@ -35,21 +40,23 @@ impl FileCache {
         *modifications
     }
 
-    /// These files are not what they should be; `why` is said in the log.
-    pub(super) fn report_modified(&self, wrong: &[FileKey], why: &str) {
+    /// These files are not what they should be, each in one of its inodes; `why` is said in the log.
+    pub(super) fn report_modified(&self, wrong: &[(FileKey, u32)], why: &str) {
         self.count_and_remove(&mut self.modifications.lock(), wrong, why);
     }
 
-    fn count_and_remove(&self, modifications: &mut u64, wrong: &[FileKey], why: &str) {
+    fn count_and_remove(&self, modifications: &mut u64, wrong: &[(FileKey, u32)], why: &str) {
         *modifications += 1;
-        let first = wrong.first().map(|key| self.directory.path_of(key));
+        let first = wrong.first();
+        let first = first.map(|(key, number)| self.directory.path_of(key, *number));
         tracing::error!(
             directory = %self.path().display(),
             files = wrong.len(),
             first = %first.unwrap_or_default().display(),
             "{why}; only this worker may write to files of the cache; what is wrong is removed and fetched again, all that is kept of input roots is forgotten, and actions that ran meanwhile fail"
         );
-        self.remove_wrong(wrong);
+        let keys: Vec<FileKey> = wrong.iter().map(|(key, _)| *key).collect();
+        self.remove_wrong(&keys);
     }
 
     /// Removes files that are not what they should be. Pins stay: whoever links such a file finds it

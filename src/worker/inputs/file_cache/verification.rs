@@ -46,6 +46,8 @@ pub enum Portion {
 /// A file that is being read.
 struct FileBeingRead {
     key: FileKey,
+    /// Which of the file's inodes; 0 is the first.
+    number: u32,
     file: File,
     inode: u64,
     hasher: Hasher,
@@ -161,6 +163,7 @@ impl FileCache {
             hasher: key.digest.function().hasher(key.digest.size()),
             inode: stat.st_ino,
             key,
+            number,
             file,
         })
     }
@@ -168,7 +171,11 @@ impl FileCache {
     /// Of a file that was read to its end, or to an error.
     fn check_digest(&self, reading: FileBeingRead, error: Option<io::Error>) {
         let FileBeingRead {
-            key, file, hasher, ..
+            key,
+            number,
+            file,
+            hasher,
+            ..
         } = reading;
         self.verified.files.fetch_add(1, Ordering::Relaxed);
         let counted = &self.verified.bytes;
@@ -179,8 +186,8 @@ impl FileCache {
         match error {
             None if found == key.digest => {}
             _ if gone || !self.knows(&key, reading.inode) => {}
-            None => self.report_wrong(&key, 0, &format!("has the content {found}")),
-            Some(error) => self.report_wrong(&key, 0, &format!("cannot be read: {error}")),
+            None => self.report_wrong(&key, number, &format!("has the content {found}")),
+            Some(error) => self.report_wrong(&key, number, &format!("cannot be read: {error}")),
         }
     }
 
@@ -194,15 +201,11 @@ impl FileCache {
     /// A file that may have been used is wrong.
     fn report_wrong(&self, key: &FileKey, number: u32, what: &str) {
         self.verified.wrong.fetch_add(1, Ordering::Relaxed);
-        let path = self.directory.path_of(key);
-        let suffix = match number {
-            0 => String::new(),
-            number => format!(".{number}"),
-        };
+        let path = self.directory.path_of(key, number);
         self.report_modified(
-            &[*key],
+            &[(*key, number)],
             &format!(
-                "a cached file is not what it was, by a fault of the disk or the memory, or because somebody wrote to it: {}{suffix} {what}",
+                "a cached file is not what it was, by a fault of the disk or the memory, or because somebody wrote to it: {} {what}",
                 path.display()
             ),
         );
@@ -248,7 +251,7 @@ impl FileCache {
             self.verified.wrong.fetch_add(count, Ordering::Relaxed);
             tracing::error!(
                 files = count,
-                first = %self.directory.path_of(first).display(),
+                first = %self.directory.path_of(first, 0).display(),
                 "cached files that were there at start are not what they were, by a fault of the disk or the memory, or because somebody wrote to them; they are removed and fetched again"
             );
             self.remove_wrong(&wrong);

@@ -22,10 +22,11 @@ use super::key::FileKey;
 /// What was changed since the last look.
 #[derive(Debug, PartialEq)]
 pub(super) enum ChangedFiles {
-    /// In `contents`, or, in what `attributes` has, modes, owners or times alone.
+    /// In `contents`, or, in what `attributes` has, modes, owners or times alone. Each with which of its
+    /// inodes; 0 is the first.
     Files {
-        contents: Vec<FileKey>,
-        attributes: Vec<FileKey>,
+        contents: Vec<(FileKey, u32)>,
+        attributes: Vec<(FileKey, u32)>,
     },
     /// More than is known one by one.
     Unknown,
@@ -57,10 +58,10 @@ impl ChangeWatch {
                 // What has another name is no file of the cache; what has none is a shard.
                 Ok(event) => {
                     let name = event.file_name().and_then(|name| name.to_str().ok());
-                    let key = name.and_then(FileKey::parse_name).map(|(key, _)| key);
+                    let file = name.and_then(FileKey::parse_name);
                     match event.events().contains(ReadFlags::MODIFY) {
-                        true => contents.extend(key),
-                        false => attributes.extend(key),
+                        true => contents.extend(file),
+                        false => attributes.extend(file),
                     }
                 }
                 Err(Errno::INTR) => {}

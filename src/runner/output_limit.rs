@@ -5,7 +5,7 @@
 
 use std::{os::fd::OwnedFd, time::Duration};
 
-use rustix::fs::{fstat, ftruncate};
+use rustix::fs::{Gid, Uid, fchown, fstat, ftruncate};
 
 use crate::config::Size;
 
@@ -13,16 +13,16 @@ use crate::config::Size;
 pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
-pub(super) struct LimitedLog {
+pub(super) struct LimitedOutput {
     pub file: OwnedFd,
     limit: Size,
     is_cut: bool,
 }
 
-impl LimitedLog {
+impl LimitedOutput {
     /// A `limit` of 0 is none.
     pub(super) fn new(file: OwnedFd, limit: Size) -> Self {
-        LimitedLog {
+        LimitedOutput {
             file,
             limit,
             is_cut: false,
@@ -43,9 +43,18 @@ impl LimitedLog {
         }
     }
 
-    /// When nothing writes any more.
-    pub(super) fn finish(&mut self) {
+    /// When nothing writes any more. If the action has linked the file into its own directories, it becomes
+    /// the action's user's, like all else that is there: what is root's there says that something ran as root.
+    pub(super) fn finish(&mut self, user: u32) {
         self.truncate();
+        if let Ok(stat) = fstat(&self.file)
+            && stat.st_nlink > 1
+        {
+            let (user, group) = (Uid::from_raw(user), Gid::from_raw(user));
+            if let Err(error) = fchown(&self.file, Some(user), Some(group)) {
+                tracing::warn!(%error, "could not give an action its log, to which it has made links");
+            }
+        }
         if self.is_cut {
             self.append_line(&format!(
                 "the rest of this output was cut: limits.log_size of bb_runner.toml is {}",

@@ -16,7 +16,7 @@ use rustix::{
 use super::spawn::SetupStep;
 
 #[derive(Debug)]
-pub(super) struct InputRootAsRoot {
+pub(super) struct InputRootChroot {
     directory: OwnedFd,
     /// Where it is mounted in the sandbox.
     place: CString,
@@ -24,7 +24,7 @@ pub(super) struct InputRootAsRoot {
 }
 
 #[derive(Debug, thiserror::Error)]
-pub(super) enum InputRootAsRootError {
+pub(super) enum InputRootChrootError {
     /// The action's inputs are at fault.
     #[error(
         "/{0} of the input root must be a directory, or absent, as the input root is the action's /"
@@ -38,10 +38,10 @@ pub(super) enum InputRootAsRootError {
 const COPIED: [&CStr; 2] = [c"/proc", c"/dev"];
 const TEMPORARY: &CStr = c"/tmp";
 
-impl InputRootAsRoot {
+impl InputRootChroot {
     /// `place` is where the directory will be mounted in the sandbox.
-    pub(super) fn prepare(directory: OwnedFd, place: &CStr) -> Result<Self, InputRootAsRootError> {
-        let mut root = InputRootAsRoot {
+    pub(super) fn prepare(directory: OwnedFd, place: &CStr) -> Result<Self, InputRootChrootError> {
+        let mut root = InputRootChroot {
             directory,
             place: place.to_owned(),
             made: Vec::new(),
@@ -52,7 +52,7 @@ impl InputRootAsRoot {
                 Err(Errno::EXIST) => {
                     let stat = statat(&root.directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
                     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
-                        return Err(InputRootAsRootError::NoDirectory(name));
+                        return Err(InputRootChrootError::NoDirectory(name));
                     }
                 }
                 Err(error) => return Err(error.into()),
@@ -82,7 +82,7 @@ impl InputRootAsRoot {
     }
 }
 
-impl Drop for InputRootAsRoot {
+impl Drop for InputRootChroot {
     fn drop(&mut self) {
         for name in &self.made {
             // The action may have replaced it, and that is its output then.
