@@ -17,6 +17,7 @@ impl Store {
         if digest.size() > limit.min(SMALL) || digest.is_empty_blob() {
             return None;
         }
+        self.space.require_directory().ok()?;
         let found = self.space.index.peek(&IndexKey::blob(digest));
         let content = match found.filter(|found| found.size == digest.size()) {
             Some(found) => Ok(self.space.cached_content(&found)?),
@@ -49,6 +50,7 @@ impl Store {
         action: &Digest,
         outputs_are_elsewhere: bool,
     ) -> Option<Result<Option<ActionResult>, Error>> {
+        self.space.require_directory().ok()?;
         let key = IndexKey::action(instance, action);
         let Some(found) = self.space.index.peek(&key) else {
             return Some(Ok(None));
