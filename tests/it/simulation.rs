@@ -83,7 +83,7 @@ fn a_farm_keeps_its_promises_whatever_the_network_does() {
         println!("seed {seed}: {:?}", world.run());
         return;
     }
-    keeps_its_promises(number("BB_SIMULATION_SEEDS").unwrap_or(200));
+    keeps_its_promises(number("BB_SIMULATION_SEEDS").unwrap_or(40));
 }
 
 #[test]
@@ -176,7 +176,7 @@ fn in_many_seeds_neither_a_scheduler_that_stood_still_nor_two_hosts_of_one_name_
 }
 
 /// Worlds that have more to do than others are tried with fewer seeds.
-const FEW: u64 = 20;
+const FEW: u64 = 8;
 const MANY: u64 = 200;
 
 /// How often `what` happened in all seeds, in none of which an action came to harm.
@@ -194,13 +194,13 @@ fn seen_without_harm(make: fn(u64, Instant) -> World, what: &str, seeds: u64) ->
 
 #[test]
 fn a_seed_tells_the_same_story_each_time() {
-    tells_the_same_story_twice(0..20);
+    tells_the_same_story_twice(0..5);
 }
 
 #[test]
 #[ignore = "takes long: tests/run --all"]
 fn each_of_many_seeds_tells_the_same_story_each_time() {
-    tells_the_same_story_twice(20..100);
+    tells_the_same_story_twice(5..100);
 }
 
 fn tells_the_same_story_twice(seeds: std::ops::Range<u64>) {
