@@ -1,13 +1,15 @@
 # The three programs: built where they are missing, and copied to the farm; sourced by packaging/farm.
+# With BB_FARM_PROGRAMS those of that directory are taken, and nothing is built: tests of packages have them.
 #
 # shellcheck shell=bash
 
 target=$(realpath -m -- "${CARGO_TARGET_DIR:-$source_root/target}")
+programs=${BB_FARM_PROGRAMS:-$target/release}
 cargo=
 
 is_built() {
   local name
-  for name in "${daemons[@]}"; do [ -x "$target/release/$name" ] || return 1; done
+  for name in "${daemons[@]}"; do [ -x "$programs/$name" ] || return 1; done
 }
 
 check_build() {
@@ -29,6 +31,8 @@ build_minutes() { printf '%d min' $((10 / $(nproc) + 1)); }
 # cargo's lines go to a file, and a line now and then tells how far it is, so that what else is said
 # stays to be seen.
 build() {
+  [ -z "${BB_FARM_PROGRAMS-}" ] || is_built || fail "BB_FARM_PROGRAMS, $programs, has not all of ${daemons[*]}"
+  [ -z "${BB_FARM_PROGRAMS-}" ] || return 0
   local log=$target/farm-build.log began_build=$SECONDS
   mkdir -p "$target"
   (cd "$source_root" && CARGO_TARGET_DIR=$target CARGO_TERM_COLOR=never \
@@ -60,8 +64,8 @@ install_programs() {
   # Copies, since the daemons' users may not be able to pass the source tree's directories.
   mkdir -p "$directory/bin"
   for name in "${daemons[@]}"; do
-    if ! cmp -s "$target/release/$name" "$directory/bin/$name"; then
-      install -m 0755 "$target/release/$name" "$directory/bin/$name.new"
+    if ! cmp -s "$programs/$name" "$directory/bin/$name"; then
+      install -m 0755 "$programs/$name" "$directory/bin/$name.new"
       mv -f "$directory/bin/$name.new" "$directory/bin/$name"
     fi
     case $(readlink "/proc/$(pid_of "$name")/exe" 2>/dev/null) in

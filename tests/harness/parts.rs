@@ -6,11 +6,12 @@ use std::{
     os::fd::AsFd,
     path::{Path, PathBuf},
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bb_remote_execution::{
     config::Endpoint,
+    daemon::Failure,
     storage::Backend,
     worker::inputs::file_cache::{CacheLimits, FileCache, FileKey},
 };
@@ -76,6 +77,20 @@ pub fn keep(cache: &FileCache, place: &Path, key: FileKey, content: &str) {
     cache.add_output(key, &file, false, parent.as_fd(), "content");
 }
 
+/// Opens what one process at a time may have open. A process that another test is just starting has our
+/// files, and with them the lock, until it runs its program.
+pub fn open_again<T>(open: impl Fn() -> Result<T, Failure>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        match open() {
+            Err(Failure::Environment { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            opened => return opened.unwrap(),
+        }
+    }
+}
+
 /// A file system in a file, mounted by loop; unmounted on drop.
 pub struct FileSystem {
     pub at: PathBuf,
@@ -103,12 +118,8 @@ impl FileSystem {
 
 impl Drop for FileSystem {
     fn drop(&mut self) {
-        for _ in 0..100 {
-            let status = Command::new("umount").arg(&self.at).status();
-            if status.is_ok_and(|status| status.success()) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
+        // Threads that remove in the background, and what other tests start just now, have files of it
+        // open a little longer; it goes with the last of them.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.at).status();
     }
 }

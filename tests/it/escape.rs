@@ -375,7 +375,7 @@ async fn a_layer_that_is_off_is_missed() {
 }
 
 /// `cargo test --test it -- --ignored --nocapture each_layer` prints what becomes possible.
-#[ignore = "takes minutes: every attempt once for each layer"]
+#[ignore = "takes long, every attempt once for each layer: tests/run --all"]
 #[tokio::test(flavor = "multi_thread")]
 async fn each_layer_stops_what_nothing_else_does() {
     if !is_root() {

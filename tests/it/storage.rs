@@ -16,6 +16,8 @@ use bb_remote_execution::{
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::harness::parts::open_again;
+
 mod actions;
 mod backends;
 mod bytestream;
@@ -81,7 +83,7 @@ impl Server {
     }
 
     pub async fn start_at(directory: &Path, maximum_size: u64, address: SocketAddr) -> Self {
-        let store = Arc::new(Store::open(directory, maximum_size).unwrap());
+        let store = Arc::new(open_again(|| Store::open(directory, maximum_size)));
         let serving = Serving::start(Backend::Embedded(store.clone()), address).await;
         Server {
             store,

@@ -22,12 +22,15 @@ use bb_remote_execution::{
 
 use super::{ANYWHERE, GIB, StoreProcess, content, instance, sha256};
 
-use crate::harness::{self, parts::FileSystem};
+use crate::harness::{
+    self,
+    parts::{FileSystem, open_again},
+};
 
 const MIB: u64 = 1 << 20;
 
 fn open(directory: &Path, size: u64) -> Store {
-    Store::open(directory, size).unwrap()
+    open_again(|| Store::open(directory, size))
 }
 
 fn put(store: &Store, data: &[u8]) -> Result<Digest, Error> {

@@ -25,6 +25,7 @@ use futures::TryStreamExt;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
+    task::JoinSet,
 };
 
 use super::{
@@ -372,72 +373,78 @@ async fn a_redis_without_memory_says_so_and_is_used_again_when_it_has_some() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn servers_that_are_down_or_hang_hold_no_call_for_long_and_are_used_again() {
+    let mut each = JoinSet::new();
     for real in real() {
-        let proxy = Proxy::start(real.server.address).await;
-        let (name, directory) = (instance(""), tempfile::tempdir().unwrap());
-        let store = Arc::new(Store::open(directory.path(), GIB).unwrap());
-        let sections = Sections::at(proxy.address);
-        let backend = sections.backend(real.service, None);
-        let cached = sections.backend(real.service, Some(store));
-        let blobs = [content(1, 100), content(2, 9_000_000)];
-        let digests: Vec<Digest> = blobs.iter().map(|blob| sha256(blob)).collect();
-        cached.upload(&name, uploads(&blobs)).await.unwrap();
-        for route in [Route::Closed, Route::Hanging] {
-            proxy.set(route);
-            let begun = Instant::now();
-            let fresh = content(begun.elapsed().as_nanos() as u64, 300);
-            let error = backend.upload(&name, uploads(&[fresh])).await.unwrap_err();
+        each.spawn(is_lost_and_found(real));
+    }
+    each.join_all().await;
+}
+
+async fn is_lost_and_found(real: Real) {
+    let proxy = Proxy::start(real.server.address).await;
+    let (name, directory) = (instance(""), tempfile::tempdir().unwrap());
+    let store = Arc::new(Store::open(directory.path(), GIB).unwrap());
+    let sections = Sections::at(proxy.address);
+    let backend = sections.backend(real.service, None);
+    let cached = sections.backend(real.service, Some(store));
+    let blobs = [content(1, 100), content(2, 9_000_000)];
+    let digests: Vec<Digest> = blobs.iter().map(|blob| sha256(blob)).collect();
+    cached.upload(&name, uploads(&blobs)).await.unwrap();
+    for route in [Route::Closed, Route::Hanging] {
+        proxy.set(route);
+        let begun = Instant::now();
+        let fresh = content(begun.elapsed().as_nanos() as u64, 300);
+        let error = backend.upload(&name, uploads(&[fresh])).await.unwrap_err();
+        assert!(
+            matches!(error, Error::Unavailable(_)),
+            "{route:?}: {error:?}"
+        );
+        let address = proxy.address.to_string();
+        assert!(error.to_string().contains(&address), "{error}");
+        for digest in &digests {
+            let error = backend.read(&name, digest, GIB).await.unwrap_err();
             assert!(
                 matches!(error, Error::Unavailable(_)),
                 "{route:?}: {error:?}"
             );
-            let address = proxy.address.to_string();
-            assert!(error.to_string().contains(&address), "{error}");
-            for digest in &digests {
-                let error = backend.read(&name, digest, GIB).await.unwrap_err();
-                assert!(
-                    matches!(error, Error::Unavailable(_)),
-                    "{route:?}: {error:?}"
-                );
-            }
-            let action = backend.action_result(&name, &digests[0]).await;
-            assert!(matches!(action, Err(Error::Unavailable(_))), "{action:?}");
-            let time = begun.elapsed();
-            assert!(time < Duration::from_secs(40), "{route:?}: {time:?}");
-            // What has failed often enough is refused at once, until it answers.
-            until_refused_at_once(&backend).await;
-            until_refused_at_once(&cached).await;
-            for (digest, blob) in digests.iter().zip(&blobs) {
-                assert_eq!(&streamed(&cached, digest).await.unwrap(), blob);
-                let file = Arc::new(tempfile::tempfile().unwrap());
-                cached.read_to_file(&name, digest, file).await.unwrap();
-            }
-            let begun = Instant::now();
-            let absent = sha256(b"absent");
-            let large = content(begun.elapsed().as_nanos() as u64, 9_000_000);
-            for error in [
-                cached.upload(&name, uploads(&[large])).await.unwrap_err(),
-                cached.read(&name, &absent, GIB).await.unwrap_err(),
-                streamed(&cached, &absent).await.unwrap_err(),
-                cached.action_result(&name, &absent).await.unwrap_err(),
-                cached.find_missing(&name, &[absent]).await.unwrap_err(),
-            ] {
-                assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
-                let text = error.to_string();
-                assert!(text.contains(&address), "{text}");
-                assert!(text.contains("asked again in about"), "{text}");
-            }
-            let resumed = cached.resume_upload(&name, "uploads/x", "o", absent, 0);
-            assert!(resumed.await.is_err());
-            let time = begun.elapsed();
-            assert!(time < Duration::from_secs(1), "{route:?}: {time:?}");
+        }
+        let action = backend.action_result(&name, &digests[0]).await;
+        assert!(matches!(action, Err(Error::Unavailable(_))), "{action:?}");
+        let time = begun.elapsed();
+        assert!(time < Duration::from_secs(40), "{route:?}: {time:?}");
+        // What has failed often enough is refused at once, until it answers.
+        until_refused_at_once(&backend).await;
+        until_refused_at_once(&cached).await;
+        for (digest, blob) in digests.iter().zip(&blobs) {
+            assert_eq!(&streamed(&cached, digest).await.unwrap(), blob);
+            let file = Arc::new(tempfile::tempfile().unwrap());
+            cached.read_to_file(&name, digest, file).await.unwrap();
+        }
+        let begun = Instant::now();
+        let absent = sha256(b"absent");
+        let large = content(begun.elapsed().as_nanos() as u64, 9_000_000);
+        for error in [
+            cached.upload(&name, uploads(&[large])).await.unwrap_err(),
+            cached.read(&name, &absent, GIB).await.unwrap_err(),
+            streamed(&cached, &absent).await.unwrap_err(),
+            cached.action_result(&name, &absent).await.unwrap_err(),
+            cached.find_missing(&name, &[absent]).await.unwrap_err(),
+        ] {
+            assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+            let text = error.to_string();
+            assert!(text.contains(&address), "{text}");
+            assert!(text.contains("asked again in about"), "{text}");
+        }
+        let resumed = cached.resume_upload(&name, "uploads/x", "o", absent, 0);
+        assert!(resumed.await.is_err());
+        let time = begun.elapsed();
+        assert!(time < Duration::from_secs(1), "{route:?}: {time:?}");
 
-            proxy.set(Route::Open);
-            until_used(&backend).await;
-            until_used(&cached).await;
-            for (digest, blob) in digests.iter().zip(&blobs) {
-                assert_eq!(&streamed(&backend, digest).await.unwrap(), blob);
-            }
+        proxy.set(Route::Open);
+        until_used(&backend).await;
+        until_used(&cached).await;
+        for (digest, blob) in digests.iter().zip(&blobs) {
+            assert_eq!(&streamed(&backend, digest).await.unwrap(), blob);
         }
     }
 }

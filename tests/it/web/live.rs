@@ -71,6 +71,7 @@ fn path_of(address: &str, pages: &str) -> String {
 /// What an action prints is shown in part, while it prints it and when it has ended; and of that, only what is
 /// shown is in memory.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes long: tests/run --all"]
 async fn a_gigabyte_of_output_is_shown_in_part_to_a_thousand_who_look_at_it() {
     const VISITORS: usize = 1000;
     const ROUNDS: usize = 2;
