@@ -248,12 +248,21 @@ mod tests {
         std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
         let mut child = Command::new(program).arg("60").spawn().unwrap();
         let own = nix::unistd::getuid().as_raw();
-        let found = processes_of(own).find(|process| process.pid == child.id() as i32);
+        let pid = child.id() as i32;
+        let name = "a\u{fffd}\u{fffd}";
+        // It has its name a moment after it was made.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let is_found = loop {
+            let found = processes_of(own).find(|process| process.pid == pid);
+            let is_named = found.is_some_and(|found| found.is_alive && found.told.name == name);
+            if is_named || Instant::now() > deadline {
+                break is_named;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
         child.kill().unwrap();
         child.wait().unwrap();
-        let found = found.unwrap();
-        assert!(found.is_alive);
-        assert_eq!(found.told.name, "a\u{fffd}\u{fffd}");
+        assert!(is_found);
     }
 
     #[test]
