@@ -176,7 +176,7 @@ fn in_many_seeds_neither_a_scheduler_that_stood_still_nor_two_hosts_of_one_name_
 }
 
 /// Worlds that have more to do than others are tried with fewer seeds.
-const FEW: u64 = 8;
+const FEW: u64 = 4;
 const MANY: u64 = 200;
 
 /// How often `what` happened in all seeds, in none of which an action came to harm.
