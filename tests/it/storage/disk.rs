@@ -5,10 +5,7 @@ use std::{
     fs,
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -304,28 +301,11 @@ fn many_writers_and_readers_at_once_lose_nothing_while_room_is_made() {
     let size = 24 * MIB;
     let directory = tempfile::tempdir().unwrap();
     let store = Arc::new(open(directory.path(), size));
-    // How far each writer is. Nobody runs so far ahead that what another one has just written goes
-    // before it is read, however seldom that one gets a processor.
-    let rounds: [AtomicU64; 6] = Default::default();
-    struct Ended<'r>(&'r AtomicU64);
-    impl Drop for Ended<'_> {
-        fn drop(&mut self) {
-            self.0.store(u64::MAX, Ordering::Relaxed);
-        }
-    }
     std::thread::scope(|scope| {
         for writer in 0..6u64 {
-            let (store, rounds) = (&store, &rounds);
+            let store = &store;
             scope.spawn(move || {
-                let round = &rounds[writer as usize];
-                let _ended = Ended(round);
                 for i in 0..400u64 {
-                    round.store(i, Ordering::Relaxed);
-                    let is_behind =
-                        |it: &AtomicU64| it.load(Ordering::Relaxed).saturating_add(10) < i;
-                    while rounds.iter().any(is_behind) {
-                        std::thread::yield_now();
-                    }
                     let length = [300, 5000, 60_000, 90_000][(i % 4) as usize];
                     let data = content(writer << 32 | i, length);
                     let before = store.counts().written.get();
