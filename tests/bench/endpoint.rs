@@ -2,7 +2,8 @@
 //! changed, and the Content Addressable Storage. What is measured takes turns, so that a noisy host is as noisy for each.
 //!
 //! usage: cargo bench --bench farm -- endpoint [rounds=5] [actions=400] [blobs=4000] [platform=OSFamily=linux]
-//!        [in_flight=1,8,64] [skip=actions|roots|cas[,...]] NAME=HOST:PORT...
+//!        [in_flight=1,8,64] [skip=actions|roots|cas[,...]]
+//!        NAME=HOST:PORT[/HOST:PORT of the CAS, if another server has it]...
 
 use std::{
     collections::BTreeMap,
@@ -56,7 +57,8 @@ pub fn run(arguments: &[String]) {
             .into_iter()
             .map(|(name, address)| Measured {
                 name,
-                client: Client::connect(address),
+                client: Client::connect(address.split('/').next().unwrap()),
+                storage: Client::connect(address.split('/').next_back().unwrap()),
                 platform: reapi::Platform {
                     properties: vec![reapi::platform::Property {
                         name: property.to_owned(),
@@ -89,6 +91,7 @@ pub fn run(arguments: &[String]) {
 struct Measured<'a> {
     name: &'a str,
     client: Client,
+    storage: Client,
     platform: reapi::Platform,
     /// Of each round.
     figures: Vec<Vec<Figure>>,
@@ -157,7 +160,7 @@ impl Measured<'_> {
             let mut actions = Vec::new();
             for number in 0..count {
                 let task = self.task(&format!("{round}-{in_flight}-{number}"));
-                actions.push(self.client.prepare(&task).await.unwrap());
+                actions.push(self.storage.prepare(&task).await.unwrap());
             }
             let next = AtomicUsize::new(0);
             let begun = Instant::now();
@@ -185,7 +188,7 @@ impl Measured<'_> {
                 let root = self.upload_root(files, &format!("{round}-{change}")).await;
                 let mut task = self.task(&format!("{round}-{change}-{files}"));
                 task.action.input_root_digest = Some(root);
-                let action = self.client.prepare(&task).await.unwrap();
+                let action = self.storage.prepare(&task).await.unwrap();
                 let time = self.execute(action).await;
                 // The first one may find none before it.
                 if change > 0 {
@@ -228,12 +231,12 @@ impl Measured<'_> {
         let digest = digest_of(&root);
         blobs.push(root);
         // Those that were there are uploaded again, which makes them recent.
-        self.client.upload_many(blobs).await;
+        self.storage.upload_many(blobs).await;
         digest
     }
 
     async fn cas(&self, round: usize, count: usize, figures: &mut Vec<Figure>) {
-        let channels = [self.client.channel.clone()];
+        let channels = [self.storage.channel.clone()];
         let seed = self.name.bytes().map(u64::from).sum::<u64>() * 1000 + round as u64;
         let small = cas::blobs(seed, count, cas::SMALL);
         let digests: Vec<Digest> = small.iter().map(|(digest, _)| *digest).collect();
