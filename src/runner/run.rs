@@ -38,7 +38,10 @@ use super::{
     users::ActionUser,
 };
 use crate::{
-    config::{Size, runner::Config},
+    config::{
+        Size,
+        runner::{Config, Root},
+    },
     daemon::message_id,
 };
 
@@ -170,6 +173,19 @@ impl RunError {
         }
     }
 
+    /// Whether execve(2) could not read a program or its interpreter: cut off by whoever sent the action, or
+    /// on a disk that fails.
+    pub(super) fn is_unreadable_program(&self) -> bool {
+        matches!(
+            self,
+            RunError::Start {
+                stage: SpawnStage::Execute | SpawnStage::Emulate,
+                error,
+                ..
+            } if error.raw_os_error() == Some(libc::EIO)
+        )
+    }
+
     fn resources(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |error| RunError::Resources { what, error }
     }
@@ -178,6 +194,9 @@ impl RunError {
 /// What execve(2)'s words do not say.
 fn hint(stage: &SpawnStage, error: &io::Error) -> &'static str {
     match (stage, error.raw_os_error()) {
+        (SpawnStage::Execute | SpawnStage::Emulate, Some(libc::EIO)) => {
+            "; it, or what it names as interpreter, is cut off, or the disk of this host cannot read it"
+        }
         (SpawnStage::Emulate, code) if code != Some(libc::E2BIG) => {
             "; bb_runner.toml names it (emulator), and it must be a program where actions run"
         }
@@ -340,7 +359,7 @@ fn run_in(
     drop(setup);
     let mut running = Vec::new();
     let ended = spawned
-        .map_err(|error| start_error(run, &context.emulator, error))
+        .map_err(|error| start_error(run, context, error))
         .and_then(|process| {
             let logs = [&mut stdout, &mut stderr];
             wait(context, process, stop, logs, || {
@@ -510,7 +529,7 @@ fn remove_shared(spec: &SandboxSpec, user: u32) {
     }
 }
 
-fn start_error(run: &RunSpec, emulator: &[CString], error: SpawnError) -> RunError {
+fn start_error(run: &RunSpec, context: &RunContext, error: SpawnError) -> RunError {
     let (stage, error, executable) = match error {
         SpawnError::Clone(error) => {
             return RunError::Resources {
@@ -533,7 +552,8 @@ fn start_error(run: &RunSpec, emulator: &[CString], error: SpawnError) -> RunErr
         }
         (SpawnStage::WorkingDirectory, _) => run.working_directory.to_string(),
         (SpawnStage::InputRoot, _) => run.input_root.to_string(),
-        (SpawnStage::Emulate, _) => emulator
+        (SpawnStage::Emulate, _) => context
+            .emulator
             .first()
             .map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
         (_, Executable::Path(path)) => path.to_string_lossy().into_owned(),
@@ -541,6 +561,11 @@ fn start_error(run: &RunSpec, emulator: &[CString], error: SpawnError) -> RunErr
             .and_then(|index| candidates.get(index))
             .or(run.arguments.first())
             .map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
+    };
+    // Where actions see their input roots alone, the emulator is one of the inputs.
+    let stage = match stage {
+        SpawnStage::Emulate if context.config.root == Root::Input => SpawnStage::Execute,
+        stage => stage,
     };
     RunError::Start {
         stage,

@@ -274,6 +274,7 @@ fn failed(error: RunError) -> Status {
     }
     match error {
         RunError::Stopped => Status::cancelled(message),
+        _ if error.is_unreadable_program() => Status::data_loss(message),
         RunError::Killed(_) => {
             tracing::warn!(error = message, "an action was lost");
             Status::unavailable(message)

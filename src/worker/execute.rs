@@ -279,6 +279,8 @@ impl Executor {
                         code: status.code() as i32,
                         text,
                     },
+                    // It cannot tell whether the action's program or the disk is at fault.
+                    Code::DataLoss => Fault::Contended(text),
                     // Whatever else it is that a runner cannot do: not the client's fault.
                     _ => Fault::Unavailable(text),
                 })

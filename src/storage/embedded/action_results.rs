@@ -48,6 +48,7 @@ impl Store {
         instance: &InstanceName,
         action: &Digest,
     ) -> Result<Option<ActionResult>, Error> {
+        self.require_directory()?;
         let key = IndexKey::action(instance, action);
         let Some(content) = self
             .space

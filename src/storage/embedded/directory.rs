@@ -75,23 +75,24 @@ impl Space {
 
     /// Makes directories again that were removed within this one, and forgets what was in them.
     pub(super) fn mend_directories(&self) {
+        let directory = self.directory.display();
         let made = self.make_missing_directories();
+        let mut lost = self.forget_lost_segments();
         match made {
             Ok(false) => {}
-            Ok(true) => {
-                let lost = self.forget_lost_files();
-                tracing::error!(
-                    directory = %self.directory.display(),
-                    lost,
-                    "somebody removed directories of the embedded store; they were made again, and the blobs in them \
-                     are missing"
-                );
-            }
-            Err(error) => tracing::error!(
-                directory = %self.directory.display(),
+            Ok(true) => lost += self.forget_lost_files(),
+            Err(ref error) => tracing::error!(
+                %directory,
                 %error,
                 "could not make directories of the embedded store again that somebody removed"
             ),
+        }
+        if lost > 0 || matches!(made, Ok(true)) {
+            tracing::error!(
+                %directory,
+                lost,
+                "somebody removed files or directories of the embedded store; what was in them is missing"
+            );
         }
     }
 
@@ -126,6 +127,32 @@ impl Space {
                 self.unlink_large(&found);
                 lost += 1;
             }
+        }
+        lost
+    }
+
+    /// How many blobs and results were in segments whose files are gone. Nothing more is appended to these.
+    fn forget_lost_segments(&self) -> usize {
+        let segments = self.segments.read();
+        let gone = segments.values().filter(|segment| !segment.is_there());
+        let gone: Vec<_> = gone.cloned().collect();
+        drop(segments);
+        let mut lost = 0;
+        for segment in gone {
+            self.active
+                .lock()
+                .take_if(|active| active.segment.number == segment.number);
+            if self.segments.write().remove(&segment.number).is_none() {
+                continue;
+            }
+            let mut had = Vec::new();
+            self.index.for_each(|found| {
+                if matches!(found.place, Location::Segment { number, .. } if number == segment.number) {
+                    had.push(found);
+                }
+            });
+            lost += had.iter().filter(|found| self.remove(found)).count();
+            self.give_back(segment.disk());
         }
         lost
     }
@@ -238,5 +265,24 @@ mod tests {
         assert_eq!(store.used(), used);
         fs::remove_dir_all(place.path().join("uploads")).unwrap();
         store.put(&[large]).remove(0).unwrap();
+    }
+
+    #[test]
+    fn segments_that_are_removed_take_nothing_more_and_what_was_in_them_is_missing() {
+        let place = tempfile::tempdir().unwrap();
+        let store = Store::open(place.path(), 64 << 20).unwrap();
+        let (before, after) = (blob(1, 100), blob(2, 100));
+        store.put(std::slice::from_ref(&before)).remove(0).unwrap();
+        let used = store.used();
+        fs::remove_dir_all(place.path().join("segments")).unwrap();
+        store.space.mend_directories();
+        assert_eq!(store.find_missing(&[before.0]), [before.0]);
+        assert!(store.used() < used);
+        store.put(std::slice::from_ref(&after)).remove(0).unwrap();
+        assert_eq!(store.used(), used);
+        drop(store);
+        let store = Store::open(place.path(), 64 << 20).unwrap();
+        assert_eq!(store.find_missing(&[before.0, after.0]), [before.0]);
+        assert_eq!(store.read(&after.0, 1 << 20).unwrap(), after.1);
     }
 }

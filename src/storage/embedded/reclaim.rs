@@ -85,7 +85,10 @@ impl Space {
             tracing::error!(%error, "could not compact a segment");
             return false;
         }
-        self.segments.write().remove(&victim.number);
+        // Somebody may have removed its files meanwhile.
+        if self.segments.write().remove(&victim.number).is_none() {
+            return true;
+        }
         if let Err(error) = victim.unlink() {
             tracing::error!(%error, "could not remove a segment");
             return false;

@@ -12,7 +12,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
@@ -239,6 +239,19 @@ impl Segment {
             disk,
             writers: AtomicU32::new(0),
         })
+    }
+
+    /// Whether its files still have their names.
+    pub(super) fn is_there(&self) -> bool {
+        let identity = |found: fs::Metadata| (found.dev(), found.ino());
+        let has_name = |file: &File, path: &Path| {
+            let (held, named) = (
+                file.metadata().map(identity),
+                fs::metadata(path).map(identity),
+            );
+            matches!((held, named), (Ok(held), Ok(named)) if held == named)
+        };
+        has_name(&self.data, &self.data_path) && has_name(&self.table, &self.table_path)
     }
 
     pub(super) fn capacity(&self) -> u64 {

@@ -23,8 +23,11 @@ impl Client {
     pub async fn upload(
         &self,
         instance: &InstanceName,
-        blobs: Vec<(Digest, Content)>,
+        mut blobs: Vec<(Digest, Content)>,
     ) -> Result<(), Error> {
+        // An answer may tell of each once.
+        let mut seen = HashSet::new();
+        blobs.retain(|(digest, _)| seen.insert(*digest));
         let sizes = blobs.iter().map(|(digest, _)| digest.size() + OVERHEAD);
         if sizes.sum::<u64>() <= UNASKED {
             return self.write(instance, blobs).await;

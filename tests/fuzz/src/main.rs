@@ -139,8 +139,10 @@ fn zstd(data: &[u8]) -> Corpus {
     let in_pieces = decode().is_ok();
     assert!(content.len() as u64 <= size);
     let whole = compression::decode_whole(Bytes::copy_from_slice(stream), size);
-    assert_eq!(whole.is_ok(), in_pieces);
+    // libzstd compares the size that a frame announces with what there is where it has all of the frame at
+    // once, and not always where it comes in pieces; whoever decompresses compares with the digest.
     if let Ok(whole) = whole {
+        assert!(in_pieces);
         assert_eq!(whole, content);
     }
     let compressed = compression::encode_whole(stream).unwrap();

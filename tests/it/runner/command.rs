@@ -119,6 +119,14 @@ async fn commands_that_cannot_be_started_are_the_clients_fault() {
         };
         assert!(status.message().contains(hint), "{status:?}");
     }
+    // Cut off within the name of its interpreter; a disk that fails says the same.
+    let slot = farm.slot();
+    let program = std::fs::read("/bin/true").unwrap();
+    slot.input("cut_off", &program[..800], 0o777);
+    let status = farm.send(slot.request(&["./cut_off"]), &slot).await;
+    let status = status.unwrap_err();
+    assert_eq!(status.code(), Code::DataLoss, "{status:?}");
+    assert!(status.message().contains("is cut off"), "{status:?}");
     let slot = farm.slot();
     let mut request = slot.request(&["/bin/true"]);
     request.working_directory = "nowhere".to_owned();

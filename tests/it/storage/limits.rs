@@ -183,3 +183,14 @@ async fn a_stream_is_cut_when_it_stands_still_and_not_when_it_is_slow() {
     // The silent one, and the one that was slow.
     assert_eq!(peer.0.streams.load(Ordering::SeqCst), 2);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blobs_that_are_given_twice_are_uploaded_once_whether_or_not_it_is_asked_what_is_missing() {
+    for size in [100, 100_000] {
+        let (twice, other) = (content(1, size), content(2, size));
+        let peer = with_blobs(&[], PeerBehaviour::default());
+        let (client, _stop) = peer.clone().start().await;
+        let blobs = contents(&[twice.clone(), other, twice]);
+        client.upload(&instance(""), blobs).await.unwrap();
+    }
+}

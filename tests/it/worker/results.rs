@@ -288,6 +288,8 @@ async fn what_the_runner_says_of_the_action_is_told_to_the_client_and_no_fault_o
     for (answer, expected) in [
         (tonic::Code::InvalidArgument, Code::InvalidArgument),
         (tonic::Code::DeadlineExceeded, Code::DeadlineExceeded),
+        // A program that cannot be read: elsewhere it may be.
+        (tonic::Code::DataLoss, Code::Unavailable),
     ] {
         let farm = Farm::start_failing(answer).await;
         for fault in 1..=4 {
