@@ -86,7 +86,6 @@ impl Store {
             Location::Segment { .. } => {
                 self.space.content(*found).is_some() || self.space.index.peek(&found.key).is_some()
             }
-            Location::File if !self.space.look_for_directory() => true,
             Location::File => {
                 let Ok(Some(blob)) = self.space.large(found) else {
                     return self.space.index.peek(&found.key).is_some();

@@ -10,7 +10,6 @@
 
 use std::{
     fs, io,
-    os::unix::fs::MetadataExt,
     path::Path,
     sync::atomic::Ordering,
     time::{Duration, Instant},
@@ -46,7 +45,7 @@ impl Space {
 
     /// Looks whether the directory is there; false when it is gone. Tells when that is news.
     pub(super) fn look_for_directory(&self) -> bool {
-        let is_there = self.leads_to_lock();
+        let is_there = file::has_name(&self.lock, &self.directory.join("lock"));
         let was_gone = self.is_gone.swap(!is_there, Ordering::Relaxed);
         let directory = self.directory.display();
         if is_there && was_gone {
@@ -56,13 +55,6 @@ impl Space {
             tracing::error!(%directory, error = %self.gone(), "the embedded store refuses all calls");
         }
         is_there
-    }
-
-    fn leads_to_lock(&self) -> bool {
-        let identity = |found: fs::Metadata| (found.dev(), found.ino());
-        let held = self.lock.metadata().map(identity);
-        let named = fs::metadata(self.directory.join("lock")).map(identity);
-        matches!((held, named), (Ok(held), Ok(named)) if held == named)
     }
 
     fn gone(&self) -> Error {

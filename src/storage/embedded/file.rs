@@ -13,7 +13,7 @@ use std::{
     fmt::Write,
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -65,6 +65,16 @@ fn parse_name(name: &str) -> Option<LargeBlob> {
         size.parse().ok()?,
         LimitId::from_u32(limit),
     ))
+}
+
+/// Whether an open file still has this name.
+pub(super) fn has_name(file: &File, name: &Path) -> bool {
+    let identity = |found: fs::Metadata| (found.dev(), found.ino());
+    let (held, named) = (
+        file.metadata().map(identity),
+        fs::metadata(name).map(identity),
+    );
+    matches!((held, named), (Ok(held), Ok(named)) if held == named)
 }
 
 /// Where the blobs are whose hashes begin with this byte.

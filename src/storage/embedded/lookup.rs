@@ -53,22 +53,25 @@ impl Space {
     pub(super) fn large(&self, found: &IndexEntry) -> Result<Option<BlobFile>, Error> {
         for _ in 0..2 {
             let path = self.file_of(found);
-            match BlobFile::open(&path, found.size) {
+            let error = match BlobFile::open(&path, found.size) {
                 Ok(blob) => return Ok(Some(blob)),
-                Err(error) => match error.kind() {
-                    io::ErrorKind::InvalidData => break,
-                    // Evicted just now, and perhaps uploaded again.
-                    io::ErrorKind::NotFound if self.index.peek(&found.key).is_none() => {
-                        return Ok(None);
-                    }
-                    io::ErrorKind::NotFound => {}
-                    _ => {
-                        return Err(Error::Internal(format!(
-                            "could not read {}: {error}",
-                            path.display()
-                        )));
-                    }
-                },
+                Err(error) => error,
+            };
+            // A file that is not there is no damage when all of them are gone.
+            self.require_directory_now()?;
+            match error.kind() {
+                io::ErrorKind::InvalidData => break,
+                // Evicted just now, and perhaps uploaded again.
+                io::ErrorKind::NotFound if self.index.peek(&found.key).is_none() => {
+                    return Ok(None);
+                }
+                io::ErrorKind::NotFound => {}
+                _ => {
+                    return Err(Error::Internal(format!(
+                        "could not read {}: {error}",
+                        path.display()
+                    )));
+                }
             }
         }
         self.forget_damaged(found);

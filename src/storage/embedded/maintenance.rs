@@ -43,6 +43,7 @@ impl Space {
         const ROUNDS_PER_SAVING: u32 = 30;
         let mut rounds = 0;
         let mut scrub = Scrub::default();
+        let mut mended = Instant::now();
         loop {
             let mut state = self.maintenance.state.lock();
             let quiet = !state.stopping
@@ -57,8 +58,9 @@ impl Space {
             drop(state);
             // What is there instead is left alone.
             let is_there = self.look_for_directory();
-            if is_there {
+            if is_there && mended.elapsed() >= ROUND {
                 self.mend_directories();
+                mended = Instant::now();
             }
             if quiet {
                 // So that order in time shows even when nothing is written.

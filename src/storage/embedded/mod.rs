@@ -262,18 +262,14 @@ impl Store {
                 .content(found)
                 .map(Blob::Small)
                 .ok_or_else(missing),
-            Location::File => {
-                // A file that is not there is no damage when all of them are gone.
-                self.space.require_directory_now()?;
-                match self.space.large(&found) {
-                    Ok(Some(blob)) => Ok(Blob::Large {
-                        digest: *digest,
-                        blob,
-                    }),
-                    Ok(None) => Err(missing()),
-                    Err(error) => Err(error),
-                }
-            }
+            Location::File => match self.space.large(&found) {
+                Ok(Some(blob)) => Ok(Blob::Large {
+                    digest: *digest,
+                    blob,
+                }),
+                Ok(None) => Err(missing()),
+                Err(error) => Err(error),
+            },
         }
     }
 

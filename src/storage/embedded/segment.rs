@@ -12,7 +12,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{FileExt, MetadataExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
@@ -20,7 +20,7 @@ use std::{
 use bytes::Bytes;
 use rustix::io::ReadWriteFlags;
 
-use super::{instance_limits::LimitId, key::IndexKey};
+use super::{file::has_name, instance_limits::LimitId, key::IndexKey};
 
 /// Blobs of at most this size share segments; larger ones are files of their own.
 pub const SMALL: u64 = 64 << 10;
@@ -243,14 +243,6 @@ impl Segment {
 
     /// Whether its files still have their names.
     pub(super) fn is_there(&self) -> bool {
-        let identity = |found: fs::Metadata| (found.dev(), found.ino());
-        let has_name = |file: &File, path: &Path| {
-            let (held, named) = (
-                file.metadata().map(identity),
-                fs::metadata(path).map(identity),
-            );
-            matches!((held, named), (Ok(held), Ok(named)) if held == named)
-        };
         has_name(&self.data, &self.data_path) && has_name(&self.table, &self.table_path)
     }
 
