@@ -1,5 +1,10 @@
 #![doc = include_str!("ARCHITECTURE.md")]
 
+/// Calls make much that lives short, and often another thread frees it: glibc's arenas are locked then, and keep
+/// what a burst of calls needed (90 MiB for 3 MiB in use, after 30,000 actions).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 // Words.
 pub mod digest;
 pub mod instance;

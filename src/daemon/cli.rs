@@ -20,7 +20,6 @@ use sd_notify::NotifyState;
 use super::{
     CheckReport, CommandError, Failure, Installation, Lifecycle, check, health, listen,
     logging::{self, print_error},
-    memory,
     process::{EX_CONFIG, Program, notify},
     reload::ReloadableConfig,
     signals,
@@ -208,7 +207,6 @@ fn serve<C: Validate + 'static>(
     }
     let lifecycle = Lifecycle::new();
     health::start_watchdog(&lifecycle.health, runtime.handle());
-    memory::start();
     let reloadable = ReloadableConfig {
         path: path.to_owned(),
         optional,

@@ -8,15 +8,18 @@ use std::{
 };
 
 use futures::future::BoxFuture;
-use http::{Request, Response, Uri};
+use http::{Request, Response};
 use tonic::{Status, body::Body, transport};
 use tower::Service;
 
 use super::{
     call_headers::CallHeaders,
-    tls::{self, Credentials, TlsConnector},
+    connector::Connector,
+    tls::{self, Credentials},
 };
 use crate::config::Endpoint;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 // A 4 MiB chunk in flight needs no round trip on a loopback or a LAN.
 const STREAM_WINDOW: u32 = 8 << 20;
@@ -59,18 +62,14 @@ pub fn connect_with(endpoint: &Endpoint, credentials: &Credentials) -> Channel {
     let address = match endpoint {
         Endpoint::Tls(authority) => format!("https://{authority}"),
         Endpoint::Tcp(authority) => format!("http://{authority}"),
-        Endpoint::Unix(path) => format!("unix:{}", path.display()),
+        // For the :authority header.
+        Endpoint::Unix(_) => "http://localhost".to_owned(),
     };
     // An endpoint that was parsed has an address; nobody answers at the other one.
     let transport = transport::Endpoint::from_shared(address)
         .unwrap_or_else(|_| transport::Endpoint::from_static("http://0.0.0.0:0"));
-    let transport = match endpoint {
-        Endpoint::Tcp(_) | Endpoint::Tls(_) => transport,
-        // For the :authority header.
-        Endpoint::Unix(_) => transport.origin(Uri::from_static("http://localhost")),
-    };
     let transport = transport
-        .connect_timeout(Duration::from_secs(10))
+        .connect_timeout(CONNECT_TIMEOUT)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_max_header_list_size(MAX_HEADERS)
@@ -78,13 +77,8 @@ pub fn connect_with(endpoint: &Endpoint, credentials: &Credentials) -> Channel {
         .keep_alive_timeout(Duration::from_secs(20))
         .http2_max_concurrent_reset_streams(RESET_STREAMS)
         .http2_max_local_error_reset_streams(None);
-    let inner = match endpoint {
-        Endpoint::Tls(authority) => {
-            let connector = TlsConnector::new(authority, credentials.tls());
-            transport.connect_with_connector_lazy(connector)
-        }
-        Endpoint::Tcp(_) | Endpoint::Unix(_) => transport.connect_lazy(),
-    };
+    let connector = Connector::new(endpoint, credentials, CONNECT_TIMEOUT);
+    let inner = transport.connect_with_connector_lazy(connector);
     Channel {
         inner,
         peer: Arc::new(CalledPeer {

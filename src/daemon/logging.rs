@@ -19,8 +19,9 @@
 
 use std::{
     collections::BTreeSet,
-    fmt::{self, Write},
-    fs, io,
+    fmt::{self, Write as _},
+    fs,
+    io::{self, Write as _},
     os::fd::{BorrowedFd, RawFd},
     time::{Duration, Instant, SystemTime},
 };
@@ -236,7 +237,7 @@ where
             let spans: Vec<_> = spans.iter().map(|span| span.extensions()).collect();
             let spans = spans.iter().filter_map(|span| span.get());
             let line = fields.json(event.metadata().level(), id.as_deref(), spans);
-            eprintln!("{line}");
+            write_line(line);
             return;
         }
         let sentence = {
@@ -262,13 +263,19 @@ where
                 journal.on_event(&Event::new(metadata, &values), ctx);
             }
             // Some of libraries' events have no message that could be another.
-            Some(_) => eprintln!("<{}>{sentence}", priority(metadata.level())),
+            Some(_) => write_line(format!("<{}>{sentence}", priority(metadata.level()))),
             None => {
                 let now = humantime::format_rfc3339_micros(SystemTime::now());
-                eprintln!("{now} {:>5} {sentence}", metadata.level());
+                write_line(format!("{now} {:>5} {sentence}", metadata.level()));
             }
         }
     }
+}
+
+/// Standard error has no buffer: `eprintln!` makes a system call for each part of a line.
+fn write_line(mut line: String) {
+    line.push('\n');
+    let _ = io::stderr().write_all(line.as_bytes());
 }
 
 /// syslog(3)

@@ -19,12 +19,14 @@
 
 #![warn(missing_docs)]
 
+mod batched_writes;
 mod call_headers;
 mod check;
 mod check_report;
 mod cli;
 mod client;
 mod command;
+mod connector;
 mod control;
 mod dial;
 pub mod disk;
@@ -33,7 +35,6 @@ mod health;
 mod lifecycle;
 mod listen;
 mod logging;
-mod memory;
 pub mod message_id;
 mod metrics;
 mod observation;

@@ -12,7 +12,7 @@ use super::{
     open_connections::OpenConnection,
     opening::{self, OpenedConnection},
 };
-use crate::daemon::listen::AcceptedStream;
+use crate::daemon::{batched_writes::BatchedWrites, listen::AcceptedStream};
 
 enum Event {
     Ended(Result<(), hyper::Error>),
@@ -50,7 +50,8 @@ pub(super) async fn serve(open: &OpenConnection, connection: AcceptedStream, rou
     let mut protocol = http2::Builder::new(TokioExecutor::new());
     let (window, _held) = caller.accounts().caller.window();
     limits.apply(window, &mut protocol);
-    let mut serving = pin!(protocol.serve_connection(TokioIo::new(connection), service));
+    let connection = TokioIo::new(BatchedWrites::new(connection));
+    let mut serving = pin!(protocol.serve_connection(connection, service));
     let round = CHECK_INTERVAL
         .min(limits.handshake)
         .min(limits.first_call)

@@ -11,7 +11,7 @@ use std::{
 };
 
 use http::Uri;
-use hyper_util::{client::legacy::connect::HttpConnector, rt::TokioIo};
+use hyper_util::client::legacy::connect::HttpConnector;
 use rustls::{AlertDescription, ClientConfig, RootCertStore, pki_types::ServerName};
 use tokio::{io::AsyncBufReadExt, net::TcpStream};
 use tokio_rustls::client::TlsStream;
@@ -239,11 +239,12 @@ pub(in crate::daemon) struct TlsConnector {
 }
 
 impl TlsConnector {
-    /// To `authority`, a host and its port.
-    pub(in crate::daemon) fn new(authority: &str, identity: Option<&ClientIdentity>) -> Self {
-        let mut tcp = HttpConnector::new();
-        tcp.enforce_http(false);
-        tcp.set_nodelay(true);
+    /// To `authority`, a host and its port, by what connects over TCP.
+    pub(in crate::daemon) fn new(
+        tcp: HttpConnector,
+        authority: &str,
+        identity: Option<&ClientIdentity>,
+    ) -> Self {
         TlsConnector {
             tcp,
             identity: match identity {
@@ -270,7 +271,7 @@ type ConnectFuture<T> =
     Pin<Box<dyn Future<Output = Result<T, Box<dyn Error + Send + Sync>>> + Send>>;
 
 impl Service<Uri> for TlsConnector {
-    type Response = TokioIo<TlsStream<TcpStream>>;
+    type Response = TlsStream<TcpStream>;
     type Error = Box<dyn Error + Send + Sync>;
     type Future = ConnectFuture<Self::Response>;
 
@@ -297,7 +298,7 @@ impl Service<Uri> for TlsConnector {
             match tokio::time::timeout(FIRST_FRAME, stream.fill_buf()).await {
                 Ok(Err(error)) => Err(told(error).into()),
                 Ok(Ok([])) => Err("the server closed the connection after the handshake".into()),
-                Ok(Ok(_)) | Err(_) => Ok(TokioIo::new(stream)),
+                Ok(Ok(_)) | Err(_) => Ok(stream),
             }
         })
     }
