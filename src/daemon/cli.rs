@@ -26,6 +26,10 @@ use super::{
 };
 use crate::config::{self, Diagnostics, Loaded, Log, Validate};
 
+/// So many tasks are polled before the kernel is asked for what has arrived, unless none is ready sooner. Under load
+/// as many calls' messages go out together (`batched_writes`), after a millisecond or two at most.
+const EVENT_INTERVAL: u32 = 250;
+
 /// Calls that wait in a socket of systemd's make it start a daemon again at once. Five starts in ten
 /// seconds are too many for it, and it gives up for good (systemd.unit(5), StartLimitBurst=).
 const RESTART_DELAY: Duration = Duration::from_secs(3);
@@ -188,6 +192,7 @@ fn serve<C: Validate + 'static>(
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(processors.div_ceil(program.processors_per_thread))
+        .event_interval(EVENT_INTERVAL)
         .enable_all()
         .build();
     let runtime = match runtime {

@@ -75,9 +75,9 @@ impl Service<Uri> for Connector {
             }
             Connector::Unix(path) => {
                 let path = path.clone();
-                Box::pin(async move {
-                    Ok(batched(Connection::Unix(UnixStream::connect(path).await?)))
-                })
+                Box::pin(
+                    async move { Ok(batched(Connection::Unix(UnixStream::connect(path).await?))) },
+                )
             }
         }
     }

@@ -48,7 +48,7 @@ use crate::{
 pub(super) struct ExecutionService {
     pub queue: Arc<SharedQueue>,
     pub storage: Backend,
-    pub scheduling: config::scheduling::Scheduling,
+    pub scheduling: Arc<config::scheduling::Scheduling>,
     pub routing: Arc<ActionRouting>,
     pub analyzer: Analyzer,
     pub statistics: Arc<StatisticsStore>,

@@ -115,7 +115,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let execution = ExecutionService {
         queue: queue.clone(),
         storage: storage.clone(),
-        scheduling: config.scheduling.clone(),
+        scheduling: Arc::new(config.scheduling.clone()),
         routing: routing.clone(),
         analyzer: Analyzer::from(&config.scheduling.size_classes),
         statistics: statistics.clone(),
