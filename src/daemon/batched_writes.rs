@@ -1,9 +1,8 @@
 //! Writes that wait for what else is ready to be written.
 //!
 //! The HTTP/2 library writes each frame as soon as the task that made it wakes the connection's: a system call
-//! for each message, and at the peer a wake-up for each. Under load many calls make a frame in one turn of the
-//! runtime. So a short write first lets every task run that is ready, and goes out with what they added.
-//! A long one goes out at once.
+//! for each message, and at the peer a wake-up for each. Under load many tasks that are ready make a frame each. So
+//! a short write first yields to all of them, and goes out with what they added. A long one goes out at once.
 
 use std::{
     future::Future,
@@ -25,26 +24,24 @@ use tokio::{
 /// As much is worth a system call of its own, bytes.
 const LONG: usize = 8 << 10;
 
-/// A stream whose short writes are put off for one turn of the runtime.
+/// A stream whose short writes yield once to all tasks that are ready.
 #[derive(Debug)]
 pub(super) struct BatchedWrites<S> {
     stream: S,
     /// While a write waits for it.
-    turn: Option<Arc<Turn>>,
-    /// The last one, to be used again.
-    ended: Option<Arc<Turn>>,
-    has_written: bool,
+    yielding: Option<Arc<Yield>>,
+    was_asked: AtomicBool,
 }
 
 /// Until the runtime has run what is ready, and has asked the kernel for more. The connection's task may be polled
 /// many times before.
 #[derive(Debug, Default)]
-struct Turn {
+struct Yield {
     is_over: AtomicBool,
     task: AtomicWaker,
 }
 
-impl Wake for Turn {
+impl Wake for Yield {
     fn wake(self: Arc<Self>) {
         self.is_over.store(true, Ordering::Release);
         self.task.wake();
@@ -55,45 +52,27 @@ impl<S> BatchedWrites<S> {
     pub(super) fn new(stream: S) -> Self {
         BatchedWrites {
             stream,
-            turn: None,
-            ended: None,
-            has_written: false,
+            yielding: None,
+            was_asked: AtomicBool::new(false),
         }
     }
 
-    /// Whether a write of this length is to wait; the task is woken for it.
-    fn puts_off(&mut self, length: usize, context: &mut Context<'_>) -> bool {
-        self.has_written = true;
-        if length >= LONG {
-            // Whatever ends later wakes the task once too often.
-            self.turn = None;
-            return false;
-        }
-        let begins = self.turn.is_none();
-        let ended = &mut self.ended;
-        let turn = self.turn.get_or_insert_with(|| begin(ended.take()));
-        turn.task.register(context.waker());
+    /// Whether a short write is to wait; the task is woken for it.
+    fn yields(&mut self, context: &mut Context<'_>) -> bool {
+        let begins = self.yielding.is_none();
+        let yielding = self.yielding.get_or_insert_default();
+        yielding.task.register(context.waker());
         if begins {
-            let waker = Waker::from(turn.clone());
-            // The runtime wakes whoever yields when a turn is over, whether the future is there still or not.
+            let waker = Waker::from(yielding.clone());
+            // The runtime wakes whoever has yielded, whether the future is there still or not.
             let _ = pin!(yield_now()).poll(&mut Context::from_waker(&waker));
         }
-        if !turn.is_over.load(Ordering::Acquire) {
+        if !yielding.is_over.load(Ordering::Acquire) {
             return true;
         }
-        self.ended = self.turn.take();
+        self.yielding = None;
         false
     }
-}
-
-/// A new turn, in the memory of an old one if nobody else has that.
-fn begin(ended: Option<Arc<Turn>>) -> Arc<Turn> {
-    let mut turn = ended.unwrap_or_default();
-    match Arc::get_mut(&mut turn) {
-        Some(turn) => *turn.is_over.get_mut() = false,
-        None => turn = Arc::default(),
-    }
-    turn
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for BatchedWrites<S> {
@@ -113,7 +92,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for BatchedWrites<S> {
         data: &[u8],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if this.puts_off(data.len(), context) {
+        if data.len() < LONG && this.yields(context) {
             return Poll::Pending;
         }
         Pin::new(&mut this.stream).poll_write(context, data)
@@ -125,8 +104,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for BatchedWrites<S> {
         data: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let length = data.iter().map(|part| part.len()).sum();
-        if this.puts_off(length, context) {
+        // Behind a payload that is a part of its own the library adds nothing, so that there is nothing to wait for.
+        if let [data] = data
+            && data.len() < LONG
+            && this.yields(context)
+        {
             return Poll::Pending;
         }
         Pin::new(&mut this.stream).poll_write_vectored(context, data)
@@ -135,7 +117,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for BatchedWrites<S> {
     /// The HTTP/2 library asks at first, and then before each write. A "no" at first has it gather payloads of
     /// up to 1 KiB in one buffer, in place of writing each one of 256 bytes or more by itself.
     fn is_write_vectored(&self) -> bool {
-        self.has_written && self.stream.is_write_vectored()
+        self.was_asked.swap(true, Ordering::Relaxed) && self.stream.is_write_vectored()
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -182,11 +164,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_others_add_before_a_turn_is_over_goes_out_in_the_same_write() {
+    async fn what_ready_tasks_add_goes_out_in_the_same_write() {
         let (mut stream, writes) = stream();
         for round in 1..=3 {
             let gathered = Arc::new(Mutex::new(vec![0; 10]));
-            // Each of these is polled again for the turn that the write waits for, and none ends that.
+            // Tasks that are ready, and have something to write each.
             for _ in 0..5 {
                 let gathered = gathered.clone();
                 tokio::spawn(async move { gathered.lock().unwrap().extend([0; 10]) });
@@ -221,6 +203,23 @@ mod tests {
         .await
         .unwrap();
         assert_eq!(*writes.0.lock().unwrap(), [LONG]);
+    }
+
+    #[tokio::test]
+    async fn a_payload_that_is_a_part_of_its_own_waits_for_nothing() {
+        let (mut stream, writes) = stream();
+        poll_fn(|context| {
+            let parts = [io::IoSlice::new(&[0; 9]), io::IoSlice::new(&[0; 2000])];
+            assert!(
+                Pin::new(&mut stream)
+                    .poll_write_vectored(context, &parts)
+                    .is_ready()
+            );
+            Poll::Ready(())
+        })
+        .await;
+        // What is asked for one part after another takes the first.
+        assert_eq!(*writes.0.lock().unwrap(), [9]);
     }
 
     #[tokio::test]

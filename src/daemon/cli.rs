@@ -20,6 +20,7 @@ use sd_notify::NotifyState;
 use super::{
     CheckReport, CommandError, Failure, Installation, Lifecycle, check, health, listen,
     logging::{self, print_error},
+    memory,
     process::{EX_CONFIG, Program, notify},
     reload::ReloadableConfig,
     signals,
@@ -27,7 +28,7 @@ use super::{
 use crate::config::{self, Diagnostics, Loaded, Log, Validate};
 
 /// So many tasks are polled before the kernel is asked for what has arrived, unless none is ready sooner. Under load
-/// as many calls' messages go out together (`batched_writes`), after a millisecond or two at most.
+/// the messages of as many calls go out together (`batched_writes`); a poll takes some microseconds.
 const EVENT_INTERVAL: u32 = 250;
 
 /// Calls that wait in a socket of systemd's make it start a daemon again at once. Five starts in ten
@@ -212,6 +213,7 @@ fn serve<C: Validate + 'static>(
     }
     let lifecycle = Lifecycle::new();
     health::start_watchdog(&lifecycle.health, runtime.handle());
+    memory::start();
     let reloadable = ReloadableConfig {
         path: path.to_owned(),
         optional,

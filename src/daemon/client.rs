@@ -15,11 +15,10 @@ use tower::Service;
 use super::{
     call_headers::CallHeaders,
     connector::Connector,
+    dial::DIAL_TIMEOUT,
     tls::{self, Credentials},
 };
 use crate::config::Endpoint;
-
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 // A 4 MiB chunk in flight needs no round trip on a loopback or a LAN.
 const STREAM_WINDOW: u32 = 8 << 20;
@@ -69,7 +68,7 @@ pub fn connect_with(endpoint: &Endpoint, credentials: &Credentials) -> Channel {
     let transport = transport::Endpoint::from_shared(address)
         .unwrap_or_else(|_| transport::Endpoint::from_static("http://0.0.0.0:0"));
     let transport = transport
-        .connect_timeout(CONNECT_TIMEOUT)
+        .connect_timeout(DIAL_TIMEOUT)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_max_header_list_size(MAX_HEADERS)
@@ -77,7 +76,7 @@ pub fn connect_with(endpoint: &Endpoint, credentials: &Credentials) -> Channel {
         .keep_alive_timeout(Duration::from_secs(20))
         .http2_max_concurrent_reset_streams(RESET_STREAMS)
         .http2_max_local_error_reset_streams(None);
-    let connector = Connector::new(endpoint, credentials, CONNECT_TIMEOUT);
+    let connector = Connector::new(endpoint, credentials);
     let inner = transport.connect_with_connector_lazy(connector);
     Channel {
         inner,

@@ -2,14 +2,12 @@
 
 use std::{
     error::Error,
-    future::Future,
     path::Path,
-    pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
 };
 
+use futures::future::BoxFuture;
 use http::Uri;
 use hyper_util::{client::legacy::connect::HttpConnector, rt::TokioIo};
 use tokio::net::UnixStream;
@@ -17,7 +15,7 @@ use tower::Service;
 
 use super::{
     batched_writes::BatchedWrites,
-    dial::Connection,
+    dial::{Connection, DIAL_TIMEOUT},
     tls::{Credentials, TlsConnector},
 };
 use crate::config::Endpoint;
@@ -32,12 +30,12 @@ pub(super) enum Connector {
 
 impl Connector {
     /// To an endpoint; `credentials` say whom to trust, and who calls. Each of a host's addresses is given an
-    /// even part of `timeout`.
-    pub(super) fn new(endpoint: &Endpoint, credentials: &Credentials, timeout: Duration) -> Self {
+    /// even part of 10 seconds.
+    pub(super) fn new(endpoint: &Endpoint, credentials: &Credentials) -> Self {
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
-        tcp.set_connect_timeout(Some(timeout));
+        tcp.set_connect_timeout(Some(DIAL_TIMEOUT));
         match endpoint {
             Endpoint::Tcp(_) => Connector::Tcp(tcp),
             Endpoint::Tls(authority) => {
@@ -53,7 +51,7 @@ type ConnectError = Box<dyn Error + Send + Sync>;
 impl Service<Uri> for Connector {
     type Response = TokioIo<BatchedWrites<Connection>>;
     type Error = ConnectError;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, ConnectError>> + Send>>;
+    type Future = BoxFuture<'static, Result<Self::Response, ConnectError>>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), ConnectError>> {
         match self {

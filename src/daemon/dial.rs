@@ -17,9 +17,10 @@ use tokio_rustls::client::TlsStream;
 use super::Credentials;
 use crate::config::Endpoint;
 
-const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// To connect to any server, gRPC peers too.
+pub(super) const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Bytes to and from a server.
+/// Bytes to and from a server, which may be a gRPC peer (`connector`).
 #[derive(Debug)]
 #[expect(missing_docs, reason = "the names say it")]
 pub enum Connection {

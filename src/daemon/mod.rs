@@ -35,6 +35,7 @@ mod health;
 mod lifecycle;
 mod listen;
 mod logging;
+mod memory;
 pub mod message_id;
 mod metrics;
 mod observation;
