@@ -106,7 +106,11 @@ impl Default for ObjectStores<'static> {
 
 /// The server of an object store; written as `""` for the service's own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct HttpEndpoint(pub Option<Endpoint>);
+pub struct HttpEndpoint {
+    pub server: Option<Endpoint>,
+    /// Where the service is on that server: empty, or `/` and words with `/` between them.
+    pub path: String,
+}
 
 /// A Redis server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -163,7 +167,7 @@ impl ObjectService {
 impl<'c> ObjectStores<'c> {
     /// What leads to one.
     pub fn endpoint(&self, service: ObjectService) -> &'c Endpoint {
-        let http = |endpoint: &'c HttpEndpoint| endpoint.0.as_ref().unwrap_or(&PUBLIC);
+        let http = |endpoint: &'c HttpEndpoint| endpoint.server.as_ref().unwrap_or(&PUBLIC);
         match service {
             ObjectService::S3 => http(&self.s3.endpoint),
             ObjectService::Gcs => http(&self.gcs.endpoint),
@@ -231,6 +235,16 @@ impl<'c> ObjectStores<'c> {
                 self.require_names(service, place, diagnostics);
             }
         }
+        for (key, endpoint) in [
+            ("storage.s3.endpoint", &self.s3.endpoint),
+            ("storage.gcs.endpoint", &self.gcs.endpoint),
+        ] {
+            diagnostics.require(
+                endpoint.path.is_empty(),
+                key,
+                "it is a server, without a path; the bucket has a key of its own",
+            );
+        }
         diagnostics.require(
             self.redis.username.is_empty() || !self.redis.password_file.as_os_str().is_empty(),
             "storage.redis.username",
@@ -285,7 +299,7 @@ impl FromStr for HttpEndpoint {
 
     fn from_str(text: &str) -> Result<Self, String> {
         if text.is_empty() {
-            return Ok(HttpEndpoint(None));
+            return Ok(HttpEndpoint::default());
         }
         let refuse = || {
             format!(
@@ -297,7 +311,11 @@ impl FromStr for HttpEndpoint {
             (_, Some(rest)) => (rest, false),
             _ => return Err(refuse()),
         };
-        let authority = rest.strip_suffix('/').unwrap_or(rest);
+        let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        let path = path.strip_suffix('/').unwrap_or(path);
+        if !is_prefix(path) {
+            return Err(refuse());
+        }
         let has_port = authority
             .rsplit_once(':')
             .is_some_and(|(_, port)| port.parse::<u16>().is_ok());
@@ -308,7 +326,11 @@ impl FromStr for HttpEndpoint {
             (false, false) => format!("{scheme}://{authority}:80"),
         };
         let endpoint = endpoint.parse().map_err(|_| refuse())?;
-        Ok(HttpEndpoint(Some(endpoint)))
+        let before = if path.is_empty() { "" } else { "/" };
+        Ok(HttpEndpoint {
+            server: Some(endpoint),
+            path: format!("{before}{path}"),
+        })
     }
 }
 
@@ -318,11 +340,12 @@ impl fmt::Display for HttpEndpoint {
             Some(host) => host.to_owned(),
             None => authority.to_owned(),
         };
-        match &self.0 {
-            Some(Endpoint::Tls(authority)) => write!(f, "https://{}", default(authority, ":443")),
-            Some(Endpoint::Tcp(authority)) => write!(f, "http://{}", default(authority, ":80")),
-            Some(Endpoint::Unix(_)) | None => Ok(()),
+        match &self.server {
+            Some(Endpoint::Tls(authority)) => write!(f, "https://{}", default(authority, ":443"))?,
+            Some(Endpoint::Tcp(authority)) => write!(f, "http://{}", default(authority, ":80"))?,
+            Some(Endpoint::Unix(_)) | None => {}
         }
+        f.write_str(&self.path)
     }
 }
 
@@ -394,6 +417,7 @@ mod tests {
             "https://objects.example",
             "http://127.0.0.1:9000",
             "https://[::1]:9",
+            "http://127.0.0.1:10000/devstoreaccount1",
         ] {
             assert_eq!(text.parse::<HttpEndpoint>().unwrap().to_string(), text);
         }
@@ -409,7 +433,8 @@ mod tests {
         for text in [
             "objects.example",
             "ftp://a",
-            "http://a/b",
+            "http://a/b?c",
+            "http://a/../b",
             "https://user:secret@a",
         ] {
             let error = text.parse::<HttpEndpoint>().unwrap_err();

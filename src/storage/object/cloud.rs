@@ -78,7 +78,7 @@ impl Cloud {
         if !config.region.is_empty() {
             builder = builder.with_region(&config.region);
         }
-        if config.endpoint.0.is_some() {
+        if config.endpoint.server.is_some() {
             let endpoint = config.endpoint.to_string();
             builder = builder.with_endpoint(endpoint).with_allow_http(true);
         }
@@ -94,7 +94,7 @@ impl Cloud {
             .with_bucket_name(&config.bucket)
             .with_retry(once())
             .with_http_connector(with.transport());
-        if config.endpoint.0.is_some() {
+        if config.endpoint.server.is_some() {
             builder = builder.with_base_url(&config.endpoint.to_string());
         }
         if let Some(secret) = Secret::of(ObjectService::Gcs, with.credentials) {
@@ -111,7 +111,7 @@ impl Cloud {
             .with_container_name(&config.container)
             .with_retry(once())
             .with_http_connector(with.transport());
-        if config.endpoint.0.is_some() {
+        if config.endpoint.server.is_some() {
             let endpoint = config.endpoint.to_string();
             builder = builder.with_endpoint(endpoint).with_allow_http(true);
         }
@@ -134,7 +134,7 @@ impl Cloud {
             message: causes(&error),
         })?;
         let name = service.name();
-        let place = match &endpoint.0 {
+        let place = match &endpoint.server {
             Some(_) => format!("{name} bucket {bucket} at {endpoint}"),
             None => format!("{name} bucket {bucket}"),
         };

@@ -425,6 +425,10 @@ pub const SCHEDULER: &[Row] = &[
         Refused("redis://redis.example:6379"),
     ),
     (
+        "storage.cas = \"s3\"\nstorage.s3 = { bucket = \"b\", endpoint = \"http://127.0.0.1:1/b\" }",
+        Refused("the bucket has a key of its own"),
+    ),
+    (
         "storage.cas = \"s3\"\nstorage.s3 = { bucket = \"b\", endpoint = \"http://127.0.0.1:1\", prefix = \"/a\" }",
         Refused("such as \"farm/builds\""),
     ),
