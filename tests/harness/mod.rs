@@ -11,7 +11,7 @@ use std::{
         process::CommandExt,
     },
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command},
     time::{Duration, Instant},
 };
 
@@ -51,7 +51,7 @@ pub struct Farm {
     workers: u16,
     /// The first of its own range of users, which no other farm on this host may share.
     users: u32,
-    _users_claim: fs::File,
+    claim: fs::File,
     /// What clients are known by, where the farm speaks TLS.
     certificates: Option<ClientTls>,
     authority: Option<(Authority, PathBuf)>,
@@ -257,7 +257,7 @@ impl Farm {
             let program = Path::new(program);
             fs::copy(program, root.join("bin").join(program.file_name().unwrap())).unwrap();
         }
-        let (users, ports, users_claim) = claim_users();
+        let (users, ports, claim) = claim_users();
         let mut farm = Farm {
             scheduler: None,
             worker: None,
@@ -266,7 +266,7 @@ impl Farm {
             clients: ports,
             workers: ports + 1,
             users,
-            _users_claim: users_claim,
+            claim,
             certificates: files.certificates.clone(),
             authority: files.authority.take(),
         };
@@ -427,7 +427,8 @@ impl Farm {
         command
             .arg("--config")
             .arg(self.path().join(format!("{name}.toml")))
-            .stdin(Stdio::null())
+            // It is empty. Daemons that outlive a test that was killed keep the claim.
+            .stdin(self.claim.try_clone().unwrap())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .process_group(0);
