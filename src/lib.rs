@@ -12,6 +12,7 @@ pub mod instance;
 pub mod metadata;
 pub mod path;
 pub mod proto;
+pub mod removal;
 pub mod resource;
 pub mod text;
 

@@ -10,7 +10,7 @@
 
 use std::{
     fs, io,
-    os::unix::process::CommandExt,
+    os::{fd::AsFd, unix::process::CommandExt},
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
@@ -25,6 +25,7 @@ use rustix::{
 use tokio::sync::Notify;
 
 use super::{stop::StopSignal, sys};
+use crate::removal;
 
 /// No action can start before the command has ended.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
@@ -100,18 +101,9 @@ impl Cleaner {
 
     fn clean(&self) -> io::Result<()> {
         for directory in &self.directories {
-            for entry in fs::read_dir(directory)? {
-                let path = entry?.path();
-                let removed = fs::symlink_metadata(&path).and_then(|found| match found.is_dir() {
-                    true => fs::remove_dir_all(&path),
-                    false => fs::remove_file(&path),
-                });
-                match removed {
-                    // Others may remove what is theirs.
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                    removed => removed.map_err(|error| about(&path.to_string_lossy(), &error))?,
-                }
-            }
+            let emptied =
+                fs::File::open(directory).and_then(|opened| removal::empty(opened.as_fd()));
+            emptied.map_err(|error| about(&directory.to_string_lossy(), &error))?;
         }
         if let Some((program, arguments)) = self.command.split_first() {
             let mut command = Command::new(program);
@@ -214,6 +206,25 @@ mod tests {
         let cleaner = cleaner(&["/bin/sh", "-c", "umask > \"$0\"", made.to_str().unwrap()]);
         drop(cleaner.begin(&StopSignal::new().unwrap()).unwrap());
         assert_eq!(fs::read_to_string(&made).unwrap().trim(), "0022");
+    }
+
+    #[test]
+    fn directories_of_any_depth_are_emptied() {
+        let place = tempfile::tempdir().unwrap();
+        let mut deepest = fs::File::open(place.path()).unwrap();
+        for _ in 0..5_000 {
+            rustix::fs::mkdirat(&deepest, "d", Mode::RWXU).unwrap();
+            let flags = rustix::fs::OFlags::DIRECTORY;
+            deepest = rustix::fs::openat(&deepest, "d", flags, Mode::empty())
+                .unwrap()
+                .into();
+        }
+        let cleaner = Cleaner::new(vec![place.path().to_owned()], Vec::new());
+        // No more than a thread of the runtime's has.
+        let clean = move || drop(cleaner.begin(&StopSignal::new().unwrap()).unwrap());
+        let thread = std::thread::Builder::new().stack_size(256 << 10);
+        thread.spawn(clean).unwrap().join().unwrap();
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
     }
 
     #[tokio::test]

@@ -6,10 +6,11 @@
 #![expect(unsafe_code, reason = "it forks a process that acts as a user")]
 
 use std::{
-    fs,
+    ffi::OsStr,
+    fs, io,
     os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::fs::MetadataExt,
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
     },
     path::PathBuf,
     time::{Duration, Instant},
@@ -23,12 +24,14 @@ use nix::{
     unistd::Pid,
 };
 use rustix::{
+    fs::{AtFlags, Dir, FileType, statat, unlinkat},
     mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen},
     process::{Gid, Uid, getpriority_user},
     thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid},
 };
 
 use super::sys;
+use crate::removal;
 
 /// Whether a process or zombie of this user exists; costs less than a microsecond if not.
 fn has_processes(id: u32) -> bool {
@@ -162,25 +165,33 @@ fn processes_of(id: u32) -> impl Iterator<Item = UserProcess> {
 /// Removes what a user left in directories that all may write to, when actions have no such
 /// directories of their own.
 pub(super) fn remove_files(id: u32, directories: &[PathBuf]) {
-    for directory in directories {
-        let Ok(entries) = fs::read_dir(directory) else {
+    for path in directories {
+        let Ok(directory) = fs::File::open(path) else {
+            continue;
+        };
+        let Ok(entries) = Dir::read_from(&directory) else {
             continue;
         };
         for entry in entries.flatten() {
+            let name = entry.file_name();
+            if name == c"." || name == c".." {
+                continue;
+            }
             // The directory is sticky: only its owner could put something else in this place, and no
             // process of that owner is left.
-            let Ok(metadata) = fs::symlink_metadata(entry.path()) else {
+            let Ok(stat) = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW) else {
                 continue;
             };
-            if metadata.uid() == id {
-                let removed = if metadata.is_dir() {
-                    fs::remove_dir_all(entry.path())
-                } else {
-                    fs::remove_file(entry.path())
-                };
-                if let Err(error) = removed {
-                    tracing::warn!(path = %entry.path().display(), %error, "could not remove what an action left");
-                }
+            if stat.st_uid != id {
+                continue;
+            }
+            let removed = match FileType::from_raw_mode(stat.st_mode) {
+                FileType::Directory => removal::remove(directory.as_fd(), name),
+                _ => unlinkat(&directory, name, AtFlags::empty()).map_err(io::Error::from),
+            };
+            if let Err(error) = removed {
+                let path = path.join(OsStr::from_bytes(name.to_bytes()));
+                tracing::warn!(path = %path.display(), %error, "could not remove what an action left");
             }
         }
     }

@@ -37,7 +37,8 @@ macro_rules! call {
 /// Where a process begins that shares its maker's memory; it never returns.
 pub(super) type ProcessEntry = unsafe extern "C" fn(*const c_void) -> !;
 
-/// clone(2); libc cuts this one down to an int.
+/// clone(2); libc cuts these down to an int.
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const STACK_SIZE: usize = 64 << 10;
 
@@ -68,7 +69,7 @@ pub(super) unsafe fn clone_vfork(
         None => 0,
     };
     let arguments = libc::clone_args {
-        flags: flags as u64 | into_cgroup,
+        flags: flags as u64 | into_cgroup | CLONE_CLEAR_SIGHAND,
         pidfd: &raw mut pidfd as u64,
         child_tid: 0,
         parent_tid: 0,
@@ -80,7 +81,8 @@ pub(super) unsafe fn clone_vfork(
         set_tid_size: 0,
         cgroup: cgroup.map_or(0, |fd| fd.as_raw_fd() as u64),
     };
-    // No handler of this daemon's may run in the new process.
+    // No handler of this daemon's may run in the new process: not before the kernel has set them to the default,
+    // nor after `unblock_signals`.
     let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
     // SAFETY: `arguments` names a stack that nobody else uses, and `entry` never returns; this thread
     // sleeps until the new process is done with what they point to (CLONE_VFORK).

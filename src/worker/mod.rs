@@ -10,7 +10,7 @@
 //!   at; `metrics` and `execution_metrics` are its numbers, and `commands` ask it.
 //! - `availability` says whether slots take work, as `health`, which is pure, decides.
 //! - `setup` is a worker's start, `probe` what `--check` tries, `status_line` what systemctl shows.
-//! - `beneath`, `removal` and `attributes` handle what actions may have made; `blocking` has threads for
+//! - `beneath` and `attributes` handle what actions may have made; `blocking` has threads for
 //!   it; `lru` is for caches.
 
 use std::sync::Arc;
@@ -56,7 +56,6 @@ pub mod lru;
 mod metrics;
 pub mod outputs;
 mod probe;
-pub mod removal;
 pub mod response_size;
 mod runner_client;
 mod setup;

@@ -165,8 +165,10 @@ impl ActionCgroups {
             result => result,
         }
         .map_err(|error| (path.clone(), error))?;
-        let cgroup = ActionCgroup::open(&path, self.parent.lock().clone());
-        let cgroup = cgroup.map_err(|error| (path.clone(), error))?;
+        let cgroup = ActionCgroup::open(&path, self.parent.lock().clone()).map_err(|error| {
+            let _ = fs::remove_dir(&path);
+            (path.clone(), error)
+        })?;
         for setting in &self.settings {
             let set = setting.apply(&path);
             set.map_err(|error| (path.join(setting.file), error))?;

@@ -104,8 +104,7 @@ fn prepare(launch: &CommandLaunch<'_>) -> Result<(), Errno> {
     setsid()?;
     // Kernels without keyrings have none to inherit.
     let _ = sys::join_new_session_keyring();
-    // Those that are handled become default when a program is executed; those that are ignored stay
-    // so.
+    // Those that were handled are default (`sys::clone_vfork`); those that are ignored stay so.
     for signal in 1..=sys::LAST_SIGNAL {
         if spec.inherited.ignored_signals & (1 << (signal - 1)) != 0 {
             sys::set_disposition(signal, sys::Disposition::Default)?;

@@ -12,7 +12,10 @@ use rustix::{
 };
 
 use super::{directory::Directory, kept};
-use crate::worker::{attributes, beneath::open_child, removal};
+use crate::{
+    removal,
+    worker::{attributes, beneath::open_child},
+};
 
 /// How long the runner may take until the last process of an action is gone.
 pub const LAST_PROCESS_TIMEOUT: Duration = Duration::from_secs(60);
@@ -32,16 +35,34 @@ pub(super) struct ActionDirectory {
 impl ActionDirectory {
     pub(super) fn create(build_directory: BorrowedFd<'_>, name: String) -> io::Result<Self> {
         rustix::fs::mkdirat(build_directory, &name, Mode::from_raw_mode(0o700))?;
-        let directory = open_child(build_directory, &name)?;
-        for part in PARTS {
-            rustix::fs::mkdirat(&directory, part, Mode::from_raw_mode(0o777))?;
+        let made = || {
+            let directory = open_child(build_directory, &name)?;
+            for part in PARTS {
+                rustix::fs::mkdirat(&directory, part, Mode::from_raw_mode(0o777))?;
+            }
+            let root = open_child(&directory, INPUT_ROOT)?;
+            Ok((directory, root))
+        };
+        match made() {
+            Ok((directory, root)) => Ok(ActionDirectory {
+                name,
+                directory,
+                root,
+            }),
+            Err(error) => {
+                Self::remove_empty(build_directory, &name);
+                Err(error)
+            }
         }
-        let root = open_child(&directory, INPUT_ROOT)?;
-        Ok(ActionDirectory {
-            name,
-            directory,
-            root,
-        })
+    }
+
+    /// One that no action was in. Takes no descriptor, of which there may be too few.
+    pub(super) fn remove_empty(build_directory: BorrowedFd<'_>, name: &str) {
+        for part in PARTS {
+            let part = format!("{name}/{part}");
+            let _ = rustix::fs::unlinkat(build_directory, part, AtFlags::REMOVEDIR);
+        }
+        let _ = rustix::fs::unlinkat(build_directory, name, AtFlags::REMOVEDIR);
     }
 
     /// Gives it another name, so that a call that arrives late at the runner finds nothing.

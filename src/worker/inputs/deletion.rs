@@ -1,6 +1,7 @@
 //! Where directories wait for being removed, by a thread of low priority.
 
 use std::{
+    ffi::CString,
     io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
@@ -18,7 +19,7 @@ use rustix::{
     io::Errno,
 };
 
-use crate::worker::{beneath::open_child, removal};
+use crate::{removal, worker::beneath::open_child};
 
 pub(super) struct DeletionQueue {
     path: PathBuf,
@@ -145,7 +146,7 @@ pub(super) fn list(directory: &OwnedFd) -> io::Result<Vec<std::ffi::CString>> {
     Ok(names)
 }
 
-/// `false` while the runner says, by its lock, that a process is in it.
+/// `false` while the runner says, by its lock, that a process is in it, or while there are too few descriptors.
 fn try_remove(deletions: &OwnedFd, name: &str, path: &Path) -> bool {
     let lock = |directory: &OwnedFd| {
         rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive)
@@ -157,10 +158,16 @@ fn try_remove(deletions: &OwnedFd, name: &str, path: &Path) -> bool {
         }
         .and_then(|()| removal::empty(directory.as_fd()))
         .and_then(|()| Ok(rustix::fs::unlinkat(deletions, name, AtFlags::REMOVEDIR)?)),
-        Err(Errno::ACCESS) => removal::remove(deletions.as_fd(), name),
+        Err(Errno::ACCESS) => CString::new(name)
+            .map_err(io::Error::from)
+            .and_then(|name| removal::remove(deletions.as_fd(), &name)),
+        Err(error @ (Errno::MFILE | Errno::NFILE)) => Err(error.into()),
         Err(_) => rustix::fs::unlinkat(deletions, name, AtFlags::empty()).map_err(io::Error::from),
     };
     if let Err(error) = removed {
+        if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
+            return false;
+        }
         tracing::warn!(
             path = %path.join(name).display(),
             %error,

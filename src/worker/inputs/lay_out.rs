@@ -168,6 +168,7 @@ impl<'a> LayOutContext<'a> {
     ) -> Result<KeptDirectory, LayOutError> {
         let plan = plan::fresh(node);
         let pinned = self.cache.pin(&plan.links);
+        let pinned = pinned.map_err(|error| LayOutError::Disk(name.to_owned(), error))?;
         // On an error the whole root is given up.
         let inodes_before = std::mem::take(inodes);
         let lay_out = LayOut::new(*self, plan, pinned, inodes_before, true, link_mode);

@@ -98,7 +98,8 @@ impl PlannedRoot {
     pub fn pin(&self) -> Result<PinnedFiles, Fault> {
         let files = self.work.as_ref().map_or(&[][..], |(_, plan)| &plan.links);
         self.store.cache.check_occurrences(files, self.link_mode)?;
-        Ok(self.store.cache.pin(files))
+        let pinned = self.store.cache.pin(files);
+        pinned.map_err(|error| Fault::of_disk("read the input files that are in the cache", error))
     }
 
     /// Lays out the root, and the directories `parents`. Blocks.

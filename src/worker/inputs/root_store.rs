@@ -180,11 +180,18 @@ impl RootStore {
 
     fn make_root(&self) -> io::Result<IdleRoot> {
         let name = self.pool.next_name();
-        let action_directory = ActionDirectory::create(self.pool.build_directory(), name)?;
-        let fd = self
-            .pool
-            .open_directory(&action_directory.directory, INPUT_ROOT)?;
-        let (inode, baseline) = kept::record_baseline(fd.as_fd())?;
+        let build_directory = self.pool.build_directory();
+        let action_directory = ActionDirectory::create(build_directory, name)?;
+        let opened = || {
+            let fd = self
+                .pool
+                .open_directory(&action_directory.directory, INPUT_ROOT)?;
+            let (inode, baseline) = kept::record_baseline(fd.as_fd())?;
+            Ok((fd, inode, baseline))
+        };
+        let (fd, inode, baseline) = opened().inspect_err(|_: &io::Error| {
+            ActionDirectory::remove_empty(build_directory, &action_directory.name);
+        })?;
         let top = KeptDirectory {
             node: Node::empty(),
             fd: Arc::new(fd),

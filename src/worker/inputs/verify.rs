@@ -28,7 +28,10 @@ use super::{
     kept::{self, KeptDirectory, KeptRoot},
     lay_out::{self, LayOutContext, LayOutError},
 };
-use crate::worker::{attributes, beneath::open_child, removal};
+use crate::{
+    removal,
+    worker::{attributes, beneath::open_child},
+};
 
 /// A directory that is read so often and still has foreign entries is being written to.
 const ROUNDS: u32 = 16;

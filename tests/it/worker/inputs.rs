@@ -3,15 +3,17 @@
 use std::{
     fs,
     os::unix::fs::{MetadataExt, PermissionsExt},
+    time::Duration,
 };
 
 use bb_remote_execution::{
+    instance::InstanceName,
     proto::{
         reapi,
         rpc::{Code, PreconditionFailure},
         unpack,
     },
-    worker::inputs::file_cache::CacheLimits,
+    worker::inputs::file_cache::{CacheLimits, FileKey},
 };
 use prost::Message;
 
@@ -522,4 +524,37 @@ async fn many_slots_that_want_the_same_fetch_it_once() {
     assert_eq!(count("Read"), 1, "{calls:?}");
     // The commands, at most each by itself; the directories and the files once.
     assert!(count("BatchReadBlobs") <= 8 + 3, "{calls:?}");
+}
+
+/// Two who write the same file would have different inodes of it, one of which the cache does not know.
+#[test]
+fn a_fetch_that_is_given_up_holds_its_keys_until_its_files_are_written() {
+    let others = tokio::runtime::Runtime::new().unwrap();
+    let farm = others.block_on(Farm::start());
+    others.block_on(farm.upload("content"));
+    let key = FileKey {
+        digest: FUNCTION.digest_of(b"content"),
+        executable: false,
+    };
+    let instance = InstanceName::parse("").unwrap();
+    // Files are written by its only thread that may block.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .max_blocking_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let a_while = Duration::from_millis(300);
+        let (release, held) = std::sync::mpsc::channel::<()>();
+        tokio::task::spawn_blocking(move || held.recv());
+        let mut pinned = farm.cache.pin(&[key]).unwrap();
+        let given_up = farm.cache.fetch(&instance, &mut pinned);
+        assert!(tokio::time::timeout(a_while, given_up).await.is_err());
+        let mut pinned = farm.cache.pin(&[key]).unwrap();
+        let mut second = Box::pin(farm.cache.fetch(&instance, &mut pinned));
+        assert!(tokio::time::timeout(a_while, &mut second).await.is_err());
+        drop(release);
+        second.await.unwrap();
+    });
+    assert_eq!(farm.cache.uses().fetched_bytes.get(), key.digest.size());
 }

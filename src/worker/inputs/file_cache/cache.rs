@@ -33,7 +33,7 @@ pub struct FileCache {
     pub(super) directory: CacheDirectory,
     pub(super) limits: CacheLimits,
     pub(super) storage: Backend,
-    pub(super) index: Mutex<CacheIndex>,
+    pub(super) index: Arc<Mutex<CacheIndex>>,
     /// Held while extra inodes of files are made or removed.
     pub(super) changing_extra_inodes: Mutex<()>,
     /// Lets go of kept input roots; `false` when there are none.
@@ -74,7 +74,7 @@ impl FileCache {
             directory,
             limits,
             storage,
-            index: Mutex::new(index),
+            index: Arc::new(Mutex::new(index)),
             reflinks,
             changing_extra_inodes: Mutex::new(()),
             reclaim: OnceLock::new(),
@@ -139,6 +139,13 @@ impl FileCache {
         digests.sort_unstable();
         digests.dedup();
         digests
+    }
+
+    /// The first inode of a file whose content this worker has read.
+    pub(super) fn known_inode(&self, key: &FileKey) -> Option<u64> {
+        let index = self.index.lock();
+        let file = index.files.peek(key)?;
+        file.verified.then_some(file.inode)
     }
 
     /// Counts and pins a file that is on disk now, and evicts others for it.

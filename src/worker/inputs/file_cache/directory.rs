@@ -238,31 +238,72 @@ impl CacheDirectory {
     }
 
     /// Makes a written and verified file the n-th extra inode of `key`, or the first one (0); tells its inode number.
+    ///
+    /// Where the name is that of the inode that is `known` for it, that one stays, and its number is told: input
+    /// roots may have it, and count on the cache to have it too.
     pub(super) fn publish(
         &self,
         mut incoming: IncomingFile,
         key: &FileKey,
         number: u32,
+        known: impl Fn() -> Option<u64>,
     ) -> io::Result<u64> {
         finish(incoming.file.as_fd(), key.executable)?;
         let inode = rustix::fs::fstat(&incoming.file)?.st_ino;
         let mut name = String::new();
         key.write_name(number, &mut name);
-        rustix::fs::renameat(
-            &*self.incoming,
-            &incoming.name,
-            &self.shards[key.shard()],
-            &name,
-        )?;
+        loop {
+            match self.move_to_shard(&incoming.name, &self.shards[key.shard()], &name) {
+                Ok(()) => break,
+                Err(Errno::EXIST) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if let Some(known) = known()
+                && self.is_inode(key, number, known)
+            {
+                return Ok(known);
+            }
+            // A file that the cache does not know of.
+            self.remove_inode(key, number)?;
+        }
         incoming.name.clear();
         Ok(inode)
     }
 
-    /// Writes a file whose content is known to match its digest.
-    pub(super) fn write(&self, key: &FileKey, content: &[u8]) -> io::Result<u64> {
+    /// EEXIST when the name is taken.
+    fn move_to_shard(&self, from: &str, shard: &OwnedFd, name: &str) -> Result<(), Errno> {
+        let flags = rustix::fs::RenameFlags::NOREPLACE;
+        match rustix::fs::renameat_with(&*self.incoming, from, shard, name, flags) {
+            // Not every file system has that.
+            Err(Errno::INVAL) => {
+                rustix::fs::linkat(&*self.incoming, from, shard, name, AtFlags::empty())?;
+                rustix::fs::unlinkat(&*self.incoming, from, AtFlags::empty())
+            }
+            moved => moved,
+        }
+    }
+
+    /// Whether the n-th extra inode of `key`, or the first one (0), is on the disk, has this inode number, and is
+    /// as it was made.
+    pub(super) fn is_inode(&self, key: &FileKey, number: u32, inode: u64) -> bool {
+        let mut name = String::new();
+        key.write_name(number, &mut name);
+        let shard = &self.shards[key.shard()];
+        let owner = rustix::process::geteuid().as_raw();
+        let stat = rustix::fs::statat(shard, &name, AtFlags::SYMLINK_NOFOLLOW);
+        stat.is_ok_and(|stat| stat.st_ino == inode && is_as_made(&stat, key, owner))
+    }
+
+    /// Writes a file whose content is known to match its digest, unless the inode that is `known` for it is there.
+    pub(super) fn write(
+        &self,
+        key: &FileKey,
+        content: &[u8],
+        known: impl Fn() -> Option<u64>,
+    ) -> io::Result<u64> {
         let incoming = self.create()?;
         (&*incoming.file).write_all(content)?;
-        self.publish(incoming, key, 0)
+        self.publish(incoming, key, 0, known)
     }
 
     /// Links the n-th extra inode of `key`, or the first one (0), into a directory.
@@ -298,7 +339,8 @@ impl CacheDirectory {
     pub(super) fn duplicate(&self, source: &File, key: &FileKey, number: u32) -> io::Result<u64> {
         let incoming = self.create()?;
         copy_content(source, &incoming.file, key.digest.size())?;
-        self.publish(incoming, key, number)
+        // It is made because none is known.
+        self.publish(incoming, key, number, || None)
     }
 
     /// Bytes and inodes that unprivileged users can still take on the file system.
@@ -489,6 +531,7 @@ fn has_no_writer(fd: BorrowedFd<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::digest::DigestFunction;
 
     #[test]
     fn a_file_that_somebody_can_still_write_is_not_sealed() {
@@ -501,5 +544,34 @@ mod tests {
         assert!(seal(&file, false));
         std::fs::hard_link(&path, directory.path().join("g")).unwrap();
         assert!(!seal(&file, false));
+    }
+    #[test]
+    fn an_inode_that_input_roots_may_have_is_not_replaced() {
+        let place = tempfile::tempdir().unwrap();
+        let directory = CacheDirectory::open(place.path()).unwrap();
+        let key = FileKey {
+            digest: DigestFunction::Sha256.digest_of(b"content"),
+            executable: false,
+        };
+        let write = |known: Option<u64>| directory.write(&key, b"content", || known).unwrap();
+        let first = write(None);
+        assert_eq!(write(Some(first)), first);
+        assert!(directory.is_inode(&key, 0, first));
+        // A leftover that nobody knows is.
+        let second = write(None);
+        assert!(second != first && directory.is_inode(&key, 0, second));
+        assert!(!directory.is_inode(&key, 0, first));
+        // And one that somebody changed.
+        let path = directory.path_of(&key, 0);
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o644))
+            .unwrap();
+        let third = write(Some(second));
+        assert!(directory.is_inode(&key, 0, third));
+        assert_eq!(
+            std::fs::read_dir(place.path().join("incoming"))
+                .unwrap()
+                .count(),
+            0
+        );
     }
 }

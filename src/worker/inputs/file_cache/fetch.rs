@@ -42,10 +42,10 @@ impl FileCache {
                 self.check_size(pinned, &claim.keys)?;
                 let sizes = claim.keys.iter().map(|key| key.digest.size());
                 self.uses.fetched_bytes.add(sizes.sum());
-                self.download(instance, &claim.keys, &mut fetched, &mut missing)
+                let keys = claim.keys.clone();
+                self.download(instance, claim, keys, &mut fetched, &mut missing)
                     .await?;
             }
-            drop(claim);
             // Whoever is waited for may fail: then these become ours, or a third one's.
             for done in waiting {
                 done.cancelled().await;
@@ -74,17 +74,24 @@ impl FileCache {
         while !rest.is_empty() {
             let (claim, waiting) = self.claim_gone(&mut rest);
             if !claim.keys.is_empty() {
-                let (cache, gone) = (self.clone(), claim.keys.clone());
-                blocking("forget input files", move || {
+                let cache = self.clone();
+                let forget = move || {
+                    let is_here = |key: &FileKey| {
+                        let inode = cache.known_inode(key);
+                        inode.is_some_and(|inode| cache.directory.is_inode(key, 0, inode))
+                    };
+                    // Others may have brought it since it was found to be gone, and have linked it.
+                    let gone = claim.keys.iter().filter(|key| !is_here(key));
+                    let gone: Vec<FileKey> = gone.copied().collect();
                     for key in &gone {
                         cache.forget_extra_inodes(key);
                     }
-                })
-                .await?;
-                self.download(instance, &claim.keys, &mut fetched, &mut missing)
+                    (claim, gone)
+                };
+                let (claim, gone) = blocking("forget input files", forget).await?;
+                self.download(instance, claim, gone, &mut fetched, &mut missing)
                     .await?;
             }
-            drop(claim);
             for done in waiting {
                 done.cancelled().await;
             }
@@ -101,7 +108,7 @@ impl FileCache {
 
     /// Sorts files that are gone from the disk into those that are ours to fetch, and those that others
     /// change, which stay in `keys`.
-    fn claim_gone(&self, keys: &mut Vec<FileKey>) -> (FileClaim<'_>, Vec<CancellationToken>) {
+    fn claim_gone(&self, keys: &mut Vec<FileKey>) -> (FileClaim, Vec<CancellationToken>) {
         let mut claim = FileClaim::new(&self.index);
         let mut waiting = Vec::new();
         let mut index = self.index.lock();
@@ -138,7 +145,7 @@ impl FileCache {
 
     /// Pins what is here by now, and sorts the rest into files that are ours to fetch, and those that
     /// others change.
-    async fn claim(&self, pinned: &mut PinnedFiles) -> (FileClaim<'_>, Vec<CancellationToken>) {
+    async fn claim(&self, pinned: &mut PinnedFiles) -> (FileClaim, Vec<CancellationToken>) {
         let mut claim = FileClaim::new(&self.index);
         let mut waiting = Vec::new();
         let absent = std::mem::take(&mut pinned.absent);
@@ -155,7 +162,7 @@ impl FileCache {
         &self,
         absent: &[(FileKey, usize)],
         pinned: &mut PinnedFiles,
-        claim: &mut FileClaim<'_>,
+        claim: &mut FileClaim,
         waiting: &mut Vec<CancellationToken>,
     ) {
         let mut index = self.index.lock();
@@ -198,20 +205,23 @@ impl FileCache {
         Ok(())
     }
 
+    /// Some or all keys of a claim.
     async fn download(
         self: &Arc<Self>,
         instance: &InstanceName,
-        keys: &[FileKey],
+        claim: FileClaim,
+        keys: Vec<FileKey>,
         fetched: &mut PinnedFiles,
         missing: &mut HashSet<Digest>,
     ) -> Result<(), Fault> {
+        let claim = Arc::new(claim);
         let (large, small): (Vec<FileKey>, Vec<FileKey>) = keys
-            .iter()
+            .into_iter()
             .partition(|key| key.digest.size() >= SMALLEST_STREAMED);
         let mut jobs = batches(small, |key: &FileKey| key.digest.size());
         jobs.extend(large.into_iter().map(|key| vec![key]));
         let mut fetches = stream::iter(jobs)
-            .map(|keys| self.fetch_batch(instance, keys))
+            .map(|keys| self.fetch_batch(instance, keys, claim.clone()))
             .buffer_unordered(CONCURRENCY);
         while let Some(batch) = fetches.next().await {
             let (mut some, absent) = batch?;
@@ -226,11 +236,12 @@ impl FileCache {
         self: &Arc<Self>,
         instance: &InstanceName,
         keys: Vec<FileKey>,
+        claim: Arc<FileClaim>,
     ) -> Result<(PinnedFiles, Vec<Digest>), Fault> {
         if let [key] = keys[..]
             && key.digest.size() >= SMALLEST_STREAMED
         {
-            return self.fetch_large(instance, key).await;
+            return self.fetch_large(instance, key, claim).await;
         }
         let digests: Vec<Digest> = keys.iter().map(|key| key.digest).collect();
         let results = self
@@ -239,11 +250,13 @@ impl FileCache {
             .await;
         let (mut pinned, mut missing) = (PinnedFiles::none(self), Vec::new());
         let write = move || {
+            let _claim = claim;
             let cache = pinned.cache.clone();
             for (key, result) in keys.into_iter().zip(results) {
                 match result {
                     Ok(content) => {
-                        let write = || cache.directory.write(&key, &content);
+                        let known = || cache.known_inode(&key);
+                        let write = || cache.directory.write(&key, &content, known);
                         let inode = cache
                             .evicting_when_full(&key, write)
                             .map_err(|error| cache.disk_fault(&key, error))?;
@@ -266,6 +279,7 @@ impl FileCache {
         self: &Arc<Self>,
         instance: &InstanceName,
         key: FileKey,
+        claim: Arc<FileClaim>,
     ) -> Result<(PinnedFiles, Vec<Digest>), Fault> {
         let mut attempts = 0;
         loop {
@@ -295,7 +309,9 @@ impl FileCache {
             match result {
                 Ok(()) => {
                     let publish = move || {
-                        let inode = cache.directory.publish(incoming, &key, 0);
+                        let _claim = claim;
+                        let known = || cache.known_inode(&key);
+                        let inode = cache.directory.publish(incoming, &key, 0, known);
                         let inode = inode.map_err(|error| cache.disk_fault(&key, error))?;
                         let mut pinned = PinnedFiles::none(&cache);
                         pinned.handles.push(Some(cache.admit(key, inode)));

@@ -1,7 +1,7 @@
 //! What the cache knows of its files, without any I/O: which there are, in the order of their last use,
 //! what pins them, which inodes they have, and which keys somebody is changing.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -53,20 +53,21 @@ pub(super) struct InProgress {
     pub done: CancellationToken,
 }
 
-/// Keys that we change; others wait for us.
-pub(super) struct FileClaim<'a> {
-    index: &'a Mutex<CacheIndex>,
+/// Keys that we change; others wait for us. Whatever changes files on the disk holds it until that is done,
+/// also when who asked for it has given up: two who write the same file would have different inodes of it.
+pub(super) struct FileClaim {
+    index: Arc<Mutex<CacheIndex>>,
     pub number: u64,
     pub keys: Vec<FileKey>,
     done: CancellationToken,
 }
 
-impl<'a> FileClaim<'a> {
-    pub(super) fn new(index: &'a Mutex<CacheIndex>) -> Self {
+impl FileClaim {
+    pub(super) fn new(index: &Arc<Mutex<CacheIndex>>) -> Self {
         let mut locked = index.lock();
         locked.claims += 1;
         FileClaim {
-            index,
+            index: index.clone(),
             number: locked.claims,
             keys: Vec::new(),
             done: CancellationToken::new(),
@@ -83,7 +84,7 @@ impl<'a> FileClaim<'a> {
     }
 }
 
-impl Drop for FileClaim<'_> {
+impl Drop for FileClaim {
     fn drop(&mut self) {
         if !self.keys.is_empty() {
             let mut index = self.index.lock();

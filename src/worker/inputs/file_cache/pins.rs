@@ -1,7 +1,7 @@
 //! Who holds files of the cache: actions that are about to need them, and input roots that are made of
 //! them.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use super::{
     cache::FileCache,
@@ -33,8 +33,9 @@ pub struct InputFiles {
 pub(super) const KEYS_AT_A_TIME: usize = 4096;
 
 impl FileCache {
-    /// Pins those of these files that are here, having read what this worker never read. Blocks.
-    pub fn pin(self: &Arc<Self>, keys: &[FileKey]) -> PinnedFiles {
+    /// Pins those of these files that are here, having read what this worker never read. The error says that a
+    /// file could not be opened. Blocks.
+    pub fn pin(self: &Arc<Self>, keys: &[FileKey]) -> io::Result<PinnedFiles> {
         let mut pinned = PinnedFiles::none(self);
         pinned.handles.reserve_exact(keys.len());
         let mut unverified = Vec::new();
@@ -56,9 +57,9 @@ impl FileCache {
             .hits
             .add((keys_in_all - pinned.absent.len()) as u64);
         if !unverified.is_empty() {
-            pinned.wrong = self.verify_first_use(unverified);
+            pinned.wrong = self.verify_first_use(unverified)?;
         }
-        pinned
+        Ok(pinned)
     }
 }
 

@@ -13,6 +13,7 @@ use std::{
     fs::File,
     io,
     os::unix::fs::FileExt,
+    panic::resume_unwind,
     sync::{
         Arc, Weak,
         atomic::{AtomicUsize, Ordering},
@@ -211,9 +212,9 @@ impl FileCache {
         );
     }
 
-    /// Reads files that an earlier worker left, and removes those that are wrong, which are returned.
-    /// None of them has been used yet. Blocks.
-    pub(super) fn verify_first_use(&self, mut keys: Vec<FileKey>) -> Vec<FileKey> {
+    /// Reads files that an earlier worker left, and removes those that are wrong, which are returned. The
+    /// error is that of a file that could not be opened, and of which nothing is known thus. Blocks.
+    pub(super) fn verify_first_use(&self, mut keys: Vec<FileKey>) -> io::Result<Vec<FileKey>> {
         keys.sort_unstable();
         keys.dedup();
         let began = std::time::Instant::now();
@@ -225,37 +226,34 @@ impl FileCache {
             let mut wrong = Vec::new();
             while let Some(key) = keys.get(next.fetch_add(1, Ordering::Relaxed)) {
                 // One that is gone is found so when it is linked.
-                if self.is_right(key, &mut buffer) == Some(false) {
-                    wrong.push(*key);
+                if let Some(inode) = self.wrong_inode(key, &mut buffer)? {
+                    wrong.push((*key, inode));
                 }
             }
-            wrong
+            Ok(wrong)
         };
-        let mut wrong = Vec::new();
+        let mut found = Vec::new();
         std::thread::scope(|scope| {
             let others: Vec<_> = (1..threads.min(keys.len()))
                 .map(|_| scope.spawn(work))
                 .collect();
-            wrong = work();
+            found.push(work());
             for other in others {
-                wrong.extend(other.join().unwrap_or_default());
+                // What it found must not be taken for nothing.
+                found.push(other.join().unwrap_or_else(|panic| resume_unwind(panic)));
             }
         });
+        let found: io::Result<Vec<Vec<(FileKey, u64)>>> = found.into_iter().collect();
+        let wrong = found?.concat();
         tracing::debug!(
             files = keys.len(),
             microseconds = began.elapsed().as_micros() as u64,
             "read files that an earlier worker left"
         );
-        if let Some(first) = wrong.first() {
-            let count = wrong.len() as u64;
-            self.verified.wrong.fetch_add(count, Ordering::Relaxed);
-            tracing::error!(
-                files = count,
-                first = %self.directory.path_of(first, 0).display(),
-                "cached files that were there at start are not what they were, by a fault of the disk or the memory, or because somebody wrote to them; they are removed and fetched again"
-            );
-            self.remove_wrong(&wrong);
+        if !wrong.is_empty() {
+            self.remove_at_first_use(&wrong);
         }
+        let wrong: Vec<FileKey> = wrong.into_iter().map(|(key, _)| key).collect();
         // Not before: others use what is marked.
         let unusable: HashSet<&FileKey> = wrong.iter().collect();
         let mut index = self.index.lock();
@@ -265,29 +263,69 @@ impl FileCache {
             }
         }
         drop(index);
-        wrong
+        Ok(wrong)
     }
 
-    /// `None` when it is not there.
-    fn is_right(&self, key: &FileKey, buffer: &mut [u8]) -> Option<bool> {
+    /// Removes inodes of files that are wrong, unless others have done that meanwhile.
+    fn remove_at_first_use(&self, wrong: &[(FileKey, u64)]) {
+        let index = self.index.lock();
+        // Others may have read the same file, and used it, before it went wrong.
+        let (mut used, mut unused) = (Vec::new(), Vec::new());
+        for (key, inode) in wrong {
+            match index.files.peek(key) {
+                Some(file) if file.inode == *inode && file.verified => used.push((*key, 0)),
+                Some(file) if file.inode == *inode => unused.push(*key),
+                _ => {}
+            }
+        }
+        drop(index);
+        if !used.is_empty() {
+            let count = used.len() as u64;
+            self.verified.wrong.fetch_add(count, Ordering::Relaxed);
+            self.report_modified(
+                &used,
+                "cached files cannot be read any more, by a fault of the disk",
+            );
+        }
+        if let Some(first) = unused.first() {
+            let count = unused.len() as u64;
+            self.verified.wrong.fetch_add(count, Ordering::Relaxed);
+            tracing::error!(
+                files = count,
+                first = %self.directory.path_of(first, 0).display(),
+                "cached files that were there at start are not what they were, by a fault of the disk or the memory, or because somebody wrote to them; they are removed and fetched again"
+            );
+            self.remove_wrong(&unused);
+        }
+    }
+
+    /// The first inode of a file, if its content is not what it should be; `None` also when it is not there. Errors
+    /// are a shortage of this process's or the host's, such as EMFILE, and say nothing of the file.
+    fn wrong_inode(&self, key: &FileKey, buffer: &mut [u8]) -> io::Result<Option<u64>> {
         let file = match self.directory.open_inode(key, 0) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
-            Err(_) => return Some(false),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => {
+                return match error.raw_os_error() {
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) => Err(error),
+                    _ => Ok(self.index.lock().files.peek(key).map(|file| file.inode)),
+                };
+            }
         };
+        let inode = rustix::fs::fstat(&file)?.st_ino;
         let mut hasher = key.digest.function().hasher(key.digest.size());
         self.verified.files.fetch_add(1, Ordering::Relaxed);
         loop {
             match read_at(&file, buffer, hasher.size()) {
                 Ok(0) => break,
                 Ok(length) => hasher.update(&buffer[..length]),
-                Err(_) => return Some(false),
+                Err(_) => return Ok(Some(inode)),
             }
         }
         self.verified
             .bytes
             .fetch_add(hasher.size(), Ordering::Relaxed);
-        Some(hasher.finish() == key.digest)
+        Ok((hasher.finish() != key.digest).then_some(inode))
     }
 }
 

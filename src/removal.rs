@@ -5,7 +5,7 @@
 //! 2. Memory and open files are bounded whatever the depth: what lies too deep is first moved up.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::atomic::{AtomicU64, Ordering},
@@ -48,13 +48,17 @@ pub fn empty(directory: BorrowedFd<'_>) -> io::Result<()> {
     }
 }
 
-/// Removes a directory that its owner closed to everybody.
-pub fn remove(parent: BorrowedFd<'_>, name: &str) -> io::Result<()> {
-    let name = CString::new(name)?;
-    make_accessible(parent, &name)?;
-    let directory = open(parent, &name)?;
+/// Removes a directory, also one that its owner closed to everybody.
+pub fn remove(parent: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+    let directory = match open(parent, name) {
+        Err(Errno::ACCESS) => {
+            make_accessible(parent, name)?;
+            open(parent, name)?
+        }
+        opened => opened?,
+    };
     empty(directory.as_fd())?;
-    rustix::fs::unlinkat(parent, &name, AtFlags::REMOVEDIR)?;
+    rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)?;
     Ok(())
 }
 
@@ -168,8 +172,8 @@ fn remove_entry(
     }
 }
 
-/// A directory without permissions; that helps when it is the worker's own, or with CAP_FOWNER.
-fn make_accessible(parent: BorrowedFd<'_>, name: &CString) -> io::Result<()> {
+/// A directory without permissions; that helps when it is this process's own, or with CAP_FOWNER.
+fn make_accessible(parent: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
     // Not a symbolic link: it was a directory, and nobody else is here any more. Should it be one
     // nevertheless, O_PATH | O_NOFOLLOW opens the link, and the check stops.
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -182,7 +186,7 @@ fn make_accessible(parent: BorrowedFd<'_>, name: &CString) -> io::Result<()> {
     Ok(())
 }
 
-fn open(parent: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<OwnedFd, Errno> {
+fn open(parent: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(parent, name, flags, Mode::empty())
 }
