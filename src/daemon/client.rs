@@ -162,16 +162,23 @@ fn failed(endpoint: &str, error: transport::Error) -> Status {
         status.set_source(Arc::new(error));
         return status;
     }
-    // From the handshake on, errors are hyper's.
-    if causes().any(|cause| cause.is::<hyper::Error>()) {
-        return Status::from_error(error.into());
-    }
-    let mut text = format!("could not connect to {endpoint}");
-    for cause in causes().map(ToString::to_string) {
-        if !text.contains(&cause) {
-            text = format!("{text}: {cause}");
+    let with_causes = |mut text: String| {
+        for cause in causes().map(ToString::to_string) {
+            if !text.contains(&cause) {
+                text = format!("{text}: {cause}");
+            }
         }
+        text
+    };
+    // From the handshake on, errors are hyper's. Their first texts say nothing that later ones don't.
+    if causes().any(|cause| cause.is::<hyper::Error>()) {
+        let text = with_causes("the connection broke".to_owned());
+        let status = Status::from_error(error.into());
+        let mut told = Status::new(status.code(), text);
+        told.set_source(Arc::new(status));
+        return told;
     }
+    let text = with_causes(format!("could not connect to {endpoint}"));
     let mut status = Status::unavailable(text);
     status.set_source(Arc::new(error));
     status

@@ -93,7 +93,8 @@ impl LevelHandle {
     }
 }
 
-/// Libraries talk about every frame; only our own words count.
+/// Libraries talk about every frame; only our own words count. Whoever floods a connection has h2 warn each time,
+/// without saying who that is.
 fn targets(level: config::Level) -> Targets {
     let level = match level {
         config::Level::Error => LevelFilter::ERROR,
@@ -104,6 +105,7 @@ fn targets(level: config::Level) -> Targets {
     };
     Targets::new()
         .with_default(LevelFilter::WARN)
+        .with_target("h2", LevelFilter::ERROR)
         .with_target("bb_remote_execution", level)
 }
 

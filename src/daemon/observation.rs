@@ -24,9 +24,12 @@ use super::{
     listen::{AcceptedStream, Listener, Socket},
 };
 
-/// At a time; others wait to be accepted.
+/// Of one listener at a time; others wait to be accepted. So whoever fills the port for metrics does not keep
+/// this host's commands from the control socket.
 const CONNECTIONS: usize = 32;
 const LARGEST_HEAD: usize = 8 << 10;
+/// From the connection's start to the end of the head: it has nothing to wait for.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
 /// From the first byte to the last one.
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -97,12 +100,14 @@ pub async fn serve_observation(
     stopping: CancellationToken,
 ) -> Result<(), Failure> {
     let observation = Arc::new(observation);
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
     let tasks = TaskTracker::new();
-    for socket in listeners.into_iter().flat_map(Listener::into_sockets) {
-        let (observation, room, tasks) = (observation.clone(), room.clone(), tasks.clone());
-        let accepting = accept_all(socket, observation, room, tasks.clone(), stopping.clone());
-        tasks.spawn(accepting);
+    for listener in listeners {
+        let room = Arc::new(Semaphore::new(CONNECTIONS));
+        for socket in listener.into_sockets() {
+            let (observation, room, tasks) = (observation.clone(), room.clone(), tasks.clone());
+            let accepting = accept_all(socket, observation, room, tasks.clone(), stopping.clone());
+            tasks.spawn(accepting);
+        }
     }
     stopping.cancelled().await;
     tasks.close();
@@ -144,12 +149,12 @@ async fn exchange(
     mut connection: AcceptedStream,
     observation: &Arc<Observation>,
 ) -> io::Result<()> {
-    let mut head = Vec::new();
-    while !head.windows(4).any(|end| end == b"\r\n\r\n") && head.len() < LARGEST_HEAD {
-        if connection.read_buf(&mut head).await? == 0 {
-            return Ok(());
-        }
-    }
+    let Ok(head) = tokio::time::timeout(HEAD_TIMEOUT, read_head(&mut connection)).await else {
+        return Ok(());
+    };
+    let Some(head) = head? else {
+        return Ok(());
+    };
     let is_local = !connection.is_tcp();
     let head = String::from_utf8_lossy(&head).into_owned();
     let has_body = !head.starts_with("HEAD ");
@@ -169,6 +174,17 @@ async fn exchange(
     }
     connection.write_all(text.as_bytes()).await?;
     connection.shutdown().await
+}
+
+/// `None` when the connection ends before.
+async fn read_head(connection: &mut AcceptedStream) -> io::Result<Option<Vec<u8>>> {
+    let mut head = Vec::new();
+    while !head.windows(4).any(|end| end == b"\r\n\r\n") && head.len() < LARGEST_HEAD {
+        if connection.read_buf(&mut head).await? == 0 {
+            return Ok(None);
+        }
+    }
+    Ok(Some(head))
 }
 
 /// The status of the daemon that listens at this path.

@@ -461,15 +461,31 @@ impl RefusalLog {
     }
 
     fn refused(&self, status: &Status) {
-        if let Some(withheld) = REFUSALS.admit(Instant::now()) {
-            tracing::info!(
-                instance = self.instance,
-                client = self.client,
-                code = ?status.code(),
-                error = status.message(),
-                lines_withheld = withheld,
-                "refused an action"
-            );
+        let Some(withheld) = REFUSALS.admit(Instant::now()) else {
+            return;
+        };
+        macro_rules! tell {
+            ($level:ident) => {
+                tracing::$level!(
+                    instance = self.instance,
+                    client = self.client,
+                    code = ?status.code(),
+                    error = status.message(),
+                    lines_withheld = withheld,
+                    "refused an action"
+                )
+            };
+        }
+        match status.code() {
+            tonic::Code::Unavailable if status.message() == status::stopping().message() => {
+                tell!(info)
+            }
+            // Such as a storage that does not answer: the client can do nothing about it.
+            tonic::Code::Unavailable
+            | tonic::Code::Internal
+            | tonic::Code::Unknown
+            | tonic::Code::DataLoss => tell!(warn),
+            _ => tell!(info),
         }
     }
 }

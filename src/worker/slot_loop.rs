@@ -248,7 +248,13 @@ fn note_answer(
         }
         Err(status) => {
             state.failed(now, fastrand::u64(..));
-            status_line.failed(status.code(), status.message(), SystemTime::now());
+            let error = match status.code() {
+                Code::Unimplemented => {
+                    "the server there takes no workers; write the address that bb_scheduler.toml has as workers.listen, whose port is 8983 unless it says another"
+                }
+                _ => status.message(),
+            };
+            status_line.failed(status.code(), error, SystemTime::now());
         }
     }
 }
