@@ -12,7 +12,6 @@ pub mod instance;
 pub mod metadata;
 pub mod path;
 pub mod proto;
-pub mod removal;
 pub mod resource;
 pub mod text;
 
@@ -20,6 +19,7 @@ pub mod text;
 pub mod auth;
 pub mod config;
 pub mod daemon;
+pub mod removal;
 pub mod storage;
 
 // Daemons.

@@ -28,8 +28,9 @@ use super::{
 use crate::config::{self, Diagnostics, Loaded, Log, Validate};
 
 /// So many tasks are polled before the kernel is asked for what has arrived, unless none is ready sooner. Under load
-/// the messages of as many calls go out together (`batched_writes`); a poll takes some microseconds.
-const EVENT_INTERVAL: u32 = 250;
+/// the messages of as many calls go out together (`batched_writes`): 250 is 8 % more actions a second than this, and
+/// 61, tokio's, 8 % less. But a call waits for all of them twice, and a poll takes microseconds or half a millisecond.
+const EVENT_INTERVAL: u32 = 128;
 
 /// Calls that wait in a socket of systemd's make it start a daemon again at once. Five starts in ten
 /// seconds are too many for it, and it gives up for good (systemd.unit(5), StartLimitBurst=).

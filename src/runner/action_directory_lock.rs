@@ -41,7 +41,7 @@ const PREVIOUS_RUN_TIMEOUT: Duration = Duration::from_secs(30);
 /// The directory of an action that runs, open to it; closed, and then unlocked, on drop.
 pub(super) struct LockedActionDirectory {
     directory: OwnedFd,
-    /// Mode and group before; `None` when it had not to be changed.
+    /// Mode to set again, without bits for group and others, and group before; `None` when nothing was changed.
     closed: Option<(Mode, Gid)>,
 }
 

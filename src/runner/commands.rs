@@ -1,4 +1,4 @@
-//! The command of bb_runner that asks a runner that runs.
+//! `bb_runner status`: asks a runner that runs, by its control socket.
 
 use crate::{
     config::runner::Config,

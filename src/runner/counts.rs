@@ -7,7 +7,7 @@ pub(super) struct RunCounts {
     pub started: Counter,
     /// Their first process ended.
     pub ended: Counter,
-    /// Killed: at a timeout, at a cancellation, or when the runner stopped.
+    /// Before or while they ran: at a timeout, at a cancellation, or when the runner stopped.
     pub stopped: Counter,
     /// They used more memory than their limit.
     pub out_of_memory: Counter,

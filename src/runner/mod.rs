@@ -1,11 +1,11 @@
 //! bb_runner: runs commands as other Unix users, confined, and leaves nothing behind.
 //!
-//! In the order to read it, from the top down; each uses only what comes after it:
+//! In the order to read it, from the top down:
 //!
 //! - `service`, `run_deadline`: what a worker asks for over a Unix socket; `self_check`: what `--check` says;
 //! - `metrics`: what is told of it, and `commands`, which ask for that; `counts` has what became of actions;
 //! - `run`: one action, from its command to its last process, with `cleaner` around several, `output_limit`
-//!   for what it writes, `server_log` for what is told of it, `action_directory_lock` (with `input_ownership`) and
+//!   for what it writes, `server_logs` for what is told of it, `action_directory_lock` (with `input_ownership`) and
 //!   `action_mounts` (with `input_root_chroot`) for what it is in;
 //! - `build_directory`: where workers lay out actions;
 //! - `run_spec`, `environment`: what to run, parsed;
@@ -53,7 +53,7 @@ mod run_deadline;
 mod run_spec;
 mod sandbox;
 mod self_check;
-mod server_log;
+mod server_logs;
 mod service;
 mod spawn;
 mod stop;

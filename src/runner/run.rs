@@ -1,7 +1,8 @@
 //! One action, from its command to its last process, as one straight function.
 //!
-//! Where it returns, whatever it returns, no process of the action lives, its directory is closed and
-//! unlocked, and nothing that it made outside of its own directories exists.
+//! Where it returns, no process of the action lives, its directory is closed and unlocked, and nothing that it
+//! made outside of its own directories exists. Except for `Unkillable`: then the directory stays locked, and the
+//! user is not used again.
 
 use std::{
     ffi::CString,
@@ -28,7 +29,7 @@ use super::{
         ActionCgroup, CgroupUsage, Layers, MemoryUsage, NamespaceEnd, Sandbox, SandboxError,
         SandboxPool, SandboxSpec, SeccompFilter,
     },
-    server_log::ActionRecord,
+    server_logs::ActionRecord,
     spawn::{
         Exit, InheritedState, PathBase, PidNamespaces, Process, SetupStep, SpawnError, SpawnSpec,
         SpawnStage, WaitEnd,

@@ -141,7 +141,7 @@ fn check_host(
             .map_err(|error| failed("check existence of", error))?;
     }
     let identity = build.identity().map_err(|error| failed("look at", error))?;
-    Ok(context.sandboxes.is_proven(identity))
+    Ok(context.sandboxes.is_probed(identity))
 }
 
 #[tonic::async_trait]
@@ -163,7 +163,7 @@ impl runner_server::Runner for RunnerService {
         let known = known.map_err(|error| Status::unavailable(error.to_string()))??;
         let made = match known {
             Some(known) => known,
-            None => self.context.sandboxes.prove().await,
+            None => self.context.sandboxes.probe().await,
         };
         made.map_err(|error| Status::unavailable(error.to_string()))?;
         Ok(Response::new(()))

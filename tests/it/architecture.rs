@@ -11,7 +11,7 @@ const WORDS: &[&str] = &[
     "proto", "text", "digest", "instance", "path", "resource", "metadata",
 ];
 /// Each imports only those before it.
-const SERVICES: &[&str] = &["config", "auth", "daemon", "storage"];
+const SERVICES: &[&str] = &["removal", "config", "auth", "daemon", "storage"];
 const DAEMONS: &[&str] = &["scheduler", "worker", "runner"];
 
 /// These have no I/O, clock, randomness, lock or `HashMap`; .clippy.toml lists what that means.
@@ -275,7 +275,7 @@ const RUNNER: &[&str] = &[
     "run",
     "cleaner",
     "output_limit",
-    "server_log",
+    "server_logs",
     "action_directory_lock",
     "input_ownership",
     "action_mounts",

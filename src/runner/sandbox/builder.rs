@@ -127,7 +127,7 @@ impl Sandbox {
 
     /// What brings an action's process into it, but for its PID namespace and control group.
     pub(crate) fn setup_steps(&self) -> impl Iterator<Item = SetupStep<'_>> {
-        let mounts = self.mounts.iter().map(|_| SetupStep::DetachMounts);
+        let mounts = self.mounts.iter().map(|_| SetupStep::MakeMountsPrivate);
         self.namespaces
             .iter()
             .map(Namespace::setup_step)

@@ -1,5 +1,5 @@
-//! The layer `containment.devices`: a /dev that has nothing of the host's alone, nor of one action's,
-//! and pseudo-terminals of an action's own.
+//! The layer `containment.devices`: a private /dev, with null, zero, full, random, urandom and tty only, and an
+//! instance of devpts for each action.
 //!
 //! The kernel counts pseudo-terminals once for the whole host, so that each action has a share.
 

@@ -29,7 +29,7 @@ pub(super) struct Layer {
     /// In bb_runner.toml.
     pub key: &'static str,
     pub demand: fn(&Containment) -> Demand,
-    /// What it is part of.
+    /// Layers without which this one cannot work.
     pub needs: Layers,
     pub probe: Probe,
     /// What each sandbox gets a new one of, where that is all that is to be made.

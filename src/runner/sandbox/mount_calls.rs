@@ -1,7 +1,7 @@
 //! Mount calls: copies of trees, their attributes, and private file systems.
 //!
-//! The new system calls are used where they exist since Linux 5.12: a tree that is not attached
-//! anywhere belongs to whoever holds it, and vanishes with its descriptor.
+//! Needs open_tree(2) and mount_setattr(2), of Linux 5.12. A tree that is attached nowhere belongs to whoever holds
+//! its descriptor, and vanishes with that.
 
 use std::{
     ffi::{CStr, CString},

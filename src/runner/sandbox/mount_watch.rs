@@ -1,5 +1,5 @@
 //! Whether the host is as it was when mounts were prepared: its mounts, and the directories that these
-//! are about.
+//! are about. It is asked before each use; there is no thread.
 
 use std::{fs, io, os::unix::fs::MetadataExt, path::Path};
 

@@ -3,9 +3,9 @@
 //! 1. Who takes one gets one that is usable now, or the reason why the last one could not be made.
 //! 2. After a failure the thread tries again by itself, `RETRY_INTERVAL` later, whether or not
 //!    somebody waits: a shortage that is over is noticed, and one that lasts costs little.
-//! 3. `prove` holds when the last sandbox that was to be made was made, less than `PROOF_AGE` ago; else
+//! 3. `probe` holds when the last sandbox that was to be made was made, less than `PROBE_AGE` ago; else
 //!    one is made for it. So whoever asks for readiness again and again makes a sandbox each
-//!    `PROOF_AGE` at most.
+//!    `PROBE_AGE` at most.
 //! 4. Whoever waits holds no lock, and can give up at any time.
 
 use std::{
@@ -29,7 +29,7 @@ use super::{
 /// Sandboxes that wait for actions.
 const PREPARED: usize = 5;
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
-const PROOF_AGE: Duration = Duration::from_secs(10);
+const PROBE_AGE: Duration = Duration::from_secs(10);
 /// How long it may take to make one, on a host that is busy.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -110,8 +110,8 @@ impl SandboxPool {
         ))
     }
 
-    /// Whether it is known that a sandbox can be made; `None` when `prove` must find out.
-    pub(crate) fn is_proven(
+    /// Whether it is known that a sandbox can be made; `None` when `probe` must find out.
+    pub(crate) fn is_probed(
         &self,
         build_directory: DirectoryId,
     ) -> Option<Result<(), SandboxError>> {
@@ -121,7 +121,7 @@ impl SandboxPool {
         match &last.failure {
             // At most `RETRY_INTERVAL` old.
             Some(failure) => Some(Err(failure.clone())),
-            None if last.at.elapsed() > PROOF_AGE => None,
+            None if last.at.elapsed() > PROBE_AGE => None,
             None => {
                 let newest = state.ready.back()?;
                 newest.is_usable(build_directory, changes).then_some(Ok(()))
@@ -130,7 +130,7 @@ impl SandboxPool {
     }
 
     /// Makes a sandbox, whatever is ready. The error says why none can be made.
-    pub(crate) async fn prove(&self) -> Result<(), SandboxError> {
+    pub(crate) async fn probe(&self) -> Result<(), SandboxError> {
         let mut attempts = self.shared.attempts.subscribe();
         // In place of the oldest one.
         let oldest = {

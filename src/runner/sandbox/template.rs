@@ -64,7 +64,7 @@ impl MountTemplate {
         unshare(kind.flag).map_err(SandboxError::at("unshare"))?;
         let namespace = Namespace::current(kind).map_err(SandboxError::at("mnt"))?;
         // What the host unmounts later is unmounted here too, so that it is not held by sandboxes that wait. What it
-        // mounts is seen as well, and writable: hence actions begin with `SetupStep::DetachMounts`.
+        // mounts is seen as well, and writable: hence actions begin with `SetupStep::MakeMountsPrivate`.
         mount_change(
             "/",
             MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,

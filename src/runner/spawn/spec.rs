@@ -1,4 +1,5 @@
-//! All that an action's first process is made from. Nothing is left to decide once it exists.
+//! All that an action's first process is made from, and what it does itself to get into its sandbox (`SetupStep`).
+//! Nothing is left to decide once it exists.
 
 use std::{
     ffi::{CStr, CString},
@@ -75,7 +76,7 @@ pub(crate) struct InheritedState {
 pub(crate) enum SetupStep<'a> {
     EnterNamespace(BorrowedFd<'a>, LinkNameSpaceType),
     /// What the host mounts from now on is not seen, as it would be writable.
-    DetachMounts,
+    MakeMountsPrivate,
     /// Mounts a tree that is attached nowhere.
     AttachMount {
         tree: OwnedFd,
@@ -114,7 +115,7 @@ impl SetupStep<'_> {
     pub(super) fn stage(&self) -> SpawnStage {
         match self {
             SetupStep::EnterNamespace(..) => SpawnStage::Namespaces,
-            SetupStep::DetachMounts | SetupStep::AttachMount { .. } => SpawnStage::Mounts,
+            SetupStep::MakeMountsPrivate | SetupStep::AttachMount { .. } => SpawnStage::Mounts,
             SetupStep::CopyMount { .. } | SetupStep::ChangeRoot(_) => SpawnStage::Root,
         }
     }
@@ -125,7 +126,7 @@ impl SetupStep<'_> {
             SetupStep::EnterNamespace(namespace, kind) => {
                 move_into_link_name_space(*namespace, Some(*kind))
             }
-            SetupStep::DetachMounts => {
+            SetupStep::MakeMountsPrivate => {
                 let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
                 mount_change(c"/", flags)
             }

@@ -1,4 +1,5 @@
-//! Files of a root: each one an inode that the root has once (I8 Distinct).
+//! Makes the files of a root, and chooses which inode of a cached file each hard link is: one that the root does not
+//! have yet (I8 Distinct).
 
 use std::os::fd::{AsFd, BorrowedFd};
 

@@ -43,7 +43,7 @@ pub(super) struct FreeSpace {
 #[derive(Default)]
 struct Commands {
     running: Mutex<u64>,
-    /// One starts, or the disk is not looked at any more.
+    /// One starts, or free space is not looked at any more.
     changed: Condvar,
 }
 
@@ -164,7 +164,7 @@ fn sample(space: &Weak<FreeSpace>, commands: &Commands) {
     loop {
         let mut running = commands.running.lock();
         while *running == 0 && space.strong_count() > 0 {
-            // Whoever drops the disk may do so between the two looks.
+            // Whoever drops `FreeSpace` may do so between the two looks.
             commands
                 .changed
                 .wait_for(&mut running, FREE_SPACE_INTERVAL * 20);

@@ -1,4 +1,5 @@
-//! A root that an action has.
+//! The input root of an action that is about to run, runs or has run: from its lay-out to the end, when it goes back
+//! to the store to be cleaned and kept.
 
 use std::{
     os::fd::{AsFd, BorrowedFd},

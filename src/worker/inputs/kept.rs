@@ -1,4 +1,5 @@
-//! What the worker knows of a directory tree that it keeps on disk.
+//! What the worker remembers of a directory tree that it keeps on disk: for each directory an open descriptor, its
+//! baseline (I6), and which inodes of the cache its files are.
 
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},

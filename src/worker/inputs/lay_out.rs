@@ -2,7 +2,7 @@
 //!
 //! 1. Removals come first, everywhere in the root; then a directory's own changes, then its
 //!    baseline (I6 Baseline), then what is below.
-//! 2. On any error the whole root is given up (I7 Doubt means cold): nothing here undoes anything.
+//! 2. On any error the whole root is given up (I7 Errors discard): nothing here undoes anything.
 //! 3. Directories that are made are worked on by two threads when that pays.
 
 use std::{

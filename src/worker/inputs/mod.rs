@@ -18,7 +18,7 @@
 //!
 //! - I1 Files: an input file is the worker's and read-only: a reflink of a cached file or an empty one,
 //!   made while no action can see it; or a hard link to a file of the cache, which was whole before it
-//!   had a name.
+//!   had a name. Files of private inputs are the action's own; their roots are never kept.
 //! - I2 Credentials: actions run as users that are neither root nor the worker. When an action's
 //!   output tells otherwise, all is thrown away, and nothing is kept for a while (`retention`).
 //! - I3 Directories: every directory of a root is the worker's, so that no action can change its
@@ -28,7 +28,7 @@
 //!   for as long as a process of the action lives (flock(2)). The directory then has another name, so
 //!   that a call that arrives late at the runner finds nothing.
 //! - I6 Baseline: a directory's ctime is looked at after the worker's last change to it.
-//! - I7 Doubt means cold: after any error, a root and all that is known of it is thrown away.
+//! - I7 Errors discard: after any error, a root and all that is known of it is thrown away.
 //! - I8 Distinct: no two files of a root are one inode, so that programs find separate files whatever
 //!   their content is. Reflinks and empty files are so by themselves. Of hard links, a root knows which
 //!   of the inodes of a cached file it has (`inodes`), takes for one more occurrence the first one that

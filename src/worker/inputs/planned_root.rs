@@ -120,7 +120,7 @@ impl PlannedRoot {
             InputRoot::new(&store, action_directory, generation, self.modifications);
         store.counts.add(&self.tree, &plan);
         let (linked, made, unstashed) = (plan.links.len(), plan.made.len(), plan.taken.len());
-        // An error drops the root without its model: it is thrown away (I7 Doubt means cold).
+        // An error drops the root without its model: it is thrown away (I7 Errors discard).
         let context = store.context(generation);
         let performed = context.perform(kept, plan, pinned, self.keep, self.link_mode);
         input_root.kept = performed.map_err(|error| match error {

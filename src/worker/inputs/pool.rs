@@ -397,7 +397,7 @@ impl Pool {
         }
     }
 
-    /// All that is kept is thrown away, and what is in use will be (I7 Doubt means cold).
+    /// All that is kept is thrown away, and what is in use will be (I7 Errors discard).
     pub(super) fn invalidate_all(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
         while self.reclaim() {}

@@ -66,7 +66,7 @@ struct SeenEntries {
 
 /// Repairs a root. `started` is when the action could begin (seconds since the epoch): baselines from
 /// about then are not trusted on kernels whose clock is coarse. On error nothing is known of the root
-/// (I7 Doubt means cold). `Oversized` is about the root itself; what is so beneath it is made again.
+/// (I7 Errors discard). `Oversized` is about the root itself; what is so beneath it is made again.
 pub(super) fn verify_root(
     context: &LayOutContext<'_>,
     root: &mut KeptRoot,

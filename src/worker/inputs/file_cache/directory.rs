@@ -1,7 +1,7 @@
 //! The files of the cache on disk.
 //!
 //! ```text
-//! DIRECTORY/00 … ff/    by the first byte of the hash: sha256-HASH-SIZE+x, sha256-HASH-SIZE-x
+//! DIRECTORY/00 … ff/    by the first byte of the hash: FUNCTION-HASH-SIZE+x, FUNCTION-HASH-SIZE-x
 //!                       (executable or not), and …+x.1, …+x.2, extra inodes of a file that
 //!                       is hard-linked several times into one input root, or has so many links
 //!                       that one inode does not take them
@@ -13,8 +13,8 @@
 //! 1. A name in a shard appears by one rename or link, after content, owner, mode and mtime are
 //!    final and the content is verified. So what a killed worker leaves in shards is whole.
 //! 2. After a crash of the host a file may have lost content that was not yet written back. Most
-//!    show it by their size; what was used in the last `WRITE_BACK` before the host's last start is
-//!    removed whatever its size.
+//!    show it by their size; after a start of the host, what was used less than `WRITE_BACK` before the newest
+//!    use is removed whatever its size.
 //! 3. Files belong to the worker, are 0444 or 0555, and have the mtime 2000-01-01T00:00:00Z, as
 //!    Buildbarn's. Nobody has them open for writing.
 //! 4. Every link and unlink sets the ctime, so that it tells at the next start when a file was used.

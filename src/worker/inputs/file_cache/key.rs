@@ -1,5 +1,5 @@
-//! What identifies a cached file, and its name on disk: sha256-HASH-SIZE+x when it is executable, else
-//! sha256-HASH-SIZE-x; its n-th extra inode has `.n` behind that.
+//! What identifies a cached file, and its name on disk: FUNCTION-HASH-SIZE+x when it is executable, else
+//! FUNCTION-HASH-SIZE-x, such as sha256-…-12-x; its n-th extra inode has `.n` behind that.
 
 use std::str::FromStr;
 
