@@ -137,7 +137,12 @@ async fn connect(directory: &Path) -> RunnerClient<Channel> {
     for _ in 0..500 {
         let request = CheckReadinessRequest::default();
         match client.clone().check_readiness(request).await {
-            Err(status) if status.code() == Code::Unavailable => {
+            // A connection also breaks when it is to a runner that was killed, whose socket lives on for a moment
+            // in a process that it was just making.
+            Err(status)
+                if status.code() == Code::Unavailable
+                    || std::error::Error::source(&status).is_some() =>
+            {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
             _ => return client,
