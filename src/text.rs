@@ -2,7 +2,7 @@
 
 #![warn(missing_docs)]
 
-use std::borrow::Cow;
+use std::{borrow::Cow, error::Error, iter};
 
 const DIGITS: &[u8; 16] = b"0123456789abcdef";
 
@@ -26,6 +26,17 @@ pub fn shorten(text: &str) -> String {
     let mut shown: String = text.chars().take(SHOWN).collect();
     shown.push('…');
     shown
+}
+
+/// A text about an error, followed by those of the error's causes that it does not have yet.
+pub fn with_causes(mut text: String, error: &dyn Error) -> String {
+    for cause in iter::successors(error.source(), |cause| (*cause).source()) {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 /// Leaves at most so many bytes of a text, and shows that something was cut off.

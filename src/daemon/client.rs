@@ -2,6 +2,7 @@
 
 use std::{
     error::Error,
+    iter,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -9,7 +10,7 @@ use std::{
 
 use futures::future::BoxFuture;
 use http::{Request, Response};
-use tonic::{Status, body::Body, transport};
+use tonic::{Code, Status, body::Body, transport};
 use tower::Service;
 
 use super::{
@@ -18,7 +19,7 @@ use super::{
     dial::DIAL_TIMEOUT,
     tls::{self, Credentials},
 };
-use crate::config::Endpoint;
+use crate::{config::Endpoint, text::with_causes};
 
 // A 4 MiB chunk in flight needs no round trip on a loopback or a LAN.
 const STREAM_WINDOW: u32 = 8 << 20;
@@ -155,32 +156,21 @@ impl Service<Request<Body>> for AnsweredChannel {
 
 /// The status of a call that got no answer. tonic's own text leaves out where to it could not connect.
 fn failed(endpoint: &str, error: transport::Error) -> Status {
-    let causes = || std::iter::successors(error.source(), |cause| (*cause).source());
-    // A server looks at our certificate after our side of the handshake.
-    if let Some(text) = tls::explain(&error) {
-        let mut status = Status::unavailable(format!("could not connect to {endpoint}: {text}"));
-        status.set_source(Arc::new(error));
-        return status;
-    }
-    let with_causes = |mut text: String| {
-        for cause in causes().map(ToString::to_string) {
-            if !text.contains(&cause) {
-                text = format!("{text}: {cause}");
-            }
-        }
-        text
+    let error = Arc::new(error);
+    let mut causes = iter::successors(error.source(), |cause| (*cause).source());
+    let connecting = format!("could not connect to {endpoint}");
+    let (code, text) = if let Some(text) = tls::explain(&*error) {
+        // A server looks at our certificate after our side of the handshake.
+        (Code::Unavailable, format!("{connecting}: {text}"))
+    } else if causes.any(|cause| cause.is::<hyper::Error>()) {
+        // From the handshake on, errors are hyper's.
+        let code = Status::from_error(Box::new(error.clone())).code();
+        (code, with_causes(error.to_string(), &*error))
+    } else {
+        (Code::Unavailable, with_causes(connecting, &*error))
     };
-    // From the handshake on, errors are hyper's. Their first texts say nothing that later ones don't.
-    if causes().any(|cause| cause.is::<hyper::Error>()) {
-        let text = with_causes("the connection broke".to_owned());
-        let status = Status::from_error(error.into());
-        let mut told = Status::new(status.code(), text);
-        told.set_source(Arc::new(status));
-        return told;
-    }
-    let text = with_causes(format!("could not connect to {endpoint}"));
-    let mut status = Status::unavailable(text);
-    status.set_source(Arc::new(error));
+    let mut status = Status::new(code, text);
+    status.set_source(error);
     status
 }
 
@@ -202,5 +192,27 @@ mod tests {
             assert!(status.message().contains("(os error "), "{status}");
             assert!(status.source().is_some());
         }
+    }
+    #[tokio::test]
+    async fn what_broke_a_connection_is_told_once() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("grpc://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move {
+            use tokio::io::AsyncWriteExt;
+            let (mut peer, _) = listener.accept().await.unwrap();
+            peer.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await
+        });
+        let mut channel = connect(&endpoint.parse().unwrap());
+        std::future::poll_fn(|context| channel.poll_ready(context))
+            .await
+            .unwrap();
+        let status = channel.call(Request::new(Body::empty())).await.unwrap_err();
+        let start = "transport error: ";
+        assert!(status.message().starts_with(start), "{status}");
+        assert_eq!(
+            with_causes(status.message().to_owned(), &status),
+            status.message()
+        );
+        assert_ne!(status.code(), Code::Ok);
     }
 }

@@ -149,10 +149,8 @@ async fn exchange(
     mut connection: AcceptedStream,
     observation: &Arc<Observation>,
 ) -> io::Result<()> {
-    let Ok(head) = tokio::time::timeout(HEAD_TIMEOUT, read_head(&mut connection)).await else {
-        return Ok(());
-    };
-    let Some(head) = head? else {
+    let read = tokio::time::timeout(HEAD_TIMEOUT, read_head(&mut connection));
+    let Some(head) = read.await.unwrap_or(Ok(None))? else {
         return Ok(());
     };
     let is_local = !connection.is_tcp();

@@ -16,7 +16,7 @@ use futures::Stream;
 use prost::{Message, Name};
 use prost_types::Any;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status, metadata::MetadataMap};
+use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
 use tracing::Instrument;
 use uuid::Uuid;
 
@@ -476,16 +476,14 @@ impl RefusalLog {
                 )
             };
         }
-        match status.code() {
-            tonic::Code::Unavailable if status.message() == status::stopping().message() => {
-                tell!(info)
-            }
-            // Such as a storage that does not answer: the client can do nothing about it.
-            tonic::Code::Unavailable
-            | tonic::Code::Internal
-            | tonic::Code::Unknown
-            | tonic::Code::DataLoss => tell!(warn),
-            _ => tell!(info),
+        // Such as a storage that does not answer: the client can do nothing about it.
+        let is_ours = matches!(
+            status.code(),
+            Code::Unavailable | Code::Internal | Code::Unknown | Code::DataLoss
+        );
+        match is_ours && status.message() != status::stopping().message() {
+            true => tell!(warn),
+            false => tell!(info),
         }
     }
 }

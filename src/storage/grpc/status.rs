@@ -8,6 +8,7 @@ use tonic::{Code, Status};
 use crate::{
     digest::Digest,
     storage::{Error, retry::Transience},
+    text::with_causes,
 };
 
 /// What a server did, as its client saw it.
@@ -106,15 +107,7 @@ fn describe(server: &str, status: &Status) -> String {
     if matches!(code, Code::PermissionDenied | Code::Unauthenticated) {
         text.push_str("; let it give this daemon what it asks for, or see what storage.tls, storage.authorization_file and storage.add_metadata show it");
     }
-    let mut cause = std::error::Error::source(status);
-    while let Some(error) = cause {
-        let more = error.to_string();
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text
+    with_causes(text, status)
 }
 
 /// Whether a server says what `describe` made of another one's status.

@@ -33,36 +33,19 @@ pub(super) struct ActionDirectory {
 }
 
 impl ActionDirectory {
+    /// On an error there may be some of it.
     pub(super) fn create(build_directory: BorrowedFd<'_>, name: String) -> io::Result<Self> {
         rustix::fs::mkdirat(build_directory, &name, Mode::from_raw_mode(0o700))?;
-        let made = || {
-            let directory = open_child(build_directory, &name)?;
-            for part in PARTS {
-                rustix::fs::mkdirat(&directory, part, Mode::from_raw_mode(0o777))?;
-            }
-            let root = open_child(&directory, INPUT_ROOT)?;
-            Ok((directory, root))
-        };
-        match made() {
-            Ok((directory, root)) => Ok(ActionDirectory {
-                name,
-                directory,
-                root,
-            }),
-            Err(error) => {
-                Self::remove_empty(build_directory, &name);
-                Err(error)
-            }
-        }
-    }
-
-    /// One that no action was in. Takes no descriptor, of which there may be too few.
-    pub(super) fn remove_empty(build_directory: BorrowedFd<'_>, name: &str) {
+        let directory = open_child(build_directory, &name)?;
         for part in PARTS {
-            let part = format!("{name}/{part}");
-            let _ = rustix::fs::unlinkat(build_directory, part, AtFlags::REMOVEDIR);
+            rustix::fs::mkdirat(&directory, part, Mode::from_raw_mode(0o777))?;
         }
-        let _ = rustix::fs::unlinkat(build_directory, name, AtFlags::REMOVEDIR);
+        let root = open_child(&directory, INPUT_ROOT)?;
+        Ok(ActionDirectory {
+            name,
+            directory,
+            root,
+        })
     }
 
     /// Gives it another name, so that a call that arrives late at the runner finds nothing.

@@ -161,8 +161,10 @@ fn try_remove(deletions: &OwnedFd, name: &str, path: &Path) -> bool {
         Err(Errno::ACCESS) => CString::new(name)
             .map_err(io::Error::from)
             .and_then(|name| removal::remove(deletions.as_fd(), &name)),
-        Err(error @ (Errno::MFILE | Errno::NFILE)) => Err(error.into()),
-        Err(_) => rustix::fs::unlinkat(deletions, name, AtFlags::empty()).map_err(io::Error::from),
+        Err(Errno::NOTDIR | Errno::LOOP) => {
+            rustix::fs::unlinkat(deletions, name, AtFlags::empty()).map_err(io::Error::from)
+        }
+        Err(error) => Err(error.into()),
     };
     if let Err(error) = removed {
         if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {

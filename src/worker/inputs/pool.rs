@@ -316,6 +316,11 @@ impl Pool {
             .delete(&self.build_directory, &action_directory.name);
     }
 
+    /// Of an action's directory that could not be made, or not as a whole.
+    pub(super) fn delete_if_there(&self, name: &str) {
+        let _ = self.deletions.try_delete(&self.build_directory, name);
+    }
+
     /// Moves a verified subtree out of a root.
     pub(super) fn stash(
         &self,

@@ -180,18 +180,16 @@ impl RootStore {
 
     fn make_root(&self) -> io::Result<IdleRoot> {
         let name = self.pool.next_name();
-        let build_directory = self.pool.build_directory();
-        let action_directory = ActionDirectory::create(build_directory, name)?;
-        let opened = || {
-            let fd = self
-                .pool
-                .open_directory(&action_directory.directory, INPUT_ROOT)?;
-            let (inode, baseline) = kept::record_baseline(fd.as_fd())?;
-            Ok((fd, inode, baseline))
-        };
-        let (fd, inode, baseline) = opened().inspect_err(|_: &io::Error| {
-            ActionDirectory::remove_empty(build_directory, &action_directory.name);
-        })?;
+        let made = self.make_root_at(name.clone());
+        made.inspect_err(|_| self.pool.delete_if_there(&name))
+    }
+
+    fn make_root_at(&self, name: String) -> io::Result<IdleRoot> {
+        let action_directory = ActionDirectory::create(self.pool.build_directory(), name)?;
+        let fd = self
+            .pool
+            .open_directory(&action_directory.directory, INPUT_ROOT)?;
+        let (inode, baseline) = kept::record_baseline(fd.as_fd())?;
         let top = KeptDirectory {
             node: Node::empty(),
             fd: Arc::new(fd),

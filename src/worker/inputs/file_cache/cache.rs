@@ -141,11 +141,13 @@ impl FileCache {
         digests
     }
 
-    /// The first inode of a file whose content this worker has read.
-    pub(super) fn known_inode(&self, key: &FileKey) -> Option<u64> {
-        let index = self.index.lock();
-        let file = index.files.peek(key)?;
-        file.verified.then_some(file.inode)
+    /// The first inode of a file whose content this worker has read, if it is on the disk as it was made.
+    pub(super) fn usable_inode(&self, key: &FileKey) -> Option<u64> {
+        let known = self.index.lock().files.peek(key).copied();
+        let file = known.filter(|file| file.verified)?;
+        self.directory
+            .is_inode(key, 0, file.inode)
+            .then_some(file.inode)
     }
 
     /// Counts and pins a file that is on disk now, and evicts others for it.

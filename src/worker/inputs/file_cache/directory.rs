@@ -33,7 +33,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Timespec, Timestamps, UTIME_OMIT},
+    fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Stat, Timespec, Timestamps, UTIME_OMIT},
     io::Errno,
 };
 use walkdir::WalkDir;
@@ -188,14 +188,17 @@ impl CacheDirectory {
     /// Whether size, mode, owner and mtime of the n-th extra inode, or of the first one (0), are right; also
     /// when it is not there.
     pub(super) fn is_as_made(&self, key: &FileKey, number: u32) -> bool {
+        match self.stat(key, number) {
+            Ok(stat) => is_as_made(&stat, key, rustix::process::geteuid().as_raw()),
+            Err(error) => error == Errno::NOENT,
+        }
+    }
+
+    fn stat(&self, key: &FileKey, number: u32) -> Result<Stat, Errno> {
         let mut name = String::new();
         key.write_name(number, &mut name);
         let shard = &self.shards[key.shard()];
-        let owner = rustix::process::geteuid().as_raw();
-        match rustix::fs::statat(shard, &name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => is_as_made(&stat, key, owner),
-            Err(error) => error == Errno::NOENT,
-        }
+        rustix::fs::statat(shard, &name, AtFlags::SYMLINK_NOFOLLOW)
     }
 
     /// Every usable file with the number among its inodes, inode number and last use. Removes all else.
@@ -239,14 +242,14 @@ impl CacheDirectory {
 
     /// Makes a written and verified file the n-th extra inode of `key`, or the first one (0); tells its inode number.
     ///
-    /// Where the name is that of the inode that is `known` for it, that one stays, and its number is told: input
-    /// roots may have it, and count on the cache to have it too.
+    /// Where the name is taken, `kept` tells the number of the inode that is there, if that is to stay, which is
+    /// returned then: input roots may have it, and count on the cache to have it too.
     pub(super) fn publish(
         &self,
         mut incoming: IncomingFile,
         key: &FileKey,
         number: u32,
-        known: impl Fn() -> Option<u64>,
+        kept: impl Fn() -> Option<u64>,
     ) -> io::Result<u64> {
         finish(incoming.file.as_fd(), key.executable)?;
         let inode = rustix::fs::fstat(&incoming.file)?.st_ino;
@@ -258,10 +261,8 @@ impl CacheDirectory {
                 Err(Errno::EXIST) => {}
                 Err(error) => return Err(error.into()),
             }
-            if let Some(known) = known()
-                && self.is_inode(key, number, known)
-            {
-                return Ok(known);
+            if let Some(inode) = kept() {
+                return Ok(inode);
             }
             // A file that the cache does not know of.
             self.remove_inode(key, number)?;
@@ -286,24 +287,21 @@ impl CacheDirectory {
     /// Whether the n-th extra inode of `key`, or the first one (0), is on the disk, has this inode number, and is
     /// as it was made.
     pub(super) fn is_inode(&self, key: &FileKey, number: u32, inode: u64) -> bool {
-        let mut name = String::new();
-        key.write_name(number, &mut name);
-        let shard = &self.shards[key.shard()];
         let owner = rustix::process::geteuid().as_raw();
-        let stat = rustix::fs::statat(shard, &name, AtFlags::SYMLINK_NOFOLLOW);
+        let stat = self.stat(key, number);
         stat.is_ok_and(|stat| stat.st_ino == inode && is_as_made(&stat, key, owner))
     }
 
-    /// Writes a file whose content is known to match its digest, unless the inode that is `known` for it is there.
+    /// Writes a file whose content is known to match its digest; `kept` is as in `publish`.
     pub(super) fn write(
         &self,
         key: &FileKey,
         content: &[u8],
-        known: impl Fn() -> Option<u64>,
+        kept: impl Fn() -> Option<u64>,
     ) -> io::Result<u64> {
         let incoming = self.create()?;
         (&*incoming.file).write_all(content)?;
-        self.publish(incoming, key, 0, known)
+        self.publish(incoming, key, 0, kept)
     }
 
     /// Links the n-th extra inode of `key`, or the first one (0), into a directory.
@@ -553,7 +551,10 @@ mod tests {
             digest: DigestFunction::Sha256.digest_of(b"content"),
             executable: false,
         };
-        let write = |known: Option<u64>| directory.write(&key, b"content", || known).unwrap();
+        let write = |known: Option<u64>| {
+            let kept = || known.filter(|inode| directory.is_inode(&key, 0, *inode));
+            directory.write(&key, b"content", kept).unwrap()
+        };
         let first = write(None);
         assert_eq!(write(Some(first)), first);
         assert!(directory.is_inode(&key, 0, first));

@@ -76,13 +76,9 @@ impl FileCache {
             if !claim.keys.is_empty() {
                 let cache = self.clone();
                 let forget = move || {
-                    let is_here = |key: &FileKey| {
-                        let inode = cache.known_inode(key);
-                        inode.is_some_and(|inode| cache.directory.is_inode(key, 0, inode))
-                    };
-                    // Others may have brought it since it was found to be gone, and have linked it.
-                    let gone = claim.keys.iter().filter(|key| !is_here(key));
-                    let gone: Vec<FileKey> = gone.copied().collect();
+                    // Others may have brought some since they were found to be gone, and have linked them.
+                    let mut gone = claim.keys.clone();
+                    gone.retain(|key| cache.usable_inode(key).is_none());
                     for key in &gone {
                         cache.forget_extra_inodes(key);
                     }
@@ -255,8 +251,8 @@ impl FileCache {
             for (key, result) in keys.into_iter().zip(results) {
                 match result {
                     Ok(content) => {
-                        let known = || cache.known_inode(&key);
-                        let write = || cache.directory.write(&key, &content, known);
+                        let kept = || cache.usable_inode(&key);
+                        let write = || cache.directory.write(&key, &content, kept);
                         let inode = cache
                             .evicting_when_full(&key, write)
                             .map_err(|error| cache.disk_fault(&key, error))?;
@@ -310,8 +306,8 @@ impl FileCache {
                 Ok(()) => {
                     let publish = move || {
                         let _claim = claim;
-                        let known = || cache.known_inode(&key);
-                        let inode = cache.directory.publish(incoming, &key, 0, known);
+                        let kept = || cache.usable_inode(&key);
+                        let inode = cache.directory.publish(incoming, &key, 0, kept);
                         let inode = inode.map_err(|error| cache.disk_fault(&key, error))?;
                         let mut pinned = PinnedFiles::none(&cache);
                         pinned.handles.push(Some(cache.admit(key, inode)));

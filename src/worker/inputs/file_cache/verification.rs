@@ -250,9 +250,7 @@ impl FileCache {
             microseconds = began.elapsed().as_micros() as u64,
             "read files that an earlier worker left"
         );
-        if !wrong.is_empty() {
-            self.remove_at_first_use(&wrong);
-        }
+        self.remove_at_first_use(&wrong);
         let wrong: Vec<FileKey> = wrong.into_iter().map(|(key, _)| key).collect();
         // Not before: others use what is marked.
         let unusable: HashSet<&FileKey> = wrong.iter().collect();
@@ -279,19 +277,17 @@ impl FileCache {
             }
         }
         drop(index);
+        let count = (used.len() + unused.len()) as u64;
+        self.verified.wrong.fetch_add(count, Ordering::Relaxed);
         if !used.is_empty() {
-            let count = used.len() as u64;
-            self.verified.wrong.fetch_add(count, Ordering::Relaxed);
             self.report_modified(
                 &used,
                 "cached files cannot be read any more, by a fault of the disk",
             );
         }
         if let Some(first) = unused.first() {
-            let count = unused.len() as u64;
-            self.verified.wrong.fetch_add(count, Ordering::Relaxed);
             tracing::error!(
-                files = count,
+                files = unused.len(),
                 first = %self.directory.path_of(first, 0).display(),
                 "cached files that were there at start are not what they were, by a fault of the disk or the memory, or because somebody wrote to them; they are removed and fetched again"
             );
