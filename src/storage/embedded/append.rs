@@ -63,7 +63,7 @@ impl Space {
                 Location::File => self.give_back(file::footprint(new.size)),
                 // An older action result must not come back when the store is opened again after
                 // the newer one was evicted.
-                Location::Segment { number, slot } if new.key.is_mutable() => {
+                Location::Segment { number, slot, .. } if new.key.is_mutable() => {
                     if let Some(segment) = self.segment(number) {
                         let _ = segment.erase(slot);
                     }
@@ -138,14 +138,13 @@ impl Space {
         };
         self.written.fetch_add(length, Ordering::Relaxed);
         let some = contents.get(..count).unwrap_or_default();
-        writing
-            .0
+        let segment = &writing.0;
+        let records = segment
             .write(at, some, self.now())
             .map_err(|error| self.write_error(error))?;
-        places.extend((at.slot..).take(count).map(|slot| Location::Segment {
-            number: writing.0.number,
-            slot,
-        }));
+        let slots = (at.slot..).zip(&records);
+        places
+            .extend(slots.map(|(slot, record)| Location::of_record(segment.number, slot, record)));
         Ok((count, writing))
     }
 

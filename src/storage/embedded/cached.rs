@@ -18,13 +18,14 @@ impl Store {
             return None;
         }
         self.space.require_directory().ok()?;
-        let found = self.space.index.peek(&IndexKey::blob(digest));
+        let key = IndexKey::blob(digest);
+        let found = self.space.index.find(&key, self.space.now());
         let content = match found.filter(|found| found.size == digest.size()) {
+            // Not counted yet if it has to be waited for: then it is looked up again.
             Some(found) => Ok(self.space.cached_content(&found)?),
             None => Err(Error::Missing(vec![*digest])),
         };
-        // Now it counts, and is recently used.
-        self.find(digest);
+        self.space.counts.looked_up(content.is_ok());
         Some(content)
     }
 

@@ -111,7 +111,7 @@ impl Store {
                 continue;
             }
             self.space.discount_live(&found);
-            if let Location::Segment { number, slot } = found.place
+            if let Location::Segment { number, slot, .. } = found.place
                 && let Some(segment) = self.space.segment(number)
             {
                 // Else it would come back at the next start.

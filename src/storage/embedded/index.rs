@@ -12,24 +12,50 @@ use std::{
 
 use parking_lot::RwLock;
 
-use super::{file, instance_limits::LimitId, key::IndexKey, segment};
+use super::{
+    file,
+    instance_limits::LimitId,
+    key::IndexKey,
+    segment::{self, Record},
+};
+
+/// Where a content is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Location {
+    /// With what is needed to read it without looking at its slot.
     Segment {
         number: u32,
         slot: u32,
+        offset: u32,
+        checksum: u32,
     },
     /// A file of its own.
     File,
 }
 
-/// There are millions of them.
+impl Location {
+    /// Of what a segment has a record of.
+    pub(super) fn of_record(number: u32, slot: u32, record: &Record) -> Self {
+        Location::Segment {
+            number,
+            slot,
+            offset: record.offset,
+            checksum: record.checksum,
+        }
+    }
+}
+
+/// There are millions of them, so that each takes one cache line with its key.
 #[derive(Debug)]
 struct StoredEntry {
-    size: u64,
     /// `FILE` for a file of its own.
     segment: u32,
     slot: u32,
+    /// The lower half of the size.
+    size: u32,
+    /// Of a content in a segment, which is smaller than 4 GiB, its offset; of a file, the upper half of its size.
+    offset: u32,
+    checksum: u32,
     used: AtomicU32,
     limit: LimitId,
 }
@@ -58,27 +84,52 @@ impl IndexEntry {
 }
 
 impl StoredEntry {
+    fn new(entry: &IndexEntry) -> Self {
+        let size = entry.size as u32;
+        let (segment, slot, offset, checksum) = match entry.place {
+            Location::Segment {
+                number,
+                slot,
+                offset,
+                checksum,
+            } => (number, slot, offset, checksum),
+            Location::File => (FILE, 0, (entry.size >> 32) as u32, 0),
+        };
+        StoredEntry {
+            segment,
+            slot,
+            size,
+            offset,
+            checksum,
+            used: AtomicU32::new(entry.used),
+            limit: entry.limit,
+        }
+    }
+
     fn place(&self) -> Location {
         match self.segment {
             FILE => Location::File,
             number => Location::Segment {
                 number,
                 slot: self.slot,
+                offset: self.offset,
+                checksum: self.checksum,
             },
         }
     }
 
-    fn set_place(&mut self, place: Location) {
-        (self.segment, self.slot) = match place {
-            Location::Segment { number, slot } => (number, slot),
-            Location::File => (FILE, 0),
+    fn size(&self) -> u64 {
+        let upper = match self.segment {
+            FILE => self.offset,
+            _ => 0,
         };
+        u64::from(upper) << 32 | u64::from(self.size)
     }
 
     fn found(&self, key: IndexKey) -> IndexEntry {
         IndexEntry {
             key,
-            size: self.size,
+            size: self.size(),
             place: self.place(),
             used: self.used.load(Ordering::Relaxed),
             limit: self.limit,
@@ -115,14 +166,7 @@ impl Index {
 
     /// What was there before; it is replaced.
     pub(super) fn insert(&self, new: &IndexEntry) -> Option<IndexEntry> {
-        let mut entry = StoredEntry {
-            size: new.size,
-            segment: FILE,
-            slot: 0,
-            used: AtomicU32::new(new.used),
-            limit: new.limit,
-        };
-        entry.set_place(new.place);
+        let entry = StoredEntry::new(new);
         let old = self.shard(&new.key).write().insert(new.key, entry);
         old.map(|entry| entry.found(new.key))
     }
@@ -131,7 +175,8 @@ impl Index {
     pub(super) fn relocate(&self, seen: &IndexEntry, place: Location) -> bool {
         match self.shard(&seen.key).write().get_mut(&seen.key) {
             Some(entry) if entry.place() == seen.place => {
-                entry.set_place(place);
+                let moved = entry.found(seen.key);
+                *entry = StoredEntry::new(&IndexEntry { place, ..moved });
                 true
             }
             _ => false,
@@ -261,11 +306,44 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_takes_a_cache_line_and_is_found_as_it_was_put() {
+        assert_eq!(size_of::<(IndexKey, StoredEntry)>(), 64);
+        let index = Index::new();
+        let segment = Location::Segment {
+            number: 7,
+            slot: u32::MAX,
+            offset: u32::MAX,
+            checksum: u32::MAX,
+        };
+        for (size, place) in [
+            (u64::MAX, Location::File),
+            (0, Location::File),
+            (u64::from(u32::MAX), segment),
+            (0, segment),
+        ] {
+            let put = IndexEntry {
+                size,
+                place,
+                ..entry(key(1), u32::MAX)
+            };
+            index.insert(&put);
+            let found = index.peek(&key(1)).unwrap();
+            assert_eq!((found.size, found.place), (size, place));
+            assert_eq!((found.used, found.limit), (put.used, put.limit));
+        }
+    }
+
+    #[test]
     fn whoever_saw_an_old_place_changes_nothing() {
         let index = Index::new();
         index.insert(&entry(key(1), 0));
         let seen = index.peek(&key(1)).unwrap();
-        let place = Location::Segment { number: 1, slot: 2 };
+        let place = Location::Segment {
+            number: 1,
+            slot: 2,
+            offset: 3,
+            checksum: 4,
+        };
         assert!(index.relocate(&seen, place));
         assert!(!index.relocate(&seen, Location::File));
         assert!(!index.remove(&seen));

@@ -11,6 +11,7 @@ use super::{
     index::{IndexEntry, Location},
     instance_limits::LimitId,
     key::IndexKey,
+    segment::Read,
     space::Space,
 };
 use crate::daemon::message_id;
@@ -19,14 +20,7 @@ impl Space {
     /// The content of an entry in a segment. `None` when it is gone or damaged.
     pub(super) fn content(&self, mut found: IndexEntry) -> Option<Bytes> {
         loop {
-            let Location::Segment { number, slot } = found.place else {
-                return None;
-            };
-            let content = self.segment(number).and_then(|segment| {
-                let record = segment.record(slot)?;
-                (record.key == found.key && record.size == found.size)
-                    .then(|| segment.content(&record))?
-            });
+            let content = self.read_segment(&found, Read::Waiting);
             if content.is_some() {
                 return content;
             }
@@ -42,11 +36,21 @@ impl Space {
 
     /// The same without waiting for the disk. `None` says nothing about the entry.
     pub(super) fn cached_content(&self, found: &IndexEntry) -> Option<Bytes> {
-        let Location::Segment { number, slot } = found.place else {
+        self.read_segment(found, Read::Cached)
+    }
+
+    fn read_segment(&self, found: &IndexEntry, read: Read) -> Option<Bytes> {
+        let Location::Segment {
+            number,
+            offset,
+            checksum,
+            ..
+        } = found.place
+        else {
             return None;
         };
-        let (record, content) = self.segment(number)?.cached(slot)?;
-        (record.key == found.key && record.size == found.size).then_some(content)
+        let segment = self.segment(number)?;
+        segment.read(offset, found.size, checksum, read)
     }
 
     /// `None` when it is gone or damaged.
@@ -84,7 +88,7 @@ impl Space {
             return;
         }
         match found.place {
-            Location::Segment { number, slot } => {
+            Location::Segment { number, slot, .. } => {
                 self.discount_live(found);
                 if let Some(segment) = self.segment(number) {
                     let _ = segment.erase(slot);

@@ -225,7 +225,7 @@ fn read(
         for (slot, record) in records {
             latest = latest.max(record.used);
             let used = known(record.key.short()).unwrap_or(record.used);
-            let place = Location::Segment { number, slot };
+            let place = Location::of_record(number, slot, &record);
             space.set_location(&IndexEntry {
                 key: record.key,
                 size: record.size,

@@ -105,10 +105,7 @@ impl Space {
         let (records, _) = victim.records();
         let count = records.len();
         for (i, (slot, record)) in records.into_iter().enumerate() {
-            let place = Location::Segment {
-                number: victim.number,
-                slot,
-            };
+            let place = Location::of_record(victim.number, slot, &record);
             if let Some(found) = self.index.peek(&record.key)
                 && found.place == place
             {

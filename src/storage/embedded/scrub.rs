@@ -100,10 +100,7 @@ fn segment(space: &Space, (number, slot): (u32, u32), budget: u64, read: &mut u6
         if slot < first {
             continue;
         }
-        let place = Location::Segment {
-            number: segment.number,
-            slot,
-        };
+        let place = Location::of_record(segment.number, slot, &record);
         let found = space.index.peek(&record.key);
         if let Some(found) = found.filter(|found| found.place == place) {
             *read += record.size;

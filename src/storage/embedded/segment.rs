@@ -160,10 +160,15 @@ pub(super) fn weight(size: u64) -> u64 {
     size + SLOT as u64
 }
 
-/// Fills the bytes from an offset on.
-type ReadAt = fn(&File, &mut [u8], u64) -> io::Result<()>;
+/// Whether a read may wait for the disk.
+#[derive(Clone, Copy)]
+pub(super) enum Read {
+    Waiting,
+    /// An error where the page cache has not all of it.
+    Cached,
+}
 
-/// Does not wait for the disk (preadv2(2), RWF_NOWAIT): an error where the page cache has not all of it.
+/// Does not wait for the disk (preadv2(2), RWF_NOWAIT).
 fn read_cached(file: &File, bytes: &mut [u8], at: u64) -> io::Result<()> {
     let wanted = bytes.len();
     let mut buffers = [io::IoSliceMut::new(bytes)];
@@ -287,29 +292,14 @@ impl Segment {
         self.writers.load(Ordering::Acquire) != 0
     }
 
-    pub(super) fn record(&self, slot: u32) -> Option<Record> {
-        Record::from_bytes(&self.slot(slot)?)
-    }
-
-    /// A record and its content, if the page cache has both. `None` says nothing about the slot.
-    pub(super) fn cached(&self, slot: u32) -> Option<(Record, Bytes)> {
-        let record = Record::from_bytes(&self.slot_by(slot, read_cached)?)?;
-        let content = self.content_by(&record, read_cached)?;
-        Some((record, content))
-    }
-
     /// One slot's bytes. `None` when there is none, or it cannot be read.
     fn slot(&self, slot: u32) -> Option<[u8; SLOT]> {
-        self.slot_by(slot, File::read_exact_at)
-    }
-
-    fn slot_by(&self, slot: u32, read: ReadAt) -> Option<[u8; SLOT]> {
         if slot >= self.slot_count() {
             return None;
         }
         let mut bytes = [0; SLOT];
         let at = u64::from(slot) * SLOT as u64;
-        read(&self.table, &mut bytes, at).ok()?;
+        self.table.read_exact_at(&mut bytes, at).ok()?;
         Some(bytes)
     }
 
@@ -356,29 +346,36 @@ impl Segment {
         (records, end)
     }
 
-    /// The content of a slot. `None` when it is damaged.
+    /// The content of a record. `None` when it is damaged.
     pub(super) fn content(&self, record: &Record) -> Option<Bytes> {
-        self.content_by(record, File::read_exact_at)
+        self.read(record.offset, record.size, record.checksum, Read::Waiting)
     }
 
-    fn content_by(&self, record: &Record, read: ReadAt) -> Option<Bytes> {
-        let mut content = vec![0; usize::try_from(record.size).ok()?];
-        let read = read(&self.data, &mut content, record.offset.into());
-        if read.is_err() || crc32fast::hash(&content) != record.checksum {
+    /// A content by what its record says. `None` when it is damaged, or is not in the page cache and should be.
+    pub(super) fn read(&self, offset: u32, size: u64, checksum: u32, read: Read) -> Option<Bytes> {
+        let mut content = vec![0; usize::try_from(size).ok()?];
+        let at = offset.into();
+        let read = match read {
+            Read::Waiting => self.data.read_exact_at(&mut content, at),
+            Read::Cached => read_cached(&self.data, &mut content, at),
+        };
+        if read.is_err() || crc32fast::hash(&content) != checksum {
             return None;
         }
         Some(content.into())
     }
 
-    /// Writes contents and slots into the part that was reserved for them; gives the slots.
+    /// Writes contents and slots into the part that was reserved for them; gives the records, in the order of
+    /// their slots.
     pub(super) fn write(
         &self,
         end: AppendPosition,
         contents: &[NewContent],
         used: u32,
-    ) -> io::Result<()> {
+    ) -> io::Result<Vec<Record>> {
         const GATHERED: usize = 256 << 10;
         let mut slots = Vec::with_capacity(contents.len() * SLOT);
+        let mut records = Vec::with_capacity(contents.len());
         let mut gathered = Vec::new();
         let mut written = end.offset;
         let mut offset = end.offset;
@@ -393,6 +390,7 @@ impl Segment {
                 used,
             };
             slots.extend_from_slice(&record.to_bytes());
+            records.push(record);
             offset += content.len() as u64;
             if contents.len() == 1 {
                 self.data.write_all_at(content, written)?;
@@ -407,7 +405,8 @@ impl Segment {
         }
         self.data.write_all_at(&gathered, written)?;
         self.table
-            .write_all_at(&slots, u64::from(end.slot) * SLOT as u64)
+            .write_all_at(&slots, u64::from(end.slot) * SLOT as u64)?;
+        Ok(records)
     }
 
     /// Forgets a record, also for those who open the store later.
@@ -438,6 +437,10 @@ impl Segment {
 mod tests {
     use super::*;
     use crate::digest::DigestFunction;
+
+    fn record(segment: &Segment, slot: u32) -> Option<Record> {
+        Record::from_bytes(&segment.slot(slot)?)
+    }
 
     fn blob(text: &'static str) -> NewContent {
         let digest = DigestFunction::Sha256.digest_of(text.as_bytes());
@@ -479,9 +482,9 @@ mod tests {
         assert!(segment.content(&records[0].1).is_none());
         assert_eq!(&*segment.content(&records[1].1).unwrap(), b"two");
         segment.table.write_all_at(&[0xff], 60).unwrap();
-        assert_eq!(segment.record(0), None);
+        assert_eq!(record(&segment, 0), None);
         segment.erase(1).unwrap();
-        assert_eq!(segment.record(1), None);
+        assert_eq!(record(&segment, 1), None);
     }
 
     #[test]
@@ -491,8 +494,8 @@ mod tests {
         segment
             .write(AppendPosition { offset: 0, slot: 0 }, &[blob("kept")], 0)
             .unwrap();
-        let record = segment.record(0).unwrap();
-        let held = segment.content(&record).unwrap();
+        let first = record(&segment, 0).unwrap();
+        let held = segment.content(&first).unwrap();
         segment.seal(AppendPosition { offset: 4, slot: 1 }).unwrap();
         segment.unlink().unwrap();
         drop(segment);
