@@ -233,8 +233,7 @@ impl Backend {
                     return read;
                 }
                 let (store, wanted) = (store.clone(), digests.to_vec());
-                let read = move |digest: &Digest| store.read(digest, limit);
-                blocking(move || wanted.iter().map(read).collect())
+                blocking(move || store.read_many(&wanted, limit))
                     .await
                     .unwrap_or_else(|error| vec![Err(error); digests.len()])
             }

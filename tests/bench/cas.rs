@@ -122,6 +122,21 @@ fn measure_store(place: &Path) {
         "find",
         digests.len() as f64 / time
     );
+    let began = Instant::now();
+    for digests in digests.chunks(PER_BATCH) {
+        let read = store.read_many(digests, 1 << 20);
+        assert!(
+            read.iter()
+                .all(|blob| blob.as_ref().is_ok_and(|it| it.len() == SMALL))
+        );
+    }
+    let time = began.elapsed().as_secs_f64();
+    println!(
+        "{:<32} {:>12.0} blobs/s",
+        "read, scattered batches",
+        digests.len() as f64 / time
+    );
+    drop(digests);
     println!("{:<32} {:>12} MB on disk", "", store.used() / 1_000_000);
     drop(store);
     let began = Instant::now();

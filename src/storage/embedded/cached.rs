@@ -7,10 +7,6 @@ use bytes::Bytes;
 use super::{super::Error, SMALL, Store, action_results, key::IndexKey};
 use crate::{digest::Digest, instance::InstanceName, proto::reapi::ActionResult};
 
-/// Bytes of the blobs that are read one after another, each with a weight of its own.
-const AT_ONCE: u64 = 256 << 10;
-const WEIGHT: u64 = 1 << 10;
-
 impl Store {
     /// A whole blob of at most `limit` bytes.
     pub fn read_cached(&self, digest: &Digest, limit: u64) -> Option<Result<Bytes, Error>> {
@@ -27,20 +23,6 @@ impl Store {
         };
         self.space.counts.looked_up(content.is_ok());
         Some(content)
-    }
-
-    /// Whole blobs of at most `limit` bytes each, in the order asked for.
-    pub fn read_many_cached(
-        &self,
-        digests: &[Digest],
-        limit: u64,
-    ) -> Option<Vec<Result<Bytes, Error>>> {
-        let weights = digests.iter().map(|digest| WEIGHT + digest.size());
-        if weights.fold(0, u64::saturating_add) > AT_ONCE {
-            return None;
-        }
-        let reads = digests.iter().map(|digest| self.read_cached(digest, limit));
-        reads.collect()
     }
 
     /// What [`Store::action_result`] returns or, where the outputs are in another CAS,

@@ -49,8 +49,10 @@ impl Space {
         else {
             return None;
         };
-        let segment = self.segment(number)?;
-        segment.read(offset, found.size, checksum, read)
+        let content = self
+            .segment(number)?
+            .read(offset, found.size as usize, read)?;
+        (crc32fast::hash(&content) == checksum).then_some(content)
     }
 
     /// `None` when it is gone or damaged.

@@ -82,6 +82,7 @@ mod lookup;
 mod maintenance;
 mod maintenance_signal;
 mod open;
+mod read_many;
 mod recency;
 mod reclaim;
 mod scrub;

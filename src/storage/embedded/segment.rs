@@ -348,21 +348,20 @@ impl Segment {
 
     /// The content of a record. `None` when it is damaged.
     pub(super) fn content(&self, record: &Record) -> Option<Bytes> {
-        self.read(record.offset, record.size, record.checksum, Read::Waiting)
+        let content = self.read(record.offset, record.size as usize, Read::Waiting)?;
+        (crc32fast::hash(&content) == record.checksum).then_some(content)
     }
 
-    /// A content by what its record says. `None` when it is damaged, or is not in the page cache and should be.
-    pub(super) fn read(&self, offset: u32, size: u64, checksum: u32, read: Read) -> Option<Bytes> {
-        let mut content = vec![0; usize::try_from(size).ok()?];
+    /// Bytes of contents, which are not checked. `None` when they cannot be read, or not in this way.
+    pub(super) fn read(&self, offset: u32, size: usize, read: Read) -> Option<Bytes> {
+        let mut bytes = vec![0; size];
         let at = offset.into();
-        let read = match read {
-            Read::Waiting => self.data.read_exact_at(&mut content, at),
-            Read::Cached => read_cached(&self.data, &mut content, at),
-        };
-        if read.is_err() || crc32fast::hash(&content) != checksum {
-            return None;
+        match read {
+            Read::Waiting => self.data.read_exact_at(&mut bytes, at),
+            Read::Cached => read_cached(&self.data, &mut bytes, at),
         }
-        Some(content.into())
+        .ok()?;
+        Some(bytes.into())
     }
 
     /// Writes contents and slots into the part that was reserved for them; gives the records, in the order of
