@@ -110,9 +110,15 @@ pub fn plural(count: u64, one: &str, many: &str) -> String {
 
 /// Appends two digits for each byte.
 pub fn push_hex(text: &mut String, bytes: &[u8]) {
-    for byte in bytes {
-        text.push(DIGITS[usize::from(byte >> 4)] as char);
-        text.push(DIGITS[usize::from(byte & 15)] as char);
+    // Arithmetic on a buffer is done for many bytes at once; pushes and tables are not.
+    let digit = |value: u8| value + if value < 10 { b'0' } else { b'a' - 10 };
+    for bytes in bytes.chunks(32) {
+        let mut digits = [0; 64];
+        for (pair, byte) in digits.as_chunks_mut().0.iter_mut().zip(bytes) {
+            *pair = [digit(byte >> 4), digit(byte & 15)];
+        }
+        let digits = digits.get(..2 * bytes.len()).unwrap_or_default();
+        text.push_str(str::from_utf8(digits).unwrap_or_default());
     }
 }
 

@@ -28,6 +28,7 @@ mod compression;
 mod disk;
 mod instance_limits;
 mod limits;
+mod misbehaving_peer;
 mod objects;
 mod peers;
 mod shards;

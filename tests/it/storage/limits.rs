@@ -9,7 +9,7 @@ use bb_remote_execution::storage::{
 
 use super::{
     GIB, content, instance,
-    peers::{PeerBehaviour, with_blobs},
+    misbehaving_peer::{PeerBehaviour, with_blobs},
     sha256,
 };
 

@@ -26,7 +26,7 @@ use tokio::{
 
 use super::{
     ANYWHERE, GIB, Server, Serving, content, instance,
-    peers::{PeerBehaviour, with_blobs},
+    misbehaving_peer::{PeerBehaviour, with_blobs},
     sha256,
 };
 
