@@ -1,8 +1,16 @@
-//! The segment that contents are appended to, and who writes to it.
+//! The segment that contents are appended to, who writes to it, and who asks for the next one.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
-use super::segment::{AppendPosition, NewContent, Segment};
+use parking_lot::{Mutex, MutexGuard};
+
+use super::{
+    super::Error,
+    segment::{AppendPosition, NewContent, Segment},
+};
 
 /// The segment that contents are appended to.
 pub(super) struct ActiveSegment {
@@ -49,5 +57,47 @@ impl ActiveSegment {
         self.segment.begin_writing();
         let writing = SegmentWrite(self.segment.clone());
         Some((writing, at, count, self.end.offset - at.offset))
+    }
+}
+
+/// The right to ask for the space of a new segment. One at a time has it; those who waited for him while he was
+/// refused are refused as he was, since asking takes its time.
+#[derive(Default)]
+pub(super) struct SegmentRequest {
+    last_refusal: Mutex<Option<Error>>,
+    refusals: AtomicU64,
+}
+
+pub(super) struct SegmentRequestGuard<'a> {
+    last_refusal: MutexGuard<'a, Option<Error>>,
+    refusals: &'a AtomicU64,
+}
+
+impl SegmentRequest {
+    /// How often somebody was refused.
+    pub(super) fn refusals(&self) -> u64 {
+        self.refusals.load(Ordering::Acquire)
+    }
+
+    pub(super) fn lock(&self) -> SegmentRequestGuard<'_> {
+        SegmentRequestGuard {
+            last_refusal: self.last_refusal.lock(),
+            refusals: &self.refusals,
+        }
+    }
+}
+
+impl SegmentRequestGuard<'_> {
+    /// What somebody was refused with after there had been so many refusals.
+    pub(super) fn refused_since(&self, refusals: u64) -> Option<Error> {
+        match self.refusals.load(Ordering::Acquire) == refusals {
+            true => None,
+            false => self.last_refusal.clone(),
+        }
+    }
+
+    pub(super) fn refuse(mut self, error: Error) {
+        *self.last_refusal = Some(error);
+        self.refusals.fetch_add(1, Ordering::Release);
     }
 }

@@ -120,6 +120,11 @@ impl Space {
         result
     }
 
+    fn fits_active(&self, size: u64) -> bool {
+        let active = self.active.lock();
+        active.as_ref().is_some_and(|active| active.fits(size))
+    }
+
     /// Appends as many contents as fit into one segment, at least one.
     fn append_some(
         &self,
@@ -152,19 +157,30 @@ impl Space {
     fn replace_active(&self, size: u64, source: SpaceSource) -> Result<(), Error> {
         let capacity = self.segment_capacity().max(size);
         let footprint = segment::footprint(capacity);
+        // If each of many took the space of a segment, of which one is needed, as much would be evicted for them.
+        let _request;
         match source {
-            SpaceSource::Shared => self.take(footprint)?,
+            SpaceSource::Shared => {
+                let refused = self.segment_request.refusals();
+                let request = self.segment_request.lock();
+                if self.fits_active(size) {
+                    return Ok(());
+                }
+                if let Some(error) = request.refused_since(refused) {
+                    return Err(error);
+                }
+                if let Err(error) = self.take(footprint) {
+                    request.refuse(error.clone());
+                    return Err(error);
+                }
+                _request = request;
+            }
             SpaceSource::Reserve => {
                 self.used.fetch_add(footprint, Ordering::Relaxed);
             }
         }
         let _alone = self.segment_creation.lock();
-        let fits = self
-            .active
-            .lock()
-            .as_ref()
-            .is_some_and(|active| active.fits(size));
-        if fits {
+        if self.fits_active(size) {
             // Somebody else was first.
             self.give_back(footprint);
             return Ok(());

@@ -201,6 +201,7 @@ fn read(
         next_upload: AtomicU64::new(0),
         abandon_upload,
         reclaiming: Mutex::new(()),
+        segment_request: Default::default(),
         segment_creation: Mutex::new(()),
         file_locks: std::array::from_fn(|_| Mutex::new(())),
         maintenance: Default::default(),

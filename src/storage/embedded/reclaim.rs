@@ -38,7 +38,7 @@ impl Space {
 
     /// Removes entries until what remains could be packed into `target` bytes.
     fn evict_to(&self, target: u64) {
-        let dead: u64 = self.compactable().iter().map(|it| it.dead()).sum();
+        let dead: u64 = self.full_segments().iter().map(|it| it.dead()).sum();
         let packed = self.used().saturating_sub(dead);
         self.evict(packed.saturating_sub(target), |_| true);
     }
@@ -60,21 +60,30 @@ impl Space {
         tracing::debug!(count = evicted.len(), "evicted");
     }
 
-    /// Segments whose dead space can be gained: not that of one that is written to, which is used up by
-    /// what is to come, and may be more than a small store has.
-    fn compactable(&self) -> Vec<Arc<Segment>> {
+    /// All segments but the one that is appended to, whose dead space is used up by what is to come, and may be
+    /// more than a small store has.
+    fn full_segments(&self) -> Vec<Arc<Segment>> {
         let head = self.active.lock().as_ref().map(|head| head.segment.number);
         let segments = self.segments.read();
-        let at_rest = segments
+        let full = segments
             .values()
-            .filter(|segment| Some(segment.number) != head && !segment.is_being_written());
-        at_rest.cloned().collect()
+            .filter(|segment| Some(segment.number) != head);
+        full.cloned().collect()
+    }
+
+    /// Whether somebody still writes to a segment whose dead space can be gained when he has.
+    pub(super) fn has_dead_space_in_writing(&self) -> bool {
+        let full = self.full_segments();
+        full.iter().any(|it| it.is_being_written() && it.dead() > 0)
     }
 
     /// Moves what is live out of the segment with most dead space, and removes it. False when
     /// there is none from which anything could be gained.
     fn compact_one(&self) -> bool {
-        let victim = self.compactable().into_iter().max_by_key(|it| it.dead());
+        let full = self.full_segments().into_iter();
+        let victim = full
+            .filter(|segment| !segment.is_being_written())
+            .max_by_key(|it| it.dead());
         let Some(victim) = victim else {
             return false;
         };

@@ -6,11 +6,13 @@
 //! 1. `used` counts every byte that the store's files take, including those of uploads under way,
 //!    before they are taken.
 //! 2. Whoever needs space beyond the limit makes room first; one at a time does.
-//! 3. Whoever needs a segment takes its space first, and then waits for his turn to create it.
+//! 3. Whoever needs a segment waits for his turn to ask for its space, takes the space, and then waits for his turn
+//!    to create it: making room needs segments, too, for which it does not ask.
 //! 4. Room is made by giving up uploads that nobody continues, then by removing least recently used
 //!    entries, then by moving what is left of the segments that have most dead space into new ones. A
 //!    moved content is written before the index points to it, and its old segment is removed after that.
-//!    A segment that somebody still writes to is left alone.
+//!    A segment that somebody still writes to is left alone; its dead space is waited for, and nothing is
+//!    evicted in its stead.
 //! 5. Something of the file system stays free for others: the limit is lower while it is not (`ceiling`).
 //! 6. A large blob's file and its entry come and go together, under its key's lock.
 //! 7. What counts towards the limit of an instance name is counted with its entry, and no more when it goes.
@@ -30,7 +32,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::{
     super::Error,
-    active_segment::ActiveSegment,
+    active_segment::{ActiveSegment, SegmentRequest},
     ceiling::Ceiling,
     counts::{RecencyAges, StoreCounts},
     index::Index,
@@ -39,6 +41,11 @@ use super::{
     segment::{self, SMALL, Segment},
 };
 use crate::{config::Size, daemon};
+
+/// Of making room, since others may take what was made room for: 1 ms longer from one to the next.
+const ATTEMPTS: u64 = 10;
+/// With those that wait for writers, which have a processor now and then even on a busy host: about 2 s.
+const MOST_ATTEMPTS: u64 = 200;
 
 /// Gives up the upload that nobody continues for longest; false when there is none.
 pub(super) type AbandonUpload = dyn Fn() -> bool + Send + Sync;
@@ -64,6 +71,7 @@ pub(super) struct Space {
     pub next_upload: AtomicU64,
     pub abandon_upload: Box<AbandonUpload>,
     pub reclaiming: Mutex<()>,
+    pub segment_request: SegmentRequest,
     pub segment_creation: Mutex<()>,
     pub file_locks: [Mutex<()>; 64],
     pub maintenance: MaintenanceSignal,
@@ -229,8 +237,7 @@ impl Space {
     /// Counts bytes as used, after making room for them if need be.
     pub(super) fn take(&self, bytes: u64) -> Result<(), Error> {
         let limit = self.limit();
-        // Others may take what was made room for.
-        for attempt in 0..10 {
+        for attempt in 0..MOST_ATTEMPTS {
             let used = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
             if used > limit / 32 * 31 && used <= limit {
                 self.maintenance.space_is_short();
@@ -243,7 +250,10 @@ impl Space {
                 return Ok(());
             }
             self.give_back(bytes);
-            std::thread::sleep(Duration::from_millis(attempt));
+            if attempt >= ATTEMPTS && !self.has_dead_space_in_writing() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(attempt.min(ATTEMPTS)));
         }
         if self.ceiling_bytes.load(Ordering::Relaxed) < self.maximum_size {
             return Err(Error::Full(format!(
