@@ -21,6 +21,13 @@ pub(super) struct ActiveSegment {
 /// A segment that somebody writes to.
 pub(super) struct SegmentWrite(pub Arc<Segment>);
 
+impl SegmentWrite {
+    pub(super) fn begin(segment: &Arc<Segment>) -> Self {
+        segment.begin_writing();
+        SegmentWrite(segment.clone())
+    }
+}
+
 impl Drop for SegmentWrite {
     fn drop(&mut self) {
         self.0.end_writing();
@@ -54,8 +61,7 @@ impl ActiveSegment {
         if count == 0 {
             return None;
         }
-        self.segment.begin_writing();
-        let writing = SegmentWrite(self.segment.clone());
+        let writing = SegmentWrite::begin(&self.segment);
         Some((writing, at, count, self.end.offset - at.offset))
     }
 }

@@ -63,13 +63,18 @@ impl Space {
                 Location::File => self.give_back(file::footprint(new.size)),
                 // An older action result must not come back when the store is opened again after
                 // the newer one was evicted.
-                Location::Segment { number, slot, .. } if new.key.is_mutable() => {
-                    if let Some(segment) = self.segment(number) {
-                        let _ = segment.erase(slot);
-                    }
-                }
+                Location::Segment { .. } if new.key.is_mutable() => self.erase_slot(old.place),
                 Location::Segment { .. } => {}
             }
+        }
+    }
+
+    /// Forgets what is at a place, also for those who open the store later.
+    pub(super) fn erase_slot(&self, place: Location) {
+        if let Location::Segment { number, slot, .. } = place
+            && let Some(segment) = self.segment(number)
+        {
+            let _ = segment.erase(slot);
         }
     }
 
@@ -193,15 +198,17 @@ impl Space {
                 return Err(self.write_error(error));
             }
         };
-        self.segments.write().insert(number, segment.clone());
+        // Whoever makes room sees it as the active one, or not at all, and the old one as written to until it is cut.
         let mut active = self.active.lock();
+        self.segments.write().insert(number, segment.clone());
         let old = active.replace(ActiveSegment {
             segment,
             end: AppendPosition { offset: 0, slot: 0 },
         });
+        let old = old.map(|old| (SegmentWrite::begin(&old.segment), old.end));
         drop(active);
-        if let Some(old) = old {
-            match old.segment.seal(old.end) {
+        if let Some((old, end)) = old {
+            match old.0.seal(end) {
                 Ok(freed) => self.give_back(freed),
                 Err(error) => tracing::warn!(%error, "could not cut a full segment"),
             }

@@ -84,7 +84,10 @@ impl Store {
         match found.place {
             // Evicted in between is not damaged.
             Location::Segment { .. } => {
-                self.space.content(*found).is_some() || self.space.index.peek(&found.key).is_some()
+                let is_sound = self.space.content(*found).is_some()
+                    || self.space.index.peek(&found.key).is_some();
+                self.space.mend_slot(found);
+                is_sound
             }
             Location::File => {
                 let Ok(Some(blob)) = self.space.large(found) else {
@@ -111,12 +114,8 @@ impl Store {
                 continue;
             }
             self.space.discount_live(&found);
-            if let Location::Segment { number, slot, .. } = found.place
-                && let Some(segment) = self.space.segment(number)
-            {
-                // Else it would come back at the next start.
-                let _ = segment.erase(slot);
-            }
+            // Else it would come back at the next start.
+            self.space.erase_slot(found.place);
             return true;
         }
         false

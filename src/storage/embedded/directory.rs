@@ -137,13 +137,12 @@ impl Space {
             if self.segments.write().remove(&segment.number).is_none() {
                 continue;
             }
-            let mut had = Vec::new();
-            self.index.for_each(|found| {
-                if matches!(found.place, Location::Segment { number, .. } if number == segment.number) {
-                    had.push(found);
-                }
-            });
+            let had = self.index.entries_in(segment.number);
             lost += had.iter().filter(|found| self.remove(found)).count();
+            // One of its files may be there still.
+            if let Err(error) = segment.unlink() {
+                tracing::error!(%error, "could not remove a segment");
+            }
             self.give_back(segment.disk());
         }
         lost

@@ -201,6 +201,17 @@ impl Index {
         shard.get(key).map(|entry| entry.found(*key))
     }
 
+    /// All that are in a segment.
+    pub(super) fn entries_in(&self, segment: u32) -> Vec<IndexEntry> {
+        let mut entries = Vec::new();
+        self.for_each(|found| {
+            if matches!(found.place, Location::Segment { number, .. } if number == segment) {
+                entries.push(found);
+            }
+        });
+        entries
+    }
+
     pub(super) fn len(&self) -> usize {
         self.shards.iter().map(|shard| shard.read().len()).sum()
     }

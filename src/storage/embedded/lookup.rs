@@ -11,7 +11,7 @@ use super::{
     index::{IndexEntry, Location},
     instance_limits::LimitId,
     key::IndexKey,
-    segment::Read,
+    segment::{Read, Record},
     space::Space,
 };
 use crate::daemon::message_id;
@@ -37,6 +37,49 @@ impl Space {
     /// The same without waiting for the disk. `None` says nothing about the entry.
     pub(super) fn cached_content(&self, found: &IndexEntry) -> Option<Bytes> {
         self.read_segment(found, Read::Cached)
+    }
+
+    /// The content at the very place that an entry names.
+    pub(super) fn content_there(&self, found: &IndexEntry) -> Option<Bytes> {
+        self.read_segment(found, Read::Waiting)
+    }
+
+    /// Writes an entry's slot again if it is not as it should be: else the content would be gone at the next start.
+    pub(super) fn mend_slot(&self, found: &IndexEntry) {
+        let Location::Segment {
+            number,
+            slot,
+            offset,
+            checksum,
+        } = found.place
+        else {
+            return;
+        };
+        let Some(segment) = self.segment(number) else {
+            return;
+        };
+        let record = Record {
+            key: found.key,
+            size: found.size,
+            offset,
+            checksum,
+            used: found.used,
+            limit: found.limit,
+        };
+        match segment.mend_slot(slot, &record) {
+            Ok(false) => {}
+            Ok(true) => tracing::warn!(
+                segment = number,
+                slot,
+                "wrote a damaged slot of the embedded store again"
+            ),
+            Err(error) => tracing::error!(%error, "could not write in a segment"),
+        }
+        // Who removed or replaced it meanwhile has erased the slot.
+        let is_there = self.index.peek(&found.key);
+        if found.key.is_mutable() && is_there.is_none_or(|now| now.place != found.place) {
+            self.erase_slot(found.place);
+        }
     }
 
     fn read_segment(&self, found: &IndexEntry, read: Read) -> Option<Bytes> {
@@ -92,9 +135,7 @@ impl Space {
         match found.place {
             Location::Segment { number, slot, .. } => {
                 self.discount_live(found);
-                if let Some(segment) = self.segment(number) {
-                    let _ = segment.erase(slot);
-                }
+                self.erase_slot(found.place);
                 tracing::error!(
                     message_id = message_id::BLOB_DAMAGED,
                     segment = number,

@@ -29,7 +29,7 @@
 //! | | fjall 3.1 | fjall 3.1, key-value separation | segments |
 //! |---|---|---|---|
 //! | insert, batches of 1,000 | 141,000/s | 127,000/s | 310,000/s |
-//! | read one of 1,000,000 | 68,000/s | 110,000/s | 920,000/s |
+//! | read one of 1,000,000 | 68,000/s | 110,000/s | 600,000 to 840,000/s |
 //! | open and read all keys | 2.7 s | 1.4 s | 0.7 s |
 //! | on disk after half was deleted | 1.1 GB | 1.2 GB | bounded |
 //! | after a full disk | poisoned: no write until the process restarts | the same | goes on |

@@ -22,7 +22,7 @@ use super::{
     index::{Index, IndexEntry, Location},
     instance_limits::InstanceLimits,
     recency,
-    segment::{self, Segment},
+    segment::{self, Records, Segment},
     space::{AbandonUpload, Space, segment_capacity},
 };
 use crate::{
@@ -222,7 +222,7 @@ fn read(
         };
         space.used.fetch_add(segment.disk(), Ordering::Relaxed);
         space.segments.write().insert(number, segment.clone());
-        let (records, end) = segment.records();
+        let Records { records, end, .. } = segment.records();
         for (slot, record) in records {
             latest = latest.max(record.used);
             let used = known(record.key.short()).unwrap_or(record.used);

@@ -15,7 +15,7 @@ use crate::digest::Digest;
 
 /// Bytes of one read, and perhaps one blob more: what stays in a processor's cache until it is checked and sent.
 /// As long as one of its blobs is in use, so much is in memory.
-const READ_AT_ONCE: u32 = 256 << 10;
+const READ_AT_ONCE: u32 = 64 << 10;
 
 /// Bytes of the blobs that are read without waiting, each with a weight of its own.
 const CACHED_AT_ONCE: u64 = 256 << 10;

@@ -7,6 +7,7 @@
 use super::{
     file::{self, BlobFile, LargeBlob, PIECE},
     index::Location,
+    segment::Records,
     space::Space,
 };
 
@@ -96,7 +97,13 @@ fn segment(space: &Space, (number, slot): (u32, u32), budget: u64, read: &mut u6
         };
     };
     let first = if segment.number == number { slot } else { 0 };
-    for (slot, record) in segment.records().0 {
+    let Records {
+        records, damaged, ..
+    } = segment.records();
+    if first == 0 && !damaged.is_empty() {
+        mend_slots(space, segment.number, &damaged);
+    }
+    for (slot, record) in records {
         if slot < first {
             continue;
         }
@@ -118,6 +125,16 @@ fn segment(space: &Space, (number, slot): (u32, u32), budget: u64, read: &mut u6
     Scrub::Segments {
         number: segment.number.saturating_add(1),
         slot: 0,
+    }
+}
+
+/// Writes those of damaged slots again that the index knows; others were erased, or never finished.
+fn mend_slots(space: &Space, number: u32, damaged: &[u32]) {
+    for found in space.index.entries_in(number) {
+        if matches!(found.place, Location::Segment { slot, .. } if damaged.binary_search(&slot).is_ok())
+        {
+            space.mend_slot(&found);
+        }
     }
 }
 

@@ -111,6 +111,16 @@ pub(super) struct AppendPosition {
     pub slot: u32,
 }
 
+/// What a segment's table says.
+pub(super) struct Records {
+    /// By slot.
+    pub records: Vec<(u32, Record)>,
+    /// Slots that were written and have no record.
+    pub damaged: Vec<u32>,
+    /// Where the next one goes.
+    pub end: AppendPosition,
+}
+
 fn paths(directory: &Path, number: u32) -> (PathBuf, PathBuf) {
     (
         directory.join(format!("{number:08x}.data")),
@@ -318,9 +328,9 @@ impl Segment {
         }
     }
 
-    /// All records, by slot, and where the next one goes.
-    pub(super) fn records(&self) -> (Vec<(u32, Record)>, AppendPosition) {
+    pub(super) fn records(&self) -> Records {
         let mut records = Vec::new();
+        let mut damaged = Vec::new();
         let mut end = AppendPosition { offset: 0, slot: 0 };
         let mut next = 0;
         loop {
@@ -339,11 +349,17 @@ impl Segment {
                 {
                     end.offset = end.offset.max(u64::from(record.offset) + record.size);
                     records.push((slot, record));
+                } else {
+                    damaged.push(slot);
                 }
             }
             next += slots.len() as u32;
         }
-        (records, end)
+        Records {
+            records,
+            damaged,
+            end,
+        }
     }
 
     /// The content of a record. `None` when it is damaged.
@@ -408,6 +424,18 @@ impl Segment {
         Ok(records)
     }
 
+    /// Writes a record's slot again unless it has that record, whenever that was used last; whether it did.
+    pub(super) fn mend_slot(&self, slot: u32, record: &Record) -> io::Result<bool> {
+        let found = self.slot(slot).as_ref().and_then(Record::from_bytes);
+        let used = found.map_or(record.used, |found| found.used);
+        if found == Some(Record { used, ..*record }) {
+            return Ok(false);
+        }
+        self.table
+            .write_all_at(&record.to_bytes(), u64::from(slot) * SLOT as u64)?;
+        Ok(true)
+    }
+
     /// Forgets a record, also for those who open the store later.
     pub(super) fn erase(&self, slot: u32) -> io::Result<()> {
         self.table
@@ -469,7 +497,7 @@ mod tests {
 
         assert_eq!(list(directory.path()).unwrap(), [7]);
         let segment = Segment::open(directory.path(), 7).unwrap();
-        let (records, end) = segment.records();
+        let Records { records, end, .. } = segment.records();
         let slots: Vec<u32> = records.iter().map(|(slot, _)| *slot).collect();
         assert_eq!(slots, [0, 1, 3]);
         assert_eq!((end.offset, end.slot), (14, 4));

@@ -279,5 +279,6 @@ impl Space {
 pub(super) fn segment_capacity(maximum_size: u64) -> u64 {
     // No more than 8,192 segments, each of which is two open files.
     let most = (64 << 20).max(maximum_size / 8192);
-    (maximum_size / 64).clamp(4 * SMALL, most)
+    // Offsets have 32 bits.
+    (maximum_size / 64).clamp(4 * SMALL, most).min(1 << 31)
 }

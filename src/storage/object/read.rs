@@ -147,8 +147,11 @@ impl ObjectStorage {
             return vec![None; digests.len()];
         };
         let (wanted, count) = (digests.to_vec(), digests.len());
-        let read = move |digest: &Digest| cache.read(digest, limit).ok();
-        let found = blocking(move || wanted.iter().map(read).collect()).await;
+        let read = move || {
+            let read = cache.read_many(&wanted, limit).into_iter();
+            read.map(Result::ok).collect()
+        };
+        let found = blocking(read).await;
         found.unwrap_or_else(|_| vec![None; count])
     }
 
