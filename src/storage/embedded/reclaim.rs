@@ -171,9 +171,10 @@ impl Space {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
-
-    use std::os::unix::fs::FileExt;
+    use std::{
+        os::unix::fs::FileExt,
+        sync::atomic::{AtomicBool, Ordering},
+    };
 
     use super::{
         super::{Store, key::IndexKey},
