@@ -4,7 +4,7 @@
 
 use bytes::Bytes;
 
-use super::{super::Error, SMALL, Store, action_results, key::IndexKey};
+use super::{super::Error, SMALL, Store, action_results, key::IndexKey, segment::Read};
 use crate::{digest::Digest, instance::InstanceName, proto::reapi::ActionResult};
 
 impl Store {
@@ -14,11 +14,9 @@ impl Store {
             return None;
         }
         self.space.require_directory().ok()?;
-        let key = IndexKey::blob(digest);
-        let found = self.space.index.find(&key, self.space.now());
-        let content = match found.filter(|found| found.size == digest.size()) {
+        let content = match self.entry(digest) {
             // Not counted yet if it has to be waited for: then it is looked up again.
-            Some(found) => Ok(self.space.cached_content(&found)?),
+            Some(found) => Ok(self.space.content_there(&found, Read::Cached)?),
             None => Err(Error::Missing(vec![*digest])),
         };
         self.space.counts.looked_up(content.is_ok());
@@ -38,7 +36,7 @@ impl Store {
         let Some(found) = self.space.index.peek(&key) else {
             return Some(Ok(None));
         };
-        let content = self.space.cached_content(&found)?;
+        let content = self.space.content_there(&found, Read::Cached)?;
         let result = match action_results::decode(action, content) {
             Ok(result) => result,
             Err(error) => return Some(Err(error)),

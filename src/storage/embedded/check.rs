@@ -84,10 +84,11 @@ impl Store {
         match found.place {
             // Evicted in between is not damaged.
             Location::Segment { .. } => {
-                let is_sound = self.space.content(*found).is_some()
-                    || self.space.index.peek(&found.key).is_some();
+                if self.space.content(*found).is_none() {
+                    return self.space.index.peek(&found.key).is_some();
+                }
                 self.space.mend_slot(found);
-                is_sound
+                true
             }
             Location::File => {
                 let Ok(Some(blob)) = self.space.large(found) else {
@@ -149,6 +150,22 @@ mod tests {
         drop(store);
         let store = Store::open(directory.path(), 64 << 20).unwrap();
         assert_eq!(store.action_result(&instance, &action).unwrap(), None);
+    }
+
+    #[test]
+    fn a_small_blob_that_a_check_removed_stays_away_over_a_restart() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path(), 64 << 20).unwrap();
+        let content = Bytes::from_static(b"what will be damaged");
+        let digest = DigestFunction::Sha256.digest_of(&content);
+        assert!(store.put(&[(digest, content)]).remove(0).is_ok());
+        let path = directory.path().join("segments/00000000.data");
+        let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, b"W", 0).unwrap();
+        assert_eq!(store.check(|_| true).removed, 1);
+        drop(store);
+        let store = Store::open(directory.path(), 64 << 20).unwrap();
+        assert_eq!(store.count(), 0);
     }
 
     #[test]

@@ -20,7 +20,7 @@ impl Space {
     /// The content of an entry in a segment. `None` when it is gone or damaged.
     pub(super) fn content(&self, mut found: IndexEntry) -> Option<Bytes> {
         loop {
-            let content = self.read_segment(&found, Read::Waiting);
+            let content = self.content_there(&found, Read::Waiting);
             if content.is_some() {
                 return content;
             }
@@ -34,14 +34,20 @@ impl Space {
         }
     }
 
-    /// The same without waiting for the disk. `None` says nothing about the entry.
-    pub(super) fn cached_content(&self, found: &IndexEntry) -> Option<Bytes> {
-        self.read_segment(found, Read::Cached)
-    }
-
-    /// The content at the very place that an entry names.
-    pub(super) fn content_there(&self, found: &IndexEntry) -> Option<Bytes> {
-        self.read_segment(found, Read::Waiting)
+    /// The content at the very place that an entry names. `None` says nothing about the entry.
+    pub(super) fn content_there(&self, found: &IndexEntry, read: Read) -> Option<Bytes> {
+        let Location::Segment {
+            number,
+            offset,
+            checksum,
+            ..
+        } = found.place
+        else {
+            return None;
+        };
+        let segment = self.segment(number)?;
+        let content = segment.read(offset, found.size as usize, read)?;
+        (crc32fast::hash(&content) == checksum).then_some(content)
     }
 
     /// Writes an entry's slot again if it is not as it should be: else the content would be gone at the next start.
@@ -68,34 +74,20 @@ impl Space {
         };
         match segment.mend_slot(slot, &record) {
             Ok(false) => {}
-            Ok(true) => tracing::warn!(
-                segment = number,
-                slot,
-                "wrote a damaged slot of the embedded store again"
-            ),
+            Ok(true) => {
+                tracing::warn!(
+                    segment = number,
+                    slot,
+                    "wrote a damaged slot of the embedded store again"
+                );
+                // Who removed or replaced it meanwhile had erased the slot.
+                let now = self.index.peek(&found.key);
+                if now.is_none_or(|now| now.place != found.place) {
+                    self.erase_slot(found.place);
+                }
+            }
             Err(error) => tracing::error!(%error, "could not write in a segment"),
         }
-        // Who removed or replaced it meanwhile has erased the slot.
-        let is_there = self.index.peek(&found.key);
-        if found.key.is_mutable() && is_there.is_none_or(|now| now.place != found.place) {
-            self.erase_slot(found.place);
-        }
-    }
-
-    fn read_segment(&self, found: &IndexEntry, read: Read) -> Option<Bytes> {
-        let Location::Segment {
-            number,
-            offset,
-            checksum,
-            ..
-        } = found.place
-        else {
-            return None;
-        };
-        let content = self
-            .segment(number)?
-            .read(offset, found.size as usize, read)?;
-        (crc32fast::hash(&content) == checksum).then_some(content)
     }
 
     /// `None` when it is gone or damaged.

@@ -240,13 +240,16 @@ impl Store {
     }
 
     fn find(&self, digest: &Digest) -> Option<IndexEntry> {
-        let found = self
-            .space
-            .index
-            .find(&IndexKey::blob(digest), self.space.now())
-            .filter(|found| found.size == digest.size());
+        let found = self.entry(digest);
         self.space.counts.looked_up(found.is_some());
         found
+    }
+
+    /// Of a blob, which becomes recently used; it is not counted.
+    fn entry(&self, digest: &Digest) -> Option<IndexEntry> {
+        let key = IndexKey::blob(digest);
+        let found = self.space.index.find(&key, self.space.now())?;
+        (found.size == digest.size()).then_some(found)
     }
 
     /// Opens a blob for reading.

@@ -7,7 +7,6 @@ use super::{
     super::Error,
     SMALL, Store,
     index::{IndexEntry, Location},
-    key::IndexKey,
     segment::Read,
     space::Space,
 };
@@ -144,15 +143,6 @@ impl Store {
             content.ok_or_else(|| Error::Missing(vec![*digest]))
         });
         Some(read.collect())
-    }
-
-    /// Of a blob, which becomes recently used; it is not counted.
-    fn entry(&self, digest: &Digest) -> Option<IndexEntry> {
-        let found = self
-            .space
-            .index
-            .find(&IndexKey::blob(digest), self.space.now())?;
-        (found.size == digest.size()).then_some(found)
     }
 }
 

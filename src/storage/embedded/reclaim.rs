@@ -7,7 +7,7 @@ use super::{
     append::SpaceSource,
     index::{IndexEntry, Location},
     instance_limits::LimitId,
-    segment::{NewContent, Segment},
+    segment::{NewContent, Read, Segment},
     space::Space,
 };
 
@@ -132,7 +132,7 @@ impl Space {
         let mut length = 0;
         let count = found.len();
         for (i, found) in found.into_iter().enumerate() {
-            match self.content_there(&found) {
+            match self.content_there(&found, Read::Waiting) {
                 Some(content) => {
                     length += found.size;
                     contents.push(NewContent {

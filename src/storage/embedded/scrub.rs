@@ -7,7 +7,7 @@
 use super::{
     file::{self, BlobFile, LargeBlob, PIECE},
     index::Location,
-    segment::Records,
+    segment::{Read, Records},
     space::Space,
 };
 
@@ -111,7 +111,7 @@ fn segment(space: &Space, (number, slot): (u32, u32), budget: u64, read: &mut u6
         let found = space.index.peek(&record.key);
         if let Some(found) = found.filter(|found| found.place == place) {
             *read += record.size;
-            if segment.content(&record).is_none() {
+            if space.content_there(&found, Read::Waiting).is_none() {
                 space.forget_damaged(&found);
             }
         }

@@ -362,12 +362,6 @@ impl Segment {
         }
     }
 
-    /// The content of a record. `None` when it is damaged.
-    pub(super) fn content(&self, record: &Record) -> Option<Bytes> {
-        let content = self.read(record.offset, record.size as usize, Read::Waiting)?;
-        (crc32fast::hash(&content) == record.checksum).then_some(content)
-    }
-
     /// Bytes of contents, which are not checked. `None` when they cannot be read, or not in this way.
     pub(super) fn read(&self, offset: u32, size: usize, read: Read) -> Option<Bytes> {
         let mut bytes = vec![0; size];
@@ -465,6 +459,11 @@ mod tests {
     use super::*;
     use crate::digest::DigestFunction;
 
+    fn content(segment: &Segment, record: &Record) -> Option<Bytes> {
+        let content = segment.read(record.offset, record.size as usize, Read::Waiting)?;
+        (crc32fast::hash(&content) == record.checksum).then_some(content)
+    }
+
     fn record(segment: &Segment, slot: u32) -> Option<Record> {
         Record::from_bytes(&segment.slot(slot)?)
     }
@@ -501,13 +500,13 @@ mod tests {
         let slots: Vec<u32> = records.iter().map(|(slot, _)| *slot).collect();
         assert_eq!(slots, [0, 1, 3]);
         assert_eq!((end.offset, end.slot), (14, 4));
-        assert_eq!(&*segment.content(&records[2].1).unwrap(), b"three");
+        assert_eq!(&*content(&segment, &records[2].1).unwrap(), b"three");
         assert_eq!(records[2].1.used, 6);
         assert_eq!(records[2].1.limit, LimitId::from_u32(5));
 
         segment.data.write_all_at(b"x", 1).unwrap();
-        assert!(segment.content(&records[0].1).is_none());
-        assert_eq!(&*segment.content(&records[1].1).unwrap(), b"two");
+        assert!(content(&segment, &records[0].1).is_none());
+        assert_eq!(&*content(&segment, &records[1].1).unwrap(), b"two");
         segment.table.write_all_at(&[0xff], 60).unwrap();
         assert_eq!(record(&segment, 0), None);
         segment.erase(1).unwrap();
@@ -522,7 +521,7 @@ mod tests {
             .write(AppendPosition { offset: 0, slot: 0 }, &[blob("kept")], 0)
             .unwrap();
         let first = record(&segment, 0).unwrap();
-        let held = segment.content(&first).unwrap();
+        let held = content(&segment, &first).unwrap();
         segment.seal(AppendPosition { offset: 4, slot: 1 }).unwrap();
         segment.unlink().unwrap();
         drop(segment);
