@@ -88,7 +88,7 @@ pub fn listen(
         .unwrap_or_else(|poisoned| poisoned.into_inner())
         .remove(name);
     if let Some(passed) = passed {
-        let sockets = passed.into_iter().map(adopt).collect::<io::Result<_>>();
+        let sockets = passed.into_iter().map(socket_of).collect::<io::Result<_>>();
         return sockets
             .map(Listener::of)
             .map_err(|error| Failure::Environment {
@@ -185,7 +185,7 @@ pub(super) fn passed(name: &str) -> Option<Vec<ListenAddress>> {
     Some(sockets.get(name)?.iter().filter_map(address).collect())
 }
 
-fn adopt(socket: OwnedFd) -> io::Result<Socket> {
+fn socket_of(socket: OwnedFd) -> io::Result<Socket> {
     use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname};
     use std::os::fd::AsRawFd;
     let address: SockaddrStorage = getsockname(socket.as_raw_fd())?;

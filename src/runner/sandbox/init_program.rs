@@ -7,10 +7,10 @@ use std::{
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
-/// The descriptor at whose end it ends.
-pub(super) const LIFE: RawFd = 3;
+/// The descriptor of a pipe from the runner, at whose end it ends.
+pub(super) const PARENT_PIPE: RawFd = 3;
 
-/// read(LIFE, …, 1), exit(0).
+/// read(PARENT_PIPE, …, 1), exit(0).
 #[cfg(target_arch = "x86_64")]
 const CODE: &[u8] = &[
     0x31, 0xc0, // xor eax, eax

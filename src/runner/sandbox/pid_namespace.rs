@@ -43,7 +43,7 @@ use rustix::{
 };
 
 use super::{
-    init_program::{InitProgram, LIFE},
+    init_program::{InitProgram, PARENT_PIPE},
     layer::{Layer, Layers, Probe},
     namespace::{Namespace, NamespaceKind},
 };
@@ -77,7 +77,7 @@ pub(crate) struct InitProcess {
     pidfd: OwnedFd,
     namespace: OwnedFd,
     /// It ends when it is told to here, or when this is closed.
-    life: OwnedFd,
+    parent_pipe: OwnedFd,
     end: Option<NamespaceEnd>,
 }
 
@@ -93,7 +93,7 @@ pub(crate) enum NamespaceEnd {
 /// daemon until then.
 struct InitLaunch<'a> {
     program: BorrowedFd<'a>,
-    life: BorrowedFd<'a>,
+    parent_pipe: BorrowedFd<'a>,
     /// Whether its control group becomes all that it, and what joins it, sees of control groups
     /// (cgroup_namespaces(7)).
     has_cgroup: bool,
@@ -112,7 +112,7 @@ impl InitProcess {
         let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
         let launch = InitLaunch {
             program: program.as_fd(),
-            life: read.as_fd(),
+            parent_pipe: read.as_fd(),
             has_cgroup: cgroup.is_some(),
             processes: Cell::new(None),
             cgroups: Cell::new(None),
@@ -133,7 +133,7 @@ impl InitProcess {
                 let init = InitProcess {
                     pidfd,
                     namespace,
-                    life: write,
+                    parent_pipe: write,
                     end: None,
                 };
                 let cgroups = launch.cgroups.take();
@@ -169,7 +169,7 @@ impl InitProcess {
             return self.end;
         }
         // Fails when it is gone already.
-        let _ = rustix::io::write(&self.life, &[0]);
+        let _ = rustix::io::write(&self.parent_pipe, &[0]);
         let obeyed = self.ends_within(EXIT_TIMEOUT.min(timeout));
         if !obeyed {
             let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
@@ -255,7 +255,7 @@ fn prepare(launch: &InitLaunch<'_>) -> Result<OwnedFd, Errno> {
     sys::set_disposition(libc::SIGCHLD, sys::Disposition::Ignore)?;
     let program = fcntl_dupfd_cloexec(launch.program, ABOVE_LIFE)?;
     // SAFETY: this table is this process's alone, and what it has there is not used any more.
-    unsafe { sys::pass_only(launch.life, LIFE)? };
+    unsafe { sys::pass_only(launch.parent_pipe, PARENT_PIPE)? };
     // Root would have its capabilities again with its next program; where this is refused,
     // no_new_privs keeps them away alone.
     let _ = set_capabilities_secure_bits(

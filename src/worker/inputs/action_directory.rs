@@ -83,11 +83,11 @@ impl ActionDirectory {
         for part in &PARTS[1..] {
             let directory = open_child(&self.directory, *part)?;
             removal::empty(directory.as_fd())?;
-            if !is_as_made(directory.as_fd(), 0o777)? {
+            if !is_unchanged(directory.as_fd(), 0o777)? {
                 return Ok(false);
             }
         }
-        is_as_made(self.directory.as_fd(), 0o700)
+        is_unchanged(self.directory.as_fd(), 0o700)
     }
 }
 
@@ -110,9 +110,9 @@ pub(super) fn unlock(directory: BorrowedFd<'_>) {
 }
 
 /// Owner, mode, attributes and size as when it was made.
-fn is_as_made(directory: BorrowedFd<'_>, mode: u32) -> io::Result<bool> {
+fn is_unchanged(directory: BorrowedFd<'_>, mode: u32) -> io::Result<bool> {
     let stat = rustix::fs::fstat(directory)?;
     let plain = attributes::has_none(directory);
     let empty = Directory::default();
-    Ok(plain && kept::is_as_made(&stat, mode) && !kept::is_oversized(&stat, &empty))
+    Ok(plain && kept::has_owner_and_mode(&stat, mode) && !kept::is_oversized(&stat, &empty))
 }

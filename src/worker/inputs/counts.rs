@@ -14,7 +14,7 @@ pub struct LayOutCounts {
     /// Entries of all roots, and those of them that had to be made.
     pub entries: AtomicU64,
     pub links: AtomicU64,
-    /// Directories that were made, and those that came out of the pool with all that is in them.
+    /// Directories that were made, and those that came from the idle roots with all that is in them.
     pub made: AtomicU64,
     pub unstashed: AtomicU64,
     /// Spent on planning and laying out.

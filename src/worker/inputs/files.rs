@@ -104,7 +104,7 @@ impl LayOut<'_> {
         keys: impl Iterator<Item = FileKey> + Clone,
     ) -> Result<InputFiles, LayOutError> {
         let taken = self.pinned.lock().take(first, keys.clone(), self.link_mode);
-        let mut files = taken.map_err(LayOutError::Vanished)?;
+        let mut files = taken.map_err(LayOutError::MissingFiles)?;
         if self.link_mode != LinkMode::HardLink {
             return Ok(files);
         }
@@ -140,8 +140,8 @@ impl LayOut<'_> {
     ) -> Result<(), LayOutError> {
         match result {
             Ok(()) => Ok(()),
-            Err(LinkError::Vanished) => {
-                self.queue.lock().vanished.push(*key);
+            Err(LinkError::MissingOrAltered) => {
+                self.queue.lock().missing.push(*key);
                 Ok(())
             }
             Err(LinkError::Full) => Err(at(name)(rustix::io::Errno::MLINK)),

@@ -10,8 +10,8 @@ use std::{
 use super::{
     action_directory::{self, ActionDirectory},
     free_space::RunningCommand,
+    idle_roots::IdleRoot,
     kept::KeptRoot,
-    pool::IdleRoot,
     root_store::{RootStore, UsedRoot},
 };
 use crate::worker::{
@@ -175,7 +175,7 @@ impl InputRoot {
 
     fn begin_cleaning(&mut self) -> Option<impl FnOnce() + Send + use<>> {
         let action_directory = self.action_directory.take()?;
-        self.store.pool.begin_cleaning();
+        self.store.idle_roots.begin_cleaning();
         let store = self.store.clone();
         // A thread that panics may not have told what it took over.
         let reusable = self.reusable && !std::thread::panicking();

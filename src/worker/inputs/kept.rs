@@ -104,7 +104,7 @@ pub(super) struct KeptDirectory {
 }
 
 /// Owner and mode of a directory that the worker made.
-pub(super) fn is_as_made(stat: &Stat, mode: u32) -> bool {
+pub(super) fn has_owner_and_mode(stat: &Stat, mode: u32) -> bool {
     stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_mode & 0o7777 == mode
 }
 
@@ -119,7 +119,7 @@ pub(super) fn is_oversized(stat: &Stat, wanted: &Directory) -> bool {
 /// What can be told of a directory without reading it; an error when it is not as the worker makes
 /// directories.
 fn baseline(stat: &Stat) -> Result<Baseline, Errno> {
-    match is_as_made(stat, 0o777) {
+    match has_owner_and_mode(stat, 0o777) {
         true => Ok(Baseline {
             seconds: stat.st_ctime,
             nanoseconds: stat.st_ctime_nsec as i64,

@@ -16,10 +16,10 @@ use rustix::fs::{AtFlags, Mode};
 
 use super::{
     file_cache::{FileCache, FileKey, InputInodeKind, LinkMode, PinnedFiles},
+    idle_roots::{IdleRoots, StashedTree},
     inodes::Inodes,
     kept::{self, DirectoryFd, KeptDirectory, KeptRoot},
     plan::{self, Child, EntrySource, LayOutPlan, Made, Origin, Rewrite},
-    pool::{Pool, StashedTree},
     tree::Tree,
 };
 
@@ -29,7 +29,7 @@ const WORTH_A_THREAD: usize = 500;
 /// Why a plan could not be performed.
 pub(super) enum LayOutError {
     /// Gone from the cache.
-    Vanished(Vec<FileKey>),
+    MissingFiles(Vec<FileKey>),
     /// At this name.
     Disk(String, io::Error),
 }
@@ -67,7 +67,7 @@ enum PrunedChild {
 /// What a root is laid out with.
 #[derive(Clone, Copy)]
 pub(super) struct LayOutContext<'a> {
-    pub pool: &'a Pool,
+    pub idle_roots: &'a IdleRoots,
     pub cache: &'a Arc<FileCache>,
     pub threads: usize,
     /// The root's, and so of what is taken out of it: that may be older than what invalidated all.
@@ -115,12 +115,12 @@ pub(super) struct JobQueue {
     jobs: Vec<(Arc<DirectoryFd>, u32, String)>,
     /// Threads that may yet add jobs.
     working: usize,
-    pub vanished: Vec<FileKey>,
+    pub missing: Vec<FileKey>,
     failed: Option<LayOutError>,
 }
 
 impl<'a> LayOutContext<'a> {
-    /// Turns a root into another one. What was dropped goes to the pool. When not to `keep`, no
+    /// Turns a root into another one. What was dropped goes to the idle roots. When not to `keep`, no
     /// model comes back, and no more directories are open than must be.
     pub(super) fn perform(
         &self,
@@ -144,10 +144,10 @@ impl<'a> LayOutContext<'a> {
             ..
         } = lay_out;
         let dropped = dropped.into_inner().into_iter().flatten();
-        self.pool.add_stashed(dropped);
+        self.idle_roots.add_stashed(dropped);
         // After an error: it may have been changed.
         for stashed in taken.into_inner().into_iter().flatten() {
-            self.pool.delete_stashed(stashed);
+            self.idle_roots.delete_stashed(stashed);
         }
         let kept = result?.map(|top| KeptRoot {
             top,
@@ -173,7 +173,10 @@ impl<'a> LayOutContext<'a> {
         let inodes_before = std::mem::take(inodes);
         let lay_out = LayOut::new(*self, plan, pinned, inodes_before, true, link_mode);
         make(parent, name)?;
-        let fd = self.pool.open_directory(parent, name).map_err(at(name))?;
+        let fd = self
+            .idle_roots
+            .open_directory(parent, name)
+            .map_err(at(name))?;
         let mut buffer = String::new();
         lay_out.fill(0, Arc::new(fd), &mut buffer)?;
         lay_out.work(&mut buffer);
@@ -249,9 +252,11 @@ impl<'a> LayOut<'a> {
         if let Some(error) = queue.failed.take() {
             return Err(error);
         }
-        match queue.vanished.is_empty() {
+        match queue.missing.is_empty() {
             true => Ok(()),
-            false => Err(LayOutError::Vanished(std::mem::take(&mut queue.vanished))),
+            false => Err(LayOutError::MissingFiles(std::mem::take(
+                &mut queue.missing,
+            ))),
         }
     }
 
@@ -290,7 +295,7 @@ impl<'a> LayOut<'a> {
             }
             let stashed = self
                 .context
-                .pool
+                .idle_roots
                 .stash(
                     fd.as_fd(),
                     name,
@@ -412,7 +417,7 @@ impl<'a> LayOut<'a> {
         let stashed = stashed.ok_or_else(lost)?;
         let kept = self
             .context
-            .pool
+            .idle_roots
             .unstash(stashed, fd.as_fd(), name)
             .map_err(at(name))?;
         Ok(LaidOutChild::Whole(kept))
@@ -459,13 +464,13 @@ impl<'a> LayOut<'a> {
             };
             let filled = self
                 .context
-                .pool
+                .idle_roots
                 .open_directory(&*parent, &name)
                 .map_err(at(&name))
                 .and_then(|fd| self.fill(made, Arc::new(fd), buffer));
             match filled {
                 Ok(()) => {}
-                Err(LayOutError::Vanished(keys)) => self.queue.lock().vanished.extend(keys),
+                Err(LayOutError::MissingFiles(keys)) => self.queue.lock().missing.extend(keys),
                 Err(error) => {
                     self.queue.lock().failed.get_or_insert(error);
                 }

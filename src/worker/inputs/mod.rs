@@ -58,7 +58,7 @@
 //! - `input_root` is what an action has; `action_directory` lies around it.
 //! - `root_store` is what roots share, and cleans them: `verify` reverts what the action did, by what is
 //!   known of a root that is `kept`.
-//! - `pool` has what waits, `deletion` what is removed; `retention`, `ctime` and `free_space` tell
+//! - `idle_roots` has what waits, `deletion` what is removed; `retention`, `ctime` and `free_space` tell
 //!   whether roots may be kept, and commands started; `counts` is for the log.
 
 mod action_directory;
@@ -71,6 +71,7 @@ pub mod directory;
 pub mod file_cache;
 mod files;
 mod free_space;
+mod idle_roots;
 mod inodes;
 mod input_root;
 mod kept;
@@ -78,7 +79,6 @@ mod lay_out;
 mod node_properties;
 mod plan;
 mod planned_root;
-mod pool;
 mod prepare;
 mod retention;
 mod root_store;

@@ -12,12 +12,12 @@ use rustix::io::Errno;
 
 use super::{
     file_cache::{FileKey, LinkMode, PinnedFiles},
+    idle_roots::{IdleRoot, StashedTree},
     input_root::InputRoot,
     kept::{self, KeptDirectory},
     lay_out::LayOutError,
     node_properties,
     plan::LayOutPlan,
-    pool::{IdleRoot, StashedTree},
     root_store::RootStore,
     tree::Tree,
 };
@@ -45,7 +45,7 @@ pub struct PlannedRoot {
 #[derive(Debug)]
 pub enum PrepareError {
     /// These are to be restored to the cache; then it may work.
-    Vanished(Vec<FileKey>),
+    MissingFiles(Vec<FileKey>),
     Fault(Fault),
 }
 
@@ -54,8 +54,8 @@ impl Drop for PlannedRoot {
         if let Some((root, plan)) = self.work.take() {
             let store = self.store.clone();
             in_background(move || {
-                store.pool.add_stashed(plan.taken);
-                store.pool.return_root(root);
+                store.idle_roots.add_stashed(plan.taken);
+                store.idle_roots.return_root(root);
             });
         }
     }
@@ -78,11 +78,13 @@ impl PlannedRoot {
         let keep = store.keeps(tree, link_mode);
         let root = store.take_root(keep.then_some((link_mode, tree)))?;
         let began = Instant::now();
-        let plan = store.pool.plan(&root.kept.top.node, tree, link_mode, keep);
+        let plan = store
+            .idle_roots
+            .plan(&root.kept.top.node, tree, link_mode, keep);
         Ok(PlannedRoot {
             store: store.clone(),
             tree: tree.clone(),
-            keep: keep && store.pool.reserve(plan.made.len() as u64),
+            keep: keep && store.idle_roots.reserve(plan.made.len() as u64),
             work: Some((root, plan)),
             link_mode,
             modifications,
@@ -124,7 +126,7 @@ impl PlannedRoot {
         let context = store.context(generation);
         let performed = context.perform(kept, plan, pinned, self.keep, self.link_mode);
         input_root.kept = performed.map_err(|error| match error {
-            LayOutError::Vanished(keys) => PrepareError::Vanished(keys),
+            LayOutError::MissingFiles(keys) => PrepareError::MissingFiles(keys),
             LayOutError::Disk(name, error) => {
                 let what = format!("make {name:?} of the input root");
                 PrepareError::Fault(store.disk_fault(&what, error))

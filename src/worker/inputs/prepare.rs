@@ -54,11 +54,11 @@ impl InputRoots {
             match self.lay_out(task, &tree, &parents).await {
                 Ok(root) => return Ok((command, root)),
                 Err(PrepareError::Fault(fault)) => return Err(fault),
-                Err(PrepareError::Vanished(keys)) if attempts < LAY_OUT_ATTEMPTS => {
+                Err(PrepareError::MissingFiles(keys)) if attempts < LAY_OUT_ATTEMPTS => {
                     attempts += 1;
                     self.restore(task, keys).await?;
                 }
-                Err(PrepareError::Vanished(keys)) => {
+                Err(PrepareError::MissingFiles(keys)) => {
                     return Err(Fault::Unavailable(format!(
                         "could not keep {} files in the cache in {}: something removes them",
                         keys.len(),
@@ -171,15 +171,15 @@ impl InputRoots {
     }
 
     /// Brings files into the cache again that should have been there.
-    async fn restore(&self, task: &AssignedTask, vanished: Vec<FileKey>) -> Result<(), Fault> {
+    async fn restore(&self, task: &AssignedTask, missing: Vec<FileKey>) -> Result<(), Fault> {
         tracing::warn!(
-            files = vanished.len(),
-            "files vanished from the cache; fetching them again"
+            files = missing.len(),
+            "files are missing in the cache; fetching them again"
         );
         // Whoever removed them may have changed others.
         let store = self.store.clone();
         blocking("delete what is kept", move || store.invalidate_all()).await?;
-        self.cache.restore(&task.instance, vanished).await
+        self.cache.restore(&task.instance, missing).await
     }
 }
 

@@ -21,10 +21,10 @@ use super::{
     ctime::{self, CtimeResolution},
     file_cache::{FileCache, InputFiles, LinkMode},
     free_space::{self, FreeSpace},
+    idle_roots::{IdleRoot, IdleRoots},
     inodes::Inodes,
     kept::{self, KeptDirectory, KeptRoot},
     lay_out::LayOutContext,
-    pool::{IdleRoot, Pool},
     retention::Retention,
     tree::{Node, Tree},
     verify::{DirectoryCondition, verify_root},
@@ -40,7 +40,7 @@ const EVICTION_DELAY: Duration = Duration::from_secs(5);
 
 pub struct RootStore {
     path: PathBuf,
-    pub(super) pool: Pool,
+    pub(super) idle_roots: IdleRoots,
     pub(super) cache: Arc<FileCache>,
     pub(super) space: Arc<FreeSpace>,
     threads: AtomicUsize,
@@ -55,7 +55,7 @@ pub struct RootStore {
 pub(super) struct UsedRoot {
     /// `None` when it is not used again.
     pub kept: Option<KeptRoot>,
-    /// Of the pool, when it was made.
+    /// Of the idle roots, when it was made.
     pub generation: u64,
     /// When the action could begin, in seconds since the epoch.
     pub ready: i64,
@@ -69,9 +69,9 @@ impl RootStore {
     /// worker uses the directory.
     pub fn open(path: &Path, cache: Arc<FileCache>, slots: usize) -> io::Result<Arc<Self>> {
         rustix::process::umask(Mode::empty());
-        let pool = Pool::open(path, slots)?;
-        let resolution = ctime::probe(pool.build_directory())?;
-        let watched = pool.build_directory().try_clone_to_owned()?;
+        let idle_roots = IdleRoots::open(path, slots)?;
+        let resolution = ctime::probe(idle_roots.build_directory())?;
+        let watched = idle_roots.build_directory().try_clone_to_owned()?;
         let space = FreeSpace::new(path.to_owned(), watched, cache.minimum_free())?;
         let threads =
             std::thread::available_parallelism().map_or(1, |n| n.get().min(LAY_OUT_THREADS));
@@ -86,11 +86,11 @@ impl RootStore {
                 "each input root is made anew: not known how ctime behaves on this file system; ext4, xfs, btrfs and tmpfs are known"
             }
         };
-        let directories = pool.maximum_open;
+        let directories = idle_roots.maximum_open;
         tracing::info!(directory = %path.display(), ctime = ?resolution, directories, "{how}");
         let store = Arc::new(RootStore {
             path: path.to_owned(),
-            pool,
+            idle_roots,
             cache,
             space,
             threads: AtomicUsize::new(threads),
@@ -100,10 +100,13 @@ impl RootStore {
             counts: LayOutCounts::default(),
         });
         for _ in 0..slots {
-            store.pool.return_root(store.make_root()?);
+            store.idle_roots.return_root(store.make_root()?);
         }
         let weak = Arc::downgrade(&store);
-        let reclaim = move || weak.upgrade().is_some_and(|store| store.pool.reclaim());
+        let reclaim = move || {
+            weak.upgrade()
+                .is_some_and(|store| store.idle_roots.reclaim())
+        };
         store.cache.on_pressure(reclaim);
         Ok(store)
     }
@@ -119,7 +122,7 @@ impl RootStore {
 
     /// Input roots that are kept and idle, and stashed subtrees.
     pub fn kept(&self) -> (usize, usize) {
-        self.pool.kept()
+        self.idle_roots.kept()
     }
 
     pub fn counts(&self) -> &LayOutCounts {
@@ -134,12 +137,12 @@ impl RootStore {
     /// Something was not as it should be: all that is kept is thrown away, and what is in use will be.
     /// Blocks.
     pub fn invalidate_all(&self) {
-        self.pool.invalidate_all();
+        self.idle_roots.invalidate_all();
     }
 
     pub(super) fn context(&self, generation: u64) -> LayOutContext<'_> {
         LayOutContext {
-            pool: &self.pool,
+            idle_roots: &self.idle_roots,
             cache: &self.cache,
             threads: self.threads.load(Ordering::Relaxed),
             generation,
@@ -155,7 +158,7 @@ impl RootStore {
     pub(super) fn keeps(&self, tree: &Node, link_mode: LinkMode) -> bool {
         link_mode != LinkMode::Copy
             && self.retention.is_active(Instant::now())
-            && tree.directories <= self.pool.maximum_open / 2
+            && tree.directories <= self.idle_roots.maximum_open / 2
     }
 
     /// Modifications of the cache by others, after which all that is kept was thrown away, since kept
@@ -165,29 +168,29 @@ impl RootStore {
         let now = self.cache.modifications();
         if *modifications != now {
             *modifications = now;
-            self.pool.invalidate_all();
+            self.idle_roots.invalidate_all();
         }
         now
     }
 
     /// The root that suits `wanted` best, or any empty one.
     pub(super) fn take_root(&self, wanted: Option<(LinkMode, &Tree)>) -> io::Result<IdleRoot> {
-        match self.pool.take_root(wanted) {
+        match self.idle_roots.take_root(wanted) {
             Some(root) => Ok(root),
             None => self.make_root(),
         }
     }
 
     fn make_root(&self) -> io::Result<IdleRoot> {
-        let name = self.pool.next_name();
+        let name = self.idle_roots.next_name();
         let made = self.make_root_at(name.clone());
-        made.inspect_err(|_| self.pool.delete_if_there(&name))
+        made.inspect_err(|_| self.idle_roots.delete_if_there(&name))
     }
 
     fn make_root_at(&self, name: String) -> io::Result<IdleRoot> {
-        let action_directory = ActionDirectory::create(self.pool.build_directory(), name)?;
+        let action_directory = ActionDirectory::create(self.idle_roots.build_directory(), name)?;
         let fd = self
-            .pool
+            .idle_roots
             .open_directory(&action_directory.directory, INPUT_ROOT)?;
         let (inode, baseline) = kept::record_baseline(fd.as_fd())?;
         let top = KeptDirectory {
@@ -207,22 +210,22 @@ impl RootStore {
                 // An empty root suits every mode.
                 link_mode: LinkMode::HardLink,
             },
-            generation: self.pool.generation(),
+            generation: self.idle_roots.generation(),
         })
     }
 
     /// Makes a used root as good as new, or throws it away.
     pub(super) fn clean(&self, mut action_directory: ActionDirectory, used: UsedRoot) {
         let generation = used.generation;
-        let build_directory = self.pool.build_directory();
-        action_directory.rename(build_directory, self.pool.next_name());
+        let build_directory = self.idle_roots.build_directory();
+        action_directory.rename(build_directory, self.idle_roots.next_name());
         if !action_directory::lock(action_directory.directory.as_fd()) {
             tracing::error!(
                 directory = %self.path.join(&action_directory.name).display(),
                 seconds = LAST_PROCESS_TIMEOUT.as_secs(),
                 "the runner did not let go of the directory of an action that is over; it is left until the next start"
             );
-            self.pool.end_cleaning(None);
+            self.idle_roots.end_cleaning(None);
             return;
         }
         let began = Instant::now();
@@ -252,12 +255,12 @@ impl RootStore {
             }
             None => (None, Some(action_directory)),
         };
-        let lacks = self.pool.end_cleaning(root);
+        let lacks = self.idle_roots.end_cleaning(root);
         if let Some(gone) = gone {
-            self.pool.delete(gone);
+            self.idle_roots.delete(gone);
         }
         if lacks && let Ok(root) = self.make_root() {
-            self.pool.return_root(root);
+            self.idle_roots.return_root(root);
         }
         if self.cache.is_over() {
             self.cache.evict_to_fit();
@@ -302,7 +305,7 @@ impl RootStore {
             if self.space.suffices(free) {
                 return Ok(());
             }
-            let removing = self.pool.deletions.is_busy() || self.pool.is_cleaning();
+            let removing = self.idle_roots.deletions.is_busy() || self.idle_roots.is_cleaning();
             let in_vain = before == Some(free) && !removing;
             let waited = began.elapsed();
             if in_vain || waited >= FREE_SPACE_TIMEOUT {

@@ -108,7 +108,7 @@ impl Verification<'_> {
         let fd = kept.fd.clone();
         let name = kept.node.directory.directories[child].0.clone();
         self.context
-            .pool
+            .idle_roots
             .deletions
             .try_delete(&*fd, name.as_str())?;
         self.make_child_again(kept, child)?;
@@ -216,7 +216,7 @@ impl Verification<'_> {
                 };
                 let is_ours = |inode: u64| -> io::Result<bool> {
                     let other = self.adopted_output_inodes.binary_search(&inode).is_ok();
-                    Ok(!other && is_the_workers(fd, name)?)
+                    Ok(!other && entry_is_made_by_worker(fd, name)?)
                 };
                 if inode == entry.ino() && (!doubtful || is_ours(inode)?) {
                     seen[at] = true;
@@ -246,7 +246,7 @@ impl Verification<'_> {
             Ok(()) | Err(Errno::NOENT) => return Ok(()),
             Err(_) => {}
         }
-        match self.context.pool.deletions.try_delete(fd, name) {
+        match self.context.idle_roots.deletions.try_delete(fd, name) {
             Ok(()) => Ok(()),
             // Without privileges another user's directory cannot be moved, but perhaps emptied.
             Err(Errno::ACCESS | Errno::PERM) => {
@@ -278,7 +278,7 @@ impl Verification<'_> {
                 replace_full,
             );
             linked.map_err(|error| match error {
-                LinkError::Vanished => io::ErrorKind::NotFound.into(),
+                LinkError::MissingOrAltered => io::ErrorKind::NotFound.into(),
                 LinkError::Full => Errno::MLINK.into(),
                 LinkError::Other(error) => error,
             })?;
@@ -301,17 +301,17 @@ impl Verification<'_> {
 
 fn into_io(error: LayOutError) -> io::Error {
     match error {
-        LayOutError::Vanished(_) => io::ErrorKind::NotFound.into(),
+        LayOutError::MissingFiles(_) => io::ErrorKind::NotFound.into(),
         LayOutError::Disk(_, error) => error,
     }
 }
 
 /// Whether an entry is the worker's, whose names no action can give to what is its own.
-fn is_the_workers(fd: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<bool> {
+fn entry_is_made_by_worker(fd: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<bool> {
     let stat = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
     let owner = rustix::process::geteuid().as_raw();
     Ok(match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => file_cache::is_the_workers(&stat),
+        FileType::RegularFile => file_cache::is_made_by_worker(&stat),
         _ => stat.st_uid == owner,
     })
 }

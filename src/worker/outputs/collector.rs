@@ -84,7 +84,7 @@ pub(super) struct OpenedOutput {
     /// It may be met again, under another name or as part of another output.
     pub may_return: bool,
     /// Nobody can make it differ from its digest any more.
-    pub sealed: bool,
+    pub is_owned: bool,
 }
 
 impl<'a, S: FnMut(Blobs)> Collector<'a, S> {

@@ -71,7 +71,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
             executable: opened.executable,
         };
         self.cache
-            .add_output(key, &opened.file, opened.sealed, directory, name);
+            .add_output(key, &opened.file, opened.is_owned, directory, name);
         Ok((digest, opened.executable))
     }
 
@@ -96,14 +96,14 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
         self.properties.remember(inode_of(stat), stat);
         let worker = rustix::process::geteuid().as_raw();
         // What the worker made, or took over before, shows it.
-        if (stat.st_uid == worker || stat.st_uid == 0) && !file_cache::is_the_workers(stat) {
+        if (stat.st_uid == worker || stat.st_uid == 0) && !file_cache::is_made_by_worker(stat) {
             self.found.by_a_privileged_user = true;
         }
         if stat.st_uid != worker {
             self.found.adopted_output_inodes.push(stat.st_ino);
         }
         OpenedOutput {
-            sealed: file_cache::seal(&file, executable),
+            is_owned: file_cache::take_ownership(&file, executable),
             file: Arc::new(file),
             inode: inode_of(stat),
             size: size_of(stat),

@@ -139,7 +139,7 @@ fn a_full_disk_costs_one_action_and_no_other() {
             Err(PrepareError::Fault(fault)) => {
                 assert_eq!(fault.status().code, Code::Unavailable as i32, "{fault}");
             }
-            Err(PrepareError::Vanished(keys)) => panic!("{keys:?}"),
+            Err(PrepareError::MissingFiles(keys)) => panic!("{keys:?}"),
             Ok(_) => panic!("there is no room for it"),
         }
         // What was made is removed in the background.

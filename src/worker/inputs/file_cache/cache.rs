@@ -9,8 +9,8 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
+    cache_directory::{self, CacheDirectory},
     counts::{CacheUses, VerificationCounts},
-    directory::{self, CacheDirectory},
     index::{CacheIndex, CachedFile},
     key::FileKey,
     watch::ChangeWatch,
@@ -170,7 +170,7 @@ impl FileCache {
     }
 
     pub(super) fn disk_fault(&self, key: &FileKey, error: io::Error) -> Fault {
-        let remedy = match directory::is_full(&error) {
+        let remedy = match cache_directory::is_full(&error) {
             true => "; make room on its file system, or lower cache.maximum_size",
             false => "",
         };

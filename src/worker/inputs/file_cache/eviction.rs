@@ -4,7 +4,7 @@ use std::io;
 
 use super::{
     cache::{CacheLimits, FileCache},
-    directory::is_full,
+    cache_directory::is_full,
     index::{CacheIndex, FileClaim},
     key::FileKey,
 };

@@ -9,7 +9,7 @@
 //! 3. Extra inodes come and go while `FileCache::changing_extra_inodes` is held, or with their file, when
 //!    that is in progress: so a name on the disk is always the inode that is known by it.
 //! 4. A file is looked at when it is linked: one whose size, mode, owner or mtime somebody changed, by
-//!    whatever name of it, is used no more (`Vanished`).
+//!    whatever name of it, is used no more (`MissingOrAltered`).
 
 use std::{fs::File, io, os::fd::BorrowedFd};
 
@@ -17,7 +17,7 @@ use rustix::{fs::AtFlags, io::Errno};
 
 use super::{
     cache::FileCache,
-    directory::{self, WriteAccess},
+    cache_directory::{self, WriteAccess},
     index::CacheIndex,
     input_inode::{InputInode, InputInodeKind},
     key::FileKey,
@@ -39,7 +39,7 @@ pub enum LinkMode {
 #[derive(Debug)]
 pub enum LinkError {
     /// Somebody removed it from the disk, changed it, or put another one in its place.
-    Vanished,
+    MissingOrAltered,
     /// This inode has all the links that the file system allows.
     Full,
     Other(io::Error),
@@ -106,7 +106,7 @@ impl FileCache {
         let _one_at_a_time = self.changing_extra_inodes.lock();
         let index = self.index.lock();
         if first(&index) != inode {
-            return Err(LinkError::Vanished);
+            return Err(LinkError::MissingOrAltered);
         }
         let inodes = index.inodes_of(key);
         drop(index);
@@ -162,11 +162,13 @@ impl FileCache {
         access: WriteAccess,
     ) -> Result<u64, LinkError> {
         let made = match file.kind() {
-            InputInodeKind::Empty => directory::make_empty(parent, name, key.executable, access),
+            InputInodeKind::Empty => {
+                cache_directory::make_empty(parent, name, key.executable, access)
+            }
             InputInodeKind::Own(handle) | InputInodeKind::HardLink(handle, _) => {
                 let cached = self.index.lock().files.value_of(handle).copied();
                 let source = self.open_first(key, cached.map(|cached| cached.inode))?;
-                directory::copy(&source, key, parent, name, access)
+                cache_directory::copy(&source, key, parent, name, access)
             }
         };
         made.map_err(LinkError::of_disk)
@@ -212,14 +214,14 @@ impl FileCache {
         inode: Option<u64>,
     ) -> Result<(), LinkError> {
         if Some(stat.st_ino) != inode {
-            return Err(LinkError::Vanished);
+            return Err(LinkError::MissingOrAltered);
         }
-        if !directory::is_as_made(stat, key, rustix::process::geteuid().as_raw()) {
+        if !cache_directory::is_intact(stat, key, rustix::process::geteuid().as_raw()) {
             self.report_modified(
                 &[(*key, number)],
                 "somebody changed a file of the cache, by whatever name of it",
             );
-            return Err(LinkError::Vanished);
+            return Err(LinkError::MissingOrAltered);
         }
         Ok(())
     }
@@ -253,7 +255,7 @@ impl FileCache {
 impl LinkError {
     fn of_disk(error: io::Error) -> Self {
         match error.raw_os_error() {
-            Some(libc::ENOENT | libc::ESTALE) => LinkError::Vanished,
+            Some(libc::ENOENT | libc::ESTALE) => LinkError::MissingOrAltered,
             _ => LinkError::Other(error),
         }
     }

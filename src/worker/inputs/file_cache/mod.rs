@@ -26,8 +26,8 @@
 //! - `verification` reads files again, whose progress `counts` tells.
 
 mod cache;
+mod cache_directory;
 mod counts;
-mod directory;
 mod eviction;
 mod fetch;
 mod index;
@@ -41,7 +41,7 @@ mod verification;
 mod watch;
 
 pub use cache::{CacheLimits, FileCache};
-pub use directory::{MTIME, is_the_workers, seal};
+pub use cache_directory::{MTIME, is_made_by_worker, take_ownership};
 pub use eviction::MINIMUM_FREE_INODES;
 pub use input_inode::{InputInode, InputInodeKind};
 pub use key::FileKey;

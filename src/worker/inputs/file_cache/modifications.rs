@@ -17,7 +17,7 @@ impl FileCache {
             } => {
                 // Whoever sets what was set already does no harm.
                 let changed =
-                    |(key, number): &(FileKey, u32)| !self.directory.is_as_made(key, *number);
+                    |(key, number): &(FileKey, u32)| !self.directory.is_intact(key, *number);
                 contents.extend(attributes.into_iter().filter(changed));
                 contents.sort_unstable();
                 // All inodes of a file go with it: the first of them that was changed tells.

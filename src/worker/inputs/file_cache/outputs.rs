@@ -7,14 +7,14 @@ use rustix::io::Errno;
 use super::{cache::FileCache, index::FileClaim, key::FileKey};
 
 impl FileCache {
-    /// An output becomes an input of later actions without a download. `sealed` says that the file
+    /// An output becomes an input of later actions without a download. `is_owned` says that the file
     /// itself may enter the cache; otherwise a copy does. What cannot enter is
     /// fetched.
     pub fn add_output(
         &self,
         key: FileKey,
         file: &File,
-        sealed: bool,
+        is_owned: bool,
         directory: BorrowedFd<'_>,
         name: &str,
     ) {
@@ -29,13 +29,13 @@ impl FileCache {
         }
         claim.add(&mut index, key);
         drop(index);
-        let added = match sealed {
-            true => match self.directory.adopt(&key, directory, name) {
+        let added = match is_owned {
+            true => match self.directory.link_in(&key, directory, name) {
                 // A file that the cache does not know of.
                 Err(Errno::EXIST) => self
                     .directory
                     .remove(&key, 1)
-                    .and_then(|()| Ok(self.directory.adopt(&key, directory, name)?)),
+                    .and_then(|()| Ok(self.directory.link_in(&key, directory, name)?)),
                 result => result.map_err(io::Error::from),
             },
             false => self.directory.duplicate(file, &key, 0),

@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use super::{cache::FileCache, counts::VerificationCounts, directory, key::FileKey};
+use super::{cache::FileCache, cache_directory, counts::VerificationCounts, key::FileKey};
 use crate::digest::Hasher;
 
 /// Read at a time.
@@ -156,7 +156,7 @@ impl FileCache {
     fn open_for_reading(&self, key: FileKey, number: u32) -> Option<FileBeingRead> {
         let file = self.directory.open_inode(&key, number).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
-        if !directory::is_as_made(&stat, &key, rustix::process::geteuid().as_raw()) {
+        if !cache_directory::is_intact(&stat, &key, rustix::process::geteuid().as_raw()) {
             self.report_wrong(&key, number, "has another size, mode, owner or mtime");
             return None;
         }

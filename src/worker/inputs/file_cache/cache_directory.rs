@@ -187,9 +187,9 @@ impl CacheDirectory {
 
     /// Whether size, mode, owner and mtime of the n-th extra inode, or of the first one (0), are right; also
     /// when it is not there.
-    pub(super) fn is_as_made(&self, key: &FileKey, number: u32) -> bool {
+    pub(super) fn is_intact(&self, key: &FileKey, number: u32) -> bool {
         match self.stat(key, number) {
-            Ok(stat) => is_as_made(&stat, key, rustix::process::geteuid().as_raw()),
+            Ok(stat) => is_intact(&stat, key, rustix::process::geteuid().as_raw()),
             Err(error) => error == Errno::NOENT,
         }
     }
@@ -215,7 +215,7 @@ impl CacheDirectory {
                 let usable = name
                     .to_str()
                     .and_then(FileKey::parse_name)
-                    .filter(|(key, _)| key.shard() == number && is_as_made(&stat, key, owner));
+                    .filter(|(key, _)| key.shard() == number && is_intact(&stat, key, owner));
                 match usable {
                     Some((key, extra)) => {
                         let changed = (stat.st_nlink > 1, stat.st_ctime, stat.st_ctime_nsec as i64);
@@ -289,7 +289,7 @@ impl CacheDirectory {
     pub(super) fn is_inode(&self, key: &FileKey, number: u32, inode: u64) -> bool {
         let owner = rustix::process::geteuid().as_raw();
         let stat = self.stat(key, number);
-        stat.is_ok_and(|stat| stat.st_ino == inode && is_as_made(&stat, key, owner))
+        stat.is_ok_and(|stat| stat.st_ino == inode && is_intact(&stat, key, owner))
     }
 
     /// Writes a file whose content is known to match its digest; `kept` is as in `publish`.
@@ -318,8 +318,8 @@ impl CacheDirectory {
         rustix::fs::linkat(shard, buffer.as_str(), directory, name, AtFlags::empty())
     }
 
-    /// Makes a sealed file the first inode of `key`, by one more link to it.
-    pub(super) fn adopt(
+    /// Makes a file that the worker owns the first inode of `key`, by one more link to it.
+    pub(super) fn link_in(
         &self,
         key: &FileKey,
         directory: BorrowedFd<'_>,
@@ -436,14 +436,14 @@ pub(super) fn make_empty(
 
 /// Whether a file is one that the worker made, for the cache or for an input root, and that nobody
 /// changed since.
-pub fn is_the_workers(stat: &rustix::fs::Stat) -> bool {
+pub fn is_made_by_worker(stat: &rustix::fs::Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
         && matches!(stat.st_mode & 0o7777, 0o444 | 0o555)
         && (stat.st_mtime, stat.st_mtime_nsec) == (MTIME, 0)
         && stat.st_uid == rustix::process::geteuid().as_raw()
 }
 
-pub(super) fn is_as_made(stat: &rustix::fs::Stat, key: &FileKey, owner: u32) -> bool {
+pub(super) fn is_intact(stat: &rustix::fs::Stat, key: &FileKey, owner: u32) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
         && u64::try_from(stat.st_size) == Ok(key.digest.size())
         && stat.st_mode & 0o7777 == mode(key.executable).as_raw_mode()
@@ -502,7 +502,7 @@ fn set_mtime(file: BorrowedFd<'_>) -> io::Result<()> {
 ///
 /// True only if nobody else has the file: no other name leads to it, no extended attribute or ACL
 /// is on it, no process has it open for writing or mapped writable.
-pub fn seal(file: &File, executable: bool) -> bool {
+pub fn take_ownership(file: &File, executable: bool) -> bool {
     let fd = file.as_fd();
     let alone = |fd| rustix::fs::fstat(fd).is_ok_and(|stat| stat.st_nlink == 1);
     // Before anything is changed: an input that the action linked elsewhere stays as it is.
@@ -532,16 +532,16 @@ mod tests {
     use crate::digest::DigestFunction;
 
     #[test]
-    fn a_file_that_somebody_can_still_write_is_not_sealed() {
+    fn a_file_that_somebody_can_still_write_is_not_taken_from_its_owner() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("f");
         let writer = File::create(&path).unwrap();
         let file = File::open(&path).unwrap();
-        assert!(!seal(&file, false));
+        assert!(!take_ownership(&file, false));
         drop(writer);
-        assert!(seal(&file, false));
+        assert!(take_ownership(&file, false));
         std::fs::hard_link(&path, directory.path().join("g")).unwrap();
-        assert!(!seal(&file, false));
+        assert!(!take_ownership(&file, false));
     }
     #[test]
     fn an_inode_that_input_roots_may_have_is_not_replaced() {

@@ -1,7 +1,7 @@
 //! What waits in the build directory for the next action: whole roots, and subtrees that were dropped
 //! from roots.
 //!
-//! 1. Everything in the pool was verified after the last action that had it.
+//! 1. Everything here was verified after the last action that had it.
 //! 2. It is bounded: in roots, in subtrees, in open directories; the longest unused go first,
 //!    subtrees before roots.
 //! 3. What was made before the last time that something was found wrong does not come back into it.
@@ -46,7 +46,7 @@ const COMPARED_DIRECTORIES: u32 = 200;
 pub(super) struct IdleRoot {
     pub action_directory: ActionDirectory,
     pub kept: KeptRoot,
-    /// Of the pool, when it was made.
+    /// Of all idle roots, when it was made.
     pub generation: u64,
 }
 
@@ -66,7 +66,7 @@ pub(super) struct StashedTree {
     generation: u64,
 }
 
-pub(super) struct Pool {
+pub(super) struct IdleRoots {
     /// Locked for as long as this worker runs.
     build_directory: OwnedFd,
     stash_directory: OwnedFd,
@@ -161,7 +161,7 @@ impl WaitingRoots {
     }
 }
 
-impl Pool {
+impl IdleRoots {
     /// Moves away and then removes what an earlier worker left. EWOULDBLOCK when another worker uses
     /// the directory.
     pub(super) fn open(path: &Path, slots: usize) -> io::Result<Self> {
@@ -187,7 +187,7 @@ impl Pool {
         }
         let stash_directory = within(STASHED)?;
         let limit = rustix::process::getrlimit(Resource::Nofile).current;
-        Ok(Pool {
+        Ok(IdleRoots {
             build_directory,
             stash_directory,
             deletions,
@@ -365,7 +365,7 @@ impl Pool {
     /// Subtrees wait for a root that has them.
     pub(super) fn add_stashed(&self, stashed: impl IntoIterator<Item = StashedTree>) {
         for stashed in stashed {
-            // Looked at under the lock: whoever forgets all counts up first, and then empties the pool.
+            // Looked at under the lock: whoever forgets all counts up first, and then lets go of all.
             let mut waiting = self.waiting.lock();
             let gone = match self.generation() == stashed.generation {
                 true => waiting.put(stashed),
