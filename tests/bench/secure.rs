@@ -26,7 +26,7 @@ use bb_remote_execution::{
 
 use crate::{
     harness::{
-        Client, digest_of,
+        Client, digest_of, free_address,
         pki::{Authority, Leaf},
         scheduler_process::SchedulerProcess,
     },
@@ -79,10 +79,7 @@ impl Variant {
     async fn start(kind: Kind) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path();
-        let free = || {
-            let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-            socket.local_addr().unwrap().to_string()
-        };
+        let free = || free_address().to_string();
         let (clients, workers) = (free(), free());
         let endpoint = |authority: &String| match kind {
             Kind::Plain => Endpoint::Tcp(authority.clone()),

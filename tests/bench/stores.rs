@@ -21,6 +21,7 @@ use bb_remote_execution::{
 use futures::{StreamExt, stream};
 
 use crate::harness::{
+    free_address,
     scheduler_process::SchedulerProcess,
     services::{self, BUCKET},
 };
@@ -140,9 +141,7 @@ impl Store {
 }
 
 async fn start(configuration: &str) -> SchedulerProcess {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let clients = Endpoint::Tcp(free.local_addr().unwrap().to_string());
-    drop(free);
+    let clients = Endpoint::Tcp(free_address().to_string());
     let directory = tempfile::tempdir_in("/var/tmp").unwrap();
     let configuration = format!("storage.embedded.maximum_size = \"2GiB\"\n{configuration}");
     let scheduler = SchedulerProcess::start_in(directory, clients, &configuration);

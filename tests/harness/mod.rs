@@ -6,12 +6,17 @@
 use std::{
     fs,
     io::Write,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     os::unix::{
         fs::{PermissionsExt, chown},
         process::CommandExt,
     },
     path::{Path, PathBuf},
     process::{Child, Command},
+    sync::{
+        LazyLock,
+        atomic::{AtomicU16, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -68,26 +73,35 @@ struct Files {
 /// Users that each farm has for its actions.
 pub const USERS: u32 = 16;
 
+/// Claims a byte of a file that all tests on this host share, for as long as the file is open.
+fn claim(file: &fs::File, byte: i64) -> bool {
+    use nix::fcntl::{FcntlArg, fcntl};
+    let lock = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&lock)).is_ok()
+}
+
+fn claims() -> fs::File {
+    fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open("/var/tmp/bb-farm-tests.lock")
+        .unwrap()
+}
+
 /// A range of users, and two ports, and one a thousand above the first, that no other test on this host has. (What a packaged runner
 /// uses lies below all of them.)
 fn claim_users() -> (u32, u16, fs::File) {
-    use nix::fcntl::{FcntlArg, fcntl};
+    let file = claims();
     for number in 0..300 {
-        let file = fs::OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open("/var/tmp/bb-farm-tests.lock")
-            .unwrap();
-        let lock = libc::flock {
-            l_type: libc::F_WRLCK as libc::c_short,
-            l_whence: libc::SEEK_SET as libc::c_short,
-            l_start: number,
-            l_len: 1,
-            l_pid: 0,
-        };
-        if fcntl(&file, FcntlArg::F_OFD_SETLK(&lock)).is_ok() {
+        if claim(&file, number) {
             // Below those that the kernel gives to others (ip(7), ip_local_port_range).
             return (
                 59_000 + number as u32 * USERS,
@@ -97,6 +111,21 @@ fn claim_users() -> (u32, u16, fs::File) {
         }
     }
     panic!("300 farms are being tested");
+}
+
+/// A port of the loopback that nobody listens on, for a daemon that is yet to be started: no other test has
+/// had it from here, and the kernel gives it to nobody who connects.
+pub fn free_address() -> SocketAddr {
+    static CLAIMS: LazyLock<fs::File> = LazyLock::new(claims);
+    static NEXT: AtomicU16 = AtomicU16::new(23_000);
+    loop {
+        let port = NEXT.fetch_add(1, Ordering::Relaxed);
+        assert!(port < 27_000, "4000 ports were given to tests");
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        if claim(&CLAIMS, port.into()) && TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
 }
 
 /// Says why a test cannot run here, also past libtest, which keeps what tests that pass have said. It

@@ -2,13 +2,13 @@
 
 use std::{
     io::{Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
-use super::skip;
+use super::{free_address, skip};
 
 /// A server of its own port on the loopback interface; killed when it is dropped.
 pub struct Service {
@@ -82,10 +82,7 @@ pub fn s3() -> Option<Service> {
 fn start(command: impl Fn(u16, &Path) -> Command) -> Service {
     for _ in 0..5 {
         let directory = tempfile::tempdir().unwrap();
-        // Somebody else may take it meanwhile.
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = free.local_addr().unwrap();
-        drop(free);
+        let address = free_address();
         let mut process = command(address.port(), directory.path())
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -18,7 +18,7 @@ use bb_remote_execution::{
 use tonic::{Code, Request, Status};
 
 use crate::harness::{
-    Client, Farm, Task, finished, is_ok, is_root,
+    Client, Farm, Task, finished, free_address, is_ok, is_root,
     pki::{Authority, Leaf, Pair},
     scheduler_process::SchedulerProcess,
 };
@@ -117,10 +117,7 @@ fn grants(right: &str, wrong: &str) -> String {
 }
 
 fn free_port(scheme: fn(String) -> Endpoint) -> impl Fn(&Path, &str) -> Endpoint {
-    move |_, _| {
-        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        scheme(socket.local_addr().unwrap().to_string())
-    }
+    move |_, _| scheme(free_address().to_string())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -11,7 +11,7 @@ use std::{
 };
 
 use crate::harness::{
-    Daemon, Farm, is_root,
+    Daemon, Farm, free_address, is_root,
     pki::{Authority, Leaf},
 };
 use expect::{
@@ -207,13 +207,9 @@ fn of_each_configuration_of_the_scheduler_check_says_what_a_start_makes_of_it() 
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
     furnish(path);
-    let free = || {
-        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        (socket.local_addr().unwrap().port().to_string(), socket)
-    };
-    let (busy, _held) = free();
-    let ((clients, first), (workers, second)) = (free(), free());
-    drop((first, second));
+    let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let busy = held.local_addr().unwrap().port().to_string();
+    let [clients, workers] = [(); 2].map(|()| free_address().port().to_string());
     let dir = path.display().to_string();
     let text = format!(
         "clients.listen = \"127.0.0.1:{clients}\"\nworkers.listen = \"127.0.0.1:{workers}\"\n\
@@ -324,10 +320,7 @@ fn of_each_configuration_of_the_runner_check_says_what_a_start_makes_of_it() {
 fn what_the_daemon_itself_holds_is_good_and_what_another_holds_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
-    let free = || {
-        let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        socket.local_addr().unwrap().port()
-    };
+    let free = || free_address().port();
     let text = format!(
         "clients.listen = \"127.0.0.1:{1}\"\nworkers.listen = \"unix:{0}/workers.sock\"\n\
          state.listen = \"unix:{0}/state.sock\"\n\

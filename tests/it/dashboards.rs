@@ -17,7 +17,7 @@ use serde_json::Value;
 use tokio::net::{TcpListener, UnixStream};
 
 use crate::{
-    harness::{Client, Farm, Task, browser::Browser, digest_of, is_root, skip},
+    harness::{Client, Farm, Task, browser::Browser, digest_of, free_address, is_root, skip},
     web,
 };
 
@@ -39,11 +39,6 @@ impl Drop for Prometheus {
 
 fn monitoring() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/monitoring")
-}
-
-fn free_address() -> SocketAddr {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap()
 }
 
 impl Prometheus {

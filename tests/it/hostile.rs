@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
 use crate::harness::{
-    digest_of,
+    digest_of, free_address,
     pki::{Authority, Leaf},
     scheduler_process::SchedulerProcess,
 };
@@ -47,9 +47,7 @@ struct Attacked {
 impl Attacked {
     async fn start(text: &str) -> Self {
         daemon::raise_file_limit();
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = free.local_addr().unwrap();
-        drop(free);
+        let address = free_address();
         let directory = tempfile::tempdir().unwrap();
         let clients = Endpoint::Tcp(address.to_string());
         let scheduler = SchedulerProcess::start_in(directory, clients, text);
@@ -209,9 +207,7 @@ async fn half_open_handshakes_cost_little_and_leave_others_served() {
         pair.certificate.display(),
         pair.key.display()
     );
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let workers = free.local_addr().unwrap();
-    drop(free);
+    let workers = free_address();
     let attacked = Attacked::start(&format!("workers.listen = \"{workers}\"\n{text}")).await;
     use futures::StreamExt;
     // The head of a handshake that says that 16 KiB come.
@@ -454,9 +450,7 @@ async fn head_of_page(stream: &mut TcpStream, request: &[u8]) -> std::io::Result
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_are_served_while_one_caller_holds_all_the_connections_it_can() {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let web = free.local_addr().unwrap();
-    drop(free);
+    let web = free_address();
     let attacked = Attacked::start(&format!("web.listen = \"{web}\"\n")).await;
     use futures::StreamExt;
     let page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
@@ -483,9 +477,7 @@ async fn pages_are_served_while_one_caller_holds_all_the_connections_it_can() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_form_that_is_too_large_is_refused() {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let web = free.local_addr().unwrap();
-    drop(free);
+    let web = free_address();
     let attacked = Attacked::start(&format!("web.listen = \"{web}\"\n")).await;
     // A byte more than it may have, so that all of it is read.
     let form = "x=".to_owned() + &"y".repeat((64 << 10) - 1);

@@ -21,7 +21,7 @@ use bb_remote_execution::proto::{
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
-use crate::harness::{Daemon, Farm, Task, finished, is_ok, is_root, skip};
+use crate::harness::{Daemon, Farm, Task, finished, free_address, is_ok, is_root, skip};
 
 /// What came, by the daemon that sent it.
 #[derive(Clone, Default)]
@@ -203,9 +203,7 @@ async fn a_collector_that_is_away_costs_actions_nothing() {
         return skip("a runner needs root");
     }
     // Nobody listens there any more.
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = format!("grpc://{}", listener.local_addr().unwrap());
-    drop(listener);
+    let address = format!("grpc://{}", free_address());
     let mut farm = Farm::start_traced(Path::new("/var/tmp"), 1, &address).await;
     for _ in 0..5 {
         assert!(is_ok(&farm.client().run(&Task::shell("true")).await));

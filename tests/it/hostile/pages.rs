@@ -7,9 +7,7 @@ use crate::harness::Client;
 
 /// A scheduler whose pages are at a port.
 async fn with_pages() -> (Attacked, SocketAddr) {
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let web = free.local_addr().unwrap();
-    drop(free);
+    let web = free_address();
     let attacked = Attacked::start(&format!("web.listen = \"{web}\"\n")).await;
     (attacked, web)
 }

@@ -6,6 +6,7 @@ use tokio::{
 };
 
 use super::*;
+use crate::harness::free_address;
 
 /// What came back: the status, the headers in lower case, and the body.
 pub struct Answer {
@@ -36,12 +37,6 @@ impl Scheduler {
     }
 }
 
-/// A port of the loopback that nobody listens on.
-fn free_port() -> u16 {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    socket.local_addr().unwrap().port()
-}
-
 #[tokio::test]
 async fn pages_are_served_with_headers_that_forbid_what_is_of_other_sites() {
     let scheduler = Scheduler::start(|_| {}).await;
@@ -69,7 +64,7 @@ async fn pages_are_served_with_headers_that_forbid_what_is_of_other_sites() {
 
 #[tokio::test]
 async fn a_name_that_is_not_this_hosts_leads_to_no_page() {
-    let port = free_port();
+    let port = free_address().port();
     let scheduler = Scheduler::start(|config| {
         config.web.listen = ListenAddress::Tcp(([127, 0, 0, 1], port).into());
         config.web.url = "http://farm.example/".to_owned();
