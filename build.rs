@@ -42,6 +42,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         // Blobs are shared, not copied.
         .bytes(".")
+        .codec_path("crate::codec::MessageCodec")
         // Maps have one order, so that two encodings of a message are equal.
         .btree_map(".")
         .include_file("proto.rs")

@@ -7,6 +7,7 @@
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 // Words.
+pub mod codec;
 pub mod digest;
 pub mod instance;
 pub mod metadata;

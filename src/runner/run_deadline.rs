@@ -21,12 +21,14 @@ use tonic::{
     codegen::{BoxFuture, Service, http},
     server::{Grpc, NamedService, ServerStreamingService},
 };
-use tonic_prost::ProstCodec;
 
 use super::{grpc_timeout, service::RunnerService};
-use crate::proto::runner::{
-    RunRequest, RunResponse,
-    runner_server::{Runner as _, RunnerServer, SERVICE_NAME},
+use crate::{
+    codec::MessageCodec,
+    proto::runner::{
+        RunRequest, RunResponse,
+        runner_server::{Runner as _, RunnerServer, SERVICE_NAME},
+    },
 };
 
 /// execve(2) takes a few MiB of arguments and environment.
@@ -74,7 +76,7 @@ impl Service<http::Request<Body>> for DeadlineService {
         }
         let run = Run(self.runner.clone());
         Box::pin(async move {
-            let mut grpc = Grpc::new(ProstCodec::default())
+            let mut grpc = Grpc::new(MessageCodec::default())
                 .accept_compressed(CompressionEncoding::Gzip)
                 .max_decoding_message_size(MAXIMUM_REQUEST);
             Ok(grpc.server_streaming(run, request).await)

@@ -41,7 +41,7 @@ pub fn halve<T>(mut items: Vec<T>, size: impl Fn(&T) -> u64) -> [Vec<T>; 2] {
 /// What FindMissing is to ask for: each digest once, in the order given, and none of an empty blob, which
 /// is always there.
 pub(super) fn distinct(digests: &[Digest]) -> Vec<Digest> {
-    let mut seen = HashSet::new();
+    let mut seen = HashSet::with_capacity(digests.len());
     let wanted = digests
         .iter()
         .filter(|digest| !digest.is_empty_blob() && seen.insert(**digest));

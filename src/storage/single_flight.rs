@@ -5,12 +5,32 @@
 //! 3. Who keeps results must keep them before the leader is dropped, and look for them under the lock
 //!    under which he joins: then nothing is fetched twice.
 
-use std::{collections::HashMap, hash::Hash, sync::Arc};
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    sync::{Arc, OnceLock},
+};
 
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
-type Flights<K, V> = Arc<Mutex<HashMap<K, watch::Receiver<Option<V>>>>>;
+type Flights<K, V> = Arc<Mutex<HashMap<K, Arc<Flight<V>>>>>;
+
+/// A fetch that several wait for. There is one for each small blob, so that it is small, too.
+struct Flight<V> {
+    /// `None` when the leader gave up.
+    result: OnceLock<Option<V>>,
+    ended: Notify,
+}
+
+impl<V> Flight<V> {
+    /// Only the first result counts.
+    fn end(&self, result: Option<V>) {
+        if self.result.set(result).is_ok() {
+            self.ended.notify_waiters();
+        }
+    }
+}
 
 /// What is being fetched.
 pub struct SingleFlight<K, V>(Flights<K, V>);
@@ -27,11 +47,11 @@ pub enum Role<K: Eq + Hash, V> {
 pub struct Leader<K: Eq + Hash, V> {
     flights: Flights<K, V>,
     key: K,
-    result: watch::Sender<Option<V>>,
+    flight: Arc<Flight<V>>,
 }
 
 /// Whoever waits for a leader.
-pub struct Follower<V>(watch::Receiver<Option<V>>);
+pub struct Follower<V>(Arc<Flight<V>>);
 
 impl<K, V> Default for SingleFlight<K, V> {
     fn default() -> Self {
@@ -43,15 +63,18 @@ impl<K: Clone + Eq + Hash, V: Clone> SingleFlight<K, V> {
     /// Makes the first who asks for a key its leader, and others followers.
     pub fn join(&self, key: K) -> Role<K, V> {
         let mut flights = self.0.lock();
-        if let Some(result) = flights.get(&key) {
-            return Role::Follower(Follower(result.clone()));
+        if let Some(flight) = flights.get(&key) {
+            return Role::Follower(Follower(flight.clone()));
         }
-        let (result, receiver) = watch::channel(None);
-        flights.insert(key.clone(), receiver);
+        let flight = Arc::new(Flight {
+            result: OnceLock::new(),
+            ended: Notify::new(),
+        });
+        flights.insert(key.clone(), flight.clone());
         Role::Leader(Leader {
             flights: self.0.clone(),
             key,
-            result,
+            flight,
         })
     }
 }
@@ -64,26 +87,36 @@ impl<K: Eq + Hash, V: Clone> Leader<K, V> {
 
     /// For a leader that takes its own result in the way of all others.
     pub fn follower(&self) -> Follower<V> {
-        Follower(self.result.subscribe())
+        Follower(self.flight.clone())
     }
 
     /// Gives the result to all followers.
     pub fn finish(self, result: V) {
-        self.result.send_replace(Some(result));
+        self.flight.end(Some(result));
     }
 }
 
 impl<K: Eq + Hash, V> Drop for Leader<K, V> {
     fn drop(&mut self) {
         self.flights.lock().remove(&self.key);
+        self.flight.end(None);
     }
 }
 
 impl<V: Clone> Follower<V> {
     /// `None` when the leader gave up.
-    pub async fn result(mut self) -> Option<V> {
-        let result = self.0.wait_for(Option::is_some).await.ok()?;
-        result.clone()
+    pub async fn result(self) -> Option<V> {
+        if let Some(result) = self.0.result.get() {
+            return result.clone();
+        }
+        let ended = self.0.ended.notified();
+        let mut ended = std::pin::pin!(ended);
+        // From here on, whoever ends it is heard.
+        ended.as_mut().enable();
+        if self.0.result.get().is_none() {
+            ended.await;
+        }
+        self.0.result.get().cloned().flatten()
     }
 }
 

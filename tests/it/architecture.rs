@@ -8,7 +8,7 @@ mod imports;
 
 /// Each imports only those before it.
 const WORDS: &[&str] = &[
-    "proto", "text", "digest", "instance", "path", "resource", "metadata",
+    "codec", "proto", "text", "digest", "instance", "path", "resource", "metadata",
 ];
 /// Each imports only those before it.
 const SERVICES: &[&str] = &["removal", "config", "auth", "daemon", "storage"];

@@ -20,7 +20,16 @@ impl Client {
         instance: &InstanceName,
         digests: &[Digest],
     ) -> Result<Vec<Digest>, Error> {
-        let distinct = batch::distinct(digests);
+        self.find_missing_of_distinct(instance, &batch::distinct(digests))
+            .await
+    }
+
+    /// The same where each digest is given once, and none is of an empty blob.
+    pub(super) async fn find_missing_of_distinct(
+        &self,
+        instance: &InstanceName,
+        distinct: &[Digest],
+    ) -> Result<Vec<Digest>, Error> {
         // One call has digests of one function.
         let mut calls: Vec<Vec<Digest>> = Vec::new();
         for run in distinct.chunk_by(|a, b| a.function() == b.function()) {
@@ -74,13 +83,13 @@ impl Client {
         let Some(function) = digests.first().map(Digest::function) else {
             return Ok(Ok(Vec::new()));
         };
-        let request = FindMissingBlobsRequest {
+        let request = || FindMissingBlobsRequest {
             instance_name: self.name_there(instance).to_string(),
             blob_digests: digests.iter().map(Digest::to_proto).collect(),
             digest_function: function.to_proto() as i32,
         };
         let answer = self.0.cas_server.divisible(|| {
-            let (mut client, request) = (self.cas(), request.clone());
+            let (mut client, request) = (self.cas(), request());
             async move { client.find_missing_blobs(request).await }
         });
         let missing = match answer.await? {

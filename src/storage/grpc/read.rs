@@ -155,13 +155,12 @@ impl Client {
                 .partition(|leader| leader.digest().function() == function);
             leaders = same;
             let rest: Vec<ReadLeader> = other;
-            let request = BatchReadBlobsRequest {
+            let digests: Vec<Digest> = leaders.iter().map(|leader| *leader.digest()).collect();
+            let compresses = self.compresses_batches(instance).await;
+            let request = || BatchReadBlobsRequest {
                 instance_name: self.name_there(instance).to_string(),
-                digests: leaders
-                    .iter()
-                    .map(|leader| leader.digest().to_proto())
-                    .collect(),
-                acceptable_compressors: match self.compresses_batches(instance).await {
+                digests: digests.iter().map(Digest::to_proto).collect(),
+                acceptable_compressors: match compresses {
                     true => vec![Compressor::Zstd.to_proto()],
                     false => Vec::new(),
                 },
@@ -169,7 +168,7 @@ impl Client {
             };
             let permit = self.0.downloads.acquire().await;
             let answer = self.0.cas_server.divisible(|| {
-                let (mut client, request) = (self.cas(), request.clone());
+                let (mut client, request) = (self.cas(), request());
                 async move { client.batch_read_blobs(request).await }
             });
             let answer = answer.await;
@@ -190,48 +189,37 @@ impl Client {
             };
             let mut again = Vec::new();
             let mut trouble = None;
-            let sizes: HashMap<String, u64> = leaders
-                .iter()
-                .map(|leader| (leader.digest().hash_hex(), leader.digest().size()))
-                .collect();
             let received = answer.responses.iter().map(|one| one.data.len() as u64);
-            let bytes = received.chain(sizes.values().copied()).sum();
-            let decompress_all = move || -> HashMap<_, _> {
-                let responses = answer.responses.into_iter();
-                let known = responses.filter_map(|response| {
-                    let hash = response.digest.as_ref()?.hash.clone();
-                    let size = *sizes.get(&hash)?;
-                    Some((hash, decompressed(response, size)))
-                });
-                known.collect()
-            };
-            let mut answers = computing(bytes, decompress_all).await.unwrap_or_default();
-            for leader in leaders {
-                let digest = *leader.digest();
-                let Some(response) = answers.remove(&digest.hash_hex()) else {
-                    leader.finish(Err(Error::Internal(format!(
-                        "the CAS answered a BatchReadBlobs without blob {digest}"
-                    ))));
-                    continue;
-                };
-                let status = response.status.unwrap_or_default();
-                if status.code != 0 {
-                    let status = Status::new(Code::from_i32(status.code), status.message);
-                    match may_pass(&status) {
-                        true => {
-                            trouble = Some(status);
-                            again.push(leader);
-                        }
-                        false => {
-                            leader.finish(Err(self.0.cas_server.error(&status, Some(&digest))))
-                        }
+            let bytes = received.chain(digests.iter().map(Digest::size)).sum();
+            let contents = computing(bytes, move || contents_of(answer.responses, &digests)).await;
+            let contents = match contents {
+                Ok(contents) => contents,
+                Err(error) => {
+                    for leader in leaders.into_iter().chain(rest) {
+                        leader.finish(Err(error.clone()));
                     }
-                    continue;
+                    return None;
                 }
-                match verify(&digest, function.digest_of(&response.data)) {
-                    Ok(()) => leader.finish(Ok(response.data)),
-                    Err(error) if corrupt_before => leader.finish(Err(error)),
-                    Err(_) => again.push(leader),
+            };
+            for (leader, content) in leaders.into_iter().zip(contents) {
+                let digest = leader.digest();
+                match content {
+                    BatchContent::Verified(content) => leader.finish(Ok(content)),
+                    BatchContent::Corrupt(error) if corrupt_before => leader.finish(Err(error)),
+                    BatchContent::Corrupt(_) => again.push(leader),
+                    BatchContent::Failed(status) if may_pass(&status) => {
+                        trouble = Some(status);
+                        again.push(leader);
+                    }
+                    BatchContent::Failed(status) => {
+                        let error = self.0.cas_server.error(&status, Some(digest));
+                        leader.finish(Err(error));
+                    }
+                    BatchContent::Absent => {
+                        let error =
+                            format!("the CAS answered a BatchReadBlobs without blob {digest}");
+                        leader.finish(Err(Error::Internal(error)));
+                    }
                 }
             }
             corrupt_before = true;
@@ -249,13 +237,40 @@ impl Client {
     }
 }
 
-/// A blob of a batch as it is. One that cannot be decompressed is left as it came, so that it has not its
-/// digest.
-fn decompressed(mut response: Response, size: u64) -> Response {
-    if response.compressor == Compressor::Zstd.to_proto()
-        && let Ok(content) = compression::decode_whole(response.data.clone(), size)
-    {
-        response.data = content;
-    }
-    response
+/// What a CAS answered of one blob of a batch.
+enum BatchContent {
+    Verified(Bytes),
+    Corrupt(Error),
+    Failed(Status),
+    Absent,
+}
+
+/// For each digest, what the answer has of it: decompressed and verified. What cannot be decompressed is
+/// taken as it came, so that it has not its digest.
+fn contents_of(responses: Vec<Response>, digests: &[Digest]) -> Vec<BatchContent> {
+    let by_hash = responses.into_iter().filter_map(|mut response| {
+        let hash = std::mem::take(&mut response.digest.as_mut()?.hash);
+        Some((hash, response))
+    });
+    let mut by_hash: HashMap<String, Response> = by_hash.collect();
+    let content = |digest: &Digest| {
+        let Some(response) = by_hash.remove(&digest.hash_hex()) else {
+            return BatchContent::Absent;
+        };
+        let status = response.status.unwrap_or_default();
+        if status.code != 0 {
+            return BatchContent::Failed(Status::new(Code::from_i32(status.code), status.message));
+        }
+        let mut content = response.data;
+        if response.compressor == Compressor::Zstd.to_proto()
+            && let Ok(decompressed) = compression::decode_whole(content.clone(), digest.size())
+        {
+            content = decompressed;
+        }
+        match verify(digest, digest.function().digest_of(&content)) {
+            Ok(()) => BatchContent::Verified(content),
+            Err(error) => BatchContent::Corrupt(error),
+        }
+    };
+    digests.iter().map(content).collect()
 }

@@ -26,15 +26,16 @@ impl Client {
         mut blobs: Vec<(Digest, Content)>,
     ) -> Result<(), Error> {
         // An answer may tell of each once.
-        let mut seen = HashSet::new();
+        let mut seen = HashSet::with_capacity(blobs.len());
         blobs.retain(|(digest, _)| seen.insert(*digest));
         let sizes = blobs.iter().map(|(digest, _)| digest.size() + OVERHEAD);
         if sizes.sum::<u64>() <= UNASKED {
             return self.write(instance, blobs).await;
         }
-        let digests: Vec<Digest> = blobs.iter().map(|(digest, _)| *digest).collect();
+        let digests = blobs.iter().map(|(digest, _)| *digest);
+        let digests: Vec<Digest> = digests.filter(|digest| !digest.is_empty_blob()).collect();
         let mut missing: HashSet<Digest> = self
-            .find_missing(instance, &digests)
+            .find_missing_of_distinct(instance, &digests)
             .await?
             .into_iter()
             .collect();
@@ -139,31 +140,41 @@ impl Client {
             let permit = self.0.uploads.acquire().await;
             let compresses = self.compresses_batches(instance).await;
             let bytes = same.iter().map(|(_, content)| content.in_memory());
-            let bytes = bytes.sum::<Option<u64>>().unwrap_or(u64::MAX);
-            let (same, requests) = computing(bytes, move || {
-                let request = |(digest, content): &(Digest, Content)| {
+            let work = match bytes.sum::<Option<u64>>() {
+                // Nothing is read, nor compressed.
+                Some(_) if !compresses => 0,
+                bytes => bytes.unwrap_or(u64::MAX),
+            };
+            let (same, contents) = computing(work, move || {
+                let content = |(digest, content): &(Digest, Content)| {
                     let content = content.part(digest, 0, digest.size())?;
-                    let (data, compressor) = match compresses {
-                        true => compressed(content)?,
-                        false => (content, Compressor::Identity),
-                    };
-                    Ok(Request {
-                        digest: Some(digest.to_proto()),
-                        data,
-                        compressor: compressor.to_proto(),
-                    })
+                    match compresses {
+                        true => compressed(content),
+                        false => Ok((content, Compressor::Identity)),
+                    }
                 };
-                let requests = same.iter().map(request).collect::<Result<Vec<_>, Error>>();
-                (same, requests)
+                let contents = same.iter().map(content).collect::<Result<Vec<_>, Error>>();
+                (same, contents)
             })
             .await?;
-            let request = BatchUpdateBlobsRequest {
-                instance_name: self.name_there(instance).to_string(),
-                requests: requests?,
-                digest_function: function.to_proto() as i32,
+            let contents = contents?;
+            let request = || {
+                let requests =
+                    same.iter()
+                        .zip(&contents)
+                        .map(|((digest, _), (data, by))| Request {
+                            digest: Some(digest.to_proto()),
+                            data: data.clone(),
+                            compressor: by.to_proto(),
+                        });
+                BatchUpdateBlobsRequest {
+                    instance_name: self.name_there(instance).to_string(),
+                    requests: requests.collect(),
+                    digest_function: function.to_proto() as i32,
+                }
             };
             let answer = self.0.cas_server.divisible(|| {
-                let (mut client, request) = (self.cas(), request.clone());
+                let (mut client, request) = (self.cas(), request());
                 async move { client.batch_update_blobs(request).await }
             });
             let answer = answer.await?;
