@@ -445,9 +445,9 @@ mod tests {
 
     /// What tracing-journald is handed: for each event the spans around it and its own fields.
     #[derive(Clone, Default)]
-    struct Recorder(Arc<Mutex<Vec<LogFields>>>);
+    struct FieldsRecorder(Arc<Mutex<Vec<LogFields>>>);
 
-    impl<S: Subscriber> Layer<S> for Recorder {
+    impl<S: Subscriber> Layer<S> for FieldsRecorder {
         fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
             let mut fields = LogFields::default();
             event.record(&mut fields);
@@ -456,7 +456,7 @@ mod tests {
     }
 
     fn handed_on(speak: impl FnOnce()) -> LogFields {
-        let recorder = Recorder::default();
+        let recorder = FieldsRecorder::default();
         let layer = Sentences {
             journal: Some(recorder.clone()),
             identified: Vec::new(),
@@ -487,7 +487,7 @@ mod tests {
 
     #[test]
     fn an_event_that_people_are_alerted_of_is_the_journals_with_its_number() {
-        let (plain, identified) = (Recorder::default(), Recorder::default());
+        let (plain, identified) = (FieldsRecorder::default(), FieldsRecorder::default());
         let layer = Sentences {
             journal: Some(plain.clone()),
             identified: vec![(message_id::WORKER_GONE, identified.clone())],

@@ -18,12 +18,12 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 pub(super) struct Breaker {
     /// In a row.
     most_faults: u32,
-    state: Mutex<State>,
+    state: Mutex<BreakerState>,
     usable: watch::Sender<bool>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum BreakerState {
     /// Failed calls say nothing about health checks, nor the other way round: a server may answer these
     /// and be stuck with its disk.
     Closed {
@@ -39,14 +39,14 @@ enum State {
     },
 }
 
-const CLOSED: State = State::Closed {
+const CLOSED: BreakerState = BreakerState::Closed {
     failed_calls: 0,
     failed_checks: 0,
 };
 
 /// What a fault was a fault of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Attempt {
+pub(super) enum AttemptKind {
     Call,
     HealthCheck,
 }
@@ -72,36 +72,36 @@ impl Breaker {
 
     /// Whether nothing is held against the server that took it out of use before.
     pub(super) fn is_closed(&self) -> bool {
-        matches!(*self.state.lock(), State::Closed { .. })
+        matches!(*self.state.lock(), BreakerState::Closed { .. })
     }
 
     /// How long a server that is out of use is left alone from now on.
     pub(super) fn pause_left(&self, now: Instant) -> Option<Duration> {
         match *self.state.lock() {
-            State::Open { until, .. } => Some(until.saturating_duration_since(now)),
-            State::Closed { .. } | State::HalfOpen { .. } => None,
+            BreakerState::Open { until, .. } => Some(until.saturating_duration_since(now)),
+            BreakerState::Closed { .. } | BreakerState::HalfOpen { .. } => None,
         }
     }
 
     /// Whether it is time for a health check.
     pub(super) fn is_due(&self, now: Instant) -> bool {
         match *self.state.lock() {
-            State::Open { until, .. } => until <= now,
+            BreakerState::Open { until, .. } => until <= now,
             _ => true,
         }
     }
 
     /// True when this fault takes the server out of use.
-    pub(super) fn fail(&self, attempt: Attempt, now: Instant) -> bool {
+    pub(super) fn fail(&self, attempt: AttemptKind, now: Instant) -> bool {
         let mut state = self.state.lock();
         let pause = match &mut *state {
-            State::Closed {
+            BreakerState::Closed {
                 failed_calls,
                 failed_checks,
             } => {
                 let failed = match attempt {
-                    Attempt::Call => failed_calls,
-                    Attempt::HealthCheck => failed_checks,
+                    AttemptKind::Call => failed_calls,
+                    AttemptKind::HealthCheck => failed_checks,
                 };
                 *failed += 1;
                 if *failed < self.most_faults {
@@ -109,16 +109,16 @@ impl Breaker {
                 }
                 SHORTEST_PAUSE
             }
-            State::HalfOpen { pause } => (*pause * 2).min(LONGEST_PAUSE),
-            State::Open { until, pause } => {
-                if attempt == Attempt::HealthCheck {
+            BreakerState::HalfOpen { pause } => (*pause * 2).min(LONGEST_PAUSE),
+            BreakerState::Open { until, pause } => {
+                if attempt == AttemptKind::HealthCheck {
                     *pause = (*pause * 2).min(LONGEST_PAUSE);
                     *until = now + *pause;
                 }
                 return false;
             }
         };
-        *state = State::Open {
+        *state = BreakerState::Open {
             until: now + pause,
             pause,
         };
@@ -128,16 +128,18 @@ impl Breaker {
     }
 
     /// True when this answer brings the server back into use.
-    pub(super) fn succeed(&self, attempt: Attempt) -> bool {
+    pub(super) fn succeed(&self, attempt: AttemptKind) -> bool {
         let mut state = self.state.lock();
         match (&mut *state, attempt) {
-            (State::Closed { failed_calls, .. }, Attempt::Call) => *failed_calls = 0,
-            (State::Closed { failed_checks, .. }, Attempt::HealthCheck) => *failed_checks = 0,
-            (State::HalfOpen { .. }, _) => *state = CLOSED,
+            (BreakerState::Closed { failed_calls, .. }, AttemptKind::Call) => *failed_calls = 0,
+            (BreakerState::Closed { failed_checks, .. }, AttemptKind::HealthCheck) => {
+                *failed_checks = 0
+            }
+            (BreakerState::HalfOpen { .. }, _) => *state = CLOSED,
             // A call that was under way says less than a check that is due.
-            (State::Open { .. }, Attempt::Call) => {}
-            (State::Open { pause, .. }, Attempt::HealthCheck) => {
-                *state = State::HalfOpen { pause: *pause };
+            (BreakerState::Open { .. }, AttemptKind::Call) => {}
+            (BreakerState::Open { pause, .. }, AttemptKind::HealthCheck) => {
+                *state = BreakerState::HalfOpen { pause: *pause };
                 drop(state);
                 self.usable.send_replace(true);
                 return true;
@@ -150,7 +152,7 @@ impl Breaker {
 #[cfg(test)]
 mod tests {
     use super::{
-        Attempt::{Call, HealthCheck},
+        AttemptKind::{Call, HealthCheck},
         *,
     };
 

@@ -21,7 +21,7 @@ use bb_remote_execution::{
     scheduler::{
         queue::{
             Attempt, DesiredWorkerState, Effect, EncodedResponse, Instruction, InvocationKey,
-            InvocationKeys, Limits, Platform, PredeclaredQueue, Queue, QueuedAction,
+            InvocationKeys, Platform, PredeclaredQueue, Queue, QueueLimits, QueuedAction,
             ReportedAction, ReportedDigest, Request, Settings, SizeClassQueueKey,
             SynchronizeAnswer, WorkerActivity, WorkerCaller, WorkerId, WorkerReport,
         },
@@ -133,11 +133,11 @@ impl Bench {
             prefix: InstanceName::empty(),
             size_class: 0,
         };
-        let limits = Limits {
+        let limits = QueueLimits {
             queued_operations: usize::MAX,
             queued_operations_per_instance_name: usize::MAX,
             queued_operations_per_invocation: usize::MAX,
-            ..Limits::default()
+            ..QueueLimits::default()
         };
         let settings = Settings {
             // As many as of a farm that is a hundred times slower, in a minute.

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{
     ActionName,
-    calls::Scheduler,
+    calls::SchedulerCalls,
     rows::{Property, digest, properties},
 };
 use crate::{
@@ -51,7 +51,7 @@ struct ResultRow {
 }
 
 pub(super) async fn show(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     output: &Output,
     name: &ActionName,
     instance: String,

@@ -35,11 +35,11 @@ fn known<T>(answer: Result<Response<T>, Status>) -> Result<Option<T>, CommandErr
 }
 
 /// A scheduler that runs.
-pub(super) struct Scheduler(CommandChannel);
+pub(super) struct SchedulerCalls(CommandChannel);
 
-impl Scheduler {
+impl SchedulerCalls {
     pub(super) fn new(channel: CommandChannel) -> Self {
-        Scheduler(channel)
+        SchedulerCalls(channel)
     }
 
     pub(super) fn state(&self) -> BuildQueueStateClient<CommandChannel> {

@@ -4,8 +4,11 @@ use serde::Serialize;
 
 use super::{
     Pattern, StageName,
-    calls::Scheduler,
-    rows::{OperationRow, QueueName, QueueRow, StatusRow, WorkerRow, labels, seconds_since, span},
+    calls::SchedulerCalls,
+    rows::{
+        OperationTableRow, QueueName, QueueRow, StatusRow, WorkerTableRow, labels, seconds_since,
+        span,
+    },
 };
 use crate::{
     daemon::{Cell, CommandError, Emphasis, Output, Table, bytes},
@@ -19,12 +22,15 @@ use crate::{
     text::plural,
 };
 
-async fn fetch_status(scheduler: &Scheduler) -> Result<StatusRow, CommandError> {
+async fn fetch_status(scheduler: &SchedulerCalls) -> Result<StatusRow, CommandError> {
     let status = scheduler.control().get_status(GetStatusRequest {}).await?;
     Ok(status.into_inner().into())
 }
 
-pub(super) async fn status(scheduler: &Scheduler, output: &Output) -> Result<(), CommandError> {
+pub(super) async fn status(
+    scheduler: &SchedulerCalls,
+    output: &Output,
+) -> Result<(), CommandError> {
     let status = fetch_status(scheduler).await?;
     if output.is_json() {
         output.json(&status);
@@ -86,7 +92,10 @@ pub(super) async fn status(scheduler: &Scheduler, output: &Output) -> Result<(),
     Ok(())
 }
 
-pub(super) async fn queues(scheduler: &Scheduler, output: &Output) -> Result<(), CommandError> {
+pub(super) async fn queues(
+    scheduler: &SchedulerCalls,
+    output: &Output,
+) -> Result<(), CommandError> {
     let queues = fetch_status(scheduler).await?.queues;
     if output.is_json() {
         output.json(&queues);
@@ -133,11 +142,11 @@ fn workers_cell(queue: &QueueRow) -> Cell {
 }
 
 pub(super) async fn workers(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     output: &Output,
     pattern: Option<&Pattern>,
 ) -> Result<(), CommandError> {
-    let mut rows: Vec<WorkerRow> = Vec::new();
+    let mut rows: Vec<WorkerTableRow> = Vec::new();
     let terminating = scheduler.terminating_workers().await?;
     for name in scheduler.queues().await? {
         let queue = QueueName::from(&name);
@@ -145,7 +154,7 @@ pub(super) async fn workers(
         let meant = workers.filter(|worker| pattern.is_none_or(|p| p.matches(&worker.id)));
         rows.extend(meant.map(|worker| {
             let terminating = terminating.contains(&worker.id);
-            WorkerRow::new(worker, terminating, queue.clone())
+            WorkerTableRow::new(worker, terminating, queue.clone())
         }));
     }
     if rows.is_empty() && pattern.is_some() {
@@ -180,7 +189,7 @@ pub(super) fn no_such_worker() -> CommandError {
 }
 
 pub(super) async fn operations(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     output: &Output,
     stage: Option<StageName>,
     limit: usize,
@@ -192,7 +201,10 @@ pub(super) async fn operations(
     });
     let limit = if limit == 0 { usize::MAX } else { limit };
     let (operations, total) = scheduler.oldest_operations(stage, limit).await?;
-    let rows: Vec<OperationRow> = operations.into_iter().map(OperationRow::from).collect();
+    let rows: Vec<OperationTableRow> = operations
+        .into_iter()
+        .map(OperationTableRow::from)
+        .collect();
     if output.is_json() {
         output.json(&rows);
         return Ok(());
@@ -229,7 +241,7 @@ pub(super) async fn operations(
 #[derive(Serialize)]
 struct Why {
     #[serde(flatten)]
-    operation: OperationRow,
+    operation: OperationTableRow,
     why: String,
     operations_before: Option<u64>,
     invocations_before: Option<Vec<u64>>,
@@ -244,7 +256,7 @@ struct Why {
 }
 
 pub(super) async fn why(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     output: &Output,
     operation_name: String,
 ) -> Result<(), CommandError> {

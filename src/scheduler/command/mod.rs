@@ -16,7 +16,7 @@ use crate::{
     daemon::{CommandError, CommandOptions, Output},
 };
 use arguments::{ActionName, Pattern, QueueFilter, StageName};
-use calls::Scheduler;
+use calls::SchedulerCalls;
 
 /// What bb_scheduler asks a scheduler that runs.
 #[derive(clap::Subcommand)]
@@ -148,9 +148,9 @@ pub enum StoreCommand {
 
 /// Does what a command says.
 pub async fn ask(command: SchedulerCommand, config: &Config) -> Result<(), CommandError> {
-    let connect = |options: &CommandOptions| -> Result<(Scheduler, Output), CommandError> {
+    let connect = |options: &CommandOptions| -> Result<(SchedulerCalls, Output), CommandError> {
         let channel = options.connect("bb_scheduler", &config.control.listen)?;
-        Ok((Scheduler::new(channel), options.output()))
+        Ok((SchedulerCalls::new(channel), options.output()))
     };
     match command {
         SchedulerCommand::Status { options } => {

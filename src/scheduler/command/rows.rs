@@ -137,7 +137,7 @@ pub(super) struct InstanceRow {
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct WorkerRow {
+pub(super) struct WorkerTableRow {
     pub labels: BTreeMap<String, String>,
     #[serde(flatten)]
     pub queue: QueueName,
@@ -155,7 +155,7 @@ pub(super) struct WorkerRow {
 }
 
 #[derive(Debug, Serialize)]
-pub(super) struct OperationRow {
+pub(super) struct OperationTableRow {
     pub name: String,
     pub stage: &'static str,
     pub instance: String,
@@ -239,10 +239,10 @@ impl From<control::StoreUsage> for StoreRow {
     }
 }
 
-impl WorkerRow {
+impl WorkerTableRow {
     pub(super) fn new(worker: wire::WorkerState, terminating: bool, queue: QueueName) -> Self {
         let operation = worker.current_operation;
-        WorkerRow {
+        WorkerTableRow {
             labels: worker.id,
             queue,
             state: match (&operation, &worker.timeout) {
@@ -290,7 +290,7 @@ pub(super) fn labels(labels: &BTreeMap<String, String>) -> String {
     }
 }
 
-impl From<wire::OperationState> for OperationRow {
+impl From<wire::OperationState> for OperationTableRow {
     fn from(operation: wire::OperationState) -> Self {
         let invocation = operation.invocation_name.unwrap_or_default();
         let queue = invocation.size_class_queue_name.unwrap_or_default();
@@ -306,7 +306,7 @@ impl From<wire::OperationState> for OperationRow {
         };
         let status = response.and_then(|response| response.status.clone());
         let status = status.unwrap_or_default();
-        OperationRow {
+        OperationTableRow {
             stage: match &operation.stage {
                 Some(Stage::Completed(_)) => "completed",
                 Some(Stage::Executing(())) => "executing",
@@ -331,7 +331,7 @@ impl From<wire::OperationState> for OperationRow {
     }
 }
 
-impl OperationRow {
+impl OperationTableRow {
     pub(super) fn stage_cell(&self) -> Cell {
         match (self.stage, self.code, self.exit_code) {
             ("completed", Some("OK"), Some(0)) => Cell::new("completed", Emphasis::Good),

@@ -6,7 +6,7 @@ use tonic::{Code, Request};
 
 use super::{
     Pattern, QueueFilter,
-    calls::Scheduler,
+    calls::SchedulerCalls,
     look::no_such_worker,
     rows::{DrainRow, QueueName, labels, rfc3339},
 };
@@ -30,7 +30,7 @@ const RECONNECTION_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The drains that are, with the queues that they are of.
 async fn drains(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     filter: &QueueFilter,
 ) -> Result<Vec<(SizeClassQueueName, DrainRow)>, CommandError> {
     let mut rows = Vec::new();
@@ -57,7 +57,7 @@ async fn drains(
 
 /// In every queue that is admitted and has a worker with these labels; or, `ahead` of them, in every one.
 pub(super) async fn drain(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     output: &Output,
     pattern: &Pattern,
     ahead: bool,
@@ -123,7 +123,7 @@ pub(super) async fn drain(
 }
 
 pub(super) async fn undrain(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     output: &Output,
     pattern: Option<&Pattern>,
     all: bool,
@@ -185,7 +185,7 @@ fn list(output: &Output, rows: &[DrainRow]) {
 }
 
 /// Slots of workers with these labels.
-async fn slots_of(scheduler: &Scheduler, pattern: &Pattern) -> Result<u64, CommandError> {
+async fn slots_of(scheduler: &SchedulerCalls, pattern: &Pattern) -> Result<u64, CommandError> {
     let mut slots = 0;
     for name in scheduler.queues().await? {
         let workers = scheduler.workers(&name).await?;
@@ -197,7 +197,7 @@ async fn slots_of(scheduler: &Scheduler, pattern: &Pattern) -> Result<u64, Comma
 
 /// Returns when what the workers executed has ended, whether the scheduler is restarted meanwhile or not.
 pub(super) async fn terminate(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     output: &Output,
     pattern: Pattern,
 ) -> Result<(), CommandError> {
@@ -242,7 +242,7 @@ pub(super) async fn terminate(
 /// Returns as soon as a scheduler answers that as many slots have called, or some time after that at which
 /// all that are there have. `lost` is why there is none now.
 async fn await_workers(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     pattern: &Pattern,
     slots: u64,
     lost: CommandError,
@@ -267,7 +267,7 @@ async fn await_workers(
 }
 
 async fn kill_matching(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     r#type: kill_operations_request::filter::Type,
     reason: &str,
 ) -> Result<(), CommandError> {
@@ -283,7 +283,7 @@ async fn kill_matching(
 
 /// One operation, and all others of its action.
 pub(super) async fn kill(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     output: &Output,
     name: String,
     reason: String,
@@ -313,7 +313,7 @@ pub(super) async fn kill(
 
 /// What is queued in queues that have no workers.
 pub(super) async fn kill_queued(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     output: &Output,
     reason: &str,
     filter: &QueueFilter,

@@ -1,6 +1,6 @@
 //! `bb_scheduler store`: the embedded store.
 
-use super::{ActionName, calls::Scheduler, rows::StoreRow};
+use super::{ActionName, calls::SchedulerCalls, rows::StoreRow};
 use crate::{
     daemon::{Cell, CommandError, Emphasis, Output, bytes},
     proto::control::{
@@ -8,7 +8,7 @@ use crate::{
     },
 };
 
-pub(super) async fn usage(scheduler: &Scheduler, output: &Output) -> Result<(), CommandError> {
+pub(super) async fn usage(scheduler: &SchedulerCalls, output: &Output) -> Result<(), CommandError> {
     let usage = scheduler
         .control()
         .get_store_usage(GetStoreUsageRequest {})
@@ -38,7 +38,7 @@ fn part(used: u64, maximum: u64) -> String {
     format!("{} of {} ({percent} %)", bytes(used), bytes(maximum))
 }
 
-pub(super) async fn check(scheduler: &Scheduler, output: &Output) -> Result<(), CommandError> {
+pub(super) async fn check(scheduler: &SchedulerCalls, output: &Output) -> Result<(), CommandError> {
     let checking = scheduler
         .control()
         .check_store(CheckStoreRequest {})
@@ -79,7 +79,7 @@ pub(super) async fn check(scheduler: &Scheduler, output: &Output) -> Result<(), 
 }
 
 pub(super) async fn remove_result(
-    scheduler: &Scheduler,
+    scheduler: &SchedulerCalls,
     output: &Output,
     name: &ActionName,
     instance_name: String,

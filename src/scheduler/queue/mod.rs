@@ -104,7 +104,7 @@ pub use rows::{
     InvocationFilter, InvocationRow, ListPage, OperationFilter, OperationRow, PlatformQueueRow,
     QueuedCursor, SizeClassQueueRow, StageKind, WorkerFilter, WorkerRow,
 };
-pub use settings::{Limits, PredeclaredQueue, Settings};
+pub use settings::{PredeclaredQueue, QueueLimits, Settings};
 pub use statistics::{ExecutionResult, QueueStatistics};
 pub use workers::{HeldCall, SynchronizeAnswer};
 

@@ -24,7 +24,7 @@ pub struct Settings {
     pub worker_task_retry_count: u32,
     /// How often a task is executed again after its worker was lost or was at fault itself.
     pub lost_worker_retry_count: u32,
-    pub limits: Limits,
+    pub limits: QueueLimits,
     /// Platform queues that there are without workers, too.
     pub predeclared_queues: Vec<PredeclaredQueue>,
     /// For each level of the invocation tree, how long a worker prefers the invocation that it worked
@@ -40,7 +40,7 @@ pub struct Settings {
 
 /// How much the queue keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct QueueLimits {
     /// In all.
     pub queued_operations: usize,
     pub queued_operations_per_instance_name: usize,
@@ -72,9 +72,9 @@ pub struct PredeclaredQueue {
     pub background_learning_operation_priority: i32,
 }
 
-impl Default for Limits {
+impl Default for QueueLimits {
     fn default() -> Self {
-        Limits::from(&config::scheduling::SchedulingLimits::default())
+        QueueLimits::from(&config::scheduling::SchedulingLimits::default())
     }
 }
 
@@ -103,7 +103,7 @@ impl From<&Scheduling> for Settings {
                 .get(),
             worker_task_retry_count: scheduling.worker_task_retry_count,
             lost_worker_retry_count: scheduling.lost_worker_retry_count,
-            limits: Limits::from(&scheduling.limits),
+            limits: QueueLimits::from(&scheduling.limits),
             predeclared_queues: Vec::new(),
             stickiness_limits: lengths(&scheduling.worker_invocation_stickiness_limits),
             drains: Vec::new(),
@@ -113,9 +113,9 @@ impl From<&Scheduling> for Settings {
     }
 }
 
-impl From<&config::scheduling::SchedulingLimits> for Limits {
+impl From<&config::scheduling::SchedulingLimits> for QueueLimits {
     fn from(config: &config::scheduling::SchedulingLimits) -> Self {
-        Limits {
+        QueueLimits {
             queued_operations: config.queued_operations,
             queued_operations_per_instance_name: config.queued_operations_per_instance_name,
             queued_operations_per_invocation: config.queued_operations_per_invocation,

@@ -47,22 +47,22 @@ use crate::{
 pub struct Router {
     ignored: IgnoredProperties,
     queues: QueueMatches,
-    default: Rules,
-    backends: Vec<Backend>,
+    default: RoutingRules,
+    backends: Vec<RoutingBackend>,
 }
 
 /// One action router.
-struct Rules {
+struct RoutingRules {
     platform: PlatformKeyExtractor,
     static_platform: Platform,
     invocation: Vec<InvocationKeyExtractor>,
     remote: Option<Endpoint>,
 }
 
-struct Backend {
+struct RoutingBackend {
     prefix: InstanceName,
     platform: Platform,
-    rules: Rules,
+    rules: RoutingRules,
 }
 
 /// What is known of an action when it is routed.
@@ -127,16 +127,16 @@ impl Router {
     pub fn new(config: &Config) -> Self {
         let ignored = IgnoredProperties::new(&config.scheduling.ignored_platform_properties);
         let backends = config.action_router_backends.iter().filter_map(|backend| {
-            Some(Backend {
+            Some(RoutingBackend {
                 // The configuration's check refuses others.
                 prefix: InstanceName::parse(&backend.instance_name_prefix).ok()?,
                 platform: Platform::from(&backend.platform),
-                rules: Rules::new(&backend.action_router),
+                rules: RoutingRules::new(&backend.action_router),
             })
         });
         Router {
             queues: QueueMatches::new(&config.predeclared_platform_queues),
-            default: Rules::new(&config.action_router),
+            default: RoutingRules::new(&config.action_router),
             backends: backends.collect(),
             ignored,
         }
@@ -209,7 +209,7 @@ impl Router {
         candidates
     }
 
-    fn rules(&self, instance: &InstanceName, platform: &Platform) -> &Rules {
+    fn rules(&self, instance: &InstanceName, platform: &Platform) -> &RoutingRules {
         self.backends
             .iter()
             .filter(|backend| {
@@ -220,9 +220,9 @@ impl Router {
     }
 }
 
-impl Rules {
+impl RoutingRules {
     fn new(config: &ActionRouter) -> Self {
-        Rules {
+        RoutingRules {
             platform: config.platform_key_extractor,
             static_platform: Platform::from(&config.static_platform),
             invocation: config.invocation_key_extractors.clone(),

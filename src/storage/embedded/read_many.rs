@@ -21,7 +21,7 @@ const CACHED_AT_ONCE: u64 = 256 << 10;
 const WEIGHT: u64 = 1 << 10;
 
 /// An entry that is in a segment.
-struct Wanted {
+struct WantedContent {
     /// In the order asked for.
     position: usize,
     number: u32,
@@ -30,7 +30,7 @@ struct Wanted {
     checksum: u32,
 }
 
-impl Wanted {
+impl WantedContent {
     fn new(position: usize, found: &IndexEntry) -> Option<Self> {
         match found.place {
             Location::Segment {
@@ -38,7 +38,7 @@ impl Wanted {
                 offset,
                 checksum,
                 ..
-            } => Some(Wanted {
+            } => Some(WantedContent {
                 position,
                 number,
                 offset,
@@ -50,7 +50,7 @@ impl Wanted {
     }
 
     /// Whether `next` begins where this ends, and they are read together.
-    fn is_read_with(&self, next: &Wanted) -> bool {
+    fn is_read_with(&self, next: &WantedContent) -> bool {
         self.number == next.number
             && self.offset.checked_add(self.size) == Some(next.offset)
             && self.offset / READ_AT_ONCE == next.offset / READ_AT_ONCE
@@ -62,11 +62,11 @@ impl Space {
     fn contents(&self, found: &[Option<IndexEntry>], read: Read) -> Vec<Option<Bytes>> {
         let mut contents = vec![None; found.len()];
         let wanted = found.iter().enumerate();
-        let mut wanted: Vec<Wanted> = wanted
-            .filter_map(|(position, found)| Wanted::new(position, found.as_ref()?))
+        let mut wanted: Vec<WantedContent> = wanted
+            .filter_map(|(position, found)| WantedContent::new(position, found.as_ref()?))
             .collect();
         wanted.sort_unstable_by_key(|it| (it.number, it.offset));
-        for together in wanted.chunk_by(Wanted::is_read_with) {
+        for together in wanted.chunk_by(WantedContent::is_read_with) {
             let Some(first) = together.first() else {
                 continue;
             };

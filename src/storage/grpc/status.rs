@@ -14,12 +14,12 @@ use crate::{
 /// What a server did, as its client saw it.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-struct Observation(String);
+struct StatusSource(String);
 
 /// The status of a call whose server did not answer it as it should; `text` reads as "storage SERVER TEXT".
 pub(super) fn observed(code: Code, text: String) -> Status {
     let mut status = Status::new(code, text.clone());
-    status.set_source(Arc::new(Observation(text)));
+    status.set_source(Arc::new(StatusSource(text)));
     status
 }
 
@@ -94,7 +94,7 @@ pub(super) fn error(server: &str, status: &Status, digest: Option<&Digest>) -> E
 /// With the causes. What a server only passes on from another one says already whose it is.
 fn describe(server: &str, status: &Status) -> String {
     let (code, message) = (status.code(), status.message());
-    if let Some(Observation(text)) =
+    if let Some(StatusSource(text)) =
         std::error::Error::source(status).and_then(|source| source.downcast_ref())
     {
         return format!("storage {server} {text}");

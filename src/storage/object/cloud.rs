@@ -17,7 +17,7 @@ use object_store::{
 
 use super::{
     attempt::{FailedAttempt, Pieces, WrittenPart},
-    http::{HttpTransport, Refusal},
+    http::{HttpRefusal, HttpTransport},
     secrets::{AwsSecret, AzureSecret, GoogleSecret, Secret},
 };
 use crate::{
@@ -321,7 +321,7 @@ impl CloudWrite {
 }
 
 /// The bucket or container itself is wanting.
-fn is_about_the_bucket(refusal: &Refusal) -> bool {
+fn is_about_the_bucket(refusal: &HttpRefusal) -> bool {
     let code = refusal.code.as_str();
     matches!(
         code,
@@ -329,7 +329,7 @@ fn is_about_the_bucket(refusal: &Refusal) -> bool {
     ) || refusal.message.contains("bucket does not exist")
 }
 
-fn refusal(error: &object_store::Error) -> Option<&Refusal> {
+fn refusal(error: &object_store::Error) -> Option<&HttpRefusal> {
     find(error)
 }
 

@@ -18,7 +18,7 @@ use crate::{
     config::storage::Health,
     storage::{
         Error,
-        breaker::{Attempt, Breaker},
+        breaker::{AttemptKind, Breaker},
     },
 };
 
@@ -106,10 +106,10 @@ impl ServiceHealth {
 
     fn note_check(&self, answer: Result<(), Error>) {
         match answer {
-            Err(error @ Error::Unavailable(_)) => self.fail(Attempt::HealthCheck, &error),
+            Err(error @ Error::Unavailable(_)) => self.fail(AttemptKind::HealthCheck, &error),
             // Whatever it said, it answered.
             _ => {
-                if self.breaker.succeed(Attempt::HealthCheck) {
+                if self.breaker.succeed(AttemptKind::HealthCheck) {
                     tracing::info!(service = self.place, "the storage answers again");
                 }
             }
@@ -131,9 +131,9 @@ impl ServiceHealth {
     ) -> Result<T, Error> {
         let result = self.while_usable(work).await?;
         match result.as_ref().err().filter(|error| is_fault(error)) {
-            Some(error) => self.fail(Attempt::Call, error),
+            Some(error) => self.fail(AttemptKind::Call, error),
             None => {
-                self.breaker.succeed(Attempt::Call);
+                self.breaker.succeed(AttemptKind::Call);
             }
         }
         result
@@ -157,7 +157,7 @@ impl ServiceHealth {
         }
     }
 
-    fn fail(&self, attempt: Attempt, error: &Error) {
+    fn fail(&self, attempt: AttemptKind, error: &Error) {
         // Whoever is refused from the next line on tells it.
         *self.last_fault.lock() = error.to_string();
         if self.breaker.fail(attempt, Instant::now()) {

@@ -1,7 +1,7 @@
 //! HTTP/1.1 for object stores' clients (RFC 9112), over our own connections and TLS.
 //!
 //! 1. Every call ends: an answer that does not begin in time is an error, and so is a body that pauses.
-//! 2. A refusal is a [`Refusal`], with what the server says of it.
+//! 2. A refusal is a [`HttpRefusal`], with what the server says of it.
 
 use std::{
     error::Error as StdError,
@@ -94,7 +94,7 @@ impl HttpService for HttpTransport {
         let (parts, body) = answer.into_parts();
         let body = TimedBody::new(body, self.timeout);
         if !parts.status.is_success() {
-            return Err(Refusal::read(parts.status, body).await);
+            return Err(HttpRefusal::read(parts.status, body).await);
         }
         let body = HttpResponseBody::new(body);
         Ok(HttpResponse::from_parts(parts, body))
@@ -103,20 +103,20 @@ impl HttpService for HttpTransport {
 
 /// What a server said that refused a call.
 #[derive(Debug)]
-pub(super) struct Refusal {
+pub(super) struct HttpRefusal {
     pub status: StatusCode,
     /// Its own code for it, such as NoSuchBucket; empty where it gives none.
     pub code: String,
     pub message: String,
 }
 
-impl Refusal {
+impl HttpRefusal {
     async fn read(status: StatusCode, body: TimedBody) -> HttpError {
         let body = Limited::new(body, LARGEST_REFUSAL).collect().await;
         let body = body.map(|body| body.to_bytes()).unwrap_or_default();
         let text = String::from_utf8_lossy(&body);
         let find = |names: &[&str]| names.iter().find_map(|name| element(&text, name));
-        let refusal = Refusal {
+        let refusal = HttpRefusal {
             status,
             code: find(&["Code", "code", "error"]).unwrap_or_default(),
             message: find(&["Message", "message", "error_description"])
@@ -126,7 +126,7 @@ impl Refusal {
     }
 }
 
-impl fmt::Display for Refusal {
+impl fmt::Display for HttpRefusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "it answered {}", self.status)?;
         for text in [&self.code, &self.message] {
@@ -138,7 +138,7 @@ impl fmt::Display for Refusal {
     }
 }
 
-impl StdError for Refusal {}
+impl StdError for HttpRefusal {}
 
 /// What an element of XML, or a string of JSON, has in it.
 fn element(text: &str, name: &str) -> Option<String> {

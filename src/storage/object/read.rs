@@ -33,7 +33,7 @@ const FILL_TIMEOUT: Duration = Duration::from_secs(5);
 type FillLeader = single_flight::Leader<Digest, ()>;
 
 /// The pieces of a blob as the service has them. Nothing is verified.
-struct PieceReader {
+struct ObjectReader {
     storage: Arc<ObjectStorage>,
     digest: Digest,
     at: u64,
@@ -42,9 +42,9 @@ struct PieceReader {
     open: Option<Pieces>,
 }
 
-impl PieceReader {
+impl ObjectReader {
     fn new(storage: &Arc<ObjectStorage>, digest: &Digest, start: u64, end: u64) -> Self {
-        PieceReader {
+        ObjectReader {
             storage: storage.clone(),
             digest: *digest,
             at: start,
@@ -191,7 +191,7 @@ impl ObjectStorage {
         let mut corrupt_before = false;
         loop {
             let mut content = BytesMut::with_capacity(digest.size() as usize);
-            let mut reader = PieceReader::new(self, digest, 0, digest.size());
+            let mut reader = ObjectReader::new(self, digest, 0, digest.size());
             while let Some(piece) = reader.next().await? {
                 content.extend_from_slice(&piece);
             }
@@ -244,7 +244,7 @@ impl ObjectStorage {
             return Ok(stream::once(async { Ok(content) }).boxed());
         }
         let fill = leader.and_then(|leader| CacheFill::begin(self, leader));
-        let reader = PieceReader::new(self, digest, start, end);
+        let reader = ObjectReader::new(self, digest, start, end);
         let hasher = is_whole.then(|| digest.function().hasher(digest.size()));
         let state = StreamState {
             reader,
@@ -282,7 +282,7 @@ impl ObjectStorage {
         let mut corrupt_before = false;
         loop {
             file.set_len(0).map_err(Error::of_file)?;
-            let mut reader = PieceReader::new(self, digest, 0, digest.size());
+            let mut reader = ObjectReader::new(self, digest, 0, digest.size());
             let mut hasher = digest.function().hasher(digest.size());
             while let Some(piece) = reader.next().await? {
                 let into = file.clone();
@@ -308,7 +308,7 @@ impl ObjectStorage {
 
 /// A large blob on its way to a caller.
 struct StreamState {
-    reader: PieceReader,
+    reader: ObjectReader,
     /// Of a blob as a whole.
     hasher: Option<Hasher>,
     fill: Option<CacheFill>,

@@ -10,7 +10,7 @@ use std::{
 
 use crate::storage::{
     Error,
-    breaker::{Attempt, Breaker},
+    breaker::{AttemptKind, Breaker},
     grpc::Client,
 };
 
@@ -95,13 +95,13 @@ impl Member {
     fn note(&self, error: Option<&Error>) {
         match error.filter(|error| is_fault(error)) {
             None => {
-                self.breaker.succeed(Attempt::Call);
+                self.breaker.succeed(AttemptKind::Call);
             }
-            Some(error) => self.fail(Attempt::Call, error),
+            Some(error) => self.fail(AttemptKind::Call, error),
         }
     }
 
-    fn fail(&self, attempt: Attempt, error: &Error) {
+    fn fail(&self, attempt: AttemptKind, error: &Error) {
         if self.breaker.fail(attempt, Instant::now()) {
             self.losses.fetch_add(1, Ordering::Relaxed);
             tracing::warn!(
@@ -119,11 +119,11 @@ impl Member {
         }
         match self.client.probe().await {
             Err(error @ Error::Unavailable(_)) => {
-                self.fail(Attempt::HealthCheck, &error);
+                self.fail(AttemptKind::HealthCheck, &error);
             }
             // Whatever it said, it answered.
             _ => {
-                if self.breaker.succeed(Attempt::HealthCheck) {
+                if self.breaker.succeed(AttemptKind::HealthCheck) {
                     tracing::info!(shard = self.name, "a server of the storage answers again");
                 }
             }

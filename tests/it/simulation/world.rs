@@ -308,7 +308,7 @@ impl World {
 
     pub fn empty(seed: u64, start: Instant) -> Self {
         let mut random = Random(seed);
-        let mut limits = Limits::default();
+        let mut limits = QueueLimits::default();
         if random.chance(10) {
             limits.queued_operations = 3;
         }

@@ -278,11 +278,11 @@ mod tests {
     /// those of arm64 are on every host.
     #[test]
     fn numbers_are_those_of_the_kernels_headers() {
-        type Number = fn(&SystemCall) -> Option<u32>;
-        let mut headers: Vec<(&str, Number)> =
+        type NumberInHeaders = fn(&SystemCall) -> Option<u32>;
+        let mut headers: Vec<(&str, NumberInHeaders)> =
             vec![("/usr/include/asm-generic/unistd.h", |call| call.arm64)];
         if cfg!(target_arch = "x86_64") {
-            let x86: [(&str, Number); 2] = [
+            let x86: [(&str, NumberInHeaders); 2] = [
                 ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", |call| {
                     call.amd64
                 }),
