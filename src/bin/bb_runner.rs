@@ -9,6 +9,6 @@ fn main() -> ExitCode {
         runner::warnings,
         runner::probe,
         runner::run,
-        runner::ask,
+        runner::run_status,
     )
 }

@@ -24,7 +24,7 @@ use rustix::{
 };
 use tokio::sync::Notify;
 
-use super::{stop::StopSignal, sys};
+use super::{run_cancellation::RunCancellation, sys};
 use crate::removal;
 
 /// No action can start before the command has ended.
@@ -65,7 +65,7 @@ impl Cleaner {
     }
 
     /// `None` when told to stop while others clean.
-    pub(super) fn begin(&self, stop: &StopSignal) -> io::Result<Option<CleanerGuard<'_>>> {
+    pub(super) fn begin(&self, stop: &RunCancellation) -> io::Result<Option<CleanerGuard<'_>>> {
         loop {
             // Before the look, so that no notification is missed.
             let cleaned = self.cleaned.notified();
@@ -192,11 +192,11 @@ mod tests {
     fn a_command_that_does_not_end_is_killed_with_its_children() {
         let mut cleaner = cleaner(&["/bin/sh", "-c", "sleep infinity & wait"]);
         cleaner.timeout = Duration::from_millis(100);
-        let error = cleaner.begin(&StopSignal::new().unwrap()).unwrap_err();
+        let error = cleaner.begin(&RunCancellation::new().unwrap()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert!(error.to_string().contains("/bin/sh"), "{error}");
         // And the next one tries again.
-        cleaner.begin(&StopSignal::new().unwrap()).unwrap_err();
+        cleaner.begin(&RunCancellation::new().unwrap()).unwrap_err();
     }
 
     #[test]
@@ -204,7 +204,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let made = place.path().join("made");
         let cleaner = cleaner(&["/bin/sh", "-c", "umask > \"$0\"", made.to_str().unwrap()]);
-        drop(cleaner.begin(&StopSignal::new().unwrap()).unwrap());
+        drop(cleaner.begin(&RunCancellation::new().unwrap()).unwrap());
         assert_eq!(fs::read_to_string(&made).unwrap().trim(), "0022");
     }
 
@@ -221,7 +221,7 @@ mod tests {
         }
         let cleaner = Cleaner::new(vec![place.path().to_owned()], Vec::new());
         // No more than a thread of the runtime's has.
-        let clean = move || drop(cleaner.begin(&StopSignal::new().unwrap()).unwrap());
+        let clean = move || drop(cleaner.begin(&RunCancellation::new().unwrap()).unwrap());
         let thread = std::thread::Builder::new().stack_size(256 << 10);
         thread.spawn(clean).unwrap().join().unwrap();
         assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
@@ -231,7 +231,7 @@ mod tests {
     async fn who_waits_while_others_clean_can_be_told_to_stop() {
         let cleaner = cleaner(&[]);
         *cleaner.phase.lock() = CleanerPhase::Cleaning;
-        let stop = StopSignal::new().unwrap();
+        let stop = RunCancellation::new().unwrap();
         stop.signal();
         tokio::task::spawn_blocking(move || {
             assert!(cleaner.begin(&stop).unwrap().is_none());

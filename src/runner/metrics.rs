@@ -3,7 +3,7 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{counts::RunCounts, sandbox::Layers, users::UserPool};
+use super::{counts::RunCounts, sandbox::Layers, user_pool::UserPool};
 use crate::daemon::{Exposition, Metrics};
 
 /// What a runner's numbers are taken from.

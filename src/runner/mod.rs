@@ -2,17 +2,17 @@
 //!
 //! In the order to read it, from the top down:
 //!
-//! - `service`, `run_deadline`: what a worker asks for over a Unix socket; `self_check`: what `--check` says;
-//! - `metrics`: what is told of it, and `commands`, which ask for that; `counts` has what became of actions;
+//! - `service`, `deadline_service`: what a worker asks for over a Unix socket; `self_check`: what `--check` says;
+//! - `metrics`: what is told of it, and `status_command`, which ask for that; `counts` has what became of actions;
 //! - `run`: one action, from its command to its last process, with `cleaner` around several, `output_limit`
-//!   for what it writes, `server_logs` for what is told of it, `action_directory_lock` (with `input_ownership`) and
+//!   for what it writes, `server_logs` for what is told of it, `action_directory` (with `input_ownership`) and
 //!   `action_mounts` (with `input_root_chroot`) for what it is in;
 //! - `build_directory`: where workers lay out actions;
 //! - `run_spec`, `environment`: what to run, parsed;
 //! - `sandbox`: the layers of containment, made ahead;
 //! - `spawn`: making a process and waiting for it;
-//! - `users`, `user_range_lock`, `sweep`: the users that actions run as, and what is left of one;
-//! - `host`, `proc_self_status`, `grpc_timeout`, `stop`, `sys`: privileges and accounts, what the kernel
+//! - `user_pool`, `user_range_lock`, `user_cleanup`: the users that actions run as, and what is left of one;
+//! - `privileges`, `proc_self_status`, `grpc_timeout`, `run_cancellation`, `sys`: privileges and accounts, what the kernel
 //!   says of this process, a caller's deadline, the way to tell a Run to end, system calls.
 //!
 //! What an action can and cannot do to whom: bb-remote-execution(7), SECURITY.
@@ -34,47 +34,47 @@ use crate::{
     },
 };
 
-mod action_directory_lock;
+mod action_directory;
 mod action_mounts;
 mod build_directory;
 mod cleaner;
-mod commands;
 mod counts;
+mod deadline_service;
 mod environment;
 mod grpc_timeout;
-mod host;
 mod input_ownership;
 mod input_root_chroot;
 mod metrics;
 mod output_limit;
+mod privileges;
 mod proc_self_status;
 mod run;
-mod run_deadline;
+mod run_cancellation;
 mod run_spec;
 mod sandbox;
 mod self_check;
 mod server_logs;
 mod service;
 mod spawn;
-mod stop;
-mod sweep;
+mod status_command;
 mod sys;
+mod user_cleanup;
+mod user_pool;
 mod user_range_lock;
-mod users;
 
 use cleaner::Cleaner;
-pub use commands::ask;
 use counts::RunCounts;
+use deadline_service::DeadlineService;
 use environment::{AddedVariables, BuildDirectoryView};
 use metrics::RunnerSources;
 use run::RunContext;
-use run_deadline::DeadlineService;
-use sandbox::{Layers, SandboxPool, SandboxSpec, SeccompFilter};
+use sandbox::{Layers, SandboxContext, SandboxPool, SeccompFilter};
 pub use self_check::{probe, warnings};
 use service::RunnerService;
 use spawn::InheritedState;
+pub use status_command::run_status;
+use user_pool::UserPool;
 use user_range_lock::{UserRangeError, UserRangeLock};
-use users::UserPool;
 
 pub const PROGRAM: Program = Program {
     name: "bb_runner",
@@ -87,14 +87,14 @@ const SHUTDOWN_KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Runs until told to stop.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
-    host::check_capabilities()?;
-    host::check_users(&config)?;
-    if let Some(failure) = self_check::vital_directory(&config) {
+    privileges::check_capabilities()?;
+    privileges::check_users(&config)?;
+    if let Some(failure) = self_check::check_cleaned_directories(&config) {
         return Err(failure);
     }
-    let (allowed, unknown) = host::resolve_users(&config.allowed_users);
+    let (allowed, unknown) = privileges::resolve_users(&config.allowed_users);
     for name in unknown {
-        tracing::warn!("{}", host::unknown_user(name));
+        tracing::warn!("{}", privileges::unknown_user(name));
     }
     let range = config.users.range();
     // Before anything is killed.
@@ -105,7 +105,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         &config.listen,
         Some(SocketPermissions {
             mode: config.socket_mode.0,
-            group: host::socket_group(&config)?,
+            group: privileges::socket_group(&config)?,
         }),
     )?;
     let (port, socket) = (&config.metrics, &config.control);
@@ -124,9 +124,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
                 .to_owned(),
         });
     }
-    end_what_was_left(&config)?;
+    kill_leftovers(&config)?;
 
-    let spec = SandboxSpec::new(&config, layers, cgroups)
+    let spec = SandboxContext::new(&config, layers, cgroups)
         .map_err(failed("make the first process of actions"))?;
     let sandboxes = SandboxPool::open(spec).map_err(failed("start a thread"))?;
     let users = UserPool::new(&config.users);
@@ -188,7 +188,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         (false, 0) => format!("idle, {place}"),
         (false, running) => format!("{running} commands run, {place}"),
     };
-    let kill_what_is_late = async {
+    let kill_after_drain = async {
         lifecycle.stopping().cancelled().await;
         tokio::time::sleep(drain).await;
         killing.cancel();
@@ -198,12 +198,12 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         // Callers are told what became of commands that had to be killed.
         result = daemon::serve(listener, routes, lifecycle.stopping(), drain + SHUTDOWN_KILL_TIMEOUT) => result,
         () = lifecycle.keep_status(line) => Ok(()),
-        () = kill_what_is_late => Ok(()),
+        () = kill_after_drain => Ok(()),
     };
     observed.abort();
     traces.flush().await;
     killing.cancel();
-    if !users.all_back(SHUTDOWN_KILL_TIMEOUT).await {
+    if !users.wait_all_returned(SHUTDOWN_KILL_TIMEOUT).await {
         tracing::warn!("leaving although not everything that was killed is gone");
     }
     context.sandboxes.close();
@@ -243,10 +243,10 @@ fn prepare_process() {
 }
 
 /// What a runner that was killed left.
-fn end_what_was_left(config: &Config) -> Result<(), Failure> {
+fn kill_leftovers(config: &Config) -> Result<(), Failure> {
     let range = config.users.range();
     for user in range.clone() {
-        if !sweep::kill_processes(user, SHUTDOWN_KILL_TIMEOUT) {
+        if !user_cleanup::kill_processes(user, SHUTDOWN_KILL_TIMEOUT) {
             return Err(Failure::Environment {
                 message: format!(
                     "could not kill the processes of user {user}, which is one of users.first and \
@@ -255,7 +255,7 @@ fn end_what_was_left(config: &Config) -> Result<(), Failure> {
             });
         }
     }
-    action_directory_lock::close_all(&config.build_directory, &range);
+    action_directory::close_all(&config.build_directory, &range);
     Ok(())
 }
 
@@ -291,10 +291,10 @@ fn context(
             ignored_signals: proc_self_status::bits("SigIgn:").unwrap_or(0),
             bounding_capabilities: proc_self_status::bits("CapBnd:").unwrap_or(u64::MAX),
         },
-        pid_namespace: sandbox::daemon_namespace().map_err(failed("open /proc/self/ns/pid"))?,
+        pid_namespace: sandbox::daemon_pid_namespace().map_err(failed("open /proc/self/ns/pid"))?,
         seccomp_filter: has_filter
             .then(|| SeccompFilter::new(config.containment.allow_user_namespaces)),
-        groups: host::resolve_groups(&config.additional_groups)?
+        groups: privileges::resolve_groups(&config.additional_groups)?
             .into_iter()
             .map(Gid::from_raw)
             .collect(),

@@ -17,26 +17,26 @@ use rustix::process::Gid;
 use tokio::sync::oneshot;
 
 use super::{
-    action_directory_lock::{ActionDirectoryError, LockedActionDirectory},
+    action_directory::{ActionDirectoryError, LockedActionDirectory},
     action_mounts::{ActionMounts, ActionMountsError, c_string},
     build_directory::{BuildDirectory, BuildDirectoryError},
     cleaner::{Cleaner, CleanerGuard},
     counts::RunCounts,
     input_root_chroot::InputRootChrootError,
     output_limit::{CHECK_INTERVAL, LimitedOutput},
+    run_cancellation::RunCancellation,
     run_spec::{Deadline, Executable, RunSpec},
     sandbox::{
-        ActionCgroup, CgroupUsage, Layers, MemoryUsage, NamespaceEnd, Sandbox, SandboxError,
-        SandboxPool, SandboxSpec, SeccompFilter,
+        ActionCgroup, CgroupUsage, Layers, MemoryUsage, NamespaceEnd, Sandbox, SandboxContext,
+        SandboxError, SandboxPool, SeccompFilter,
     },
-    server_logs::ActionRecord,
+    server_logs::ServerLog,
     spawn::{
         Exit, InheritedState, PathBase, PidNamespaces, Process, SetupStep, SpawnError, SpawnSpec,
-        SpawnStage, WaitEnd,
+        SpawnStage, WaitOutcome,
     },
-    stop::StopSignal,
-    sweep,
-    users::ActionUser,
+    user_cleanup,
+    user_pool::ActionUser,
 };
 use crate::{
     config::{
@@ -237,7 +237,7 @@ pub(super) fn run(
     context: &RunContext,
     run: &RunSpec,
     user: ActionUser,
-    stop: &StopSignal,
+    stop: &RunCancellation,
     answer: oneshot::Sender<Result<ActionExit, RunError>>,
 ) {
     context.counts.started.increment();
@@ -278,7 +278,7 @@ fn count(counts: &RunCounts, result: &Result<ActionExit, RunError>) {
 /// What an action needs before anything is made for it alone.
 fn begin<'a>(
     context: &'a RunContext,
-    stop: &StopSignal,
+    stop: &RunCancellation,
 ) -> Result<(Option<CleanerGuard<'a>>, BuildDirectory, Sandbox), RunError> {
     let running = match &context.cleaner {
         Some(cleaner) => {
@@ -305,7 +305,7 @@ fn run_in(
     context: &RunContext,
     run: &RunSpec,
     user: u32,
-    stop: &StopSignal,
+    stop: &RunCancellation,
     build: &BuildDirectory,
     sandbox: &mut Sandbox,
 ) -> Result<ActionExit, RunError> {
@@ -364,7 +364,7 @@ fn run_in(
         .and_then(|process| {
             let logs = [&mut stdout, &mut stderr];
             wait(context, process, stop, logs, || {
-                running = sweep::running(user);
+                running = user_cleanup::running(user);
             })
         });
     let elapsed = start.elapsed();
@@ -391,7 +391,7 @@ fn run_in(
     }
     let result = judge(ended, cgroup, namespace);
     if let Some(server_logs) = &run.server_logs {
-        let record = ActionRecord {
+        let record = ServerLog {
             fault: result.as_ref().err().and_then(|error| fault(error, run)),
             limits,
             timeout: run.deadline.map(|deadline| deadline.limit),
@@ -413,14 +413,14 @@ fn run_in(
 fn wait(
     context: &RunContext,
     mut process: Process,
-    stop: &StopSignal,
+    stop: &RunCancellation,
     mut logs: [&mut LimitedOutput; 2],
     before_stop: impl FnOnce(),
 ) -> Result<Exit, RunError> {
     loop {
         match process.wait(stop, CHECK_INTERVAL) {
-            WaitEnd::Exited => return process.reap().map_err(RunError::Wait),
-            WaitEnd::Stopped => {
+            WaitOutcome::Exited => return process.reap().map_err(RunError::Wait),
+            WaitOutcome::Stopped => {
                 before_stop();
                 let grace = context.config.termination_grace.get();
                 if !grace.is_zero() {
@@ -433,7 +433,7 @@ fn wait(
                 }
                 return Err(RunError::Stopped);
             }
-            WaitEnd::TimedOut => truncate(&mut logs),
+            WaitOutcome::TimedOut => truncate(&mut logs),
         }
     }
 }
@@ -458,7 +458,7 @@ fn kill_all(sandbox: &mut Sandbox, user: u32) -> Option<Option<NamespaceEnd>> {
         None => None,
     };
     // First by their user, which every kernel can; cgroup.kill came with Linux 5.14.
-    let of_user = sweep::kill_processes(user, KILL_TIMEOUT);
+    let of_user = user_cleanup::kill_processes(user, KILL_TIMEOUT);
     let cgroup = sandbox.cgroup.as_ref();
     let of_cgroup = cgroup.is_none_or(|cgroup| cgroup.kill_all(KILL_TIMEOUT));
     (of_user && of_cgroup).then_some(namespace)
@@ -512,7 +512,7 @@ fn explain_limits(stderr: &LimitedOutput, usage: &CgroupUsage, processes: u64) {
             Size(memory.limit.unwrap_or_default())
         ));
     }
-    if usage.processes_refused > 0 {
+    if usage.pids_max_events > 0 {
         stderr.append_line(&format!(
             "the action could not make more processes: its limit is {processes}"
         ));
@@ -520,13 +520,13 @@ fn explain_limits(stderr: &LimitedOutput, usage: &CgroupUsage, processes: u64) {
 }
 
 /// Removes what an action left in what it shares with others, where it has nothing of its own.
-fn remove_shared(spec: &SandboxSpec, user: u32) {
+fn remove_shared(spec: &SandboxContext, user: u32) {
     if !spec.layers.contains(Layers::MOUNTS) {
-        sweep::remove_files(user, &spec.shared());
+        user_cleanup::remove_files(user, &spec.shared());
     }
     if !spec.layers.contains(Layers::IPC) {
-        sweep::remove_system_v_ipc(user);
-        sweep::remove_message_queues(user);
+        user_cleanup::remove_system_v_ipc(user);
+        user_cleanup::remove_message_queues(user);
     }
 }
 

@@ -47,7 +47,7 @@ pub(super) struct RunSpec {
     /// An absolute path as the command sees it.
     pub home: String,
     /// Nobody else has the files in the input root: they become the action's.
-    pub owns_inputs: bool,
+    pub private_inputs: bool,
     /// The caller's.
     pub deadline: Option<Deadline>,
 }
@@ -214,7 +214,7 @@ impl RunSpec {
             stderr,
             server_logs,
             home,
-            owns_inputs: false,
+            private_inputs: false,
             deadline: None,
         })
     }

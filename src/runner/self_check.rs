@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     build_directory::{first_impassable, impassable_message},
-    host::{
+    privileges::{
         check_capabilities, check_users, resolve_groups, resolve_users, socket_group, unknown_user,
     },
     sandbox,
@@ -101,7 +101,7 @@ fn check_cleaning(config: &Config, diagnostics: &mut Diagnostics) {
 }
 
 /// A directory that would be emptied although the host cannot be without what is there, or a person.
-pub(super) fn vital_directory(config: &Config) -> Option<Failure> {
+pub(super) fn check_cleaned_directories(config: &Config) -> Option<Failure> {
     let homes = homes(&fs::read_to_string("/etc/passwd").unwrap_or_default());
     config
         .clean_temporary_directories
@@ -267,7 +267,7 @@ pub async fn probe(config: &Config, installation: &Installation, report: &mut Ch
     }
     report.try_address(installation, UNIT, LISTEN, &config.listen);
     check_build_directory(config, report);
-    if let Some(failure) = vital_directory(config) {
+    if let Some(failure) = check_cleaned_directories(config) {
         report.fail(failure);
     }
     for path in &config.readiness_checking_pathnames {

@@ -16,7 +16,7 @@ use std::{
 use super::{
     build_directory::BuildDirectory,
     sandbox::{CgroupUsage, MemoryUsage},
-    sweep::RunningProcess,
+    user_cleanup::RunningProcess,
 };
 use crate::{
     config::{Size, runner::Limits},
@@ -30,7 +30,7 @@ const NAME: &str = "bb_runner.log";
 const MOST_PROCESSES: usize = 50;
 
 /// What is known of an action that has ended.
-pub(super) struct ActionRecord<'r> {
+pub(super) struct ServerLog<'r> {
     /// Why its end is not its command's, where a status says so.
     pub fault: Option<String>,
     pub limits: &'r Limits,
@@ -43,7 +43,7 @@ pub(super) struct ActionRecord<'r> {
     pub running: &'r [RunningProcess],
 }
 
-impl ActionRecord<'_> {
+impl ServerLog<'_> {
     /// Writes the log beneath the build directory, if there is something to tell. A log that cannot be written is
     /// none: the action has ended as it has.
     pub(super) fn write(&self, build: &BuildDirectory, directory: &RelativePath) {
@@ -89,10 +89,10 @@ impl ActionRecord<'_> {
                 "the kernel killed {} of its processes, since all of them together had reached the limit of memory {} \
                  times; have the command use less, such as by fewer threads, or have limits.memory of bb_runner.toml \
                  raised",
-                memory.killed, memory.refused
+                memory.oom_kills, memory.oom_events
             ));
         }
-        let refused = self.usage.map_or(0, |usage| usage.processes_refused);
+        let refused = self.usage.map_or(0, |usage| usage.pids_max_events);
         if refused > 0 {
             causes.push(format!(
                 "{refused} times it could not make another process or thread; have the command use fewer, or have \
@@ -185,8 +185,8 @@ mod tests {
         })
     }
 
-    fn record<'r>(usage: &'r CgroupUsage, running: &'r [RunningProcess]) -> ActionRecord<'r> {
-        ActionRecord {
+    fn record<'r>(usage: &'r CgroupUsage, running: &'r [RunningProcess]) -> ServerLog<'r> {
+        ServerLog {
             fault: None,
             limits: &LIMITS,
             timeout: None,
@@ -201,7 +201,7 @@ mod tests {
         // One that was close to its limit, and went on.
         let usage = usage(&[("memory.events", "oom 3\noom_kill 0\n")]);
         assert_eq!(record(&usage, &[]).text(), None);
-        let without = ActionRecord {
+        let without = ServerLog {
             usage: None,
             ..record(&usage, &[])
         };
@@ -245,7 +245,7 @@ mod tests {
         };
         let mut all = vec![running("a\nb\u{1b}[2J\u{202e}")];
         all.extend((0..10_000).map(|_| running(&"x".repeat(1000))));
-        let stopped = ActionRecord {
+        let stopped = ServerLog {
             fault: Some("it was late".to_owned()),
             timeout: Some(Duration::from_millis(700)),
             ..record(&usage, &all)

@@ -27,11 +27,11 @@ use super::{
     environment::AddedVariables,
     grpc_timeout,
     run::{self, ActionExit, RunContext, RunError},
+    run_cancellation::RunCancellation,
     run_spec::{Deadline, RunSpec, RunSpecError},
     sandbox::{CgroupUsage, SandboxError},
-    spawn::EndCause,
-    stop::StopSignal,
-    users::UserPool,
+    spawn::TerminationStatus,
+    user_pool::UserPool,
 };
 use crate::{
     daemon::{self, Peer},
@@ -58,7 +58,7 @@ pub(super) struct RunnerService {
 }
 
 /// Tells the thread of a Run to end when the call is dropped.
-struct StopOnDrop(Option<StopSignal>);
+struct StopOnDrop(Option<RunCancellation>);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
@@ -141,7 +141,7 @@ fn check_host(
             .map_err(|error| failed("check existence of", error))?;
     }
     let identity = build.identity().map_err(|error| failed("look at", error))?;
-    Ok(context.sandboxes.is_probed(identity))
+    Ok(context.sandboxes.recent_probe(identity))
 }
 
 #[tonic::async_trait]
@@ -195,10 +195,10 @@ impl RunnerService {
             at: Instant::now() + limit,
             limit,
         });
-        let owns_inputs = metadata::has_private_inputs(&request);
+        let private_inputs = metadata::has_private_inputs(&request);
         let mut run =
             RunSpec::parse(request.into_inner(), &self.added_variables).map_err(refused)?;
-        run.owns_inputs = owns_inputs;
+        run.private_inputs = private_inputs;
         run.deadline = deadline;
         let user = self
             .users
@@ -206,7 +206,7 @@ impl RunnerService {
             .await
             .map_err(|error| Status::unavailable(error.to_string()))?;
         let id = user.id();
-        let stop = StopSignal::new()
+        let stop = RunCancellation::new()
             .map_err(|error| Status::unavailable(format!("Failed to run: {error}")))?;
         let mut stop_on_drop = StopOnDrop(Some(stop.clone()));
         let (answer, mut answered) = oneshot::channel();
@@ -241,7 +241,7 @@ impl RunnerService {
         }
         let result =
             result.unwrap_or_else(|_| Err(RunError::Wait(io::Error::other("the thread panicked"))));
-        if !matches!(&result, Ok(outcome) if outcome.exit.cause == EndCause::Code(0))
+        if !matches!(&result, Ok(outcome) if outcome.exit.cause == TerminationStatus::Code(0))
             && let Err(MissingPath { path, error }) = self.check_paths().await
         {
             return Err(Status::unavailable(format!(
@@ -288,9 +288,9 @@ fn failed(error: RunError) -> Status {
 
 fn response(outcome: &ActionExit) -> RunResponse {
     let (exit_code, termination_signal) = match outcome.exit.cause {
-        EndCause::Code(code) => (i64::from(code), String::new()),
+        TerminationStatus::Code(code) => (i64::from(code), String::new()),
         // As Buildbarn's: an exit code that no process can have.
-        EndCause::Signal(signal) => (-1, signal_name(signal)),
+        TerminationStatus::Signal(signal) => (-1, signal_name(signal)),
     };
     let usage = &outcome.exit.usage;
     let time = |time: libc::timeval| {
@@ -329,7 +329,7 @@ fn resident(outcome: &ActionExit) -> i64 {
     let figure = outcome.exit.usage.ru_maxrss.saturating_mul(1024);
     let together = outcome.cgroup.and_then(|usage| usage.memory?.peak);
     match together.map(i64::try_from) {
-        Some(Ok(together)) if outcome.exit.memory_is_daemons => figure.min(together),
+        Some(Ok(together)) if outcome.exit.maxrss_may_be_daemons => figure.min(together),
         _ => figure,
     }
 }
@@ -366,7 +366,7 @@ fn cgroup_usage(usage: &CgroupUsage) -> prost_types::Any {
     }
     tell(
         "process_limit_reached",
-        Kind::BoolValue(usage.processes_refused > 0),
+        Kind::BoolValue(usage.pids_max_events > 0),
     );
     let usage = prost_types::Struct { fields };
     prost_types::Any {

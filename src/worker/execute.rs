@@ -157,7 +157,7 @@ impl Executor {
         let request = || {
             let request = self.run_request(&command, &root);
             let mut request = context.request(request);
-            if root.has_own_files() {
+            if root.has_private_files() {
                 metadata::set_private_inputs(&mut request);
             }
             request
@@ -317,7 +317,7 @@ impl Executor {
         let cancel = cancel.child_token();
         let _stop = cancel.clone().drop_guard();
         let (cache, function) = (self.inputs.cache.clone(), task.function);
-        let shared = !root.has_own_files();
+        let shared = !root.has_private_files();
         let told = ToldOfOutputs {
             directories: command.store_directories || self.force_upload_trees_and_directories,
             node_properties: command.node_properties,

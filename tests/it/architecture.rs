@@ -267,8 +267,8 @@ fn every_file_says_what_it_is_for() {
 
 /// The runner's modules from the top down: each uses only those after it.
 const RUNNER: &[&str] = &[
-    "commands",
-    "run_deadline",
+    "status_command",
+    "deadline_service",
     "service",
     "self_check",
     "metrics",
@@ -276,7 +276,7 @@ const RUNNER: &[&str] = &[
     "cleaner",
     "output_limit",
     "server_logs",
-    "action_directory_lock",
+    "action_directory",
     "input_ownership",
     "action_mounts",
     "input_root_chroot",
@@ -286,13 +286,13 @@ const RUNNER: &[&str] = &[
     "user_range_lock",
     "sandbox",
     "spawn",
-    "users",
-    "sweep",
-    "host",
+    "user_pool",
+    "user_cleanup",
+    "privileges",
     "proc_self_status",
     "counts",
     "grpc_timeout",
-    "stop",
+    "run_cancellation",
     "sys",
 ];
 

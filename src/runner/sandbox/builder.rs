@@ -13,15 +13,15 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::{
     cgroups::ActionCgroup,
+    containment_layer::{Layer, Layers},
     error::SandboxError,
     hostname, ipc,
-    layer::{Layer, Layers},
     mount_watch::DirectoryId,
-    mounts::{self, MountBuilder, SandboxMounts},
+    mounts::{self, MountNamespaceSwitcher, SandboxMounts},
     namespace::Namespace,
     network::LentNetwork,
     pid_namespace::InitProcess,
-    spec::SandboxSpec,
+    spec::SandboxContext,
 };
 use crate::runner::spawn::SetupStep;
 
@@ -41,7 +41,7 @@ pub(crate) struct Sandbox {
 
 /// Makes sandboxes, on one thread.
 pub(super) struct SandboxBuilder {
-    mounts: MountBuilder,
+    mounts: MountNamespaceSwitcher,
 }
 
 impl SandboxBuilder {
@@ -50,11 +50,11 @@ impl SandboxBuilder {
         // Working and root directory are those of all threads, until then.
         unshare(CloneFlags::CLONE_FS).map_err(SandboxError::at("unshare"))?;
         Ok(SandboxBuilder {
-            mounts: MountBuilder::new().map_err(SandboxError::at("mnt"))?,
+            mounts: MountNamespaceSwitcher::new().map_err(SandboxError::at("mnt"))?,
         })
     }
 
-    pub(super) fn build(&mut self, spec: &SandboxSpec) -> Result<Sandbox, SandboxError> {
+    pub(super) fn build(&mut self, spec: &SandboxContext) -> Result<Sandbox, SandboxError> {
         let has = |layer| spec.layers.contains(layer);
         if has(Layers::MOUNTS) {
             self.mounts.enter_host()?;
@@ -74,7 +74,7 @@ impl SandboxBuilder {
             true => Some(self.mounts.enter_template(spec)?),
             false => None,
         };
-        let kinds = UNSHARED.iter().filter(|layer| has(layer.layer));
+        let kinds = UNSHARED.iter().filter(|layer| has(layer.flag));
         let kinds: Vec<_> = kinds.filter_map(|layer| layer.namespace).collect();
         // One call, since each copies what all processes have in common.
         let flags = kinds.iter().map(|kind| kind.flag).collect();
@@ -136,7 +136,7 @@ impl Sandbox {
 }
 
 /// Whether a sandbox can be made.
-pub(super) fn try_out(spec: &SandboxSpec) -> Result<(), SandboxError> {
+pub(super) fn try_out(spec: &SandboxContext) -> Result<(), SandboxError> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()
             .name("sandbox".to_owned())

@@ -9,7 +9,7 @@ const PERIOD: u64 = 100_000;
 
 /// What is written to which file of a group, for which limit.
 #[derive(Clone, Debug)]
-pub(super) struct Setting {
+pub(super) struct CgroupSetting {
     pub file: &'static str,
     value: String,
     key: &'static str,
@@ -17,15 +17,15 @@ pub(super) struct Setting {
 
 /// A configured limit that is not kept here.
 #[derive(Clone, Debug)]
-pub(super) struct UnmetLimit {
+pub(super) struct UnenforcedLimit {
     pub key: &'static str,
     pub reason: String,
 }
 
 /// What `limits` mean for a group.
-pub(super) fn settings(limits: &Limits) -> Vec<Setting> {
+pub(super) fn settings(limits: &Limits) -> Vec<CgroupSetting> {
     let mut settings = Vec::new();
-    let mut set = |key, file, value| settings.push(Setting { file, value, key });
+    let mut set = |key, file, value| settings.push(CgroupSetting { file, value, key });
     set("limits.processes", "pids.max", limits.processes.to_string());
     if limits.memory.get() > 0 {
         let key = "limits.memory";
@@ -41,7 +41,7 @@ pub(super) fn settings(limits: &Limits) -> Vec<Setting> {
     settings
 }
 
-impl Setting {
+impl CgroupSetting {
     pub(super) fn controller(&self) -> &'static str {
         self.file.split('.').next().unwrap_or(self.file)
     }
@@ -55,7 +55,7 @@ impl Setting {
     }
 
     /// Why the limit is not kept, if that must be told.
-    pub(super) fn unmet(&self, error: io::Error) -> Option<UnmetLimit> {
+    pub(super) fn unmet(&self, error: io::Error) -> Option<UnenforcedLimit> {
         let is_missing = error.kind() == io::ErrorKind::NotFound;
         let reason = match (self.file, is_missing) {
             // Then processes are limited for each user (setrlimit(2)).
@@ -73,7 +73,7 @@ impl Setting {
             ),
             (file, false) => format!("{:?} could not be written to {file}: {error}", self.value),
         };
-        Some(UnmetLimit {
+        Some(UnenforcedLimit {
             key: self.key,
             reason,
         })
@@ -100,7 +100,7 @@ mod tests {
             processes: 100,
             ..Limits::default()
         };
-        let unmet: Vec<UnmetLimit> = settings(&limits)
+        let unmet: Vec<UnenforcedLimit> = settings(&limits)
             .into_iter()
             .filter_map(|setting| setting.unmet(setting.apply(group.path()).err()?))
             .collect();

@@ -18,7 +18,7 @@ pub(crate) struct CgroupUsage {
     pub memory: Option<MemoryUsage>,
     pub io: Option<IoUsage>,
     /// How often a process could not be made, as there were too many.
-    pub processes_refused: u64,
+    pub pids_max_events: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,11 +34,12 @@ pub(crate) struct MemoryUsage {
     /// Bytes; the kernel tells since Linux 5.19.
     pub peak: Option<u64>,
     pub limit: Option<u64>,
-    /// Processes that were killed for want of memory: this group's, or the host's.
-    pub killed: u64,
+    /// Processes of this group that were killed because its memory, or the host's, ran out (`oom_kill` of
+    /// memory.events).
+    pub oom_kills: u64,
     /// How often this group's own limit left nothing but to kill a process, or to fail (`oom` of
     /// memory.events).
-    pub refused: u64,
+    pub oom_events: u64,
 }
 
 /// Bytes, of all devices.
@@ -51,12 +52,12 @@ pub(crate) struct IoUsage {
 impl MemoryUsage {
     /// The action used more than its limit.
     pub(crate) fn is_exhausted(&self) -> bool {
-        self.killed > 0 && self.refused > 0
+        self.oom_kills > 0 && self.oom_events > 0
     }
 
     /// The action was killed since others had used too much.
     pub(crate) fn is_external_oom(&self) -> bool {
-        self.killed > 0 && self.refused == 0
+        self.oom_kills > 0 && self.oom_events == 0
     }
 }
 
@@ -73,11 +74,11 @@ impl CgroupUsage {
             memory: read("memory.events").ok().map(|events| MemoryUsage {
                 peak: number("memory.peak"),
                 limit: number("memory.max"),
-                killed: field(&events, "oom_kill"),
-                refused: field(&events, "oom"),
+                oom_kills: field(&events, "oom_kill"),
+                oom_events: field(&events, "oom"),
             }),
             io: read("io.stat").ok().map(|text| IoUsage::sum(&text)),
-            processes_refused: read("pids.events").map_or(0, |text| field(&text, "max")),
+            pids_max_events: read("pids.events").map_or(0, |text| field(&text, "max")),
         }
     }
 }

@@ -31,20 +31,20 @@ use parking_lot::Mutex;
 use rustix::fs::{AtFlags, Mode, OFlags, openat};
 
 use super::{
-    cgroup_limits::{Setting, UnmetLimit, settings},
-    cgroup_mount::own_cgroup,
+    cgroup_limits::{CgroupSetting, UnenforcedLimit, settings},
     cgroup_usage::{self, CgroupUsage},
+    containment_layer::{Layer, Layers, Probe},
     error::{CGROUP_STEP, SandboxError},
-    layer::{Layer, Layers, Probe},
+    own_cgroup::own_cgroup,
 };
 use crate::config::runner::{Config, Demand, Limits};
 
 pub(super) const LAYER: Layer = Layer {
-    layer: Layers::CGROUPS,
+    flag: Layers::CGROUPS,
     key: "containment.cgroups",
     demand: |containment| containment.cgroups,
     needs: Layers::empty(),
-    probe: Probe::Ask(can_be_had),
+    probe: Probe::Function(can_be_had),
     namespace: None,
     on: "actions have control groups",
     off: "actions' processes are found by their users",
@@ -52,24 +52,24 @@ pub(super) const LAYER: Layer = Layer {
 
 /// Where actions' groups are made.
 #[derive(Debug)]
-pub(crate) struct ActionCgroups {
+pub(crate) struct ActionCgroupParent {
     directory: PathBuf,
     /// Open, as some threads see control groups read-only; the mount that it was opened by is not.
     parent: Mutex<Arc<OwnedFd>>,
     next: AtomicU64,
     /// Those that were accepted at the start, so that each group must accept them.
-    settings: Vec<Setting>,
+    settings: Vec<CgroupSetting>,
     /// Configured limits that are not kept here.
-    unmet: Vec<UnmetLimit>,
+    unmet: Vec<UnenforcedLimit>,
 }
 
 /// What all actions' groups need. The error says why there are none.
-pub(super) fn prepare(config: &Config) -> Result<ActionCgroups, String> {
-    let cgroups = ActionCgroups::find(config.users.first, &config.limits)?;
+pub(super) fn prepare(config: &Config) -> Result<ActionCgroupParent, String> {
+    let cgroups = ActionCgroupParent::find(config.users.first, &config.limits)?;
     if config.containment.cgroups == Demand::Require {
-        all_kept(&cgroups.unmet)?;
+        all_enforced(&cgroups.unmet)?;
     }
-    for UnmetLimit { key, reason } in &cgroups.unmet {
+    for UnenforcedLimit { key, reason } in &cgroups.unmet {
         tracing::warn!("{key} is not kept: {reason}");
     }
     Ok(cgroups)
@@ -81,17 +81,17 @@ fn can_be_had(config: &Config) -> Result<(), String> {
     let controllers = own_cgroup()?.mount.join("cgroup.controllers");
     let available = fs::read_to_string(controllers).unwrap_or_default();
     let has = |name| available.split_whitespace().any(|found| found == name);
-    let mut unmet: Vec<UnmetLimit> = settings(&config.limits)
+    let mut unmet: Vec<UnenforcedLimit> = settings(&config.limits)
         .into_iter()
         .filter(|setting| !has(setting.controller()))
         .filter_map(|setting| setting.unmet(io::ErrorKind::NotFound.into()))
         .collect();
     unmet.dedup_by_key(|it| it.key);
-    all_kept(&unmet)
+    all_enforced(&unmet)
 }
 
-fn all_kept(unmet: &[UnmetLimit]) -> Result<(), String> {
-    let reason = |it: &UnmetLimit| format!("{} cannot be kept: {}", it.key, it.reason);
+fn all_enforced(unmet: &[UnenforcedLimit]) -> Result<(), String> {
+    let reason = |it: &UnenforcedLimit| format!("{} cannot be kept: {}", it.key, it.reason);
     match unmet {
         [] => Ok(()),
         _ => Err(unmet.iter().map(reason).collect::<Vec<_>>().join("; ")),
@@ -107,15 +107,15 @@ pub(crate) struct ActionCgroup {
     events: fs::File,
 }
 
-impl ActionCgroups {
+impl ActionCgroupParent {
     /// Finds the daemon's own group, and makes a place for groups below it. The error says why there is none.
     fn find(first_user: u32, limits: &Limits) -> Result<Self, String> {
-        let base = leave_for_actions(own_cgroup()?.directory)?;
+        let base = move_daemon_to_leaf(own_cgroup()?.directory)?;
         let directory = base.join(format!("bb-runner-{first_user}"));
         clear(&directory);
         let parent = make_directory(&directory)
             .map_err(|error| format!("could not create {}: {error}", directory.display()))?;
-        let mut cgroups = ActionCgroups {
+        let mut cgroups = ActionCgroupParent {
             directory,
             parent: Mutex::new(Arc::new(parent)),
             next: AtomicU64::new(0),
@@ -177,7 +177,7 @@ impl ActionCgroups {
     }
 }
 
-impl Drop for ActionCgroups {
+impl Drop for ActionCgroupParent {
     fn drop(&mut self) {
         self.close();
     }
@@ -253,8 +253,10 @@ impl Drop for ActionCgroup {
     }
 }
 
-/// Moves this process to `daemon/` where the group is its alone, so that controllers can be enabled.
-fn leave_for_actions(base: PathBuf) -> Result<PathBuf, String> {
+/// Moves this process to `daemon/` below its group, so that controllers can be enabled for what lies beside it
+/// (cgroups(7), "no internal processes"); returns its group. Of a group that other processes share, controllers
+/// stay as they are.
+fn move_daemon_to_leaf(base: PathBuf) -> Result<PathBuf, String> {
     // Only the root group lacks this file, and it alone may have both processes and controllers.
     let is_root = !base.join("cgroup.type").exists();
     if is_root {

@@ -5,11 +5,10 @@
 
 use super::{
     builder::try_out,
-    cgroups::{self, ActionCgroups},
-    devices, hidden, hostname, ipc,
-    layer::{Layer, Layers, Probe},
-    mounts, network, pid_namespace, seccomp,
-    spec::SandboxSpec,
+    cgroups::{self, ActionCgroupParent},
+    containment_layer::{Layer, Layers, Probe},
+    devices, hidden_paths, hostname, ipc, mounts, network, pid_namespace, seccomp,
+    spec::SandboxContext,
 };
 use crate::{
     config::runner::{Config, Demand},
@@ -25,17 +24,17 @@ const LAYERS: [Layer; 9] = [
     hostname::LAYER,
     network::LAYER,
     devices::LAYER,
-    hidden::LAYER,
+    hidden_paths::LAYER,
     seccomp::LAYER,
 ];
 
 /// Those that are wanted and work here, and what all control groups need; the log tells of each.
-pub(crate) fn detect(config: &Config) -> Result<(Layers, Option<ActionCgroups>), Failure> {
+pub(crate) fn detect(config: &Config) -> Result<(Layers, Option<ActionCgroupParent>), Failure> {
     let mut found = Layers::empty();
     let mut cgroups = None;
     for layer in &LAYERS {
         let key = layer.key;
-        let missing = match layer.layer {
+        let missing = match layer.flag {
             Layers::CGROUPS if is_wanted(config, layer) => cgroups::prepare(config)
                 .map(|prepared| cgroups = Some(prepared))
                 .err(),
@@ -43,9 +42,9 @@ pub(crate) fn detect(config: &Config) -> Result<(Layers, Option<ActionCgroups>),
         };
         match missing {
             None => {
-                found |= layer.layer;
-                let directory = match layer.layer {
-                    Layers::CGROUPS => cgroups.as_ref().map(ActionCgroups::directory),
+                found |= layer.flag;
+                let directory = match layer.flag {
+                    Layers::CGROUPS => cgroups.as_ref().map(ActionCgroupParent::directory),
                     _ => None,
                 };
                 let directory = directory.map(|path| tracing::field::display(path.display()));
@@ -67,7 +66,7 @@ pub(crate) fn check(config: &Config) -> Vec<Failure> {
     let mut failures = Vec::new();
     for layer in &LAYERS {
         match missing(config, layer, found) {
-            None => found |= layer.layer,
+            None => found |= layer.flag,
             Some(reason) if is_required(config, layer) => {
                 failures.push(unmet(layer.key, &reason));
             }
@@ -94,8 +93,8 @@ fn missing(config: &Config, layer: &Layer, found: Layers) -> Option<String> {
         return Some("it needs containment.mounts, which is off".to_owned());
     }
     let probed = match layer.probe {
-        Probe::Ask(ask) => ask(config),
-        Probe::Sandbox => try_sandbox(config, layer.layer | layer.needs),
+        Probe::Function(ask) => ask(config),
+        Probe::Sandbox => try_sandbox(config, layer.flag | layer.needs),
     };
     probed.err()
 }
@@ -106,7 +105,7 @@ fn try_sandbox(config: &Config, layers: Layers) -> Result<(), String> {
     if !config.build_directory.is_dir() {
         config.build_directory = "/tmp".into();
     }
-    let spec = SandboxSpec::new(&config, layers, None).map_err(|error| error.to_string())?;
+    let spec = SandboxContext::new(&config, layers, None).map_err(|error| error.to_string())?;
     try_out(&spec).map_err(|error| error.to_string())
 }
 

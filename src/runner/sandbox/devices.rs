@@ -19,13 +19,13 @@ use rustix::{
 };
 
 use super::{
+    containment_layer::{Layer, Layers, Probe},
     error::SandboxError,
-    layer::{Layer, Layers, Probe},
     mount_calls::{READ_ONLY, private_tmpfs, set_attributes},
 };
 
 pub(super) const LAYER: Layer = Layer {
-    layer: Layers::DEVICES,
+    flag: Layers::DEVICES,
     key: "containment.devices",
     demand: |containment| containment.devices,
     needs: Layers::MOUNTS,

@@ -6,12 +6,12 @@ use nix::sched::CloneFlags;
 use rustix::thread::LinkNameSpaceType;
 
 use super::{
-    layer::{Layer, Layers, Probe},
+    containment_layer::{Layer, Layers, Probe},
     namespace::NamespaceKind,
 };
 
 pub(super) const LAYER: Layer = Layer {
-    layer: Layers::HOSTNAME,
+    flag: Layers::HOSTNAME,
     key: "containment.hostname",
     demand: |containment| containment.hostname,
     needs: Layers::empty(),

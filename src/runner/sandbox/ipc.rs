@@ -5,12 +5,12 @@ use nix::sched::CloneFlags;
 use rustix::thread::LinkNameSpaceType;
 
 use super::{
-    layer::{Layer, Layers, Probe},
+    containment_layer::{Layer, Layers, Probe},
     namespace::NamespaceKind,
 };
 
 pub(super) const LAYER: Layer = Layer {
-    layer: Layers::IPC,
+    flag: Layers::IPC,
     key: "containment.ipc",
     demand: |containment| containment.ipc,
     needs: Layers::empty(),

@@ -21,19 +21,19 @@ use rustix::{
 };
 
 use super::{
+    containment_layer::{Layer, Layers, Probe},
     devices,
     error::SandboxError,
-    layer::{Layer, Layers, Probe},
     mount_calls::{attach, copy_of_tree, make_mount_point, private_tmpfs},
+    mount_template::{MountTemplate, PrivateDirectory},
     mount_watch::{DirectoryId, HostSnapshot},
     namespace::{Namespace, NamespaceKind},
     passwd::PasswdFiles,
-    spec::{SHARED_MEMORY, SandboxSpec},
-    template::{MountTemplate, PrivateDirectory},
+    spec::{SHARED_MEMORY, SandboxContext},
 };
 
 pub(super) const LAYER: Layer = Layer {
-    layer: Layers::MOUNTS,
+    flag: Layers::MOUNTS,
     key: "containment.mounts",
     demand: |containment| containment.mounts,
     needs: Layers::empty(),
@@ -66,15 +66,15 @@ pub(crate) struct SandboxMounts {
 
 /// A thread's way to and fro between the daemon's mounts and their template.
 #[derive(Debug)]
-pub(super) struct MountBuilder {
+pub(super) struct MountNamespaceSwitcher {
     host: Namespace,
     template: Option<MountTemplate>,
 }
 
-impl MountBuilder {
+impl MountNamespaceSwitcher {
     /// On a thread that is in the daemon's own mount namespace.
     pub(super) fn new() -> io::Result<Self> {
-        Ok(MountBuilder {
+        Ok(MountNamespaceSwitcher {
             host: Namespace::current(KIND)?,
             template: None,
         })
@@ -90,7 +90,7 @@ impl MountBuilder {
     /// changed.
     pub(super) fn enter_template(
         &mut self,
-        spec: &SandboxSpec,
+        spec: &SandboxContext,
     ) -> Result<&MountTemplate, SandboxError> {
         let hidden: Vec<PathBuf> = spec
             .hidden
@@ -116,7 +116,7 @@ impl MountBuilder {
 impl SandboxMounts {
     /// On a thread that is in a copy of the template.
     pub(crate) fn prepare(
-        spec: &SandboxSpec,
+        spec: &SandboxContext,
         template: &MountTemplate,
     ) -> Result<Self, SandboxError> {
         for directory in &template.private {
@@ -131,7 +131,7 @@ impl SandboxMounts {
             .map_err(SandboxError::at("build directory"))?;
         let scratch = Path::new(SHARED_MEMORY);
         let has_scratch = template.private.iter().any(|it| it.place == scratch);
-        let passwd = match spec.names_users && has_scratch {
+        let passwd = match spec.has_passwd_entry && has_scratch {
             true => PasswdFiles::prepare(spec.root(), scratch)
                 .map_err(SandboxError::at("/etc/passwd and /etc/group"))?,
             false => PasswdFiles::default(),

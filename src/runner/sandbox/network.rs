@@ -16,13 +16,13 @@ use parking_lot::Mutex;
 use rustix::thread::LinkNameSpaceType;
 
 use super::{
-    layer::{Layer, Layers, Probe},
+    containment_layer::{Layer, Layers, Probe},
     namespace::{Namespace, NamespaceKind},
 };
 use crate::runner::sys;
 
 pub(super) const LAYER: Layer = Layer {
-    layer: Layers::NETWORK,
+    flag: Layers::NETWORK,
     key: "containment.network",
     demand: |containment| containment.network.demand(),
     needs: Layers::empty(),

@@ -43,14 +43,14 @@ use rustix::{
 };
 
 use super::{
+    containment_layer::{Layer, Layers, Probe},
     init_program::{InitProgram, PARENT_PIPE},
-    layer::{Layer, Layers, Probe},
     namespace::{Namespace, NamespaceKind},
 };
 use crate::runner::{spawn::give_up_privileges, sys};
 
 pub(super) const LAYER: Layer = Layer {
-    layer: Layers::PROCESSES,
+    flag: Layers::PROCESSES,
     key: "containment.processes",
     demand: |containment| containment.processes,
     // For a /proc of its own.
@@ -204,7 +204,7 @@ impl Drop for InitProcess {
 }
 
 /// The PID namespace of this daemon.
-pub(crate) fn daemon_namespace() -> io::Result<OwnedFd> {
+pub(crate) fn daemon_pid_namespace() -> io::Result<OwnedFd> {
     Ok(fs::File::open("/proc/self/ns/pid")?.into())
 }
 
@@ -253,7 +253,7 @@ fn prepare(launch: &InitLaunch<'_>) -> Result<OwnedFd, Errno> {
     setsid()?;
     // So that the kernel reaps orphans by itself; survives the execution of the program.
     sys::set_disposition(libc::SIGCHLD, sys::Disposition::Ignore)?;
-    let program = fcntl_dupfd_cloexec(launch.program, ABOVE_LIFE)?;
+    let program = fcntl_dupfd_cloexec(launch.program, ABOVE_PARENT_PIPE)?;
     // SAFETY: this table is this process's alone, and what it has there is not used any more.
     unsafe { sys::pass_only(launch.parent_pipe, PARENT_PIPE)? };
     // Root would have its capabilities again with its next program; where this is refused,
@@ -265,7 +265,7 @@ fn prepare(launch: &InitLaunch<'_>) -> Result<OwnedFd, Errno> {
     Ok(program)
 }
 
-const ABOVE_LIFE: RawFd = 10;
+const ABOVE_PARENT_PIPE: RawFd = 10;
 
 fn open(path: &CStr) -> Result<OwnedFd, Errno> {
     openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())

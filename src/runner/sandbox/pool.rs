@@ -3,9 +3,9 @@
 //! 1. Who takes one gets one that is usable now, or the reason why the last one could not be made.
 //! 2. After a failure the thread tries again by itself, `RETRY_INTERVAL` later, whether or not
 //!    somebody waits: a shortage that is over is noticed, and one that lasts costs little.
-//! 3. `probe` holds when the last sandbox that was to be made was made, less than `PROBE_AGE` ago; else
+//! 3. `probe` holds when the last sandbox that was to be made was made, less than `MAXIMUM_PROBE_AGE` ago; else
 //!    one is made for it. So whoever asks for readiness again and again makes a sandbox each
-//!    `PROBE_AGE` at most.
+//!    `MAXIMUM_PROBE_AGE` at most.
 //! 4. Whoever waits holds no lock, and can give up at any time.
 
 use std::{
@@ -23,20 +23,20 @@ use super::{
     builder::{Sandbox, SandboxBuilder},
     error::SandboxError,
     mount_watch::DirectoryId,
-    spec::SandboxSpec,
+    spec::SandboxContext,
 };
 
 /// Sandboxes that wait for actions.
-const PREPARED: usize = 5;
+const TARGET_READY: usize = 5;
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
-const PROBE_AGE: Duration = Duration::from_secs(10);
+const MAXIMUM_PROBE_AGE: Duration = Duration::from_secs(10);
 /// How long it may take to make one, on a host that is busy.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Gives out sandboxes that a thread prepares ahead.
 #[derive(Debug)]
 pub(crate) struct SandboxPool {
-    spec: Arc<SandboxSpec>,
+    spec: Arc<SandboxContext>,
     shared: Arc<PoolShared>,
     builder: Mutex<Option<JoinHandle<()>>>,
 }
@@ -65,7 +65,7 @@ struct BuildAttempt {
 }
 
 impl SandboxPool {
-    pub(crate) fn open(spec: SandboxSpec) -> io::Result<Self> {
+    pub(crate) fn open(spec: SandboxContext) -> io::Result<Self> {
         let spec = Arc::new(spec);
         let shared = Arc::<PoolShared>::default();
         let builder = std::thread::Builder::new()
@@ -81,7 +81,7 @@ impl SandboxPool {
         })
     }
 
-    pub(crate) fn spec(&self) -> &SandboxSpec {
+    pub(crate) fn spec(&self) -> &SandboxContext {
         &self.spec
     }
 
@@ -98,7 +98,7 @@ impl SandboxPool {
     pub(crate) async fn take(&self, build_directory: DirectoryId) -> Result<Sandbox, SandboxError> {
         let changes = self.spec.mount_watch.count();
         // Each of those that are ready may be out of date, as may the one that is in the making.
-        for _ in 0..PREPARED + 2 {
+        for _ in 0..TARGET_READY + 2 {
             let sandbox = self.shared.next().await?;
             if sandbox.is_usable(build_directory, changes) {
                 return Ok(sandbox);
@@ -111,7 +111,7 @@ impl SandboxPool {
     }
 
     /// Whether it is known that a sandbox can be made; `None` when `probe` must find out.
-    pub(crate) fn is_probed(
+    pub(crate) fn recent_probe(
         &self,
         build_directory: DirectoryId,
     ) -> Option<Result<(), SandboxError>> {
@@ -121,7 +121,7 @@ impl SandboxPool {
         match &last.failure {
             // At most `RETRY_INTERVAL` old.
             Some(failure) => Some(Err(failure.clone())),
-            None if last.at.elapsed() > PROBE_AGE => None,
+            None if last.at.elapsed() > MAXIMUM_PROBE_AGE => None,
             None => {
                 let newest = state.ready.back()?;
                 newest.is_usable(build_directory, changes).then_some(Ok(()))
@@ -135,7 +135,7 @@ impl SandboxPool {
         // In place of the oldest one.
         let oldest = {
             let mut state = self.shared.state.lock();
-            match state.ready.len() < PREPARED {
+            match state.ready.len() < TARGET_READY {
                 true => None,
                 false => state.ready.pop_front(),
             }
@@ -173,11 +173,11 @@ impl Drop for SandboxPool {
 
 impl PoolShared {
     /// What the thread does, until closed.
-    fn build(&self, spec: &SandboxSpec) {
+    fn build(&self, spec: &SandboxContext) {
         let mut builder = None;
         let mut state = self.state.lock();
         while !state.is_closed {
-            if state.ready.len() >= PREPARED {
+            if state.ready.len() >= TARGET_READY {
                 self.wanted.wait(&mut state);
                 continue;
             }
@@ -206,7 +206,7 @@ impl PoolShared {
             };
             match &failure {
                 Some(error) if !was_failing => {
-                    tracing::error!("{error}; no action can run until then")
+                    tracing::error!("{error}; no action can run until a sandbox can be made")
                 }
                 None if was_failing => tracing::info!("sandboxes for actions can be made again"),
                 _ => {}

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    cgroups::ActionCgroups, devices, init_program::InitProgram, layer::Layers,
+    cgroups::ActionCgroupParent, containment_layer::Layers, devices, init_program::InitProgram,
     mount_watch::MountWatch, network::NetworkPool,
 };
 use crate::config::runner::{Config, Root};
@@ -17,7 +17,7 @@ const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
 pub(super) const SHARED_MEMORY: &str = "/dev/shm";
 
 #[derive(Debug)]
-pub(crate) struct SandboxSpec {
+pub(crate) struct SandboxContext {
     pub layers: Layers,
     pub build_directory: PathBuf,
     pub writable: Vec<PathBuf>,
@@ -27,21 +27,21 @@ pub(crate) struct SandboxSpec {
     /// Another tree in place of the host's.
     pub image: Option<PathBuf>,
     /// Whether /etc/passwd and /etc/group are to tell the action's user.
-    pub names_users: bool,
+    pub has_passwd_entry: bool,
     /// The most pseudo-terminals.
     pub terminals: u32,
     pub init: Option<Arc<InitProgram>>,
     pub networks: NetworkPool,
-    pub cgroups: Option<Arc<ActionCgroups>>,
+    pub cgroups: Option<Arc<ActionCgroupParent>>,
     /// Of the host's mounts.
     pub mount_watch: MountWatch,
 }
 
-impl SandboxSpec {
+impl SandboxContext {
     pub(crate) fn new(
         config: &Config,
         layers: Layers,
-        cgroups: Option<ActionCgroups>,
+        cgroups: Option<ActionCgroupParent>,
     ) -> io::Result<Self> {
         let image = config.root.image();
         let image = image.map(|path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned()));
@@ -58,14 +58,14 @@ impl SandboxSpec {
             true => Some(Arc::new(InitProgram::new()?)),
             false => None,
         };
-        Ok(SandboxSpec {
+        Ok(SandboxContext {
             layers,
             build_directory: config.build_directory.clone(),
             writable: config.writable_directories.clone(),
             hidden: config.containment.hidden_paths.clone(),
             temporary,
             image,
-            names_users: config.root != Root::Input,
+            has_passwd_entry: config.root != Root::Input,
             terminals: devices::terminals(config.users.count),
             init,
             networks: NetworkPool::default(),

@@ -13,5 +13,5 @@ mod process;
 mod spec;
 
 pub(super) use child::give_up_privileges;
-pub(super) use process::{EndCause, Exit, Process, SpawnError, WaitEnd};
+pub(super) use process::{Exit, Process, SpawnError, TerminationStatus, WaitOutcome};
 pub(super) use spec::{InheritedState, PathBase, PidNamespaces, SetupStep, SpawnSpec, SpawnStage};

@@ -33,7 +33,7 @@ use super::{
     child::{self, CommandLaunch, SpawnProgress},
     spec::{SpawnSpec, SpawnStage},
 };
-use crate::runner::{stop::StopSignal, sys};
+use crate::runner::{run_cancellation::RunCancellation, sys};
 
 /// How long one that was killed is waited for when it is dropped.
 const REAP_TIMEOUT: Duration = Duration::from_secs(1);
@@ -49,7 +49,7 @@ pub(crate) struct Process {
 
 /// Why a wait is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum WaitEnd {
+pub(crate) enum WaitOutcome {
     Exited,
     Stopped,
     TimedOut,
@@ -58,17 +58,17 @@ pub(crate) enum WaitEnd {
 /// How a process ended.
 #[derive(Clone, Copy)]
 pub(crate) struct Exit {
-    pub cause: EndCause,
+    pub cause: TerminationStatus,
     pub usage: libc::rusage,
     /// Whether `usage` may have the memory that this daemon used: a process keeps the highest figure
     /// of what it shared before it executed a program. Then the command's was this at most. The
     /// kernel adds each thread's pages to a figure in lots of 64, so that it can read a little more
     /// to the new process than to this daemon a moment later; hence up to twice the daemon's.
-    pub memory_is_daemons: bool,
+    pub maxrss_may_be_daemons: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum EndCause {
+pub(crate) enum TerminationStatus {
     Code(i32),
     Signal(i32),
 }
@@ -140,7 +140,7 @@ impl Process {
     }
 
     /// Waits until the process has ended, or should end, or this long.
-    pub(crate) fn wait(&self, stop: &StopSignal, timeout: Duration) -> WaitEnd {
+    pub(crate) fn wait(&self, stop: &RunCancellation, timeout: Duration) -> WaitOutcome {
         let timeout = Timespec::try_from(timeout).ok();
         loop {
             let mut fds = [
@@ -151,11 +151,11 @@ impl Process {
                 Err(Errno::INTR) => continue,
                 Err(error) => {
                     tracing::error!(%error, "could not wait for a process");
-                    return WaitEnd::Stopped;
+                    return WaitOutcome::Stopped;
                 }
-                Ok(0) => return WaitEnd::TimedOut,
-                Ok(_) if fds[0].revents().is_empty() => return WaitEnd::Stopped,
-                Ok(_) => return WaitEnd::Exited,
+                Ok(0) => return WaitOutcome::TimedOut,
+                Ok(_) if fds[0].revents().is_empty() => return WaitOutcome::Stopped,
+                Ok(_) => return WaitOutcome::Exited,
             }
         }
     }
@@ -179,11 +179,11 @@ impl Process {
         let (status, usage) = sys::wait4(self.pid)?;
         Ok(Exit {
             cause: match libc::WIFSIGNALED(status) {
-                true => EndCause::Signal(libc::WTERMSIG(status)),
-                false => EndCause::Code(libc::WEXITSTATUS(status)),
+                true => TerminationStatus::Signal(libc::WTERMSIG(status)),
+                false => TerminationStatus::Code(libc::WEXITSTATUS(status)),
             },
             usage,
-            memory_is_daemons: usage.ru_maxrss <= self.daemon_peak.saturating_mul(2),
+            maxrss_may_be_daemons: usage.ru_maxrss <= self.daemon_peak.saturating_mul(2),
         })
     }
 }

@@ -50,7 +50,7 @@ pub(crate) struct SpawnSpec<'a> {
 /// Where the path of an input root starts.
 #[derive(Clone, Copy)]
 pub(crate) enum PathBase<'a> {
-    /// A directory of the namespaces that are entered.
+    /// An open directory: of the namespaces that are entered, or of this daemon's own where there are none.
     Directory(BorrowedFd<'a>),
     /// A path in them, when everything is mounted.
     Path(&'a CStr),

@@ -11,7 +11,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{directory::Directory, kept};
+use super::{directory::Directory, kept_root};
 use crate::{
     removal,
     worker::{attributes, beneath::open_child},
@@ -56,12 +56,13 @@ impl ActionDirectory {
         }
     }
 
-    pub(super) fn open_to(&self, group: u32) -> Result<(), Errno> {
+    pub(super) fn grant_group_access(&self, group: u32) -> Result<(), Errno> {
         rustix::fs::fchown(&self.directory, None, Some(Gid::from_raw(group)))?;
         rustix::fs::fchmod(&self.directory, Mode::from_raw_mode(0o770))
     }
 
-    /// Removes all but the input root. `false` when it cannot be told from a used one.
+    /// Empties `tmp`, `home` and `server_logs`, and removes all else but the input root. `false` when what is left differs from
+    /// a new action directory.
     pub(super) fn empty(&self) -> io::Result<bool> {
         let mut entries = Dir::read_from(&self.directory)?;
         while let Some(entry) = entries.read() {
@@ -114,5 +115,7 @@ fn is_unchanged(directory: BorrowedFd<'_>, mode: u32) -> io::Result<bool> {
     let stat = rustix::fs::fstat(directory)?;
     let plain = attributes::has_none(directory);
     let empty = Directory::default();
-    Ok(plain && kept::has_owner_and_mode(&stat, mode) && !kept::is_oversized(&stat, &empty))
+    Ok(plain
+        && kept_root::has_owner_and_mode(&stat, mode)
+        && !kept_root::is_oversized(&stat, &empty))
 }

@@ -34,7 +34,7 @@ pub(super) struct DeletionQueue {
 const LOCKED_INTERVAL: Duration = Duration::from_secs(1);
 
 /// More waiting than this, and whoever throws something away removes it himself.
-const WAITING: u64 = 1_000;
+const MAXIMUM_WAITING: u64 = 1_000;
 
 impl DeletionQueue {
     /// What is in it already is emptied too.
@@ -102,7 +102,7 @@ impl DeletionQueue {
         name: P,
     ) -> Result<(), Errno> {
         let to = self.take(parent, name)?;
-        if self.waiting.load(Ordering::Relaxed) > WAITING
+        if self.waiting.load(Ordering::Relaxed) > MAXIMUM_WAITING
             && try_remove(&self.directory, &to, &self.path)
         {
             return Ok(());

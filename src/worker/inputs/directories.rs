@@ -37,7 +37,7 @@ pub struct DirectoryWalk {
     /// Directories that the storage lacks.
     pub missing: Vec<Digest>,
     /// What was read beside the root.
-    pub beside: Result<Bytes, storage::Error>,
+    pub extra_blob: Result<Bytes, storage::Error>,
     found: HashMap<Digest, Arc<Directory>>,
     known: HashMap<Digest, Tree>,
 }
@@ -100,21 +100,21 @@ impl DirectoryCache {
         }
     }
 
-    /// Reads everything reachable from `root`, and in the same batch as the root the blob `beside`.
+    /// Reads everything reachable from `root`, and in the same batch as the root the blob `extra`.
     pub async fn walk(
         &self,
         instance: &InstanceName,
         root: Digest,
-        beside: Digest,
+        extra: Digest,
     ) -> Result<DirectoryWalk, Fault> {
         let mut found: HashMap<Digest, Arc<Directory>> = HashMap::new();
         let mut known: HashMap<Digest, Tree> = HashMap::new();
         let mut missing = HashSet::new();
         let mut size = 0_u64;
         let mut level = vec![root];
-        let beside_digest = beside;
-        let mut beside = Some(beside);
-        let mut read_beside = None;
+        let extra_digest = extra;
+        let mut extra = Some(extra);
+        let mut read_extra = None;
         while !level.is_empty() {
             for digest in &level {
                 size = size.saturating_add(digest.size());
@@ -126,12 +126,12 @@ impl DirectoryCache {
                 )));
             }
             let mut wanted = level.clone();
-            while !wanted.is_empty() || beside.is_some() {
+            while !wanted.is_empty() || extra.is_some() {
                 let (leaders, followers) =
                     self.join(std::mem::take(&mut wanted), &mut found, &mut known);
                 let ours: Vec<Digest> = leaders.iter().map(|leader| *leader.key()).collect();
                 let mut digests = ours.clone();
-                let first = beside.take();
+                let first = extra.take();
                 digests.extend(first);
                 let mut batches = stream::iter(batches(digests, |digest| digest.size()))
                     .map(|batch| async move {
@@ -141,8 +141,8 @@ impl DirectoryCache {
                     .buffer_unordered(4);
                 while let Some((results, batch)) = batches.next().await {
                     for (digest, result) in batch.into_iter().zip(results) {
-                        if first == Some(digest) && read_beside.is_none() {
-                            read_beside = Some(result.clone());
+                        if first == Some(digest) && read_extra.is_none() {
+                            read_extra = Some(result.clone());
                             if !ours.contains(&digest) {
                                 continue;
                             }
@@ -194,10 +194,10 @@ impl DirectoryCache {
         Ok(DirectoryWalk {
             tree,
             missing,
-            beside: match read_beside {
+            extra_blob: match read_extra {
                 Some(result) => result,
                 None => Err(storage::Error::Internal(format!(
-                    "storage gave no answer about blob {beside_digest}"
+                    "storage gave no answer about blob {extra_digest}"
                 ))),
             },
             found,

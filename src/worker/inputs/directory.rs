@@ -1,5 +1,5 @@
-//! A Directory message, parsed: every name is one path component and occurs once, and each list is in
-//! the order of the names.
+//! A Directory message, parsed: every name is one path component and occurs once; files, directories
+//! and symlinks are in the order of their names.
 
 use prost::Message;
 

@@ -26,7 +26,7 @@ use crate::{config::Size, worker::fault::Fault};
 /// Between two looks at it.
 pub(super) const FREE_SPACE_INTERVAL: Duration = Duration::from_millis(50);
 /// With less free than this part of `minimum_free`, and no more than this, a write may have failed.
-const FULL_PART: u64 = 8;
+const FULL_DIVISOR: u64 = 8;
 const FULL_AT_MOST: u64 = 64 << 20;
 const FULL_INODES: u64 = 16;
 
@@ -54,12 +54,12 @@ pub(super) struct Free {
 }
 
 /// A command that runs.
-pub(super) struct RunningCommand {
+pub(super) struct FreeSpaceWatch {
     space: Arc<FreeSpace>,
     full_before: u64,
 }
 
-impl Drop for RunningCommand {
+impl Drop for FreeSpaceWatch {
     fn drop(&mut self) {
         *self.space.commands.running.lock() -= 1;
     }
@@ -112,7 +112,7 @@ impl FreeSpace {
     }
 
     fn full_size(&self) -> u64 {
-        (self.minimum_free / FULL_PART).min(FULL_AT_MOST)
+        (self.minimum_free / FULL_DIVISOR).min(FULL_AT_MOST)
     }
 
     fn take_sample(&self) {
@@ -134,17 +134,17 @@ impl FreeSpace {
     }
 
     /// Watches until what is returned is dropped.
-    pub(super) fn watch(self: &Arc<Self>) -> RunningCommand {
+    pub(super) fn watch(self: &Arc<Self>) -> FreeSpaceWatch {
         *self.commands.running.lock() += 1;
         self.commands.changed.notify_all();
-        RunningCommand {
+        FreeSpaceWatch {
             full_before: self.full.load(Ordering::SeqCst),
             space: self.clone(),
         }
     }
 }
 
-impl RunningCommand {
+impl FreeSpaceWatch {
     /// What there is to say when the disk was, or is, full.
     pub(super) fn fault(&self) -> Option<Fault> {
         self.space.take_sample();

@@ -29,7 +29,7 @@ use super::{
     action_directory::ActionDirectory,
     deletion::{self, DeletionQueue},
     file_cache::LinkMode,
-    kept::{self, DirectoryFd, KeptDirectory, KeptRoot},
+    kept_root::{self, DirectoryFd, KeptDirectory, KeptRoot},
     plan::{self, LayOutPlan},
     tree::Tree,
 };
@@ -72,7 +72,7 @@ pub(super) struct IdleRoots {
     stash_directory: OwnedFd,
     pub deletions: DeletionQueue,
     sequence: AtomicU64,
-    /// Twice as many roots are kept, and may wait for cleaning.
+    /// Actions that run at a time. Twice as many roots are kept, and may wait for cleaning.
     slots: usize,
     /// Directories that are open, and that may be.
     open_directories: Arc<AtomicU64>,
@@ -354,7 +354,7 @@ impl IdleRoots {
             ..
         } = stashed;
         rustix::fs::renameat(&self.stash_directory, &from, parent, name)?;
-        let (inode, baseline) = kept::read_baseline(kept.fd.as_fd())?;
+        let (inode, baseline) = kept_root::read_baseline(kept.fd.as_fd())?;
         if inode != kept.inode {
             return Err(Errno::STALE);
         }
@@ -415,7 +415,7 @@ impl IdleRoots {
 
     /// Lets go of what is kept until so many more directories may be open; `false` when that is not
     /// enough.
-    pub(super) fn reserve(&self, directories: u64) -> bool {
+    pub(super) fn make_room_for_directories(&self, directories: u64) -> bool {
         loop {
             let open = self.open_directories.load(Ordering::Relaxed);
             if open.saturating_add(directories) <= self.maximum_open {

@@ -9,9 +9,9 @@ use std::{
 
 use super::{
     action_directory::{self, ActionDirectory},
-    free_space::RunningCommand,
+    free_space::FreeSpaceWatch,
     idle_roots::IdleRoot,
-    kept::KeptRoot,
+    kept_root::KeptRoot,
     root_store::{RootStore, UsedRoot},
 };
 use crate::worker::{
@@ -32,10 +32,10 @@ pub struct InputRoot {
     /// Seconds since the epoch.
     ready: i64,
     reusable: bool,
-    /// Whether no inode of its files is anywhere else, so that the action may have changed them.
-    pub(super) has_own_files: bool,
+    /// Whether its files are copies for this action alone (`LinkMode::Copy`), which it may have changed.
+    pub(super) has_private_files: bool,
     /// From when the command may start.
-    command: Option<RunningCommand>,
+    command: Option<FreeSpaceWatch>,
     /// Inode numbers of what is the worker's though the action made it, in their order.
     adopted_output_inodes: Vec<u64>,
 }
@@ -69,7 +69,7 @@ impl InputRoot {
             modifications,
             ready: now(),
             reusable: true,
-            has_own_files: false,
+            has_private_files: false,
             command: None,
             adopted_output_inodes: Vec::new(),
         }
@@ -91,9 +91,9 @@ impl InputRoot {
         &self.action_directory().name
     }
 
-    /// Whether no inode of its files is anywhere else.
-    pub fn has_own_files(&self) -> bool {
-        self.has_own_files
+    /// Whether its files are copies for this action alone, which it may write to.
+    pub fn has_private_files(&self) -> bool {
+        self.has_private_files
     }
 
     /// The directory with `stdout` and `stderr`.
@@ -127,7 +127,7 @@ impl InputRoot {
     /// Whether what the command found and left can be relied on: nobody but the worker changed files of
     /// the cache since the root was chosen, and the disk was never full. Blocks.
     pub fn check(&self) -> Result<(), Fault> {
-        if let Some(fault) = self.command.as_ref().and_then(RunningCommand::fault) {
+        if let Some(fault) = self.command.as_ref().and_then(FreeSpaceWatch::fault) {
             return Err(fault);
         }
         match self.store.cache.modifications() == self.modifications {
@@ -141,9 +141,9 @@ impl InputRoot {
 
     /// Opens the directory to a group, for a runner that cannot do so for an action's user. Such a
     /// runner holds no lock either (I5 No process), so that the root is not used again. Blocks.
-    pub fn open_to(&mut self, group: u32) -> Result<(), Fault> {
+    pub fn grant_group_access(&mut self, group: u32) -> Result<(), Fault> {
         self.reusable = false;
-        self.action_directory().open_to(group).map_err(|error| {
+        self.action_directory().grant_group_access(group).map_err(|error| {
             let what = format!(
                 "open a directory to runners.group {group}; the worker needs CAP_CHOWN, or to be in that group"
             );

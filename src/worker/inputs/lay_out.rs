@@ -3,7 +3,7 @@
 //! 1. Removals come first, everywhere in the root; then a directory's own changes, then its
 //!    baseline (I6 Baseline), then what is below.
 //! 2. On any error the whole root is given up (I7 Errors discard): nothing here undoes anything.
-//! 3. Directories that are made are worked on by two threads when that pays.
+//! 3. Directories that are made are worked on by several threads when that pays (`RootStore::set_threads`).
 
 use std::{
     io,
@@ -15,12 +15,12 @@ use parking_lot::{Condvar, Mutex};
 use rustix::fs::{AtFlags, Mode};
 
 use super::{
-    file_cache::{FileCache, FileKey, InputInodeKind, LinkMode, PinnedFiles},
+    file_cache::{FileCache, FileKey, InputFileKind, LinkMode, PinnedFiles},
     idle_roots::{IdleRoots, StashedTree},
-    inodes::Inodes,
-    kept::{self, DirectoryFd, KeptDirectory, KeptRoot},
-    plan::{self, Child, EntrySource, LayOutPlan, Made, Origin, Rewrite},
+    kept_root::{self, DirectoryFd, KeptDirectory, KeptRoot},
+    plan::{self, Child, EntrySource, LayOutPlan, NewDirectory, Origin, Rewrite},
     tree::Tree,
+    used_inodes::UsedInodes,
 };
 
 /// From so many links on a second thread helps.
@@ -48,7 +48,7 @@ enum LaidOutChild {
     Whole(KeptDirectory),
     Partial(Box<PartialDirectory>),
     /// Which of those that are made.
-    Made(u32),
+    Pending(u32),
 }
 
 /// A directory between removals and additions.
@@ -79,10 +79,10 @@ pub(super) struct LayOut<'a> {
     /// Whether the root is kept, and so what is made is remembered.
     keep: bool,
     pub link_mode: LinkMode,
-    pub inodes: Mutex<Inodes>,
+    pub inodes: Mutex<UsedInodes>,
     /// Taken from before the index of the cache is locked.
     pub pinned: Mutex<PinnedFiles>,
-    made: Vec<Made>,
+    made: Vec<NewDirectory>,
     pub taken: Mutex<Vec<Option<StashedTree>>>,
     pub dropped: Mutex<Vec<Option<StashedTree>>>,
     pub queue: Mutex<JobQueue>,
@@ -163,7 +163,7 @@ impl<'a> LayOutContext<'a> {
         parent: BorrowedFd<'_>,
         name: &str,
         node: &Tree,
-        inodes: &mut Inodes,
+        inodes: &mut UsedInodes,
         link_mode: LinkMode,
     ) -> Result<KeptDirectory, LayOutError> {
         let plan = plan::fresh(node);
@@ -195,7 +195,7 @@ impl<'a> LayOut<'a> {
         context: LayOutContext<'a>,
         plan: LayOutPlan<StashedTree>,
         pinned: PinnedFiles,
-        inodes: Inodes,
+        inodes: UsedInodes,
         keep: bool,
         link_mode: LinkMode,
     ) -> Self {
@@ -223,7 +223,7 @@ impl<'a> LayOut<'a> {
     ) -> Result<Option<KeptDirectory>, LayOutError> {
         let pruned = self.remove(root, rewrite)?;
         let mut buffer = String::new();
-        self.settle_inodes(moved, &mut buffer)?;
+        self.resolve_inode_conflicts(moved, &mut buffer)?;
         let helpers = match links >= WORTH_A_THREAD {
             true => self.context.threads.saturating_sub(1),
             false => 0,
@@ -269,7 +269,7 @@ impl<'a> LayOut<'a> {
         let directory = kept.node.directory.clone();
         let fd = kept.fd.clone();
         for &i in &rewrite.dropped_files {
-            if let InputInodeKind::HardLink(file, number) = kept.files.list[i as usize].kind() {
+            if let InputFileKind::HardLink(file, number) = kept.files.list[i as usize].kind() {
                 self.inodes.lock().free(file, number);
             }
             let name = directory.files[i as usize].name.as_str();
@@ -378,15 +378,15 @@ impl<'a> LayOut<'a> {
             let name = name.as_str();
             match child {
                 PrunedChild::Unchanged(kept) => stays.push(LaidOutChild::Whole(kept)),
-                PrunedChild::New(origin) => stays.push(self.bring(&fd, name, origin)?),
+                PrunedChild::New(origin) => stays.push(self.place_subtree(&fd, name, origin)?),
                 PrunedChild::Pruned(pruned) => {
                     below.push((stays.len(), pruned));
                     // A place for it.
-                    stays.push(LaidOutChild::Made(u32::MAX));
+                    stays.push(LaidOutChild::Pending(u32::MAX));
                 }
             }
         }
-        let (_, baseline) = kept::record_baseline(fd.as_fd()).map_err(at("."))?;
+        let (_, baseline) = kept_root::record_baseline(fd.as_fd()).map_err(at("."))?;
         kept.baseline = Some(baseline);
         self.enqueue(&fd, &directory.directories, &stays);
         for (i, pruned) in below {
@@ -399,16 +399,16 @@ impl<'a> LayOut<'a> {
     }
 
     /// A subtree comes to its place, or at least its directory.
-    fn bring(
+    fn place_subtree(
         &self,
         fd: &DirectoryFd,
         name: &str,
         origin: Origin,
     ) -> Result<LaidOutChild, LayOutError> {
         let stashed = match origin {
-            Origin::Made(i) => {
+            Origin::NewDirectory(i) => {
                 make(fd.as_fd(), name)?;
-                return Ok(LaidOutChild::Made(i));
+                return Ok(LaidOutChild::Pending(i));
             }
             Origin::Stashed(i) => self.taken.lock()[i as usize].take(),
             Origin::Moved(i) => self.dropped.lock()[i as usize].take(),
@@ -433,7 +433,7 @@ impl<'a> LayOut<'a> {
             .iter()
             .zip(names)
             .filter_map(|(stay, (name, _))| match stay {
-                LaidOutChild::Made(i) if *i != u32::MAX => {
+                LaidOutChild::Pending(i) if *i != u32::MAX => {
                     Some((fd.clone(), *i, name.as_str().to_owned()))
                 }
                 _ => None,
@@ -485,7 +485,7 @@ impl<'a> LayOut<'a> {
         fd: Arc<DirectoryFd>,
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
-        let Made {
+        let NewDirectory {
             node,
             first_link,
             children,
@@ -493,7 +493,7 @@ impl<'a> LayOut<'a> {
         let directory = &node.directory;
         let mut stays = Vec::with_capacity(children.len());
         for (origin, (name, _)) in children.iter().zip(&directory.directories) {
-            stays.push(self.bring(&fd, name.as_str(), *origin)?);
+            stays.push(self.place_subtree(&fd, name.as_str(), *origin)?);
         }
         let keys = directory.files.iter().map(|file| file.key);
         let mut files = match self.take_files(*first_link, keys) {
@@ -510,7 +510,7 @@ impl<'a> LayOut<'a> {
         for (name, target) in &directory.symlinks {
             symlinks.push(make_symlink(fd.as_fd(), name.as_str(), target)?);
         }
-        let (inode, baseline) = kept::record_baseline(fd.as_fd()).map_err(at("."))?;
+        let (inode, baseline) = kept_root::record_baseline(fd.as_fd()).map_err(at("."))?;
         self.enqueue(&fd, &directory.directories, &stays);
         if self.keep {
             let kept = KeptDirectory {
@@ -549,7 +549,7 @@ fn assemble(partial: PartialDirectory, results: &mut [Option<PartialDirectory>])
         .map(|stay| match stay {
             LaidOutChild::Whole(kept) => kept,
             LaidOutChild::Partial(partial) => assemble(*partial, results),
-            LaidOutChild::Made(i) => assemble_made(i, results),
+            LaidOutChild::Pending(i) => assemble_made(i, results),
         })
         .collect();
     kept

@@ -31,7 +31,7 @@
 //! - I7 Errors discard: after any error, a root and all that is known of it is thrown away.
 //! - I8 Distinct: no two files of a root are one inode, so that programs find separate files whatever
 //!   their content is. Reflinks and empty files are so by themselves. Of hard links, a root knows which
-//!   of the inodes of a cached file it has (`inodes`), takes for one more occurrence the first one that
+//!   of the inodes of a cached file it has (`used_inodes`), takes for one more occurrence the first one that
 //!   it does not have, and the cache makes it when it does not have it either. A subtree that leaves the
 //!   root gives its inodes back; one that comes into it takes its own along, and where the root has one
 //!   of these already, that file is linked anew, to another inode, before the subtree is in its place.
@@ -52,30 +52,30 @@
 //! - `directory` is a Directory message, `tree` a Merkle tree of them; `directories` fetches them.
 //! - `file_cache` has the input files; both fetch by `batches`, which fit into memory.
 //! - `plan` says how one tree becomes another.
-//! - `planned_root` chooses a root and lays it out: `lay_out` performs the plan, `files` makes the files
-//!   in it, `inodes` knows which inodes of cached files a root has; `node_properties` sets the modes and
+//! - `planned_root` chooses a root and lays it out: `lay_out` performs the plan, `link_files` makes the files
+//!   in it, `used_inodes` knows which inodes of cached files a root has; `node_properties` sets the modes and
 //!   times that a client gives.
 //! - `input_root` is what an action has; `action_directory` lies around it.
-//! - `root_store` is what roots share, and cleans them: `verify` reverts what the action did, by what is
-//!   known of a root that is `kept`.
-//! - `idle_roots` has what waits, `deletion` what is removed; `retention`, `ctime` and `free_space` tell
+//! - `root_store` is what roots share, and cleans them: `cleaning` reverts what the action did, by what is
+//!   known of a root that is `kept_root`.
+//! - `idle_roots` has what waits, `deletion` what is removed; `retention`, `ctime_resolution` and `free_space` tell
 //!   whether roots may be kept, and commands started; `counts` is for the log.
 
 mod action_directory;
 mod batches;
+mod cleaning;
 mod counts;
-mod ctime;
+mod ctime_resolution;
 mod deletion;
 pub mod directories;
 pub mod directory;
 pub mod file_cache;
-mod files;
 mod free_space;
 mod idle_roots;
-mod inodes;
 mod input_root;
-mod kept;
+mod kept_root;
 mod lay_out;
+mod link_files;
 mod node_properties;
 mod plan;
 mod planned_root;
@@ -83,7 +83,7 @@ mod prepare;
 mod retention;
 mod root_store;
 pub mod tree;
-mod verify;
+mod used_inodes;
 
 pub use action_directory::LAST_PROCESS_TIMEOUT;
 pub use input_root::InputRoot;

@@ -40,12 +40,12 @@ pub enum Child {
 /// Where a whole subtree comes from that was not in this place before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// From the pool: which of `LayOutPlan::taken`.
+    /// From the stash: which of `LayOutPlan::taken`.
     Stashed(u32),
     /// From elsewhere in the root: its number among what is removed.
     Moved(u32),
     /// Which of `LayOutPlan::made`.
-    Made(u32),
+    NewDirectory(u32),
 }
 
 /// A directory that stays, with other entries.
@@ -59,14 +59,14 @@ pub struct Rewrite {
     /// Indices of what is there and not wanted.
     pub dropped_files: Vec<u32>,
     pub dropped_symlinks: Vec<u32>,
-    pub dropped_children: Vec<Dropped>,
+    pub dropped_children: Vec<DroppedSubtree>,
     /// Which of `LayOutPlan::links` is the first that is new in this directory.
     pub first_link: usize,
     cost: u64,
 }
 
 #[derive(Debug)]
-pub struct Dropped {
+pub struct DroppedSubtree {
     pub child: u32,
     /// Among all that are dropped.
     pub number: u32,
@@ -74,7 +74,7 @@ pub struct Dropped {
 
 /// A directory that is made.
 #[derive(Debug)]
-pub struct Made {
+pub struct NewDirectory {
     pub node: Tree,
     /// Which of `LayOutPlan::links` is the first in this directory.
     pub first_link: usize,
@@ -86,7 +86,7 @@ pub struct Made {
 pub struct LayOutPlan<P> {
     /// `None` when the root is as wanted.
     pub rewrite: Option<Rewrite>,
-    pub made: Vec<Made>,
+    pub made: Vec<NewDirectory>,
     pub taken: Vec<P>,
     /// How many subtrees are dropped.
     pub dropped: u32,
@@ -96,12 +96,12 @@ pub struct LayOutPlan<P> {
     pub links: Vec<FileKey>,
 }
 
-/// How `old` becomes `new`; `None` when they are equal. `has` tells whether the pool has a subtree.
+/// How `old` becomes `new`; `None` when they are equal. `has` tells whether a subtree is stashed.
 pub(super) fn compare(old: &Tree, new: &Tree, has: &dyn Fn(&Digest) -> bool) -> Option<Rewrite> {
     (old.digest != new.digest).then(|| diff(old, new, has))
 }
 
-/// Settles where everything comes from; `take` takes a subtree out of the pool.
+/// Settles where everything comes from; `take` takes a stashed subtree.
 pub(super) fn resolve<P>(
     old: &Tree,
     mut rewrite: Option<Rewrite>,
@@ -195,13 +195,13 @@ fn diff(old: &Node, new: &Tree, has: &dyn Fn(&Digest) -> bool) -> Rewrite {
     let mut children = Vec::with_capacity(b.directories.len());
     let mut dropped_children = Vec::new();
     let mut drop_child = |i: usize| {
-        dropped_children.push(Dropped {
+        dropped_children.push(DroppedSubtree {
             child: i as u32,
             number: 0,
         });
     };
     // Settled later, when it is known what is dropped elsewhere.
-    let undecided = || Child::New(Origin::Made(u32::MAX));
+    let undecided = || Child::New(Origin::NewDirectory(u32::MAX));
     merge(
         &a.directories,
         &b.directories,
@@ -257,7 +257,7 @@ fn diff(old: &Node, new: &Tree, has: &dyn Fn(&Digest) -> bool) -> Rewrite {
 struct Resolver<'a, P> {
     take: &'a mut dyn FnMut(&Digest) -> Option<P>,
     /// Numbers of dropped subtrees that nobody has asked for yet.
-    moved: BTreeMap<Digest, Vec<u32>>,
+    movable: BTreeMap<Digest, Vec<u32>>,
     plan: LayOutPlan<P>,
 }
 
@@ -265,7 +265,7 @@ impl<'a, P> Resolver<'a, P> {
     fn new(take: &'a mut dyn FnMut(&Digest) -> Option<P>) -> Self {
         Resolver {
             take,
-            moved: BTreeMap::new(),
+            movable: BTreeMap::new(),
             plan: LayOutPlan {
                 rewrite: None,
                 made: Vec::new(),
@@ -283,7 +283,7 @@ impl<'a, P> Resolver<'a, P> {
             self.plan.dropped += 1;
             let node = &old.children[dropped.child as usize];
             if node.entries > 0 {
-                self.moved
+                self.movable
                     .entry(node.digest)
                     .or_default()
                     .push(dropped.number);
@@ -318,7 +318,7 @@ impl<'a, P> Resolver<'a, P> {
 
     fn origin(&mut self, node: &Tree) -> Origin {
         if node.entries > 0 {
-            if let Some(number) = self.moved.get_mut(&node.digest).and_then(Vec::pop) {
+            if let Some(number) = self.movable.get_mut(&node.digest).and_then(Vec::pop) {
                 self.plan.moved.push(number);
                 return Origin::Moved(number);
             }
@@ -328,7 +328,7 @@ impl<'a, P> Resolver<'a, P> {
             }
         }
         let at = self.plan.made.len();
-        self.plan.made.push(Made {
+        self.plan.made.push(NewDirectory {
             node: node.clone(),
             first_link: self.plan.links.len(),
             children: Vec::new(),
@@ -340,7 +340,7 @@ impl<'a, P> Resolver<'a, P> {
             .map(|child| self.origin(child))
             .collect();
         self.plan.made[at].children = children;
-        Origin::Made(at as u32)
+        Origin::NewDirectory(at as u32)
     }
 }
 
@@ -519,7 +519,7 @@ mod tests {
                     let moved = self.dropped[i as usize].take().expect("moved once");
                     assert_eq!(moved.digest, wanted.digest);
                 }
-                Origin::Made(i) => {
+                Origin::NewDirectory(i) => {
                     let made = &self.plan.made[i as usize];
                     assert_eq!(made.node.digest, wanted.digest);
                     for (origin, wanted) in made.children.iter().zip(&wanted.children) {

@@ -14,7 +14,7 @@ use super::{
     file_cache::{FileKey, LinkMode, PinnedFiles},
     idle_roots::{IdleRoot, StashedTree},
     input_root::InputRoot,
-    kept::{self, KeptDirectory},
+    kept_root::{self, KeptDirectory},
     lay_out::LayOutError,
     node_properties,
     plan::LayOutPlan,
@@ -84,7 +84,10 @@ impl PlannedRoot {
         Ok(PlannedRoot {
             store: store.clone(),
             tree: tree.clone(),
-            keep: keep && store.idle_roots.reserve(plan.made.len() as u64),
+            keep: keep
+                && store
+                    .idle_roots
+                    .make_room_for_directories(plan.made.len() as u64),
             work: Some((root, plan)),
             link_mode,
             modifications,
@@ -142,7 +145,7 @@ impl PlannedRoot {
                 store.disk_fault(&what, error.into())
             })?;
         }
-        input_root.has_own_files = self.link_mode == LinkMode::Copy;
+        input_root.has_private_files = self.link_mode == LinkMode::Copy;
         store.await_free_space()?;
         input_root.begin();
         let spent = self.spent + began.elapsed();
@@ -201,5 +204,5 @@ fn make_below(root: &mut KeptDirectory, path: &RelativePath) -> Result<(), (Stri
     let fd = at.fd.clone();
     let made = beneath::make_directories(fd.as_fd(), &rest);
     made.map_err(|(component, error)| (component.as_str().to_owned(), error))?;
-    kept::set_mtime(fd.as_fd()).map_err(|error| (path.to_string(), error))
+    kept_root::set_mtime(fd.as_fd()).map_err(|error| (path.to_string(), error))
 }

@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Files that vanish from the cache again and again are a broken disk.
-const LAY_OUT_ATTEMPTS: u32 = 3;
+const LAY_OUT_RETRIES: u32 = 3;
 
 /// Makes the input roots of one runner's actions.
 pub struct InputRoots {
@@ -54,7 +54,7 @@ impl InputRoots {
             match self.lay_out(task, &tree, &parents).await {
                 Ok(root) => return Ok((command, root)),
                 Err(PrepareError::Fault(fault)) => return Err(fault),
-                Err(PrepareError::MissingFiles(keys)) if attempts < LAY_OUT_ATTEMPTS => {
+                Err(PrepareError::MissingFiles(keys)) if attempts < LAY_OUT_RETRIES => {
                     attempts += 1;
                     self.restore(task, keys).await?;
                 }
@@ -79,7 +79,7 @@ impl InputRoots {
             let (name, mode) = ("check_readiness", Mode::from_raw_mode(0o777));
             rustix::fs::mkdirat(root.directory(), name, mode)
                 .map_err(|error| no_directory(error.into()))?;
-            open_to(&mut root, group)?;
+            grant_group_access(&mut root, group)?;
             let path = format!("{}/{name}", root.name());
             Ok((root, path))
         };
@@ -98,7 +98,7 @@ impl InputRoots {
             .directories
             .walk(&task.instance, root, command_digest)
             .await?;
-        let command = match &walk.beside {
+        let command = match &walk.extra_blob {
             Ok(data) => Some(parse_command(&command_digest, data)?),
             Err(storage::Error::Missing(_)) => None,
             Err(error) => {
@@ -190,13 +190,13 @@ fn perform(
     group: Option<u32>,
 ) -> Result<InputRoot, PrepareError> {
     let mut root = planned.lay_out(pinned, parents)?;
-    open_to(&mut root, group)?;
+    grant_group_access(&mut root, group)?;
     Ok(root)
 }
 
-fn open_to(root: &mut InputRoot, group: Option<u32>) -> Result<(), Fault> {
+fn grant_group_access(root: &mut InputRoot, group: Option<u32>) -> Result<(), Fault> {
     match group {
-        Some(group) => root.open_to(group),
+        Some(group) => root.grant_group_access(group),
         None => Ok(()),
     }
 }

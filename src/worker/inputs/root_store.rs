@@ -17,17 +17,17 @@ use rustix::fs::Mode;
 
 use super::{
     action_directory::{self, ActionDirectory, INPUT_ROOT, LAST_PROCESS_TIMEOUT},
+    cleaning::{DirectoryCondition, clean_root},
     counts::LayOutCounts,
-    ctime::{self, CtimeResolution},
+    ctime_resolution::{self, CtimeResolution},
     file_cache::{FileCache, InputFiles, LinkMode},
     free_space::{self, FreeSpace},
     idle_roots::{IdleRoot, IdleRoots},
-    inodes::Inodes,
-    kept::{self, KeptDirectory, KeptRoot},
+    kept_root::{self, KeptDirectory, KeptRoot},
     lay_out::LayOutContext,
     retention::Retention,
     tree::{Node, Tree},
-    verify::{DirectoryCondition, verify_root},
+    used_inodes::UsedInodes,
 };
 use crate::worker::fault::Fault;
 
@@ -70,7 +70,7 @@ impl RootStore {
     pub fn open(path: &Path, cache: Arc<FileCache>, slots: usize) -> io::Result<Arc<Self>> {
         rustix::process::umask(Mode::empty());
         let idle_roots = IdleRoots::open(path, slots)?;
-        let resolution = ctime::probe(idle_roots.build_directory())?;
+        let resolution = ctime_resolution::probe(idle_roots.build_directory())?;
         let watched = idle_roots.build_directory().try_clone_to_owned()?;
         let space = FreeSpace::new(path.to_owned(), watched, cache.minimum_free())?;
         let threads =
@@ -192,7 +192,7 @@ impl RootStore {
         let fd = self
             .idle_roots
             .open_directory(&action_directory.directory, INPUT_ROOT)?;
-        let (inode, baseline) = kept::record_baseline(fd.as_fd())?;
+        let (inode, baseline) = kept_root::record_baseline(fd.as_fd())?;
         let top = KeptDirectory {
             node: Node::empty(),
             fd: Arc::new(fd),
@@ -206,7 +206,7 @@ impl RootStore {
             action_directory,
             kept: KeptRoot {
                 top,
-                inodes: Inodes::default(),
+                inodes: UsedInodes::default(),
                 // An empty root suits every mode.
                 link_mode: LinkMode::HardLink,
             },
@@ -229,14 +229,14 @@ impl RootStore {
             return;
         }
         let began = Instant::now();
-        let restored = self.restore(&action_directory, used);
+        let reverted = self.revert(&action_directory, used);
         action_directory::unlock(action_directory.directory.as_fd());
         tracing::debug!(
-            kept = matches!(restored, Ok(Some(_))),
+            kept = matches!(reverted, Ok(Some(_))),
             microseconds = began.elapsed().as_micros() as u64,
             "cleaned up after an action"
         );
-        let restored = restored.unwrap_or_else(|error| {
+        let reverted = reverted.unwrap_or_else(|error| {
             tracing::warn!(
                 directory = %self.path.join(&action_directory.name).display(),
                 %error,
@@ -244,7 +244,7 @@ impl RootStore {
             );
             None
         });
-        let (root, gone) = match restored {
+        let (root, gone) = match reverted {
             Some(kept) => {
                 let root = IdleRoot {
                     action_directory,
@@ -268,7 +268,7 @@ impl RootStore {
     }
 
     /// `None` when it is not used again.
-    fn restore(
+    fn revert(
         &self,
         action_directory: &ActionDirectory,
         used: UsedRoot,
@@ -280,7 +280,7 @@ impl RootStore {
             return Ok(None);
         }
         let context = self.context(used.generation);
-        match verify_root(
+        match clean_root(
             &context,
             &mut kept,
             self.fine_ctime,

@@ -19,17 +19,19 @@ mod syscalls;
 use bpf::{
     ARCHITECTURE, EQUAL, FIRST_ARGUMENT, Fragment, HAS_BITS, NUMBER, answer, choose, decide, load,
 };
-use syscalls::{FAMILIES, NEWEST, SOCKET_MAKERS, SYSTEM_CALLS, SyscallRule, SystemCall};
+use syscalls::{
+    FAMILIES, FILTERED_SYSCALLS, FilteredSyscall, NEWEST, SOCKETCALL_SOCKET_NUMBERS, SyscallRule,
+};
 
-use super::layer::{Layer, Layers, Probe};
+use super::containment_layer::{Layer, Layers, Probe};
 use crate::{config::runner::Config, runner::proc_self_status};
 
 pub(super) const LAYER: Layer = Layer {
-    layer: Layers::SECCOMP,
+    flag: Layers::SECCOMP,
     key: "containment.seccomp",
     demand: |containment| containment.seccomp,
     needs: Layers::empty(),
-    probe: Probe::Ask(is_built_in),
+    probe: Probe::Function(is_built_in),
     namespace: None,
     on: "system calls that builds never need are refused",
     off: "actions may use all system calls",
@@ -47,7 +49,7 @@ fn is_built_in(_: &Config) -> Result<(), String> {
 pub(crate) struct SeccompFilter(Vec<libc::sock_filter>);
 
 /// A way to make system calls: its architecture (linux/audit.h), and how it numbers them.
-type Abi = (u32, fn(&SystemCall) -> Option<u32>);
+type Abi = (u32, fn(&FilteredSyscall) -> Option<u32>);
 
 /// Those of this architecture's kernels.
 #[cfg(target_arch = "x86_64")]
@@ -90,21 +92,25 @@ enum FilterAnswer {
 }
 
 /// The fragment for one ABI, whose numbers `number` tells.
-fn table(user_namespaces: bool, number: impl Fn(&SystemCall) -> Option<u32>) -> Fragment {
+fn table(user_namespaces: bool, number: impl Fn(&FilteredSyscall) -> Option<u32>) -> Fragment {
     let mut answers: Vec<(u32, FilterAnswer)> = Vec::new();
     for it in 0..=NEWEST + 1 {
-        let call = SYSTEM_CALLS.iter().find(|call| number(call) == Some(it));
+        let call = FILTERED_SYSCALLS
+            .iter()
+            .find(|call| number(call) == Some(it));
         let found = match call.map(|call| call.rule) {
             // Here end those of the x32 ABI as well, which start at 2^30.
             _ if it > NEWEST => FilterAnswer::Fixed(refuse(libc::ENOSYS)),
             None => FilterAnswer::Fixed(ALLOW),
             Some(SyscallRule::Refused(errno)) => FilterAnswer::Fixed(refuse(errno)),
-            Some(SyscallRule::ForUserNamespaces(_) | SyscallRule::CloneFlags)
+            Some(SyscallRule::RefusedWithoutUserNamespaces(_) | SyscallRule::CloneFlags)
                 if user_namespaces =>
             {
                 FilterAnswer::Fixed(ALLOW)
             }
-            Some(SyscallRule::ForUserNamespaces(errno)) => FilterAnswer::Fixed(refuse(errno)),
+            Some(SyscallRule::RefusedWithoutUserNamespaces(errno)) => {
+                FilterAnswer::Fixed(refuse(errno))
+            }
             Some(rule) => FilterAnswer::ByArgument(rule),
         };
         if answers.last().is_none_or(|(_, last)| *last != found) {
@@ -128,7 +134,7 @@ fn fragment(it: FilterAnswer) -> Fragment {
             one_of(&FAMILIES, ALLOW, refuse(libc::EPERM))
         }
         FilterAnswer::ByArgument(SyscallRule::SocketCall) => {
-            one_of(&SOCKET_MAKERS, refuse(libc::ENOSYS), ALLOW)
+            one_of(&SOCKETCALL_SOCKET_NUMBERS, refuse(libc::ENOSYS), ALLOW)
         }
         FilterAnswer::ByArgument(SyscallRule::CloneFlags) => {
             let user = libc::CLONE_NEWUSER as u32;
@@ -138,7 +144,7 @@ fn fragment(it: FilterAnswer) -> Fragment {
         }
         // These ask for nothing.
         FilterAnswer::ByArgument(
-            SyscallRule::Refused(errno) | SyscallRule::ForUserNamespaces(errno),
+            SyscallRule::Refused(errno) | SyscallRule::RefusedWithoutUserNamespaces(errno),
         ) => {
             vec![answer(refuse(errno))]
         }
@@ -186,12 +192,14 @@ mod tests {
             let filter = SeccompFilter::new(user_namespaces);
             for (architecture, numbered) in ABIS {
                 for number in 0..=NEWEST {
-                    let row = SYSTEM_CALLS
+                    let row = FILTERED_SYSCALLS
                         .iter()
                         .find(|call| numbered(call) == Some(number));
                     let expected = match row.map(|call| call.rule) {
                         Some(SyscallRule::Refused(errno)) => refuse(errno),
-                        Some(SyscallRule::ForUserNamespaces(errno)) if !user_namespaces => {
+                        Some(SyscallRule::RefusedWithoutUserNamespaces(errno))
+                            if !user_namespaces =>
+                        {
                             refuse(errno)
                         }
                         _ => ALLOW,
@@ -219,7 +227,7 @@ mod tests {
 
     #[test]
     fn the_program_has_about_one_step_for_each_row_and_abi() {
-        let rows = SYSTEM_CALLS.len() * ABIS.len();
+        let rows = FILTERED_SYSCALLS.len() * ABIS.len();
         assert!(SeccompFilter::new(false).0.len() < rows * 2);
     }
 
@@ -229,7 +237,7 @@ mod tests {
             let filter = SeccompFilter::new(allowed);
             for (architecture, numbered) in ABIS {
                 for name in ["clone", "unshare"] {
-                    let row = SYSTEM_CALLS.iter().find(|call| call.name == name);
+                    let row = FILTERED_SYSCALLS.iter().find(|call| call.name == name);
                     let number = row.and_then(numbered).unwrap();
                     let flags = (libc::CLONE_NEWUSER | libc::SIGCHLD) as u32;
                     assert_eq!(verdict(&filter, architecture, number, flags), expected);
@@ -245,7 +253,7 @@ mod tests {
         let filter = SeccompFilter::new(true);
         for (architecture, numbered) in ABIS {
             for name in ["socket", "socketpair"] {
-                let row = SYSTEM_CALLS.iter().find(|call| call.name == name);
+                let row = FILTERED_SYSCALLS.iter().find(|call| call.name == name);
                 let number = row.and_then(numbered).unwrap();
                 for family in 0..60 {
                     let expected = match FAMILIES.contains(&family) {
@@ -278,7 +286,7 @@ mod tests {
     /// those of arm64 are on every host.
     #[test]
     fn numbers_are_those_of_the_kernels_headers() {
-        type NumberInHeaders = fn(&SystemCall) -> Option<u32>;
+        type NumberInHeaders = fn(&FilteredSyscall) -> Option<u32>;
         let mut headers: Vec<(&str, NumberInHeaders)> =
             vec![("/usr/include/asm-generic/unistd.h", |call| call.arm64)];
         if cfg!(target_arch = "x86_64") {
@@ -306,7 +314,7 @@ mod tests {
                 .collect();
             let newest = numbers.values().max().unwrap();
             assert!(numbers.len() > 250 && *newest <= NEWEST, "{file}: {newest}");
-            for call in SYSTEM_CALLS {
+            for call in FILTERED_SYSCALLS {
                 let number = numbered(call);
                 // Headers may be older than the list.
                 if number.is_none_or(|number| number <= *newest) {

@@ -15,7 +15,7 @@ pub(super) const NEWEST: u32 = 469;
 
 /// One call. `None`: this ABI has no such call.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct SystemCall {
+pub(super) struct FilteredSyscall {
     /// For the reader, and compared by the tests.
     #[cfg_attr(not(test), expect(dead_code))]
     pub name: &'static str,
@@ -34,7 +34,7 @@ pub(super) enum SyscallRule {
     Refused(i32),
     /// The same; but in a user namespace of the action's own it concerns nobody else, and makes what
     /// the namespace is for (user_namespaces(7)).
-    ForUserNamespaces(i32),
+    RefusedWithoutUserNamespaces(i32),
     /// Its first argument is a set of CLONE_ flags; a new user namespace is refused.
     CloneFlags,
     /// Its first argument is an address family, one of `FAMILIES` or refused.
@@ -55,16 +55,16 @@ pub(super) const FAMILIES: [u32; 6] = [
 ];
 
 /// linux/net.h: SYS_SOCKET and SYS_SOCKETPAIR.
-pub(super) const SOCKET_MAKERS: [u32; 2] = [1, 8];
+pub(super) const SOCKETCALL_SOCKET_NUMBERS: [u32; 2] = [1, 8];
 
-use SyscallRule::{ForUserNamespaces, Refused};
+use SyscallRule::{Refused, RefusedWithoutUserNamespaces};
 
 const DENIED: SyscallRule = Refused(libc::EPERM);
 /// As on a kernel without it: for calls that are new, optional or obsolete, which programs have a
 /// way around.
 const ABSENT: SyscallRule = Refused(libc::ENOSYS);
-const NAMESPACED: SyscallRule = ForUserNamespaces(libc::EPERM);
-const NAMESPACED_NEW: SyscallRule = ForUserNamespaces(libc::ENOSYS);
+const NAMESPACED: SyscallRule = RefusedWithoutUserNamespaces(libc::EPERM);
+const NAMESPACED_NEW: SyscallRule = RefusedWithoutUserNamespaces(libc::ENOSYS);
 
 /// A call that every architecture has.
 const fn call(
@@ -73,8 +73,8 @@ const fn call(
     i386: u32,
     arm64: u32,
     rule: SyscallRule,
-) -> SystemCall {
-    SystemCall {
+) -> FilteredSyscall {
+    FilteredSyscall {
         name,
         amd64: Some(amd64),
         i386: Some(i386),
@@ -84,7 +84,7 @@ const fn call(
 }
 
 /// One of those that have the same number everywhere.
-const fn new(name: &'static str, number: u32, rule: SyscallRule) -> SystemCall {
+const fn new(name: &'static str, number: u32, rule: SyscallRule) -> FilteredSyscall {
     call(name, number, number, number, rule)
 }
 
@@ -94,8 +94,8 @@ const fn x86(
     amd64: Option<u32>,
     i386: Option<u32>,
     rule: SyscallRule,
-) -> SystemCall {
-    SystemCall {
+) -> FilteredSyscall {
+    FilteredSyscall {
         name,
         amd64,
         i386,
@@ -104,7 +104,7 @@ const fn x86(
     }
 }
 
-pub(super) const SYSTEM_CALLS: &[SystemCall] = &[
+pub(super) const FILTERED_SYSCALLS: &[FilteredSyscall] = &[
     // Keyrings.
     call("add_key", 248, 286, 217, DENIED),
     call("request_key", 249, 287, 218, DENIED),
@@ -150,7 +150,7 @@ pub(super) const SYSTEM_CALLS: &[SystemCall] = &[
     call("finit_module", 313, 350, 273, DENIED),
     call("delete_module", 176, 129, 106, DENIED),
     call("kexec_load", 246, 283, 104, DENIED),
-    SystemCall {
+    FilteredSyscall {
         i386: None,
         ..call("kexec_file_load", 320, 0, 294, DENIED)
     },

@@ -94,7 +94,7 @@ impl FileCache {
         while index.is_over(limits)
             && let Some((key, _)) = index.files.evict_oldest()
         {
-            victims.push((key, index.take_extra(&key)));
+            victims.push((key, index.forget_extra(&key)));
             claim.add(&mut index, key);
         }
         drop(index);

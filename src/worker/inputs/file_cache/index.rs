@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    input_inode::{InputInode, InputInodeKind},
+    input_file::{InputFile, InputFileKind},
     key::FileKey,
 };
 use crate::worker::lru::{Handle, Lru};
@@ -117,26 +117,26 @@ impl CacheIndex {
     }
 
     /// What a pinned file is in an input root that is yet to be made.
-    pub(super) fn input_inode(&self, kind: InputInodeKind) -> InputInode {
+    pub(super) fn input_inode(&self, kind: InputFileKind) -> InputFile {
         let inode = match kind {
-            InputInodeKind::Empty => None,
-            InputInodeKind::Own(handle) | InputInodeKind::HardLink(handle, _) => {
+            InputFileKind::Empty => None,
+            InputFileKind::Own(handle) | InputFileKind::HardLink(handle, _) => {
                 self.files.value_of(handle).map(|file| file.inode)
             }
         };
-        InputInode::new(kind, inode.unwrap_or(0))
+        InputFile::new(kind, inode.unwrap_or(0))
     }
 
     /// A file is in an input root no more.
-    pub(super) fn release(&mut self, file: &InputInode) {
+    pub(super) fn release(&mut self, file: &InputFile) {
         match file.kind() {
-            InputInodeKind::Empty => self.own_inodes -= 1,
-            InputInodeKind::Own(handle) => {
+            InputFileKind::Empty => self.own_inodes -= 1,
+            InputFileKind::Own(handle) => {
                 self.own_inodes -= 1;
                 self.files.unpin(handle);
             }
-            InputInodeKind::HardLink(handle, number) => {
-                self.unlink_extra(handle, number, file.inode);
+            InputFileKind::HardLink(handle, number) => {
+                self.release_extra(handle, number, file.inode);
                 self.files.unpin(handle);
             }
         }
@@ -151,7 +151,7 @@ impl CacheIndex {
     }
 
     /// Forgets all but the first inode of a file; tells how many there were in all.
-    pub(super) fn take_extra(&mut self, key: &FileKey) -> u32 {
+    pub(super) fn forget_extra(&mut self, key: &FileKey) -> u32 {
         let of = self.extra.of.remove(key).unwrap_or_default();
         self.extra.count -= of.len() as u64;
         self.extra.idle -= of.iter().filter(|inode| inode.links == 0).count() as u64;
@@ -166,7 +166,7 @@ impl CacheIndex {
     }
 
     /// One more file of a kept root is the n-th inode of a file; tells its inode number.
-    pub(super) fn link_extra(&mut self, key: &FileKey, number: u32) -> Option<u64> {
+    pub(super) fn acquire_extra(&mut self, key: &FileKey, number: u32) -> Option<u64> {
         let of = self.extra.of.get_mut(key)?;
         let inode = of.get_mut(number as usize - 1)?;
         self.extra.idle -= u64::from(inode.links == 0);
@@ -174,7 +174,7 @@ impl CacheIndex {
         Some(inode.inode)
     }
 
-    pub(super) fn unlink_extra(&mut self, handle: Handle, number: u32, inode: u64) {
+    pub(super) fn release_extra(&mut self, handle: Handle, number: u32, inode: u64) {
         if number == 0 {
             return;
         }
@@ -193,7 +193,7 @@ impl CacheIndex {
     }
 
     /// Forgets extra inodes that are no file of a kept root.
-    pub(super) fn take_idle(&mut self) -> Vec<(FileKey, u32)> {
+    pub(super) fn forget_idle(&mut self) -> Vec<(FileKey, u32)> {
         let mut idle = Vec::new();
         if self.extra.idle == 0 {
             return idle;

@@ -19,7 +19,7 @@ use super::{
     cache::FileCache,
     cache_directory::{self, WriteAccess},
     index::CacheIndex,
-    input_inode::{InputInode, InputInodeKind},
+    input_file::{InputFile, InputFileKind},
     key::FileKey,
 };
 use crate::{config::worker::Inputs, worker::lru::Handle};
@@ -41,7 +41,7 @@ pub enum LinkError {
     /// Somebody removed it from the disk, changed it, or put another one in its place.
     MissingOrAltered,
     /// This inode has all the links that the file system allows.
-    Full,
+    TooManyLinks,
     Other(io::Error),
 }
 
@@ -64,10 +64,10 @@ impl FileCache {
     pub fn choose(
         &self,
         key: &FileKey,
-        file: &mut InputInode,
+        file: &mut InputFile,
         number: u32,
     ) -> Result<(), LinkError> {
-        let InputInodeKind::HardLink(handle, before) = file.kind() else {
+        let InputFileKind::HardLink(handle, before) = file.kind() else {
             return Ok(());
         };
         let mut made = false;
@@ -75,11 +75,11 @@ impl FileCache {
             let mut index = self.index.lock();
             let found = match number {
                 0 => index.files.value_of(handle).map(|file| file.inode),
-                number => index.link_extra(key, number),
+                number => index.acquire_extra(key, number),
             };
             if let Some(inode) = found {
-                index.unlink_extra(handle, before, file.inode);
-                *file = InputInode::new(InputInodeKind::HardLink(handle, number), inode);
+                index.release_extra(handle, before, file.inode);
+                *file = InputFile::new(InputFileKind::HardLink(handle, number), inode);
                 break;
             }
             drop(index);
@@ -124,13 +124,13 @@ impl FileCache {
     pub fn link(
         &self,
         key: &FileKey,
-        file: &mut InputInode,
+        file: &mut InputFile,
         parent: BorrowedFd<'_>,
         name: &str,
         buffer: &mut String,
     ) -> Result<(), LinkError> {
         match file.kind() {
-            InputInodeKind::HardLink(_, number) => {
+            InputFileKind::HardLink(_, number) => {
                 self.hard_link(key, number, file.inode, parent, name, buffer)
             }
             _ => {
@@ -144,7 +144,7 @@ impl FileCache {
     pub fn copy(
         &self,
         key: &FileKey,
-        file: &InputInode,
+        file: &InputFile,
         parent: BorrowedFd<'_>,
         name: &str,
     ) -> Result<(), LinkError> {
@@ -156,16 +156,16 @@ impl FileCache {
     fn make(
         &self,
         key: &FileKey,
-        file: &InputInode,
+        file: &InputFile,
         parent: BorrowedFd<'_>,
         name: &str,
         access: WriteAccess,
     ) -> Result<u64, LinkError> {
         let made = match file.kind() {
-            InputInodeKind::Empty => {
+            InputFileKind::Empty => {
                 cache_directory::make_empty(parent, name, key.executable, access)
             }
-            InputInodeKind::Own(handle) | InputInodeKind::HardLink(handle, _) => {
+            InputFileKind::Own(handle) | InputFileKind::HardLink(handle, _) => {
                 let cached = self.index.lock().files.value_of(handle).copied();
                 let source = self.open_first(key, cached.map(|cached| cached.inode))?;
                 cache_directory::copy(&source, key, parent, name, access)
@@ -185,7 +185,7 @@ impl FileCache {
     ) -> Result<(), LinkError> {
         match self.directory.link(key, number, parent, name, buffer) {
             Ok(()) => {}
-            Err(Errno::MLINK) => return Err(LinkError::Full),
+            Err(Errno::MLINK) => return Err(LinkError::TooManyLinks),
             Err(error) => return Err(LinkError::of_disk(error.into())),
         }
         let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW);
@@ -217,7 +217,7 @@ impl FileCache {
             return Err(LinkError::MissingOrAltered);
         }
         if !cache_directory::is_intact(stat, key, rustix::process::geteuid().as_raw()) {
-            self.report_modified(
+            self.remove_modified(
                 &[(*key, number)],
                 "somebody changed a file of the cache, by whatever name of it",
             );
@@ -229,14 +229,14 @@ impl FileCache {
     /// Removes all but the first inode of a file, from the disk too.
     pub(super) fn forget_extra_inodes(&self, key: &FileKey) {
         let _one_at_a_time = self.changing_extra_inodes.lock();
-        let inodes = self.index.lock().take_extra(key);
+        let inodes = self.index.lock().forget_extra(key);
         self.remove_inodes(key, 1..inodes);
     }
 
     /// Removes extra inodes that no kept input root has; `false` when there are none.
     pub(super) fn remove_idle_extra_inodes(&self) -> bool {
         let _one_at_a_time = self.changing_extra_inodes.lock();
-        let idle = self.index.lock().take_idle();
+        let idle = self.index.lock().forget_idle();
         for (key, number) in &idle {
             self.remove_inodes(key, *number..number + 1);
         }

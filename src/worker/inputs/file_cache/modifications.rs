@@ -41,7 +41,7 @@ impl FileCache {
     }
 
     /// These files are not what they should be, each in one of its inodes; `why` is said in the log.
-    pub(super) fn report_modified(&self, wrong: &[(FileKey, u32)], why: &str) {
+    pub(super) fn remove_modified(&self, wrong: &[(FileKey, u32)], why: &str) {
         self.count_and_remove(&mut self.modifications.lock(), wrong, why);
     }
 
@@ -67,7 +67,7 @@ impl FileCache {
         let mut index = self.index.lock();
         let mut all = Vec::with_capacity(wrong.len());
         for key in wrong {
-            all.push((key, index.take_extra(key)));
+            all.push((key, index.forget_extra(key)));
             if index.files.remove(key).is_some() {
                 claim.add(&mut index, *key);
             }

@@ -5,7 +5,7 @@ use std::{io, sync::Arc};
 
 use super::{
     cache::FileCache,
-    input_inode::{InputInode, InputInodeKind},
+    input_file::{InputFile, InputFileKind},
     key::FileKey,
     link::LinkMode,
 };
@@ -26,7 +26,7 @@ pub struct PinnedFiles {
 /// Files of an input root, which pin what they are made of.
 pub struct InputFiles {
     cache: Arc<FileCache>,
-    pub list: Vec<InputInode>,
+    pub list: Vec<InputFile>,
 }
 
 /// So many keys are looked up under one lock.
@@ -94,7 +94,7 @@ impl PinnedFiles {
         let mut index = self.cache.index.lock();
         for key in keys {
             let kind = match key.digest.size() {
-                0 => InputInodeKind::Empty,
+                0 => InputFileKind::Empty,
                 _ => {
                     first += 1;
                     match (self.handles[first - 1].take(), link_mode) {
@@ -102,12 +102,12 @@ impl PinnedFiles {
                             absent.push(key);
                             continue;
                         }
-                        (Some(handle), LinkMode::HardLink) => InputInodeKind::HardLink(handle, 0),
-                        (Some(handle), _) => InputInodeKind::Own(handle),
+                        (Some(handle), LinkMode::HardLink) => InputFileKind::HardLink(handle, 0),
+                        (Some(handle), _) => InputFileKind::Own(handle),
                     }
                 }
             };
-            if !matches!(kind, InputInodeKind::HardLink(..)) {
+            if !matches!(kind, InputFileKind::HardLink(..)) {
                 index.own_inodes += 1;
             }
             files.list.push(index.input_inode(kind));
@@ -143,7 +143,7 @@ impl InputFiles {
     }
 
     /// Lets go of all but those that are put in their place.
-    pub fn replace(&mut self, gone: impl Iterator<Item = InputInode>, list: Vec<InputInode>) {
+    pub fn replace(&mut self, gone: impl Iterator<Item = InputFile>, list: Vec<InputFile>) {
         self.list = list;
         let gone = InputFiles {
             cache: self.cache.clone(),

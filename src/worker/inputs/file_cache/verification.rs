@@ -203,7 +203,7 @@ impl FileCache {
     fn report_wrong(&self, key: &FileKey, number: u32, what: &str) {
         self.verified.wrong.fetch_add(1, Ordering::Relaxed);
         let path = self.directory.path_of(key, number);
-        self.report_modified(
+        self.remove_modified(
             &[(*key, number)],
             &format!(
                 "a cached file is not what it was, by a fault of the disk or the memory, or because somebody wrote to it: {} {what}",
@@ -280,7 +280,7 @@ impl FileCache {
         let count = (used.len() + unused.len()) as u64;
         self.verified.wrong.fetch_add(count, Ordering::Relaxed);
         if !used.is_empty() {
-            self.report_modified(
+            self.remove_modified(
                 &used,
                 "cached files cannot be read any more, by a fault of the disk",
             );

@@ -23,10 +23,10 @@ use rustix::{
 
 use super::{
     file_cache::{self, LinkError, LinkMode},
-    files,
-    inodes::Inodes,
-    kept::{self, KeptDirectory, KeptRoot},
+    kept_root::{self, KeptDirectory, KeptRoot},
     lay_out::{self, LayOutContext, LayOutError},
+    link_files,
+    used_inodes::UsedInodes,
 };
 use crate::{
     removal,
@@ -34,16 +34,16 @@ use crate::{
 };
 
 /// A directory that is read so often and still has foreign entries is being written to.
-const ROUNDS: u32 = 16;
+const MAXIMUM_ROUNDS: u32 = 16;
 
 /// What a root is verified with.
-struct Verification<'a> {
+struct RootCleaning<'a> {
     context: &'a LayOutContext<'a>,
     fine_ctime: bool,
     /// When the action could begin, in seconds since the epoch.
     started: i64,
     /// Those that the root has.
-    inodes: &'a mut Inodes,
+    inodes: &'a mut UsedInodes,
     link_mode: LinkMode,
     /// Inode numbers of what is the worker's though the action made it, in their order.
     adopted_output_inodes: &'a [u64],
@@ -67,14 +67,14 @@ struct SeenEntries {
 /// Repairs a root. `started` is when the action could begin (seconds since the epoch): baselines from
 /// about then are not trusted on kernels whose clock is coarse. On error nothing is known of the root
 /// (I7 Errors discard). `Oversized` is about the root itself; what is so beneath it is made again.
-pub(super) fn verify_root(
+pub(super) fn clean_root(
     context: &LayOutContext<'_>,
     root: &mut KeptRoot,
     fine_ctime: bool,
     started: i64,
     adopted_output_inodes: &[u64],
 ) -> io::Result<DirectoryCondition> {
-    let mut verification = Verification {
+    let mut verification = RootCleaning {
         context,
         fine_ctime,
         started,
@@ -85,7 +85,7 @@ pub(super) fn verify_root(
     verification.verify(&mut root.top)
 }
 
-impl Verification<'_> {
+impl RootCleaning<'_> {
     fn verify(&mut self, kept: &mut KeptDirectory) -> io::Result<DirectoryCondition> {
         let trusted = self.fine_ctime
             || kept
@@ -112,7 +112,7 @@ impl Verification<'_> {
             .deletions
             .try_delete(&*fd, name.as_str())?;
         self.make_child_again(kept, child)?;
-        kept.baseline = Some(kept::record_baseline(fd.as_fd())?.1);
+        kept.baseline = Some(kept_root::record_baseline(fd.as_fd())?.1);
         Ok(())
     }
 
@@ -136,7 +136,7 @@ impl Verification<'_> {
         if stat.st_ino != kept.inode || stat.st_nlink == 0 {
             return Err(Errno::STALE.into());
         }
-        if kept::is_oversized(&stat, &kept.node.directory) {
+        if kept_root::is_oversized(&stat, &kept.node.directory) {
             return Ok(DirectoryCondition::Oversized);
         }
         let directory = open_child(&*fd, ".")?;
@@ -148,14 +148,14 @@ impl Verification<'_> {
                 break seen;
             }
             rounds += 1;
-            if rounds > ROUNDS {
+            if rounds > MAXIMUM_ROUNDS {
                 return Err(Errno::BUSY.into());
             }
             entries.rewind();
         };
         self.add_missing(kept, &seen)?;
         attributes::remove_all(directory.as_fd())?;
-        let (inode, baseline) = kept::record_baseline(fd.as_fd())?;
+        let (inode, baseline) = kept_root::record_baseline(fd.as_fd())?;
         if inode != kept.inode {
             return Err(Errno::STALE.into());
         }
@@ -266,20 +266,20 @@ impl Verification<'_> {
                 continue;
             }
             let (name, link) = (file.name.as_str(), &mut kept.files.list[at]);
-            let replace_full = |file, full| self.inodes.replace_full(file, full);
+            let replace_saturated = |file, full| self.inodes.replace_saturated(file, full);
             let (cache, directory) = (self.context.cache, fd.as_fd());
-            let linked = files::link(
+            let linked = link_files::link(
                 cache,
                 &file.key,
                 link,
                 directory,
                 name,
                 &mut buffer,
-                replace_full,
+                replace_saturated,
             );
             linked.map_err(|error| match error {
                 LinkError::MissingOrAltered => io::ErrorKind::NotFound.into(),
-                LinkError::Full => Errno::MLINK.into(),
+                LinkError::TooManyLinks => Errno::MLINK.into(),
                 LinkError::Other(error) => error,
             })?;
         }

@@ -30,8 +30,8 @@ use super::{
     build_directory::{BuildDirectory, BuildDirectoryError},
     environment::HOME,
     input_ownership,
+    run_cancellation::RunCancellation,
     run_spec::RunSpec,
-    stop::StopSignal,
 };
 use crate::path::RelativePath;
 
@@ -74,7 +74,7 @@ impl LockedActionDirectory {
         build: &BuildDirectory,
         run: &RunSpec,
         id: u32,
-        stop: &StopSignal,
+        stop: &RunCancellation,
     ) -> Result<Self, ActionDirectoryError> {
         let parent = match run.input_root.split_last() {
             Some((parent, _)) if !parent.is_root() => Some(parent),
@@ -88,7 +88,7 @@ impl LockedActionDirectory {
             directory,
             closed: None,
         };
-        if run.owns_inputs {
+        if run.private_inputs {
             opened
                 .give_inputs(build, &run.input_root, id)
                 .map_err(|error| ActionDirectoryError::Give {
@@ -104,7 +104,7 @@ impl LockedActionDirectory {
                     error,
                 })?;
             opened
-                .let_pass(id)
+                .grant_group_access(id)
                 .map_err(|error| ActionDirectoryError::Change {
                     path: path.to_string(),
                     error,
@@ -141,7 +141,7 @@ impl LockedActionDirectory {
         }
     }
 
-    fn let_pass(&mut self, id: u32) -> io::Result<()> {
+    fn grant_group_access(&mut self, id: u32) -> io::Result<()> {
         let stat = fstat(&self.directory)?;
         let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
         if mode.contains(Mode::XOTH) {
@@ -175,7 +175,7 @@ impl Drop for LockedActionDirectory {
 fn lock(
     directory: &OwnedFd,
     path: &RelativePath,
-    stop: &StopSignal,
+    stop: &RunCancellation,
 ) -> Result<(), ActionDirectoryError> {
     let deadline = Instant::now() + PREVIOUS_RUN_TIMEOUT;
     let mut pause = Duration::from_micros(200);

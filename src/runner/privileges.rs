@@ -6,7 +6,8 @@ use std::{collections::BTreeSet, fs, ops::Range};
 use super::proc_self_status;
 use crate::{config::runner::Config, daemon::Failure};
 
-/// capabilities(7): what running as root is needed for.
+/// capabilities(7): what running as root is needed for. The loopback interface of a network namespace takes
+/// CAP_NET_ADMIN besides, which the layer's probe tells.
 const CAPABILITIES: [(u32, &str); 8] = [
     (0, "CAP_CHOWN"),
     (1, "CAP_DAC_OVERRIDE"),

@@ -4,8 +4,8 @@
 //! 1. Every file system is read-only but the build directory, the `writable_directories`, /proc, and
 //!    what each sandbox has of its own in memory. So an action leaves nothing on the host, whatever
 //!    directories there are open to all.
-//! 2. Hidden paths are empty; what must be seen below them is mounted there again. So is the place of
-//!    control groups, where each sandbox has its own group mounted (`pid_namespace`).
+//! 2. Hidden paths are empty; what must be seen below them is mounted there again. The mount point of
+//!    control groups is empty, too, until each sandbox mounts its own group there (`pid_namespace`).
 //! 3. It is of one moment: when something was mounted on the host since, or the directories that it
 //!    is about were made anew, then another must be made, which `HostSnapshot` tells.
 
@@ -20,17 +20,17 @@ use nix::sched::unshare;
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change};
 
 use super::{
+    containment_layer::Layers,
     devices,
     error::SandboxError,
-    hidden,
-    layer::Layers,
+    hidden_paths,
     mount_calls::{
         READ_ONLY, RECURSIVE, attach, c_path, copy_of_tree, make_mount_point, private_tmpfs,
         set_attributes,
     },
     mount_watch::HostSnapshot,
     namespace::{Namespace, NamespaceKind},
-    spec::{SHARED_MEMORY, SandboxSpec},
+    spec::{SHARED_MEMORY, SandboxContext},
 };
 
 /// As the first process of a sandbox has it (`pid_namespace`).
@@ -57,7 +57,7 @@ pub(crate) struct PrivateDirectory {
 impl MountTemplate {
     /// On a thread that is in the daemon's own mount namespace; leaves it in the template.
     pub(crate) fn make(
-        spec: &SandboxSpec,
+        spec: &SandboxContext,
         kind: NamespaceKind,
         snapshot: HostSnapshot,
     ) -> Result<Self, SandboxError> {
@@ -96,7 +96,7 @@ impl MountTemplate {
         // What is to be seen as a whole cannot be hidden.
         let is_seen = |path: &Path| writable.iter().any(|(seen, _)| path.starts_with(seen));
         let covers = match spec.layers.contains(Layers::HIDDEN) {
-            true => hidden::prepare_template(&spec.hidden, is_seen)?,
+            true => hidden_paths::prepare_template(&spec.hidden, is_seen)?,
             false => Vec::new(),
         };
         if spec.cgroups.is_some() && Path::new(CGROUPS).is_dir() {
@@ -130,7 +130,7 @@ impl MountTemplate {
 
 /// What each sandbox has of its own in memory, and where the action's temporary directory is mounted.
 fn private_directories(
-    spec: &SandboxSpec,
+    spec: &SandboxContext,
     writable: &[(PathBuf, OwnedFd)],
 ) -> Result<(Vec<PrivateDirectory>, Vec<CString>), SandboxError> {
     let mut private = Vec::new();

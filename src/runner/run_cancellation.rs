@@ -12,15 +12,15 @@ use tokio_util::sync::CancellationToken;
 
 /// One Run's; all clones are told at once.
 #[derive(Clone, Debug)]
-pub(super) struct StopSignal {
+pub(super) struct RunCancellation {
     event: Arc<OwnedFd>,
     token: CancellationToken,
 }
 
-impl StopSignal {
+impl RunCancellation {
     pub(super) fn new() -> io::Result<Self> {
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(StopSignal {
+        Ok(RunCancellation {
             event: Arc::new(event),
             token: CancellationToken::new(),
         })
@@ -47,7 +47,7 @@ impl StopSignal {
 }
 
 /// Readable from the signal on.
-impl AsFd for StopSignal {
+impl AsFd for RunCancellation {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }

@@ -90,7 +90,7 @@ impl UserPool {
     }
 
     /// Waits until every user was given back, so that no action runs.
-    pub(super) async fn all_back(&self, timeout: Duration) -> bool {
+    pub(super) async fn wait_all_returned(&self, timeout: Duration) -> bool {
         let all = self.usable();
         tokio::time::timeout(timeout, self.permits.acquire_many(all))
             .await
@@ -150,9 +150,9 @@ mod tests {
         assert_eq!((c.id(), d.id()), (70_002, 70_000));
         let error = users.take(SHORT).await.unwrap_err();
         assert!(error.to_string().contains("users.count"), "{error}");
-        assert!(!users.all_back(SHORT).await);
+        assert!(!users.wait_all_returned(SHORT).await);
         drop((b, c, d));
-        assert!(users.all_back(SHORT).await);
+        assert!(users.wait_all_returned(SHORT).await);
     }
 
     #[tokio::test]

@@ -9,13 +9,13 @@ use std::{
 use rustix::mount::mount_bind;
 
 use super::{
+    containment_layer::{Layer, Layers, Probe},
     error::SandboxError,
-    layer::{Layer, Layers, Probe},
     mount_calls::{c_path, private_tmpfs},
 };
 
 pub(super) const LAYER: Layer = Layer {
-    layer: Layers::HIDDEN,
+    flag: Layers::HIDDEN,
     key: "containment.hidden",
     demand: |containment| containment.hidden,
     needs: Layers::MOUNTS,

@@ -16,9 +16,9 @@ use rustix::{
 
 use super::{
     directory::Directory,
-    file_cache::{InputFiles, InputInodeKind, LinkMode, MTIME},
-    inodes::Inodes,
+    file_cache::{InputFileKind, InputFiles, LinkMode, MTIME},
     tree::Tree,
+    used_inodes::UsedInodes,
 };
 
 /// Bytes that a directory may take whatever is in it.
@@ -84,7 +84,7 @@ impl Baseline {
 pub(super) struct KeptRoot {
     pub top: KeptDirectory,
     /// Those that its files have.
-    pub inodes: Inodes,
+    pub inodes: UsedInodes,
     /// How its files were made.
     pub link_mode: LinkMode,
 }
@@ -153,11 +153,11 @@ pub(super) fn read_baseline(directory: BorrowedFd<'_>) -> Result<(u64, Baseline)
     Ok((stat.st_ino, baseline(&stat)?))
 }
 
-impl Inodes {
+impl UsedInodes {
     /// What is in a directory and beneath it is no part of the root any more.
     pub(super) fn free_all(&mut self, kept: &KeptDirectory) {
         for link in &kept.files.list {
-            if let InputInodeKind::HardLink(file, number) = link.kind() {
+            if let InputFileKind::HardLink(file, number) = link.kind() {
                 self.free(file, number);
             }
         }

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::fs::AtFlags;
 
 use super::{
-    file_cache::{FileCache, FileKey, InputFiles, InputInode, InputInodeKind, LinkError, LinkMode},
-    kept::{self, KeptDirectory},
+    file_cache::{FileCache, FileKey, InputFile, InputFileKind, InputFiles, LinkError, LinkMode},
+    kept_root::{self, KeptDirectory},
     lay_out::{LayOut, LayOutError, at},
 };
 use crate::worker::lru::Handle;
@@ -17,7 +17,7 @@ use crate::worker::lru::Handle;
 pub(super) fn link(
     cache: &FileCache,
     key: &FileKey,
-    link: &mut InputInode,
+    link: &mut InputFile,
     directory: BorrowedFd<'_>,
     name: &str,
     buffer: &mut String,
@@ -25,7 +25,7 @@ pub(super) fn link(
 ) -> Result<(), LinkError> {
     loop {
         match (cache.link(key, link, directory, name, buffer), link.kind()) {
-            (Err(LinkError::Full), InputInodeKind::HardLink(handle, number)) => {
+            (Err(LinkError::TooManyLinks), InputFileKind::HardLink(handle, number)) => {
                 cache.choose(key, link, other(handle, number))?;
             }
             (result, _) => return result,
@@ -36,7 +36,7 @@ pub(super) fn link(
 impl LayOut<'_> {
     /// Between removals and additions: what leaves the root frees its inodes, and subtrees that come
     /// into it take theirs. Where the root has such an inode already, the subtree's file gets another.
-    pub(super) fn settle_inodes(
+    pub(super) fn resolve_inode_conflicts(
         &self,
         moved: &[u32],
         buffer: &mut String,
@@ -67,7 +67,7 @@ impl LayOut<'_> {
         let mut inodes = self.inodes.lock();
         let mut taken = Vec::new();
         for (i, link) in kept.files.list.iter().enumerate() {
-            if let InputInodeKind::HardLink(file, number) = link.kind()
+            if let InputFileKind::HardLink(file, number) = link.kind()
                 && !inodes.take_this(file, number)
             {
                 taken.push((i, file));
@@ -88,7 +88,7 @@ impl LayOut<'_> {
             self.link(fd.as_fd(), &file.key, name, link, buffer)?;
         }
         if !others.is_empty() {
-            kept.baseline = Some(kept::record_baseline(fd.as_fd()).map_err(at("."))?.1);
+            kept.baseline = Some(kept_root::record_baseline(fd.as_fd()).map_err(at("."))?.1);
         }
         for child in &mut kept.children {
             self.take_inodes(child, buffer)?;
@@ -111,7 +111,7 @@ impl LayOut<'_> {
         let mut inodes = self.inodes.lock();
         let mut others = Vec::new();
         for (i, file) in files.list.iter().enumerate() {
-            if let InputInodeKind::HardLink(handle, _) = file.kind() {
+            if let InputFileKind::HardLink(handle, _) = file.kind() {
                 let number = inodes.take(handle, 0);
                 others.extend((number > 0).then_some((i, number)));
             }
@@ -126,7 +126,7 @@ impl LayOut<'_> {
         Ok(files)
     }
 
-    fn choose(&self, key: &FileKey, link: &mut InputInode, number: u32) -> Result<(), LayOutError> {
+    fn choose(&self, key: &FileKey, link: &mut InputFile, number: u32) -> Result<(), LayOutError> {
         let chosen = self.context.cache.choose(key, link, number);
         self.record(key, &key.digest.to_string(), chosen)
     }
@@ -144,7 +144,7 @@ impl LayOut<'_> {
                 self.queue.lock().missing.push(*key);
                 Ok(())
             }
-            Err(LinkError::Full) => Err(at(name)(rustix::io::Errno::MLINK)),
+            Err(LinkError::TooManyLinks) => Err(at(name)(rustix::io::Errno::MLINK)),
             Err(LinkError::Other(error)) => Err(LayOutError::Disk(name.to_owned(), error)),
         }
     }
@@ -154,14 +154,14 @@ impl LayOut<'_> {
         directory: BorrowedFd<'_>,
         key: &FileKey,
         name: &str,
-        link: &mut InputInode,
+        link: &mut InputFile,
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
         let cache = &self.context.cache;
         let made = match self.link_mode {
             LinkMode::Copy => cache.copy(key, link, directory, name),
             _ => self::link(cache, key, link, directory, name, buffer, |file, full| {
-                self.inodes.lock().replace_full(file, full)
+                self.inodes.lock().replace_saturated(file, full)
             }),
         };
         self.record(key, name, made)

@@ -16,7 +16,7 @@ pub enum RunnerCommand {
 }
 
 /// Does what a command says.
-pub async fn ask(command: RunnerCommand, config: &Config) -> Result<(), CommandError> {
+pub async fn run_status(command: RunnerCommand, config: &Config) -> Result<(), CommandError> {
     let RunnerCommand::Status { options } = command;
     let status = options
         .fetch_status("bb_runner", &config.control.listen)

@@ -14,7 +14,7 @@ const BITS: u32 = u64::BITS;
 
 /// Numbers of inodes, by the cached file.
 #[derive(Default)]
-pub(super) struct Inodes {
+pub(super) struct UsedInodes {
     /// Files of which the first inode is taken: nearly all are in this set alone, which is small.
     first: HashSet<Handle>,
     /// Those from 1 on; a file of which none is taken is not there.
@@ -29,7 +29,7 @@ struct Numbers {
     free: usize,
 }
 
-impl Inodes {
+impl UsedInodes {
     /// The lowest number that is not taken, from `least` on; takes it.
     pub(super) fn take(&mut self, file: Handle, least: u32) -> u32 {
         if least == 0 && self.first.insert(file) {
@@ -50,7 +50,7 @@ impl Inodes {
     }
 
     /// Another one instead of one that is full: the next that is not taken.
-    pub(super) fn replace_full(&mut self, file: Handle, full: u32) -> u32 {
+    pub(super) fn replace_saturated(&mut self, file: Handle, full: u32) -> u32 {
         let number = self.take(file, full + 1);
         self.free(file, full);
         number
@@ -129,7 +129,7 @@ mod tests {
         fn it_gives_what_a_plain_set_would_give(
             steps in prop::collection::vec((0..4u8, 0..300u32), 0..400),
         ) {
-            let (file, mut inodes, mut plain) = (handle(), Inodes::default(), BTreeSet::new());
+            let (file, mut inodes, mut plain) = (handle(), UsedInodes::default(), BTreeSet::new());
             for (step, number) in steps {
                 match step {
                     0 => prop_assert_eq!(inodes.take_this(file, number), plain.insert(number)),
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_million_occurrences_take_a_million_steps() {
-        let (file, mut inodes) = (handle(), Inodes::default());
+        let (file, mut inodes) = (handle(), UsedInodes::default());
         for number in 0..1_000_000 {
             assert_eq!(inodes.take(file, 0), number);
         }

@@ -25,14 +25,14 @@ bitflags! {
 /// One layer, as the log and `--check` tell of it.
 #[derive(Debug)]
 pub(super) struct Layer {
-    pub layer: Layers,
+    pub flag: Layers,
     /// In bb_runner.toml.
     pub key: &'static str,
     pub demand: fn(&Containment) -> Demand,
     /// Layers without which this one cannot work.
     pub needs: Layers,
     pub probe: Probe,
-    /// What each sandbox gets a new one of, where that is all that is to be made.
+    /// The namespace that each sandbox gets a new one of when this layer is on (namespaces(7)).
     pub namespace: Option<NamespaceKind>,
     /// What is so when it is on, and when it is off.
     pub on: &'static str,
@@ -44,5 +44,5 @@ pub(super) struct Layer {
 pub(super) enum Probe {
     /// A sandbox is made that has this layer, and those that it needs, and no others.
     Sandbox,
-    Ask(fn(&Config) -> Result<(), String>),
+    Function(fn(&Config) -> Result<(), String>),
 }

@@ -4,7 +4,8 @@ use crate::worker::lru::Handle;
 
 /// A file of an input root.
 #[derive(Clone, Copy, Debug)]
-pub struct InputInode {
+pub struct InputFile {
+    /// Its inode number; before it is linked, that of the cached file, or 0 for an empty one.
     pub inode: u64,
     /// Of the cached file; empty files are none.
     pin: Option<Handle>,
@@ -16,7 +17,7 @@ pub struct InputInode {
 const OWN: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InputInodeKind {
+pub enum InputFileKind {
     /// Made for this place alone, as there is nothing in it.
     Empty,
     /// An inode of its own with the content of a cached file.
@@ -25,21 +26,21 @@ pub enum InputInodeKind {
     HardLink(Handle, u32),
 }
 
-impl InputInode {
-    pub(super) fn new(kind: InputInodeKind, inode: u64) -> Self {
+impl InputFile {
+    pub(super) fn new(kind: InputFileKind, inode: u64) -> Self {
         let (pin, number) = match kind {
-            InputInodeKind::Empty => (None, OWN),
-            InputInodeKind::Own(handle) => (Some(handle), OWN),
-            InputInodeKind::HardLink(handle, number) => (Some(handle), number),
+            InputFileKind::Empty => (None, OWN),
+            InputFileKind::Own(handle) => (Some(handle), OWN),
+            InputFileKind::HardLink(handle, number) => (Some(handle), number),
         };
-        InputInode { inode, pin, number }
+        InputFile { inode, pin, number }
     }
 
-    pub fn kind(&self) -> InputInodeKind {
+    pub fn kind(&self) -> InputFileKind {
         match (self.pin, self.number) {
-            (None, _) => InputInodeKind::Empty,
-            (Some(handle), OWN) => InputInodeKind::Own(handle),
-            (Some(handle), number) => InputInodeKind::HardLink(handle, number),
+            (None, _) => InputFileKind::Empty,
+            (Some(handle), OWN) => InputFileKind::Own(handle),
+            (Some(handle), number) => InputFileKind::HardLink(handle, number),
         }
     }
 
