@@ -208,9 +208,10 @@ pub struct Digest {
 }
 
 impl std::hash::Hash for Digest {
-    /// Sixteen bytes of a cryptographic hash tell enough apart.
+    /// All of it: peers choose digests, and those that a table cannot tell apart make it as slow as a list.
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        state.write(&self.hash[..16]);
+        state.write(self.hash_bytes());
+        state.write_u64(self.size);
     }
 }
 
@@ -327,6 +328,21 @@ impl fmt::Debug for Digest {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tables_tell_digests_apart_that_differ_in_their_size_or_in_their_last_byte_alone() {
+        use std::hash::{BuildHasher, RandomState};
+        let keys = RandomState::new();
+        let digest = |last, size| {
+            let mut hash = [7; 32];
+            hash[31] = last;
+            Digest::new(DigestFunction::Sha256, &hash, size)
+        };
+        let values = (0..100).flat_map(|i| [(i, 0), (0, u64::from(i) + 1)]);
+        let values = values.map(|(last, size)| keys.hash_one(digest(last, size)));
+        let distinct: std::collections::HashSet<u64> = values.collect();
+        assert_eq!(distinct.len(), 200);
+    }
 
     #[test]
     fn every_function_hashes_the_empty_blob_as_its_standard_says() {

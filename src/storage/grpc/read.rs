@@ -1,6 +1,6 @@
 //! Reading whole blobs: small ones travel in batches, and nothing is fetched twice at a time.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 use futures::{StreamExt, stream::FuturesUnordered};
@@ -8,9 +8,9 @@ use tonic::{Code, Status};
 
 use super::{Client, FlightKey, LARGEST_BATCHED, OVERHEAD, sent_size, status::may_pass};
 use crate::{
-    digest::Digest,
+    digest::{Digest, DigestFunction},
     instance::InstanceName,
-    proto::reapi::{BatchReadBlobsRequest, batch_read_blobs_response::Response},
+    proto::reapi::{self, BatchReadBlobsRequest, batch_read_blobs_response::Response},
     resource::Compressor,
     storage::{
         Error, batch, compression, computing,
@@ -147,9 +147,13 @@ impl Client {
         mut leaders: Vec<ReadLeader>,
     ) -> Option<(Vec<ReadLeader>, Status)> {
         let mut attempts = self.0.cas_server.attempts();
-        let mut corrupt_before = false;
+        let mut attempted = None;
+        let mut corrupt_before = HashSet::new();
         while let Some(first) = leaders.first() {
             let function = first.digest().function();
+            if attempted.replace(function) != Some(function) {
+                attempts = self.0.cas_server.attempts();
+            }
             let (same, other) = leaders
                 .into_iter()
                 .partition(|leader| leader.digest().function() == function);
@@ -191,7 +195,10 @@ impl Client {
             let mut trouble = None;
             let received = answer.responses.iter().map(|one| one.data.len() as u64);
             let bytes = received.chain(digests.iter().map(Digest::size)).sum();
-            let contents = computing(bytes, move || contents_of(answer.responses, &digests)).await;
+            let contents = computing(bytes, move || {
+                contents_of(function, answer.responses, &digests)
+            })
+            .await;
             let contents = match contents {
                 Ok(contents) => contents,
                 Err(error) => {
@@ -205,8 +212,10 @@ impl Client {
                 let digest = leader.digest();
                 match content {
                     BatchContent::Verified(content) => leader.finish(Ok(content)),
-                    BatchContent::Corrupt(error) if corrupt_before => leader.finish(Err(error)),
-                    BatchContent::Corrupt(_) => again.push(leader),
+                    BatchContent::Corrupt(_) if corrupt_before.insert(*digest) => {
+                        again.push(leader);
+                    }
+                    BatchContent::Corrupt(error) => leader.finish(Err(error)),
                     BatchContent::Failed(status) if may_pass(&status) => {
                         trouble = Some(status);
                         again.push(leader);
@@ -222,7 +231,6 @@ impl Client {
                     }
                 }
             }
-            corrupt_before = true;
             if let Some(status) = trouble
                 && let Err(error) = self.0.cas_server.wait(&mut attempts, &status, None).await
             {
@@ -245,16 +253,56 @@ enum BatchContent {
     Absent,
 }
 
-/// For each digest, what the answer has of it: decompressed and verified. What cannot be decompressed is
-/// taken as it came, so that it has not its digest.
-fn contents_of(responses: Vec<Response>, digests: &[Digest]) -> Vec<BatchContent> {
-    let by_hash = responses.into_iter().filter_map(|mut response| {
-        let hash = std::mem::take(&mut response.digest.as_mut()?.hash);
-        Some((hash, response))
-    });
-    let mut by_hash: HashMap<String, Response> = by_hash.collect();
-    let content = |digest: &Digest| {
-        let Some(response) = by_hash.remove(&digest.hash_hex()) else {
+/// Where in a batch a blob was asked for, by what its answer says of it.
+struct AskedPositions {
+    /// `None` where the hash was asked for with several sizes.
+    by_hash: HashMap<String, Option<usize>>,
+    /// Where there are such hashes.
+    by_digest: HashMap<Digest, usize>,
+}
+
+impl AskedPositions {
+    fn new(digests: &[Digest]) -> Self {
+        let mut by_hash = HashMap::with_capacity(digests.len());
+        for (position, digest) in digests.iter().enumerate() {
+            let entry = by_hash.entry(digest.hash_hex());
+            entry.and_modify(|it| *it = None).or_insert(Some(position));
+        }
+        let by_digest = match by_hash.len() == digests.len() {
+            true => HashMap::new(),
+            false => digests.iter().copied().zip(0..).collect(),
+        };
+        AskedPositions { by_hash, by_digest }
+    }
+
+    /// The hash is enough where it is clear: some servers answer without the size.
+    fn of(&self, function: DigestFunction, answered: &reapi::Digest) -> Option<usize> {
+        self.by_hash.get(&answered.hash)?.or_else(|| {
+            let digest = Digest::parse(Some(function), answered).ok()?;
+            self.by_digest.get(&digest).copied()
+        })
+    }
+}
+
+/// For each digest, all of one function, what the answer has of it: decompressed and verified. What cannot be
+/// decompressed is taken as it came, so that it has not its digest. What was not asked for is dropped.
+fn contents_of(
+    function: DigestFunction,
+    responses: Vec<Response>,
+    digests: &[Digest],
+) -> Vec<BatchContent> {
+    let asked = AskedPositions::new(digests);
+    let mut answers: Vec<Option<Response>> = vec![None; digests.len()];
+    for response in responses {
+        let of = response.digest.as_ref();
+        if let Some(position) = of.and_then(|of| asked.of(function, of))
+            && let Some(answer) = answers.get_mut(position)
+        {
+            *answer = Some(response);
+        }
+    }
+    let content = |(digest, response): (&Digest, Option<Response>)| {
+        let Some(response) = response else {
             return BatchContent::Absent;
         };
         let status = response.status.unwrap_or_default();
@@ -267,10 +315,62 @@ fn contents_of(responses: Vec<Response>, digests: &[Digest]) -> Vec<BatchContent
         {
             content = decompressed;
         }
-        match verify(digest, digest.function().digest_of(&content)) {
+        match verify(digest, function.digest_of(&content)) {
             Ok(()) => BatchContent::Verified(content),
             Err(error) => BatchContent::Corrupt(error),
         }
     };
-    digests.iter().map(content).collect()
+    digests.iter().zip(answers).map(content).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn response(digest: &Digest, data: &'static [u8], code: i32) -> Response {
+        Response {
+            digest: Some(digest.to_proto()),
+            data: data.into(),
+            status: Some(crate::proto::rpc::Status {
+                code,
+                ..Default::default()
+            }),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn each_blob_gets_its_own_answer_also_where_another_has_its_hash() {
+        let function = DigestFunction::Sha256;
+        let right = function.digest_of(b"right");
+        let longer = Digest::new(function, right.hash_bytes(), right.size() + 1);
+        let (other, unasked) = (function.digest_of(b"other"), function.digest_of(b"unasked"));
+        let asked = [longer, right, other];
+        let mut responses = vec![
+            response(&unasked, b"unasked", 0),
+            response(&right, b"right", 0),
+            response(&longer, b"", 5),
+            response(&other, b"other", 0),
+        ];
+        // A server that tells no size.
+        responses[3].digest.as_mut().unwrap().size_bytes = 0;
+        for _ in 0..2 {
+            let contents = contents_of(function, responses.clone(), &asked);
+            assert!(
+                matches!(&contents[0], BatchContent::Failed(status) if status.code() == Code::NotFound)
+            );
+            assert!(matches!(&contents[1], BatchContent::Verified(content) if content == "right"));
+            assert!(matches!(&contents[2], BatchContent::Verified(content) if content == "other"));
+            responses.reverse();
+        }
+        let contents = contents_of(
+            function,
+            responses,
+            &[unasked, function.digest_of(b"absent")],
+        );
+        assert!(matches!(
+            contents[..],
+            [BatchContent::Verified(_), BatchContent::Absent]
+        ));
+    }
 }
