@@ -102,10 +102,17 @@ pub async fn serve_observation(
     let observation = Arc::new(observation);
     let tasks = TaskTracker::new();
     for listener in listeners {
-        let room = Arc::new(Semaphore::new(CONNECTIONS));
+        let connections = Arc::new(Semaphore::new(CONNECTIONS));
         for socket in listener.into_sockets() {
-            let (observation, room, tasks) = (observation.clone(), room.clone(), tasks.clone());
-            let accepting = accept_all(socket, observation, room, tasks.clone(), stopping.clone());
+            let (observation, connections, tasks) =
+                (observation.clone(), connections.clone(), tasks.clone());
+            let accepting = accept_all(
+                socket,
+                observation,
+                connections,
+                tasks.clone(),
+                stopping.clone(),
+            );
             tasks.spawn(accepting);
         }
     }
@@ -118,12 +125,12 @@ pub async fn serve_observation(
 async fn accept_all(
     socket: Socket,
     observation: Arc<Observation>,
-    room: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
     tasks: TaskTracker,
     stopping: CancellationToken,
 ) {
     loop {
-        let Ok(place) = room.clone().acquire_owned().await else {
+        let Ok(place) = connections.clone().acquire_owned().await else {
             return;
         };
         let accepted = tokio::select! {

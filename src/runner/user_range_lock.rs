@@ -11,7 +11,7 @@
 //! - `cgroup.procs` of the root of the control groups that are mounted here, where it can be opened:
 //!   runners that have these in common would also clear each other's groups, whatever /run each of them
 //!   sees. Every user may read it, and who may read may take a lock for reading, which keeps this one out.
-//!   A runner's is for writing. So one that is in the way and for reading is a stranger's, and then the
+//!   A runner's is for writing. So one that is in the way and for reading is of another program, and then the
 //!   first file alone decides.
 
 use std::{
@@ -153,10 +153,10 @@ mod tests {
     fn a_lock_of_somebody_who_may_only_read_is_told_from_a_runners() {
         let directory = tempfile::tempdir().unwrap();
         let [runner, other] = [(); 2].map(|()| open(directory.path()).unwrap());
-        let stranger = File::open(directory.path().join(NAME)).unwrap();
+        let foreign = File::open(directory.path().join(NAME)).unwrap();
         let mut reads = write_lock(&(0..u32::MAX));
         reads.l_type = libc::F_RDLCK as libc::c_short;
-        fcntl(&stranger, FcntlArg::F_OFD_SETLK(&reads)).unwrap();
+        fcntl(&foreign, FcntlArg::F_OFD_SETLK(&reads)).unwrap();
         let range = 58_000..58_256;
         assert!(!lock(&runner, &range).unwrap());
         assert!(is_kept_by_readers_alone(&runner, &range).unwrap());
@@ -164,7 +164,7 @@ mod tests {
         reads.l_len = 58_255;
         reads.l_type = libc::F_UNLCK as libc::c_short;
         reads.l_start = 58_255;
-        fcntl(&stranger, FcntlArg::F_OFD_SETLK(&reads)).unwrap();
+        fcntl(&foreign, FcntlArg::F_OFD_SETLK(&reads)).unwrap();
         assert!(lock(&other, &(58_255..58_300)).unwrap());
         assert!(!lock(&runner, &range).unwrap());
         assert!(!is_kept_by_readers_alone(&runner, &range).unwrap());

@@ -194,17 +194,17 @@ fn seen_without_harm(make: fn(u64, Instant) -> World, what: &str, seeds: u64) ->
 }
 
 #[test]
-fn a_seed_tells_the_same_story_each_time() {
-    tells_the_same_story_twice(0..5);
+fn a_seed_runs_the_same_way_each_time() {
+    runs_the_same_way_twice(0..5);
 }
 
 #[test]
 #[ignore = "takes long: tests/run --all"]
-fn each_of_many_seeds_tells_the_same_story_each_time() {
-    tells_the_same_story_twice(5..100);
+fn each_of_many_seeds_runs_the_same_way_each_time() {
+    runs_the_same_way_twice(5..100);
 }
 
-fn tells_the_same_story_twice(seeds: std::ops::Range<u64>) {
+fn runs_the_same_way_twice(seeds: std::ops::Range<u64>) {
     for seed in seeds {
         let once = World::new(seed, Instant::now()).run();
         let again = World::new(seed, Instant::now()).run();

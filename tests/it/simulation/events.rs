@@ -392,7 +392,7 @@ impl World {
             .collect()
     }
 
-    /// The whole story; returns the hash of all that happened.
+    /// All of it; returns the hash of all that happened.
     pub fn run(mut self) -> Told {
         let trouble = self.start + self.trouble;
         while self.step(trouble) {}

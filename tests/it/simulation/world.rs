@@ -184,7 +184,7 @@ pub struct Stream {
     pub version: u64,
 }
 
-/// What a seed's story was.
+/// What happened with a seed.
 #[derive(Debug, PartialEq)]
 pub struct Told {
     pub trace: u64,
