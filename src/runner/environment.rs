@@ -34,7 +34,8 @@ pub(super) struct AddedVariables {
 pub(super) enum BuildDirectoryView {
     /// As the host does.
     Whole(String),
-    /// The directory that the input root lies in is mounted on it. The temporary directory is there, too, where it lies beside the input root; else it is /tmp.
+    /// The directory that the input root lies in is mounted on it. The temporary directory is there, too, where it
+    /// lies beside the input root; else it is /tmp.
     OwnDirectory(String),
     /// Not at all: the input root is `/`, and the temporary directory is /tmp.
     InputRoot,

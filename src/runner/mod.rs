@@ -3,7 +3,7 @@
 //! In the order to read it, from the top down:
 //!
 //! - `service`, `deadline_service`: what a worker asks for over a Unix socket; `self_check`: what `--check` says;
-//! - `metrics`: what is told of it, and `status_command`, which ask for that; `counts` has what became of actions;
+//! - `metrics`: what is told of it, and `status_command`, which asks for that; `counts` has what became of actions;
 //! - `run`: one action, from its command to its last process, with `cleaner` around several, `output_limit`
 //!   for what it writes, `server_logs` for what is told of it, `action_directory` (with `input_ownership`) and
 //!   `action_mounts` (with `input_root_chroot`) for what it is in;

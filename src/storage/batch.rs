@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::digest::Digest;
+use crate::digest::{Digest, DigestFunction};
 
 /// Batches of at most `bytes` together and `count` items each, in the order given. One item that is
 /// larger is a batch of its own.
@@ -23,6 +23,20 @@ pub fn split<T>(items: Vec<T>, bytes: u64, count: usize, size: impl Fn(&T) -> u6
         }
     }
     batches
+}
+
+/// The items of each digest function, in the order given. A call has blobs of one (REAPI:
+/// BatchReadBlobsRequest.digest_function).
+pub(super) fn by_function<T>(items: Vec<T>, digest: impl Fn(&T) -> &Digest) -> Vec<Vec<T>> {
+    let mut groups: Vec<(DigestFunction, Vec<T>)> = Vec::new();
+    for item in items {
+        let function = digest(&item).function();
+        match groups.iter_mut().find(|(of, _)| *of == function) {
+            Some((_, group)) => group.push(item),
+            None => groups.push((function, vec![item])),
+        }
+    }
+    groups.into_iter().map(|(_, group)| group).collect()
 }
 
 /// Two batches of about the same size, neither of them empty.
@@ -51,6 +65,17 @@ pub(super) fn distinct(digests: &[Digest]) -> Vec<Digest> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn blobs_of_one_function_are_together_in_the_order_given() {
+        let blobs = [
+            DigestFunction::Sha256.digest_of(b"a"),
+            DigestFunction::Md5.digest_of(b"b"),
+            DigestFunction::Sha256.digest_of(b"c"),
+        ];
+        let groups = by_function(blobs.to_vec(), |digest| digest);
+        assert_eq!(groups, [vec![blobs[0], blobs[2]], vec![blobs[1]]]);
+    }
 
     #[test]
     fn batches_keep_their_limits_and_the_order() {

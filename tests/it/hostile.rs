@@ -87,6 +87,13 @@ impl Attacked {
         }
     }
 
+    /// A scheduler whose pages are at a port.
+    async fn start_with_pages() -> (Self, SocketAddr) {
+        let web = free_address();
+        let attacked = Self::start(&format!("web.listen = \"{web}\"\n")).await;
+        (attacked, web)
+    }
+
     /// The attack is over: how much memory it took at most, and how long the honest one waited.
     async fn end(self, what: &str, most: u64) {
         self.stop.cancel();
@@ -450,8 +457,7 @@ async fn head_of_page(stream: &mut TcpStream, request: &[u8]) -> std::io::Result
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pages_are_served_while_one_caller_holds_all_the_connections_it_can() {
-    let web = free_address();
-    let attacked = Attacked::start(&format!("web.listen = \"{web}\"\n")).await;
+    let (attacked, web) = Attacked::start_with_pages().await;
     use futures::StreamExt;
     let page = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
     // Half of them say nothing, and half ask for something that they never say the end of.
@@ -477,8 +483,7 @@ async fn pages_are_served_while_one_caller_holds_all_the_connections_it_can() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_form_that_is_too_large_is_refused() {
-    let web = free_address();
-    let attacked = Attacked::start(&format!("web.listen = \"{web}\"\n")).await;
+    let (attacked, web) = Attacked::start_with_pages().await;
     // A byte more than it may have, so that all of it is read.
     let form = "x=".to_owned() + &"y".repeat((64 << 10) - 1);
     let mut codes = Vec::new();

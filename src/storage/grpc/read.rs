@@ -85,7 +85,8 @@ impl Client {
         let (small, large): (Vec<_>, Vec<_>) = leaders.into_iter().partition(fits);
         let mut fetches = FuturesUnordered::new();
         let size = |leader: &ReadLeader| leader.digest().size() + OVERHEAD;
-        for batch in batch::split(small, batch_size, usize::MAX, size) {
+        let groups = batch::by_function(small, ReadLeader::digest).into_iter();
+        for batch in groups.flat_map(|group| batch::split(group, batch_size, usize::MAX, size)) {
             fetches.push(futures::future::Either::Left(
                 self.read_batch(instance, batch),
             ));
@@ -139,26 +140,17 @@ impl Client {
         }
     }
 
-    /// A blob that comes corrupt, or with an error that may pass, is asked for again. What is left
-    /// when the server refuses a call as a whole, with its status.
+    /// Blobs of one digest function. One that comes corrupt, or with an error that may pass, is asked for again.
+    /// What is left when the server refuses a call as a whole, with its status.
     async fn read_batch_once(
         &self,
         instance: &InstanceName,
         mut leaders: Vec<ReadLeader>,
     ) -> Option<(Vec<ReadLeader>, Status)> {
         let mut attempts = self.0.cas_server.attempts();
-        let mut attempted = None;
         let mut corrupt_before = HashSet::new();
         while let Some(first) = leaders.first() {
             let function = first.digest().function();
-            if attempted.replace(function) != Some(function) {
-                attempts = self.0.cas_server.attempts();
-            }
-            let (same, other) = leaders
-                .into_iter()
-                .partition(|leader| leader.digest().function() == function);
-            leaders = same;
-            let rest: Vec<ReadLeader> = other;
             let digests: Vec<Digest> = leaders.iter().map(|leader| *leader.digest()).collect();
             let compresses = self.compresses_batches(instance).await;
             let request = || BatchReadBlobsRequest {
@@ -177,37 +169,27 @@ impl Client {
             });
             let answer = answer.await;
             drop(permit);
-            let answer = match answer {
-                Ok(Ok(answer)) => answer,
-                Ok(Err(refusal)) => {
-                    leaders.extend(rest);
-                    return Some((leaders, refusal));
+            let contents = match answer {
+                Ok(Ok(answer)) => {
+                    let received = answer.responses.iter().map(|one| one.data.len() as u64);
+                    let bytes = received.chain(digests.iter().map(Digest::size)).sum();
+                    let work = move || contents_of(function, answer.responses, &digests);
+                    computing(bytes, work).await
                 }
-                Err(error) => {
-                    for leader in leaders {
-                        leader.finish(Err(error.clone()));
-                    }
-                    leaders = rest;
-                    continue;
-                }
+                Ok(Err(refusal)) => return Some((leaders, refusal)),
+                Err(error) => Err(error),
             };
-            let mut again = Vec::new();
-            let mut trouble = None;
-            let received = answer.responses.iter().map(|one| one.data.len() as u64);
-            let bytes = received.chain(digests.iter().map(Digest::size)).sum();
-            let contents = computing(bytes, move || {
-                contents_of(function, answer.responses, &digests)
-            })
-            .await;
             let contents = match contents {
                 Ok(contents) => contents,
                 Err(error) => {
-                    for leader in leaders.into_iter().chain(rest) {
+                    for leader in leaders {
                         leader.finish(Err(error.clone()));
                     }
                     return None;
                 }
             };
+            let mut again = Vec::new();
+            let mut trouble = None;
             for (leader, content) in leaders.into_iter().zip(contents) {
                 let digest = leader.digest();
                 match content {
@@ -238,7 +220,6 @@ impl Client {
                     leader.finish(Err(error.clone()));
                 }
             }
-            again.extend(rest);
             leaders = again;
         }
         None

@@ -78,8 +78,9 @@ impl Client {
             .into_iter()
             .partition(|(digest, _)| digest.size() <= most);
         let size = |(digest, _): &(Digest, Content)| digest.size() + OVERHEAD;
-        let batches = batch::split(small, batch_size, usize::MAX, size)
+        let batches = batch::by_function(small, |(digest, _)| digest)
             .into_iter()
+            .flat_map(|group| batch::split(group, batch_size, usize::MAX, size))
             .map(|batch| futures::future::Either::Left(self.write_batch(instance, batch)));
         let streams = large.into_iter().map(|(digest, content)| {
             futures::future::Either::Right(self.write_stream(instance, digest, content))
@@ -125,7 +126,7 @@ impl Client {
         Ok(())
     }
 
-    /// What is left when the server refuses a call as a whole.
+    /// Blobs of one digest function. What is left when the server refuses a call as a whole.
     async fn write_batch_once(
         &self,
         instance: &InstanceName,
@@ -134,18 +135,15 @@ impl Client {
         let mut attempts = self.0.cas_server.attempts();
         while let Some((first, _)) = blobs.first() {
             let function = first.function();
-            let (same, other): (Vec<_>, Vec<_>) = blobs
-                .into_iter()
-                .partition(|(digest, _)| digest.function() == function);
             let permit = self.0.uploads.acquire().await;
             let compresses = self.compresses_batches(instance).await;
-            let bytes = same.iter().map(|(_, content)| content.in_memory());
+            let bytes = blobs.iter().map(|(_, content)| content.in_memory());
             let work = match bytes.sum::<Option<u64>>() {
                 // Nothing is read, nor compressed.
                 Some(_) if !compresses => 0,
                 bytes => bytes.unwrap_or(u64::MAX),
             };
-            let (same, contents) = computing(work, move || {
+            let (sent, contents) = computing(work, move || {
                 let content = |(digest, content): &(Digest, Content)| {
                     let content = content.part(digest, 0, digest.size())?;
                     match compresses {
@@ -153,14 +151,14 @@ impl Client {
                         false => Ok((content, Compressor::Identity)),
                     }
                 };
-                let contents = same.iter().map(content).collect::<Result<Vec<_>, Error>>();
-                (same, contents)
+                let contents = blobs.iter().map(content).collect::<Result<Vec<_>, Error>>();
+                (blobs, contents)
             })
             .await?;
             let contents = contents?;
             let request = || {
                 let requests =
-                    same.iter()
+                    sent.iter()
                         .zip(&contents)
                         .map(|((digest, _), (data, by))| Request {
                             digest: Some(digest.to_proto()),
@@ -180,16 +178,16 @@ impl Client {
             let answer = answer.await?;
             drop(permit);
             let Ok(answer) = answer else {
-                return Ok(same.into_iter().chain(other).collect());
+                return Ok(sent);
             };
             let mut statuses: HashMap<_, _> = answer
                 .responses
                 .into_iter()
                 .filter_map(|response| Some((response.digest?.hash, response.status)))
                 .collect();
-            let mut again = other;
+            let mut again = Vec::new();
             let mut trouble = None;
-            for (digest, content) in same {
+            for (digest, content) in sent {
                 let Some(status) = statuses.remove(&digest.hash_hex()) else {
                     return Err(Error::Internal(format!(
                         "the CAS answered a BatchUpdateBlobs without blob {digest}"

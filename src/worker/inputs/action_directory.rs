@@ -61,8 +61,8 @@ impl ActionDirectory {
         rustix::fs::fchmod(&self.directory, Mode::from_raw_mode(0o770))
     }
 
-    /// Empties `tmp`, `home` and `server_logs`, and removes all else but the input root. `false` when what is left differs from
-    /// a new action directory.
+    /// Empties `tmp`, `home` and `server_logs`, and removes all else but the input root. `false` when
+    /// what is left differs from a new action directory.
     pub(super) fn empty(&self) -> io::Result<bool> {
         let mut entries = Dir::read_from(&self.directory)?;
         while let Some(entry) = entries.read() {

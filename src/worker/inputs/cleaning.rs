@@ -36,7 +36,7 @@ use crate::{
 /// A directory that is read so often and still has foreign entries is being written to.
 const MAXIMUM_ROUNDS: u32 = 16;
 
-/// What a root is verified with.
+/// One root that is cleaned, and what it is verified with.
 struct RootCleaning<'a> {
     context: &'a LayOutContext<'a>,
     fine_ctime: bool,

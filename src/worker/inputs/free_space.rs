@@ -53,7 +53,7 @@ pub(super) struct Free {
     pub inodes: u64,
 }
 
-/// A command that runs.
+/// Free space is looked at, for a command that runs, until this is dropped.
 pub(super) struct FreeSpaceWatch {
     space: Arc<FreeSpace>,
     full_before: u64,

@@ -56,8 +56,8 @@
 //!   in it, `used_inodes` knows which inodes of cached files a root has; `node_properties` sets the modes and
 //!   times that a client gives.
 //! - `input_root` is what an action has; `action_directory` lies around it.
-//! - `root_store` is what roots share, and cleans them: `cleaning` reverts what the action did, by what is
-//!   known of a root that is `kept_root`.
+//! - `root_store` is what roots share, and cleans them: `cleaning` reverts what the action did, by what
+//!   `kept_root` knows of a root.
 //! - `idle_roots` has what waits, `deletion` what is removed; `retention`, `ctime_resolution` and `free_space` tell
 //!   whether roots may be kept, and commands started; `counts` is for the log.
 

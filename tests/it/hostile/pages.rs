@@ -5,13 +5,6 @@ use bb_remote_execution::proto::reapi::{Directory, DirectoryNode, FileNode, Tree
 use super::*;
 use crate::harness::Client;
 
-/// A scheduler whose pages are at a port.
-async fn with_pages() -> (Attacked, SocketAddr) {
-    let web = free_address();
-    let attacked = Attacked::start(&format!("web.listen = \"{web}\"\n")).await;
-    (attacked, web)
-}
-
 /// What comes within a minute, however busy the host is.
 async fn soon<T>(answer: impl Future<Output = T>) -> T {
     let limit = Duration::from_secs(60);
@@ -75,7 +68,7 @@ async fn directory_of(client: &Client, content: Vec<u8>, times: usize) -> Digest
 
 #[tokio::test(flavor = "multi_thread")]
 async fn archives_that_would_never_end_are_refused_and_stalled_readers_harm_nobody() {
-    let (attacked, web) = with_pages().await;
+    let (attacked, web) = Attacked::start_with_pages().await;
     let client = attacked.scheduler.client();
     // A million millions of files in thirteen Directories.
     let mut endless = directory_of(&client, b"x".to_vec(), 1).await;
@@ -159,7 +152,7 @@ async fn upload_large(client: &Client, data: &[u8]) -> Digest {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn trees_of_a_million_entries_are_shown_in_part_and_leave_others_served() {
-    let (attacked, web) = with_pages().await;
+    let (attacked, web) = Attacked::start_with_pages().await;
     let client = attacked.scheduler.client();
     let digest = client.upload(b"x".to_vec()).await;
     let root = Directory {
