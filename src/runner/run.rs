@@ -358,6 +358,7 @@ fn run_in(
         seccomp_filter: context.seccomp_filter.as_ref().map(SeccompFilter::program),
     });
     drop(setup);
+    context.sandboxes.refill();
     let mut running = Vec::new();
     let ended = spawned
         .map_err(|error| start_error(run, context, error))

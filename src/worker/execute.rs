@@ -16,7 +16,7 @@ use std::{
 };
 
 use prost::Name;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 
@@ -305,7 +305,7 @@ impl Executor {
         cancel: &CancellationToken,
         response: &mut reapi::ExecuteResponse,
     ) -> Result<(), Fault> {
-        let (sender, mut batches) = mpsc::channel(2);
+        let (sender, mut collected) = mpsc::channel(2);
         let timeout = self.outputs.timeout.get();
         let limits = outputs::OutputLimits {
             size: self.outputs.maximum_size.get(),
@@ -322,11 +322,10 @@ impl Executor {
             directories: command.store_directories || self.force_upload_trees_and_directories,
             node_properties: command.node_properties,
         };
-        let (collected, collecting) = oneshot::channel();
         drop(daemon::spawn_blocking(move || {
             let reliable = root.check();
-            // Nobody receives any more after a failed upload; the rest is collected all the same.
-            let send = move |batch| drop(sender.blocking_send(batch));
+            // Nobody receives any more when the call is given up.
+            let send = |batch| drop(sender.blocking_send(Collected::Batch(batch)));
             let mut found = Collector::new(function, &cache, told, limits, &cancel, send).collect(
                 root.directory(),
                 root.root(),
@@ -337,21 +336,27 @@ impl Executor {
                 root.suspect_privileged_user();
             }
             let clean = root.into_cleaning();
-            drop(collected.send((reliable, found)));
+            drop(sender.blocking_send(Collected::All(reliable, Box::new(found))));
             clean();
         }));
         let mut uploaded = Ok(());
-        while let Some(batch) = batches.recv().await {
-            let upload = self.storage.upload(&task.instance, batch).await;
-            if let Err(error) = upload {
-                uploaded = Err(Fault::of_storage("upload the outputs", error));
-                break;
+        let (reliable, found) = loop {
+            match collected.recv().await {
+                // After a failed upload the rest is collected all the same.
+                Some(Collected::Batch(_)) if uploaded.is_err() => {}
+                Some(Collected::Batch(batch)) => {
+                    let upload = self.storage.upload(&task.instance, batch).await;
+                    uploaded =
+                        upload.map_err(|error| Fault::of_storage("upload the outputs", error));
+                }
+                Some(Collected::All(reliable, found)) => break (reliable, *found),
+                None => {
+                    return Err(Fault::Internal(
+                        "could not collect outputs: the thread that did so panicked".to_owned(),
+                    ));
+                }
             }
-        }
-        drop(batches);
-        let (reliable, found) = collecting.await.map_err(|_| {
-            Fault::Internal("could not collect outputs: the thread that did so panicked".to_owned())
-        })?;
+        };
         let uploaded = fill_response(found, uploaded, response);
         reliable.and(uploaded)
     }
@@ -440,6 +445,13 @@ impl Executor {
             Err(_) => Err("the runner does not answer".to_owned()),
         }
     }
+}
+
+/// What the thread that collects outputs sends: batches of blobs as they are found, and at last what it found in all,
+/// with `InputRoot::check`'s answer.
+enum Collected {
+    Batch(Vec<(Digest, Content)>),
+    All(Result<(), Fault>, Box<CollectedOutputs>),
 }
 
 /// Puts what was found into the response. When not all of it could be uploaded, what refers to

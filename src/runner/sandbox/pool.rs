@@ -7,6 +7,9 @@
 //!    one is made for it. So whoever asks for readiness again and again makes a sandbox each
 //!    `MAXIMUM_PROBE_AGE` at most.
 //! 4. Whoever waits holds no lock, and can give up at any time.
+//! 5. The one in place of a sandbox that was taken is made when whoever took it says that its process runs
+//!    (`refill`), or when few are left: making one and starting a process have the kernel's locks and, on a host
+//!    with few processors, those in common.
 
 use std::{
     collections::VecDeque,
@@ -28,6 +31,8 @@ use super::{
 
 /// Sandboxes that wait for actions.
 const TARGET_READY: usize = 5;
+/// With fewer than this the next ones are made at once, rather than when `refill` says so.
+const MINIMUM_READY: usize = 3;
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
 const MAXIMUM_PROBE_AGE: Duration = Duration::from_secs(10);
 /// How long it may take to make one, on a host that is busy.
@@ -108,6 +113,11 @@ impl SandboxPool {
             "build directory",
             "it is replaced, or sandboxes are killed, all the time",
         ))
+    }
+
+    /// Has the thread make what is missing; to be called when a sandbox that was taken is in use, or will not be.
+    pub(crate) fn refill(&self) {
+        self.shared.wanted.notify_one();
     }
 
     /// Whether it is known that a sandbox can be made; `None` when `probe` must find out.
@@ -230,8 +240,9 @@ impl PoolShared {
             return Err(SandboxError::other("stop", "bb_runner stops"));
         }
         let sandbox = state.ready.pop_front();
+        let is_low = state.ready.len() < MINIMUM_READY;
         drop(state);
-        if sandbox.is_some() {
+        if sandbox.is_some() && is_low {
             self.wanted.notify_one();
         }
         Ok(sandbox)
