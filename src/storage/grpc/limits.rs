@@ -25,6 +25,11 @@ const DEFAULT_BATCH_SIZE: u64 = 4 << 20;
 /// Digests of one FindMissingBlobs.
 const DEFAULT_DIGESTS: u64 = 20_000;
 
+/// No refusal teaches less than this, in bytes of a batch or digests of a FindMissingBlobs: what is refused below it
+/// was refused for something else than its size, and would make calls small for good.
+const SMALLEST_LEARNT: u64 = 16 << 10;
+const SMALLEST_LEARNT_DIGESTS: u64 = 100;
+
 /// A peer that did not say what it takes is not asked again for so long.
 const ASK_AGAIN_AFTER: Duration = Duration::from_secs(60);
 
@@ -174,6 +179,7 @@ impl CallLimits {
 
     /// A larger batch was refused, and so many bytes of blobs were the most that went through.
     pub(super) fn learn_batch_size(&self, size: u64) {
+        let size = size.max(SMALLEST_LEARNT);
         let before = self.batch_size.fetch_min(size, Ordering::Relaxed);
         if size < before {
             tracing::info!(
@@ -190,7 +196,8 @@ impl CallLimits {
 
     /// More digests were refused, and so many were the most that went through.
     pub(super) fn learn_digests(&self, count: usize) {
-        self.digests.fetch_min(count as u64, Ordering::Relaxed);
+        let count = (count as u64).max(SMALLEST_LEARNT_DIGESTS);
+        self.digests.fetch_min(count, Ordering::Relaxed);
     }
 }
 
@@ -237,6 +244,15 @@ mod tests {
         assert!(limits.zstd_streams() && !limits.zstd_batches());
         assert_eq!(limits.batch_size(), 63 << 10);
         assert_eq!(limits.blob_size(&any, async { panic!() }).await, 1 << 30);
+    }
+
+    #[test]
+    fn a_refusal_of_little_does_not_make_calls_small_for_good() {
+        let limits = CallLimits::default();
+        limits.learn_batch_size(230);
+        limits.learn_digests(1);
+        assert_eq!(limits.batch_size(), SMALLEST_LEARNT - SMALLEST_LEARNT / 64);
+        assert_eq!(limits.digests() as u64, SMALLEST_LEARNT_DIGESTS);
     }
 
     #[tokio::test]
