@@ -333,7 +333,7 @@ impl Executor {
             );
             root.set_adopted_output_inodes(std::mem::take(&mut found.adopted_output_inodes));
             if found.by_a_privileged_user && shared {
-                root.suspect_privileged_user();
+                root.discard_all_after_privileged_action();
             }
             let clean = root.into_cleaning();
             drop(sender.blocking_send(Collected::All(reliable, Box::new(found))));

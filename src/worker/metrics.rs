@@ -6,7 +6,7 @@ use std::{fmt, sync::Arc};
 use super::{
     execute::Executor,
     execution_metrics::ExecutionMetrics,
-    inputs::{RootStore, file_cache::FileCache},
+    inputs::{WorkerBuildDirectory, file_cache::FileCache},
     status_line::StatusLine,
 };
 use crate::daemon::{self, Exposition, Metrics};
@@ -16,7 +16,7 @@ use crate::daemon::{self, Exposition, Metrics};
 pub(super) struct WorkerSources {
     pub executions: Arc<ExecutionMetrics>,
     pub cache: Arc<FileCache>,
-    pub store: Arc<RootStore>,
+    pub build_directory: Arc<WorkerBuildDirectory>,
     pub executors: Vec<Arc<Executor>>,
     pub status_line: Arc<StatusLine>,
 }
@@ -72,7 +72,7 @@ impl WorkerSources {
             "Bytes of input files that had to be fetched",
             uses.fetched_bytes.get(),
         )?;
-        let (roots, stashed) = self.store.kept();
+        let (roots, stashed) = self.build_directory.kept();
         exposition.gauge(
             "bb_worker_kept_roots",
             "Input roots that are kept",
@@ -83,7 +83,7 @@ impl WorkerSources {
             "Subtrees that are kept",
             stashed as f64,
         )?;
-        let counts = self.store.counts();
+        let counts = self.build_directory.lay_out_counts();
         for (name, help, count) in [
             ("input_roots", "Input roots that were made", &counts.roots),
             (
@@ -100,7 +100,10 @@ impl WorkerSources {
             let count = count.load(std::sync::atomic::Ordering::Relaxed);
             exposition.counter(&format!("bb_worker_{name}"), help, count)?;
         }
-        let disks = [("cache", self.cache.path()), ("build", self.store.path())];
+        let disks = [
+            ("cache", self.cache.path()),
+            ("build", self.build_directory.path()),
+        ];
         let spaces: Vec<_> = disks
             .into_iter()
             .filter_map(|(name, path)| Some((name, daemon::disk::space(path)?)))
@@ -143,7 +146,7 @@ impl WorkerSources {
             .filter_map(|of| of.availability.trouble());
         let (files, bytes) = self.cache.usage();
         let uses = self.cache.uses();
-        let (roots, stashed) = self.store.kept();
+        let (roots, stashed) = self.build_directory.kept();
         let free = |path| daemon::disk::space(path).map(|space| space.available);
         serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -167,8 +170,8 @@ impl WorkerSources {
                 "fetched_bytes": uses.fetched_bytes.get(),
                 "kept_roots": roots,
                 "stashed_subtrees": stashed,
-                "build_directory": self.store.path(),
-                "build_directory_free_bytes": free(self.store.path()),
+                "build_directory": self.build_directory.path(),
+                "build_directory_free_bytes": free(self.build_directory.path()),
             },
         })
     }

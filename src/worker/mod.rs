@@ -22,7 +22,7 @@ use self::{
     execution_metrics::ExecutionMetrics,
     inputs::{
         InputRoots,
-        directories::DirectoryCache,
+        directory_cache::DirectoryCache,
         file_cache::{LinkMode, Verifier},
     },
     live_output::RunningOutputs,
@@ -96,7 +96,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let storage = setup::connect_storage(&config, credentials)?;
     let setup::OpenedDirectories {
         cache,
-        store,
+        build_directory,
         token,
     } = setup::open_directories(&config, slots, &storage).await?;
     let (files, bytes) = cache.usage();
@@ -143,7 +143,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
                 storage: storage.clone(),
                 cache: cache.clone(),
                 directories: directories.clone(),
-                store: store.clone(),
+                build_directory: build_directory.clone(),
                 inputs: runner.inputs,
                 group: setup::group_of(runner)?,
             },
@@ -188,7 +188,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let sources = WorkerSources {
         executions,
         cache: cache.clone(),
-        store: store.clone(),
+        build_directory: build_directory.clone(),
         executors: executors.clone(),
         status_line: status_line.clone(),
     };
@@ -231,7 +231,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         let troubles = executors
             .iter()
             .filter_map(|executor| executor.availability.trouble())
-            .chain(store.retention_suspension(std::time::Instant::now()));
+            .chain(build_directory.describe_reuse_suspension(std::time::Instant::now()));
         troubles.fold(line, |line, trouble| format!("{line}; {trouble}"))
     };
     tokio::select! {
@@ -241,7 +241,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     late.abort();
     observed.abort();
     live_outputs.abort_all();
-    tracing::info!("laid out {}", store.counts());
+    tracing::info!("laid out {}", build_directory.lay_out_counts());
     tracing::info!("verified {}", cache.verified());
     traces.flush().await;
     Ok(())

@@ -11,7 +11,7 @@ use std::{
 use super::{
     fencing,
     inputs::{
-        RootStore,
+        WorkerBuildDirectory,
         file_cache::{CacheLimits, FileCache},
     },
     slot_loop::SlotIdentity,
@@ -46,7 +46,7 @@ pub(super) fn storage_options(config: &Config, credentials: Credentials) -> grpc
 /// The file cache and the build directory.
 pub(super) struct OpenedDirectories {
     pub cache: Arc<FileCache>,
-    pub store: Arc<RootStore>,
+    pub build_directory: Arc<WorkerBuildDirectory>,
     /// `None` when this start could not be counted.
     pub token: Option<FencingToken>,
 }
@@ -73,7 +73,7 @@ pub(super) async fn open_directories(
         let cache = Arc::new(cache);
         cache.offer_local_files();
         check_own(&build_path)?;
-        let store = RootStore::open(&build_path, cache.clone(), slots)
+        let build_directory = WorkerBuildDirectory::open(&build_path, cache.clone(), slots)
             .map_err(|error| directory_failure("build_directory", &build_path, &error))?;
         // A scheduler waits a little longer for the worker before this one, no more.
         let token = fencing::count_start(&cache_path)
@@ -83,7 +83,7 @@ pub(super) async fn open_directories(
             .ok();
         Ok(OpenedDirectories {
             cache,
-            store,
+            build_directory,
             token,
         })
     };

@@ -24,10 +24,10 @@ use bb_remote_execution::{
     proto::reapi,
     storage::{Backend, Content, embedded::Store, serve},
     worker::inputs::{
-        InputRoot, PlannedRoot, RootStore,
-        directories::DirectoryCache,
+        InputRoot, PlannedRoot, WorkerBuildDirectory,
+        directory_cache::DirectoryCache,
         file_cache::{FileCache, FileKey},
-        tree::Tree,
+        merkle_tree::Tree,
     },
 };
 use prost::Message;
@@ -101,7 +101,7 @@ struct Bench {
     runtime: tokio::runtime::Runtime,
     client: Backend,
     directories: DirectoryCache,
-    roots: Arc<RootStore>,
+    roots: Arc<WorkerBuildDirectory>,
     inputs: Inputs,
 }
 
@@ -117,7 +117,7 @@ impl Bench {
     fn new(
         runtime: tokio::runtime::Runtime,
         client: &Backend,
-        roots: Arc<RootStore>,
+        roots: Arc<WorkerBuildDirectory>,
         inputs: Inputs,
     ) -> Self {
         Bench {
@@ -261,7 +261,7 @@ fn measure(kind: &str, place: &Path, size: usize, inputs: Inputs) {
         let mut grown = 0;
         let mut known = None;
         for _ in 0..ROUNDS.min(5) {
-            let roots = RootStore::open(&build, cache.clone(), 1).unwrap();
+            let roots = WorkerBuildDirectory::open(&build, cache.clone(), 1).unwrap();
             // The last round's root, whose removal would be measured too.
             wait_for_deletion(&build);
             roots.set_threads(threads);
@@ -304,7 +304,7 @@ fn measure(kind: &str, place: &Path, size: usize, inputs: Inputs) {
             );
         }
     }
-    let roots = RootStore::open(&build, cache.clone(), 1).unwrap();
+    let roots = WorkerBuildDirectory::open(&build, cache.clone(), 1).unwrap();
     wait_for_deletion(&build);
     let bench = Bench::new(runtime(), &client, roots, inputs);
     let (_, known) = bench.round(None, first);

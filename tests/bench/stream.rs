@@ -20,7 +20,8 @@ use bb_remote_execution::{
     instance::InstanceName,
     storage::Backend,
     worker::inputs::{
-        InputRoot, PlannedRoot, RootStore, directories::DirectoryCache, file_cache::FileCache,
+        InputRoot, PlannedRoot, WorkerBuildDirectory, directory_cache::DirectoryCache,
+        file_cache::FileCache,
     },
 };
 
@@ -81,9 +82,12 @@ fn measure(
     // The first round fetches what the cache lacks, and is not counted.
     for round in 0..=ROUNDS {
         for (keep, totals) in [true, false].into_iter().zip(&mut totals) {
-            let roots = RootStore::open(&place.join("build"), cache.clone(), SLOTS).unwrap();
+            let roots =
+                WorkerBuildDirectory::open(&place.join("build"), cache.clone(), SLOTS).unwrap();
             if !keep {
-                InputRoot::empty(&roots).unwrap().suspect_privileged_user();
+                InputRoot::empty(&roots)
+                    .unwrap()
+                    .discard_all_after_privileged_action();
             }
             while std::fs::read_dir(place.join("build/deleted")).is_ok_and(|left| left.count() > 0)
             {
@@ -121,7 +125,7 @@ fn measure(
 
 fn lay_out(
     stream: &[Digest],
-    roots: &Arc<RootStore>,
+    roots: &Arc<WorkerBuildDirectory>,
     cache: &Arc<FileCache>,
     client: &Backend,
     runtime: &tokio::runtime::Runtime,
@@ -157,8 +161,8 @@ fn lay_out(
 }
 
 /// How much of what was wanted was there.
-fn reuse(roots: &Arc<RootStore>) -> String {
-    let counts = roots.counts();
+fn reuse(roots: &Arc<WorkerBuildDirectory>) -> String {
+    let counts = roots.lay_out_counts();
     let of = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
     let (made, unparked) = (of(&counts.made), of(&counts.unstashed));
     format!(

@@ -11,7 +11,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{directory::Directory, kept_root};
+use super::{directory_message::Directory, root_record};
 use crate::{
     removal,
     worker::{attributes, beneath::open_child},
@@ -116,6 +116,6 @@ fn is_unchanged(directory: BorrowedFd<'_>, mode: u32) -> io::Result<bool> {
     let plain = attributes::has_none(directory);
     let empty = Directory::default();
     Ok(plain
-        && kept_root::has_owner_and_mode(&stat, mode)
-        && !kept_root::is_oversized(&stat, &empty))
+        && root_record::has_owner_and_mode(&stat, mode)
+        && !root_record::is_oversized(&stat, &empty))
 }

@@ -22,11 +22,11 @@ use rustix::{
 };
 
 use super::{
+    assign_inodes,
     file_cache::{self, LinkError, LinkMode},
-    kept_root::{self, KeptDirectory, KeptRoot},
+    inode_allocator::InodeAllocator,
     lay_out::{self, LayOutContext, LayOutError},
-    link_files,
-    used_inodes::UsedInodes,
+    root_record::{self, DirectoryRecord, RootRecord},
 };
 use crate::{
     removal,
@@ -43,7 +43,7 @@ struct RootCleaning<'a> {
     /// When the action could begin, in seconds since the epoch.
     started: i64,
     /// Those that the root has.
-    inodes: &'a mut UsedInodes,
+    inodes: &'a mut InodeAllocator,
     link_mode: LinkMode,
     /// Inode numbers of what is the worker's though the action made it, in their order.
     adopted_output_inodes: &'a [u64],
@@ -69,7 +69,7 @@ struct SeenEntries {
 /// (I7 Errors discard). `Oversized` is about the root itself; what is so beneath it is made again.
 pub(super) fn clean_root(
     context: &LayOutContext<'_>,
-    root: &mut KeptRoot,
+    root: &mut RootRecord,
     fine_ctime: bool,
     started: i64,
     adopted_output_inodes: &[u64],
@@ -86,7 +86,7 @@ pub(super) fn clean_root(
 }
 
 impl RootCleaning<'_> {
-    fn verify(&mut self, kept: &mut KeptDirectory) -> io::Result<DirectoryCondition> {
+    fn verify(&mut self, kept: &mut DirectoryRecord) -> io::Result<DirectoryCondition> {
         let trusted = self.fine_ctime
             || kept
                 .baseline
@@ -104,20 +104,20 @@ impl RootCleaning<'_> {
     }
 
     /// Makes a subdirectory again that is itself as it should be, but too large to be used.
-    fn replace(&mut self, kept: &mut KeptDirectory, child: usize) -> io::Result<()> {
+    fn replace(&mut self, kept: &mut DirectoryRecord, child: usize) -> io::Result<()> {
         let fd = kept.fd.clone();
         let name = kept.node.directory.directories[child].0.clone();
         self.context
-            .idle_roots
+            .root_pool
             .deletions
             .try_delete(&*fd, name.as_str())?;
         self.make_child_again(kept, child)?;
-        kept.baseline = Some(kept_root::record_baseline(fd.as_fd())?.1);
+        kept.baseline = Some(root_record::record_baseline(fd.as_fd())?.1);
         Ok(())
     }
 
     /// It is not in its place any more.
-    fn make_child_again(&mut self, kept: &mut KeptDirectory, child: usize) -> io::Result<()> {
+    fn make_child_again(&mut self, kept: &mut DirectoryRecord, child: usize) -> io::Result<()> {
         let fd = kept.fd.clone();
         let name = kept.node.directory.directories[child].0.as_str();
         let gone = &mut kept.children[child];
@@ -130,13 +130,13 @@ impl RootCleaning<'_> {
         Ok(())
     }
 
-    fn repair(&mut self, kept: &mut KeptDirectory) -> io::Result<DirectoryCondition> {
+    fn repair(&mut self, kept: &mut DirectoryRecord) -> io::Result<DirectoryCondition> {
         let fd = kept.fd.clone();
         let stat = rustix::fs::fstat(&*fd)?;
         if stat.st_ino != kept.inode || stat.st_nlink == 0 {
             return Err(Errno::STALE.into());
         }
-        if kept_root::is_oversized(&stat, &kept.node.directory) {
+        if root_record::is_oversized(&stat, &kept.node.directory) {
             return Ok(DirectoryCondition::Oversized);
         }
         let directory = open_child(&*fd, ".")?;
@@ -155,7 +155,7 @@ impl RootCleaning<'_> {
         };
         self.add_missing(kept, &seen)?;
         attributes::remove_all(directory.as_fd())?;
-        let (inode, baseline) = kept_root::record_baseline(fd.as_fd())?;
+        let (inode, baseline) = root_record::record_baseline(fd.as_fd())?;
         if inode != kept.inode {
             return Err(Errno::STALE.into());
         }
@@ -166,7 +166,7 @@ impl RootCleaning<'_> {
     /// Reads a directory once and removes what is foreign; tells whether there was any.
     fn sweep(
         &self,
-        kept: &KeptDirectory,
+        kept: &DirectoryRecord,
         entries: &mut Dir,
         fd: BorrowedFd<'_>,
     ) -> io::Result<(SeenEntries, bool)> {
@@ -246,7 +246,7 @@ impl RootCleaning<'_> {
             Ok(()) | Err(Errno::NOENT) => return Ok(()),
             Err(_) => {}
         }
-        match self.context.idle_roots.deletions.try_delete(fd, name) {
+        match self.context.root_pool.deletions.try_delete(fd, name) {
             Ok(()) => Ok(()),
             // Without privileges another user's directory cannot be moved, but perhaps emptied.
             Err(Errno::ACCESS | Errno::PERM) => {
@@ -257,7 +257,7 @@ impl RootCleaning<'_> {
         }
     }
 
-    fn add_missing(&mut self, kept: &mut KeptDirectory, seen: &SeenEntries) -> io::Result<()> {
+    fn add_missing(&mut self, kept: &mut DirectoryRecord, seen: &SeenEntries) -> io::Result<()> {
         let directory = kept.node.directory.clone();
         let fd = kept.fd.clone();
         let mut buffer = String::new();
@@ -268,7 +268,7 @@ impl RootCleaning<'_> {
             let (name, link) = (file.name.as_str(), &mut kept.files.list[at]);
             let replace_saturated = |file, full| self.inodes.replace_saturated(file, full);
             let (cache, directory) = (self.context.cache, fd.as_fd());
-            let linked = link_files::link(
+            let linked = assign_inodes::link(
                 cache,
                 &file.key,
                 link,

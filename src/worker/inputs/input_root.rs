@@ -9,10 +9,10 @@ use std::{
 
 use super::{
     action_directory::{self, ActionDirectory},
-    free_space::FreeSpaceWatch,
-    idle_roots::IdleRoot,
-    kept_root::KeptRoot,
-    root_store::{RootStore, UsedRoot},
+    free_space_monitor::FreeSpaceWatch,
+    root_pool::IdleRoot,
+    root_record::RootRecord,
+    worker_build_directory::{UsedRoot, WorkerBuildDirectory},
 };
 use crate::worker::{
     blocking::{blocking, in_background},
@@ -21,11 +21,11 @@ use crate::worker::{
 
 /// A root for one action. Verified in the background when dropped.
 pub struct InputRoot {
-    store: Arc<RootStore>,
+    build_directory: Arc<WorkerBuildDirectory>,
     /// `None` only while being dropped.
     action_directory: Option<ActionDirectory>,
     /// `None` when it is not used again.
-    pub(super) kept: Option<KeptRoot>,
+    pub(super) kept: Option<RootRecord>,
     generation: u64,
     /// Of the cache, before it was laid out.
     modifications: u64,
@@ -42,27 +42,27 @@ pub struct InputRoot {
 
 impl InputRoot {
     /// An empty root. Blocks.
-    pub fn empty(store: &Arc<RootStore>) -> std::io::Result<Self> {
-        let modifications = store.modifications();
+    pub fn empty(build_directory: &Arc<WorkerBuildDirectory>) -> std::io::Result<Self> {
+        let modifications = build_directory.modifications();
         let IdleRoot {
             action_directory,
             kept,
             generation,
-        } = store.take_root(None)?;
-        let mut root = InputRoot::new(store, action_directory, generation, modifications);
+        } = build_directory.take_root(None)?;
+        let mut root = InputRoot::new(build_directory, action_directory, generation, modifications);
         root.kept = Some(kept);
         Ok(root)
     }
 
     /// A root of whose files nothing is known.
     pub(super) fn new(
-        store: &Arc<RootStore>,
+        build_directory: &Arc<WorkerBuildDirectory>,
         action_directory: ActionDirectory,
         generation: u64,
         modifications: u64,
     ) -> Self {
         InputRoot {
-            store: store.clone(),
+            build_directory: build_directory.clone(),
             action_directory: Some(action_directory),
             kept: None,
             generation,
@@ -77,7 +77,7 @@ impl InputRoot {
 
     /// A command may start in it.
     pub(super) fn begin(&mut self) {
-        self.command = Some(self.store.space.watch());
+        self.command = Some(self.build_directory.free_space.watch());
         self.ready = now();
     }
 
@@ -118,10 +118,12 @@ impl InputRoot {
     }
 
     /// The action ran as root or as the worker, and may have changed anything in place (I2 Credentials). Blocks.
-    pub fn suspect_privileged_user(&mut self) {
+    pub fn discard_all_after_privileged_action(&mut self) {
         self.reusable = false;
-        self.store.retention.suspend(Instant::now());
-        self.store.invalidate_all();
+        self.build_directory
+            .reuse_suspension
+            .suspend(Instant::now());
+        self.build_directory.invalidate_all();
     }
 
     /// Whether what the command found and left can be relied on: nobody but the worker changed files of
@@ -130,11 +132,11 @@ impl InputRoot {
         if let Some(fault) = self.command.as_ref().and_then(FreeSpaceWatch::fault) {
             return Err(fault);
         }
-        match self.store.cache.modifications() == self.modifications {
+        match self.build_directory.cache.modifications() == self.modifications {
             true => Ok(()),
             false => Err(Fault::Unavailable(format!(
                 "while the command ran, somebody changed input files in the cache in {} on the worker's host; they will be fetched again",
-                self.store.cache.path().display()
+                self.build_directory.cache.path().display()
             ))),
         }
     }
@@ -147,7 +149,7 @@ impl InputRoot {
             let what = format!(
                 "open a directory to runners.group {group}; the worker needs CAP_CHOWN, or to be in that group"
             );
-            self.store.disk_fault(&what, error.into())
+            self.build_directory.disk_fault(&what, error.into())
         })
     }
 
@@ -175,8 +177,8 @@ impl InputRoot {
 
     fn begin_cleaning(&mut self) -> Option<impl FnOnce() + Send + use<>> {
         let action_directory = self.action_directory.take()?;
-        self.store.idle_roots.begin_cleaning();
-        let store = self.store.clone();
+        self.build_directory.root_pool.begin_cleaning();
+        let build_directory = self.build_directory.clone();
         // A thread that panics may not have told what it took over.
         let reusable = self.reusable && !std::thread::panicking();
         let used = UsedRoot {
@@ -185,7 +187,7 @@ impl InputRoot {
             ready: self.ready,
             adopted_output_inodes: std::mem::take(&mut self.adopted_output_inodes),
         };
-        Some(move || store.clean(action_directory, used))
+        Some(move || build_directory.clean(action_directory, used))
     }
 }
 

@@ -3,7 +3,7 @@
 //! 1. Removals come first, everywhere in the root; then a directory's own changes, then its
 //!    baseline (I6 Baseline), then what is below.
 //! 2. On any error the whole root is given up (I7 Errors discard): nothing here undoes anything.
-//! 3. Directories that are made are worked on by several threads when that pays (`RootStore::set_threads`).
+//! 3. Directories that are made are worked on by several threads when that pays (`WorkerBuildDirectory::set_threads`).
 
 use std::{
     io,
@@ -16,11 +16,11 @@ use rustix::fs::{AtFlags, Mode};
 
 use super::{
     file_cache::{FileCache, FileKey, InputFileKind, LinkMode, PinnedFiles},
-    idle_roots::{IdleRoots, StashedTree},
-    kept_root::{self, DirectoryFd, KeptDirectory, KeptRoot},
+    inode_allocator::InodeAllocator,
+    merkle_tree::Tree,
     plan::{self, Child, EntrySource, LayOutPlan, NewDirectory, Origin, Rewrite},
-    tree::Tree,
-    used_inodes::UsedInodes,
+    root_pool::{RootPool, StashedTree},
+    root_record::{self, DirectoryFd, DirectoryRecord, RootRecord},
 };
 
 /// From so many links on a second thread helps.
@@ -40,12 +40,12 @@ pub(super) fn at(name: &str) -> impl FnOnce(rustix::io::Errno) -> LayOutError {
 
 /// A directory some of whose children are yet to come.
 struct PartialDirectory {
-    kept: KeptDirectory,
+    kept: DirectoryRecord,
     children: Vec<LaidOutChild>,
 }
 
 enum LaidOutChild {
-    Whole(KeptDirectory),
+    Whole(DirectoryRecord),
     Partial(Box<PartialDirectory>),
     /// Which of those that are made.
     Pending(u32),
@@ -53,13 +53,13 @@ enum LaidOutChild {
 
 /// A directory between removals and additions.
 struct PrunedDirectory {
-    kept: KeptDirectory,
+    kept: DirectoryRecord,
     rewrite: Rewrite,
     children: Vec<PrunedChild>,
 }
 
 enum PrunedChild {
-    Unchanged(KeptDirectory),
+    Unchanged(DirectoryRecord),
     Pruned(Box<PrunedDirectory>),
     New(Origin),
 }
@@ -67,7 +67,7 @@ enum PrunedChild {
 /// What a root is laid out with.
 #[derive(Clone, Copy)]
 pub(super) struct LayOutContext<'a> {
-    pub idle_roots: &'a IdleRoots,
+    pub root_pool: &'a RootPool,
     pub cache: &'a Arc<FileCache>,
     pub threads: usize,
     /// The root's, and so of what is taken out of it: that may be older than what invalidated all.
@@ -79,7 +79,7 @@ pub(super) struct LayOut<'a> {
     /// Whether the root is kept, and so what is made is remembered.
     keep: bool,
     pub link_mode: LinkMode,
-    pub inodes: Mutex<UsedInodes>,
+    pub inodes: Mutex<InodeAllocator>,
     /// Taken from before the index of the cache is locked.
     pub pinned: Mutex<PinnedFiles>,
     made: Vec<NewDirectory>,
@@ -124,17 +124,17 @@ impl<'a> LayOutContext<'a> {
     /// model comes back, and no more directories are open than must be.
     pub(super) fn perform(
         &self,
-        root: KeptRoot,
+        root: RootRecord,
         mut plan: LayOutPlan<StashedTree>,
         pinned: PinnedFiles,
         keep: bool,
         link_mode: LinkMode,
-    ) -> Result<Option<KeptRoot>, LayOutError> {
+    ) -> Result<Option<RootRecord>, LayOutError> {
         let Some(rewrite) = plan.rewrite.take() else {
             return Ok(keep.then_some(root));
         };
         let (moved, links) = (std::mem::take(&mut plan.moved), plan.links.len());
-        let KeptRoot { top, inodes, .. } = root;
+        let RootRecord { top, inodes, .. } = root;
         let lay_out = LayOut::new(*self, plan, pinned, inodes, keep, link_mode);
         let result = lay_out.run(top, rewrite, &moved, links);
         let LayOut {
@@ -144,12 +144,12 @@ impl<'a> LayOutContext<'a> {
             ..
         } = lay_out;
         let dropped = dropped.into_inner().into_iter().flatten();
-        self.idle_roots.add_stashed(dropped);
+        self.root_pool.add_stashed(dropped);
         // After an error: it may have been changed.
         for stashed in taken.into_inner().into_iter().flatten() {
-            self.idle_roots.delete_stashed(stashed);
+            self.root_pool.delete_stashed(stashed);
         }
-        let kept = result?.map(|top| KeptRoot {
+        let kept = result?.map(|top| RootRecord {
             top,
             inodes: inodes.into_inner(),
             link_mode,
@@ -163,9 +163,9 @@ impl<'a> LayOutContext<'a> {
         parent: BorrowedFd<'_>,
         name: &str,
         node: &Tree,
-        inodes: &mut UsedInodes,
+        inodes: &mut InodeAllocator,
         link_mode: LinkMode,
-    ) -> Result<KeptDirectory, LayOutError> {
+    ) -> Result<DirectoryRecord, LayOutError> {
         let plan = plan::fresh(node);
         let pinned = self.cache.pin(&plan.links);
         let pinned = pinned.map_err(|error| LayOutError::Disk(name.to_owned(), error))?;
@@ -174,7 +174,7 @@ impl<'a> LayOutContext<'a> {
         let lay_out = LayOut::new(*self, plan, pinned, inodes_before, true, link_mode);
         make(parent, name)?;
         let fd = self
-            .idle_roots
+            .root_pool
             .open_directory(parent, name)
             .map_err(at(name))?;
         let mut buffer = String::new();
@@ -195,7 +195,7 @@ impl<'a> LayOut<'a> {
         context: LayOutContext<'a>,
         plan: LayOutPlan<StashedTree>,
         pinned: PinnedFiles,
-        inodes: UsedInodes,
+        inodes: InodeAllocator,
         keep: bool,
         link_mode: LinkMode,
     ) -> Self {
@@ -216,11 +216,11 @@ impl<'a> LayOut<'a> {
 
     fn run(
         &self,
-        root: KeptDirectory,
+        root: DirectoryRecord,
         rewrite: Rewrite,
         moved: &[u32],
         links: usize,
-    ) -> Result<Option<KeptDirectory>, LayOutError> {
+    ) -> Result<Option<DirectoryRecord>, LayOutError> {
         let pruned = self.remove(root, rewrite)?;
         let mut buffer = String::new();
         self.resolve_inode_conflicts(moved, &mut buffer)?;
@@ -263,7 +263,7 @@ impl<'a> LayOut<'a> {
     /// Unlinks and stashes what is not wanted, in the whole root.
     fn remove(
         &self,
-        mut kept: KeptDirectory,
+        mut kept: DirectoryRecord,
         mut rewrite: Rewrite,
     ) -> Result<PrunedDirectory, LayOutError> {
         let directory = kept.node.directory.clone();
@@ -279,7 +279,7 @@ impl<'a> LayOut<'a> {
             let name = directory.symlinks[i as usize].0.as_str();
             rustix::fs::unlinkat(&*fd, name, AtFlags::empty()).map_err(at(name))?;
         }
-        let mut children: Vec<Option<KeptDirectory>> = std::mem::take(&mut kept.children)
+        let mut children: Vec<Option<DirectoryRecord>> = std::mem::take(&mut kept.children)
             .into_iter()
             .map(Some)
             .collect();
@@ -295,7 +295,7 @@ impl<'a> LayOut<'a> {
             }
             let stashed = self
                 .context
-                .idle_roots
+                .root_pool
                 .stash(
                     fd.as_fd(),
                     name,
@@ -386,7 +386,7 @@ impl<'a> LayOut<'a> {
                 }
             }
         }
-        let (_, baseline) = kept_root::record_baseline(fd.as_fd()).map_err(at("."))?;
+        let (_, baseline) = root_record::record_baseline(fd.as_fd()).map_err(at("."))?;
         kept.baseline = Some(baseline);
         self.enqueue(&fd, &directory.directories, &stays);
         for (i, pruned) in below {
@@ -417,7 +417,7 @@ impl<'a> LayOut<'a> {
         let stashed = stashed.ok_or_else(lost)?;
         let kept = self
             .context
-            .idle_roots
+            .root_pool
             .unstash(stashed, fd.as_fd(), name)
             .map_err(at(name))?;
         Ok(LaidOutChild::Whole(kept))
@@ -464,7 +464,7 @@ impl<'a> LayOut<'a> {
             };
             let filled = self
                 .context
-                .idle_roots
+                .root_pool
                 .open_directory(&*parent, &name)
                 .map_err(at(&name))
                 .and_then(|fd| self.fill(made, Arc::new(fd), buffer));
@@ -510,10 +510,10 @@ impl<'a> LayOut<'a> {
         for (name, target) in &directory.symlinks {
             symlinks.push(make_symlink(fd.as_fd(), name.as_str(), target)?);
         }
-        let (inode, baseline) = kept_root::record_baseline(fd.as_fd()).map_err(at("."))?;
+        let (inode, baseline) = root_record::record_baseline(fd.as_fd()).map_err(at("."))?;
         self.enqueue(&fd, &directory.directories, &stays);
         if self.keep {
-            let kept = KeptDirectory {
+            let kept = DirectoryRecord {
                 node: node.clone(),
                 fd,
                 inode,
@@ -542,7 +542,10 @@ pub(super) fn make_symlink(
     Ok(stat.map_err(at(name))?.st_ino)
 }
 
-fn assemble(partial: PartialDirectory, results: &mut [Option<PartialDirectory>]) -> KeptDirectory {
+fn assemble(
+    partial: PartialDirectory,
+    results: &mut [Option<PartialDirectory>],
+) -> DirectoryRecord {
     let PartialDirectory { mut kept, children } = partial;
     kept.children = children
         .into_iter()
@@ -555,7 +558,7 @@ fn assemble(partial: PartialDirectory, results: &mut [Option<PartialDirectory>])
     kept
 }
 
-fn assemble_made(made: u32, results: &mut [Option<PartialDirectory>]) -> KeptDirectory {
+fn assemble_made(made: u32, results: &mut [Option<PartialDirectory>]) -> DirectoryRecord {
     let partial = results[made as usize].take().expect("every job ended well");
     assemble(partial, results)
 }

@@ -20,7 +20,7 @@
 //!   made while no action can see it; or a hard link to a file of the cache, which was whole before it
 //!   had a name. Files of private inputs are the action's own; their roots are never kept.
 //! - I2 Credentials: actions run as users that are neither root nor the worker. When an action's
-//!   output tells otherwise, all is thrown away, and nothing is kept for a while (`retention`).
+//!   output tells otherwise, all is thrown away, and nothing is kept for a while (`reuse_suspension`).
 //! - I3 Directories: every directory of a root is the worker's, so that no action can change its
 //!   owner, mode or times; it may write to it because of its mode, behind the action directory.
 //! - I4 Nothing foreign stays: what an action made is removed before the next one gets the root.
@@ -31,7 +31,7 @@
 //! - I7 Errors discard: after any error, a root and all that is known of it is thrown away.
 //! - I8 Distinct: no two files of a root are one inode, so that programs find separate files whatever
 //!   their content is. Reflinks and empty files are so by themselves. Of hard links, a root knows which
-//!   of the inodes of a cached file it has (`used_inodes`), takes for one more occurrence the first one that
+//!   of the inodes of a cached file it has (`inode_allocator`), takes for one more occurrence the first one that
 //!   it does not have, and the cache makes it when it does not have it either. A subtree that leaves the
 //!   root gives its inodes back; one that comes into it takes its own along, and where the root has one
 //!   of these already, that file is linked anew, to another inode, before the subtree is in its place.
@@ -49,44 +49,44 @@
 //! To be read in this order:
 //!
 //! - `prepare` is the whole way from a task to its root.
-//! - `directory` is a Directory message, `tree` a Merkle tree of them; `directories` fetches them.
+//! - `directory_message` is a Directory message, `merkle_tree` a Merkle tree of them; `directory_cache` fetches them.
 //! - `file_cache` has the input files; both fetch by `batches`, which fit into memory.
 //! - `plan` says how one tree becomes another.
-//! - `planned_root` chooses a root and lays it out: `lay_out` performs the plan, `link_files` makes the files
-//!   in it, `used_inodes` knows which inodes of cached files a root has; `node_properties` sets the modes and
+//! - `planned_root` chooses a root and lays it out: `lay_out` performs the plan, `assign_inodes` makes the files
+//!   in it, `inode_allocator` knows which inodes of cached files a root has; `set_node_properties` sets the modes and
 //!   times that a client gives.
 //! - `input_root` is what an action has; `action_directory` lies around it.
-//! - `root_store` is what roots share, and cleans them: `cleaning` reverts what the action did, by what
-//!   `kept_root` knows of a root.
-//! - `idle_roots` has what waits, `deletion` what is removed; `retention`, `ctime_resolution` and `free_space` tell
-//!   whether roots may be kept, and commands started; `counts` is for the log.
+//! - `worker_build_directory` is what roots share, and cleans them: `cleaning` reverts what the action did, by what
+//!   `root_record` knows of a root.
+//! - `root_pool` has what waits, `deletion` what is removed; `reuse_suspension`, `ctime_resolution` and `free_space_monitor` tell
+//!   whether roots may be kept, and commands started; `lay_out_counts` is for the log.
 
 mod action_directory;
+mod assign_inodes;
 mod batches;
 mod cleaning;
-mod counts;
 mod ctime_resolution;
 mod deletion;
-pub mod directories;
-pub mod directory;
+pub mod directory_cache;
+pub mod directory_message;
 pub mod file_cache;
-mod free_space;
-mod idle_roots;
+mod free_space_monitor;
+mod inode_allocator;
 mod input_root;
-mod kept_root;
 mod lay_out;
-mod link_files;
-mod node_properties;
+mod lay_out_counts;
+pub mod merkle_tree;
 mod plan;
 mod planned_root;
 mod prepare;
-mod retention;
-mod root_store;
-pub mod tree;
-mod used_inodes;
+mod reuse_suspension;
+mod root_pool;
+mod root_record;
+mod set_node_properties;
+mod worker_build_directory;
 
 pub use action_directory::LAST_PROCESS_TIMEOUT;
 pub use input_root::InputRoot;
 pub use planned_root::{PlannedRoot, PrepareError};
 pub use prepare::InputRoots;
-pub use root_store::RootStore;
+pub use worker_build_directory::WorkerBuildDirectory;

@@ -11,7 +11,7 @@ use std::{cmp::Ordering, collections::BTreeMap, sync::Arc};
 
 use super::{
     file_cache::FileKey,
-    tree::{Node, Tree},
+    merkle_tree::{Node, Tree},
 };
 use crate::{digest::Digest, path::Component};
 
@@ -399,8 +399,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::{
-        directory::{Directory, FileEntry},
-        tree,
+        directory_message::{Directory, FileEntry},
+        merkle_tree,
     };
     use super::*;
     use crate::digest::DigestFunction;
@@ -454,7 +454,7 @@ mod tests {
     fn tree_of(entries: &BTreeMap<u8, TestEntry>) -> Tree {
         let mut found = HashMap::new();
         let root = add(entries, &mut found);
-        tree::build(root, &found, &HashMap::new()).unwrap().0
+        merkle_tree::build(root, &found, &HashMap::new()).unwrap().0
     }
 
     /// What performing a plan leaves, as digests of whole directories.

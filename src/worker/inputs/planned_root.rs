@@ -12,14 +12,14 @@ use rustix::io::Errno;
 
 use super::{
     file_cache::{FileKey, LinkMode, PinnedFiles},
-    idle_roots::{IdleRoot, StashedTree},
     input_root::InputRoot,
-    kept_root::{self, KeptDirectory},
     lay_out::LayOutError,
-    node_properties,
+    merkle_tree::Tree,
     plan::LayOutPlan,
-    root_store::RootStore,
-    tree::Tree,
+    root_pool::{IdleRoot, StashedTree},
+    root_record::{self, DirectoryRecord},
+    set_node_properties,
+    worker_build_directory::WorkerBuildDirectory,
 };
 use crate::{
     config::worker::Inputs,
@@ -29,7 +29,7 @@ use crate::{
 
 /// Given back to the store when it is dropped.
 pub struct PlannedRoot {
-    store: Arc<RootStore>,
+    build_directory: Arc<WorkerBuildDirectory>,
     tree: Tree,
     /// `None` only while it is performed or dropped.
     work: Option<(IdleRoot, LayOutPlan<StashedTree>)>,
@@ -52,10 +52,10 @@ pub enum PrepareError {
 impl Drop for PlannedRoot {
     fn drop(&mut self) {
         if let Some((root, plan)) = self.work.take() {
-            let store = self.store.clone();
+            let build_directory = self.build_directory.clone();
             in_background(move || {
-                store.idle_roots.add_stashed(plan.taken);
-                store.idle_roots.return_root(root);
+                build_directory.root_pool.add_stashed(plan.taken);
+                build_directory.root_pool.return_root(root);
             });
         }
     }
@@ -69,24 +69,28 @@ impl From<Fault> for PrepareError {
 
 impl PlannedRoot {
     /// Chooses a root for `tree` and says what must be done to it. Blocks until there is a root.
-    pub fn new(store: &Arc<RootStore>, tree: &Tree, inputs: Inputs) -> io::Result<Self> {
-        let modifications = store.modifications();
+    pub fn new(
+        build_directory: &Arc<WorkerBuildDirectory>,
+        tree: &Tree,
+        inputs: Inputs,
+    ) -> io::Result<Self> {
+        let modifications = build_directory.modifications();
         let link_mode = match tree.has_properties {
             true => LinkMode::Copy,
-            false => store.cache.link_mode(inputs),
+            false => build_directory.cache.link_mode(inputs),
         };
-        let keep = store.keeps(tree, link_mode);
-        let root = store.take_root(keep.then_some((link_mode, tree)))?;
+        let keep = build_directory.keeps(tree, link_mode);
+        let root = build_directory.take_root(keep.then_some((link_mode, tree)))?;
         let began = Instant::now();
-        let plan = store
-            .idle_roots
+        let plan = build_directory
+            .root_pool
             .plan(&root.kept.top.node, tree, link_mode, keep);
         Ok(PlannedRoot {
-            store: store.clone(),
+            build_directory: build_directory.clone(),
             tree: tree.clone(),
             keep: keep
-                && store
-                    .idle_roots
+                && build_directory
+                    .root_pool
                     .make_room_for_directories(plan.made.len() as u64),
             work: Some((root, plan)),
             link_mode,
@@ -102,8 +106,10 @@ impl PlannedRoot {
     /// Pins those files that are to be linked and are in the cache. Blocks.
     pub fn pin(&self) -> Result<PinnedFiles, Fault> {
         let files = self.work.as_ref().map_or(&[][..], |(_, plan)| &plan.links);
-        self.store.cache.check_occurrences(files, self.link_mode)?;
-        let pinned = self.store.cache.pin(files);
+        self.build_directory
+            .cache
+            .check_occurrences(files, self.link_mode)?;
+        let pinned = self.build_directory.cache.pin(files);
         pinned.map_err(|error| Fault::of_disk("read the input files that are in the cache", error))
     }
 
@@ -114,39 +120,43 @@ impl PlannedRoot {
         parents: &BTreeSet<RelativePath>,
     ) -> Result<InputRoot, PrepareError> {
         let began = Instant::now();
-        let store = self.store.clone();
+        let build_directory = self.build_directory.clone();
         let (root, plan) = self.work.take().expect("present until performed");
         let IdleRoot {
             action_directory,
             kept,
             generation,
         } = root;
-        let mut input_root =
-            InputRoot::new(&store, action_directory, generation, self.modifications);
-        store.counts.add(&self.tree, &plan);
+        let mut input_root = InputRoot::new(
+            &build_directory,
+            action_directory,
+            generation,
+            self.modifications,
+        );
+        build_directory.lay_out_counts.add(&self.tree, &plan);
         let (linked, made, unstashed) = (plan.links.len(), plan.made.len(), plan.taken.len());
         // An error drops the root without its model: it is thrown away (I7 Errors discard).
-        let context = store.context(generation);
+        let context = build_directory.context(generation);
         let performed = context.perform(kept, plan, pinned, self.keep, self.link_mode);
         input_root.kept = performed.map_err(|error| match error {
             LayOutError::MissingFiles(keys) => PrepareError::MissingFiles(keys),
             LayOutError::Disk(name, error) => {
                 let what = format!("make {name:?} of the input root");
-                PrepareError::Fault(store.disk_fault(&what, error))
+                PrepareError::Fault(build_directory.disk_fault(&what, error))
             }
         })?;
         for parent in parents {
             self.make_parent(&mut input_root, parent)?;
         }
         if self.tree.has_properties {
-            let set = node_properties::set_all(input_root.root(), &self.tree);
+            let set = set_node_properties::set_all(input_root.root(), &self.tree);
             set.map_err(|(name, error)| {
                 let what = format!("set the mode and time of {name:?} of the input root");
-                store.disk_fault(&what, error.into())
+                build_directory.disk_fault(&what, error.into())
             })?;
         }
         input_root.has_private_files = self.link_mode == LinkMode::Copy;
-        store.await_free_space()?;
+        build_directory.await_free_space()?;
         input_root.begin();
         let spent = self.spent + began.elapsed();
         tracing::debug!(
@@ -158,7 +168,7 @@ impl PlannedRoot {
             microseconds = spent.as_micros() as u64,
             "laid out an input root"
         );
-        store.counts.add_time(spent);
+        build_directory.lay_out_counts.add_time(spent);
         Ok(input_root)
     }
 
@@ -174,7 +184,7 @@ impl PlannedRoot {
             )),
             error => {
                 let what = format!("make directory {parent}");
-                self.store.disk_fault(&what, error.into())
+                self.build_directory.disk_fault(&what, error.into())
             }
         })
     }
@@ -182,7 +192,7 @@ impl PlannedRoot {
 
 /// Makes the directories of a path that the tree does not have. What changes below is found after the
 /// action, since the directory has no baseline any more.
-fn make_below(root: &mut KeptDirectory, path: &RelativePath) -> Result<(), (String, Errno)> {
+fn make_below(root: &mut DirectoryRecord, path: &RelativePath) -> Result<(), (String, Errno)> {
     let mut at = root;
     let mut components = path.components().iter();
     let mut rest = path.components();
@@ -204,5 +214,5 @@ fn make_below(root: &mut KeptDirectory, path: &RelativePath) -> Result<(), (Stri
     let fd = at.fd.clone();
     let made = beneath::make_directories(fd.as_fd(), &rest);
     made.map_err(|(component, error)| (component.as_str().to_owned(), error))?;
-    kept_root::set_mtime(fd.as_fd()).map_err(|error| (path.to_string(), error))
+    root_record::set_mtime(fd.as_fd()).map_err(|error| (path.to_string(), error))
 }

@@ -7,12 +7,12 @@ use prost::Message;
 use rustix::fs::Mode;
 
 use super::{
-    directories::{DirectoryCache, DirectoryWalk},
+    directory_cache::{DirectoryCache, DirectoryWalk},
     file_cache::{FileCache, FileKey, PinnedFiles},
     input_root::InputRoot,
+    merkle_tree::Tree,
     planned_root::{PlannedRoot, PrepareError},
-    root_store::RootStore,
-    tree::Tree,
+    worker_build_directory::WorkerBuildDirectory,
 };
 use crate::{
     config::worker::Inputs,
@@ -31,7 +31,7 @@ pub struct InputRoots {
     pub storage: Backend,
     pub cache: Arc<FileCache>,
     pub directories: Arc<DirectoryCache>,
-    pub store: Arc<RootStore>,
+    pub build_directory: Arc<WorkerBuildDirectory>,
     pub inputs: Inputs,
     /// `runners.group`, to which an action's directory is opened.
     pub group: Option<u32>,
@@ -71,11 +71,11 @@ impl InputRoots {
 
     /// An empty root, with the path of a directory that a runner which looks for actions there finds.
     pub async fn prepare_readiness_check(&self) -> Result<(InputRoot, String), Fault> {
-        let (store, group) = (self.store.clone(), self.group);
+        let (build_directory, group) = (self.build_directory.clone(), self.group);
         let make = move || {
-            store.await_free_space()?;
-            let no_directory = |error| no_directory(&store, error);
-            let mut root = InputRoot::empty(&store).map_err(no_directory)?;
+            build_directory.await_free_space()?;
+            let no_directory = |error| no_directory(&build_directory, error);
+            let mut root = InputRoot::empty(&build_directory).map_err(no_directory)?;
             let (name, mode) = ("check_readiness", Mode::from_raw_mode(0o777));
             rustix::fs::mkdirat(root.directory(), name, mode)
                 .map_err(|error| no_directory(error.into()))?;
@@ -145,11 +145,12 @@ impl InputRoots {
         tree: &Tree,
         parents: &Arc<BTreeSet<RelativePath>>,
     ) -> Result<InputRoot, PrepareError> {
-        let (store, inputs, group) = (self.store.clone(), self.inputs, self.group);
+        let (build_directory, inputs, group) =
+            (self.build_directory.clone(), self.inputs, self.group);
         let (tree, all_parents) = (tree.clone(), parents.clone());
         let attempt = blocking("lay out the input root", move || {
-            let planned = PlannedRoot::new(&store, &tree, inputs);
-            let planned = planned.map_err(|error| no_directory(&store, error))?;
+            let planned = PlannedRoot::new(&build_directory, &tree, inputs);
+            let planned = planned.map_err(|error| no_directory(&build_directory, error))?;
             let pinned = planned.pin()?;
             match pinned.is_complete() {
                 true => perform(planned, pinned, &all_parents, group)
@@ -177,8 +178,11 @@ impl InputRoots {
             "files are missing in the cache; fetching them again"
         );
         // Whoever removed them may have changed others.
-        let store = self.store.clone();
-        blocking("delete what is kept", move || store.invalidate_all()).await?;
+        let build_directory = self.build_directory.clone();
+        blocking("delete what is kept", move || {
+            build_directory.invalidate_all()
+        })
+        .await?;
         self.cache.restore(&task.instance, missing).await
     }
 }
@@ -201,8 +205,11 @@ fn grant_group_access(root: &mut InputRoot, group: Option<u32>) -> Result<(), Fa
     }
 }
 
-fn no_directory(store: &RootStore, error: io::Error) -> Fault {
-    let what = format!("make an action directory in {}", store.path().display());
+fn no_directory(build_directory: &WorkerBuildDirectory, error: io::Error) -> Fault {
+    let what = format!(
+        "make an action directory in {}",
+        build_directory.path().display()
+    );
     Fault::of_disk(what, error)
 }
 

@@ -18,7 +18,9 @@ use crate::{
     proto::reapi,
     storage::Content,
     text::shorten,
-    worker::{beneath, command::CommandOutput, fault::Fault, inputs::directory::MAXIMUM_DEPTH},
+    worker::{
+        beneath, command::CommandOutput, fault::Fault, inputs::directory_message::MAXIMUM_DEPTH,
+    },
 };
 
 /// One level of an output directory.

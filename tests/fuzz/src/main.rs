@@ -23,7 +23,7 @@ use bb_remote_execution::{
     },
     worker::{
         command::Command,
-        inputs::{directory::Directory, tree},
+        inputs::{directory_message::Directory, merkle_tree},
     },
 };
 use bytes::Bytes;
@@ -109,7 +109,7 @@ fn trees(data: &[u8]) -> Corpus {
         root = Some(digest);
     }
     if let Some(root) = root
-        && let Ok((tree, _)) = tree::build(root, &found, &HashMap::new())
+        && let Ok((tree, _)) = merkle_tree::build(root, &found, &HashMap::new())
     {
         tree.files();
         if let Some(file) = tree.files().first() {

@@ -6,7 +6,7 @@ use std::{fs, path::Path, sync::Arc};
 use bb_remote_execution::{
     config::worker::Inputs,
     proto::{reapi, rpc::Code},
-    worker::inputs::{InputRoot, PlannedRoot, RootStore, file_cache::CacheLimits},
+    worker::inputs::{InputRoot, PlannedRoot, WorkerBuildDirectory, file_cache::CacheLimits},
 };
 
 use super::{
@@ -40,7 +40,7 @@ fn run(place: &Path, inputs: Inputs, rounds: usize, seed: u64) {
             keep(&cache, place, key(number, executable), &content(number));
         }
     }
-    let roots = RootStore::open(&place.join("build"), cache.clone(), 2).unwrap();
+    let roots = WorkerBuildDirectory::open(&place.join("build"), cache.clone(), 2).unwrap();
     let mut random = Random(seed);
     let mut variants: Vec<Entries> = (0..3).map(|_| grow(&mut random, 3)).collect();
     let mut active: Vec<InputRoot> = Vec::new();

@@ -35,8 +35,8 @@ use bb_remote_execution::{
         browser_link::BrowserUrl,
         execute::{ExecutionPhase, Executor},
         inputs::{
-            InputRoots, RootStore,
-            directories::DirectoryCache,
+            InputRoots, WorkerBuildDirectory,
+            directory_cache::DirectoryCache,
             file_cache::{CacheLimits, FileCache},
         },
         task::AssignedTask,
@@ -349,7 +349,7 @@ fn executor(
 ) -> io::Result<(Arc<Executor>, Arc<FileCache>)> {
     let cache = FileCache::open(&directory.join("cache"), settings.limits, client.clone())?;
     let cache = Arc::new(cache);
-    let store = RootStore::open(&directory.join("build"), cache.clone(), 2)?;
+    let build_directory = WorkerBuildDirectory::open(&directory.join("build"), cache.clone(), 2)?;
     let executor = Executor {
         storage: client.clone(),
         inputs: InputRoots {
@@ -360,7 +360,7 @@ fn executor(
                 16 << 20,
                 settings.entries,
             )),
-            store,
+            build_directory,
             inputs: settings.inputs,
             group: settings.group,
         },

@@ -442,7 +442,10 @@ async fn outputs_that_overlap_or_are_named_twice_are_told_each_and_accuse_nobody
         }
         let now = std::time::Instant::now();
         assert_eq!(
-            farm.executor.inputs.store.retention_suspension(now),
+            farm.executor
+                .inputs
+                .build_directory
+                .describe_reuse_suspension(now),
             None,
             "{outputs:?}"
         );
@@ -453,8 +456,8 @@ async fn outputs_that_overlap_or_are_named_twice_are_told_each_and_accuse_nobody
     let why = farm
         .executor
         .inputs
-        .store
-        .retention_suspension(now)
+        .build_directory
+        .describe_reuse_suspension(now)
         .unwrap();
     assert!(why.contains("1 actions"), "{why}");
 }

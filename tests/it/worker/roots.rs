@@ -14,10 +14,10 @@ use bb_remote_execution::{
     path::Component,
     proto::rpc::Code,
     worker::inputs::{
-        InputRoot, PlannedRoot, PrepareError, RootStore,
-        directory::{Directory, FileEntry},
+        InputRoot, PlannedRoot, PrepareError, WorkerBuildDirectory,
+        directory_message::{Directory, FileEntry},
         file_cache::{FileCache, FileKey},
-        tree::{self, Tree},
+        merkle_tree::{self, Tree},
     },
 };
 
@@ -30,8 +30,8 @@ use crate::harness::parts::{FileSystem, keep, open_cache};
 fn links(farm: &Farm) -> u64 {
     farm.executor
         .inputs
-        .store
-        .counts()
+        .build_directory
+        .lay_out_counts()
         .links
         .load(Ordering::Relaxed)
 }
@@ -95,7 +95,9 @@ fn root_of(directories: usize, content: &str) -> Tree {
     root.sort();
     let digest = FUNCTION.digest_of(format!("{root:?}").as_bytes());
     found.insert(digest, Arc::new(root));
-    tree::build(digest, &found, &HashMap::new()).unwrap().0
+    merkle_tree::build(digest, &found, &HashMap::new())
+        .unwrap()
+        .0
 }
 
 fn lay_out(planned: PlannedRoot) -> Result<InputRoot, PrepareError> {
@@ -103,7 +105,7 @@ fn lay_out(planned: PlannedRoot) -> Result<InputRoot, PrepareError> {
     planned.lay_out(pinned, &BTreeSet::new())
 }
 
-fn prepare(roots: &Arc<RootStore>, tree: &Tree) -> Result<InputRoot, PrepareError> {
+fn prepare(roots: &Arc<WorkerBuildDirectory>, tree: &Tree) -> Result<InputRoot, PrepareError> {
     lay_out(PlannedRoot::new(roots, tree, Inputs::Shared).unwrap())
 }
 
@@ -131,7 +133,7 @@ fn a_full_disk_costs_one_action_and_no_other() {
         };
         let at = &mounted.at;
         let cache = cache_with(at, "content");
-        let roots = RootStore::open(&at.join("build"), cache, 2).unwrap();
+        let roots = WorkerBuildDirectory::open(&at.join("build"), cache, 2).unwrap();
         let small = root_of(10, "content");
         drop(prepare(&roots, &small).unwrap());
         let large = root_of(20_000, "content");
@@ -161,7 +163,7 @@ fn a_full_disk_costs_one_action_and_no_other() {
 #[test]
 fn a_root_in_which_something_stirs_is_given_to_nobody() {
     let place = tempfile::tempdir().unwrap();
-    let roots = RootStore::open(
+    let roots = WorkerBuildDirectory::open(
         &place.path().join("build"),
         cache_with(place.path(), "x"),
         1,
@@ -242,20 +244,22 @@ fn directory_of(names: usize) -> Tree {
     };
     let root_digest = FUNCTION.digest_of(format!("{root:?}").as_bytes());
     let found = HashMap::from([(digest, Arc::new(inner)), (root_digest, Arc::new(root))]);
-    tree::build(root_digest, &found, &HashMap::new()).unwrap().0
+    merkle_tree::build(root_digest, &found, &HashMap::new())
+        .unwrap()
+        .0
 }
 
 #[test]
 fn a_directory_may_be_as_large_as_its_message_says_and_not_much_larger() {
     let place = tempfile::tempdir().unwrap();
     let cache = cache_with(place.path(), "x");
-    let roots = RootStore::open(&place.path().join("build"), cache, 1).unwrap();
+    let roots = WorkerBuildDirectory::open(&place.path().join("build"), cache, 1).unwrap();
     let prepare_with = |names: usize| {
         let root = prepare(&roots, &directory_of(names)).unwrap();
         let path = place.path().join("build").join(root.name()).join("root/d");
         (root, path)
     };
-    let links = || roots.counts().links.load(Ordering::Relaxed);
+    let links = || roots.lay_out_counts().links.load(Ordering::Relaxed);
     let inode = |path: &Path| fs::metadata(path).unwrap().ino();
     let (root, path) = prepare_with(5_000);
     assert_eq!(fs::read_dir(&path).unwrap().count(), 5_000);
@@ -284,7 +288,7 @@ fn a_directory_may_be_as_large_as_its_message_says_and_not_much_larger() {
 fn what_is_taken_out_of_a_root_that_is_to_go_goes_too() {
     let place = tempfile::tempdir().unwrap();
     let build = place.path().join("build");
-    let roots = RootStore::open(&build, cache_with(place.path(), "x"), 1).unwrap();
+    let roots = WorkerBuildDirectory::open(&build, cache_with(place.path(), "x"), 1).unwrap();
     for invalidated in [false, true] {
         drop(prepare(&roots, &root_of(3, "x")).unwrap());
         let planned = PlannedRoot::new(&roots, &root_of(1, "x"), Inputs::Shared).unwrap();

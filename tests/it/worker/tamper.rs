@@ -23,10 +23,10 @@ use bb_remote_execution::{
     digest::Digest,
     path::{Component, RelativePath},
     worker::inputs::{
-        InputRoot, PlannedRoot, RootStore,
-        directory::{Directory, FileEntry},
+        InputRoot, PlannedRoot, WorkerBuildDirectory,
+        directory_message::{Directory, FileEntry},
         file_cache::FileKey,
-        tree::{self, Node, Tree},
+        merkle_tree::{self, Node, Tree},
     },
 };
 
@@ -133,7 +133,7 @@ pub fn tree_of(entries: &Entries) -> Tree {
     }
     let mut found = HashMap::new();
     let root = add(entries, &mut found);
-    tree::build(root, &found, &HashMap::new()).unwrap().0
+    merkle_tree::build(root, &found, &HashMap::new()).unwrap().0
 }
 
 /// Differences of a root from its tree, in words. A directory in it may be beside the tree.
@@ -335,7 +335,7 @@ fn run(place: &Path, what: &str, inputs: Inputs, operations: usize, seed: u64) {
             keep(&cache, place, key(number, executable), &content(number));
         }
     }
-    let roots = RootStore::open(&place.join("build"), cache.clone(), 2).unwrap();
+    let roots = WorkerBuildDirectory::open(&place.join("build"), cache.clone(), 2).unwrap();
     let mut random = Random(seed);
     let mut variants: Vec<Entries> = (0..4).map(|_| grow(&mut random, 4)).collect();
     let mut done = 0;
@@ -408,7 +408,7 @@ fn run(place: &Path, what: &str, inputs: Inputs, operations: usize, seed: u64) {
         altered += usize::from(!name.contains(&digest.hash_hex()));
     }
     assert_eq!(altered, 0, "{what}: altered files in the cache");
-    let counts = roots.counts();
+    let counts = roots.lay_out_counts();
     let count = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
     let (entries, links) = (count(&counts.entries), count(&counts.links));
     println!(

@@ -9,8 +9,8 @@ use std::{
 use parking_lot::Mutex;
 
 use super::{
+    cache_counts::{CacheUses, VerificationCounts},
     cache_directory::{self, CacheDirectory},
-    counts::{CacheUses, VerificationCounts},
     index::{CacheIndex, CachedFile},
     key::FileKey,
     watch::ChangeWatch,

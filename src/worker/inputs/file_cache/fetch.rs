@@ -8,10 +8,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     cache::FileCache,
+    create_input_file::LinkMode,
     eviction::EVICTION_ATTEMPTS,
     index::FileClaim,
     key::FileKey,
-    link::LinkMode,
     pins::{KEYS_AT_A_TIME, PinnedFiles},
 };
 use crate::{

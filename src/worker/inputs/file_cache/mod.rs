@@ -4,7 +4,7 @@
 //!    is pinned may exceed them, and no single action is allowed to pin more than the limit.
 //! 2. A pinned file is not evicted. Every file of an input root that is kept pins what it is made of,
 //!    so that the number of an inode with links is given to no other file, and blocks that are shared
-//!    are counted. When only pins are left, `RootStore` is asked to let go of some roots.
+//!    are counted. When only pins are left, `WorkerBuildDirectory` is asked to let go of some roots.
 //! 3. A file is fetched once, however many actions ask for it at the same time.
 //! 4. Whoever holds the lock of the index does no I/O; a key being fetched or evicted is in progress
 //!    instead.
@@ -22,18 +22,18 @@
 //! - `cache` is what they make up; `pins` keep files in it.
 //! - `eviction` keeps the limits; `modifications` removes what others changed.
 //! - `fetch` brings what is not there, `outputs` what actions made.
-//! - `link` makes files of input roots from cached ones.
-//! - `verification` reads files again, whose progress `counts` tells, as it tells of hits and misses.
+//! - `create_input_file` makes files of input roots from cached ones.
+//! - `verification` reads files again, whose progress `cache_counts` tells, as it tells of hits and misses.
 
 mod cache;
+mod cache_counts;
 mod cache_directory;
-mod counts;
+mod create_input_file;
 mod eviction;
 mod fetch;
 mod index;
 mod input_file;
 mod key;
-mod link;
 mod modifications;
 mod outputs;
 mod pins;
@@ -42,9 +42,9 @@ mod watch;
 
 pub use cache::{CacheLimits, FileCache};
 pub use cache_directory::{MTIME, is_made_by_worker, take_ownership};
+pub use create_input_file::{LinkError, LinkMode};
 pub use eviction::MINIMUM_FREE_INODES;
 pub use input_file::{InputFile, InputFileKind};
 pub use key::FileKey;
-pub use link::{LinkError, LinkMode};
 pub use pins::{InputFiles, PinnedFiles};
 pub use verification::{Portion, Verifier};

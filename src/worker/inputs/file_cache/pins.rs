@@ -5,9 +5,9 @@ use std::{io, sync::Arc};
 
 use super::{
     cache::FileCache,
+    create_input_file::LinkMode,
     input_file::{InputFile, InputFileKind},
     key::FileKey,
-    link::LinkMode,
 };
 use crate::worker::{blocking::in_background, lru::Handle};
 

@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use super::{cache::FileCache, cache_directory, counts::VerificationCounts, key::FileKey};
+use super::{cache::FileCache, cache_counts::VerificationCounts, cache_directory, key::FileKey};
 use crate::digest::Hasher;
 
 /// Read at a time.

@@ -30,7 +30,7 @@ const FULL_DIVISOR: u64 = 8;
 const FULL_AT_MOST: u64 = 64 << 20;
 const FULL_INODES: u64 = 16;
 
-pub(super) struct FreeSpace {
+pub(super) struct FreeSpaceMonitor {
     path: PathBuf,
     directory: OwnedFd,
     minimum_free: u64,
@@ -55,7 +55,7 @@ pub(super) struct Free {
 
 /// Free space is looked at, for a command that runs, until this is dropped.
 pub(super) struct FreeSpaceWatch {
-    space: Arc<FreeSpace>,
+    space: Arc<FreeSpaceMonitor>,
     full_before: u64,
 }
 
@@ -65,19 +65,19 @@ impl Drop for FreeSpaceWatch {
     }
 }
 
-impl Drop for FreeSpace {
+impl Drop for FreeSpaceMonitor {
     fn drop(&mut self) {
         self.commands.changed.notify_all();
     }
 }
 
-impl FreeSpace {
+impl FreeSpaceMonitor {
     pub(super) fn new(
         path: PathBuf,
         directory: OwnedFd,
         minimum_free: u64,
     ) -> io::Result<Arc<Self>> {
-        let space = Arc::new(FreeSpace {
+        let space = Arc::new(FreeSpaceMonitor {
             path,
             directory,
             minimum_free,
@@ -160,11 +160,11 @@ impl FreeSpaceWatch {
     }
 }
 
-fn sample(space: &Weak<FreeSpace>, commands: &Commands) {
+fn sample(space: &Weak<FreeSpaceMonitor>, commands: &Commands) {
     loop {
         let mut running = commands.running.lock();
         while *running == 0 && space.strong_count() > 0 {
-            // Whoever drops `FreeSpace` may do so between the two looks.
+            // Whoever drops `FreeSpaceMonitor` may do so between the two looks.
             commands
                 .changed
                 .wait_for(&mut running, FREE_SPACE_INTERVAL * 20);

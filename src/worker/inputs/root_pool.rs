@@ -29,9 +29,9 @@ use super::{
     action_directory::ActionDirectory,
     deletion::{self, DeletionQueue},
     file_cache::LinkMode,
-    kept_root::{self, DirectoryFd, KeptDirectory, KeptRoot},
+    merkle_tree::Tree,
     plan::{self, LayOutPlan},
-    tree::Tree,
+    root_record::{self, DirectoryFd, DirectoryRecord, RootRecord},
 };
 use crate::{digest::Digest, worker::beneath::open_child};
 
@@ -45,7 +45,7 @@ const COMPARED_DIRECTORIES: u32 = 200;
 /// A root that no action has.
 pub(super) struct IdleRoot {
     pub action_directory: ActionDirectory,
-    pub kept: KeptRoot,
+    pub kept: RootRecord,
     /// Of all idle roots, when it was made.
     pub generation: u64,
 }
@@ -58,7 +58,7 @@ impl IdleRoot {
 
 /// A subtree, beside the roots.
 pub(super) struct StashedTree {
-    pub kept: KeptDirectory,
+    pub kept: DirectoryRecord,
     /// How its files were made.
     link_mode: LinkMode,
     /// In the directory for stashed ones.
@@ -66,7 +66,7 @@ pub(super) struct StashedTree {
     generation: u64,
 }
 
-pub(super) struct IdleRoots {
+pub(super) struct RootPool {
     /// Locked for as long as this worker runs.
     build_directory: OwnedFd,
     stash_directory: OwnedFd,
@@ -161,7 +161,7 @@ impl WaitingRoots {
     }
 }
 
-impl IdleRoots {
+impl RootPool {
     /// Moves away and then removes what an earlier worker left. EWOULDBLOCK when another worker uses
     /// the directory.
     pub(super) fn open(path: &Path, slots: usize) -> io::Result<Self> {
@@ -187,7 +187,7 @@ impl IdleRoots {
         }
         let stash_directory = within(STASHED)?;
         let limit = rustix::process::getrlimit(Resource::Nofile).current;
-        Ok(IdleRoots {
+        Ok(RootPool {
             build_directory,
             stash_directory,
             deletions,
@@ -326,7 +326,7 @@ impl IdleRoots {
         &self,
         parent: BorrowedFd<'_>,
         name: &str,
-        kept: KeptDirectory,
+        kept: DirectoryRecord,
         link_mode: LinkMode,
         generation: u64,
     ) -> Result<StashedTree, Errno> {
@@ -347,14 +347,14 @@ impl IdleRoots {
         stashed: StashedTree,
         parent: BorrowedFd<'_>,
         name: &str,
-    ) -> Result<KeptDirectory, Errno> {
+    ) -> Result<DirectoryRecord, Errno> {
         let StashedTree {
             mut kept,
             name: from,
             ..
         } = stashed;
         rustix::fs::renameat(&self.stash_directory, &from, parent, name)?;
-        let (inode, baseline) = kept_root::read_baseline(kept.fd.as_fd())?;
+        let (inode, baseline) = root_record::read_baseline(kept.fd.as_fd())?;
         if inode != kept.inode {
             return Err(Errno::STALE);
         }

@@ -7,8 +7,8 @@ use rustix::fs::AtFlags;
 
 use super::{
     file_cache::{FileCache, FileKey, InputFile, InputFileKind, InputFiles, LinkError, LinkMode},
-    kept_root::{self, KeptDirectory},
     lay_out::{LayOut, LayOutError, at},
+    root_record::{self, DirectoryRecord},
 };
 use crate::worker::lru::Handle;
 
@@ -61,7 +61,7 @@ impl LayOut<'_> {
 
     fn take_inodes(
         &self,
-        kept: &mut KeptDirectory,
+        kept: &mut DirectoryRecord,
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
         let mut inodes = self.inodes.lock();
@@ -88,7 +88,7 @@ impl LayOut<'_> {
             self.link(fd.as_fd(), &file.key, name, link, buffer)?;
         }
         if !others.is_empty() {
-            kept.baseline = Some(kept_root::record_baseline(fd.as_fd()).map_err(at("."))?.1);
+            kept.baseline = Some(root_record::record_baseline(fd.as_fd()).map_err(at("."))?.1);
         }
         for child in &mut kept.children {
             self.take_inodes(child, buffer)?;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    directory::{Directory, MAXIMUM_DEPTH},
+    directory_message::{Directory, MAXIMUM_DEPTH},
     file_cache::FileKey,
 };
 use crate::{

@@ -12,7 +12,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::{directory::NodeProperties, tree::Node};
+use super::{directory_message::NodeProperties, merkle_tree::Node};
 
 /// Gives everything in a root that was laid out the properties that it should have. The error names the
 /// entry.

@@ -16,9 +16,9 @@ use parking_lot::Mutex;
 
 use super::{
     batches::batches,
-    directory::{Directory, MAXIMUM_ENTRIES},
+    directory_message::{Directory, MAXIMUM_ENTRIES},
     file_cache::FileKey,
-    tree::{self, Node, Tree},
+    merkle_tree::{self, Node, Tree},
 };
 use crate::{
     digest::Digest,
@@ -211,7 +211,7 @@ impl DirectoryCache {
         found: &HashMap<Digest, Arc<Directory>>,
         known: &HashMap<Digest, Tree>,
     ) -> Result<Tree, Fault> {
-        let (tree, new) = tree::build(root, found, known)?;
+        let (tree, new) = merkle_tree::build(root, found, known)?;
         if tree.entries > MAXIMUM_ENTRIES {
             return Err(Fault::Invalid(format!(
                 "the input root has {} files, directories and symbolic links, more than the {MAXIMUM_ENTRIES} that are laid out",

@@ -14,7 +14,7 @@ const BITS: u32 = u64::BITS;
 
 /// Numbers of inodes, by the cached file.
 #[derive(Default)]
-pub(super) struct UsedInodes {
+pub(super) struct InodeAllocator {
     /// Files of which the first inode is taken: nearly all are in this set alone, which is small.
     first: HashSet<Handle>,
     /// Those from 1 on; a file of which none is taken is not there.
@@ -29,7 +29,7 @@ struct Numbers {
     free: usize,
 }
 
-impl UsedInodes {
+impl InodeAllocator {
     /// The lowest number that is not taken, from `least` on; takes it.
     pub(super) fn take(&mut self, file: Handle, least: u32) -> u32 {
         if least == 0 && self.first.insert(file) {
@@ -129,7 +129,7 @@ mod tests {
         fn it_gives_what_a_plain_set_would_give(
             steps in prop::collection::vec((0..4u8, 0..300u32), 0..400),
         ) {
-            let (file, mut inodes, mut plain) = (handle(), UsedInodes::default(), BTreeSet::new());
+            let (file, mut inodes, mut plain) = (handle(), InodeAllocator::default(), BTreeSet::new());
             for (step, number) in steps {
                 match step {
                     0 => prop_assert_eq!(inodes.take_this(file, number), plain.insert(number)),
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_million_occurrences_take_a_million_steps() {
-        let (file, mut inodes) = (handle(), UsedInodes::default());
+        let (file, mut inodes) = (handle(), InodeAllocator::default());
         for number in 0..1_000_000 {
             assert_eq!(inodes.take(file, 0), number);
         }

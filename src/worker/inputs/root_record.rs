@@ -15,10 +15,10 @@ use rustix::{
 };
 
 use super::{
-    directory::Directory,
+    directory_message::Directory,
     file_cache::{InputFileKind, InputFiles, LinkMode, MTIME},
-    tree::Tree,
-    used_inodes::UsedInodes,
+    inode_allocator::InodeAllocator,
+    merkle_tree::Tree,
 };
 
 /// Bytes that a directory may take whatever is in it.
@@ -81,16 +81,16 @@ impl Baseline {
 }
 
 /// A whole root as the worker left it.
-pub(super) struct KeptRoot {
-    pub top: KeptDirectory,
+pub(super) struct RootRecord {
+    pub top: DirectoryRecord,
     /// Those that its files have.
-    pub inodes: UsedInodes,
+    pub inodes: InodeAllocator,
     /// How its files were made.
     pub link_mode: LinkMode,
 }
 
 /// A directory as the worker left it.
-pub(super) struct KeptDirectory {
+pub(super) struct DirectoryRecord {
     pub node: Tree,
     pub fd: Arc<DirectoryFd>,
     pub inode: u64,
@@ -100,7 +100,7 @@ pub(super) struct KeptDirectory {
     pub files: InputFiles,
     pub symlinks: Box<[u64]>,
     /// For each of `node.children`.
-    pub children: Vec<KeptDirectory>,
+    pub children: Vec<DirectoryRecord>,
 }
 
 /// Owner and mode of a directory that the worker made.
@@ -153,9 +153,9 @@ pub(super) fn read_baseline(directory: BorrowedFd<'_>) -> Result<(u64, Baseline)
     Ok((stat.st_ino, baseline(&stat)?))
 }
 
-impl UsedInodes {
+impl InodeAllocator {
     /// What is in a directory and beneath it is no part of the root any more.
-    pub(super) fn free_all(&mut self, kept: &KeptDirectory) {
+    pub(super) fn free_all(&mut self, kept: &DirectoryRecord) {
         for link in &kept.files.list {
             if let InputFileKind::HardLink(file, number) = link.kind() {
                 self.free(file, number);
@@ -167,7 +167,7 @@ impl UsedInodes {
     }
 }
 
-impl KeptDirectory {
+impl DirectoryRecord {
     /// Whether nobody changed the list of entries since the worker did (I6 Baseline), as far as a look tells.
     pub(super) fn is_untouched(&self) -> bool {
         let looked = read_baseline(self.fd.as_fd());

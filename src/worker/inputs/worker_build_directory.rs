@@ -18,16 +18,16 @@ use rustix::fs::Mode;
 use super::{
     action_directory::{self, ActionDirectory, INPUT_ROOT, LAST_PROCESS_TIMEOUT},
     cleaning::{DirectoryCondition, clean_root},
-    counts::LayOutCounts,
     ctime_resolution::{self, CtimeResolution},
     file_cache::{FileCache, InputFiles, LinkMode},
-    free_space::{self, FreeSpace},
-    idle_roots::{IdleRoot, IdleRoots},
-    kept_root::{self, KeptDirectory, KeptRoot},
+    free_space_monitor::{self, FreeSpaceMonitor},
+    inode_allocator::InodeAllocator,
     lay_out::LayOutContext,
-    retention::Retention,
-    tree::{Node, Tree},
-    used_inodes::UsedInodes,
+    lay_out_counts::LayOutCounts,
+    merkle_tree::{Node, Tree},
+    reuse_suspension::ReuseSuspension,
+    root_pool::{IdleRoot, RootPool},
+    root_record::{self, DirectoryRecord, RootRecord},
 };
 use crate::worker::fault::Fault;
 
@@ -38,23 +38,23 @@ const FREE_SPACE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long, before cached files go for it.
 const EVICTION_DELAY: Duration = Duration::from_secs(5);
 
-pub struct RootStore {
+pub struct WorkerBuildDirectory {
     path: PathBuf,
-    pub(super) idle_roots: IdleRoots,
+    pub(super) root_pool: RootPool,
     pub(super) cache: Arc<FileCache>,
-    pub(super) space: Arc<FreeSpace>,
+    pub(super) free_space: Arc<FreeSpaceMonitor>,
     threads: AtomicUsize,
     fine_ctime: bool,
-    pub(super) retention: Retention,
+    pub(super) reuse_suspension: ReuseSuspension,
     /// Of the cache, those after which all was thrown away; held meanwhile, so that none is given out.
     modifications: Mutex<u64>,
-    pub(super) counts: LayOutCounts,
+    pub(super) lay_out_counts: LayOutCounts,
 }
 
 /// What is known of a root that an action had.
 pub(super) struct UsedRoot {
     /// `None` when it is not used again.
-    pub kept: Option<KeptRoot>,
+    pub kept: Option<RootRecord>,
     /// Of the idle roots, when it was made.
     pub generation: u64,
     /// When the action could begin, in seconds since the epoch.
@@ -63,16 +63,16 @@ pub(super) struct UsedRoot {
     pub adopted_output_inodes: Vec<u64>,
 }
 
-impl RootStore {
+impl WorkerBuildDirectory {
     /// Moves away and then removes what an earlier worker left. Sets the umask of the whole process
     /// to 0, since the action's user must be able to write to directories. EWOULDBLOCK when another
     /// worker uses the directory.
     pub fn open(path: &Path, cache: Arc<FileCache>, slots: usize) -> io::Result<Arc<Self>> {
         rustix::process::umask(Mode::empty());
-        let idle_roots = IdleRoots::open(path, slots)?;
-        let resolution = ctime_resolution::probe(idle_roots.build_directory())?;
-        let watched = idle_roots.build_directory().try_clone_to_owned()?;
-        let space = FreeSpace::new(path.to_owned(), watched, cache.minimum_free())?;
+        let root_pool = RootPool::open(path, slots)?;
+        let resolution = ctime_resolution::probe(root_pool.build_directory())?;
+        let watched = root_pool.build_directory().try_clone_to_owned()?;
+        let free_space = FreeSpaceMonitor::new(path.to_owned(), watched, cache.minimum_free())?;
         let threads =
             std::thread::available_parallelism().map_or(1, |n| n.get().min(LAY_OUT_THREADS));
         let how = match resolution {
@@ -86,29 +86,31 @@ impl RootStore {
                 "each input root is made anew: not known how ctime behaves on this file system; ext4, xfs, btrfs and tmpfs are known"
             }
         };
-        let directories = idle_roots.maximum_open;
+        let directories = root_pool.maximum_open;
         tracing::info!(directory = %path.display(), ctime = ?resolution, directories, "{how}");
-        let store = Arc::new(RootStore {
+        let build_directory = Arc::new(WorkerBuildDirectory {
             path: path.to_owned(),
-            idle_roots,
+            root_pool,
             cache,
-            space,
+            free_space,
             threads: AtomicUsize::new(threads),
             fine_ctime: resolution == CtimeResolution::Fine,
-            retention: Retention::new(resolution != CtimeResolution::Unknown),
+            reuse_suspension: ReuseSuspension::new(resolution != CtimeResolution::Unknown),
             modifications: Mutex::default(),
-            counts: LayOutCounts::default(),
+            lay_out_counts: LayOutCounts::default(),
         });
         for _ in 0..slots {
-            store.idle_roots.return_root(store.make_root()?);
+            build_directory
+                .root_pool
+                .return_root(build_directory.make_root()?);
         }
-        let weak = Arc::downgrade(&store);
+        let weak = Arc::downgrade(&build_directory);
         let reclaim = move || {
             weak.upgrade()
-                .is_some_and(|store| store.idle_roots.reclaim())
+                .is_some_and(|build_directory| build_directory.root_pool.reclaim())
         };
-        store.cache.on_pressure(reclaim);
-        Ok(store)
+        build_directory.cache.on_pressure(reclaim);
+        Ok(build_directory)
     }
 
     pub fn path(&self) -> &Path {
@@ -122,27 +124,27 @@ impl RootStore {
 
     /// Input roots that are kept and idle, and stashed subtrees.
     pub fn kept(&self) -> (usize, usize) {
-        self.idle_roots.kept()
+        self.root_pool.kept()
     }
 
-    pub fn counts(&self) -> &LayOutCounts {
-        &self.counts
+    pub fn lay_out_counts(&self) -> &LayOutCounts {
+        &self.lay_out_counts
     }
 
     /// Why roots are not kept now, though they could be; for the status line.
-    pub fn retention_suspension(&self, now: Instant) -> Option<String> {
-        self.retention.suspension(now)
+    pub fn describe_reuse_suspension(&self, now: Instant) -> Option<String> {
+        self.reuse_suspension.describe(now)
     }
 
     /// Something was not as it should be: all that is kept is thrown away, and what is in use will be.
     /// Blocks.
     pub fn invalidate_all(&self) {
-        self.idle_roots.invalidate_all();
+        self.root_pool.invalidate_all();
     }
 
     pub(super) fn context(&self, generation: u64) -> LayOutContext<'_> {
         LayOutContext {
-            idle_roots: &self.idle_roots,
+            root_pool: &self.root_pool,
             cache: &self.cache,
             threads: self.threads.load(Ordering::Relaxed),
             generation,
@@ -157,8 +159,8 @@ impl RootStore {
     /// Whether a root of this size, of files that are made so, is kept after its action.
     pub(super) fn keeps(&self, tree: &Node, link_mode: LinkMode) -> bool {
         link_mode != LinkMode::Copy
-            && self.retention.is_active(Instant::now())
-            && tree.directories <= self.idle_roots.maximum_open / 2
+            && self.reuse_suspension.allows_reuse(Instant::now())
+            && tree.directories <= self.root_pool.maximum_open / 2
     }
 
     /// Modifications of the cache by others, after which all that is kept was thrown away, since kept
@@ -168,32 +170,32 @@ impl RootStore {
         let now = self.cache.modifications();
         if *modifications != now {
             *modifications = now;
-            self.idle_roots.invalidate_all();
+            self.root_pool.invalidate_all();
         }
         now
     }
 
     /// The root that suits `wanted` best, or any empty one.
     pub(super) fn take_root(&self, wanted: Option<(LinkMode, &Tree)>) -> io::Result<IdleRoot> {
-        match self.idle_roots.take_root(wanted) {
+        match self.root_pool.take_root(wanted) {
             Some(root) => Ok(root),
             None => self.make_root(),
         }
     }
 
     fn make_root(&self) -> io::Result<IdleRoot> {
-        let name = self.idle_roots.next_name();
+        let name = self.root_pool.next_name();
         let made = self.make_root_at(name.clone());
-        made.inspect_err(|_| self.idle_roots.delete_if_there(&name))
+        made.inspect_err(|_| self.root_pool.delete_if_there(&name))
     }
 
     fn make_root_at(&self, name: String) -> io::Result<IdleRoot> {
-        let action_directory = ActionDirectory::create(self.idle_roots.build_directory(), name)?;
+        let action_directory = ActionDirectory::create(self.root_pool.build_directory(), name)?;
         let fd = self
-            .idle_roots
+            .root_pool
             .open_directory(&action_directory.directory, INPUT_ROOT)?;
-        let (inode, baseline) = kept_root::record_baseline(fd.as_fd())?;
-        let top = KeptDirectory {
+        let (inode, baseline) = root_record::record_baseline(fd.as_fd())?;
+        let top = DirectoryRecord {
             node: Node::empty(),
             fd: Arc::new(fd),
             inode,
@@ -204,28 +206,28 @@ impl RootStore {
         };
         Ok(IdleRoot {
             action_directory,
-            kept: KeptRoot {
+            kept: RootRecord {
                 top,
-                inodes: UsedInodes::default(),
+                inodes: InodeAllocator::default(),
                 // An empty root suits every mode.
                 link_mode: LinkMode::HardLink,
             },
-            generation: self.idle_roots.generation(),
+            generation: self.root_pool.generation(),
         })
     }
 
     /// Makes a used root as good as new, or throws it away.
     pub(super) fn clean(&self, mut action_directory: ActionDirectory, used: UsedRoot) {
         let generation = used.generation;
-        let build_directory = self.idle_roots.build_directory();
-        action_directory.rename(build_directory, self.idle_roots.next_name());
+        let build_directory = self.root_pool.build_directory();
+        action_directory.rename(build_directory, self.root_pool.next_name());
         if !action_directory::lock(action_directory.directory.as_fd()) {
             tracing::error!(
                 directory = %self.path.join(&action_directory.name).display(),
                 seconds = LAST_PROCESS_TIMEOUT.as_secs(),
                 "the runner did not let go of the directory of an action that is over; it is left until the next start"
             );
-            self.idle_roots.end_cleaning(None);
+            self.root_pool.end_cleaning(None);
             return;
         }
         let began = Instant::now();
@@ -255,12 +257,12 @@ impl RootStore {
             }
             None => (None, Some(action_directory)),
         };
-        let lacks = self.idle_roots.end_cleaning(root);
+        let lacks = self.root_pool.end_cleaning(root);
         if let Some(gone) = gone {
-            self.idle_roots.delete(gone);
+            self.root_pool.delete(gone);
         }
         if lacks && let Ok(root) = self.make_root() {
-            self.idle_roots.return_root(root);
+            self.root_pool.return_root(root);
         }
         if self.cache.is_over() {
             self.cache.evict_to_fit();
@@ -272,7 +274,7 @@ impl RootStore {
         &self,
         action_directory: &ActionDirectory,
         used: UsedRoot,
-    ) -> io::Result<Option<KeptRoot>> {
+    ) -> io::Result<Option<RootRecord>> {
         let Some(mut kept) = used.kept else {
             return Ok(None);
         };
@@ -299,23 +301,23 @@ impl RootStore {
         let mut before = None;
         loop {
             let free = self
-                .space
+                .free_space
                 .free()
                 .map_err(|error| self.disk_fault("look how much is free", error))?;
-            if self.space.suffices(free) {
+            if self.free_space.suffices(free) {
                 return Ok(());
             }
-            let removing = self.idle_roots.deletions.is_busy() || self.idle_roots.is_cleaning();
+            let removing = self.root_pool.deletions.is_busy() || self.root_pool.is_cleaning();
             let in_vain = before == Some(free) && !removing;
             let waited = began.elapsed();
             if in_vain || waited >= FREE_SPACE_TIMEOUT {
-                return Err(self.space.shortage(free));
+                return Err(self.free_space.shortage(free));
             }
             if !removing || waited >= EVICTION_DELAY {
                 self.cache.evict_to_fit();
                 before = Some(free);
             }
-            std::thread::sleep(free_space::FREE_SPACE_INTERVAL);
+            std::thread::sleep(free_space_monitor::FREE_SPACE_INTERVAL);
         }
     }
 }

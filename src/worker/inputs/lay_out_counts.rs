@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use super::{plan::LayOutPlan, tree::Node};
+use super::{merkle_tree::Node, plan::LayOutPlan};
 
 /// What was done since the start.
 #[derive(Debug, Default)]
