@@ -23,7 +23,7 @@ use self::{
     inputs::{
         InputRoots,
         directory_cache::DirectoryCache,
-        file_cache::{LinkMode, Verifier},
+        file_cache::{CreateMode, Verifier},
     },
     live_output::RunningOutputs,
     metrics::WorkerSources,
@@ -133,9 +133,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         tracing::info!(
             runner = %runner.endpoint,
             inputs = ?runner.inputs,
-            shares_blocks = cache.shares_blocks(),
+            shares_blocks = cache.supports_reflinks(),
             "{}",
-            describe_inputs(runner.inputs, cache.link_mode(runner.inputs))
+            describe_inputs(runner.inputs, cache.create_mode(runner.inputs))
         );
         let executor = Arc::new(Executor {
             storage: storage.clone(),
@@ -258,9 +258,9 @@ async fn serving(status_line: &StatusLine, storage: &Backend) {
     }
 }
 
-fn describe_inputs(inputs: Inputs, link_mode: LinkMode) -> &'static str {
-    match (inputs, link_mode) {
-        (_, LinkMode::Reflink) => "input files are reflinks of cached ones",
+fn describe_inputs(inputs: Inputs, create_mode: CreateMode) -> &'static str {
+    match (inputs, create_mode) {
+        (_, CreateMode::Reflink) => "input files are reflinks of cached ones",
         (Inputs::Shared, _) => {
             "input files are hard links to cached ones, since the file system has no reflinks; flock(2) on one waits for other actions that have the same file"
         }

@@ -6,7 +6,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 use rustix::fs::AtFlags;
 
 use super::{
-    file_cache::{FileCache, FileKey, InputFile, InputFileKind, InputFiles, LinkError, LinkMode},
+    file_cache::{
+        CreateError, CreateMode, FileCache, FileKey, InputFile, InputFileKind, InputFiles,
+    },
     lay_out::{LayOut, LayOutError, at},
     root_record::{self, DirectoryRecord},
 };
@@ -22,11 +24,14 @@ pub(super) fn link(
     name: &str,
     buffer: &mut String,
     mut other: impl FnMut(Handle, u32) -> u32,
-) -> Result<(), LinkError> {
+) -> Result<(), CreateError> {
     loop {
-        match (cache.link(key, link, directory, name, buffer), link.kind()) {
-            (Err(LinkError::TooManyLinks), InputFileKind::HardLink(handle, number)) => {
-                cache.choose(key, link, other(handle, number))?;
+        match (
+            cache.create_read_only(key, link, directory, name, buffer),
+            link.kind(),
+        ) {
+            (Err(CreateError::TooManyLinks), InputFileKind::HardLink(handle, number)) => {
+                cache.switch_inode(key, link, other(handle, number))?;
             }
             (result, _) => return result,
         }
@@ -41,7 +46,7 @@ impl LayOut<'_> {
         moved: &[u32],
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
-        if self.link_mode != LinkMode::HardLink {
+        if self.create_mode != CreateMode::HardLink {
             return Ok(());
         }
         let mut stays = vec![false; self.dropped.lock().len()];
@@ -103,9 +108,12 @@ impl LayOut<'_> {
         first: usize,
         keys: impl Iterator<Item = FileKey> + Clone,
     ) -> Result<InputFiles, LayOutError> {
-        let taken = self.pinned.lock().take(first, keys.clone(), self.link_mode);
-        let mut files = taken.map_err(LayOutError::MissingFiles)?;
-        if self.link_mode != LinkMode::HardLink {
+        let handed_over = self
+            .pinned
+            .lock()
+            .hand_over(first, keys.clone(), self.create_mode);
+        let mut files = handed_over.map_err(LayOutError::MissingFiles)?;
+        if self.create_mode != CreateMode::HardLink {
             return Ok(files);
         }
         let mut inodes = self.inodes.lock();
@@ -127,7 +135,7 @@ impl LayOut<'_> {
     }
 
     fn choose(&self, key: &FileKey, link: &mut InputFile, number: u32) -> Result<(), LayOutError> {
-        let chosen = self.context.cache.choose(key, link, number);
+        let chosen = self.context.cache.switch_inode(key, link, number);
         self.record(key, &key.digest.to_string(), chosen)
     }
 
@@ -136,16 +144,16 @@ impl LayOut<'_> {
         &self,
         key: &FileKey,
         name: &str,
-        result: Result<(), LinkError>,
+        result: Result<(), CreateError>,
     ) -> Result<(), LayOutError> {
         match result {
             Ok(()) => Ok(()),
-            Err(LinkError::MissingOrAltered) => {
+            Err(CreateError::MissingOrAltered) => {
                 self.queue.lock().missing.push(*key);
                 Ok(())
             }
-            Err(LinkError::TooManyLinks) => Err(at(name)(rustix::io::Errno::MLINK)),
-            Err(LinkError::Other(error)) => Err(LayOutError::Disk(name.to_owned(), error)),
+            Err(CreateError::TooManyLinks) => Err(at(name)(rustix::io::Errno::MLINK)),
+            Err(CreateError::Other(error)) => Err(LayOutError::Disk(name.to_owned(), error)),
         }
     }
 
@@ -158,10 +166,10 @@ impl LayOut<'_> {
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
         let cache = &self.context.cache;
-        let made = match self.link_mode {
-            LinkMode::Copy => cache.copy(key, link, directory, name),
+        let made = match self.create_mode {
+            CreateMode::Copy => cache.create_writable(key, link, directory, name),
             _ => self::link(cache, key, link, directory, name, buffer, |file, full| {
-                self.inodes.lock().replace_saturated(file, full)
+                self.inodes.lock().replace_at_link_limit(file, full)
             }),
         };
         self.record(key, name, made)

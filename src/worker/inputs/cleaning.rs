@@ -23,7 +23,7 @@ use rustix::{
 
 use super::{
     assign_inodes,
-    file_cache::{self, LinkError, LinkMode},
+    file_cache::{self, CreateError, CreateMode},
     inode_allocator::InodeAllocator,
     lay_out::{self, LayOutContext, LayOutError},
     root_record::{self, DirectoryRecord, RootRecord},
@@ -44,7 +44,7 @@ struct RootCleaning<'a> {
     started: i64,
     /// Those that the root has.
     inodes: &'a mut InodeAllocator,
-    link_mode: LinkMode,
+    create_mode: CreateMode,
     /// Inode numbers of what is the worker's though the action made it, in their order.
     adopted_output_inodes: &'a [u64],
 }
@@ -79,7 +79,7 @@ pub(super) fn clean_root(
         fine_ctime,
         started,
         inodes: &mut root.inodes,
-        link_mode: root.link_mode,
+        create_mode: root.create_mode,
         adopted_output_inodes,
     };
     verification.verify(&mut root.top)
@@ -125,7 +125,7 @@ impl RootCleaning<'_> {
         let (parent, inodes) = (fd.as_fd(), &mut *self.inodes);
         let made = self
             .context
-            .make_again(parent, name, &gone.node, inodes, self.link_mode);
+            .make_again(parent, name, &gone.node, inodes, self.create_mode);
         *gone = made.map_err(into_io)?;
         Ok(())
     }
@@ -209,7 +209,7 @@ impl RootCleaning<'_> {
                 let (inode, seen, doubtful) = match kind {
                     FileType::RegularFile => {
                         let link = &kept.files.list[at];
-                        (link.inode, &mut seen.files, link.has_own_inode())
+                        (link.inode, &mut seen.files, link.has_unshared_inode())
                     }
                     FileType::Symlink => (kept.symlinks[at], &mut seen.symlinks, true),
                     _ => (kept.children[at].inode, &mut seen.children, false),
@@ -266,7 +266,7 @@ impl RootCleaning<'_> {
                 continue;
             }
             let (name, link) = (file.name.as_str(), &mut kept.files.list[at]);
-            let replace_saturated = |file, full| self.inodes.replace_saturated(file, full);
+            let replace_at_link_limit = |file, full| self.inodes.replace_at_link_limit(file, full);
             let (cache, directory) = (self.context.cache, fd.as_fd());
             let linked = assign_inodes::link(
                 cache,
@@ -275,12 +275,12 @@ impl RootCleaning<'_> {
                 directory,
                 name,
                 &mut buffer,
-                replace_saturated,
+                replace_at_link_limit,
             );
             linked.map_err(|error| match error {
-                LinkError::MissingOrAltered => io::ErrorKind::NotFound.into(),
-                LinkError::TooManyLinks => Errno::MLINK.into(),
-                LinkError::Other(error) => error,
+                CreateError::MissingOrAltered => io::ErrorKind::NotFound.into(),
+                CreateError::TooManyLinks => Errno::MLINK.into(),
+                CreateError::Other(error) => error,
             })?;
         }
         for (at, (name, target)) in directory.symlinks.iter().enumerate() {

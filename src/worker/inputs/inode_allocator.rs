@@ -50,7 +50,7 @@ impl InodeAllocator {
     }
 
     /// Another one instead of one that is full: the next that is not taken.
-    pub(super) fn replace_saturated(&mut self, file: Handle, full: u32) -> u32 {
+    pub(super) fn replace_at_link_limit(&mut self, file: Handle, full: u32) -> u32 {
         let number = self.take(file, full + 1);
         self.free(file, full);
         number

@@ -32,7 +32,7 @@ pub struct InputRoot {
     /// Seconds since the epoch.
     ready: i64,
     reusable: bool,
-    /// Whether its files are copies for this action alone (`LinkMode::Copy`), which it may have changed.
+    /// Whether its files are copies for this action alone (`CreateMode::Copy`), which it may have changed.
     pub(super) has_private_files: bool,
     /// From when the command may start.
     command: Option<FreeSpaceWatch>,
@@ -43,7 +43,7 @@ pub struct InputRoot {
 impl InputRoot {
     /// An empty root. Blocks.
     pub fn empty(build_directory: &Arc<WorkerBuildDirectory>) -> std::io::Result<Self> {
-        let modifications = build_directory.modifications();
+        let modifications = build_directory.invalidate_if_cache_modified();
         let IdleRoot {
             action_directory,
             kept,
@@ -132,7 +132,7 @@ impl InputRoot {
         if let Some(fault) = self.command.as_ref().and_then(FreeSpaceWatch::fault) {
             return Err(fault);
         }
-        match self.build_directory.cache.modifications() == self.modifications {
+        match self.build_directory.cache.poll_modifications() == self.modifications {
             true => Ok(()),
             false => Err(Fault::Unavailable(format!(
                 "while the command ran, somebody changed input files in the cache in {} on the worker's host; they will be fetched again",

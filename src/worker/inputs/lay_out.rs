@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use rustix::fs::{AtFlags, Mode};
 
 use super::{
-    file_cache::{FileCache, FileKey, InputFileKind, LinkMode, PinnedFiles},
+    file_cache::{CreateMode, FileCache, FileKey, InputFileKind, PinnedFiles},
     inode_allocator::InodeAllocator,
     merkle_tree::Tree,
     plan::{self, Child, EntrySource, LayOutPlan, NewDirectory, Origin, Rewrite},
@@ -78,7 +78,7 @@ pub(super) struct LayOut<'a> {
     pub context: LayOutContext<'a>,
     /// Whether the root is kept, and so what is made is remembered.
     keep: bool,
-    pub link_mode: LinkMode,
+    pub create_mode: CreateMode,
     pub inodes: Mutex<InodeAllocator>,
     /// Taken from before the index of the cache is locked.
     pub pinned: Mutex<PinnedFiles>,
@@ -128,14 +128,14 @@ impl<'a> LayOutContext<'a> {
         mut plan: LayOutPlan<StashedTree>,
         pinned: PinnedFiles,
         keep: bool,
-        link_mode: LinkMode,
+        create_mode: CreateMode,
     ) -> Result<Option<RootRecord>, LayOutError> {
         let Some(rewrite) = plan.rewrite.take() else {
             return Ok(keep.then_some(root));
         };
         let (moved, links) = (std::mem::take(&mut plan.moved), plan.links.len());
         let RootRecord { top, inodes, .. } = root;
-        let lay_out = LayOut::new(*self, plan, pinned, inodes, keep, link_mode);
+        let lay_out = LayOut::new(*self, plan, pinned, inodes, keep, create_mode);
         let result = lay_out.run(top, rewrite, &moved, links);
         let LayOut {
             inodes,
@@ -152,7 +152,7 @@ impl<'a> LayOutContext<'a> {
         let kept = result?.map(|top| RootRecord {
             top,
             inodes: inodes.into_inner(),
-            link_mode,
+            create_mode,
         });
         Ok(kept)
     }
@@ -164,14 +164,14 @@ impl<'a> LayOutContext<'a> {
         name: &str,
         node: &Tree,
         inodes: &mut InodeAllocator,
-        link_mode: LinkMode,
+        create_mode: CreateMode,
     ) -> Result<DirectoryRecord, LayOutError> {
         let plan = plan::fresh(node);
         let pinned = self.cache.pin(&plan.links);
         let pinned = pinned.map_err(|error| LayOutError::Disk(name.to_owned(), error))?;
         // On an error the whole root is given up.
         let inodes_before = std::mem::take(inodes);
-        let lay_out = LayOut::new(*self, plan, pinned, inodes_before, true, link_mode);
+        let lay_out = LayOut::new(*self, plan, pinned, inodes_before, true, create_mode);
         make(parent, name)?;
         let fd = self
             .root_pool
@@ -197,12 +197,12 @@ impl<'a> LayOut<'a> {
         pinned: PinnedFiles,
         inodes: InodeAllocator,
         keep: bool,
-        link_mode: LinkMode,
+        create_mode: CreateMode,
     ) -> Self {
         LayOut {
             context,
             keep,
-            link_mode,
+            create_mode,
             inodes: Mutex::new(inodes),
             pinned: Mutex::new(pinned),
             taken: Mutex::new(plan.taken.into_iter().map(Some).collect()),
@@ -300,7 +300,7 @@ impl<'a> LayOut<'a> {
                     fd.as_fd(),
                     name,
                     child,
-                    self.link_mode,
+                    self.create_mode,
                     self.context.generation,
                 )
                 .map_err(at(name))?;

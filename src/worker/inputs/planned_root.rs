@@ -11,7 +11,7 @@ use std::{
 use rustix::io::Errno;
 
 use super::{
-    file_cache::{FileKey, LinkMode, PinnedFiles},
+    file_cache::{CreateMode, FileKey, PinnedFiles},
     input_root::InputRoot,
     lay_out::LayOutError,
     merkle_tree::Tree,
@@ -35,7 +35,7 @@ pub struct PlannedRoot {
     work: Option<(IdleRoot, LayOutPlan<StashedTree>)>,
     /// Whether the root is kept after its action.
     keep: bool,
-    link_mode: LinkMode,
+    create_mode: CreateMode,
     /// Of the cache, before the root was chosen.
     modifications: u64,
     spent: Duration,
@@ -74,17 +74,17 @@ impl PlannedRoot {
         tree: &Tree,
         inputs: Inputs,
     ) -> io::Result<Self> {
-        let modifications = build_directory.modifications();
-        let link_mode = match tree.has_properties {
-            true => LinkMode::Copy,
-            false => build_directory.cache.link_mode(inputs),
+        let modifications = build_directory.invalidate_if_cache_modified();
+        let create_mode = match tree.has_properties {
+            true => CreateMode::Copy,
+            false => build_directory.cache.create_mode(inputs),
         };
-        let keep = build_directory.keeps(tree, link_mode);
-        let root = build_directory.take_root(keep.then_some((link_mode, tree)))?;
+        let keep = build_directory.keeps(tree, create_mode);
+        let root = build_directory.take_root(keep.then_some((create_mode, tree)))?;
         let began = Instant::now();
         let plan = build_directory
             .root_pool
-            .plan(&root.kept.top.node, tree, link_mode, keep);
+            .plan(&root.kept.top.node, tree, create_mode, keep);
         Ok(PlannedRoot {
             build_directory: build_directory.clone(),
             tree: tree.clone(),
@@ -93,7 +93,7 @@ impl PlannedRoot {
                     .root_pool
                     .make_room_for_directories(plan.made.len() as u64),
             work: Some((root, plan)),
-            link_mode,
+            create_mode,
             modifications,
             spent: began.elapsed(),
         })
@@ -108,7 +108,7 @@ impl PlannedRoot {
         let files = self.work.as_ref().map_or(&[][..], |(_, plan)| &plan.links);
         self.build_directory
             .cache
-            .check_occurrences(files, self.link_mode)?;
+            .check_occurrences(files, self.create_mode)?;
         let pinned = self.build_directory.cache.pin(files);
         pinned.map_err(|error| Fault::of_disk("read the input files that are in the cache", error))
     }
@@ -137,7 +137,7 @@ impl PlannedRoot {
         let (linked, made, unstashed) = (plan.links.len(), plan.made.len(), plan.taken.len());
         // An error drops the root without its model: it is thrown away (I7 Errors discard).
         let context = build_directory.context(generation);
-        let performed = context.perform(kept, plan, pinned, self.keep, self.link_mode);
+        let performed = context.perform(kept, plan, pinned, self.keep, self.create_mode);
         input_root.kept = performed.map_err(|error| match error {
             LayOutError::MissingFiles(keys) => PrepareError::MissingFiles(keys),
             LayOutError::Disk(name, error) => {
@@ -155,7 +155,7 @@ impl PlannedRoot {
                 build_directory.disk_fault(&what, error.into())
             })?;
         }
-        input_root.has_private_files = self.link_mode == LinkMode::Copy;
+        input_root.has_private_files = self.create_mode == CreateMode::Copy;
         build_directory.await_free_space()?;
         input_root.begin();
         let spent = self.spent + began.elapsed();

@@ -28,7 +28,7 @@ use rustix::{
 use super::{
     action_directory::ActionDirectory,
     deletion::{self, DeletionQueue},
-    file_cache::LinkMode,
+    file_cache::CreateMode,
     merkle_tree::Tree,
     plan::{self, LayOutPlan},
     root_record::{self, DirectoryFd, DirectoryRecord, RootRecord},
@@ -60,7 +60,7 @@ impl IdleRoot {
 pub(super) struct StashedTree {
     pub kept: DirectoryRecord,
     /// How its files were made.
-    link_mode: LinkMode,
+    create_mode: CreateMode,
     /// In the directory for stashed ones.
     name: String,
     generation: u64,
@@ -90,20 +90,20 @@ struct WaitingRoots {
     /// Roots being cleaned.
     cleaning: usize,
     stashed: BTreeMap<u64, StashedTree>,
-    by_digest: HashMap<(LinkMode, Digest), Vec<u64>>,
+    by_digest: HashMap<(CreateMode, Digest), Vec<u64>>,
     sequence: u64,
 }
 
 impl WaitingRoots {
-    fn has(&self, link_mode: LinkMode, digest: &Digest) -> bool {
-        self.by_digest.contains_key(&(link_mode, *digest))
+    fn has(&self, create_mode: CreateMode, digest: &Digest) -> bool {
+        self.by_digest.contains_key(&(create_mode, *digest))
     }
 
-    fn take(&mut self, link_mode: LinkMode, digest: &Digest) -> Option<StashedTree> {
-        let numbers = self.by_digest.get_mut(&(link_mode, *digest))?;
+    fn take(&mut self, create_mode: CreateMode, digest: &Digest) -> Option<StashedTree> {
+        let numbers = self.by_digest.get_mut(&(create_mode, *digest))?;
         let number = numbers.pop()?;
         if numbers.is_empty() {
-            self.by_digest.remove(&(link_mode, *digest));
+            self.by_digest.remove(&(create_mode, *digest));
         }
         self.stashed.remove(&number)
     }
@@ -111,7 +111,7 @@ impl WaitingRoots {
     /// Adds a subtree; returns one that had to go for it.
     fn put(&mut self, stashed: StashedTree) -> Option<StashedTree> {
         self.sequence += 1;
-        let key = (stashed.link_mode, stashed.kept.node.digest);
+        let key = (stashed.create_mode, stashed.kept.node.digest);
         let numbers = self.by_digest.entry(key).or_default();
         numbers.push(self.sequence);
         self.stashed.insert(self.sequence, stashed);
@@ -123,7 +123,7 @@ impl WaitingRoots {
 
     fn take_oldest(&mut self) -> Option<StashedTree> {
         let (number, stashed) = self.stashed.pop_first()?;
-        let key = (stashed.link_mode, stashed.kept.node.digest);
+        let key = (stashed.create_mode, stashed.kept.node.digest);
         if let Some(numbers) = self.by_digest.get_mut(&key) {
             numbers.retain(|other| *other != number);
             if numbers.is_empty() {
@@ -134,9 +134,9 @@ impl WaitingRoots {
     }
 
     /// The root that suits a tree best; an empty one where none is given.
-    fn take_root(&mut self, wanted: Option<(LinkMode, &Tree)>) -> Option<IdleRoot> {
+    fn take_root(&mut self, wanted: Option<(CreateMode, &Tree)>) -> Option<IdleRoot> {
         let at = match wanted {
-            Some((link_mode, tree)) => self.most_similar(link_mode, tree)?,
+            Some((create_mode, tree)) => self.most_similar(create_mode, tree)?,
             None => self.roots.iter().position(IdleRoot::is_empty)?,
         };
         Some(self.roots.remove(at))
@@ -144,10 +144,10 @@ impl WaitingRoots {
 
     /// The root that shares most with the wanted one; an empty one rather than one that shares
     /// nothing; then the longest unused. None whose files were made in another way.
-    fn most_similar(&self, link_mode: LinkMode, wanted: &Tree) -> Option<usize> {
+    fn most_similar(&self, create_mode: CreateMode, wanted: &Tree) -> Option<usize> {
         let mut best: Option<(usize, (u64, bool))> = None;
         for (at, root) in self.roots.iter().enumerate() {
-            if root.kept.link_mode != link_mode && !root.is_empty() {
+            if root.kept.create_mode != create_mode && !root.is_empty() {
                 continue;
             }
             let mut budget = COMPARED_DIRECTORIES;
@@ -232,7 +232,7 @@ impl RootPool {
 
     /// The one that suits `wanted` best, or any empty one. Waits while too many are being cleaned;
     /// `None` when one is to be made.
-    pub(super) fn take_root(&self, wanted: Option<(LinkMode, &Tree)>) -> Option<IdleRoot> {
+    pub(super) fn take_root(&self, wanted: Option<(CreateMode, &Tree)>) -> Option<IdleRoot> {
         let mut waiting = self.waiting.lock();
         loop {
             if let Some(root) = waiting.take_root(wanted) {
@@ -250,15 +250,15 @@ impl RootPool {
         &self,
         old: &Tree,
         new: &Tree,
-        link_mode: LinkMode,
+        create_mode: CreateMode,
         may_take: bool,
     ) -> LayOutPlan<StashedTree> {
         let mut waiting = self.waiting.lock();
         let rewrite = plan::compare(old, new, &|digest| {
-            may_take && waiting.has(link_mode, digest)
+            may_take && waiting.has(create_mode, digest)
         });
         plan::resolve(old, rewrite, &mut |digest| match may_take {
-            true => waiting.take(link_mode, digest),
+            true => waiting.take(create_mode, digest),
             false => None,
         })
     }
@@ -327,14 +327,14 @@ impl RootPool {
         parent: BorrowedFd<'_>,
         name: &str,
         kept: DirectoryRecord,
-        link_mode: LinkMode,
+        create_mode: CreateMode,
         generation: u64,
     ) -> Result<StashedTree, Errno> {
         let stashed = self.next_name();
         rustix::fs::renameat(parent, name, &self.stash_directory, &stashed)?;
         Ok(StashedTree {
             kept,
-            link_mode,
+            create_mode,
             name: stashed,
             generation,
         })

@@ -16,7 +16,7 @@ use rustix::{
 
 use super::{
     directory_message::Directory,
-    file_cache::{InputFileKind, InputFiles, LinkMode, MTIME},
+    file_cache::{CreateMode, InputFileKind, InputFiles, MTIME},
     inode_allocator::InodeAllocator,
     merkle_tree::Tree,
 };
@@ -86,7 +86,7 @@ pub(super) struct RootRecord {
     /// Those that its files have.
     pub inodes: InodeAllocator,
     /// How its files were made.
-    pub link_mode: LinkMode,
+    pub create_mode: CreateMode,
 }
 
 /// A directory as the worker left it.

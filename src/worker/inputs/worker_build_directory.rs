@@ -19,7 +19,7 @@ use super::{
     action_directory::{self, ActionDirectory, INPUT_ROOT, LAST_PROCESS_TIMEOUT},
     cleaning::{DirectoryCondition, clean_root},
     ctime_resolution::{self, CtimeResolution},
-    file_cache::{FileCache, InputFiles, LinkMode},
+    file_cache::{CreateMode, FileCache, InputFiles},
     free_space_monitor::{self, FreeSpaceMonitor},
     inode_allocator::InodeAllocator,
     lay_out::LayOutContext,
@@ -157,17 +157,17 @@ impl WorkerBuildDirectory {
     }
 
     /// Whether a root of this size, of files that are made so, is kept after its action.
-    pub(super) fn keeps(&self, tree: &Node, link_mode: LinkMode) -> bool {
-        link_mode != LinkMode::Copy
+    pub(super) fn keeps(&self, tree: &Node, create_mode: CreateMode) -> bool {
+        create_mode != CreateMode::Copy
             && self.reuse_suspension.allows_reuse(Instant::now())
             && tree.directories <= self.root_pool.maximum_open / 2
     }
 
     /// Modifications of the cache by others, after which all that is kept was thrown away, since kept
     /// roots have links to cached files.
-    pub(super) fn modifications(&self) -> u64 {
+    pub(super) fn invalidate_if_cache_modified(&self) -> u64 {
         let mut modifications = self.modifications.lock();
-        let now = self.cache.modifications();
+        let now = self.cache.poll_modifications();
         if *modifications != now {
             *modifications = now;
             self.root_pool.invalidate_all();
@@ -176,7 +176,7 @@ impl WorkerBuildDirectory {
     }
 
     /// The root that suits `wanted` best, or any empty one.
-    pub(super) fn take_root(&self, wanted: Option<(LinkMode, &Tree)>) -> io::Result<IdleRoot> {
+    pub(super) fn take_root(&self, wanted: Option<(CreateMode, &Tree)>) -> io::Result<IdleRoot> {
         match self.root_pool.take_root(wanted) {
             Some(root) => Ok(root),
             None => self.make_root(),
@@ -210,7 +210,7 @@ impl WorkerBuildDirectory {
                 top,
                 inodes: InodeAllocator::default(),
                 // An empty root suits every mode.
-                link_mode: LinkMode::HardLink,
+                create_mode: CreateMode::HardLink,
             },
             generation: self.root_pool.generation(),
         })

@@ -365,16 +365,16 @@ async fn a_cached_file_that_somebody_changes_is_not_used() {
             );
         }
     }
-    assert_eq!(farm.cache.modifications(), 2);
+    assert_eq!(farm.cache.poll_modifications(), 2);
     // Modes count, but not that one is set again.
     for path in cached_files(&farm) {
         fs::set_permissions(&path, fs::metadata(&path).unwrap().permissions()).unwrap();
     }
-    assert_eq!(farm.cache.modifications(), 2);
+    assert_eq!(farm.cache.poll_modifications(), 2);
     for path in cached_files(&farm) {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
     }
-    assert_eq!(farm.cache.modifications(), 3);
+    assert_eq!(farm.cache.poll_modifications(), 3);
     assert_eq!(cached_files(&farm), Vec::<PathBuf>::new());
 }
 

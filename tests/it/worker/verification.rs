@@ -73,15 +73,15 @@ async fn what_rots_in_the_cache_is_found_by_reading_it_in_the_background() {
     // One for each inode.
     let inodes = cached(&farm, "first").len() + cached(&farm, "second").len();
     assert_eq!(verified.files.load(Ordering::Relaxed), inodes as u64);
-    let before = farm.cache.modifications();
+    let before = farm.cache.poll_modifications();
     for (round, content) in ["first", "second"].into_iter().enumerate() {
         let rotten = cached(&farm, content).pop().unwrap();
         let inode = fs::metadata(&rotten).unwrap().ino();
         rot(&farm, &rotten, true);
-        assert_eq!(farm.cache.modifications(), before + round as u64);
+        assert_eq!(farm.cache.poll_modifications(), before + round as u64);
         while verifier.portion(1 << 20) != Portion::Last {}
         assert_eq!(verified.wrong.load(Ordering::Relaxed), 1 + round as u64);
-        assert_eq!(farm.cache.modifications(), before + 1 + round as u64);
+        assert_eq!(farm.cache.poll_modifications(), before + 1 + round as u64);
         assert!(fs::metadata(&rotten).is_err());
         // Also not by way of a root that was kept.
         is_good(&farm, run(&farm, &format!("after {inode}")).await).await;
@@ -96,14 +96,14 @@ async fn what_rots_while_no_worker_runs_is_found_before_it_is_used() {
     is_good(&farm, run(&farm, "cold").await).await;
     rot(&farm, &cached(&farm, "first").pop().unwrap(), true);
     farm.restart(Settings::default()).await;
-    let before = farm.cache.modifications();
+    let before = farm.cache.poll_modifications();
     is_good(&farm, run(&farm, "restarted").await).await;
     let verified = farm.cache.verified();
     assert_eq!(verified.wrong.load(Ordering::Relaxed), 1);
     let read = verified.files.load(Ordering::Relaxed);
     assert_eq!(read, 2);
     // It was nobody's yet, and is read once.
-    assert_eq!(farm.cache.modifications(), before);
+    assert_eq!(farm.cache.poll_modifications(), before);
     is_good(&farm, run(&farm, "again").await).await;
     assert_eq!(verified.files.load(Ordering::Relaxed), read);
 }
@@ -116,7 +116,7 @@ async fn a_mode_that_somebody_gives_to_an_extra_inode_is_noticed_like_that_of_th
     };
     let farm = Farm::start_with(settings).await;
     is_good(&farm, run(&farm, "cold").await).await;
-    let before = farm.cache.modifications();
+    let before = farm.cache.poll_modifications();
     let mut inodes = cached(&farm, "second");
     inodes.sort_unstable();
     let [_, extra] = &inodes[..] else {
@@ -124,9 +124,9 @@ async fn a_mode_that_somebody_gives_to_an_extra_inode_is_noticed_like_that_of_th
     };
     let made = fs::metadata(extra).unwrap().permissions();
     fs::set_permissions(extra, made).unwrap();
-    assert_eq!(farm.cache.modifications(), before);
+    assert_eq!(farm.cache.poll_modifications(), before);
     fs::set_permissions(extra, fs::Permissions::from_mode(0o644)).unwrap();
-    assert_eq!(farm.cache.modifications(), before + 1);
+    assert_eq!(farm.cache.poll_modifications(), before + 1);
     assert_eq!(cached(&farm, "second"), Vec::<PathBuf>::new());
     is_good(&farm, run(&farm, "again").await).await;
 }
@@ -140,14 +140,14 @@ async fn what_was_changed_through_another_name_is_found_when_it_is_used_in_anoth
         };
         let farm = Farm::start_with(settings).await;
         is_good(&farm, run(&farm, "cold").await).await;
-        let before = farm.cache.modifications();
+        let before = farm.cache.poll_modifications();
         rot(&farm, &cached(&farm, "first").pop().unwrap(), false);
         let files = [("x/y", "first"), ("x/z", "second")];
         let response = farm.shell("cat x/y x/z", &files, &[]).await;
         assert_eq!(code(&response), Code::Ok, "{response:?}");
         let out = farm.read(&response.result.unwrap().stdout_digest).await;
         assert_eq!(out, b"firstsecond");
-        assert_eq!(farm.cache.modifications(), before + 1);
+        assert_eq!(farm.cache.poll_modifications(), before + 1);
         is_good(&farm, run(&farm, "again").await).await;
     }
 }

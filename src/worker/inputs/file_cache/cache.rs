@@ -36,11 +36,11 @@ pub struct FileCache {
     pub(super) index: Arc<Mutex<CacheIndex>>,
     /// Held while extra inodes of files are made or removed.
     pub(super) changing_extra_inodes: Mutex<()>,
-    /// Lets go of kept input roots; `false` when there are none.
+    /// Lets go of an idle input root or a stashed subtree; `false` when there are none.
     pub(super) reclaim: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
-    /// Whether files can share blocks.
-    pub(super) reflinks: bool,
-    /// `None` where the host allows no more watches.
+    /// Whether files can share blocks on this file system.
+    pub(super) supports_reflinks: bool,
+    /// Hears of what others change; `None` where the host allows no more watches.
     pub(super) watch: Option<ChangeWatch>,
     /// How often somebody else changed files; held while they are removed.
     pub(super) modifications: Mutex<u64>,
@@ -52,7 +52,7 @@ impl FileCache {
     /// Takes up what an earlier worker left. Blocks for a second per million files.
     pub fn open(path: &Path, limits: CacheLimits, storage: Backend) -> io::Result<Self> {
         let directory = CacheDirectory::open(path)?;
-        let reflinks = directory.shares_blocks()?;
+        let supports_reflinks = directory.probe_reflinks()?;
         let mut index = CacheIndex::default();
         for found in directory.scan()? {
             let file = CachedFile {
@@ -75,7 +75,7 @@ impl FileCache {
             limits,
             storage,
             index: Arc::new(Mutex::new(index)),
-            reflinks,
+            supports_reflinks,
             changing_extra_inodes: Mutex::new(()),
             reclaim: OnceLock::new(),
             watch: watch.ok(),
@@ -112,7 +112,7 @@ impl FileCache {
         self.limits.minimum_free
     }
 
-    /// How it was used since the start.
+    /// How the cache was used since the start.
     pub fn uses(&self) -> &CacheUses {
         &self.uses
     }
@@ -121,13 +121,13 @@ impl FileCache {
         self.limits
     }
 
-    /// Files and bytes.
+    /// How many files and bytes are in the cache.
     pub fn usage(&self) -> (u64, u64) {
         let index = self.index.lock();
         (index.files.len() as u64, index.files.weight())
     }
 
-    /// Those digests of `keys` that are not here.
+    /// The digests of those of `keys` that are not in the cache, each once.
     pub fn absent(&self, keys: Vec<FileKey>) -> Vec<Digest> {
         let index = self.index.lock();
         let mut digests: Vec<Digest> = keys
@@ -141,16 +141,17 @@ impl FileCache {
         digests
     }
 
-    /// The first inode of a file whose content this worker has read, if it is on the disk as it was made.
+    /// The inode number of a file's first inode, if this worker has read its content, and it is on the disk as it was
+    /// made.
     pub(super) fn usable_inode(&self, key: &FileKey) -> Option<u64> {
         let known = self.index.lock().files.peek(key).copied();
         let file = known.filter(|file| file.verified)?;
         self.directory
-            .is_inode(key, 0, file.inode)
+            .has_intact_inode(key, 0, file.inode)
             .then_some(file.inode)
     }
 
-    /// Counts and pins a file that is on disk now, and evicts others for it.
+    /// Counts and pins a file whose first inode is on disk now, and evicts others for it.
     pub(super) fn admit(&self, key: FileKey, inode: u64) -> Handle {
         let handle = {
             let mut index = self.index.lock();

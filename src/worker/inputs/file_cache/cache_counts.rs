@@ -1,4 +1,4 @@
-//! How much of the cache was read to verify it, for the log, and how it was used, for metrics.
+//! How the cache was used, and how much of it was read to verify it, for metrics and the log.
 
 use std::{
     fmt,
@@ -7,7 +7,7 @@ use std::{
 
 use crate::daemon::Counter;
 
-/// Input files since the start, each time that one was wanted.
+/// How often input files were wanted since the start, and found in the cache or not.
 #[derive(Debug, Default)]
 pub struct CacheUses {
     pub hits: Counter,
@@ -15,7 +15,7 @@ pub struct CacheUses {
     pub fetched_bytes: Counter,
 }
 
-/// What was read since the start.
+/// What was read to verify it since the start.
 #[derive(Debug, Default)]
 pub struct VerificationCounts {
     pub files: AtomicU64,

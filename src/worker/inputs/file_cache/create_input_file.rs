@@ -1,11 +1,12 @@
-//! How files of input roots are made from cached ones.
+//! Makes files of input roots from cached ones, by reflink, hard link or copy; makes and removes extra inodes of cached
+//! files.
 //!
-//! 1. A file of a root is one inode of its own there, whatever else has its content: a reflink, where
-//!    the file system has them; else a hard link to one of several inodes of the cached file, of which
-//!    the root has each once (`inputs::inodes` chooses). Empty files are made.
-//! 2. Extra inodes of a file are copies of its first one, numbered from 1 without gaps. Each knows
-//!    how many files of kept roots it is; those at the end that are none are removed before any file
-//!    is evicted. So their number follows what roots have, not what roots once had.
+//! 1. No two files of a root are one inode, whatever their content is: each is a reflink, where the file system has
+//!    them; else a hard link to one of several inodes of the cached file, of which the root links each at most once
+//!    (`inputs::inode_allocator` says which). Empty files are made of nothing.
+//! 2. Extra inodes of a file are copies of its first one; their inode indices have no gaps. Each is counted for how
+//!    many files of input roots are links to it; those at the end that have none are removed before any file
+//!    is evicted. So there are as many as roots have, not as roots once had.
 //! 3. Extra inodes come and go while `FileCache::changing_extra_inodes` is held, or with their file, when
 //!    that is in progress: so a name on the disk is always the inode that is known by it.
 //! 4. A file is looked at when it is linked: one whose size, mode, owner or mtime somebody changed, by
@@ -17,73 +18,74 @@ use rustix::{fs::AtFlags, io::Errno};
 
 use super::{
     cache::FileCache,
-    cache_directory::{self, WriteAccess},
     index::CacheIndex,
     input_file::{InputFile, InputFileKind},
     key::FileKey,
+    worker_files::{self, WriteAccess, has_expected_attributes},
 };
 use crate::{config::worker::Inputs, worker::lru::Handle};
 
-/// How a file of an input root is made from a cached one.
+/// How files of an input root are created from cached ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum LinkMode {
-    /// The worker's, read-only; shares the blocks of the cached file.
+pub enum CreateMode {
+    /// Each is the worker's and read-only, and shares the blocks of the cached file.
     Reflink,
-    /// The worker's, read-only; shares the inode of the cached file with other roots.
+    /// Each is the worker's and read-only, and shares an inode of the cached file with other roots.
     HardLink,
-    /// The action's, which may write to it.
+    /// Each is for one action alone, which may write to it.
     Copy,
 }
 
-/// Why a file of the cache could not be linked.
+/// Why a file of an input root could not be created.
 #[derive(Debug)]
-pub enum LinkError {
-    /// Somebody removed it from the disk, changed it, or put another one in its place.
+pub enum CreateError {
+    /// Somebody removed the cached file from the disk, changed it, or put another one in its place.
     MissingOrAltered,
-    /// This inode has all the links that the file system allows.
+    /// The inode of the cached file has all the links that the file system allows.
     TooManyLinks,
     Other(io::Error),
 }
 
 impl FileCache {
-    /// How files of input roots are made for those who want such `inputs`.
-    pub fn link_mode(&self, inputs: Inputs) -> LinkMode {
+    /// How files of input roots are created for a runner with such `inputs`.
+    pub fn create_mode(&self, inputs: Inputs) -> CreateMode {
         match inputs {
-            Inputs::Shared if self.reflinks => LinkMode::Reflink,
-            Inputs::Shared | Inputs::HardLinks => LinkMode::HardLink,
-            Inputs::Private => LinkMode::Copy,
+            Inputs::Shared if self.supports_reflinks => CreateMode::Reflink,
+            Inputs::Shared | Inputs::HardLinks => CreateMode::HardLink,
+            Inputs::Private => CreateMode::Copy,
         }
     }
 
     /// Whether copies of files take no room of their own until they are written to.
-    pub fn shares_blocks(&self) -> bool {
-        self.reflinks
+    pub fn supports_reflinks(&self) -> bool {
+        self.supports_reflinks
     }
 
-    /// Another inode of the same file instead, which is made if there is none with this number.
-    pub fn choose(
+    /// Has `file`, when it is to be a hard link, be one to another inode of the same cached file; what is on disk at its
+    /// place is not touched. The inode is made if the cached file has none with this index.
+    pub fn switch_inode(
         &self,
         key: &FileKey,
         file: &mut InputFile,
-        number: u32,
-    ) -> Result<(), LinkError> {
+        inode_index: u32,
+    ) -> Result<(), CreateError> {
         let InputFileKind::HardLink(handle, before) = file.kind() else {
             return Ok(());
         };
         let mut made = false;
         loop {
             let mut index = self.index.lock();
-            let found = match number {
+            let found = match inode_index {
                 0 => index.files.value_of(handle).map(|file| file.inode),
-                number => index.acquire_extra(key, number),
+                inode_index => index.acquire_extra(key, inode_index),
             };
             if let Some(inode) = found {
                 index.release_extra(handle, before, file.inode);
-                *file = InputFile::new(InputFileKind::HardLink(handle, number), inode);
+                *file = InputFile::new(InputFileKind::HardLink(handle, inode_index), inode);
                 break;
             }
             drop(index);
-            self.make_extra_inode(key, handle, number)?;
+            self.make_extra_inode(key, handle, inode_index)?;
             made = true;
         }
         if made && self.is_over() {
@@ -92,13 +94,13 @@ impl FileCache {
         Ok(())
     }
 
-    /// Makes one more inode of a file, unless there are so many.
+    /// Makes one more inode of a file, unless it has one with the index `wanted` already.
     fn make_extra_inode(
         &self,
         key: &FileKey,
         handle: Handle,
         wanted: u32,
-    ) -> Result<(), LinkError> {
+    ) -> Result<(), CreateError> {
         let first = |index: &CacheIndex| index.files.value_of(handle).map(|cached| cached.inode);
         let inode = first(&self.index.lock());
         // Not under the lock: a file that is found wrong is removed, which takes it.
@@ -106,7 +108,7 @@ impl FileCache {
         let _one_at_a_time = self.changing_extra_inodes.lock();
         let index = self.index.lock();
         if first(&index) != inode {
-            return Err(LinkError::MissingOrAltered);
+            return Err(CreateError::MissingOrAltered);
         }
         let inodes = index.inodes_of(key);
         drop(index);
@@ -115,148 +117,152 @@ impl FileCache {
         }
         let inode = self
             .evicting_when_full(key, || self.directory.duplicate(&source, key, inodes))
-            .map_err(LinkError::of_disk)?;
+            .map_err(CreateError::of_disk)?;
         self.index.lock().add_extra(key, inode);
         Ok(())
     }
 
-    /// Makes a file of a root, of what is pinned for it. `buffer` is used again and again.
-    pub fn link(
+    /// Creates a read-only file of an input root, of what is pinned for it. `buffer` is used again and again.
+    pub fn create_read_only(
         &self,
         key: &FileKey,
         file: &mut InputFile,
         parent: BorrowedFd<'_>,
         name: &str,
         buffer: &mut String,
-    ) -> Result<(), LinkError> {
+    ) -> Result<(), CreateError> {
         match file.kind() {
-            InputFileKind::HardLink(_, number) => {
-                self.hard_link(key, number, file.inode, parent, name, buffer)
+            InputFileKind::HardLink(_, inode_index) => {
+                self.hard_link(key, inode_index, file.inode, parent, name, buffer)
             }
             _ => {
-                file.inode = self.make(key, file, parent, name, WriteAccess::Nobody)?;
+                file.inode = self.create_unshared(key, file, parent, name, WriteAccess::Nobody)?;
                 Ok(())
             }
         }
     }
 
-    /// Copies a pinned file into an input root, for an action that may change it.
-    pub fn copy(
+    /// Creates a file of an input root that its action may write to, by copying what is pinned for it.
+    pub fn create_writable(
         &self,
         key: &FileKey,
         file: &InputFile,
         parent: BorrowedFd<'_>,
         name: &str,
-    ) -> Result<(), LinkError> {
-        let made = self.make(key, file, parent, name, WriteAccess::Everybody);
+    ) -> Result<(), CreateError> {
+        let made = self.create_unshared(key, file, parent, name, WriteAccess::Everybody);
         made.map(|_| ())
     }
 
-    /// A file with an inode of its own, whose number is returned.
-    fn make(
+    /// Creates a file with an unshared inode, whose inode number is returned.
+    fn create_unshared(
         &self,
         key: &FileKey,
         file: &InputFile,
         parent: BorrowedFd<'_>,
         name: &str,
         access: WriteAccess,
-    ) -> Result<u64, LinkError> {
+    ) -> Result<u64, CreateError> {
         let made = match file.kind() {
             InputFileKind::Empty => {
-                cache_directory::make_empty(parent, name, key.executable, access)
+                worker_files::create_empty(parent, name, key.executable, access)
             }
-            InputFileKind::Own(handle) | InputFileKind::HardLink(handle, _) => {
+            InputFileKind::Unshared(handle) | InputFileKind::HardLink(handle, _) => {
                 let cached = self.index.lock().files.value_of(handle).copied();
                 let source = self.open_first(key, cached.map(|cached| cached.inode))?;
-                cache_directory::copy(&source, key, parent, name, access)
+                worker_files::create_copy(&source, key, parent, name, access)
             }
         };
-        made.map_err(LinkError::of_disk)
+        made.map_err(CreateError::of_disk)
     }
 
+    /// Creates a file that is a hard link to one of the inodes of a cached file, which must have this inode number.
     fn hard_link(
         &self,
         key: &FileKey,
-        number: u32,
+        inode_index: u32,
         inode: u64,
         parent: BorrowedFd<'_>,
         name: &str,
         buffer: &mut String,
-    ) -> Result<(), LinkError> {
-        match self.directory.link(key, number, parent, name, buffer) {
+    ) -> Result<(), CreateError> {
+        match self
+            .directory
+            .link_into_root(key, inode_index, parent, name, buffer)
+        {
             Ok(()) => {}
-            Err(Errno::MLINK) => return Err(LinkError::TooManyLinks),
-            Err(error) => return Err(LinkError::of_disk(error.into())),
+            Err(Errno::MLINK) => return Err(CreateError::TooManyLinks),
+            Err(error) => return Err(CreateError::of_disk(error.into())),
         }
         let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW);
-        let stat = stat.map_err(|error| LinkError::Other(error.into()))?;
-        self.check_as_made(key, number, &stat, Some(inode))
+        let stat = stat.map_err(|error| CreateError::Other(error.into()))?;
+        self.check_as_made(key, inode_index, &stat, Some(inode))
     }
 
-    /// The first inode of a file, which must have this number.
-    fn open_first(&self, key: &FileKey, inode: Option<u64>) -> Result<File, LinkError> {
+    /// Opens the first inode of a cached file, which must have this inode number.
+    fn open_first(&self, key: &FileKey, inode: Option<u64>) -> Result<File, CreateError> {
         let file = self
             .directory
             .open_inode(key, 0)
-            .map_err(LinkError::of_disk)?;
-        let stat = rustix::fs::fstat(&file).map_err(|error| LinkError::Other(error.into()))?;
+            .map_err(CreateError::of_disk)?;
+        let stat = rustix::fs::fstat(&file).map_err(|error| CreateError::Other(error.into()))?;
         self.check_as_made(key, 0, &stat, inode)?;
         Ok(file)
     }
 
-    /// Whether a file is the n-th extra inode that the cache knows, or the first one (0), and as the cache
-    /// made it.
+    /// Checks that what was found on disk is the inode that the cache knows by this index, and as the cache made it.
+    /// Removes the cached file when somebody changed that inode.
     fn check_as_made(
         &self,
         key: &FileKey,
-        number: u32,
+        inode_index: u32,
         stat: &rustix::fs::Stat,
         inode: Option<u64>,
-    ) -> Result<(), LinkError> {
+    ) -> Result<(), CreateError> {
         if Some(stat.st_ino) != inode {
-            return Err(LinkError::MissingOrAltered);
+            return Err(CreateError::MissingOrAltered);
         }
-        if !cache_directory::is_intact(stat, key, rustix::process::geteuid().as_raw()) {
+        if !has_expected_attributes(stat, key, rustix::process::geteuid().as_raw()) {
             self.remove_modified(
-                &[(*key, number)],
+                &[(*key, inode_index)],
                 "somebody changed a file of the cache, by whatever name of it",
             );
-            return Err(LinkError::MissingOrAltered);
+            return Err(CreateError::MissingOrAltered);
         }
         Ok(())
     }
 
-    /// Removes all but the first inode of a file, from the disk too.
+    /// Forgets all but the first inode of a file, and removes them from the disk.
     pub(super) fn forget_extra_inodes(&self, key: &FileKey) {
         let _one_at_a_time = self.changing_extra_inodes.lock();
         let inodes = self.index.lock().forget_extra(key);
         self.remove_inodes(key, 1..inodes);
     }
 
-    /// Removes extra inodes that no kept input root has; `false` when there are none.
-    pub(super) fn remove_idle_extra_inodes(&self) -> bool {
+    /// Removes the last extra inodes of each file, as far as no input root links them; `false` when there are none.
+    pub(super) fn remove_unlinked_extra_inodes(&self) -> bool {
         let _one_at_a_time = self.changing_extra_inodes.lock();
-        let idle = self.index.lock().forget_idle();
-        for (key, number) in &idle {
-            self.remove_inodes(key, *number..number + 1);
+        let forgotten = self.index.lock().forget_unlinked();
+        for (key, inode_index) in &forgotten {
+            self.remove_inodes(key, *inode_index..inode_index + 1);
         }
-        !idle.is_empty()
+        !forgotten.is_empty()
     }
 
-    fn remove_inodes(&self, key: &FileKey, numbers: std::ops::Range<u32>) {
-        for number in numbers.rev() {
-            if let Err(error) = self.directory.remove_inode(key, number) {
-                tracing::warn!(digest = %key.digest, number, %error, "could not remove a file from the cache");
+    fn remove_inodes(&self, key: &FileKey, inode_indices: std::ops::Range<u32>) {
+        for inode_index in inode_indices.rev() {
+            if let Err(error) = self.directory.remove_inode(key, inode_index) {
+                tracing::warn!(digest = %key.digest, number = inode_index, %error, "could not remove a file from the cache");
             }
         }
     }
 }
 
-impl LinkError {
+impl CreateError {
     fn of_disk(error: io::Error) -> Self {
         match error.raw_os_error() {
-            Some(libc::ENOENT | libc::ESTALE) => LinkError::MissingOrAltered,
-            _ => LinkError::Other(error),
+            Some(libc::ENOENT | libc::ESTALE) => CreateError::MissingOrAltered,
+            _ => CreateError::Other(error),
         }
     }
 }

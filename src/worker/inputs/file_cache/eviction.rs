@@ -9,7 +9,7 @@ use super::{
     key::FileKey,
 };
 
-/// Of a file system, that are left free; every directory and output of an action takes one.
+/// How many inodes of a file system are left free; every directory and output of an action takes one.
 pub const MINIMUM_FREE_INODES: u64 = 1_000;
 /// How often files are evicted for one that a full disk does not take.
 pub(super) const EVICTION_ATTEMPTS: u32 = 4;
@@ -21,27 +21,27 @@ impl CacheIndex {
 }
 
 impl FileCache {
-    /// Sets what lets go of kept input roots when the cache is too full; once.
+    /// Sets, once, what is called to let go of idle input roots when the cache is too full.
     pub fn on_pressure(&self, reclaim: impl Fn() -> bool + Send + Sync + 'static) {
         let _ = self.reclaim.set(Box::new(reclaim));
     }
 
-    /// Whether more than the limits is here.
+    /// Whether the cache has more than its limits allow.
     pub fn is_over(&self) -> bool {
         self.index.lock().is_over(self.limits)
     }
 
     /// Evicts until the file system has enough free, and the limits are kept.
     pub fn evict_to_fit(&self) {
-        let shortfall = self.shortfall();
-        if shortfall > 0 {
+        let missing_bytes = self.missing_bytes();
+        if missing_bytes > 0 {
             let weight = self.index.lock().files.weight();
             self.evict(CacheLimits {
-                bytes: weight.saturating_sub(shortfall),
+                bytes: weight.saturating_sub(missing_bytes),
                 ..self.limits
             });
             // Once: what was evicted may be linked from kept roots, and space comes with a delay.
-            if self.shortfall() > 0
+            if self.missing_bytes() > 0
                 && let Some(reclaim) = self.reclaim.get()
             {
                 reclaim();
@@ -50,12 +50,12 @@ impl FileCache {
         self.enforce_limits();
     }
 
-    /// Evicts until the limits are kept, and asks for kept input roots when that is not enough. Does
-    /// not ask the file system, and so is for every single file.
+    /// Evicts until the limits are kept, and has idle input roots let go of when that is not enough. Does
+    /// not ask the file system, so that it is cheap enough for every single file.
     pub(super) fn enforce_limits(&self) {
         let reclaim = || self.reclaim.get().is_some_and(|reclaim| reclaim());
         while self.is_over() {
-            self.remove_idle_extra_inodes();
+            self.remove_unlinked_extra_inodes();
             // Files of kept input roots are the dearest inodes, but not so dear that no cached file
             // has space beside them.
             let crowded = self.index.lock().extra_inodes() > self.limits.files / 2;
@@ -69,8 +69,8 @@ impl FileCache {
         }
     }
 
-    /// Bytes to evict, so that the file system has enough free.
-    fn shortfall(&self) -> u64 {
+    /// How many bytes to evict, so that the file system has enough free.
+    fn missing_bytes(&self) -> u64 {
         if self.limits.minimum_free == 0 {
             return 0;
         }
@@ -86,7 +86,7 @@ impl FileCache {
         }
     }
 
-    /// Removes what is unpinned and longest unused, until the limits are kept. Returns how many.
+    /// Removes files that are unpinned and longest unused, until the limits are kept. Returns how many.
     fn evict(&self, limits: CacheLimits) -> usize {
         let mut claim = FileClaim::new(&self.index);
         let mut index = self.index.lock();
@@ -106,7 +106,7 @@ impl FileCache {
         victims.len()
     }
 
-    /// Frees space on a full disk; `false` when there is nothing to remove.
+    /// Makes space on a full disk for a file; `false` when there is nothing to remove.
     pub(super) fn evict_when_full(&self, key: &FileKey) -> bool {
         let weight = self.index.lock().files.weight();
         let space = (key.digest.size() * 2).max(64 << 20).max(weight / 16);
@@ -117,7 +117,7 @@ impl FileCache {
         removed > 0 || self.reclaim.get().is_some_and(|reclaim| reclaim())
     }
 
-    /// Tries again after having made space on a full disk.
+    /// Writes something for a file; tries again after having made space while the disk is full.
     pub(super) fn evicting_when_full<T>(
         &self,
         key: &FileKey,

@@ -1,4 +1,4 @@
-//! Bringing files into the cache that an action needs and that are not in it.
+//! Brings files into the cache that an action needs and that are not in it.
 
 use std::{collections::HashSet, io, sync::Arc};
 
@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     cache::FileCache,
-    create_input_file::LinkMode,
+    create_input_file::CreateMode,
     eviction::EVICTION_ATTEMPTS,
     index::FileClaim,
     key::FileKey,
@@ -23,18 +23,18 @@ use crate::{
 
 /// From this size on a file is streamed to disk rather than read into memory.
 const SMALLEST_STREAMED: u64 = 1 << 20;
-/// Batches and large files of one action that are fetched at a time.
+/// How many batches and large files of one action are fetched at a time.
 const CONCURRENCY: usize = 8;
 
 impl FileCache {
-    /// Brings those files here that are not, and pins them. Tells all that are missing in one fault.
+    /// Brings those files into the cache that are absent, and pins them. Tells all that the storage lacks in one fault.
     pub async fn fetch(
         self: &Arc<Self>,
         instance: &InstanceName,
         pinned: &mut PinnedFiles,
     ) -> Result<(), Fault> {
         let mut missing = HashSet::new();
-        // Until each occurrence is pinned.
+        // Pins what was fetched, until each occurrence is pinned.
         let mut fetched = PinnedFiles::none(self);
         while !pinned.absent.is_empty() {
             let (claim, waiting) = self.claim(pinned).await;
@@ -102,14 +102,14 @@ impl FileCache {
         none_missing(missing)
     }
 
-    /// Sorts files that are gone from the disk into those that are ours to fetch, and those that others
-    /// change, which stay in `keys`.
+    /// Claims those of some files that nobody else fetches or changes. Those that others do stay in `keys`, with what
+    /// to wait for.
     fn claim_gone(&self, keys: &mut Vec<FileKey>) -> (FileClaim, Vec<CancellationToken>) {
         let mut claim = FileClaim::new(&self.index);
         let mut waiting = Vec::new();
         let mut index = self.index.lock();
         keys.retain(|key| match index.in_progress.get(key) {
-            Some(other) if other.claim == claim.number => false,
+            Some(other) if other.claim_id == claim.id => false,
             Some(other) => {
                 waiting.push(other.done.clone());
                 true
@@ -123,13 +123,17 @@ impl FileCache {
         (claim, waiting)
     }
 
-    /// Whether an input root of these files may be made. Each occurrence is a file of its own, and takes
-    /// blocks unless it shares them.
-    pub fn check_occurrences(&self, keys: &[FileKey], link_mode: LinkMode) -> Result<(), Fault> {
-        let shared = match link_mode {
-            LinkMode::Reflink => true,
-            LinkMode::HardLink => false,
-            LinkMode::Copy => self.reflinks,
+    /// Whether the limits of the cache allow an input root of these files. Each occurrence is an inode of its own, and
+    /// takes blocks unless it shares them.
+    pub fn check_occurrences(
+        &self,
+        keys: &[FileKey],
+        create_mode: CreateMode,
+    ) -> Result<(), Fault> {
+        let shared = match create_mode {
+            CreateMode::Reflink => true,
+            CreateMode::HardLink => false,
+            CreateMode::Copy => self.supports_reflinks,
         };
         let sizes = keys.iter().map(|key| match shared {
             true => 0,
@@ -139,8 +143,8 @@ impl FileCache {
         self.check_limits(keys.len() as u64, bytes)
     }
 
-    /// Pins what is here by now, and sorts the rest into files that are ours to fetch, and those that
-    /// others change.
+    /// Pins those of the absent files that are in the cache by now, and claims those that nobody else fetches or
+    /// changes. The rest stays absent, with what to wait for.
     async fn claim(&self, pinned: &mut PinnedFiles) -> (FileClaim, Vec<CancellationToken>) {
         let mut claim = FileClaim::new(&self.index);
         let mut waiting = Vec::new();
@@ -170,7 +174,7 @@ impl FileCache {
             pinned.absent.push((*key, *at));
             match index.in_progress.get(key) {
                 // Twice in one input root: one fetch.
-                Some(other) if other.claim == claim.number => {}
+                Some(other) if other.claim_id == claim.id => {}
                 Some(other) => waiting.push(other.done.clone()),
                 None => claim.add(&mut index, *key),
             }
@@ -201,7 +205,7 @@ impl FileCache {
         Ok(())
     }
 
-    /// Some or all keys of a claim.
+    /// Fetches some or all keys of a claim; adds pins to `fetched`, and what the storage lacks to `missing`.
     async fn download(
         self: &Arc<Self>,
         instance: &InstanceName,
@@ -227,7 +231,7 @@ impl FileCache {
         Ok(())
     }
 
-    /// One large file, or many small ones. Returns pins of what came, and what is missing.
+    /// Fetches one large file, or many small ones. Returns pins of what came, and what the storage lacks.
     async fn fetch_batch(
         self: &Arc<Self>,
         instance: &InstanceName,
@@ -251,8 +255,8 @@ impl FileCache {
             for (key, result) in keys.into_iter().zip(results) {
                 match result {
                     Ok(content) => {
-                        let kept = || cache.usable_inode(&key);
-                        let write = || cache.directory.write(&key, &content, kept);
+                        let inode_to_keep = || cache.usable_inode(&key);
+                        let write = || cache.directory.write(&key, &content, inode_to_keep);
                         let inode = cache
                             .evicting_when_full(&key, write)
                             .map_err(|error| cache.disk_fault(&key, error))?;
@@ -281,7 +285,7 @@ impl FileCache {
         loop {
             let cache = self.clone();
             let create = move || {
-                let incoming = cache.directory.create();
+                let incoming = cache.directory.create_incoming();
                 let incoming = incoming.map_err(|error| cache.disk_fault(&key, error))?;
                 // Says at once when the disk is full; the size stays, for the sake of
                 // `CacheDirectory`'s rule 2.
@@ -306,8 +310,8 @@ impl FileCache {
                 Ok(()) => {
                     let publish = move || {
                         let _claim = claim;
-                        let kept = || cache.usable_inode(&key);
-                        let inode = cache.directory.publish(incoming, &key, 0, kept);
+                        let inode_to_keep = || cache.usable_inode(&key);
+                        let inode = cache.directory.publish(incoming, &key, 0, inode_to_keep);
                         let inode = inode.map_err(|error| cache.disk_fault(&key, error))?;
                         let mut pinned = PinnedFiles::none(&cache);
                         pinned.handles.push(Some(cache.admit(key, inode)));

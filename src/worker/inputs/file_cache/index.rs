@@ -12,12 +12,12 @@ use super::{
 };
 use crate::worker::lru::{Handle, Lru};
 
-/// A file on disk.
+/// A cached file, as it is on disk.
 #[derive(Clone, Copy)]
 pub(super) struct CachedFile {
-    /// The number of its first inode.
+    /// The inode number of its first inode.
     pub inode: u64,
-    /// Whether its content was read by this worker.
+    /// Whether this worker has read its content, and found it right.
     pub verified: bool,
 }
 
@@ -25,39 +25,44 @@ pub(super) struct CachedFile {
 pub(super) struct CacheIndex {
     pub files: Lru<FileKey, CachedFile>,
     extra: ExtraInodes,
-    /// Inodes in input roots that are not the cache's.
-    pub own_inodes: u64,
+    /// How many files of input roots are inodes that no cached file is: reflinks, copies and empty files.
+    pub unshared_inodes: u64,
     pub in_progress: HashMap<FileKey, InProgress>,
-    claims: u64,
+    last_claim_id: u64,
 }
 
 /// The inodes that files have beside their first ones.
 #[derive(Default)]
 struct ExtraInodes {
-    of: HashMap<FileKey, Vec<ExtraInode>>,
-    /// Of all files together, and those of them that are no file of a kept input root.
+    /// Those of each file, by their inode index less one.
+    by_key: HashMap<FileKey, Vec<ExtraInode>>,
+    /// How many there are of all files together.
     count: u64,
-    idle: u64,
+    /// How many of them no file of an input root links.
+    unlinked: u64,
 }
 
 struct ExtraInode {
     inode: u64,
-    /// Files of kept input roots that it is.
+    /// How many files of input roots are links to it.
     links: u32,
 }
 
-/// Somebody fetches, evicts or removes a file.
+/// What the index has of a file that somebody fetches, evicts, adds or removes: what a `FileClaim` is for others. They
+/// are to files what leader and follower (`FetchLeader`, `FetchFollower`) are to Directory messages.
 pub(super) struct InProgress {
-    /// The number of his claim.
-    pub claim: u64,
+    /// The `FileClaim::id` of who does it.
+    pub claim_id: u64,
+    /// Cancelled when that claim is dropped.
     pub done: CancellationToken,
 }
 
-/// Keys that we change; others wait for us. Whatever changes files on the disk holds it until that is done,
-/// also when who asked for it has given up: two who write the same file would have different inodes of it.
+/// The keys that its holder fetches, evicts, adds or removes, while others wait for him (`InProgress`). Whatever
+/// changes files on the disk holds it until that is done, also when who asked for it has given up: two who write the
+/// same file would have different inodes of it.
 pub(super) struct FileClaim {
     index: Arc<Mutex<CacheIndex>>,
-    pub number: u64,
+    pub id: u64,
     pub keys: Vec<FileKey>,
     done: CancellationToken,
 }
@@ -65,10 +70,10 @@ pub(super) struct FileClaim {
 impl FileClaim {
     pub(super) fn new(index: &Arc<Mutex<CacheIndex>>) -> Self {
         let mut locked = index.lock();
-        locked.claims += 1;
+        locked.last_claim_id += 1;
         FileClaim {
             index: index.clone(),
-            number: locked.claims,
+            id: locked.last_claim_id,
             keys: Vec::new(),
             done: CancellationToken::new(),
         }
@@ -76,7 +81,7 @@ impl FileClaim {
 
     pub(super) fn add(&mut self, index: &mut CacheIndex, key: FileKey) {
         let in_progress = InProgress {
-            claim: self.number,
+            claim_id: self.id,
             done: self.done.clone(),
         };
         index.in_progress.insert(key, in_progress);
@@ -91,7 +96,7 @@ impl Drop for FileClaim {
             for key in &self.keys {
                 // Somebody else may have claimed it since.
                 let own = index.in_progress.get(key);
-                if own.is_some_and(|claimed| claimed.claim == self.number) {
+                if own.is_some_and(|claimed| claimed.claim_id == self.id) {
                     index.in_progress.remove(key);
                 }
             }
@@ -101,114 +106,120 @@ impl Drop for FileClaim {
 }
 
 impl CacheIndex {
-    /// Inodes on disk that are the cache's or in kept input roots.
+    /// How many inodes on disk are the cache's or in input roots.
     pub(super) fn inodes(&self) -> u64 {
         self.files.len() as u64 + self.extra_inodes()
     }
 
-    /// Inodes beside the first ones of cached files.
+    /// How many of these are not the first one of a cached file.
     pub(super) fn extra_inodes(&self) -> u64 {
-        self.extra.count + self.own_inodes
+        self.extra.count + self.unshared_inodes
     }
 
     /// How many inodes a file has.
     pub(super) fn inodes_of(&self, key: &FileKey) -> u32 {
-        1 + self.extra.of.get(key).map_or(0, |of| of.len() as u32)
+        let extra = self.extra.by_key.get(key);
+        1 + extra.map_or(0, |inodes| inodes.len() as u32)
     }
 
-    /// What a pinned file is in an input root that is yet to be made.
-    pub(super) fn input_inode(&self, kind: InputFileKind) -> InputFile {
+    /// A file of an input root that is yet to be made on disk, of what is pinned for it.
+    pub(super) fn input_file(&self, kind: InputFileKind) -> InputFile {
         let inode = match kind {
             InputFileKind::Empty => None,
-            InputFileKind::Own(handle) | InputFileKind::HardLink(handle, _) => {
+            InputFileKind::Unshared(handle) | InputFileKind::HardLink(handle, _) => {
                 self.files.value_of(handle).map(|file| file.inode)
             }
         };
         InputFile::new(kind, inode.unwrap_or(0))
     }
 
-    /// A file is in an input root no more.
+    /// Unpins what a file of an input root was made of, as it is there no more.
     pub(super) fn release(&mut self, file: &InputFile) {
         match file.kind() {
-            InputFileKind::Empty => self.own_inodes -= 1,
-            InputFileKind::Own(handle) => {
-                self.own_inodes -= 1;
+            InputFileKind::Empty => self.unshared_inodes -= 1,
+            InputFileKind::Unshared(handle) => {
+                self.unshared_inodes -= 1;
                 self.files.unpin(handle);
             }
-            InputFileKind::HardLink(handle, number) => {
-                self.release_extra(handle, number, file.inode);
+            InputFileKind::HardLink(handle, inode_index) => {
+                self.release_extra(handle, inode_index, file.inode);
                 self.files.unpin(handle);
             }
         }
     }
 
+    /// Adds an inode to those of a file, which has the next inode index.
     pub(super) fn add_extra(&mut self, key: &FileKey, inode: u64) {
-        let of = self.extra.of.entry(*key).or_default();
-        of.push(ExtraInode { inode, links: 0 });
+        let inodes = self.extra.by_key.entry(*key).or_default();
+        inodes.push(ExtraInode { inode, links: 0 });
         self.extra.count += 1;
-        self.extra.idle += 1;
+        self.extra.unlinked += 1;
         self.files.add_weight(key, key.digest.size());
     }
 
-    /// Forgets all but the first inode of a file; tells how many there were in all.
+    /// Forgets all but the first inode of a file; returns how many it had in all.
     pub(super) fn forget_extra(&mut self, key: &FileKey) -> u32 {
-        let of = self.extra.of.remove(key).unwrap_or_default();
-        self.extra.count -= of.len() as u64;
-        self.extra.idle -= of.iter().filter(|inode| inode.links == 0).count() as u64;
-        let size = key.digest.size().saturating_mul(of.len() as u64);
+        let inodes = self.extra.by_key.remove(key).unwrap_or_default();
+        self.extra.count -= inodes.len() as u64;
+        self.extra.unlinked -= inodes.iter().filter(|inode| inode.links == 0).count() as u64;
+        let size = key.digest.size().saturating_mul(inodes.len() as u64);
         self.files.take_weight(key, size);
-        1 + of.len() as u32
+        1 + inodes.len() as u32
     }
 
+    /// Whether a file has an extra inode with this inode number.
     pub(super) fn has_extra(&self, key: &FileKey, inode: u64) -> bool {
-        let of = self.extra.of.get(key);
-        of.is_some_and(|of| of.iter().any(|known| known.inode == inode))
+        let inodes = self.extra.by_key.get(key);
+        inodes.is_some_and(|inodes| inodes.iter().any(|known| known.inode == inode))
     }
 
-    /// One more file of a kept root is the n-th inode of a file; tells its inode number.
-    pub(super) fn acquire_extra(&mut self, key: &FileKey, number: u32) -> Option<u64> {
-        let of = self.extra.of.get_mut(key)?;
-        let inode = of.get_mut(number as usize - 1)?;
-        self.extra.idle -= u64::from(inode.links == 0);
+    /// Counts one more link from an input root to an extra inode of a file; returns its inode number, or `None` when
+    /// the file has no such inode.
+    pub(super) fn acquire_extra(&mut self, key: &FileKey, inode_index: u32) -> Option<u64> {
+        let inodes = self.extra.by_key.get_mut(key)?;
+        let inode = inodes.get_mut(inode_index as usize - 1)?;
+        self.extra.unlinked -= u64::from(inode.links == 0);
         inode.links += 1;
         Some(inode.inode)
     }
 
-    pub(super) fn release_extra(&mut self, handle: Handle, number: u32, inode: u64) {
-        if number == 0 {
+    /// Counts one link fewer from an input root to an inode of a file; the first one (0) counts none.
+    pub(super) fn release_extra(&mut self, handle: Handle, inode_index: u32, inode: u64) {
+        if inode_index == 0 {
             return;
         }
         let Some(key) = self.files.key_of(handle) else {
             return;
         };
-        // When all were forgotten meanwhile, another one may have the number.
-        if let Some(of) = self.extra.of.get_mut(key)
-            && let Some(known) = of.get_mut(number as usize - 1)
+        // When all were forgotten meanwhile, another inode may have this index.
+        if let Some(inodes) = self.extra.by_key.get_mut(key)
+            && let Some(known) = inodes.get_mut(inode_index as usize - 1)
             && known.inode == inode
             && known.links > 0
         {
             known.links -= 1;
-            self.extra.idle += u64::from(known.links == 0);
+            self.extra.unlinked += u64::from(known.links == 0);
         }
     }
 
-    /// Forgets extra inodes that are no file of a kept root.
-    pub(super) fn forget_idle(&mut self) -> Vec<(FileKey, u32)> {
-        let mut idle = Vec::new();
-        if self.extra.idle == 0 {
-            return idle;
+    /// Forgets the last extra inodes of each file, as far as no input root links them: inode indices are to have no
+    /// gaps. Returns which.
+    pub(super) fn forget_unlinked(&mut self) -> Vec<(FileKey, u32)> {
+        let mut forgotten = Vec::new();
+        if self.extra.unlinked == 0 {
+            return forgotten;
         }
         let (extra, files) = (&mut self.extra, &mut self.files);
-        extra.of.retain(|key, of| {
-            while of.last().is_some_and(|inode| inode.links == 0) {
-                idle.push((*key, of.len() as u32));
-                of.pop();
+        extra.by_key.retain(|key, inodes| {
+            while inodes.last().is_some_and(|inode| inode.links == 0) {
+                forgotten.push((*key, inodes.len() as u32));
+                inodes.pop();
                 files.take_weight(key, key.digest.size());
             }
-            !of.is_empty()
+            !inodes.is_empty()
         });
-        extra.count -= idle.len() as u64;
-        extra.idle -= idle.len() as u64;
-        idle
+        extra.count -= forgotten.len() as u64;
+        extra.unlinked -= forgotten.len() as u64;
+        forgotten
     }
 }

@@ -1,52 +1,55 @@
-//! What a file of an input root is made of.
+//! What a file of an input root is made of: its inode, and the cached file that it pins.
 
 use crate::worker::lru::Handle;
 
-/// A file of an input root.
+/// A file of an input root, in as few bytes as may be, since the worker records all files of the roots that it keeps.
 #[derive(Clone, Copy, Debug)]
 pub struct InputFile {
-    /// Its inode number; before it is linked, that of the cached file, or 0 for an empty one.
+    /// Its inode number; until it is made on disk, that of the first inode of the cached file, or 0 for an empty one.
     pub inode: u64,
-    /// Of the cached file; empty files are none.
+    /// The cached file that it pins; `None` for an empty file, which is made of none.
     pin: Option<Handle>,
-    /// Which inode of the cached file it is, or `OWN`.
-    number: u32,
+    /// Which inode of the cached file it is (0 is the first one), or `UNSHARED`.
+    inode_index: u32,
 }
 
-/// An inode of its own, that no other name leads to.
-const OWN: u32 = u32::MAX;
+/// Stands for an inode that is no other file's, neither of the cache nor of another root.
+const UNSHARED: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InputFileKind {
-    /// Made for this place alone, as there is nothing in it.
+    /// An unshared inode without content, made of no cached file.
     Empty,
-    /// An inode of its own with the content of a cached file.
-    Own(Handle),
-    /// Another name of the n-th inode of a cached file.
+    /// An unshared inode with the content of a cached file: a reflink or a copy.
+    Unshared(Handle),
+    /// A hard link to an inode of a cached file, by its inode index (0 is the first one).
     HardLink(Handle, u32),
 }
 
 impl InputFile {
     pub(super) fn new(kind: InputFileKind, inode: u64) -> Self {
-        let (pin, number) = match kind {
-            InputFileKind::Empty => (None, OWN),
-            InputFileKind::Own(handle) => (Some(handle), OWN),
-            InputFileKind::HardLink(handle, number) => (Some(handle), number),
+        let (pin, inode_index) = match kind {
+            InputFileKind::Empty => (None, UNSHARED),
+            InputFileKind::Unshared(handle) => (Some(handle), UNSHARED),
+            InputFileKind::HardLink(handle, inode_index) => (Some(handle), inode_index),
         };
-        InputFile { inode, pin, number }
-    }
-
-    pub fn kind(&self) -> InputFileKind {
-        match (self.pin, self.number) {
-            (None, _) => InputFileKind::Empty,
-            (Some(handle), OWN) => InputFileKind::Own(handle),
-            (Some(handle), number) => InputFileKind::HardLink(handle, number),
+        InputFile {
+            inode,
+            pin,
+            inode_index,
         }
     }
 
-    /// Whether only this place in the root holds the number of its inode: when the file is gone,
-    /// another one may get it.
-    pub fn has_own_inode(&self) -> bool {
-        self.number == OWN
+    pub fn kind(&self) -> InputFileKind {
+        match (self.pin, self.inode_index) {
+            (None, _) => InputFileKind::Empty,
+            (Some(handle), UNSHARED) => InputFileKind::Unshared(handle),
+            (Some(handle), inode_index) => InputFileKind::HardLink(handle, inode_index),
+        }
+    }
+
+    /// Whether its inode is no other file's: when the file is gone, another file may get the inode number.
+    pub fn has_unshared_inode(&self) -> bool {
+        self.inode_index == UNSHARED
     }
 }

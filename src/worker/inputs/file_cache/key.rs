@@ -8,7 +8,8 @@ use crate::{
     text::push_hex,
 };
 
-/// What a cached file is: the same content may be there as an executable too.
+/// What identifies a cached file: the same content may be there as an executable too. A cached file has one or several
+/// inodes, which are told apart by their inode index: 0 is the first one, the extra ones are numbered from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileKey {
     pub digest: Digest,
@@ -16,12 +17,13 @@ pub struct FileKey {
 }
 
 impl FileKey {
+    /// Which of the directories of the cache it is in.
     pub(super) fn shard(&self) -> usize {
         usize::from(self.digest.hash_bytes()[0])
     }
 
-    /// The name of its n-th extra inode, or of the first one (0), into a buffer that is used again and again.
-    pub(super) fn write_name(&self, number: u32, name: &mut String) {
+    /// Writes the name of one of its inodes into a buffer that is used again and again.
+    pub(super) fn write_name(&self, inode_index: u32, name: &mut String) {
         use std::fmt::Write;
         name.clear();
         name.push_str(self.digest.function().name());
@@ -29,16 +31,19 @@ impl FileKey {
         push_hex(name, self.digest.hash_bytes());
         let sign = if self.executable { '+' } else { '-' };
         let _ = write!(name, "-{}{sign}x", self.digest.size());
-        if number > 0 {
-            let _ = write!(name, ".{number}");
+        if inode_index > 0 {
+            let _ = write!(name, ".{inode_index}");
         }
     }
 
+    /// The file and the inode index that a name tells; `None` when the cache gives no such names.
     pub(super) fn parse_name(name: &str) -> Option<(Self, u32)> {
-        let (name, number) = match name.split_once('.') {
-            Some((name, number)) => (
+        let (name, inode_index) = match name.split_once('.') {
+            Some((name, inode_index)) => (
                 name,
-                u32::from_str(number).ok().filter(|number| *number > 0)?,
+                u32::from_str(inode_index)
+                    .ok()
+                    .filter(|inode_index| *inode_index > 0)?,
             ),
             None => (name, 0),
         };
@@ -56,7 +61,7 @@ impl FileKey {
         parts
             .next()
             .is_none()
-            .then_some((FileKey { digest, executable }, number))
+            .then_some((FileKey { digest, executable }, inode_index))
     }
 }
 
@@ -68,12 +73,12 @@ mod tests {
     fn a_name_tells_what_the_file_is() {
         for function in DigestFunction::ALL {
             for executable in [false, true] {
-                for number in [0, 1, 17] {
+                for inode_index in [0, 1, 17] {
                     let digest = function.digest_of(b"x");
                     let key = FileKey { digest, executable };
                     let mut name = String::new();
-                    key.write_name(number, &mut name);
-                    assert_eq!(FileKey::parse_name(&name), Some((key, number)));
+                    key.write_name(inode_index, &mut name);
+                    assert_eq!(FileKey::parse_name(&name), Some((key, inode_index)));
                 }
             }
         }

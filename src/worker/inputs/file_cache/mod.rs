@@ -1,29 +1,30 @@
-//! The file cache: input files by digest, on local disk, from which input roots are linked.
+//! The file cache: input files by digest, on local disk, from which the files of input roots are made.
 //!
 //! 1. It stays within its limits of bytes, of files, and of what its file system has free; only what
 //!    is pinned may exceed them, and no single action is allowed to pin more than the limit.
-//! 2. A pinned file is not evicted. Every file of an input root that is kept pins what it is made of,
-//!    so that the number of an inode with links is given to no other file, and blocks that are shared
-//!    are counted. When only pins are left, `WorkerBuildDirectory` is asked to let go of some roots.
+//! 2. A pinned file is not evicted. Every file of an input root that has a record pins the cached file that it is made
+//!    of, so that the inode number of what the root links is given to no other file, and blocks that are shared
+//!    are counted. When only pins are left, `WorkerBuildDirectory` is asked to let go of idle roots.
 //! 3. A file is fetched once, however many actions ask for it at the same time.
 //! 4. Whoever holds the lock of the index does no I/O; a key being fetched or evicted is in progress
 //!    instead.
 //! 5. A file that somebody else changed is removed and fetched again; whoever used it learns of it.
 //! 6. No content is used that this worker has not read.
-//! 7. Every inode counts: cached files, their extra inodes, and files of kept input roots that have
-//!    inodes of their own.
+//! 7. Every inode counts: cached files, their extra inodes, and files of input roots with unshared inodes.
 //!
 //! Locks are taken in this order: modifications, extra inodes, index.
 //!
 //! To be read in this order:
 //!
-//! - `key` identifies a file; `cache_directory` has the files on disk; `watch` hears of what others change.
-//! - `index` knows what is there, `input_file` what a file of an input root is made of.
-//! - `cache` is what they make up; `pins` keep files in it.
+//! - `key` identifies a file; `worker_files` knows the files that the worker makes by their attributes;
+//!   `cache_directory` has the files of the cache on disk; `watch` hears of what others change there.
+//! - `index` knows what is in the cache, and `input_file` what a file of an input root is made of.
+//! - `cache` is what these make up, with its limits; `pins` keep files in it.
 //! - `eviction` keeps the limits; `modifications` removes what others changed.
-//! - `fetch` brings what is not there, `outputs` what actions made.
+//! - `fetch` brings what is absent; `outputs` adds what actions made, of which `output_ownership` makes the worker the
+//!   owner.
 //! - `create_input_file` makes files of input roots from cached ones.
-//! - `verification` reads files again, whose progress `cache_counts` tells, as it tells of hits and misses.
+//! - `verification` reads cached files again; `cache_counts` counts that, and hits and misses.
 
 mod cache;
 mod cache_counts;
@@ -35,16 +36,19 @@ mod index;
 mod input_file;
 mod key;
 mod modifications;
+mod output_ownership;
 mod outputs;
 mod pins;
 mod verification;
 mod watch;
+mod worker_files;
 
 pub use cache::{CacheLimits, FileCache};
-pub use cache_directory::{MTIME, is_made_by_worker, take_ownership};
-pub use create_input_file::{LinkError, LinkMode};
+pub use create_input_file::{CreateError, CreateMode};
 pub use eviction::MINIMUM_FREE_INODES;
 pub use input_file::{InputFile, InputFileKind};
 pub use key::FileKey;
+pub use output_ownership::take_ownership;
 pub use pins::{InputFiles, PinnedFiles};
 pub use verification::{Portion, Verifier};
+pub use worker_files::{MTIME, is_made_by_worker};

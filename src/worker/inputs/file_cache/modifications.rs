@@ -1,11 +1,11 @@
-//! Files of the cache that somebody else changed are counted and removed.
+//! Counts and removes files of the cache that somebody else changed.
 
 use super::{cache::FileCache, index::FileClaim, key::FileKey, watch::ChangedFiles};
 
 impl FileCache {
-    /// How often it was found that somebody else had changed files, which are gone from the disk then.
-    /// Looks again; a change that came before the call is counted.
-    pub fn modifications(&self) -> u64 {
+    /// Looks which files somebody else has changed by now, and removes these from the disk. Returns how often there
+    /// were any since the start; a change that came before the call is counted.
+    pub fn poll_modifications(&self) -> u64 {
         let mut modifications = self.modifications.lock();
         let Some(watch) = &self.watch else {
             return *modifications;
@@ -16,8 +16,9 @@ impl FileCache {
                 attributes,
             } => {
                 // Whoever sets what was set already does no harm.
-                let changed =
-                    |(key, number): &(FileKey, u32)| !self.directory.is_intact(key, *number);
+                let changed = |(key, inode_index): &(FileKey, u32)| {
+                    !self.directory.is_intact_or_absent(key, *inode_index)
+                };
                 contents.extend(attributes.into_iter().filter(changed));
                 contents.sort_unstable();
                 // All inodes of a file go with it: the first of them that was changed tells.
@@ -40,7 +41,7 @@ impl FileCache {
         *modifications
     }
 
-    /// These files are not what they should be, each in one of its inodes; `why` is said in the log.
+    /// Counts and removes files that are not what they should be, each in one of its inodes; `why` is said in the log.
     pub(super) fn remove_modified(&self, wrong: &[(FileKey, u32)], why: &str) {
         self.count_and_remove(&mut self.modifications.lock(), wrong, why);
     }
@@ -48,7 +49,7 @@ impl FileCache {
     fn count_and_remove(&self, modifications: &mut u64, wrong: &[(FileKey, u32)], why: &str) {
         *modifications += 1;
         let first = wrong.first();
-        let first = first.map(|(key, number)| self.directory.path_of(key, *number));
+        let first = first.map(|(key, inode_index)| self.directory.path_of(key, *inode_index));
         tracing::error!(
             directory = %self.path().display(),
             files = wrong.len(),

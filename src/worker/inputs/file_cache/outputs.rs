@@ -1,4 +1,4 @@
-//! Outputs of actions that stay in the cache, so that later actions find them there.
+//! Adds outputs of actions to the cache, so that later actions find them there.
 
 use std::{fs::File, io, os::fd::BorrowedFd};
 
@@ -7,9 +7,8 @@ use rustix::io::Errno;
 use super::{cache::FileCache, index::FileClaim, key::FileKey};
 
 impl FileCache {
-    /// An output becomes an input of later actions without a download. `is_owned` says that the file
-    /// itself may enter the cache; otherwise a copy does. What cannot enter is
-    /// fetched.
+    /// Adds an output, so that it becomes an input of later actions without a download. `is_owned` says that the file
+    /// itself may enter the cache; otherwise a copy does. What cannot enter is fetched when it is wanted.
     pub fn add_output(
         &self,
         key: FileKey,
@@ -30,12 +29,12 @@ impl FileCache {
         claim.add(&mut index, key);
         drop(index);
         let added = match is_owned {
-            true => match self.directory.link_in(&key, directory, name) {
+            true => match self.directory.link_into_cache(&key, directory, name) {
                 // A file that the cache does not know of.
                 Err(Errno::EXIST) => self
                     .directory
                     .remove(&key, 1)
-                    .and_then(|()| Ok(self.directory.link_in(&key, directory, name)?)),
+                    .and_then(|()| Ok(self.directory.link_into_cache(&key, directory, name)?)),
                 result => result.map_err(io::Error::from),
             },
             false => self.directory.duplicate(file, &key, 0),

@@ -5,36 +5,36 @@ use std::{io, sync::Arc};
 
 use super::{
     cache::FileCache,
-    create_input_file::LinkMode,
+    create_input_file::CreateMode,
     input_file::{InputFile, InputFileKind},
     key::FileKey,
 };
 use crate::worker::{blocking::in_background, lru::Handle};
 
-/// Files that are about to be linked into one input root, in the order in which they are. They are not
+/// The cached files that one input root is about to be made of, in the order in which it needs them. They are not
 /// evicted for as long as this lives, or what takes them from it.
 pub struct PinnedFiles {
     pub(super) cache: Arc<FileCache>,
-    /// `None` for those that are not here, or were taken.
+    /// One for each of these files; `None` for those that are not in the cache, or were handed over.
     pub(super) handles: Vec<Option<Handle>>,
-    /// Those that are not here, and where they belong.
+    /// The files that are not in the cache, each with its place in `handles`.
     pub(super) absent: Vec<(FileKey, usize)>,
-    /// Those whose content was wrong, and which are gone from the disk.
+    /// The files whose content was wrong, and which are gone from the disk.
     pub(super) wrong: Vec<FileKey>,
 }
 
-/// Files of an input root, which pin what they are made of.
+/// The files of one directory of an input root, which pin the cached files that they are made of.
 pub struct InputFiles {
     cache: Arc<FileCache>,
     pub list: Vec<InputFile>,
 }
 
-/// So many keys are looked up under one lock.
+/// How many keys are looked up at a time, under one lock.
 pub(super) const KEYS_AT_A_TIME: usize = 4096;
 
 impl FileCache {
-    /// Pins those of these files that are here, having read what this worker never read. The error says that a
-    /// file could not be opened. Blocks.
+    /// Pins those of these files that are in the cache, having read those that this worker never read. The error says
+    /// that a file could not be opened. Blocks.
     pub fn pin(self: &Arc<Self>, keys: &[FileKey]) -> io::Result<PinnedFiles> {
         let mut pinned = PinnedFiles::none(self);
         pinned.handles.reserve_exact(keys.len());
@@ -73,18 +73,18 @@ impl PinnedFiles {
         }
     }
 
-    /// Whether all are here.
+    /// Whether all files are in the cache, and none of them is wrong.
     pub fn is_complete(&self) -> bool {
         self.absent.is_empty() && self.wrong.is_empty()
     }
 
-    /// Takes the files of one directory, the first of which that is not empty is at `first`. They are
-    /// their first inodes where they are hard links. What is not here is the error.
-    pub fn take(
+    /// Hands over the files of one directory, the first of which that is not empty is at `next`. Where they are to be
+    /// hard links, each is the first inode of its cached file. The error tells those that are not in the cache.
+    pub fn hand_over(
         &mut self,
-        mut first: usize,
+        mut next: usize,
         keys: impl Iterator<Item = FileKey>,
-        link_mode: LinkMode,
+        create_mode: CreateMode,
     ) -> Result<InputFiles, Vec<FileKey>> {
         let mut files = InputFiles {
             cache: self.cache.clone(),
@@ -96,21 +96,21 @@ impl PinnedFiles {
             let kind = match key.digest.size() {
                 0 => InputFileKind::Empty,
                 _ => {
-                    first += 1;
-                    match (self.handles[first - 1].take(), link_mode) {
+                    next += 1;
+                    match (self.handles[next - 1].take(), create_mode) {
                         (None, _) => {
                             absent.push(key);
                             continue;
                         }
-                        (Some(handle), LinkMode::HardLink) => InputFileKind::HardLink(handle, 0),
-                        (Some(handle), _) => InputFileKind::Own(handle),
+                        (Some(handle), CreateMode::HardLink) => InputFileKind::HardLink(handle, 0),
+                        (Some(handle), _) => InputFileKind::Unshared(handle),
                     }
                 }
             };
             if !matches!(kind, InputFileKind::HardLink(..)) {
-                index.own_inodes += 1;
+                index.unshared_inodes += 1;
             }
-            files.list.push(index.input_inode(kind));
+            files.list.push(index.input_file(kind));
         }
         drop(index);
         match absent.is_empty() {
@@ -142,7 +142,7 @@ impl InputFiles {
         }
     }
 
-    /// Lets go of all but those that are put in their place.
+    /// Puts `list` in the place of all these files; lets go of those that are `gone`, and that `list` lacks.
     pub fn replace(&mut self, gone: impl Iterator<Item = InputFile>, list: Vec<InputFile>) {
         self.list = list;
         let gone = InputFiles {

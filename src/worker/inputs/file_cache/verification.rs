@@ -21,34 +21,36 @@ use std::{
     time::Duration,
 };
 
-use super::{cache::FileCache, cache_counts::VerificationCounts, cache_directory, key::FileKey};
+use super::{
+    cache::FileCache, cache_counts::VerificationCounts, key::FileKey,
+    worker_files::has_expected_attributes,
+};
 use crate::digest::Hasher;
 
-/// Read at a time.
+/// How many bytes are read at a time.
 const READ_SIZE: usize = 64 << 10;
-/// What looking at a file counts for, beside its bytes.
+/// How many bytes looking at a file counts for, beside those that are read.
 const PER_FILE: u64 = 4 << 10;
-/// Between portions of what is read in the background.
+/// The time between portions of what is read in the background.
 const PORTION_INTERVAL: Duration = Duration::from_secs(1);
-/// After all was read.
+/// How long the background rests after having read all files.
 const PASS_PAUSE: Duration = Duration::from_secs(600);
 const VERIFICATION_THREADS: usize = 8;
 
-/// What came of a portion.
+/// What became of reading a portion of the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Portion {
     Read,
-    /// All was read; the next one begins anew.
+    /// It ended with the last file; the next portion begins anew.
     Last,
-    /// The cache is no more.
+    /// The cache is dropped.
     Gone,
 }
 
 /// A file that is being read.
 struct FileBeingRead {
     key: FileKey,
-    /// Which of the file's inodes; 0 is the first.
-    number: u32,
+    inode_index: u32,
     file: File,
     inode: u64,
     hasher: Hasher,
@@ -57,9 +59,9 @@ struct FileBeingRead {
 /// Reads a cache in the background, in portions.
 pub struct Verifier {
     cache: Weak<FileCache>,
-    /// Of `Lru::next`.
-    place: usize,
-    /// Extra inodes of the last file that are yet to be read.
+    /// Where `Lru::next` goes on.
+    next_place: usize,
+    /// The last file, and the next of its extra inodes that is to be read.
     extra_inodes: Option<(FileKey, u32)>,
     reading: Option<FileBeingRead>,
     buffer: Vec<u8>,
@@ -69,7 +71,7 @@ impl Verifier {
     pub fn new(cache: &Arc<FileCache>) -> Self {
         Verifier {
             cache: Arc::downgrade(cache),
-            place: 0,
+            next_place: 0,
             extra_inodes: None,
             reading: None,
             buffer: vec![0; READ_SIZE],
@@ -93,7 +95,7 @@ impl Verifier {
         thread.spawn(verify).map(drop)
     }
 
-    /// Reads so many bytes, and then goes on where it ended.
+    /// Reads so many bytes, from where the last portion ended.
     pub fn portion(&mut self, bytes: u64) -> Portion {
         let Some(cache) = self.cache.upgrade() else {
             return Portion::Gone;
@@ -101,11 +103,11 @@ impl Verifier {
         let mut rest = bytes;
         while rest > 0 {
             let Some(mut reading) = self.reading.take() else {
-                let Some((key, number)) = self.next(&cache) else {
-                    self.place = 0;
+                let Some((key, inode_index)) = self.next(&cache) else {
+                    self.next_place = 0;
                     return Portion::Last;
                 };
-                self.reading = cache.open_for_reading(key, number);
+                self.reading = cache.open_for_reading(key, inode_index);
                 rest = rest.saturating_sub(PER_FILE);
                 continue;
             };
@@ -131,17 +133,17 @@ impl Verifier {
         Portion::Read
     }
 
-    /// Which file comes now, and which of its inodes; `None` after the last one.
+    /// The next file to read, and which of its inodes; `None` after the last one.
     fn next(&mut self, cache: &FileCache) -> Option<(FileKey, u32)> {
         let index = cache.index.lock();
-        if let Some((key, number)) = self.extra_inodes.take()
-            && number < index.inodes_of(&key)
+        if let Some((key, inode_index)) = self.extra_inodes.take()
+            && inode_index < index.inodes_of(&key)
         {
-            self.extra_inodes = Some((key, number + 1));
-            return Some((key, number));
+            self.extra_inodes = Some((key, inode_index + 1));
+            return Some((key, inode_index));
         }
-        let (key, _, place) = index.files.next(self.place)?;
-        self.place = place;
+        let (key, _, place) = index.files.next(self.next_place)?;
+        self.next_place = place;
         self.extra_inodes = Some((*key, 1));
         Some((*key, 0))
     }
@@ -152,28 +154,28 @@ impl FileCache {
         &self.verified
     }
 
-    /// `None` when it is gone, or wrong already.
-    fn open_for_reading(&self, key: FileKey, number: u32) -> Option<FileBeingRead> {
-        let file = self.directory.open_inode(&key, number).ok()?;
+    /// Opens one of a file's inodes; `None` when it is gone, or already looks wrong.
+    fn open_for_reading(&self, key: FileKey, inode_index: u32) -> Option<FileBeingRead> {
+        let file = self.directory.open_inode(&key, inode_index).ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
-        if !cache_directory::is_intact(&stat, &key, rustix::process::geteuid().as_raw()) {
-            self.report_wrong(&key, number, "has another size, mode, owner or mtime");
+        if !has_expected_attributes(&stat, &key, rustix::process::geteuid().as_raw()) {
+            self.report_wrong(&key, inode_index, "has another size, mode, owner or mtime");
             return None;
         }
         Some(FileBeingRead {
             hasher: key.digest.function().hasher(key.digest.size()),
             inode: stat.st_ino,
             key,
-            number,
+            inode_index,
             file,
         })
     }
 
-    /// Of a file that was read to its end, or to an error.
+    /// Compares the digest of an inode that was read to its end, or to an error, with that of its file.
     fn check_digest(&self, reading: FileBeingRead, error: Option<io::Error>) {
         let FileBeingRead {
             key,
-            number,
+            inode_index,
             file,
             hasher,
             ..
@@ -187,24 +189,26 @@ impl FileCache {
         match error {
             None if found == key.digest => {}
             _ if gone || !self.knows(&key, reading.inode) => {}
-            None => self.report_wrong(&key, number, &format!("has the content {found}")),
-            Some(error) => self.report_wrong(&key, number, &format!("cannot be read: {error}")),
+            None => self.report_wrong(&key, inode_index, &format!("has the content {found}")),
+            Some(error) => {
+                self.report_wrong(&key, inode_index, &format!("cannot be read: {error}"))
+            }
         }
     }
 
-    /// Whether an inode is one of a file's.
+    /// Whether the cache knows an inode to be one of a file's.
     fn knows(&self, key: &FileKey, inode: u64) -> bool {
         let index = self.index.lock();
         let first = index.files.peek(key).map(|file| file.inode);
         first == Some(inode) || index.has_extra(key, inode)
     }
 
-    /// A file that may have been used is wrong.
-    fn report_wrong(&self, key: &FileKey, number: u32, what: &str) {
+    /// Counts and removes a file that is wrong, and that may have been used.
+    fn report_wrong(&self, key: &FileKey, inode_index: u32, what: &str) {
         self.verified.wrong.fetch_add(1, Ordering::Relaxed);
-        let path = self.directory.path_of(key, number);
+        let path = self.directory.path_of(key, inode_index);
         self.remove_modified(
-            &[(*key, number)],
+            &[(*key, inode_index)],
             &format!(
                 "a cached file is not what it was, by a fault of the disk or the memory, or because somebody wrote to it: {} {what}",
                 path.display()
@@ -264,7 +268,7 @@ impl FileCache {
         Ok(wrong)
     }
 
-    /// Removes inodes of files that are wrong, unless others have done that meanwhile.
+    /// Removes files whose first inodes are wrong, unless others have done that meanwhile.
     fn remove_at_first_use(&self, wrong: &[(FileKey, u64)]) {
         let index = self.index.lock();
         // Others may have read the same file, and used it, before it went wrong.
@@ -295,8 +299,8 @@ impl FileCache {
         }
     }
 
-    /// The first inode of a file, if its content is not what it should be; `None` also when it is not there. Errors
-    /// are a shortage of this process's or the host's, such as EMFILE, and say nothing of the file.
+    /// The inode number of a file's first inode, if its content is not what it should be; `None` also when it is not
+    /// there. Errors are a shortage of this process's or the host's, such as EMFILE, and say nothing of the file.
     fn wrong_inode(&self, key: &FileKey, buffer: &mut [u8]) -> io::Result<Option<u64>> {
         let file = match self.directory.open_inode(key, 0) {
             Ok(file) => file,

@@ -22,13 +22,13 @@ use super::key::FileKey;
 /// What was changed since the last look.
 #[derive(Debug, PartialEq)]
 pub(super) enum ChangedFiles {
-    /// In `contents`, or, in what `attributes` has, modes, owners or times alone. Each with which of its
-    /// inodes; 0 is the first.
+    /// These files, each with an inode index. Of those in `contents` the content may be another one; of those in
+    /// `attributes` only mode, owner or times.
     Files {
         contents: Vec<(FileKey, u32)>,
         attributes: Vec<(FileKey, u32)>,
     },
-    /// More than is known one by one.
+    /// So many that they are not known one by one.
     Unknown,
 }
 
@@ -45,7 +45,7 @@ impl ChangeWatch {
         Ok(ChangeWatch(inotify))
     }
 
-    /// Does not wait.
+    /// The files that were changed since the last call. Does not wait.
     pub(super) fn changed(&self) -> ChangedFiles {
         let mut buffer = [MaybeUninit::uninit(); 4096];
         let mut reader = Reader::new(&self.0, &mut buffer);
