@@ -72,7 +72,7 @@ impl WorkerSources {
             "Bytes of input files that had to be fetched",
             uses.fetched_bytes.get(),
         )?;
-        let (roots, stashed) = self.build_directory.kept();
+        let (roots, stashed) = self.build_directory.idle_counts();
         exposition.gauge(
             "bb_worker_kept_roots",
             "Input roots that are kept",
@@ -94,7 +94,7 @@ impl WorkerSources {
             (
                 "input_links",
                 "Files that had to be made for them",
-                &counts.links,
+                &counts.created_files,
             ),
         ] {
             let count = count.load(std::sync::atomic::Ordering::Relaxed);
@@ -146,7 +146,7 @@ impl WorkerSources {
             .filter_map(|of| of.availability.trouble());
         let (files, bytes) = self.cache.usage();
         let uses = self.cache.uses();
-        let (roots, stashed) = self.build_directory.kept();
+        let (roots, stashed) = self.build_directory.idle_counts();
         let free = |path| daemon::disk::space(path).map(|space| space.available);
         serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),

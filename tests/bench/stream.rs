@@ -164,11 +164,11 @@ fn lay_out(
 fn reuse(roots: &Arc<WorkerBuildDirectory>) -> String {
     let counts = roots.lay_out_counts();
     let of = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
-    let (made, unparked) = (of(&counts.made), of(&counts.unstashed));
+    let (made, unparked) = (of(&counts.new_directories), of(&counts.unstashed));
     format!(
         "{} entries, of which {} files linked; subtrees that were not there: {unparked} of {} came out of the pool",
         of(&counts.entries),
-        of(&counts.links),
+        of(&counts.created_files),
         made + unparked,
     )
 }

@@ -19,21 +19,22 @@ use crate::{
 
 /// How long the runner may take until the last process of an action is gone.
 pub const LAST_PROCESS_TIMEOUT: Duration = Duration::from_secs(60);
-/// Between two attempts to take the lock.
+/// The longest time between two attempts to take the lock.
 const MAXIMUM_PAUSE: Duration = Duration::from_millis(100);
 
 pub(super) const INPUT_ROOT: &str = "root";
 const PARTS: [&str; 4] = [INPUT_ROOT, "tmp", "server_logs", "home"];
 
+/// The directory of one action, open.
 pub(super) struct ActionDirectory {
-    /// In the build directory.
+    /// Its name in the build directory.
     pub name: String,
     pub directory: OwnedFd,
     pub root: OwnedFd,
 }
 
 impl ActionDirectory {
-    /// On an error there may be some of it.
+    /// Creates it in the build directory. After an error some of it may be there.
     pub(super) fn create(build_directory: BorrowedFd<'_>, name: String) -> io::Result<Self> {
         rustix::fs::mkdirat(build_directory, &name, Mode::from_raw_mode(0o700))?;
         let directory = open_child(build_directory, &name)?;
@@ -56,6 +57,7 @@ impl ActionDirectory {
         }
     }
 
+    /// Opens the directory to a group.
     pub(super) fn grant_group_access(&self, group: u32) -> Result<(), Errno> {
         rustix::fs::fchown(&self.directory, None, Some(Gid::from_raw(group)))?;
         rustix::fs::fchmod(&self.directory, Mode::from_raw_mode(0o770))
@@ -106,11 +108,12 @@ pub(super) fn lock(directory: BorrowedFd<'_>) -> bool {
     true
 }
 
+/// Lets go of the lock of an action's directory.
 pub(super) fn unlock(directory: BorrowedFd<'_>) {
     let _ = rustix::fs::flock(directory, FlockOperation::Unlock);
 }
 
-/// Owner, mode, attributes and size as when it was made.
+/// Whether owner, mode, attributes and size of a directory are those of a new one.
 fn is_unchanged(directory: BorrowedFd<'_>, mode: u32) -> io::Result<bool> {
     let stat = rustix::fs::fstat(directory)?;
     let plain = attributes::has_none(directory);

@@ -1,15 +1,15 @@
-//! Making a used root what it was: after the action, off the next one's way.
+//! Makes a used root what it was before its action, while no other action waits for it.
 //!
 //! The kernel keeps a directory's ctime, which no action can set (I2 Credentials): it changes with every change
 //! of the entries, and with every change of the directory itself. So a directory whose ctime is the
 //! baseline has the entries that the worker left (I6 Baseline): the same names lead to the same inodes. Files
 //! cannot have changed, since they are read-only and the worker's (I1 Files); symbolic links cannot change
 //! at all; subdirectories are looked at in turn. Where ctime tells of a change, the directory is
-//! read: what is foreign goes (I4), what is missing comes again. Inode numbers suffice to know hard
-//! links by: the cache holds every inode that is linked from a kept root, so that no other file can have
-//! its number. Of what nothing else holds, reflinks, empty files and symbolic links, an action that
-//! removed it may have got the number; but what an action makes is its own, and not the worker's (I2 Credentials),
-//! which makes nothing in a root while an action has it, and remembers which outputs it took over.
+//! read: what is foreign is removed (I4), and what is missing is made again. Inode numbers suffice to know hard
+//! links by: the cache has every inode that a recorded root links, so that no other file can have
+//! its number. An action that removed what nothing else holds (a reflink, an empty file or a symbolic link) may have
+//! got the inode number for a file of its own; but what an action makes is its user's, and not the worker's
+//! (I2 Credentials). The worker makes nothing in a root while an action has it, and remembers which outputs it adopted.
 
 use std::{
     io,
@@ -33,117 +33,127 @@ use crate::{
     worker::{attributes, beneath::open_child},
 };
 
-/// A directory that is read so often and still has foreign entries is being written to.
+/// How often a directory is read again that still has foreign entries; then something is writing to it.
 const MAXIMUM_ROUNDS: u32 = 16;
 
-/// One root that is cleaned, and what it is verified with.
+/// A root that is being cleaned, and what that needs.
 struct RootCleaning<'a> {
     context: &'a LayOutContext<'a>,
+    /// Whether every change of a directory gives it another ctime.
     fine_ctime: bool,
-    /// When the action could begin, in seconds since the epoch.
-    started: i64,
-    /// Those that the root has.
+    /// When the command could start, in seconds since the epoch.
+    command_start_seconds: i64,
+    /// Which inodes of cached files the root links.
     inodes: &'a mut InodeAllocator,
     create_mode: CreateMode,
-    /// Inode numbers of what is the worker's though the action made it, in their order.
+    /// The inode numbers of what the worker adopted of what the action made, sorted.
     adopted_output_inodes: &'a [u64],
 }
 
-/// What became of a directory that the worker keeps.
+/// What a directory is found to be, or is made again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DirectoryCondition {
+    /// It is as its record says.
     Good,
     /// Others had so many entries in it that it is not worth being read any more.
     Oversized,
 }
 
-/// Which entries of a directory were found as they should be.
+/// Which entries of a directory were found to be as its record says.
 struct SeenEntries {
     files: Vec<bool>,
     symlinks: Vec<bool>,
     children: Vec<bool>,
 }
 
-/// Repairs a root. `started` is when the action could begin (seconds since the epoch): baselines from
-/// about then are not trusted on kernels whose clock is coarse. On error nothing is known of the root
-/// (I7 Errors discard). `Oversized` is about the root itself; what is so beneath it is made again.
+/// Makes a root what its record says. Baselines from about `command_start_seconds`, when the command could start
+/// (seconds since the epoch), are not trusted unless every change gives a directory another ctime (`fine_ctime`). After
+/// an error nothing is known of the root (I7 Errors discard). `Oversized` is about the root itself; what is so beneath it
+/// is made again.
 pub(super) fn clean_root(
     context: &LayOutContext<'_>,
     root: &mut RootRecord,
     fine_ctime: bool,
-    started: i64,
+    command_start_seconds: i64,
     adopted_output_inodes: &[u64],
 ) -> io::Result<DirectoryCondition> {
-    let mut verification = RootCleaning {
+    let mut cleaning = RootCleaning {
         context,
         fine_ctime,
-        started,
+        command_start_seconds,
         inodes: &mut root.inodes,
         create_mode: root.create_mode,
         adopted_output_inodes,
     };
-    verification.verify(&mut root.top)
+    cleaning.clean_directory(&mut root.top)
 }
 
 impl RootCleaning<'_> {
-    fn verify(&mut self, kept: &mut DirectoryRecord) -> io::Result<DirectoryCondition> {
+    /// Makes a directory, and all beneath it, what its record says.
+    fn clean_directory(&mut self, record: &mut DirectoryRecord) -> io::Result<DirectoryCondition> {
         let trusted = self.fine_ctime
-            || kept
+            || record
                 .baseline
-                .is_some_and(|baseline| baseline.is_before(self.started - 1));
-        if (!trusted || !kept.is_untouched()) && self.repair(kept)? == DirectoryCondition::Oversized
+                .is_some_and(|baseline| baseline.is_before(self.command_start_seconds - 1));
+        if (!trusted || !record.is_untouched())
+            && self.restore_directory(record)? == DirectoryCondition::Oversized
         {
             return Ok(DirectoryCondition::Oversized);
         }
-        for i in 0..kept.children.len() {
-            if self.verify(&mut kept.children[i])? == DirectoryCondition::Oversized {
-                self.replace(kept, i)?;
+        for i in 0..record.children.len() {
+            if self.clean_directory(&mut record.children[i])? == DirectoryCondition::Oversized {
+                self.replace_oversized(record, i)?;
             }
         }
         Ok(DirectoryCondition::Good)
     }
 
-    /// Makes a subdirectory again that is itself as it should be, but too large to be used.
-    fn replace(&mut self, kept: &mut DirectoryRecord, child: usize) -> io::Result<()> {
-        let fd = kept.fd.clone();
-        let name = kept.node.directory.directories[child].0.clone();
+    /// Removes a subdirectory that is oversized, and makes it again.
+    fn replace_oversized(&mut self, record: &mut DirectoryRecord, child: usize) -> io::Result<()> {
+        let fd = record.fd.clone();
+        let name = record.node.directory.directories[child].0.clone();
         self.context
             .root_pool
             .deletions
             .try_delete(&*fd, name.as_str())?;
-        self.make_child_again(kept, child)?;
-        kept.baseline = Some(root_record::record_baseline(fd.as_fd())?.1);
+        self.restore_child(record, child)?;
+        record.baseline = Some(root_record::record_baseline(fd.as_fd())?.1);
         Ok(())
     }
 
-    /// It is not in its place any more.
-    fn make_child_again(&mut self, kept: &mut DirectoryRecord, child: usize) -> io::Result<()> {
-        let fd = kept.fd.clone();
-        let name = kept.node.directory.directories[child].0.as_str();
-        let gone = &mut kept.children[child];
+    /// Makes a subdirectory again that is not in its place any more, with all that is in it.
+    fn restore_child(&mut self, record: &mut DirectoryRecord, child: usize) -> io::Result<()> {
+        let fd = record.fd.clone();
+        let name = record.node.directory.directories[child].0.as_str();
+        let gone = &mut record.children[child];
         self.inodes.free_all(gone);
         let (parent, inodes) = (fd.as_fd(), &mut *self.inodes);
         let made = self
             .context
-            .make_again(parent, name, &gone.node, inodes, self.create_mode);
+            .make_subtree(parent, name, &gone.node, inodes, self.create_mode);
         *gone = made.map_err(into_io)?;
         Ok(())
     }
 
-    fn repair(&mut self, kept: &mut DirectoryRecord) -> io::Result<DirectoryCondition> {
-        let fd = kept.fd.clone();
+    /// Reads one directory, removes what is foreign, and makes what is missing.
+    fn restore_directory(
+        &mut self,
+        record: &mut DirectoryRecord,
+    ) -> io::Result<DirectoryCondition> {
+        let fd = record.fd.clone();
         let stat = rustix::fs::fstat(&*fd)?;
-        if stat.st_ino != kept.inode || stat.st_nlink == 0 {
+        if stat.st_ino != record.inode || stat.st_nlink == 0 {
             return Err(Errno::STALE.into());
         }
-        if root_record::is_oversized(&stat, &kept.node.directory) {
+        if root_record::is_oversized(&stat, &record.node.directory) {
             return Ok(DirectoryCondition::Oversized);
         }
         let directory = open_child(&*fd, ".")?;
         let mut entries = Dir::read_from(&directory)?;
         let mut rounds = 0;
         let seen = loop {
-            let (seen, foreign) = self.sweep(kept, &mut entries, directory.as_fd())?;
+            let (seen, foreign) =
+                self.remove_foreign_entries(record, &mut entries, directory.as_fd())?;
             if !foreign {
                 break seen;
             }
@@ -153,24 +163,24 @@ impl RootCleaning<'_> {
             }
             entries.rewind();
         };
-        self.add_missing(kept, &seen)?;
+        self.restore_missing(record, &seen)?;
         attributes::remove_all(directory.as_fd())?;
         let (inode, baseline) = root_record::record_baseline(fd.as_fd())?;
-        if inode != kept.inode {
+        if inode != record.inode {
             return Err(Errno::STALE.into());
         }
-        kept.baseline = Some(baseline);
+        record.baseline = Some(baseline);
         Ok(DirectoryCondition::Good)
     }
 
     /// Reads a directory once and removes what is foreign; tells whether there was any.
-    fn sweep(
+    fn remove_foreign_entries(
         &self,
-        kept: &DirectoryRecord,
+        record: &DirectoryRecord,
         entries: &mut Dir,
         fd: BorrowedFd<'_>,
     ) -> io::Result<(SeenEntries, bool)> {
-        let directory = &kept.node.directory;
+        let directory = &record.node.directory;
         let mut seen = SeenEntries {
             files: vec![false; directory.files.len()],
             symlinks: vec![false; directory.symlinks.len()],
@@ -188,8 +198,8 @@ impl RootCleaning<'_> {
                 let stat = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
                 kind = FileType::from_raw_mode(stat.st_mode);
             }
-            // A name that is not UTF-8 is none of ours.
-            let at = name.to_str().ok().and_then(|name| {
+            // The worker gives no names that are not UTF-8.
+            let index = name.to_str().ok().and_then(|name| {
                 let found = match kind {
                     FileType::RegularFile => directory
                         .files
@@ -204,32 +214,33 @@ impl RootCleaning<'_> {
                 };
                 found.ok()
             });
-            if let Some(at) = at {
-                // Whether an action's file may have the number of the inode, which nothing else holds.
-                let (inode, seen, doubtful) = match kind {
+            if let Some(index) = index {
+                // Unshared inodes are held by nothing else: an action's file may have got their numbers.
+                let (inode, seen, is_unshared) = match kind {
                     FileType::RegularFile => {
-                        let link = &kept.files.list[at];
-                        (link.inode, &mut seen.files, link.has_unshared_inode())
+                        let file = &record.files.list[index];
+                        (file.inode, &mut seen.files, file.has_unshared_inode())
                     }
-                    FileType::Symlink => (kept.symlinks[at], &mut seen.symlinks, true),
-                    _ => (kept.children[at].inode, &mut seen.children, false),
+                    FileType::Symlink => (record.symlinks[index], &mut seen.symlinks, true),
+                    _ => (record.children[index].inode, &mut seen.children, false),
                 };
-                let is_ours = |inode: u64| -> io::Result<bool> {
-                    let other = self.adopted_output_inodes.binary_search(&inode).is_ok();
-                    Ok(!other && entry_is_made_by_worker(fd, name)?)
+                let is_made_by_worker = |inode: u64| -> io::Result<bool> {
+                    let adopted = self.adopted_output_inodes.binary_search(&inode).is_ok();
+                    Ok(!adopted && entry_is_made_by_worker(fd, name)?)
                 };
-                if inode == entry.ino() && (!doubtful || is_ours(inode)?) {
-                    seen[at] = true;
+                if inode == entry.ino() && (!is_unshared || is_made_by_worker(inode)?) {
+                    seen[index] = true;
                     continue;
                 }
             }
             foreign = true;
-            self.remove_foreign(fd, name, kind)?;
+            self.remove_foreign_entry(fd, name, kind)?;
         }
         Ok((seen, foreign))
     }
 
-    fn remove_foreign(
+    /// Removes an entry that the record of its directory lacks.
+    fn remove_foreign_entry(
         &self,
         fd: BorrowedFd<'_>,
         name: &std::ffi::CStr,
@@ -257,42 +268,47 @@ impl RootCleaning<'_> {
         }
     }
 
-    fn add_missing(&mut self, kept: &mut DirectoryRecord, seen: &SeenEntries) -> io::Result<()> {
-        let directory = kept.node.directory.clone();
-        let fd = kept.fd.clone();
+    /// Makes the entries of a directory that were not seen in it.
+    fn restore_missing(
+        &mut self,
+        record: &mut DirectoryRecord,
+        seen: &SeenEntries,
+    ) -> io::Result<()> {
+        let directory = record.node.directory.clone();
+        let fd = record.fd.clone();
         let mut buffer = String::new();
-        for (at, file) in directory.files.iter().enumerate() {
-            if seen.files[at] {
+        for (index, entry) in directory.files.iter().enumerate() {
+            if seen.files[index] {
                 continue;
             }
-            let (name, link) = (file.name.as_str(), &mut kept.files.list[at]);
+            let (name, file) = (entry.name.as_str(), &mut record.files.list[index]);
             let replace_at_link_limit = |file, full| self.inodes.replace_at_link_limit(file, full);
             let (cache, directory) = (self.context.cache, fd.as_fd());
-            let linked = assign_inodes::link(
+            let created = assign_inodes::create_file(
                 cache,
-                &file.key,
-                link,
+                &entry.key,
+                file,
                 directory,
                 name,
                 &mut buffer,
                 replace_at_link_limit,
             );
-            linked.map_err(|error| match error {
+            created.map_err(|error| match error {
                 CreateError::MissingOrAltered => io::ErrorKind::NotFound.into(),
                 CreateError::TooManyLinks => Errno::MLINK.into(),
                 CreateError::Other(error) => error,
             })?;
         }
-        for (at, (name, target)) in directory.symlinks.iter().enumerate() {
-            if !seen.symlinks[at] {
-                let made = lay_out::make_symlink(fd.as_fd(), name.as_str(), target);
-                kept.symlinks[at] = made.map_err(into_io)?;
+        for (index, (name, target)) in directory.symlinks.iter().enumerate() {
+            if !seen.symlinks[index] {
+                let made = lay_out::create_symlink(fd.as_fd(), name.as_str(), target);
+                record.symlinks[index] = made.map_err(into_io)?;
             }
         }
-        for at in 0..directory.directories.len() {
-            if !seen.children[at] {
-                // What it was lies elsewhere, where it is foreign, or is gone.
-                self.make_child_again(kept, at)?;
+        for index in 0..directory.directories.len() {
+            if !seen.children[index] {
+                // The directory that it was is elsewhere in the root, where it is foreign, or is gone.
+                self.restore_child(record, index)?;
             }
         }
         Ok(())
@@ -306,7 +322,8 @@ fn into_io(error: LayOutError) -> io::Error {
     }
 }
 
-/// Whether an entry is the worker's, whose names no action can give to what is its own.
+/// Whether an entry has the attributes of what the worker makes: a file its owner, mode and mtime, all else its owner. No
+/// action can give these to what it makes.
 fn entry_is_made_by_worker(fd: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<bool> {
     let stat = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
     let owner = rustix::process::geteuid().as_raw();

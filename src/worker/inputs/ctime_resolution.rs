@@ -9,21 +9,22 @@ use rustix::fs::{AtFlags, Mode};
 
 use crate::worker::beneath::open_child;
 
-/// Changes that are made one right after the other.
+/// How many changes are made one right after the other.
 const CHANGES: u32 = 1_000;
 
+/// Whether the ctime of a directory tells of every change of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CtimeResolution {
-    /// Every change after a look has another ctime.
+    /// Every change after a look gives another ctime.
     Fine,
-    /// Changes within one tick may have the same ctime, so that what was changed just before an
-    /// action is read after it, whatever its ctime is.
+    /// Changes within one tick may give the same ctime, so that a directory that was changed just before an action is
+    /// read after it, whatever its ctime is.
     Coarse,
-    /// Nothing is known of it: no root is used twice.
+    /// Nothing is known of this file system, so that no root is used twice.
     Unknown,
 }
 
-/// Tries it in a directory of its own.
+/// Finds out, by trying, in a directory that is made for it.
 pub(super) fn probe(build: BorrowedFd<'_>) -> io::Result<CtimeResolution> {
     // statfs(2): ext4, xfs, btrfs, tmpfs.
     const KNOWN: [u32; 4] = [0xEF53, 0x5846_5342, 0x9123_683E, 0x0102_1994];

@@ -1,4 +1,4 @@
-//! Where directories wait for being removed, by a thread of low priority.
+//! The directory to which used ones are moved, and the thread of low priority that removes them from it.
 
 use std::{
     ffi::CString,
@@ -24,38 +24,39 @@ use crate::{removal, worker::beneath::open_child};
 pub(super) struct DeletionQueue {
     path: PathBuf,
     directory: Arc<OwnedFd>,
-    sequence: AtomicU64,
-    waiting: Arc<AtomicU64>,
-    /// To the thread that removes what they name.
+    next_name: AtomicU64,
+    /// How many the thread has not tried to remove yet.
+    pending_deletions: Arc<AtomicU64>,
+    /// Sends names in the directory to the thread that removes them.
     names: Mutex<Sender<String>>,
 }
 
-/// How often it is looked whether a process is still in what is to be removed.
+/// How often the thread looks whether a process is still in what is to be removed.
 const LOCKED_INTERVAL: Duration = Duration::from_secs(1);
 
-/// More waiting than this, and whoever throws something away removes it himself.
-const MAXIMUM_WAITING: u64 = 1_000;
+/// With more pending deletions than this, whoever throws something away removes it himself.
+const MAXIMUM_PENDING: u64 = 1_000;
 
 impl DeletionQueue {
-    /// What is in it already is emptied too.
+    /// Opens the directory, and removes what is in it already too.
     pub(super) fn open(directory: OwnedFd, path: &Path) -> io::Result<Self> {
-        let (names, thrown) = channel::<String>();
+        let (names, received_names) = channel::<String>();
         let directory = Arc::new(directory);
-        let waiting = Arc::new(AtomicU64::new(0));
-        let mut sequence = 0;
+        let pending_deletions = Arc::new(AtomicU64::new(0));
+        let mut next_name = 0;
         for name in list(&directory)? {
-            // Ours are numbers.
+            // The names that this queue gives are numbers.
             if let Some(number) = name.to_str().ok().and_then(|name| name.parse::<u64>().ok()) {
-                sequence = sequence.max(number + 1);
+                next_name = next_name.max(number + 1);
             }
-            waiting.fetch_add(1, Ordering::Relaxed);
+            pending_deletions.fetch_add(1, Ordering::Relaxed);
             let _ = names.send(name.to_string_lossy().into_owned());
         }
         let deletions = DeletionQueue {
             path: path.to_owned(),
             directory: directory.clone(),
-            sequence: AtomicU64::new(sequence),
-            waiting: waiting.clone(),
+            next_name: AtomicU64::new(next_name),
+            pending_deletions: pending_deletions.clone(),
             names: Mutex::new(names),
         };
         let path = path.to_owned();
@@ -64,19 +65,19 @@ impl DeletionQueue {
             .spawn(move || {
                 // It may be forbidden, which does no harm.
                 let _ = rustix::process::nice(19);
-                // Those that a process is in; nobody waits for them.
+                // Those that a process is in; they are not counted as pending.
                 let mut locked = Vec::<String>::new();
                 loop {
                     let next = match locked.is_empty() {
-                        true => thrown.recv().map_err(RecvTimeoutError::from),
-                        false => thrown.recv_timeout(LOCKED_INTERVAL),
+                        true => received_names.recv().map_err(RecvTimeoutError::from),
+                        false => received_names.recv_timeout(LOCKED_INTERVAL),
                     };
                     match next {
                         Ok(name) => {
                             if !try_remove(&directory, &name, &path) {
                                 locked.push(name);
                             }
-                            waiting.fetch_sub(1, Ordering::Relaxed);
+                            pending_deletions.fetch_sub(1, Ordering::Relaxed);
                         }
                         Err(RecvTimeoutError::Timeout) => {
                             locked.retain(|name| !try_remove(&directory, name, &path));
@@ -89,20 +90,21 @@ impl DeletionQueue {
         Ok(deletions)
     }
 
-    /// Moves an entry of a directory here. On failure it stays, and the log says so.
+    /// Moves an entry of a directory here, and has it removed. On failure it stays, and the log says so.
     pub(super) fn delete(&self, parent: impl AsFd, name: &str) {
         if let Err(error) = self.try_delete(parent, name) {
             tracing::error!(%name, %error, "could not move a used directory to those that are deleted");
         }
     }
 
+    /// Moves an entry of a directory here, and has it removed.
     pub(super) fn try_delete<P: rustix::path::Arg>(
         &self,
         parent: impl AsFd,
         name: P,
     ) -> Result<(), Errno> {
-        let to = self.take(parent, name)?;
-        if self.waiting.load(Ordering::Relaxed) > MAXIMUM_WAITING
+        let to = self.move_in(parent, name)?;
+        if self.pending_deletions.load(Ordering::Relaxed) > MAXIMUM_PENDING
             && try_remove(&self.directory, &to, &self.path)
         {
             return Ok(());
@@ -112,23 +114,24 @@ impl DeletionQueue {
     }
 
     /// Moves an entry of a directory here, under the name that is returned.
-    pub(super) fn take<P: rustix::path::Arg>(
+    pub(super) fn move_in<P: rustix::path::Arg>(
         &self,
         parent: impl AsFd,
         name: P,
     ) -> Result<String, Errno> {
-        let to = self.sequence.fetch_add(1, Ordering::Relaxed).to_string();
+        let to = self.next_name.fetch_add(1, Ordering::Relaxed).to_string();
         rustix::fs::renameat(parent, name, &*self.directory, &to)?;
         Ok(to)
     }
 
-    /// Whether something waits to be removed, or is being removed.
+    /// Whether deletions are pending. Directories that a process is in are not counted.
     pub(super) fn is_busy(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) > 0
+        self.pending_deletions.load(Ordering::Relaxed) > 0
     }
 
+    /// Has the thread remove what has this name here.
     pub(super) fn remove_later(&self, name: String) {
-        self.waiting.fetch_add(1, Ordering::Relaxed);
+        self.pending_deletions.fetch_add(1, Ordering::Relaxed);
         let _ = self.names.lock().send(name);
     }
 }
@@ -146,7 +149,8 @@ pub(super) fn list(directory: &OwnedFd) -> io::Result<Vec<std::ffi::CString>> {
     Ok(names)
 }
 
-/// `false` while the runner says, by its lock, that a process is in it, or while there are too few descriptors.
+/// Removes an entry, or logs that it cannot be; `false` while the runner says, by its lock, that a process is in it, or
+/// while there are too few descriptors.
 fn try_remove(deletions: &OwnedFd, name: &str, path: &Path) -> bool {
     let lock = |directory: &OwnedFd| {
         rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive)

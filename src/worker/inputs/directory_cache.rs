@@ -1,5 +1,5 @@
-//! Directory messages: fetched level by level, parsed once, cached, put together to the
-//! tree that an input root is laid out from.
+//! Fetches Directory messages level by level, parses each once, caches them, and puts them together to the tree that an
+//! input root is laid out from.
 //!
 //! 1. A Directory is fetched once, however many actions ask for it at the same time.
 //! 2. A walk stops at every subtree that is in memory as a whole, so that its cost follows what is
@@ -30,15 +30,17 @@ use crate::{
     worker::{fault::Fault, lru::Lru},
 };
 
-/// What a walk through the storage brought.
+/// What a walk from the Directory of an input root brought.
 pub struct DirectoryWalk {
     /// The tree, when nothing is missing.
     pub tree: Option<Tree>,
     /// Directories that the storage lacks.
     pub missing: Vec<Digest>,
-    /// What was read beside the root.
-    pub extra_blob: Result<Bytes, storage::Error>,
+    /// The blob of the command, which was read beside the Directory of the root.
+    pub command_blob: Result<Bytes, storage::Error>,
+    /// Directories that were fetched or cached.
     found: HashMap<Digest, Arc<Directory>>,
+    /// Subtrees that were in memory as a whole.
     known: HashMap<Digest, Tree>,
 }
 
@@ -52,32 +54,33 @@ impl DirectoryWalk {
     }
 }
 
-/// Whoever fetches a Directory, and whoever waits for him.
+// Whoever fetches a Directory, and whoever waits for him. For files of the cache, they are `FileClaim` and `InProgress`.
 type FetchLeader = Leader<Digest, ()>;
 type FetchFollower = (Digest, Follower<()>);
 
 /// Fetches Directories, and caches those last used.
 pub struct DirectoryCache {
     storage: Backend,
-    /// Of one message, in bytes.
+    /// How many bytes one message may have.
     message_limit: u64,
-    /// Of what is cached, and of what one input root may have.
+    /// How many bytes of Directories are cached, and how many one input root may have.
     limit: u64,
     state: Mutex<DirectoryCacheState>,
-    /// Joined under the lock of `state`.
+    /// Who fetches which Directory. Joined under the lock of `state`.
     flights: SingleFlight<Digest, ()>,
 }
 
 #[derive(Default)]
 struct DirectoryCacheState {
     directories: Lru<Digest, Arc<Directory>>,
-    /// Subtrees that somebody holds as a whole: input roots that are kept on disk do.
+    /// Subtrees that somebody holds as a whole: records of roots do.
     trees: HashMap<Digest, Weak<Node>>,
-    /// From so many on the dead ones are looked for.
+    /// With more trees than this, those that nobody holds any more are removed.
     trees_limit: usize,
 }
 
 impl DirectoryCacheState {
+    /// Has these subtrees found for as long as somebody holds them.
     fn remember(&mut self, trees: Vec<Tree>) {
         for tree in trees {
             self.trees.insert(tree.digest, Arc::downgrade(&tree));
@@ -100,21 +103,20 @@ impl DirectoryCache {
         }
     }
 
-    /// Reads everything reachable from `root`, and in the same batch as the root the blob `extra`.
+    /// Reads all Directories that can be reached from `root`, and in the same batch as that one the blob of the command.
     pub async fn walk(
         &self,
         instance: &InstanceName,
         root: Digest,
-        extra: Digest,
+        command_digest: Digest,
     ) -> Result<DirectoryWalk, Fault> {
         let mut found: HashMap<Digest, Arc<Directory>> = HashMap::new();
         let mut known: HashMap<Digest, Tree> = HashMap::new();
         let mut missing = HashSet::new();
         let mut size = 0_u64;
         let mut level = vec![root];
-        let extra_digest = extra;
-        let mut extra = Some(extra);
-        let mut read_extra = None;
+        let mut unread_command = Some(command_digest);
+        let mut command_blob = None;
         while !level.is_empty() {
             for digest in &level {
                 size = size.saturating_add(digest.size());
@@ -126,13 +128,13 @@ impl DirectoryCache {
                 )));
             }
             let mut wanted = level.clone();
-            while !wanted.is_empty() || extra.is_some() {
+            while !wanted.is_empty() || unread_command.is_some() {
                 let (leaders, followers) =
                     self.join(std::mem::take(&mut wanted), &mut found, &mut known);
                 let ours: Vec<Digest> = leaders.iter().map(|leader| *leader.key()).collect();
                 let mut digests = ours.clone();
-                let first = extra.take();
-                digests.extend(first);
+                let command = unread_command.take();
+                digests.extend(command);
                 let mut batches = stream::iter(batches(digests, |digest| digest.size()))
                     .map(|batch| async move {
                         let read = self.storage.read_many(instance, &batch, self.message_limit);
@@ -141,8 +143,8 @@ impl DirectoryCache {
                     .buffer_unordered(4);
                 while let Some((results, batch)) = batches.next().await {
                     for (digest, result) in batch.into_iter().zip(results) {
-                        if first == Some(digest) && read_extra.is_none() {
-                            read_extra = Some(result.clone());
+                        if command == Some(digest) && command_blob.is_none() {
+                            command_blob = Some(result.clone());
                             if !ours.contains(&digest) {
                                 continue;
                             }
@@ -194,10 +196,10 @@ impl DirectoryCache {
         Ok(DirectoryWalk {
             tree,
             missing,
-            extra_blob: match read_extra {
+            command_blob: match command_blob {
                 Some(result) => result,
                 None => Err(storage::Error::Internal(format!(
-                    "storage gave no answer about blob {extra_digest}"
+                    "storage gave no answer about blob {command_digest}"
                 ))),
             },
             found,
@@ -225,8 +227,8 @@ impl DirectoryCache {
         Ok(tree)
     }
 
-    /// Sorts digests into those that are here, those that are ours to fetch, and those that
-    /// others are fetching.
+    /// Looks digests up: adds what is in memory to `found` and `known`; returns which of the rest the caller must fetch,
+    /// and which others are fetching.
     fn join(
         &self,
         wanted: Vec<Digest>,
@@ -253,6 +255,7 @@ impl DirectoryCache {
         (leaders, followers)
     }
 
+    /// Parses and caches a Directory that was fetched.
     fn insert(&self, digest: Digest, data: &[u8]) -> Result<Arc<Directory>, Fault> {
         let directory = Directory::parse(&digest, data).map_err(|reason| {
             Fault::Invalid(format!(

@@ -6,20 +6,20 @@ use prost::Message;
 use super::file_cache::FileKey;
 use crate::{digest::Digest, path::Component, proto::reapi};
 
-/// Directories below one another. A path of more has over 2,000 bytes, half of PATH_MAX.
+/// How many directories may be below one another. A path of more has over 2,000 bytes, half of PATH_MAX.
 pub const MAXIMUM_DEPTH: u32 = 1_024;
 
-/// Files, directories and symbolic links of one input root. A few hundred bytes of Directory
+/// How many files, directories and symbolic links one input root may have. A few hundred bytes of Directory
 /// messages that repeat one another can describe more than any disk holds.
 pub const MAXIMUM_ENTRIES: u64 = 2_000_000;
 
-/// REAPI: Directory.
+/// What a Directory message of REAPI says.
 #[derive(Debug, Default, PartialEq)]
 pub struct Directory {
     pub files: Vec<FileEntry>,
     pub directories: Vec<(Component, Digest)>,
     pub symlinks: Vec<(Component, Box<str>)>,
-    /// Of those that have any: of the directory itself, a file, or a symbolic link.
+    /// The properties of those entries that have any, by name; `None` stands for the directory itself.
     pub properties: Vec<(Option<Component>, NodeProperties)>,
 }
 
@@ -29,7 +29,7 @@ pub struct FileEntry {
     pub key: FileKey,
 }
 
-/// Of a Directory or an entry of it (REAPI: NodeProperties), as far as file systems have them.
+/// The properties of a Directory or an entry of it (REAPI: NodeProperties), as far as file systems have them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NodeProperties {
     /// Seconds since the epoch, and nanoseconds.
@@ -59,7 +59,7 @@ impl NodeProperties {
 }
 
 impl Directory {
-    /// The text says what is wrong, and reads as a sentence after the Directory's name.
+    /// Parses a message. The error says what is wrong, and reads as a sentence after the Directory's name.
     pub fn parse(digest: &Digest, data: &[u8]) -> Result<Self, String> {
         let message = reapi::Directory::decode(data)
             .map_err(|error| format!("it is no Directory message: {error}"))?;
@@ -126,7 +126,7 @@ impl Directory {
         }
     }
 
-    /// REAPI wants the lists sorted; comparing two directories relies on it.
+    /// Sorts each list by name, as REAPI wants it; comparing two directories relies on it.
     pub fn sort(&mut self) {
         self.files.sort_by(|a, b| a.name.cmp(&b.name));
         self.directories.sort_by(|a, b| a.0.cmp(&b.0));
@@ -140,17 +140,18 @@ impl Directory {
         files.chain(directories).chain(symlinks).map(|n| n.as_str())
     }
 
-    /// Of its names, each with so many bytes beside it.
+    /// How many bytes the directory takes on disk, if each entry takes so many beside its name.
     pub fn size_on_disk(&self, beside_a_name: u64) -> u64 {
         self.names()
             .fold(0, |sum, name| sum + name.len() as u64 + beside_a_name)
     }
 
+    /// How many files, directories and symbolic links there are.
     pub fn entries(&self) -> u64 {
         (self.files.len() + self.directories.len() + self.symlinks.len()) as u64
     }
 
-    /// Bytes in memory, roughly.
+    /// How many bytes it takes in memory, roughly.
     pub fn weight(&self) -> u64 {
         let fixed = size_of::<Self>()
             + self.files.len() * size_of::<FileEntry>()

@@ -1,10 +1,9 @@
-//! Which inodes of cached files an input root has: each at most once, so that every file of the root
-//! is one of its own.
+//! Says which of the inodes of each cached file an input root links: each at most once, so that no two files of the root
+//! are one inode (I8 Distinct).
 //!
-//! The cache keeps several inodes of a file where roots have its content several times. A root takes
-//! the one with the lowest number that it does not have yet, so that as few are made as there are
-//! occurrences. Every verb takes constant time, but for what many occurrences of one content cost: a
-//! bit each.
+//! The cache keeps several inodes of a file where roots have its content several times. A root links the one with the
+//! lowest index that it does not link yet, so that as few are made as there are occurrences. Every function takes
+//! constant time, but for what many occurrences of one content cost: a bit each.
 
 use std::collections::{HashMap, HashSet};
 
@@ -12,65 +11,72 @@ use crate::worker::lru::Handle;
 
 const BITS: u32 = u64::BITS;
 
-/// Numbers of inodes, by the cached file.
+/// The inodes that one root links, as the index of each by its cached file.
 #[derive(Default)]
 pub(super) struct InodeAllocator {
-    /// Files of which the first inode is taken: nearly all are in this set alone, which is small.
-    first: HashSet<Handle>,
-    /// Those from 1 on; a file of which none is taken is not there.
-    extra: HashMap<Handle, Numbers>,
+    /// The cached files whose first inode is linked: nearly all are in this set alone, which is small.
+    first_inodes: HashSet<Handle>,
+    /// The indices of extra inodes that are linked, less one; a file of which none is linked is not in the map.
+    extra_inodes: HashMap<Handle, IndexSet>,
 }
 
-/// A set of small numbers.
+/// A set of indices that are small.
 #[derive(Default)]
-struct Numbers {
+struct IndexSet {
     words: Vec<u64>,
     /// All words in front of this one are full.
-    free: usize,
+    first_not_full: usize,
 }
 
 impl InodeAllocator {
-    /// The lowest number that is not taken, from `least` on; takes it.
-    pub(super) fn take(&mut self, file: Handle, least: u32) -> u32 {
-        if least == 0 && self.first.insert(file) {
+    /// Allocates the inode of a file that has the lowest index of those that are free, from `least` on.
+    pub(super) fn allocate(&mut self, file: Handle, least: u32) -> u32 {
+        if least == 0 && self.first_inodes.insert(file) {
             return 0;
         }
-        let numbers = self.extra.entry(file).or_default();
-        let number = numbers.first_free(least.saturating_sub(1));
-        numbers.insert(number);
-        number + 1
+        let indices = self.extra_inodes.entry(file).or_default();
+        let index = indices.first_free(least.saturating_sub(1));
+        indices.insert(index);
+        index + 1
     }
 
-    /// Takes this one; `false` when it is taken already.
-    pub(super) fn take_this(&mut self, file: Handle, number: u32) -> bool {
-        match number {
-            0 => self.first.insert(file),
-            number => self.extra.entry(file).or_default().insert(number - 1),
+    /// Allocates the inode of a file that has this index; `false` when the root links it already.
+    pub(super) fn try_allocate(&mut self, file: Handle, inode_index: u32) -> bool {
+        match inode_index {
+            0 => self.first_inodes.insert(file),
+            extra => self.extra_inodes.entry(file).or_default().insert(extra - 1),
         }
     }
 
-    /// Another one instead of one that is full: the next that is not taken.
+    /// Allocates the next free inode of a file instead of one that has all the links that it can have.
     pub(super) fn replace_at_link_limit(&mut self, file: Handle, full: u32) -> u32 {
-        let number = self.take(file, full + 1);
+        let inode_index = self.allocate(file, full + 1);
         self.free(file, full);
-        number
+        inode_index
     }
 
-    pub(super) fn free(&mut self, file: Handle, number: u32) {
-        if number == 0 {
-            self.first.remove(&file);
-        } else if let Some(numbers) = self.extra.get_mut(&file)
-            && numbers.remove(number - 1)
+    /// Frees an inode of a file, which the root does not link any more.
+    pub(super) fn free(&mut self, file: Handle, inode_index: u32) {
+        if inode_index == 0 {
+            self.first_inodes.remove(&file);
+        } else if let Some(indices) = self.extra_inodes.get_mut(&file)
+            && indices.remove(inode_index - 1)
         {
-            self.extra.remove(&file);
+            self.extra_inodes.remove(&file);
         }
     }
 }
 
-impl Numbers {
+impl IndexSet {
+    /// The lowest index from `least` on that is not in the set.
     fn first_free(&self, least: u32) -> u32 {
         let (word, bit) = ((least / BITS) as usize, least % BITS);
-        for (i, taken) in self.words.iter().enumerate().skip(word.max(self.free)) {
+        for (i, taken) in self
+            .words
+            .iter()
+            .enumerate()
+            .skip(word.max(self.first_not_full))
+        {
             // As if all below `least` were taken.
             let below: u64 = if i == word { (1 << bit) - 1 } else { 0 };
             let ones = (taken | below).trailing_ones();
@@ -81,26 +87,26 @@ impl Numbers {
         least.max(self.words.len() as u32 * BITS)
     }
 
-    /// `false` when it is in it already.
-    fn insert(&mut self, number: u32) -> bool {
-        let (word, bit) = ((number / BITS) as usize, 1 << (number % BITS));
+    /// Adds an index; `false` when the set has it already.
+    fn insert(&mut self, index: u32) -> bool {
+        let (word, bit) = ((index / BITS) as usize, 1 << (index % BITS));
         if self.words.len() <= word {
             self.words.resize(word + 1, 0);
         }
         let new = self.words[word] & bit == 0;
         self.words[word] |= bit;
-        while self.words.get(self.free) == Some(&u64::MAX) {
-            self.free += 1;
+        while self.words.get(self.first_not_full) == Some(&u64::MAX) {
+            self.first_not_full += 1;
         }
         new
     }
 
-    /// Whether it is empty then.
-    fn remove(&mut self, number: u32) -> bool {
-        let (word, bit) = ((number / BITS) as usize, 1 << (number % BITS));
+    /// Removes an index; tells whether the set is empty then.
+    fn remove(&mut self, index: u32) -> bool {
+        let (word, bit) = ((index / BITS) as usize, 1 << (index % BITS));
         if let Some(taken) = self.words.get_mut(word) {
             *taken &= !bit;
-            self.free = word.min(self.free);
+            self.first_not_full = word.min(self.first_not_full);
         }
         while self.words.last() == Some(&0) {
             self.words.pop();
@@ -130,25 +136,25 @@ mod tests {
             steps in prop::collection::vec((0..4u8, 0..300u32), 0..400),
         ) {
             let (file, mut inodes, mut plain) = (handle(), InodeAllocator::default(), BTreeSet::new());
-            for (step, number) in steps {
+            for (step, index) in steps {
                 match step {
-                    0 => prop_assert_eq!(inodes.take_this(file, number), plain.insert(number)),
+                    0 => prop_assert_eq!(inodes.try_allocate(file, index), plain.insert(index)),
                     1 => {
-                        inodes.free(file, number);
-                        plain.remove(&number);
+                        inodes.free(file, index);
+                        plain.remove(&index);
                     }
                     2 => {
-                        let lowest = (number..).find(|n| !plain.contains(n)).unwrap();
-                        prop_assert_eq!(inodes.take(file, number), lowest);
+                        let lowest = (index..).find(|n| !plain.contains(n)).unwrap();
+                        prop_assert_eq!(inodes.allocate(file, index), lowest);
                         plain.insert(lowest);
                     }
                     _ => {
                         let lowest = (0..).find(|n| !plain.contains(n)).unwrap();
-                        prop_assert_eq!(inodes.take(file, 0), lowest);
+                        prop_assert_eq!(inodes.allocate(file, 0), lowest);
                         plain.insert(lowest);
                     }
                 }
-                let none = inodes.first.is_empty() && inodes.extra.is_empty();
+                let none = inodes.first_inodes.is_empty() && inodes.extra_inodes.is_empty();
                 prop_assert_eq!(none, plain.is_empty());
             }
         }
@@ -157,11 +163,11 @@ mod tests {
     #[test]
     fn a_million_occurrences_take_a_million_steps() {
         let (file, mut inodes) = (handle(), InodeAllocator::default());
-        for number in 0..1_000_000 {
-            assert_eq!(inodes.take(file, 0), number);
+        for index in 0..1_000_000 {
+            assert_eq!(inodes.allocate(file, 0), index);
         }
         inodes.free(file, 500_000);
-        assert_eq!(inodes.take(file, 0), 500_000);
-        assert_eq!(inodes.take(file, 0), 1_000_000);
+        assert_eq!(inodes.allocate(file, 0), 500_000);
+        assert_eq!(inodes.allocate(file, 0), 1_000_000);
     }
 }

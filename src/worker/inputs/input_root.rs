@@ -1,5 +1,5 @@
-//! The input root of an action that is about to run, runs or has run: from its lay-out to the end, when it goes back
-//! to the store to be cleaned and kept.
+//! The input root of an action that is about to run, runs or has run: from its lay-out to the end, when it is cleaned and
+//! becomes idle.
 
 use std::{
     os::fd::{AsFd, BorrowedFd},
@@ -19,42 +19,43 @@ use crate::worker::{
     fault::Fault,
 };
 
-/// A root for one action. Verified in the background when dropped.
+/// The input root of one action. When it is dropped, it is cleaned in the background.
 pub struct InputRoot {
     build_directory: Arc<WorkerBuildDirectory>,
     /// `None` only while being dropped.
     action_directory: Option<ActionDirectory>,
-    /// `None` when it is not used again.
-    pub(super) kept: Option<RootRecord>,
+    /// `None` when the root is not used again.
+    pub(super) record: Option<RootRecord>,
+    /// `RootPool::generation` when the root was made.
     generation: u64,
-    /// Of the cache, before it was laid out.
+    /// `FileCache::poll_modifications` before the root was chosen.
     modifications: u64,
-    /// Seconds since the epoch.
-    ready: i64,
+    /// When the command could start, in seconds since the epoch.
+    command_start_seconds: i64,
     reusable: bool,
-    /// Whether its files are copies for this action alone (`CreateMode::Copy`), which it may have changed.
+    /// Whether its files are copies for this action alone (`CreateMode::Copy`), which it may write to.
     pub(super) has_private_files: bool,
-    /// From when the command may start.
-    command: Option<FreeSpaceWatch>,
-    /// Inode numbers of what is the worker's though the action made it, in their order.
+    /// Watches the disk from when the command can start; `None` before.
+    free_space_watch: Option<FreeSpaceWatch>,
+    /// The inode numbers of what the worker adopted of what the action made, sorted.
     adopted_output_inodes: Vec<u64>,
 }
 
 impl InputRoot {
-    /// An empty root. Blocks.
+    /// A root with nothing in it. Blocks.
     pub fn empty(build_directory: &Arc<WorkerBuildDirectory>) -> std::io::Result<Self> {
         let modifications = build_directory.invalidate_if_cache_modified();
         let IdleRoot {
             action_directory,
-            kept,
+            record,
             generation,
         } = build_directory.take_root(None)?;
         let mut root = InputRoot::new(build_directory, action_directory, generation, modifications);
-        root.kept = Some(kept);
+        root.record = Some(record);
         Ok(root)
     }
 
-    /// A root of whose files nothing is known.
+    /// A root that has no record yet.
     pub(super) fn new(
         build_directory: &Arc<WorkerBuildDirectory>,
         action_directory: ActionDirectory,
@@ -64,21 +65,21 @@ impl InputRoot {
         InputRoot {
             build_directory: build_directory.clone(),
             action_directory: Some(action_directory),
-            kept: None,
+            record: None,
             generation,
             modifications,
-            ready: now(),
+            command_start_seconds: now(),
             reusable: true,
             has_private_files: false,
-            command: None,
+            free_space_watch: None,
             adopted_output_inodes: Vec::new(),
         }
     }
 
-    /// A command may start in it.
+    /// Says that from now on a command can start in the root.
     pub(super) fn begin(&mut self) {
-        self.command = Some(self.build_directory.free_space.watch());
-        self.ready = now();
+        self.free_space_watch = Some(self.build_directory.free_space.watch());
+        self.command_start_seconds = now();
     }
 
     fn action_directory(&self) -> &ActionDirectory {
@@ -86,7 +87,7 @@ impl InputRoot {
         present.expect("present until dropped")
     }
 
-    /// The name of the action's directory, in the build directory.
+    /// The name of the action's directory in the build directory.
     pub fn name(&self) -> &str {
         &self.action_directory().name
     }
@@ -105,19 +106,20 @@ impl InputRoot {
         self.action_directory().root.as_fd()
     }
 
-    /// A runner that failed may have let go of its lock while processes of the action live: no
-    /// other action gets this directory.
+    /// Has no other action get this directory: a runner that failed may have let go of its lock while processes of the
+    /// action live.
     pub fn discard_after_use(&mut self) {
         self.reusable = false;
     }
 
-    /// The files with these inode numbers, which the action made, may be the worker's now.
+    /// Tells which files of those that the action made the worker may have adopted, by their inode numbers.
     pub fn set_adopted_output_inodes(&mut self, mut inodes: Vec<u64>) {
         inodes.sort_unstable();
         self.adopted_output_inodes = inodes;
     }
 
-    /// The action ran as root or as the worker, and may have changed anything in place (I2 Credentials). Blocks.
+    /// Throws this root and all idle ones away, and has none kept for a while: the action ran as root or as the worker,
+    /// and may have changed anything in place (I2 Credentials). Blocks.
     pub fn discard_all_after_privileged_action(&mut self) {
         self.reusable = false;
         self.build_directory
@@ -129,7 +131,11 @@ impl InputRoot {
     /// Whether what the command found and left can be relied on: nobody but the worker changed files of
     /// the cache since the root was chosen, and the disk was never full. Blocks.
     pub fn check(&self) -> Result<(), Fault> {
-        if let Some(fault) = self.command.as_ref().and_then(FreeSpaceWatch::fault) {
+        if let Some(fault) = self
+            .free_space_watch
+            .as_ref()
+            .and_then(FreeSpaceWatch::fault)
+        {
             return Err(fault);
         }
         match self.build_directory.cache.poll_modifications() == self.modifications {
@@ -169,7 +175,7 @@ impl InputRoot {
         blocking("lock an action's directory", lock).await == Ok(true)
     }
 
-    /// What is left to do when the action has ended. Blocks, and nobody needs to wait for it.
+    /// What is left to do when the action has ended; a call of it blocks, and nobody needs to wait for it.
     pub fn into_cleaning(mut self) -> impl FnOnce() + Send + use<> {
         let cleaning = self.begin_cleaning();
         move || cleaning.into_iter().for_each(|cleaning| cleaning())
@@ -182,9 +188,9 @@ impl InputRoot {
         // A thread that panics may not have told what it took over.
         let reusable = self.reusable && !std::thread::panicking();
         let used = UsedRoot {
-            kept: self.kept.take().filter(|_| reusable),
+            record: self.record.take().filter(|_| reusable),
             generation: self.generation,
-            ready: self.ready,
+            command_start_seconds: self.command_start_seconds,
             adopted_output_inodes: std::mem::take(&mut self.adopted_output_inodes),
         };
         Some(move || build_directory.clean(action_directory, used))
@@ -199,6 +205,7 @@ impl Drop for InputRoot {
     }
 }
 
+/// Seconds since the epoch.
 fn now() -> i64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     now.map_or(0, |time| time.as_secs() as i64)

@@ -1,4 +1,4 @@
-//! Performing a plan.
+//! Performs a plan: turns one directory tree on disk into another one.
 //!
 //! 1. Removals come first, everywhere in the root; then a directory's own changes, then its
 //!    baseline (I6 Baseline), then what is below.
@@ -18,81 +18,91 @@ use super::{
     file_cache::{CreateMode, FileCache, FileKey, InputFileKind, PinnedFiles},
     inode_allocator::InodeAllocator,
     merkle_tree::Tree,
-    plan::{self, Child, EntrySource, LayOutPlan, NewDirectory, Origin, Rewrite},
-    root_pool::{RootPool, StashedTree},
+    plan::{self, DirectorySource, EntrySource, LayOutPlan, NewDirectory, Rewrite, SubtreeSource},
+    root_pool::RootPool,
     root_record::{self, DirectoryFd, DirectoryRecord, RootRecord},
+    subtree_stash::StashedSubtree,
 };
 
-/// From so many links on a second thread helps.
+/// From so many files to create on, a second thread helps.
 const WORTH_A_THREAD: usize = 500;
 
 /// Why a plan could not be performed.
 pub(super) enum LayOutError {
-    /// Gone from the cache.
+    /// These files should be in the cache, and are gone from it.
     MissingFiles(Vec<FileKey>),
-    /// At this name.
+    /// The error came up at the entry with this name.
     Disk(String, io::Error),
 }
 
-pub(super) fn at(name: &str) -> impl FnOnce(rustix::io::Errno) -> LayOutError {
+/// Turns an error number into the error of an entry.
+pub(super) fn error_at(name: &str) -> impl FnOnce(rustix::io::Errno) -> LayOutError {
     move |error| LayOutError::Disk(name.to_owned(), error.into())
 }
 
-/// A directory some of whose children are yet to come.
+/// A directory that is laid out, but not all of its subdirectories.
 struct PartialDirectory {
-    kept: DirectoryRecord,
+    record: DirectoryRecord,
     children: Vec<LaidOutChild>,
 }
 
+/// How far a subdirectory is laid out.
 enum LaidOutChild {
     Whole(DirectoryRecord),
     Partial(Box<PartialDirectory>),
-    /// Which of those that are made.
+    /// A directory that is made, and still empty: an index of `LayOut::new_directories`.
     Pending(u32),
 }
 
-/// A directory between removals and additions.
+/// A directory that stays, when all that is not wanted is removed and nothing is added yet.
 struct PrunedDirectory {
-    kept: DirectoryRecord,
+    record: DirectoryRecord,
     rewrite: Rewrite,
-    children: Vec<PrunedChild>,
+    children: Vec<PrunedDirectorySource>,
 }
 
-enum PrunedChild {
+/// A `DirectorySource`, with the records of the directories that stay.
+enum PrunedDirectorySource {
     Unchanged(DirectoryRecord),
     Pruned(Box<PrunedDirectory>),
-    New(Origin),
+    New(SubtreeSource),
 }
 
-/// What a root is laid out with.
+/// What laying out roots needs of the build directory.
 #[derive(Clone, Copy)]
 pub(super) struct LayOutContext<'a> {
     pub root_pool: &'a RootPool,
     pub cache: &'a Arc<FileCache>,
     pub threads: usize,
-    /// The root's, and so of what is taken out of it: that may be older than what invalidated all.
+    /// The generation of the root, with which subtrees that are taken out of it are stashed. When everything was
+    /// invalidated since the root was made, they are thrown away instead.
     pub generation: u64,
 }
 
+/// A plan that is being performed.
 pub(super) struct LayOut<'a> {
     pub context: LayOutContext<'a>,
-    /// Whether the root is kept, and so what is made is remembered.
+    /// Whether the root is kept after its action, so that a record of it is needed.
     keep: bool,
     pub create_mode: CreateMode,
+    /// Which inodes of cached files the root links.
     pub inodes: Mutex<InodeAllocator>,
-    /// Taken from before the index of the cache is locked.
+    /// The cached files that the plan needs. This lock is taken before that of the cache's index.
     pub pinned: Mutex<PinnedFiles>,
-    made: Vec<NewDirectory>,
-    pub taken: Mutex<Vec<Option<StashedTree>>>,
-    pub dropped: Mutex<Vec<Option<StashedTree>>>,
+    new_directories: Vec<NewDirectory>,
+    /// The subtrees that the plan takes out of the stash; `None` once one is in its place.
+    pub unstashed: Mutex<Vec<Option<StashedSubtree>>>,
+    /// The subtrees that the plan drops, by `DroppedSubtree::dropped_index`; `None` before one is taken out of the
+    /// root, when it was empty, and when it is in another place of the root again.
+    pub dropped: Mutex<Vec<Option<StashedSubtree>>>,
     pub queue: Mutex<JobQueue>,
     changed: Condvar,
-    /// For each of `made`.
+    /// What is laid out of each of `new_directories`.
     results: Mutex<Vec<Option<PartialDirectory>>>,
 }
 
-/// A thread that may yet add jobs. Whoever waits for some learns when it is no more, also by a panic: else
-/// the others would wait for ever, and the panic would be told nobody.
+/// Counts a thread that may yet add jobs. Whoever waits for jobs learns when it is done, also by a panic: else the
+/// others would wait for ever, and nobody would be told of the panic.
 struct WorkingGuard<'a, 'b>(&'a LayOut<'b>);
 
 impl<'a, 'b> WorkingGuard<'a, 'b> {
@@ -109,23 +119,27 @@ impl Drop for WorkingGuard<'_, '_> {
     }
 }
 
+/// New directories that are made, and are to be filled.
 #[derive(Default)]
 pub(super) struct JobQueue {
-    /// The last first: so only the ancestors of what is worked on must be open.
+    /// For each its parent, its index in `LayOut::new_directories`, and its name. The last is taken first: so only the
+    /// ancestors of what is worked on must be open.
     jobs: Vec<(Arc<DirectoryFd>, u32, String)>,
-    /// Threads that may yet add jobs.
+    /// How many threads may yet add jobs.
     working: usize,
+    /// Files that are gone from the cache.
     pub missing: Vec<FileKey>,
+    /// The first error that was another one.
     failed: Option<LayOutError>,
 }
 
 impl<'a> LayOutContext<'a> {
-    /// Turns a root into another one. What was dropped goes to the idle roots. When not to `keep`, no
-    /// model comes back, and no more directories are open than must be.
+    /// Turns a root into another one, and stashes what is dropped from it. Unless the root is to be kept (`keep`), no
+    /// record comes back, and no more directories are open than must be.
     pub(super) fn perform(
         &self,
         root: RootRecord,
-        mut plan: LayOutPlan<StashedTree>,
+        mut plan: LayOutPlan<StashedSubtree>,
         pinned: PinnedFiles,
         keep: bool,
         create_mode: CreateMode,
@@ -133,32 +147,33 @@ impl<'a> LayOutContext<'a> {
         let Some(rewrite) = plan.rewrite.take() else {
             return Ok(keep.then_some(root));
         };
-        let (moved, links) = (std::mem::take(&mut plan.moved), plan.links.len());
+        let (moved, files) = (std::mem::take(&mut plan.moved), plan.files_to_create.len());
         let RootRecord { top, inodes, .. } = root;
         let lay_out = LayOut::new(*self, plan, pinned, inodes, keep, create_mode);
-        let result = lay_out.run(top, rewrite, &moved, links);
+        let result = lay_out.run(top, rewrite, &moved, files);
         let LayOut {
             inodes,
-            taken,
+            unstashed,
             dropped,
             ..
         } = lay_out;
         let dropped = dropped.into_inner().into_iter().flatten();
         self.root_pool.add_stashed(dropped);
-        // After an error: it may have been changed.
-        for stashed in taken.into_inner().into_iter().flatten() {
+        // What is still here after an error may have been changed.
+        for stashed in unstashed.into_inner().into_iter().flatten() {
             self.root_pool.delete_stashed(stashed);
         }
-        let kept = result?.map(|top| RootRecord {
+        let record = result?.map(|top| RootRecord {
             top,
             inodes: inodes.into_inner(),
             create_mode,
         });
-        Ok(kept)
+        Ok(record)
     }
 
-    /// Makes a directory that an action removed, with all that is in it.
-    pub(super) fn make_again(
+    /// Makes a whole subtree at a name that is free, because an action removed what the root had there, or the worker
+    /// did, since the directory was oversized.
+    pub(super) fn make_subtree(
         &self,
         parent: BorrowedFd<'_>,
         name: &str,
@@ -166,34 +181,34 @@ impl<'a> LayOutContext<'a> {
         inodes: &mut InodeAllocator,
         create_mode: CreateMode,
     ) -> Result<DirectoryRecord, LayOutError> {
-        let plan = plan::fresh(node);
-        let pinned = self.cache.pin(&plan.links);
+        let plan = plan::plan_from_empty(node);
+        let pinned = self.cache.pin(&plan.files_to_create);
         let pinned = pinned.map_err(|error| LayOutError::Disk(name.to_owned(), error))?;
         // On an error the whole root is given up.
         let inodes_before = std::mem::take(inodes);
         let lay_out = LayOut::new(*self, plan, pinned, inodes_before, true, create_mode);
-        make(parent, name)?;
+        make_directory(parent, name)?;
         let fd = self
             .root_pool
             .open_directory(parent, name)
-            .map_err(at(name))?;
+            .map_err(error_at(name))?;
         let mut buffer = String::new();
-        lay_out.fill(0, Arc::new(fd), &mut buffer)?;
+        lay_out.fill_directory(0, Arc::new(fd), &mut buffer)?;
         lay_out.work(&mut buffer);
         lay_out.outcome()?;
         *inodes = lay_out.inodes.into_inner();
-        Ok(assemble_made(0, &mut lay_out.results.into_inner()))
+        Ok(assemble_new(0, &mut lay_out.results.into_inner()))
     }
 }
 
-fn make(parent: BorrowedFd<'_>, name: &str) -> Result<(), LayOutError> {
-    rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o777)).map_err(at(name))
+fn make_directory(parent: BorrowedFd<'_>, name: &str) -> Result<(), LayOutError> {
+    rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o777)).map_err(error_at(name))
 }
 
 impl<'a> LayOut<'a> {
     fn new(
         context: LayOutContext<'a>,
-        plan: LayOutPlan<StashedTree>,
+        plan: LayOutPlan<StashedSubtree>,
         pinned: PinnedFiles,
         inodes: InodeAllocator,
         keep: bool,
@@ -205,12 +220,12 @@ impl<'a> LayOut<'a> {
             create_mode,
             inodes: Mutex::new(inodes),
             pinned: Mutex::new(pinned),
-            taken: Mutex::new(plan.taken.into_iter().map(Some).collect()),
-            dropped: Mutex::new((0..plan.dropped).map(|_| None).collect()),
+            unstashed: Mutex::new(plan.unstashed.into_iter().map(Some).collect()),
+            dropped: Mutex::new((0..plan.dropped_count).map(|_| None).collect()),
             queue: Mutex::default(),
             changed: Condvar::new(),
-            results: Mutex::new(plan.made.iter().map(|_| None).collect()),
-            made: plan.made,
+            results: Mutex::new(plan.new_directories.iter().map(|_| None).collect()),
+            new_directories: plan.new_directories,
         }
     }
 
@@ -219,18 +234,18 @@ impl<'a> LayOut<'a> {
         root: DirectoryRecord,
         rewrite: Rewrite,
         moved: &[u32],
-        links: usize,
+        files_to_create: usize,
     ) -> Result<Option<DirectoryRecord>, LayOutError> {
         let pruned = self.remove(root, rewrite)?;
         let mut buffer = String::new();
         self.resolve_inode_conflicts(moved, &mut buffer)?;
-        let helpers = match links >= WORTH_A_THREAD {
+        let more_threads = match files_to_create >= WORTH_A_THREAD {
             true => self.context.threads.saturating_sub(1),
             false => 0,
         };
         let adding = WorkingGuard::new(self, &mut self.queue.lock());
         let partial = std::thread::scope(|scope| {
-            for _ in 0..helpers {
+            for _ in 0..more_threads {
                 scope.spawn(|| self.work(&mut String::new()));
             }
             let partial = self.add(pruned, &mut buffer);
@@ -247,6 +262,7 @@ impl<'a> LayOut<'a> {
             .then(|| assemble(partial, &mut self.results.lock())))
     }
 
+    /// Whether all jobs went well.
     fn outcome(&self) -> Result<(), LayOutError> {
         let mut queue = self.queue.lock();
         if let Some(error) = queue.failed.take() {
@@ -263,23 +279,24 @@ impl<'a> LayOut<'a> {
     /// Unlinks and stashes what is not wanted, in the whole root.
     fn remove(
         &self,
-        mut kept: DirectoryRecord,
+        mut record: DirectoryRecord,
         mut rewrite: Rewrite,
     ) -> Result<PrunedDirectory, LayOutError> {
-        let directory = kept.node.directory.clone();
-        let fd = kept.fd.clone();
+        let directory = record.node.directory.clone();
+        let fd = record.fd.clone();
         for &i in &rewrite.dropped_files {
-            if let InputFileKind::HardLink(file, number) = kept.files.list[i as usize].kind() {
-                self.inodes.lock().free(file, number);
+            if let InputFileKind::HardLink(file, inode_index) = record.files.list[i as usize].kind()
+            {
+                self.inodes.lock().free(file, inode_index);
             }
             let name = directory.files[i as usize].name.as_str();
-            rustix::fs::unlinkat(&*fd, name, AtFlags::empty()).map_err(at(name))?;
+            rustix::fs::unlinkat(&*fd, name, AtFlags::empty()).map_err(error_at(name))?;
         }
         for &i in &rewrite.dropped_symlinks {
             let name = directory.symlinks[i as usize].0.as_str();
-            rustix::fs::unlinkat(&*fd, name, AtFlags::empty()).map_err(at(name))?;
+            rustix::fs::unlinkat(&*fd, name, AtFlags::empty()).map_err(error_at(name))?;
         }
-        let mut children: Vec<Option<DirectoryRecord>> = std::mem::take(&mut kept.children)
+        let mut children: Vec<Option<DirectoryRecord>> = std::mem::take(&mut record.children)
             .into_iter()
             .map(Some)
             .collect();
@@ -290,7 +307,7 @@ impl<'a> LayOut<'a> {
                 continue;
             };
             if child.node.entries == 0 {
-                rustix::fs::unlinkat(&*fd, name, AtFlags::REMOVEDIR).map_err(at(name))?;
+                rustix::fs::unlinkat(&*fd, name, AtFlags::REMOVEDIR).map_err(error_at(name))?;
                 continue;
             }
             let stashed = self
@@ -303,8 +320,8 @@ impl<'a> LayOut<'a> {
                     self.create_mode,
                     self.context.generation,
                 )
-                .map_err(at(name))?;
-            self.dropped.lock()[dropped.number as usize] = Some(stashed);
+                .map_err(error_at(name))?;
+            self.dropped.lock()[dropped.dropped_index as usize] = Some(stashed);
         }
         let stale = |name: &str| LayOutError::Disk(name.to_owned(), io::ErrorKind::NotFound.into());
         let mut pruned = Vec::with_capacity(rewrite.children.len());
@@ -318,121 +335,123 @@ impl<'a> LayOut<'a> {
                     .ok_or_else(|| stale(entry.0.as_str()))
             };
             pruned.push(match child {
-                Child::Unchanged(i) => PrunedChild::Unchanged(take(i)?),
-                Child::Rewritten(i, rewrite) => {
-                    PrunedChild::Pruned(Box::new(self.remove(take(i)?, *rewrite)?))
+                DirectorySource::Unchanged(i) => PrunedDirectorySource::Unchanged(take(i)?),
+                DirectorySource::Rewritten(i, rewrite) => {
+                    PrunedDirectorySource::Pruned(Box::new(self.remove(take(i)?, *rewrite)?))
                 }
-                Child::New(origin) => PrunedChild::New(origin),
+                DirectorySource::New(source) => PrunedDirectorySource::New(source),
             });
         }
         Ok(PrunedDirectory {
-            kept,
+            record,
             rewrite,
             children: pruned,
         })
     }
 
-    /// Adds what is wanted to directories that were there, and makes jobs of the others.
+    /// Adds what is wanted to directories that stay, and makes jobs of the new ones in them.
     fn add(
         &self,
         pruned: PrunedDirectory,
         buffer: &mut String,
     ) -> Result<PartialDirectory, LayOutError> {
         let PrunedDirectory {
-            mut kept,
+            mut record,
             rewrite,
-            children,
+            children: sources,
         } = pruned;
-        let fd = kept.fd.clone();
+        let fd = record.fd.clone();
         let directory = rewrite.node.directory.clone();
         let new = |source: &EntrySource| *source == EntrySource::New;
-        let wanted = directory.files.iter().zip(&rewrite.files);
-        let wanted = wanted
+        let new_entries = directory.files.iter().zip(&rewrite.files);
+        let new_entries = new_entries
             .filter(|(_, source)| new(source))
-            .map(|(file, _)| file);
-        let keys = wanted.clone().map(|file| file.key);
-        let mut fresh = self.take_files(rewrite.first_link, keys)?;
-        for (file, link) in wanted.zip(&mut fresh.list) {
-            self.link(fd.as_fd(), &file.key, file.name.as_str(), link, buffer)?;
+            .map(|(entry, _)| entry);
+        let keys = new_entries.clone().map(|entry| entry.key);
+        let mut new_files = self.take_files(rewrite.first_file, keys)?;
+        for (entry, file) in new_entries.zip(&mut new_files.list) {
+            self.create_file(fd.as_fd(), &entry.key, entry.name.as_str(), file, buffer)?;
         }
-        let mut added = std::mem::take(&mut fresh.list).into_iter();
-        let old = std::mem::take(&mut kept.files.list);
+        let mut added = std::mem::take(&mut new_files.list).into_iter();
+        let old = std::mem::take(&mut record.files.list);
         let files = rewrite.files.iter().filter_map(|source| match source {
             EntrySource::Unchanged(i) => old.get(*i as usize).copied(),
             EntrySource::New => added.next(),
         });
         let gone = rewrite.dropped_files.iter().map(|i| old[*i as usize]);
-        kept.files.replace(gone, files.collect());
+        record.files.replace(gone, files.collect());
         let mut symlinks = Vec::with_capacity(directory.symlinks.len());
         for ((name, target), source) in directory.symlinks.iter().zip(&rewrite.symlinks) {
             symlinks.push(match source {
-                EntrySource::Unchanged(i) => kept.symlinks[*i as usize],
-                EntrySource::New => make_symlink(fd.as_fd(), name.as_str(), target)?,
+                EntrySource::Unchanged(i) => record.symlinks[*i as usize],
+                EntrySource::New => create_symlink(fd.as_fd(), name.as_str(), target)?,
             });
         }
-        kept.symlinks = symlinks.into();
-        kept.node = rewrite.node;
-        let mut stays = Vec::with_capacity(children.len());
+        record.symlinks = symlinks.into();
+        record.node = rewrite.node;
+        let mut children = Vec::with_capacity(sources.len());
         let mut below = Vec::new();
-        for (child, (name, _)) in children.into_iter().zip(&directory.directories) {
+        for (source, (name, _)) in sources.into_iter().zip(&directory.directories) {
             let name = name.as_str();
-            match child {
-                PrunedChild::Unchanged(kept) => stays.push(LaidOutChild::Whole(kept)),
-                PrunedChild::New(origin) => stays.push(self.place_subtree(&fd, name, origin)?),
-                PrunedChild::Pruned(pruned) => {
-                    below.push((stays.len(), pruned));
+            match source {
+                PrunedDirectorySource::Unchanged(record) => {
+                    children.push(LaidOutChild::Whole(record))
+                }
+                PrunedDirectorySource::New(source) => {
+                    children.push(self.place_subtree(&fd, name, source)?)
+                }
+                PrunedDirectorySource::Pruned(pruned) => {
+                    below.push((children.len(), pruned));
                     // A place for it.
-                    stays.push(LaidOutChild::Pending(u32::MAX));
+                    children.push(LaidOutChild::Pending(u32::MAX));
                 }
             }
         }
-        let (_, baseline) = root_record::record_baseline(fd.as_fd()).map_err(at("."))?;
-        kept.baseline = Some(baseline);
-        self.enqueue(&fd, &directory.directories, &stays);
+        let (_, baseline) = root_record::record_baseline(fd.as_fd()).map_err(error_at("."))?;
+        record.baseline = Some(baseline);
+        self.enqueue(&fd, &directory.directories, &children);
         for (i, pruned) in below {
-            stays[i] = LaidOutChild::Partial(Box::new(self.add(*pruned, buffer)?));
+            children[i] = LaidOutChild::Partial(Box::new(self.add(*pruned, buffer)?));
         }
-        Ok(PartialDirectory {
-            kept,
-            children: stays,
-        })
+        Ok(PartialDirectory { record, children })
     }
 
-    /// A subtree comes to its place, or at least its directory.
+    /// Moves a subtree to its place, or makes its directory there.
     fn place_subtree(
         &self,
         fd: &DirectoryFd,
         name: &str,
-        origin: Origin,
+        source: SubtreeSource,
     ) -> Result<LaidOutChild, LayOutError> {
-        let stashed = match origin {
-            Origin::NewDirectory(i) => {
-                make(fd.as_fd(), name)?;
+        let stashed = match source {
+            SubtreeSource::NewDirectory(i) => {
+                make_directory(fd.as_fd(), name)?;
                 return Ok(LaidOutChild::Pending(i));
             }
-            Origin::Stashed(i) => self.taken.lock()[i as usize].take(),
-            Origin::Moved(i) => self.dropped.lock()[i as usize].take(),
+            SubtreeSource::Stashed(i) => self.unstashed.lock()[i as usize].take(),
+            SubtreeSource::Moved(i) => self.dropped.lock()[i as usize].take(),
         };
         let lost = || LayOutError::Disk(name.to_owned(), io::ErrorKind::NotFound.into());
         let stashed = stashed.ok_or_else(lost)?;
-        let kept = self
+        let record = self
             .context
             .root_pool
             .unstash(stashed, fd.as_fd(), name)
-            .map_err(at(name))?;
-        Ok(LaidOutChild::Whole(kept))
+            .map_err(error_at(name))?;
+        Ok(LaidOutChild::Whole(record))
     }
 
+    /// Makes jobs of those children of a directory that are to be filled.
     fn enqueue(
         &self,
         fd: &Arc<DirectoryFd>,
         names: &[(crate::path::Component, crate::digest::Digest)],
-        stays: &[LaidOutChild],
+        children: &[LaidOutChild],
     ) {
-        let mut jobs: Vec<_> = stays
+        let mut jobs: Vec<_> = children
             .iter()
             .zip(names)
-            .filter_map(|(stay, (name, _))| match stay {
+            .filter_map(|(child, (name, _))| match child {
                 LaidOutChild::Pending(i) if *i != u32::MAX => {
                     Some((fd.clone(), *i, name.as_str().to_owned()))
                 }
@@ -445,9 +464,10 @@ impl<'a> LayOut<'a> {
         }
     }
 
+    /// Does jobs until there are none, and no thread may add one.
     fn work(&self, buffer: &mut String) {
         loop {
-            let (_working, (parent, made, name)) = {
+            let (_working, (parent, directory_index, name)) = {
                 let mut queue = self.queue.lock();
                 loop {
                     if queue.failed.is_some() {
@@ -466,8 +486,8 @@ impl<'a> LayOut<'a> {
                 .context
                 .root_pool
                 .open_directory(&*parent, &name)
-                .map_err(at(&name))
-                .and_then(|fd| self.fill(made, Arc::new(fd), buffer));
+                .map_err(error_at(&name))
+                .and_then(|fd| self.fill_directory(directory_index, Arc::new(fd), buffer));
             match filled {
                 Ok(()) => {}
                 Err(LayOutError::MissingFiles(keys)) => self.queue.lock().missing.extend(keys),
@@ -478,42 +498,42 @@ impl<'a> LayOut<'a> {
         }
     }
 
-    /// Everything of one directory that was just made, but what is below.
-    fn fill(
+    /// Makes everything in one directory that was just made, and jobs of the new directories in it.
+    fn fill_directory(
         &self,
-        made: u32,
+        directory_index: u32,
         fd: Arc<DirectoryFd>,
         buffer: &mut String,
     ) -> Result<(), LayOutError> {
         let NewDirectory {
             node,
-            first_link,
-            children,
-        } = &self.made[made as usize];
+            first_file,
+            children: sources,
+        } = &self.new_directories[directory_index as usize];
         let directory = &node.directory;
-        let mut stays = Vec::with_capacity(children.len());
-        for (origin, (name, _)) in children.iter().zip(&directory.directories) {
-            stays.push(self.place_subtree(&fd, name.as_str(), *origin)?);
+        let mut children = Vec::with_capacity(sources.len());
+        for (source, (name, _)) in sources.iter().zip(&directory.directories) {
+            children.push(self.place_subtree(&fd, name.as_str(), *source)?);
         }
         let keys = directory.files.iter().map(|file| file.key);
-        let mut files = match self.take_files(*first_link, keys) {
+        let mut files = match self.take_files(*first_file, keys) {
             Ok(files) => files,
             Err(error) => {
-                self.enqueue(&fd, &directory.directories, &stays);
+                self.enqueue(&fd, &directory.directories, &children);
                 return Err(error);
             }
         };
-        for (file, link) in directory.files.iter().zip(&mut files.list) {
-            self.link(fd.as_fd(), &file.key, file.name.as_str(), link, buffer)?;
+        for (entry, file) in directory.files.iter().zip(&mut files.list) {
+            self.create_file(fd.as_fd(), &entry.key, entry.name.as_str(), file, buffer)?;
         }
         let mut symlinks = Vec::with_capacity(directory.symlinks.len());
         for (name, target) in &directory.symlinks {
-            symlinks.push(make_symlink(fd.as_fd(), name.as_str(), target)?);
+            symlinks.push(create_symlink(fd.as_fd(), name.as_str(), target)?);
         }
-        let (inode, baseline) = root_record::record_baseline(fd.as_fd()).map_err(at("."))?;
-        self.enqueue(&fd, &directory.directories, &stays);
+        let (inode, baseline) = root_record::record_baseline(fd.as_fd()).map_err(error_at("."))?;
+        self.enqueue(&fd, &directory.directories, &children);
         if self.keep {
-            let kept = DirectoryRecord {
+            let record = DirectoryRecord {
                 node: node.clone(),
                 fd,
                 inode,
@@ -522,43 +542,47 @@ impl<'a> LayOut<'a> {
                 symlinks: symlinks.into(),
                 children: Vec::new(),
             };
-            self.results.lock()[made as usize] = Some(PartialDirectory {
-                kept,
-                children: stays,
-            });
+            let partial = PartialDirectory { record, children };
+            self.results.lock()[directory_index as usize] = Some(partial);
         }
         Ok(())
     }
 }
 
-/// Returns its inode number.
-pub(super) fn make_symlink(
+/// Creates a symbolic link; returns its inode number.
+pub(super) fn create_symlink(
     directory: BorrowedFd<'_>,
     name: &str,
     target: &str,
 ) -> Result<u64, LayOutError> {
-    rustix::fs::symlinkat(target, directory, name).map_err(at(name))?;
+    rustix::fs::symlinkat(target, directory, name).map_err(error_at(name))?;
     let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW);
-    Ok(stat.map_err(at(name))?.st_ino)
+    Ok(stat.map_err(error_at(name))?.st_ino)
 }
 
+/// Puts a directory that is laid out together with the results of the jobs below it.
 fn assemble(
     partial: PartialDirectory,
     results: &mut [Option<PartialDirectory>],
 ) -> DirectoryRecord {
-    let PartialDirectory { mut kept, children } = partial;
-    kept.children = children
+    let PartialDirectory {
+        mut record,
+        children,
+    } = partial;
+    record.children = children
         .into_iter()
-        .map(|stay| match stay {
-            LaidOutChild::Whole(kept) => kept,
+        .map(|child| match child {
+            LaidOutChild::Whole(record) => record,
             LaidOutChild::Partial(partial) => assemble(*partial, results),
-            LaidOutChild::Pending(i) => assemble_made(i, results),
+            LaidOutChild::Pending(i) => assemble_new(i, results),
         })
         .collect();
-    kept
+    record
 }
 
-fn assemble_made(made: u32, results: &mut [Option<PartialDirectory>]) -> DirectoryRecord {
-    let partial = results[made as usize].take().expect("every job ended well");
+fn assemble_new(directory_index: u32, results: &mut [Option<PartialDirectory>]) -> DirectoryRecord {
+    let partial = results[directory_index as usize]
+        .take()
+        .expect("every job ended well");
     assemble(partial, results)
 }

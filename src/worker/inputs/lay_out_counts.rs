@@ -1,4 +1,4 @@
-//! What laying out cost, for the log.
+//! What laying out cost, for the log and for metrics.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -7,17 +7,19 @@ use std::{
 
 use super::{merkle_tree::Node, plan::LayOutPlan};
 
-/// What was done since the start.
+/// What was done to lay out input roots since the start. Plans count before they are performed.
 #[derive(Debug, Default)]
 pub struct LayOutCounts {
     pub roots: AtomicU64,
-    /// Entries of all roots, and those of them that had to be made.
+    /// The files, directories and symbolic links of all these roots.
     pub entries: AtomicU64,
-    pub links: AtomicU64,
-    /// Directories that were made, and those that came from the idle roots with all that is in them.
-    pub made: AtomicU64,
+    /// The files that plans had to create; neither empty ones nor symbolic links are among them.
+    pub created_files: AtomicU64,
+    /// The directories that plans had to make.
+    pub new_directories: AtomicU64,
+    /// The subtrees that plans took out of the stash, with all that is in them.
     pub unstashed: AtomicU64,
-    /// Spent on planning and laying out.
+    /// The time spent on planning and laying out.
     pub nanoseconds: AtomicU64,
 }
 
@@ -29,8 +31,8 @@ impl std::fmt::Display for LayOutCounts {
             "{} input roots with {} entries: linked {} files, made {} directories, used {} stashed subtrees, in {} ms",
             of(&self.roots),
             of(&self.entries),
-            of(&self.links),
-            of(&self.made),
+            of(&self.created_files),
+            of(&self.new_directories),
             of(&self.unstashed),
             of(&self.nanoseconds) / 1_000_000,
         )
@@ -44,9 +46,9 @@ impl LayOutCounts {
         };
         add(&self.roots, 1);
         add(&self.entries, tree.entries);
-        add(&self.links, plan.links.len() as u64);
-        add(&self.made, plan.made.len() as u64);
-        add(&self.unstashed, plan.taken.len() as u64);
+        add(&self.created_files, plan.files_to_create.len() as u64);
+        add(&self.new_directories, plan.new_directories.len() as u64);
+        add(&self.unstashed, plan.unstashed.len() as u64);
     }
 
     pub fn add_time(&self, spent: Duration) {

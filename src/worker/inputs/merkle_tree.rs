@@ -17,22 +17,23 @@ use crate::{
     worker::fault::Fault,
 };
 
-/// A whole input root, or a part of one.
+/// The tree of a whole input root, or of a directory in one.
 pub type Tree = Arc<Node>;
 
+/// A directory of a tree, with all beneath it.
 #[derive(Debug)]
 pub struct Node {
     pub digest: Digest,
     pub directory: Arc<Directory>,
-    /// For each of `directory.directories` its node.
+    /// The node of each of `directory.directories`.
     pub children: Box<[Tree]>,
-    /// Files, directories and symbolic links beneath, with repetitions.
+    /// How many files, directories and symbolic links are beneath it, with repetitions.
     pub entries: u64,
-    /// Directories, itself included.
+    /// How many directories there are, this one included.
     pub directories: u64,
-    /// Directories below one another, itself included.
+    /// How many directories are below one another, this one included.
     pub depth: u32,
-    /// Whether anything in it has modes or times of its own.
+    /// Whether a client gives modes or times to anything in it.
     pub has_properties: bool,
 }
 
@@ -56,7 +57,7 @@ impl Node {
         node
     }
 
-    /// An empty directory.
+    /// The tree of an empty directory.
     pub fn empty() -> Tree {
         let digest = DigestFunction::Sha256.empty();
         Arc::new(Node::new(digest, Arc::default(), Box::default()))
@@ -82,7 +83,7 @@ impl Node {
         files.map(|file| file.key).collect()
     }
 
-    /// Where a file with this content is.
+    /// The path of a file with this content.
     pub fn path_of(&self, digest: &Digest) -> Option<String> {
         let nodes = self.nodes();
         let mut parents: HashMap<Digest, (&Node, &str)> = HashMap::new();
@@ -113,8 +114,8 @@ struct OpenNode<'a> {
     children: Vec<Tree>,
 }
 
-/// Everything reachable from `root` must be in `found`, or in `known` as a whole. Returns all new
-/// nodes too. Not recursive: depth is the client's.
+/// Builds the tree of `root`. Every Directory that can be reached from it must be in `found`, or in `known` as a whole
+/// tree. Returns all new nodes too. It is not recursive, since a client decides how deep the tree is.
 pub fn build(
     root: Digest,
     found: &HashMap<Digest, Arc<Directory>>,

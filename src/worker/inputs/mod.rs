@@ -4,7 +4,8 @@
 //! ```text
 //! BUILD_DIRECTORY/N/               the action directory: the worker's, 0700. The runner opens it for
 //!                                  the action's user while the action runs, and shuts it again
-//! BUILD_DIRECTORY/N/root/          the input root; every directory in it is the worker's, 0777
+//! BUILD_DIRECTORY/N/root/          the input root; every directory in it is 0777, and the worker's unless
+//!                                  its inputs are private
 //! BUILD_DIRECTORY/N/tmp/           0777
 //! BUILD_DIRECTORY/N/server_logs/   0777
 //! BUILD_DIRECTORY/N/home/          0777; the action's $HOME
@@ -21,19 +22,20 @@
 //!   had a name. Files of private inputs are the action's own; their roots are never kept.
 //! - I2 Credentials: actions run as users that are neither root nor the worker. When an action's
 //!   output tells otherwise, all is thrown away, and nothing is kept for a while (`reuse_suspension`).
-//! - I3 Directories: every directory of a root is the worker's, so that no action can change its
-//!   owner, mode or times; it may write to it because of its mode, behind the action directory.
+//! - I3 Directories: every directory of a root that is kept is the worker's, so that no action can change its
+//!   owner, mode or times; it may write to it because of its mode, behind the action directory. All directories of
+//!   roots of private inputs belong to the action's user; these roots are never kept.
 //! - I4 Nothing foreign stays: what an action made is removed before the next one gets the root.
-//! - I5 No process: roots are verified while the action directory's lock is held, which the runner holds
+//! - I5 No process: roots are cleaned while the action directory's lock is held, which the runner holds
 //!   for as long as a process of the action lives (flock(2)). The directory then has another name, so
 //!   that a call that arrives late at the runner finds nothing.
 //! - I6 Baseline: a directory's ctime is looked at after the worker's last change to it.
 //! - I7 Errors discard: after any error, a root and all that is known of it is thrown away.
 //! - I8 Distinct: no two files of a root are one inode, so that programs find separate files whatever
-//!   their content is. Reflinks and empty files are so by themselves. Of hard links, a root knows which
-//!   of the inodes of a cached file it has (`inode_allocator`), takes for one more occurrence the first one that
-//!   it does not have, and the cache makes it when it does not have it either. A subtree that leaves the
-//!   root gives its inodes back; one that comes into it takes its own along, and where the root has one
+//!   their content is. Reflinks and empty files are so by themselves. For hard links, a root knows which
+//!   of the inodes of a cached file it links (`inode_allocator`), takes for one more occurrence the first one that
+//!   it does not link, and the cache makes that when there is none. A subtree that leaves the
+//!   root frees its inodes; one that comes into it brings its own along, and where the root links one
 //!   of these already, that file is linked anew, to another inode, before the subtree is in its place.
 //!   So what stays in a root is not looked at; what comes or goes costs some nanoseconds a file, and at
 //!   most one link for each whose content the root has elsewhere: less than making the subtree.
@@ -43,23 +45,26 @@
 //! runner makes the action's user their owner, and nothing of the root is kept. So it is, too, where the client
 //! gives inputs modes or times.
 //!
-//! Verification happens in the background. How many roots wait for it is bounded; beyond that, actions
+//! Roots are cleaned in the background. How many are being cleaned is bounded; beyond that, actions
 //! wait.
 //!
 //! To be read in this order:
 //!
 //! - `prepare` is the whole way from a task to its root.
-//! - `directory_message` is a Directory message, `merkle_tree` a Merkle tree of them; `directory_cache` fetches them.
-//! - `file_cache` has the input files; both fetch by `batches`, which fit into memory.
+//! - `directory_message` is a Directory message, `merkle_tree` a tree of them; `directory_cache` fetches them.
+//! - `file_cache` has the input files. What is fetched for both is split into `batches`.
 //! - `plan` says how one tree becomes another.
-//! - `planned_root` chooses a root and lays it out: `lay_out` performs the plan, `assign_inodes` makes the files
-//!   in it, `inode_allocator` knows which inodes of cached files a root has; `set_node_properties` sets the modes and
-//!   times that a client gives.
-//! - `input_root` is what an action has; `action_directory` lies around it.
-//! - `worker_build_directory` is what roots share, and cleans them: `cleaning` reverts what the action did, by what
-//!   `root_record` knows of a root.
-//! - `root_pool` has what waits, `deletion` what is removed; `reuse_suspension`, `ctime_resolution` and `free_space_monitor` tell
-//!   whether roots may be kept, and commands started; `lay_out_counts` is for the log.
+//! - `planned_root` chooses a root and has it laid out: `lay_out` performs the plan, `assign_inodes` makes the files
+//!   in the root, for which `inode_allocator` knows which inodes of cached files it links; `set_node_properties` sets
+//!   the modes and times that a client gives; `lay_out_counts` counts all that.
+//! - `root_record` is what the worker knows of a root that it keeps.
+//! - `input_root` is what an action has; `action_directory` is the directory around it.
+//! - `worker_build_directory` is what roots share, and has used ones cleaned: `cleaning` makes a root what its record
+//!   says.
+//! - `root_pool` has the roots that are idle, and in `subtree_stash` the subtrees that no root has; `deletion` removes
+//!   what is thrown away.
+//! - `ctime_resolution` and `reuse_suspension` tell whether roots may be kept, and `free_space_monitor` whether commands
+//!   may start.
 
 mod action_directory;
 mod assign_inodes;
@@ -83,6 +88,7 @@ mod reuse_suspension;
 mod root_pool;
 mod root_record;
 mod set_node_properties;
+mod subtree_stash;
 mod worker_build_directory;
 
 pub use action_directory::LAST_PROCESS_TIMEOUT;

@@ -1,4 +1,4 @@
-//! PURE: how a directory tree becomes another one: what is unlinked, stashed, brought back, made.
+//! PURE: how a directory tree becomes another one: what is unlinked, stashed, unstashed, moved and made.
 //!
 //! 1. Equal digests are equal subtrees: nothing below them is looked at.
 //! 2. A plan is exact: it never makes what is there, and leaves nothing that is not wanted.
@@ -15,14 +15,14 @@ use super::{
 };
 use crate::{digest::Digest, path::Component};
 
-/// Costs, in units of about 4 microseconds.
-const LINK: u64 = 2;
+// What each costs, in units of about 4 microseconds.
+const CREATE_FILE: u64 = 2;
 const UNLINK: u64 = 1;
-const SYMLINK: u64 = 3;
-const MAKE: u64 = 6;
+const CREATE_SYMLINK: u64 = 3;
+const MAKE_DIRECTORY: u64 = 6;
 const MOVE: u64 = 3;
 
-/// Where an entry of the wanted directory comes from: it is there, at this index, or it is new.
+/// Where a file or symbolic link of the wanted directory comes from: it is there, at this index, or it is new.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntrySource {
     Unchanged(u32),
@@ -31,85 +31,93 @@ pub enum EntrySource {
 
 /// Where a subdirectory of the wanted directory comes from.
 #[derive(Debug)]
-pub enum Child {
+pub enum DirectorySource {
     Unchanged(u32),
     Rewritten(u32, Box<Rewrite>),
-    New(Origin),
+    New(SubtreeSource),
 }
 
 /// Where a whole subtree comes from that was not in this place before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Origin {
-    /// From the stash: which of `LayOutPlan::taken`.
+pub enum SubtreeSource {
+    /// From the stash: an index of `LayOutPlan::unstashed`.
     Stashed(u32),
-    /// From elsewhere in the root: its number among what is removed.
+    /// From elsewhere in the root: a `DroppedSubtree::dropped_index`.
     Moved(u32),
-    /// Which of `LayOutPlan::made`.
+    /// Made from empty: an index of `LayOutPlan::new_directories`.
     NewDirectory(u32),
 }
 
-/// A directory that stays, with other entries.
+/// What becomes of a directory that stays, and is to have other entries.
 #[derive(Debug)]
 pub struct Rewrite {
     pub node: Tree,
-    /// For each file of `node`; likewise the others.
+    /// One for each file of `node`; likewise for symbolic links and directories.
     pub files: Vec<EntrySource>,
     pub symlinks: Vec<EntrySource>,
-    pub children: Vec<Child>,
-    /// Indices of what is there and not wanted.
+    pub children: Vec<DirectorySource>,
+    /// The indices of files that are there and not wanted; likewise for symbolic links and directories.
     pub dropped_files: Vec<u32>,
     pub dropped_symlinks: Vec<u32>,
     pub dropped_children: Vec<DroppedSubtree>,
-    /// Which of `LayOutPlan::links` is the first that is new in this directory.
-    pub first_link: usize,
+    /// The index in `LayOutPlan::files_to_create` of the first file that is new in this directory.
+    pub first_file: usize,
     cost: u64,
 }
 
+/// A subdirectory that is there and not wanted.
 #[derive(Debug)]
 pub struct DroppedSubtree {
+    /// Which child of its directory it is.
     pub child: u32,
-    /// Among all that are dropped.
-    pub number: u32,
+    /// Which of all the subtrees that the plan drops it is.
+    pub dropped_index: u32,
 }
 
-/// A directory that is made.
+/// A directory that is to be made.
 #[derive(Debug)]
 pub struct NewDirectory {
     pub node: Tree,
-    /// Which of `LayOutPlan::links` is the first in this directory.
-    pub first_link: usize,
-    /// For each directory in it.
-    pub children: Vec<Origin>,
+    /// The index in `LayOutPlan::files_to_create` of the first file in this directory.
+    pub first_file: usize,
+    /// One for each child of `node`.
+    pub children: Vec<SubtreeSource>,
 }
 
+/// All that must be done to a directory tree so that it becomes another one.
 #[derive(Debug)]
 pub struct LayOutPlan<P> {
-    /// `None` when the root is as wanted.
+    /// What becomes of the root directory; `None` when the whole tree is as wanted.
     pub rewrite: Option<Rewrite>,
-    pub made: Vec<NewDirectory>,
-    pub taken: Vec<P>,
+    pub new_directories: Vec<NewDirectory>,
+    /// Subtrees that were taken out of the stash for this plan.
+    pub unstashed: Vec<P>,
     /// How many subtrees are dropped.
-    pub dropped: u32,
-    /// The numbers of those that come to other places.
+    pub dropped_count: u32,
+    /// The `DroppedSubtree::dropped_index` of each that comes to another place in the tree.
     pub moved: Vec<u32>,
-    /// The files that are linked, with repetitions; empty ones are made of nothing.
-    pub links: Vec<FileKey>,
+    /// The files that are created from cached ones, with repetitions; empty ones are made of nothing.
+    pub files_to_create: Vec<FileKey>,
 }
 
-/// How `old` becomes `new`; `None` when they are equal. `has` tells whether a subtree is stashed.
-pub(super) fn compare(old: &Tree, new: &Tree, has: &dyn Fn(&Digest) -> bool) -> Option<Rewrite> {
-    (old.digest != new.digest).then(|| diff(old, new, has))
+/// How `old` becomes `new`; `None` when they are equal. `is_stashed` tells whether the stash has a subtree.
+pub(super) fn compare(
+    old: &Tree,
+    new: &Tree,
+    is_stashed: &dyn Fn(&Digest) -> bool,
+) -> Option<Rewrite> {
+    (old.digest != new.digest).then(|| diff(old, new, is_stashed))
 }
 
-/// Settles where everything comes from; `take` takes a stashed subtree.
+/// Settles where everything comes from that `rewrite` wants; `take_stashed` takes a subtree out of the stash.
 pub(super) fn resolve<P>(
     old: &Tree,
     mut rewrite: Option<Rewrite>,
-    take: &mut dyn FnMut(&Digest) -> Option<P>,
+    take_stashed: &mut dyn FnMut(&Digest) -> Option<P>,
 ) -> LayOutPlan<P> {
-    let mut resolver = Resolver::new(take);
+    let mut resolver = Resolver::new(take_stashed);
     if let Some(rewrite) = &mut rewrite {
-        resolver.number(old, rewrite);
+        resolver.assign_dropped_indices(old, rewrite);
         resolver.resolve(rewrite);
     }
     let mut plan = resolver.plan;
@@ -117,7 +125,7 @@ pub(super) fn resolve<P>(
     plan
 }
 
-/// Walks two lists that are in the order of their names.
+/// Walks two lists that are in the order of their names; calls `each` with the indices of entries of the same name.
 fn merge<T>(
     old: &[T],
     new: &[T],
@@ -149,8 +157,8 @@ fn merge<T>(
     }
 }
 
-/// Which entries stay, and which are dropped; `same` compares two of one name.
-fn sources<T>(
+/// Where each entry of `new` comes from, and which of `old` are dropped; `same` compares two of one name.
+fn entry_sources<T>(
     old: &[T],
     new: &[T],
     name: impl Fn(&T) -> &Component,
@@ -170,38 +178,38 @@ fn sources<T>(
     (sources, dropped)
 }
 
-fn added(sources: &[EntrySource]) -> u64 {
+fn new_entries(sources: &[EntrySource]) -> u64 {
     sources
         .iter()
         .filter(|source| **source == EntrySource::New)
         .count() as u64
 }
 
-fn fresh_cost(node: &Node) -> u64 {
+fn cost_from_empty(node: &Node) -> u64 {
     node.entries
-        .saturating_mul(LINK)
-        .saturating_add(node.directories.saturating_mul(MAKE))
+        .saturating_mul(CREATE_FILE)
+        .saturating_add(node.directories.saturating_mul(MAKE_DIRECTORY))
 }
 
-fn diff(old: &Node, new: &Tree, has: &dyn Fn(&Digest) -> bool) -> Rewrite {
+fn diff(old: &Node, new: &Tree, is_stashed: &dyn Fn(&Digest) -> bool) -> Rewrite {
     let (a, b) = (&old.directory, &new.directory);
     let (files, dropped_files) =
-        sources(&a.files, &b.files, |file| &file.name, |a, b| a.key == b.key);
+        entry_sources(&a.files, &b.files, |file| &file.name, |a, b| a.key == b.key);
     let (symlinks, dropped_symlinks) =
-        sources(&a.symlinks, &b.symlinks, |link| &link.0, |a, b| a.1 == b.1);
-    let mut cost = added(&files) * LINK
-        + added(&symlinks) * SYMLINK
+        entry_sources(&a.symlinks, &b.symlinks, |link| &link.0, |a, b| a.1 == b.1);
+    let mut cost = new_entries(&files) * CREATE_FILE
+        + new_entries(&symlinks) * CREATE_SYMLINK
         + (dropped_files.len() + dropped_symlinks.len()) as u64 * UNLINK;
     let mut children = Vec::with_capacity(b.directories.len());
     let mut dropped_children = Vec::new();
     let mut drop_child = |i: usize| {
         dropped_children.push(DroppedSubtree {
             child: i as u32,
-            number: 0,
+            dropped_index: 0,
         });
     };
     // Settled later, when it is known what is dropped elsewhere.
-    let undecided = || Child::New(Origin::NewDirectory(u32::MAX));
+    let undecided = || DirectorySource::New(SubtreeSource::NewDirectory(u32::MAX));
     merge(
         &a.directories,
         &b.directories,
@@ -214,9 +222,9 @@ fn diff(old: &Node, new: &Tree, has: &dyn Fn(&Digest) -> bool) -> Rewrite {
                     return drop_child(i);
                 }
                 (None, Some(j)) => {
-                    cost = cost.saturating_add(match has(&new.children[j].digest) {
+                    cost = cost.saturating_add(match is_stashed(&new.children[j].digest) {
                         true => MOVE,
-                        false => fresh_cost(&new.children[j]),
+                        false => cost_from_empty(&new.children[j]),
                     });
                     return children.push(undecided());
                 }
@@ -224,16 +232,16 @@ fn diff(old: &Node, new: &Tree, has: &dyn Fn(&Digest) -> bool) -> Rewrite {
             };
             let (before, after) = (&old.children[i], &new.children[j]);
             if before.digest == after.digest {
-                return children.push(Child::Unchanged(i as u32));
+                return children.push(DirectorySource::Unchanged(i as u32));
             }
-            let replaced = MOVE.saturating_add(match has(&after.digest) {
+            let replaced = MOVE.saturating_add(match is_stashed(&after.digest) {
                 true => MOVE,
-                false => fresh_cost(after),
+                false => cost_from_empty(after),
             });
-            let rewrite = diff(before, after, has);
+            let rewrite = diff(before, after, is_stashed);
             if rewrite.cost < replaced {
                 cost = cost.saturating_add(rewrite.cost);
-                children.push(Child::Rewritten(i as u32, Box::new(rewrite)));
+                children.push(DirectorySource::Rewritten(i as u32, Box::new(rewrite)));
             } else {
                 cost = cost.saturating_add(replaced);
                 drop_child(i);
@@ -249,49 +257,49 @@ fn diff(old: &Node, new: &Tree, has: &dyn Fn(&Digest) -> bool) -> Rewrite {
         dropped_files,
         dropped_symlinks,
         dropped_children,
-        first_link: 0,
+        first_file: 0,
         cost,
     }
 }
 
 struct Resolver<'a, P> {
-    take: &'a mut dyn FnMut(&Digest) -> Option<P>,
-    /// Numbers of dropped subtrees that nobody has asked for yet.
+    take_stashed: &'a mut dyn FnMut(&Digest) -> Option<P>,
+    /// The `dropped_index` of each dropped subtree that has no new place yet.
     movable: BTreeMap<Digest, Vec<u32>>,
     plan: LayOutPlan<P>,
 }
 
 impl<'a, P> Resolver<'a, P> {
-    fn new(take: &'a mut dyn FnMut(&Digest) -> Option<P>) -> Self {
+    fn new(take_stashed: &'a mut dyn FnMut(&Digest) -> Option<P>) -> Self {
         Resolver {
-            take,
+            take_stashed,
             movable: BTreeMap::new(),
             plan: LayOutPlan {
                 rewrite: None,
-                made: Vec::new(),
-                taken: Vec::new(),
-                dropped: 0,
+                new_directories: Vec::new(),
+                unstashed: Vec::new(),
+                dropped_count: 0,
                 moved: Vec::new(),
-                links: Vec::new(),
+                files_to_create: Vec::new(),
             },
         }
     }
 
-    fn number(&mut self, old: &Node, rewrite: &mut Rewrite) {
+    fn assign_dropped_indices(&mut self, old: &Node, rewrite: &mut Rewrite) {
         for dropped in &mut rewrite.dropped_children {
-            dropped.number = self.plan.dropped;
-            self.plan.dropped += 1;
+            dropped.dropped_index = self.plan.dropped_count;
+            self.plan.dropped_count += 1;
             let node = &old.children[dropped.child as usize];
             if node.entries > 0 {
                 self.movable
                     .entry(node.digest)
                     .or_default()
-                    .push(dropped.number);
+                    .push(dropped.dropped_index);
             }
         }
         for child in &mut rewrite.children {
-            if let Child::Rewritten(i, rewrite) = child {
-                self.number(&old.children[*i as usize], rewrite);
+            if let DirectorySource::Rewritten(i, rewrite) = child {
+                self.assign_dropped_indices(&old.children[*i as usize], rewrite);
             }
         }
     }
@@ -299,61 +307,61 @@ impl<'a, P> Resolver<'a, P> {
     fn resolve(&mut self, rewrite: &mut Rewrite) {
         let files = rewrite.node.directory.files.iter().zip(&rewrite.files);
         let new = files.filter(|(_, source)| **source == EntrySource::New);
-        rewrite.first_link = self.plan.links.len();
-        self.link(new.map(|(file, _)| file.key));
+        rewrite.first_file = self.plan.files_to_create.len();
+        self.add_files(new.map(|(file, _)| file.key));
         let node = rewrite.node.clone();
         for (child, node) in rewrite.children.iter_mut().zip(&node.children) {
             match child {
-                Child::Unchanged(_) => {}
-                Child::Rewritten(_, rewrite) => self.resolve(rewrite),
-                Child::New(origin) => *origin = self.origin(node),
+                DirectorySource::Unchanged(_) => {}
+                DirectorySource::Rewritten(_, rewrite) => self.resolve(rewrite),
+                DirectorySource::New(source) => *source = self.subtree_source(node),
             }
         }
     }
 
-    fn link(&mut self, files: impl Iterator<Item = FileKey>) {
-        let links = &mut self.plan.links;
-        links.extend(files.filter(|key| key.digest.size() > 0));
+    fn add_files(&mut self, files: impl Iterator<Item = FileKey>) {
+        let files_to_create = &mut self.plan.files_to_create;
+        files_to_create.extend(files.filter(|key| key.digest.size() > 0));
     }
 
-    fn origin(&mut self, node: &Tree) -> Origin {
+    fn subtree_source(&mut self, node: &Tree) -> SubtreeSource {
         if node.entries > 0 {
-            if let Some(number) = self.movable.get_mut(&node.digest).and_then(Vec::pop) {
-                self.plan.moved.push(number);
-                return Origin::Moved(number);
+            if let Some(dropped_index) = self.movable.get_mut(&node.digest).and_then(Vec::pop) {
+                self.plan.moved.push(dropped_index);
+                return SubtreeSource::Moved(dropped_index);
             }
-            if let Some(stashed) = (self.take)(&node.digest) {
-                self.plan.taken.push(stashed);
-                return Origin::Stashed(self.plan.taken.len() as u32 - 1);
+            if let Some(stashed) = (self.take_stashed)(&node.digest) {
+                self.plan.unstashed.push(stashed);
+                return SubtreeSource::Stashed(self.plan.unstashed.len() as u32 - 1);
             }
         }
-        let at = self.plan.made.len();
-        self.plan.made.push(NewDirectory {
+        let directory_index = self.plan.new_directories.len();
+        self.plan.new_directories.push(NewDirectory {
             node: node.clone(),
-            first_link: self.plan.links.len(),
+            first_file: self.plan.files_to_create.len(),
             children: Vec::new(),
         });
-        self.link(node.directory.files.iter().map(|file| file.key));
+        self.add_files(node.directory.files.iter().map(|file| file.key));
         let children = node
             .children
             .iter()
-            .map(|child| self.origin(child))
+            .map(|child| self.subtree_source(child))
             .collect();
-        self.plan.made[at].children = children;
-        Origin::NewDirectory(at as u32)
+        self.plan.new_directories[directory_index].children = children;
+        SubtreeSource::NewDirectory(directory_index as u32)
     }
 }
 
-/// A plan to make all of `node` from nothing: the first directory is it.
-pub(super) fn fresh<P>(node: &Tree) -> LayOutPlan<P> {
+/// A plan to make all of `node` where nothing is: the first of `new_directories` is its directory.
+pub(super) fn plan_from_empty<P>(node: &Tree) -> LayOutPlan<P> {
     let mut nothing = |_: &Digest| None;
     let mut resolver = Resolver::new(&mut nothing);
-    resolver.origin(node);
+    resolver.subtree_source(node);
     resolver.plan
 }
 
-/// How many entries two trees share in the same places, looking at no more than `budget` directories.
-pub(super) fn shared(old: &Tree, new: &Tree, budget: &mut u32) -> u64 {
+/// How many entries two trees have in common in the same places, as far as a look at `budget` directories tells.
+pub(super) fn shared_entries(old: &Tree, new: &Tree, budget: &mut u32) -> u64 {
     if Arc::ptr_eq(old, new) || old.digest == new.digest {
         return new.entries + 1;
     }
@@ -369,7 +377,7 @@ pub(super) fn shared(old: &Tree, new: &Tree, budget: &mut u32) -> u64 {
         |entry| &entry.0,
         |i, j| {
             if let (Some(i), Some(j)) = (i, j) {
-                sum += shared(&old.children[i], &new.children[j], budget);
+                sum += shared_entries(&old.children[i], &new.children[j], budget);
             }
         },
     );
@@ -467,10 +475,10 @@ mod tests {
         fn drop_all(&mut self, old: &Tree, rewrite: &Rewrite) {
             for dropped in &rewrite.dropped_children {
                 let child = old.children[dropped.child as usize].clone();
-                self.dropped[dropped.number as usize] = Some(child);
+                self.dropped[dropped.dropped_index as usize] = Some(child);
             }
             for child in &rewrite.children {
-                if let Child::Rewritten(i, rewrite) = child {
+                if let DirectorySource::Rewritten(i, rewrite) = child {
                     self.drop_all(&old.children[*i as usize], rewrite);
                 }
             }
@@ -495,35 +503,35 @@ mod tests {
             let places = rewrite.children.iter().zip(&b.directories);
             for ((child, (name, _)), wanted) in places.zip(&rewrite.node.children) {
                 match child {
-                    Child::Unchanged(i) => {
+                    DirectorySource::Unchanged(i) => {
                         assert_eq!(&a.directories[*i as usize].0, name);
                         assert_eq!(old.children[*i as usize].digest, wanted.digest);
                     }
-                    Child::Rewritten(i, below) => {
+                    DirectorySource::Rewritten(i, below) => {
                         assert_eq!(&a.directories[*i as usize].0, name);
                         assert_eq!(below.node.digest, wanted.digest);
                         self.check(&old.children[*i as usize], below);
                     }
-                    Child::New(origin) => self.check_origin(*origin, wanted),
+                    DirectorySource::New(source) => self.check_source(*source, wanted),
                 }
             }
         }
 
-        fn check_origin(&mut self, origin: Origin, wanted: &Tree) {
-            match origin {
-                Origin::Stashed(i) => {
-                    assert_eq!(self.plan.taken[i as usize].digest, wanted.digest);
+        fn check_source(&mut self, source: SubtreeSource, wanted: &Tree) {
+            match source {
+                SubtreeSource::Stashed(i) => {
+                    assert_eq!(self.plan.unstashed[i as usize].digest, wanted.digest);
                 }
-                Origin::Moved(i) => {
+                SubtreeSource::Moved(i) => {
                     assert!(self.plan.moved.contains(&i));
                     let moved = self.dropped[i as usize].take().expect("moved once");
                     assert_eq!(moved.digest, wanted.digest);
                 }
-                Origin::NewDirectory(i) => {
-                    let made = &self.plan.made[i as usize];
-                    assert_eq!(made.node.digest, wanted.digest);
-                    for (origin, wanted) in made.children.iter().zip(&wanted.children) {
-                        self.check_origin(*origin, wanted);
+                SubtreeSource::NewDirectory(i) => {
+                    let new_directory = &self.plan.new_directories[i as usize];
+                    assert_eq!(new_directory.node.digest, wanted.digest);
+                    for (source, wanted) in new_directory.children.iter().zip(&wanted.children) {
+                        self.check_source(*source, wanted);
                     }
                 }
             }
@@ -535,8 +543,8 @@ mod tests {
         fn a_plan_leads_to_what_is_wanted(old in entries(), new in entries(), pool in entries()) {
             let (old, new, pool) = (tree_of(&old), tree_of(&new), tree_of(&pool));
             let mut stashed: Vec<Tree> = pool.children.to_vec();
-            let has = |digest: &Digest| pool.children.iter().any(|tree| tree.digest == *digest);
-            let rewrite = compare(&old, &new, &has);
+            let is_stashed = |digest: &Digest| pool.children.iter().any(|tree| tree.digest == *digest);
+            let rewrite = compare(&old, &new, &is_stashed);
             prop_assert_eq!(rewrite.is_none(), old.digest == new.digest);
             let plan = resolve(&old, rewrite, &mut |digest| {
                 let at = stashed.iter().position(|tree| tree.digest == *digest)?;
@@ -544,7 +552,7 @@ mod tests {
             });
             if let Some(rewrite) = &plan.rewrite {
                 prop_assert_eq!(rewrite.node.digest, new.digest);
-                let dropped = vec![None; plan.dropped as usize];
+                let dropped = vec![None; plan.dropped_count as usize];
                 let mut performed = Performed { plan: &plan, dropped };
                 performed.drop_all(&old, rewrite);
                 performed.check(&old, rewrite);

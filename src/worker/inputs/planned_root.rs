@@ -1,4 +1,4 @@
-//! A root that is chosen for an action, with what must be done to it; and having it done.
+//! A root that is chosen for an action, with the plan of what must be done to it.
 
 use std::{
     collections::BTreeSet,
@@ -16,9 +16,10 @@ use super::{
     lay_out::LayOutError,
     merkle_tree::Tree,
     plan::LayOutPlan,
-    root_pool::{IdleRoot, StashedTree},
+    root_pool::IdleRoot,
     root_record::{self, DirectoryRecord},
     set_node_properties,
+    subtree_stash::StashedSubtree,
     worker_build_directory::WorkerBuildDirectory,
 };
 use crate::{
@@ -27,24 +28,25 @@ use crate::{
     worker::{beneath, blocking::in_background, fault::Fault},
 };
 
-/// Given back to the store when it is dropped.
+/// A root that is chosen for an action, but not changed yet. Goes back to the idle ones when it is dropped.
 pub struct PlannedRoot {
     build_directory: Arc<WorkerBuildDirectory>,
     tree: Tree,
-    /// `None` only while it is performed or dropped.
-    work: Option<(IdleRoot, LayOutPlan<StashedTree>)>,
+    /// The root and its plan; `None` only while the plan is performed, or this is dropped.
+    work: Option<(IdleRoot, LayOutPlan<StashedSubtree>)>,
     /// Whether the root is kept after its action.
     keep: bool,
     create_mode: CreateMode,
-    /// Of the cache, before the root was chosen.
+    /// `FileCache::poll_modifications` before the root was chosen.
     modifications: u64,
+    /// The time that planning took.
     spent: Duration,
 }
 
 /// Why there is no input root.
 #[derive(Debug)]
 pub enum PrepareError {
-    /// These are to be restored to the cache; then it may work.
+    /// These files must be restored to the cache; then another attempt may succeed.
     MissingFiles(Vec<FileKey>),
     Fault(Fault),
 }
@@ -54,7 +56,7 @@ impl Drop for PlannedRoot {
         if let Some((root, plan)) = self.work.take() {
             let build_directory = self.build_directory.clone();
             in_background(move || {
-                build_directory.root_pool.add_stashed(plan.taken);
+                build_directory.root_pool.add_stashed(plan.unstashed);
                 build_directory.root_pool.return_root(root);
             });
         }
@@ -68,7 +70,7 @@ impl From<Fault> for PrepareError {
 }
 
 impl PlannedRoot {
-    /// Chooses a root for `tree` and says what must be done to it. Blocks until there is a root.
+    /// Chooses a root for `tree` and plans what must be done to it. Blocks until there is a root.
     pub fn new(
         build_directory: &Arc<WorkerBuildDirectory>,
         tree: &Tree,
@@ -84,14 +86,14 @@ impl PlannedRoot {
         let began = Instant::now();
         let plan = build_directory
             .root_pool
-            .plan(&root.kept.top.node, tree, create_mode, keep);
+            .plan(&root.record.top.node, tree, create_mode, keep);
         Ok(PlannedRoot {
             build_directory: build_directory.clone(),
             tree: tree.clone(),
             keep: keep
                 && build_directory
                     .root_pool
-                    .make_room_for_directories(plan.made.len() as u64),
+                    .make_room_for_directories(plan.new_directories.len() as u64),
             work: Some((root, plan)),
             create_mode,
             modifications,
@@ -103,9 +105,12 @@ impl PlannedRoot {
         &self.tree
     }
 
-    /// Pins those files that are to be linked and are in the cache. Blocks.
+    /// Pins those of the files to create that are in the cache. Blocks.
     pub fn pin(&self) -> Result<PinnedFiles, Fault> {
-        let files = self.work.as_ref().map_or(&[][..], |(_, plan)| &plan.links);
+        let files = self
+            .work
+            .as_ref()
+            .map_or(&[][..], |(_, plan)| &plan.files_to_create);
         self.build_directory
             .cache
             .check_occurrences(files, self.create_mode)?;
@@ -113,7 +118,7 @@ impl PlannedRoot {
         pinned.map_err(|error| Fault::of_disk("read the input files that are in the cache", error))
     }
 
-    /// Lays out the root, and the directories `parents`. Blocks.
+    /// Performs the plan, and makes the directories `parents` in the root. Blocks.
     pub fn lay_out(
         mut self,
         pinned: PinnedFiles,
@@ -124,7 +129,7 @@ impl PlannedRoot {
         let (root, plan) = self.work.take().expect("present until performed");
         let IdleRoot {
             action_directory,
-            kept,
+            record,
             generation,
         } = root;
         let mut input_root = InputRoot::new(
@@ -134,11 +139,15 @@ impl PlannedRoot {
             self.modifications,
         );
         build_directory.lay_out_counts.add(&self.tree, &plan);
-        let (linked, made, unstashed) = (plan.links.len(), plan.made.len(), plan.taken.len());
-        // An error drops the root without its model: it is thrown away (I7 Errors discard).
+        let (linked, made, unstashed) = (
+            plan.files_to_create.len(),
+            plan.new_directories.len(),
+            plan.unstashed.len(),
+        );
+        // An error drops the root without its record: it is thrown away (I7 Errors discard).
         let context = build_directory.context(generation);
-        let performed = context.perform(kept, plan, pinned, self.keep, self.create_mode);
-        input_root.kept = performed.map_err(|error| match error {
+        let performed = context.perform(record, plan, pinned, self.keep, self.create_mode);
+        input_root.record = performed.map_err(|error| match error {
             LayOutError::MissingFiles(keys) => PrepareError::MissingFiles(keys),
             LayOutError::Disk(name, error) => {
                 let what = format!("make {name:?} of the input root");
@@ -173,8 +182,8 @@ impl PlannedRoot {
     }
 
     fn make_parent(&self, root: &mut InputRoot, parent: &RelativePath) -> Result<(), Fault> {
-        let made = match &mut root.kept {
-            Some(kept) => make_below(&mut kept.top, parent),
+        let made = match &mut root.record {
+            Some(record) => make_below(&mut record.top, parent),
             None => beneath::make_directories(root.root(), parent)
                 .map_err(|(component, error)| (component.as_str().to_owned(), error)),
         };
@@ -190,8 +199,8 @@ impl PlannedRoot {
     }
 }
 
-/// Makes the directories of a path that the tree does not have. What changes below is found after the
-/// action, since the directory has no baseline any more.
+/// Makes the directories of a path that the tree of a root does not have. They are found and removed after the action,
+/// since the directory above them has no baseline any more.
 fn make_below(root: &mut DirectoryRecord, path: &RelativePath) -> Result<(), (String, Errno)> {
     let mut at = root;
     let mut components = path.components().iter();

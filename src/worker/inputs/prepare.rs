@@ -1,4 +1,4 @@
-//! From a task to its input root, in order.
+//! The whole way from a task to its input root, in order.
 
 use std::{collections::BTreeSet, io, sync::Arc};
 
@@ -23,7 +23,7 @@ use crate::{
     worker::{blocking::blocking, command::Command, fault::Fault, task::AssignedTask},
 };
 
-/// Files that vanish from the cache again and again are a broken disk.
+/// How often laying out is tried again; files that vanish from the cache more often than that do so again and again.
 const LAY_OUT_RETRIES: u32 = 3;
 
 /// Makes the input roots of one runner's actions.
@@ -33,19 +33,19 @@ pub struct InputRoots {
     pub directories: Arc<DirectoryCache>,
     pub build_directory: Arc<WorkerBuildDirectory>,
     pub inputs: Inputs,
-    /// `runners.group`, to which an action's directory is opened.
+    /// The group to which an action's directory is opened (`runners.group`).
     pub group: Option<u32>,
 }
 
-/// How far a thread came that fetches nothing.
+/// How far a root could be laid out with the files that are in the cache.
 enum LayOutAttempt {
     LaidOut(Box<InputRoot>),
-    /// Some of its files are to be fetched.
+    /// A root is chosen, but some of its files must be fetched first.
     Incomplete(Box<PlannedRoot>, PinnedFiles),
 }
 
 impl InputRoots {
-    /// The command of a task, and a root that has all that it wants.
+    /// Fetches the command of a task, and makes a root that has all inputs of it.
     pub async fn prepare(&self, task: &AssignedTask) -> Result<(Command, InputRoot), Fault> {
         let (command, tree) = self.fetch(task).await?;
         let parents = Arc::new(command.output_parents());
@@ -69,7 +69,8 @@ impl InputRoots {
         }
     }
 
-    /// An empty root, with the path of a directory that a runner which looks for actions there finds.
+    /// Makes an empty root, and a directory beside it, whose path in the build directory is returned: a runner that looks
+    /// for actions' directories in the same place finds it.
     pub async fn prepare_readiness_check(&self) -> Result<(InputRoot, String), Fault> {
         let (build_directory, group) = (self.build_directory.clone(), self.group);
         let make = move || {
@@ -86,7 +87,7 @@ impl InputRoots {
         blocking("make an action's directory", make).await?
     }
 
-    /// The command and all directories. When some are missing, all that is missing is told at once.
+    /// Fetches the command and all Directories. When some are missing, the fault tells all that is missing at once.
     async fn fetch(&self, task: &AssignedTask) -> Result<(Command, Tree), Fault> {
         let digest = |field: &str, digest: Option<&reapi::Digest>| {
             Digest::parse_required(Some(task.function), digest)
@@ -98,7 +99,7 @@ impl InputRoots {
             .directories
             .walk(&task.instance, root, command_digest)
             .await?;
-        let command = match &walk.extra_blob {
+        let command = match &walk.command_blob {
             Ok(data) => Some(parse_command(&command_digest, data)?),
             Err(storage::Error::Missing(_)) => None,
             Err(error) => {
@@ -113,7 +114,8 @@ impl InputRoots {
         }
     }
 
-    /// It will not run, so nothing is fetched; but the client learns of every missing file too.
+    /// The fault of a task whose command or Directories are missing. It tells of missing files too, none of which is
+    /// fetched.
     async fn missing(
         &self,
         task: &AssignedTask,
@@ -137,8 +139,8 @@ impl InputRoots {
         )
     }
 
-    /// A root is chosen, the files that it lacks are fetched, then it is changed. Where nothing is to be
-    /// fetched, one thread does it all.
+    /// Chooses a root, fetches the files that it lacks, then lays it out. Where nothing is to be fetched, one thread does
+    /// all of it.
     async fn lay_out(
         &self,
         task: &AssignedTask,
@@ -220,7 +222,7 @@ fn parse_command(digest: &Digest, data: &Bytes) -> Result<Command, Fault> {
         .map_err(|error| Fault::Invalid(format!("could not run command: {error}")))
 }
 
-/// Says where the first missing file would have been.
+/// Adds to a fault where the first missing file would be in the root.
 fn with_path(fault: Fault, tree: &Tree) -> Fault {
     match fault {
         Fault::Missing { text, digests } => {

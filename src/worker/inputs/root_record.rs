@@ -1,5 +1,5 @@
-//! What the worker remembers of a directory tree that it keeps on disk: for each directory an open descriptor, its
-//! baseline (I6), and which inodes of the cache its files are.
+//! What the worker records of a root that it keeps: for each directory an open descriptor, a baseline (I6), and the inodes
+//! of its entries.
 
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -21,15 +21,16 @@ use super::{
     merkle_tree::Tree,
 };
 
-/// Bytes that a directory may take whatever is in it.
+/// How many bytes a directory may take whatever is in it.
 const DIRECTORY_SIZE: u64 = 256 << 10;
-/// Bytes that an entry may take besides its name: those of ext4 take 8 and padding, in blocks of which
+/// How many bytes an entry may take besides its name: those of ext4 take 8 and padding, in blocks of which
 /// half may be empty; of xfs 24 in all that is not its name; of btrfs and tmpfs fewer.
 const ENTRY_SIZE: u64 = 24;
 
 /// An open directory (O_PATH), counted as long as it is open.
 pub(super) struct DirectoryFd {
     fd: OwnedFd,
+    /// How many are open.
     open: Arc<AtomicU64>,
 }
 
@@ -65,45 +66,47 @@ impl Drop for DirectoryFd {
     }
 }
 
-/// When a directory was last changed, by the worker.
+/// The ctime and the link count of a directory after the worker's last change to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Baseline {
     seconds: i64,
     nanoseconds: i64,
-    links: u64,
+    nlink: u64,
 }
 
 impl Baseline {
-    /// Whether it is so old that even a clock that moves in steps has moved since.
+    /// Whether the ctime is before that second.
     pub(super) fn is_before(&self, seconds: i64) -> bool {
         self.seconds < seconds
     }
 }
 
-/// A whole root as the worker left it.
+/// What the worker knows of a whole root, as it left it.
 pub(super) struct RootRecord {
     pub top: DirectoryRecord,
-    /// Those that its files have.
+    /// Which inodes of cached files the root links.
     pub inodes: InodeAllocator,
-    /// How its files were made.
+    /// How the files of the root were created.
     pub create_mode: CreateMode,
 }
 
-/// A directory as the worker left it.
+/// What the worker knows of a directory and all beneath it, as it left them.
 pub(super) struct DirectoryRecord {
     pub node: Tree,
     pub fd: Arc<DirectoryFd>,
+    /// The inode number of the directory.
     pub inode: u64,
-    /// `None` when it must be read, whatever its ctime is.
+    /// `None` when the directory must be read after the action, whatever its ctime is.
     pub baseline: Option<Baseline>,
-    /// For each file of `node.directory`, likewise for each symbolic link its inode.
+    /// One for each file of `node.directory`.
     pub files: InputFiles,
+    /// The inode number of each symbolic link of `node.directory`.
     pub symlinks: Box<[u64]>,
-    /// For each of `node.children`.
+    /// One for each of `node.children`.
     pub children: Vec<DirectoryRecord>,
 }
 
-/// Owner and mode of a directory that the worker made.
+/// Whether a directory has this mode, and the owner of those that the worker makes.
 pub(super) fn has_owner_and_mode(stat: &Stat, mode: u32) -> bool {
     stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_mode & 0o7777 == mode
 }
@@ -116,14 +119,13 @@ pub(super) fn is_oversized(stat: &Stat, wanted: &Directory) -> bool {
     size > DIRECTORY_SIZE && size > DIRECTORY_SIZE + wanted.size_on_disk(ENTRY_SIZE) * 2
 }
 
-/// What can be told of a directory without reading it; an error when it is not as the worker makes
-/// directories.
+/// The baseline of a directory; ESTALE when it has not the owner and mode that the worker gives directories of roots.
 fn baseline(stat: &Stat) -> Result<Baseline, Errno> {
     match has_owner_and_mode(stat, 0o777) {
         true => Ok(Baseline {
             seconds: stat.st_ctime,
             nanoseconds: stat.st_ctime_nsec as i64,
-            links: stat.st_nlink,
+            nlink: stat.st_nlink,
         }),
         false => Err(Errno::STALE),
     }
@@ -136,6 +138,7 @@ pub(super) fn record_baseline(directory: BorrowedFd<'_>) -> Result<(u64, Baselin
     read_baseline(directory)
 }
 
+/// Sets the times of a directory to those that every directory of a root has.
 pub(super) fn set_mtime(directory: BorrowedFd<'_>) -> Result<(), Errno> {
     let time = Timespec {
         tv_sec: MTIME,
@@ -148,20 +151,21 @@ pub(super) fn set_mtime(directory: BorrowedFd<'_>) -> Result<(), Errno> {
     rustix::fs::utimensat(directory, ".", &times, AtFlags::empty())
 }
 
+/// The inode number and the baseline of a directory; ESTALE when the worker made no such directory.
 pub(super) fn read_baseline(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
     let stat = rustix::fs::fstat(directory)?;
     Ok((stat.st_ino, baseline(&stat)?))
 }
 
 impl InodeAllocator {
-    /// What is in a directory and beneath it is no part of the root any more.
-    pub(super) fn free_all(&mut self, kept: &DirectoryRecord) {
-        for link in &kept.files.list {
-            if let InputFileKind::HardLink(file, number) = link.kind() {
-                self.free(file, number);
+    /// Frees the inodes of all files in a directory and beneath it, which are not in the root any more.
+    pub(super) fn free_all(&mut self, record: &DirectoryRecord) {
+        for file in &record.files.list {
+            if let InputFileKind::HardLink(handle, inode_index) = file.kind() {
+                self.free(handle, inode_index);
             }
         }
-        for child in &kept.children {
+        for child in &record.children {
             self.free_all(child);
         }
     }

@@ -1,7 +1,7 @@
-//! Modes and times of inputs, where a client gives them (REAPI: NodeProperties).
+//! Sets the modes and times of inputs that a client gives (REAPI: NodeProperties).
 //!
-//! 1. A root in which anything has such properties is made anew, of files of its own, and not kept: inodes
-//!    that roots share have one mode and one time.
+//! 1. A root in which anything has such properties is made anew, of copies, and not kept: inodes that roots share have
+//!    one mode and one time.
 //! 2. The runner makes the action's user the owner of such a root, so that it may do what its files' owner
 //!    may. A directory keeps the mode that lets actions write to it.
 
@@ -17,13 +17,13 @@ use super::{directory_message::NodeProperties, merkle_tree::Node};
 /// Gives everything in a root that was laid out the properties that it should have. The error names the
 /// entry.
 pub(super) fn set_all(root: BorrowedFd<'_>, tree: &Node) -> Result<(), (String, Errno)> {
-    let at = |name: &str| {
+    let error_at = |name: &str| {
         let name = name.to_owned();
         move |error| (name, error)
     };
-    // Those from the root down to one: of a tree as wide as a client likes, no more are open than it is deep.
+    // The directories from the root down to one: of a tree as wide as a client likes, no more are open than it is deep.
     let mut open: Vec<(OwnedFd, &Node, usize)> = Vec::new();
-    let root = rustix::io::fcntl_dupfd_cloexec(root, 0).map_err(at("."))?;
+    let root = rustix::io::fcntl_dupfd_cloexec(root, 0).map_err(error_at("."))?;
     open.push((root, tree, 0));
     while let Some((directory, node, next)) = open.last_mut() {
         let mut left = node.children[*next..].iter();
@@ -33,20 +33,21 @@ pub(super) fn set_all(root: BorrowedFd<'_>, tree: &Node) -> Result<(), (String, 
             let (name, _) = &node.directory.directories[place];
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let below = rustix::fs::openat(&*directory, name.as_str(), flags, Mode::empty());
-            let below = below.map_err(at(name.as_str()))?;
+            let below = below.map_err(error_at(name.as_str()))?;
             let child = &node.children[place];
             open.push((below, child, 0));
             continue;
         }
         for (name, properties) in &node.directory.properties {
             let name = name.as_ref().map_or(".", |name| name.as_str());
-            set(*properties, directory.as_fd(), name).map_err(at(name))?;
+            set(*properties, directory.as_fd(), name).map_err(error_at(name))?;
         }
         open.pop();
     }
     Ok(())
 }
 
+/// Gives one entry its properties; `.` is the directory itself.
 fn set(properties: NodeProperties, directory: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {
     let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
     if let Some(mode) = properties.unix_mode

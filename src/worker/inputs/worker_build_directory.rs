@@ -1,4 +1,4 @@
-//! The build directory and all that input roots share: makes roots, and makes used ones fit for the next
+//! The worker's build directory and all that its input roots share: makes roots, and has used ones cleaned for the next
 //! action.
 
 use std::{
@@ -31,11 +31,11 @@ use super::{
 };
 use crate::worker::fault::Fault;
 
-/// Threads that lay out a large root.
+/// How many threads lay out a large root.
 const LAY_OUT_THREADS: usize = 2;
-/// How long an action waits for what is being removed.
+/// How long an action waits for space that the removal of used directories may leave.
 const FREE_SPACE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long, before cached files go for it.
+/// How long an action that finds too little free waits before cached files are evicted for it.
 const EVICTION_DELAY: Duration = Duration::from_secs(5);
 
 pub struct WorkerBuildDirectory {
@@ -43,28 +43,31 @@ pub struct WorkerBuildDirectory {
     pub(super) root_pool: RootPool,
     pub(super) cache: Arc<FileCache>,
     pub(super) free_space: Arc<FreeSpaceMonitor>,
+    /// How many threads lay out a large root.
     threads: AtomicUsize,
+    /// Whether every change of a directory gives it another ctime.
     fine_ctime: bool,
     pub(super) reuse_suspension: ReuseSuspension,
-    /// Of the cache, those after which all was thrown away; held meanwhile, so that none is given out.
-    modifications: Mutex<u64>,
+    /// `FileCache::poll_modifications` when idle roots were last invalidated for it. Held while they are, so that nobody
+    /// takes one that links a modified file.
+    seen_modifications: Mutex<u64>,
     pub(super) lay_out_counts: LayOutCounts,
 }
 
 /// What is known of a root that an action had.
 pub(super) struct UsedRoot {
-    /// `None` when it is not used again.
-    pub kept: Option<RootRecord>,
-    /// Of the idle roots, when it was made.
+    /// `None` when the root is not used again.
+    pub record: Option<RootRecord>,
+    /// `RootPool::generation` when the root was made.
     pub generation: u64,
-    /// When the action could begin, in seconds since the epoch.
-    pub ready: i64,
-    /// Inode numbers of what is the worker's though the action made it, in their order.
+    /// When the command could start, in seconds since the epoch.
+    pub command_start_seconds: i64,
+    /// The inode numbers of what the worker adopted of what the action made, sorted.
     pub adopted_output_inodes: Vec<u64>,
 }
 
 impl WorkerBuildDirectory {
-    /// Moves away and then removes what an earlier worker left. Sets the umask of the whole process
+    /// Opens the directory, and moves away and then removes what an earlier worker left. Sets the umask of the whole process
     /// to 0, since the action's user must be able to write to directories. EWOULDBLOCK when another
     /// worker uses the directory.
     pub fn open(path: &Path, cache: Arc<FileCache>, slots: usize) -> io::Result<Arc<Self>> {
@@ -86,7 +89,7 @@ impl WorkerBuildDirectory {
                 "each input root is made anew: not known how ctime behaves on this file system; ext4, xfs, btrfs and tmpfs are known"
             }
         };
-        let directories = root_pool.maximum_open;
+        let directories = root_pool.maximum_open_directories;
         tracing::info!(directory = %path.display(), ctime = ?resolution, directories, "{how}");
         let build_directory = Arc::new(WorkerBuildDirectory {
             path: path.to_owned(),
@@ -96,7 +99,7 @@ impl WorkerBuildDirectory {
             threads: AtomicUsize::new(threads),
             fine_ctime: resolution == CtimeResolution::Fine,
             reuse_suspension: ReuseSuspension::new(resolution != CtimeResolution::Unknown),
-            modifications: Mutex::default(),
+            seen_modifications: Mutex::default(),
             lay_out_counts: LayOutCounts::default(),
         });
         for _ in 0..slots {
@@ -122,9 +125,9 @@ impl WorkerBuildDirectory {
         self.threads.store(threads, Ordering::Relaxed);
     }
 
-    /// Input roots that are kept and idle, and stashed subtrees.
-    pub fn kept(&self) -> (usize, usize) {
-        self.root_pool.kept()
+    /// How many input roots are idle and not empty, and how many subtrees are stashed.
+    pub fn idle_counts(&self) -> (usize, usize) {
+        self.root_pool.idle_counts()
     }
 
     pub fn lay_out_counts(&self) -> &LayOutCounts {
@@ -136,12 +139,13 @@ impl WorkerBuildDirectory {
         self.reuse_suspension.describe(now)
     }
 
-    /// Something was not as it should be: all that is kept is thrown away, and what is in use will be.
-    /// Blocks.
+    /// Throws away all idle roots and stashed subtrees, since something was not as it should be; roots that actions have
+    /// will be when these end. Blocks.
     pub fn invalidate_all(&self) {
         self.root_pool.invalidate_all();
     }
 
+    /// What laying out a root of this generation needs.
     pub(super) fn context(&self, generation: u64) -> LayOutContext<'_> {
         LayOutContext {
             root_pool: &self.root_pool,
@@ -156,26 +160,26 @@ impl WorkerBuildDirectory {
         Fault::of_disk(what, error)
     }
 
-    /// Whether a root of this size, of files that are made so, is kept after its action.
+    /// Whether a root of this tree, whose files are created in this way, is kept after its action.
     pub(super) fn keeps(&self, tree: &Node, create_mode: CreateMode) -> bool {
         create_mode != CreateMode::Copy
             && self.reuse_suspension.allows_reuse(Instant::now())
-            && tree.directories <= self.root_pool.maximum_open / 2
+            && tree.directories <= self.root_pool.maximum_open_directories / 2
     }
 
-    /// Modifications of the cache by others, after which all that is kept was thrown away, since kept
-    /// roots have links to cached files.
+    /// Throws away all idle roots if others modified the cache since the last call, since roots link cached files.
+    /// Returns `FileCache::poll_modifications`.
     pub(super) fn invalidate_if_cache_modified(&self) -> u64 {
-        let mut modifications = self.modifications.lock();
+        let mut seen = self.seen_modifications.lock();
         let now = self.cache.poll_modifications();
-        if *modifications != now {
-            *modifications = now;
+        if *seen != now {
+            *seen = now;
             self.root_pool.invalidate_all();
         }
         now
     }
 
-    /// The root that suits `wanted` best, or any empty one.
+    /// Takes the idle root that suits `wanted` best, or an empty one, which is made if there is none.
     pub(super) fn take_root(&self, wanted: Option<(CreateMode, &Tree)>) -> io::Result<IdleRoot> {
         match self.root_pool.take_root(wanted) {
             Some(root) => Ok(root),
@@ -206,7 +210,7 @@ impl WorkerBuildDirectory {
         };
         Ok(IdleRoot {
             action_directory,
-            kept: RootRecord {
+            record: RootRecord {
                 top,
                 inodes: InodeAllocator::default(),
                 // An empty root suits every mode.
@@ -216,7 +220,7 @@ impl WorkerBuildDirectory {
         })
     }
 
-    /// Makes a used root as good as new, or throws it away.
+    /// Has a used root become idle once it is what it was before its action; else throws it away.
     pub(super) fn clean(&self, mut action_directory: ActionDirectory, used: UsedRoot) {
         let generation = used.generation;
         let build_directory = self.root_pool.build_directory();
@@ -231,14 +235,14 @@ impl WorkerBuildDirectory {
             return;
         }
         let began = Instant::now();
-        let reverted = self.revert(&action_directory, used);
+        let cleaned = self.clean_action_directory(&action_directory, used);
         action_directory::unlock(action_directory.directory.as_fd());
         tracing::debug!(
-            kept = matches!(reverted, Ok(Some(_))),
+            kept = matches!(cleaned, Ok(Some(_))),
             microseconds = began.elapsed().as_micros() as u64,
             "cleaned up after an action"
         );
-        let reverted = reverted.unwrap_or_else(|error| {
+        let cleaned = cleaned.unwrap_or_else(|error| {
             tracing::warn!(
                 directory = %self.path.join(&action_directory.name).display(),
                 %error,
@@ -246,11 +250,11 @@ impl WorkerBuildDirectory {
             );
             None
         });
-        let (root, gone) = match reverted {
-            Some(kept) => {
+        let (root, gone) = match cleaned {
+            Some(record) => {
                 let root = IdleRoot {
                     action_directory,
-                    kept,
+                    record,
                     generation,
                 };
                 (Some(root), None)
@@ -269,13 +273,14 @@ impl WorkerBuildDirectory {
         }
     }
 
-    /// `None` when it is not used again.
-    fn revert(
+    /// Makes an action's directory, and the root in it, what they were before the action; `None` when they are not used
+    /// again.
+    fn clean_action_directory(
         &self,
         action_directory: &ActionDirectory,
         used: UsedRoot,
     ) -> io::Result<Option<RootRecord>> {
-        let Some(mut kept) = used.kept else {
+        let Some(mut record) = used.record else {
             return Ok(None);
         };
         if !action_directory.empty()? {
@@ -284,18 +289,18 @@ impl WorkerBuildDirectory {
         let context = self.context(used.generation);
         match clean_root(
             &context,
-            &mut kept,
+            &mut record,
             self.fine_ctime,
-            used.ready,
+            used.command_start_seconds,
             &used.adopted_output_inodes,
         )? {
-            DirectoryCondition::Good => Ok(Some(kept)),
+            DirectoryCondition::Good => Ok(Some(record)),
             DirectoryCondition::Oversized => Ok(None),
         }
     }
 
-    /// Waits until an action finds enough free, which what is being removed may leave; then cached
-    /// files and kept input roots go. Blocks.
+    /// Waits until an action finds enough free. Space may come from what is being removed; if not, cached files are
+    /// evicted for it, and idle roots let go of. Blocks.
     pub fn await_free_space(&self) -> Result<(), Fault> {
         let began = Instant::now();
         let mut before = None;
@@ -311,7 +316,7 @@ impl WorkerBuildDirectory {
             let in_vain = before == Some(free) && !removing;
             let waited = began.elapsed();
             if in_vain || waited >= FREE_SPACE_TIMEOUT {
-                return Err(self.free_space.shortage(free));
+                return Err(self.free_space.shortage_fault(free));
             }
             if !removing || waited >= EVICTION_DELAY {
                 self.cache.evict_to_fit();

@@ -410,10 +410,10 @@ fn run(place: &Path, what: &str, inputs: Inputs, operations: usize, seed: u64) {
     assert_eq!(altered, 0, "{what}: altered files in the cache");
     let counts = roots.lay_out_counts();
     let count = |count: &std::sync::atomic::AtomicU64| count.load(Ordering::Relaxed);
-    let (entries, links) = (count(&counts.entries), count(&counts.links));
+    let (entries, links) = (count(&counts.entries), count(&counts.created_files));
     println!(
         "{what}: {done} operations, of which {worked} worked, {round} roots, {entries} entries, {links} files linked, {} directories made, {} stashed subtrees used, 0 differences",
-        count(&counts.made),
+        count(&counts.new_directories),
         count(&counts.unstashed),
     );
     assert!(links < entries / 2, "roots are used again");
