@@ -33,7 +33,7 @@ use crate::{
     worker::{attributes, beneath::open_child},
 };
 
-/// How often a directory is read again that still has foreign entries; then something is writing to it.
+/// How often a directory is read again while foreign entries are found in it; if more are, something is writing to it.
 const MAXIMUM_ROUNDS: u32 = 16;
 
 /// A root that is being cleaned, and what that needs.
@@ -50,7 +50,7 @@ struct RootCleaning<'a> {
     adopted_output_inodes: &'a [u64],
 }
 
-/// What a directory is found to be, or is made again.
+/// What came of cleaning a directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DirectoryCondition {
     /// It is as its record says.
@@ -68,8 +68,8 @@ struct SeenEntries {
 
 /// Makes a root what its record says. Baselines from about `command_start_seconds`, when the command could start
 /// (seconds since the epoch), are not trusted unless every change gives a directory another ctime (`fine_ctime`). After
-/// an error nothing is known of the root (I7 Errors discard). `Oversized` is about the root itself; what is so beneath it
-/// is made again.
+/// an error nothing is known of the root (I7 Errors discard). `Oversized` is about the root itself; directories beneath
+/// it that are oversized are made again.
 pub(super) fn clean_root(
     context: &LayOutContext<'_>,
     root: &mut RootRecord,
@@ -322,8 +322,8 @@ fn into_io(error: LayOutError) -> io::Error {
     }
 }
 
-/// Whether an entry has the attributes of what the worker makes: a file its owner, mode and mtime, all else its owner. No
-/// action can give these to what it makes.
+/// Whether an entry has the attributes of what the worker makes: a file owner, mode and mtime, all else the owner. No
+/// action can give what it makes that owner.
 fn entry_is_made_by_worker(fd: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<bool> {
     let stat = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
     let owner = rustix::process::geteuid().as_raw();

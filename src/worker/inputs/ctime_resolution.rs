@@ -9,7 +9,7 @@ use rustix::fs::{AtFlags, Mode};
 
 use crate::worker::beneath::open_child;
 
-/// How many changes are made one right after the other.
+/// How many changes are tried, one right after the other.
 const CHANGES: u32 = 1_000;
 
 /// Whether the ctime of a directory tells of every change of it.
@@ -24,7 +24,7 @@ pub(super) enum CtimeResolution {
     Unknown,
 }
 
-/// Finds out, by trying, in a directory that is made for it.
+/// Finds out what ctime can be trusted for, by trying in a directory that is made for it.
 pub(super) fn probe(build: BorrowedFd<'_>) -> io::Result<CtimeResolution> {
     // statfs(2): ext4, xfs, btrfs, tmpfs.
     const KNOWN: [u32; 4] = [0xEF53, 0x5846_5342, 0x9123_683E, 0x0102_1994];

@@ -25,9 +25,9 @@ pub(super) struct DeletionQueue {
     path: PathBuf,
     directory: Arc<OwnedFd>,
     next_name: AtomicU64,
-    /// How many the thread has not tried to remove yet.
+    /// How many entries the thread has not tried to remove yet.
     pending_deletions: Arc<AtomicU64>,
-    /// Sends names in the directory to the thread that removes them.
+    /// Sends names of entries to the thread that removes these.
     names: Mutex<Sender<String>>,
 }
 
@@ -97,7 +97,7 @@ impl DeletionQueue {
         }
     }
 
-    /// Moves an entry of a directory here, and has it removed.
+    /// Moves an entry of a directory here, and has it removed or removes it.
     pub(super) fn try_delete<P: rustix::path::Arg>(
         &self,
         parent: impl AsFd,

@@ -54,7 +54,8 @@ impl DirectoryWalk {
     }
 }
 
-// Whoever fetches a Directory, and whoever waits for him. For files of the cache, they are `FileClaim` and `InProgress`.
+// Whoever fetches a Directory, and whoever waits for him. What `FileClaim` and `InProgress` are to files of the cache,
+// they are to Directories.
 type FetchLeader = Leader<Digest, ()>;
 type FetchFollower = (Digest, Follower<()>);
 
@@ -103,7 +104,8 @@ impl DirectoryCache {
         }
     }
 
-    /// Reads all Directories that can be reached from `root`, and in the same batch as that one the blob of the command.
+    /// Reads all Directories that can be reached from `root`, and in the same batch as the first the blob of the
+    /// command.
     pub async fn walk(
         &self,
         instance: &InstanceName,
@@ -131,8 +133,8 @@ impl DirectoryCache {
             while !wanted.is_empty() || unread_command.is_some() {
                 let (leaders, followers) =
                     self.join(std::mem::take(&mut wanted), &mut found, &mut known);
-                let ours: Vec<Digest> = leaders.iter().map(|leader| *leader.key()).collect();
-                let mut digests = ours.clone();
+                let to_fetch: Vec<Digest> = leaders.iter().map(|leader| *leader.key()).collect();
+                let mut digests = to_fetch.clone();
                 let command = unread_command.take();
                 digests.extend(command);
                 let mut batches = stream::iter(batches(digests, |digest| digest.size()))
@@ -145,7 +147,7 @@ impl DirectoryCache {
                     for (digest, result) in batch.into_iter().zip(results) {
                         if command == Some(digest) && command_blob.is_none() {
                             command_blob = Some(result.clone());
-                            if !ours.contains(&digest) {
+                            if !to_fetch.contains(&digest) {
                                 continue;
                             }
                         }
@@ -227,8 +229,8 @@ impl DirectoryCache {
         Ok(tree)
     }
 
-    /// Looks digests up: adds what is in memory to `found` and `known`; returns which of the rest the caller must fetch,
-    /// and which others are fetching.
+    /// Looks digests up: adds what is in memory to `found` and `known`; returns which of the rest the caller must
+    /// fetch, and which others are fetching.
     fn join(
         &self,
         wanted: Vec<Digest>,

@@ -1,5 +1,5 @@
-//! Whether the file system that actions write to has enough free, when a command starts and while it runs. A command whose writes failed for want of
-//! it may exit with 0 all the same, with outputs that are cut.
+//! Whether the file system that actions write to has enough free, when a command starts and while it runs. A command
+//! whose writes failed for want of it may exit with 0 all the same, with outputs that are cut.
 //!
 //! 1. No command starts unless `cache.minimum_free` is free.
 //! 2. A command during which hardly anything was free has no result, whoever took it: one sample is
@@ -31,6 +31,7 @@ const FULL_DIVISOR: u64 = 8;
 const FULL_AT_MOST: u64 = 64 << 20;
 const FULL_INODES: u64 = 16;
 
+/// Looks how much is free on the file system that actions write to.
 pub(super) struct FreeSpaceMonitor {
     path: PathBuf,
     directory: OwnedFd,
@@ -115,7 +116,7 @@ impl FreeSpaceMonitor {
             || (free.bytes >= self.minimum_free && free.inodes >= MINIMUM_FREE_INODES)
     }
 
-    /// With fewer bytes free than this the disk is full.
+    /// How many bytes are free at least, unless the disk is full.
     fn full_threshold(&self) -> u64 {
         (self.minimum_free / FULL_DIVISOR).min(FULL_AT_MOST)
     }

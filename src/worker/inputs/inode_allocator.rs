@@ -1,5 +1,5 @@
-//! Says which of the inodes of each cached file an input root links: each at most once, so that no two files of the root
-//! are one inode (I8 Distinct).
+//! Says which of the inodes of each cached file an input root links: each at most once, so that no two files of the
+//! root are one inode (I8 Distinct).
 //!
 //! The cache keeps several inodes of a file where roots have its content several times. A root links the one with the
 //! lowest index that it does not link yet, so that as few are made as there are occurrences. Every function takes
@@ -11,7 +11,7 @@ use crate::worker::lru::Handle;
 
 const BITS: u32 = u64::BITS;
 
-/// The inodes that one root links, as the index of each by its cached file.
+/// Which inodes one root links, of each cached file.
 #[derive(Default)]
 pub(super) struct InodeAllocator {
     /// The cached files whose first inode is linked: nearly all are in this set alone, which is small.

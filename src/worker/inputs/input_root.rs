@@ -1,5 +1,5 @@
-//! The input root of an action that is about to run, runs or has run: from its lay-out to the end, when it is cleaned and
-//! becomes idle.
+//! The input root of an action that is about to run, runs or has run: from its lay-out to the end, when it is cleaned
+//! and becomes idle.
 
 use std::{
     os::fd::{AsFd, BorrowedFd},
@@ -22,7 +22,7 @@ use crate::worker::{
 /// The input root of one action. When it is dropped, it is cleaned in the background.
 pub struct InputRoot {
     build_directory: Arc<WorkerBuildDirectory>,
-    /// `None` only while being dropped.
+    /// `None` only while this is dropped.
     action_directory: Option<ActionDirectory>,
     /// `None` when the root is not used again.
     pub(super) record: Option<RootRecord>,
@@ -97,7 +97,7 @@ impl InputRoot {
         self.has_private_files
     }
 
-    /// The directory with `stdout` and `stderr`.
+    /// The action's directory, in which `stdout` and `stderr` are.
     pub fn directory(&self) -> BorrowedFd<'_> {
         self.action_directory().directory.as_fd()
     }
@@ -118,8 +118,8 @@ impl InputRoot {
         self.adopted_output_inodes = inodes;
     }
 
-    /// Throws this root and all idle ones away, and has none kept for a while: the action ran as root or as the worker,
-    /// and may have changed anything in place (I2 Credentials). Blocks.
+    /// Throws this root and all idle ones away, and has none kept for a while: the action ran as root or as the
+    /// worker, and may have changed anything in place (I2 Credentials). Blocks.
     pub fn discard_all_after_privileged_action(&mut self) {
         self.reusable = false;
         self.build_directory

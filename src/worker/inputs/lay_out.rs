@@ -122,14 +122,14 @@ impl Drop for WorkingGuard<'_, '_> {
 /// New directories that are made, and are to be filled.
 #[derive(Default)]
 pub(super) struct JobQueue {
-    /// For each its parent, its index in `LayOut::new_directories`, and its name. The last is taken first: so only the
-    /// ancestors of what is worked on must be open.
+    /// The parent of each directory, its index in `LayOut::new_directories`, and its name. The last job is done first:
+    /// so only the ancestors of what is worked on must be open.
     jobs: Vec<(Arc<DirectoryFd>, u32, String)>,
     /// How many threads may yet add jobs.
     working: usize,
     /// Files that are gone from the cache.
     pub missing: Vec<FileKey>,
-    /// The first error that was another one.
+    /// The first error that was no missing file.
     failed: Option<LayOutError>,
 }
 

@@ -63,8 +63,8 @@
 //!   says.
 //! - `root_pool` has the roots that are idle, and in `subtree_stash` the subtrees that no root has; `deletion` removes
 //!   what is thrown away.
-//! - `ctime_resolution` and `reuse_suspension` tell whether roots may be kept, and `free_space_monitor` whether commands
-//!   may start.
+//! - `ctime_resolution` and `reuse_suspension` tell whether roots may be kept, and `free_space_monitor` whether
+//!   commands may start.
 
 mod action_directory;
 mod assign_inodes;

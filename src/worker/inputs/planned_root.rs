@@ -43,7 +43,7 @@ pub struct PlannedRoot {
     spent: Duration,
 }
 
-/// Why there is no input root.
+/// Why an input root could not be laid out.
 #[derive(Debug)]
 pub enum PrepareError {
     /// These files must be restored to the cache; then another attempt may succeed.

@@ -23,7 +23,7 @@ use crate::{
     worker::{blocking::blocking, command::Command, fault::Fault, task::AssignedTask},
 };
 
-/// How often laying out is tried again; files that vanish from the cache more often than that do so again and again.
+/// How often laying out is tried again when files vanish from the cache; more often, a disk is broken.
 const LAY_OUT_RETRIES: u32 = 3;
 
 /// Makes the input roots of one runner's actions.
@@ -69,8 +69,8 @@ impl InputRoots {
         }
     }
 
-    /// Makes an empty root, and a directory beside it, whose path in the build directory is returned: a runner that looks
-    /// for actions' directories in the same place finds it.
+    /// Makes an empty root, and a directory beside it, whose path in the build directory is returned: a runner that
+    /// looks for actions' directories in the same place finds it.
     pub async fn prepare_readiness_check(&self) -> Result<(InputRoot, String), Fault> {
         let (build_directory, group) = (self.build_directory.clone(), self.group);
         let make = move || {
@@ -139,8 +139,8 @@ impl InputRoots {
         )
     }
 
-    /// Chooses a root, fetches the files that it lacks, then lays it out. Where nothing is to be fetched, one thread does
-    /// all of it.
+    /// Chooses a root, fetches the files that it lacks, then lays it out. Where nothing is to be fetched, one thread
+    /// does all of it.
     async fn lay_out(
         &self,
         task: &AssignedTask,

@@ -18,7 +18,7 @@ pub(super) struct ReuseSuspension {
 /// The actions that ran as root or as the worker.
 #[derive(Clone, Copy, Default)]
 struct PrivilegedActions {
-    /// How many there were since the start.
+    /// How many such actions there were since the start.
     count: u64,
     suspended_until: Option<Instant>,
 }

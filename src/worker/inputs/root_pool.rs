@@ -112,8 +112,8 @@ impl RootPoolState {
 }
 
 impl RootPool {
-    /// Moves away and then removes what an earlier worker left. EWOULDBLOCK when another worker uses
-    /// the directory.
+    /// Opens the directory, and moves away and then removes what an earlier worker left. EWOULDBLOCK when another
+    /// worker uses it.
     pub(super) fn open(path: &Path, slots: usize) -> io::Result<Self> {
         std::fs::create_dir_all(path)?;
         let build_directory = open_child(rustix::fs::CWD, path)?;

@@ -1,5 +1,5 @@
-//! What the worker records of a root that it keeps: for each directory an open descriptor, a baseline (I6), and the inodes
-//! of its entries.
+//! What the worker records of a root that it keeps: for each directory an open descriptor, a baseline (I6), and the
+//! inodes of its entries.
 
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -30,7 +30,7 @@ const ENTRY_SIZE: u64 = 24;
 /// An open directory (O_PATH), counted as long as it is open.
 pub(super) struct DirectoryFd {
     fd: OwnedFd,
-    /// How many are open.
+    /// How many of them are open.
     open: Arc<AtomicU64>,
 }
 

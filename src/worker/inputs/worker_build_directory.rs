@@ -35,7 +35,7 @@ use crate::worker::fault::Fault;
 const LAY_OUT_THREADS: usize = 2;
 /// How long an action waits for space that the removal of used directories may leave.
 const FREE_SPACE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long an action that finds too little free waits before cached files are evicted for it.
+/// How long an action waits for space from such removal before cached files are evicted for it.
 const EVICTION_DELAY: Duration = Duration::from_secs(5);
 
 pub struct WorkerBuildDirectory {
@@ -48,8 +48,8 @@ pub struct WorkerBuildDirectory {
     /// Whether every change of a directory gives it another ctime.
     fine_ctime: bool,
     pub(super) reuse_suspension: ReuseSuspension,
-    /// `FileCache::poll_modifications` when idle roots were last invalidated for it. Held while they are, so that nobody
-    /// takes one that links a modified file.
+    /// `FileCache::poll_modifications` when idle roots were last invalidated for it. Held while they are, so that
+    /// nobody takes one that links a modified file.
     seen_modifications: Mutex<u64>,
     pub(super) lay_out_counts: LayOutCounts,
 }
@@ -67,8 +67,8 @@ pub(super) struct UsedRoot {
 }
 
 impl WorkerBuildDirectory {
-    /// Opens the directory, and moves away and then removes what an earlier worker left. Sets the umask of the whole process
-    /// to 0, since the action's user must be able to write to directories. EWOULDBLOCK when another
+    /// Opens the directory, and moves away and then removes what an earlier worker left. Sets the umask of the whole
+    /// process to 0, since the action's user must be able to write to directories. EWOULDBLOCK when another
     /// worker uses the directory.
     pub fn open(path: &Path, cache: Arc<FileCache>, slots: usize) -> io::Result<Arc<Self>> {
         rustix::process::umask(Mode::empty());
@@ -139,8 +139,8 @@ impl WorkerBuildDirectory {
         self.reuse_suspension.describe(now)
     }
 
-    /// Throws away all idle roots and stashed subtrees, since something was not as it should be; roots that actions have
-    /// will be when these end. Blocks.
+    /// Throws away all idle roots and stashed subtrees, since something was not as it should be; roots that actions
+    /// have will be when these end. Blocks.
     pub fn invalidate_all(&self) {
         self.root_pool.invalidate_all();
     }

@@ -25,7 +25,7 @@ use crate::{
 pub struct CacheLimits {
     pub bytes: u64,
     pub files: u64,
-    /// Bytes of the file system that are left free.
+    /// How many bytes of the file system are left free.
     pub minimum_free: u64,
 }
 
@@ -49,7 +49,7 @@ pub struct FileCache {
 }
 
 impl FileCache {
-    /// Takes up what an earlier worker left. Blocks for a second per million files.
+    /// Opens the cache, with the files that an earlier worker left. Blocks for a second per million files.
     pub fn open(path: &Path, limits: CacheLimits, storage: Backend) -> io::Result<Self> {
         let directory = CacheDirectory::open(path)?;
         let supports_reflinks = directory.probe_reflinks()?;
@@ -87,7 +87,7 @@ impl FileCache {
         Ok(cache)
     }
 
-    /// Has large files fetched by their chunks, as far as other files here have these.
+    /// Has large files fetched by their chunks, as far as other files of the cache have these.
     pub fn offer_local_files(self: &Arc<Self>) {
         // The storage is the cache's, so that it must not keep the cache.
         let cache = Arc::downgrade(self);
@@ -107,7 +107,7 @@ impl FileCache {
         self.directory.path()
     }
 
-    /// Bytes that are to stay free on the file system.
+    /// How many bytes are to stay free on the file system.
     pub fn minimum_free(&self) -> u64 {
         self.limits.minimum_free
     }

@@ -15,7 +15,7 @@ pub struct CacheUses {
     pub fetched_bytes: Counter,
 }
 
-/// What was read to verify it since the start.
+/// What was read to verify cached files since the start.
 #[derive(Debug, Default)]
 pub struct VerificationCounts {
     pub files: AtomicU64,

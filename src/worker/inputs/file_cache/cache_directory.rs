@@ -85,8 +85,8 @@ impl Drop for IncomingFile {
 }
 
 impl CacheDirectory {
-    /// Makes what is not there, and removes what was being written. EWOULDBLOCK when another
-    /// worker uses the directory.
+    /// Opens the directory, makes what is not in it, and removes what an earlier worker was writing. EWOULDBLOCK
+    /// when another worker uses it.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(path)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -133,7 +133,7 @@ impl CacheDirectory {
         &self.shards
     }
 
-    /// Every file that is there, the longest unused first. Removes what nobody can use, and extra inodes of files.
+    /// Every file that is on disk, the longest unused first. Removes what nobody can use, and extra inodes of files.
     pub(super) fn scan(&self) -> io::Result<Vec<ScannedFile>> {
         // A directory's inodes are read one by one: two threads take half of the time.
         let (low, high) = std::thread::scope(|scope| {

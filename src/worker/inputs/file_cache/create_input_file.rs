@@ -61,8 +61,8 @@ impl FileCache {
         self.supports_reflinks
     }
 
-    /// Has `file`, when it is to be a hard link, be one to another inode of the same cached file; what is on disk at its
-    /// place is not touched. The inode is made if the cached file has none with this index.
+    /// Points a hard link to another inode of the same cached file, which is made if there is none with this index.
+    /// What is on disk at the link's place stays as it is; so does a file that is no hard link.
     pub fn switch_inode(
         &self,
         key: &FileKey,

@@ -40,7 +40,7 @@ impl FileCache {
                 bytes: weight.saturating_sub(missing_bytes),
                 ..self.limits
             });
-            // Once: what was evicted may be linked from kept roots, and space comes with a delay.
+            // Once: what was evicted may be linked from idle roots, and space comes with a delay.
             if self.missing_bytes() > 0
                 && let Some(reclaim) = self.reclaim.get()
             {
@@ -56,7 +56,7 @@ impl FileCache {
         let reclaim = || self.reclaim.get().is_some_and(|reclaim| reclaim());
         while self.is_over() {
             self.remove_unlinked_extra_inodes();
-            // Files of kept input roots are the dearest inodes, but not so dear that no cached file
+            // Files of idle input roots are the dearest inodes, but not so dear that no cached file
             // has space beside them.
             let crowded = self.index.lock().extra_inodes() > self.limits.files / 2;
             if crowded && self.is_over() && reclaim() {

@@ -37,7 +37,7 @@ impl FileCache {
         // Pins what was fetched, until each occurrence is pinned.
         let mut fetched = PinnedFiles::none(self);
         while !pinned.absent.is_empty() {
-            let (claim, waiting) = self.claim(pinned).await;
+            let (claim, others) = self.claim(pinned).await;
             if !claim.keys.is_empty() {
                 self.check_size(pinned, &claim.keys)?;
                 let sizes = claim.keys.iter().map(|key| key.digest.size());
@@ -46,8 +46,8 @@ impl FileCache {
                 self.download(instance, claim, keys, &mut fetched, &mut missing)
                     .await?;
             }
-            // Whoever is waited for may fail: then these become ours, or a third one's.
-            for done in waiting {
+            // Whoever is waited for may fail: then this action claims these next, or a third one does.
+            for done in others {
                 done.cancelled().await;
             }
             pinned
@@ -72,7 +72,7 @@ impl FileCache {
         let mut fetched = PinnedFiles::none(self);
         let mut rest = keys;
         while !rest.is_empty() {
-            let (claim, waiting) = self.claim_gone(&mut rest);
+            let (claim, others) = self.claim_gone(&mut rest);
             if !claim.keys.is_empty() {
                 let cache = self.clone();
                 let forget = move || {
@@ -88,7 +88,7 @@ impl FileCache {
                 self.download(instance, claim, gone, &mut fetched, &mut missing)
                     .await?;
             }
-            for done in waiting {
+            for done in others {
                 done.cancelled().await;
             }
             // What others have brought meanwhile is there.
@@ -106,12 +106,12 @@ impl FileCache {
     /// to wait for.
     fn claim_gone(&self, keys: &mut Vec<FileKey>) -> (FileClaim, Vec<CancellationToken>) {
         let mut claim = FileClaim::new(&self.index);
-        let mut waiting = Vec::new();
+        let mut others = Vec::new();
         let mut index = self.index.lock();
         keys.retain(|key| match index.in_progress.get(key) {
             Some(other) if other.claim_id == claim.id => false,
             Some(other) => {
-                waiting.push(other.done.clone());
+                others.push(other.done.clone());
                 true
             }
             None => {
@@ -120,7 +120,7 @@ impl FileCache {
             }
         });
         drop(index);
-        (claim, waiting)
+        (claim, others)
     }
 
     /// Whether the limits of the cache allow an input root of these files. Each occurrence is an inode of its own, and
@@ -147,15 +147,15 @@ impl FileCache {
     /// changes. The rest stays absent, with what to wait for.
     async fn claim(&self, pinned: &mut PinnedFiles) -> (FileClaim, Vec<CancellationToken>) {
         let mut claim = FileClaim::new(&self.index);
-        let mut waiting = Vec::new();
+        let mut others = Vec::new();
         let absent = std::mem::take(&mut pinned.absent);
         for some in absent.chunks(KEYS_AT_A_TIME) {
-            self.claim_some(some, pinned, &mut claim, &mut waiting);
+            self.claim_some(some, pinned, &mut claim, &mut others);
             if absent.len() > KEYS_AT_A_TIME {
                 tokio::task::yield_now().await;
             }
         }
-        (claim, waiting)
+        (claim, others)
     }
 
     fn claim_some(
@@ -163,7 +163,7 @@ impl FileCache {
         absent: &[(FileKey, usize)],
         pinned: &mut PinnedFiles,
         claim: &mut FileClaim,
-        waiting: &mut Vec<CancellationToken>,
+        others: &mut Vec<CancellationToken>,
     ) {
         let mut index = self.index.lock();
         for (key, at) in absent {
@@ -175,7 +175,7 @@ impl FileCache {
             match index.in_progress.get(key) {
                 // Twice in one input root: one fetch.
                 Some(other) if other.claim_id == claim.id => {}
-                Some(other) => waiting.push(other.done.clone()),
+                Some(other) => others.push(other.done.clone()),
                 None => claim.add(&mut index, *key),
             }
         }

@@ -34,30 +34,30 @@ pub(super) struct CacheIndex {
 /// The inodes that files have beside their first ones.
 #[derive(Default)]
 struct ExtraInodes {
-    /// Those of each file, by their inode index less one.
+    /// The extra inodes of each file, by inode index less one.
     by_key: HashMap<FileKey, Vec<ExtraInode>>,
-    /// How many there are of all files together.
+    /// How many extra inodes all files have together.
     count: u64,
-    /// How many of them no file of an input root links.
+    /// How many of all extra inodes no file of an input root links.
     unlinked: u64,
 }
 
 struct ExtraInode {
     inode: u64,
-    /// How many files of input roots are links to it.
+    /// How many files of input roots are links to this inode.
     links: u32,
 }
 
-/// What the index has of a file that somebody fetches, evicts, adds or removes: what a `FileClaim` is for others. They
+/// A file that somebody fetches, evicts, adds or removes, for those who must wait for him. `FileClaim` and `InProgress`
 /// are to files what leader and follower (`FetchLeader`, `FetchFollower`) are to Directory messages.
 pub(super) struct InProgress {
-    /// The `FileClaim::id` of who does it.
+    /// The `FileClaim::id` of the claim on the file.
     pub claim_id: u64,
     /// Cancelled when that claim is dropped.
     pub done: CancellationToken,
 }
 
-/// The keys that its holder fetches, evicts, adds or removes, while others wait for him (`InProgress`). Whatever
+/// The files that somebody fetches, evicts, adds or removes, while others wait for him (`InProgress`). Whatever
 /// changes files on the disk holds it until that is done, also when who asked for it has given up: two who write the
 /// same file would have different inodes of it.
 pub(super) struct FileClaim {
@@ -111,12 +111,12 @@ impl CacheIndex {
         self.files.len() as u64 + self.extra_inodes()
     }
 
-    /// How many of these are not the first one of a cached file.
+    /// How many inodes on disk are the cache's or in input roots, without the first ones of cached files.
     pub(super) fn extra_inodes(&self) -> u64 {
         self.extra.count + self.unshared_inodes
     }
 
-    /// How many inodes a file has.
+    /// How many inodes a cached file has.
     pub(super) fn inodes_of(&self, key: &FileKey) -> u32 {
         let extra = self.extra.by_key.get(key);
         1 + extra.map_or(0, |inodes| inodes.len() as u32)

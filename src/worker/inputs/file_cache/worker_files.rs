@@ -25,7 +25,7 @@ pub(super) enum WriteAccess {
     Everybody,
 }
 
-/// Creates a file of an input root, which is still empty.
+/// Creates a file of an input root, whose mtime is still the present time.
 fn create(
     directory: BorrowedFd<'_>,
     name: &str,
