@@ -2,18 +2,19 @@
 //!
 //! In the order to read it, from the top down:
 //!
-//! - `service`, `deadline_service`: what a worker asks for over a Unix socket; `self_check`: what `--check` says;
+//! - `service`, `early_response_headers`: what a worker asks for over a Unix socket; `check_command`: what
+//!   `--check` says;
 //! - `metrics`: what is told of it, and `status_command`, which asks for that; `counts` has what became of actions;
-//! - `run`: one action, from its command to its last process, with `cleaner` around several, `output_limit`
-//!   for what it writes, `server_logs` for what is told of it, `action_directory` (with `input_ownership`) and
-//!   `action_mounts` (with `input_root_chroot`) for what it is in;
+//! - `run_action`: one action, from its command to its last process, with `idle_invoker` around several,
+//!   `log_size_limit` for what it writes, `server_logs` for what is told of it, `action_directory_lock` (with
+//!   `input_ownership`) and `action_mounts` (with `input_root_chroot`) for what it is in;
 //! - `build_directory`: where workers lay out actions;
-//! - `run_spec`, `environment`: what to run, parsed;
+//! - `run_spec`, `default_environment`: what to run, parsed;
 //! - `sandbox`: the layers of containment, made ahead;
 //! - `spawn`: making a process and waiting for it;
 //! - `user_pool`, `user_range_lock`, `user_cleanup`: the users that actions run as, and what is left of one;
-//! - `privileges`, `proc_self_status`, `grpc_timeout`, `run_cancellation`, `sys`: privileges and accounts, what the kernel
-//!   says of this process, a caller's deadline, the way to tell a Run to end, system calls.
+//! - `host_requirements`, `proc_self_status`: what the host must have, and what the kernel says of this process;
+//!   `grpc_timeout`: a caller's deadline; `run_cancellation`: the way to tell a Run to end; `sys`: system calls.
 //!
 //! What an action can and cannot do to whom: bb-remote-execution(7), SECURITY.
 
@@ -34,25 +35,25 @@ use crate::{
     },
 };
 
-mod action_directory;
+mod action_directory_lock;
 mod action_mounts;
 mod build_directory;
-mod cleaner;
+mod check_command;
 mod counts;
-mod deadline_service;
-mod environment;
+mod default_environment;
+mod early_response_headers;
 mod grpc_timeout;
+mod host_requirements;
+mod idle_invoker;
 mod input_ownership;
 mod input_root_chroot;
+mod log_size_limit;
 mod metrics;
-mod output_limit;
-mod privileges;
 mod proc_self_status;
-mod run;
+mod run_action;
 mod run_cancellation;
 mod run_spec;
 mod sandbox;
-mod self_check;
 mod server_logs;
 mod service;
 mod spawn;
@@ -62,14 +63,14 @@ mod user_cleanup;
 mod user_pool;
 mod user_range_lock;
 
-use cleaner::Cleaner;
+pub use check_command::{probe, warnings};
 use counts::RunCounts;
-use deadline_service::DeadlineService;
-use environment::{AddedVariables, BuildDirectoryView};
+use default_environment::{AddedVariables, BuildDirectoryView};
+use early_response_headers::EarlyHeadersService;
+use idle_invoker::IdleInvoker;
 use metrics::RunnerSources;
-use run::RunContext;
+use run_action::RunContext;
 use sandbox::{Layers, SandboxContext, SandboxPool, SeccompFilter};
-pub use self_check::{probe, warnings};
 use service::RunnerService;
 use spawn::InheritedState;
 pub use status_command::run_status;
@@ -87,14 +88,14 @@ const SHUTDOWN_KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Runs until told to stop.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
-    privileges::check_capabilities()?;
-    privileges::check_users(&config)?;
-    if let Some(failure) = self_check::check_cleaned_directories(&config) {
+    host_requirements::check_capabilities()?;
+    host_requirements::check_users(&config)?;
+    if let Some(failure) = check_command::check_cleaned_directories(&config) {
         return Err(failure);
     }
-    let (allowed, unknown) = privileges::resolve_users(&config.allowed_users);
+    let (allowed, unknown) = host_requirements::resolve_users(&config.allowed_users);
     for name in unknown {
-        tracing::warn!("{}", privileges::unknown_user(name));
+        tracing::warn!("{}", host_requirements::unknown_user(name));
     }
     let range = config.users.range();
     // Before anything is killed.
@@ -105,7 +106,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         &config.listen,
         Some(SocketPermissions {
             mode: config.socket_mode.0,
-            group: privileges::socket_group(&config)?,
+            group: host_requirements::socket_group(&config)?,
         }),
     )?;
     let (port, socket) = (&config.metrics, &config.control);
@@ -150,7 +151,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         context: context.clone(),
     };
     let routes = Services::default()
-        .add(DeadlineService::new(service))
+        .add(EarlyHeadersService::new(service))
         .observable(&lifecycle.stopping())?;
 
     // Each command has a thread of the pool to itself.
@@ -255,7 +256,7 @@ fn kill_leftovers(config: &Config) -> Result<(), Failure> {
             });
         }
     }
-    action_directory::close_all(&config.build_directory, &range);
+    action_directory_lock::close_all(&config.build_directory, &range);
     Ok(())
 }
 
@@ -294,7 +295,7 @@ fn context(
         pid_namespace: sandbox::daemon_pid_namespace().map_err(failed("open /proc/self/ns/pid"))?,
         seccomp_filter: has_filter
             .then(|| SeccompFilter::new(config.containment.allow_user_namespaces)),
-        groups: privileges::resolve_groups(&config.additional_groups)?
+        groups: host_requirements::resolve_groups(&config.additional_groups)?
             .into_iter()
             .map(Gid::from_raw)
             .collect(),
@@ -305,7 +306,7 @@ fn context(
                 message: "it has a NUL character".to_owned(),
             })?,
         cleaner: has_cleaner.then(|| {
-            Cleaner::new(
+            IdleInvoker::new(
                 config.clean_temporary_directories.clone(),
                 config.run_command_cleaner.clone(),
             )

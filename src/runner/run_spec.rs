@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::environment::AddedVariables;
+use super::default_environment::AddedVariables;
 use crate::{
     path::{PathError, RelativePath},
     proto::runner::RunRequest,
@@ -288,7 +288,7 @@ impl fmt::Display for RunSpecPart {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::environment::{BuildDirectoryView, PATH},
+        super::default_environment::{BuildDirectoryView, PATH},
         *,
     };
 

@@ -24,9 +24,9 @@ use tracing::Instrument;
 
 use super::{
     build_directory::{BuildDirectory, first_impassable, impassable_message},
-    environment::AddedVariables,
+    default_environment::AddedVariables,
     grpc_timeout,
-    run::{self, ActionExit, RunContext, RunError},
+    run_action::{ActionExit, RunContext, RunError, run_action},
     run_cancellation::RunCancellation,
     run_spec::{Deadline, RunSpec, RunSpecError},
     sandbox::{CgroupUsage, SandboxError},
@@ -212,7 +212,7 @@ impl RunnerService {
         let (answer, mut answered) = oneshot::channel();
         let context = self.context.clone();
         let told = stop.clone();
-        daemon::spawn_blocking(move || run::run(&context, &run, user, &told, answer));
+        daemon::spawn_blocking(move || run_action(&context, &run, user, &told, answer));
         let over = async {
             match deadline {
                 Some(Deadline { at, limit }) => {

@@ -1,9 +1,4 @@
-//! A sandbox, which is what surrounds one action, and how it is made.
-//!
-//! 1. It is one action's own: namespaces with all that is in them, and a control group. Only network
-//!    namespaces are used again, as `network` says.
-//! 2. It is bound to the host's mounts and the build directory as they were; when something was mounted
-//!    since, or the worker has made that directory anew, it is not used.
+//! How a sandbox is made.
 //!
 //! Making one takes about as long as an action's whole start (mount namespaces are copied and torn down
 //! under locks of the whole kernel), hence ahead, on a thread of its own (`pool`), which goes from one
@@ -12,32 +7,24 @@
 use nix::sched::{CloneFlags, unshare};
 
 use super::{
+    action_sandbox::Sandbox,
     cgroups::ActionCgroup,
     containment_layer::{Layer, Layers},
     error::SandboxError,
-    hostname, ipc,
-    mount_watch::DirectoryId,
-    mounts::{self, MountNamespaceSwitcher, SandboxMounts},
-    namespace::Namespace,
-    network::LentNetwork,
+    ipc_namespace,
+    mount_namespace::{self, MountNamespaceSwitcher, SandboxMounts},
+    namespace_fd::Namespace,
     pid_namespace::InitProcess,
-    spec::SandboxContext,
+    sandbox_context::SandboxContext,
+    uts_namespace,
 };
-use crate::runner::spawn::SetupStep;
 
 /// Layers that are a new namespace, and what is done in it.
-const UNSHARED: [Layer; 3] = [mounts::LAYER, ipc::LAYER, hostname::LAYER];
-
-/// One action's surroundings. Dropped in this order: processes first.
-#[derive(Debug)]
-pub(crate) struct Sandbox {
-    pub init: Option<InitProcess>,
-    /// All but the PID namespace, which is `init`'s.
-    namespaces: Vec<Namespace>,
-    pub mounts: Option<SandboxMounts>,
-    pub network: Option<LentNetwork>,
-    pub cgroup: Option<ActionCgroup>,
-}
+const UNSHARED: [Layer; 3] = [
+    mount_namespace::LAYER,
+    ipc_namespace::LAYER,
+    uts_namespace::LAYER,
+];
 
 /// Makes sandboxes, on one thread.
 pub(super) struct SandboxBuilder {
@@ -89,7 +76,7 @@ impl SandboxBuilder {
             namespaces.push(namespace.map_err(SandboxError::at("network namespace"))?);
         }
         if has(Layers::HOSTNAME) {
-            hostname::prepare().map_err(SandboxError::at("host name"))?;
+            uts_namespace::prepare().map_err(SandboxError::at("host name"))?;
         }
         let mounts = match template {
             Some(template) => Some(SandboxMounts::prepare(spec, template)?),
@@ -112,26 +99,6 @@ impl SandboxBuilder {
             network,
             cgroup,
         })
-    }
-}
-
-impl Sandbox {
-    /// Whether it is around the host as it is, and nobody has killed its first process or removed its
-    /// control group.
-    pub(crate) fn is_usable(&self, build_directory: DirectoryId, changes: u64) -> bool {
-        let mounts = self.mounts.as_ref();
-        mounts.is_none_or(|mounts| mounts.is_current(build_directory, changes))
-            && self.init.as_ref().is_none_or(InitProcess::is_alive)
-            && !self.cgroup.as_ref().is_some_and(ActionCgroup::is_removed)
-    }
-
-    /// What brings an action's process into it, but for its PID namespace and control group.
-    pub(crate) fn setup_steps(&self) -> impl Iterator<Item = SetupStep<'_>> {
-        let mounts = self.mounts.iter().map(|_| SetupStep::MakeMountsPrivate);
-        self.namespaces
-            .iter()
-            .map(Namespace::setup_step)
-            .chain(mounts)
     }
 }
 

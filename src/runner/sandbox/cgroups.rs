@@ -35,7 +35,7 @@ use super::{
     cgroup_usage::{self, CgroupUsage},
     containment_layer::{Layer, Layers, Probe},
     error::{CGROUP_STEP, SandboxError},
-    own_cgroup::own_cgroup,
+    proc_self_cgroup::own_cgroup,
 };
 use crate::config::runner::{Config, Demand, Limits};
 

@@ -3,7 +3,7 @@
 
 use bitflags::bitflags;
 
-use super::namespace::NamespaceKind;
+use super::namespace_fd::NamespaceKind;
 use crate::config::runner::{Config, Containment, Demand};
 
 bitflags! {

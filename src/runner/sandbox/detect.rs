@@ -7,8 +7,9 @@ use super::{
     builder::try_out,
     cgroups::{self, ActionCgroupParent},
     containment_layer::{Layer, Layers, Probe},
-    devices, hidden_paths, hostname, ipc, mounts, network, pid_namespace, seccomp,
-    spec::SandboxContext,
+    devices, hidden_paths, ipc_namespace, mount_namespace, network_namespace, pid_namespace,
+    sandbox_context::SandboxContext,
+    seccomp, uts_namespace,
 };
 use crate::{
     config::runner::{Config, Demand},
@@ -18,11 +19,11 @@ use crate::{
 /// In an order in which each comes after those that it needs.
 const LAYERS: [Layer; 9] = [
     cgroups::LAYER,
-    mounts::LAYER,
+    mount_namespace::LAYER,
     pid_namespace::LAYER,
-    ipc::LAYER,
-    hostname::LAYER,
-    network::LAYER,
+    ipc_namespace::LAYER,
+    uts_namespace::LAYER,
+    network_namespace::LAYER,
     devices::LAYER,
     hidden_paths::LAYER,
     seccomp::LAYER,

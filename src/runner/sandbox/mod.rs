@@ -3,16 +3,18 @@
 //! In the order to read it:
 //!
 //! - `containment_layer`: what a layer is; `detect`: the table of all, and which of them this host allows;
-//! - `spec`: what all sandboxes are made from; `builder`: one sandbox, and how it is made; `pool`:
-//!   those that wait for actions; `error`: why there is none;
+//! - `sandbox_context`: what all sandboxes are made from; `action_sandbox`: one sandbox; `builder`: how one is
+//!   made; `pool`: those that wait for actions; `error`: why there is none;
 //! - a file for each layer:
-//!   - `cgroups`, with `cgroup_limits`, `cgroup_usage`, `own_cgroup`,
-//!   - `mounts`, with `mount_template` (what all sandboxes have mounted), `mount_watch` (whether that is still
-//!     so), `passwd` (the action's user by name), `mount_calls`,
+//!   - `cgroups`, with `cgroup_limits`, `cgroup_usage`, `proc_self_cgroup`,
+//!   - `mount_namespace`, with `mount_template` (what all sandboxes have mounted), `mount_generation` (whether that
+//!     is still so), `account_files` (the action's user by name), `mount_calls`,
 //!   - `pid_namespace`, with `init_program`,
-//!   - `ipc`, `hostname`, `network`, `devices`, `hidden_paths`, `seccomp`;
-//! - `namespace`: what most of them are made of.
+//!   - `ipc_namespace`, `uts_namespace`, `network_namespace`, `devices`, `hidden_paths`, `seccomp`;
+//! - `namespace_fd`: what most of them are made of.
 
+mod account_files;
+mod action_sandbox;
 mod builder;
 mod cgroup_limits;
 mod cgroup_usage;
@@ -22,33 +24,32 @@ mod detect;
 mod devices;
 mod error;
 mod hidden_paths;
-mod hostname;
 mod init_program;
-mod ipc;
+mod ipc_namespace;
 mod mount_calls;
+mod mount_generation;
+mod mount_namespace;
 mod mount_template;
-mod mount_watch;
-mod mounts;
-mod namespace;
-mod network;
-mod own_cgroup;
-mod passwd;
+mod namespace_fd;
+mod network_namespace;
 mod pid_namespace;
 mod pool;
+mod proc_self_cgroup;
+mod sandbox_context;
 mod seccomp;
-mod spec;
+mod uts_namespace;
 
-pub(super) use builder::Sandbox;
+pub(super) use action_sandbox::Sandbox;
 pub(super) use cgroup_usage::{CgroupUsage, MemoryUsage};
 pub(super) use cgroups::ActionCgroup;
 pub(super) use containment_layer::Layers;
 pub(super) use detect::{check, detect};
 pub(super) use error::SandboxError;
 pub(super) use mount_calls::copy_of_directory;
-pub(super) use mount_watch::DirectoryId;
-pub(super) use mounts::{SandboxMounts, identity};
-pub(super) use own_cgroup::mount_point as cgroup_mount_point;
+pub(super) use mount_generation::DirectoryId;
+pub(super) use mount_namespace::{SandboxMounts, identity};
 pub(super) use pid_namespace::{NamespaceEnd, daemon_pid_namespace};
 pub(super) use pool::SandboxPool;
+pub(super) use proc_self_cgroup::mount_point as cgroup_mount_point;
+pub(super) use sandbox_context::SandboxContext;
 pub(super) use seccomp::SeccompFilter;
-pub(super) use spec::SandboxContext;

@@ -28,9 +28,9 @@ use super::{
         READ_ONLY, RECURSIVE, attach, c_path, copy_of_tree, make_mount_point, private_tmpfs,
         set_attributes,
     },
-    mount_watch::HostSnapshot,
-    namespace::{Namespace, NamespaceKind},
-    spec::{SHARED_MEMORY, SandboxContext},
+    mount_generation::HostSnapshot,
+    namespace_fd::{Namespace, NamespaceKind},
+    sandbox_context::{SHARED_MEMORY, SandboxContext},
 };
 
 /// As the first process of a sandbox has it (`pid_namespace`).

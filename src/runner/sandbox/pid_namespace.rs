@@ -45,7 +45,7 @@ use rustix::{
 use super::{
     containment_layer::{Layer, Layers, Probe},
     init_program::{InitProgram, PARENT_PIPE},
-    namespace::{Namespace, NamespaceKind},
+    namespace_fd::{Namespace, NamespaceKind},
 };
 use crate::runner::{spawn::give_up_privileges, sys};
 

@@ -23,10 +23,8 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::watch;
 
 use super::{
-    builder::{Sandbox, SandboxBuilder},
-    error::SandboxError,
-    mount_watch::DirectoryId,
-    spec::SandboxContext,
+    action_sandbox::Sandbox, builder::SandboxBuilder, error::SandboxError,
+    mount_generation::DirectoryId, sandbox_context::SandboxContext,
 };
 
 /// Sandboxes that wait for actions.

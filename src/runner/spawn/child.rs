@@ -39,8 +39,9 @@ use rustix::{
 };
 
 use super::{
-    limits::{limit_open_files, limit_resources},
-    spec::{PathBase, SpawnSpec, SpawnStage},
+    rlimits::{limit_open_files, limit_resources},
+    spawn_spec::{PathBase, SpawnSpec},
+    spawn_stage::SpawnStage,
 };
 use crate::runner::sys;
 

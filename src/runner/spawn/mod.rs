@@ -2,16 +2,21 @@
 //!
 //! In the order to read it:
 //!
-//! - `spec`: all that a process is made from, decided before it exists;
-//! - `limits`: the kernel's limits for each action;
-//! - `child`: what the new process does before it becomes the action's command;
+//! - `spawn_spec`: all that a process is made from, decided before it exists, with `setup_step`, what it does to
+//!   get into its sandbox;
+//! - `rlimits`: the kernel's limits for each action;
+//! - `child`: what the new process does before it becomes the action's command, and `spawn_stage`, how far it came;
 //! - `process`: the process as this daemon has it.
 
 mod child;
-mod limits;
 mod process;
-mod spec;
+mod rlimits;
+mod setup_step;
+mod spawn_spec;
+mod spawn_stage;
 
 pub(super) use child::give_up_privileges;
 pub(super) use process::{Exit, Process, SpawnError, TerminationStatus, WaitOutcome};
-pub(super) use spec::{InheritedState, PathBase, PidNamespaces, SetupStep, SpawnSpec, SpawnStage};
+pub(super) use setup_step::SetupStep;
+pub(super) use spawn_spec::{InheritedState, PathBase, PidNamespaces, SpawnSpec};
+pub(super) use spawn_stage::SpawnStage;

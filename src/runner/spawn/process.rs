@@ -31,7 +31,8 @@ use rustix::{
 
 use super::{
     child::{self, CommandLaunch, SpawnProgress},
-    spec::{SpawnSpec, SpawnStage},
+    spawn_spec::SpawnSpec,
+    spawn_stage::SpawnStage,
 };
 use crate::runner::{run_cancellation::RunCancellation, sys};
 

@@ -7,7 +7,7 @@ use rustix::thread::LinkNameSpaceType;
 
 use super::{
     containment_layer::{Layer, Layers, Probe},
-    namespace::NamespaceKind,
+    namespace_fd::NamespaceKind,
 };
 
 pub(super) const LAYER: Layer = Layer {

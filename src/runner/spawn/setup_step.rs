@@ -1,5 +1,5 @@
-//! All that an action's first process is made from, and what it does itself to get into its sandbox (`SetupStep`).
-//! Nothing is left to decide once it exists.
+//! What a new process does itself to get into its sandbox, as data: layers of containment say which steps, and
+//! know nothing of processes; the process performs them, and knows no layer.
 
 use std::{
     ffi::{CStr, CString},
@@ -13,63 +13,11 @@ use rustix::{
         MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount_change,
         move_mount, open_tree, unmount,
     },
-    process::{Gid, chdir, pivot_root},
+    process::{chdir, pivot_root},
     thread::{LinkNameSpaceType, move_into_link_name_space},
 };
 
-/// A process to be made. All descriptors are numbered 3 or above.
-pub(crate) struct SpawnSpec<'a> {
-    pub arguments: &'a [CString],
-    pub environment: &'a [CString],
-    pub executables: &'a [CString],
-    /// Whether the first of these that can be executed is meant, rather than the only one.
-    pub search: bool,
-    /// A program and arguments, before the command's; empty for none.
-    pub emulator: &'a [CString],
-    /// Below the input root.
-    pub working_directory: &'a CStr,
-    /// Below `base`.
-    pub input_root: &'a CStr,
-    pub base: PathBase<'a>,
-    /// Standard input, output and error.
-    pub streams: [BorrowedFd<'a>; 3],
-    /// Both uid and gid.
-    pub user: u32,
-    pub groups: &'a [Gid],
-    /// The most processes that its user may have.
-    pub process_limit: u64,
-    pub inherited: InheritedState,
-    /// The control group that it is in from its first instruction.
-    pub cgroup: Option<BorrowedFd<'a>>,
-    pub pid_namespaces: Option<PidNamespaces<'a>>,
-    /// What the layers of its sandbox have it do, in this order, while it has all privileges.
-    pub setup: &'a [SetupStep<'a>],
-    pub seccomp_filter: Option<&'a [libc::sock_filter]>,
-}
-
-/// Where the path of an input root starts.
-#[derive(Clone, Copy)]
-pub(crate) enum PathBase<'a> {
-    /// An open directory: of the namespaces that are entered, or of this daemon's own where there are none.
-    Directory(BorrowedFd<'a>),
-    /// A path in them, when everything is mounted.
-    Path(&'a CStr),
-}
-
-/// The PID namespace that the process is to be in, and the one that this daemon is in.
-#[derive(Clone, Copy)]
-pub(crate) struct PidNamespaces<'a> {
-    pub inside: BorrowedFd<'a>,
-    pub daemon: BorrowedFd<'a>,
-}
-
-/// What this daemon has and its child would keep; bit sets.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct InheritedState {
-    /// Signal 1 is bit 0.
-    pub ignored_signals: u64,
-    pub bounding_capabilities: u64,
-}
+use super::spawn_stage::SpawnStage;
 
 /// One thing that the process does before it loses its privileges.
 #[derive(Debug)]
@@ -89,26 +37,6 @@ pub(crate) enum SetupStep<'a> {
     },
     /// Makes what is mounted there its `/`, and unmounts all else.
     ChangeRoot(CString),
-}
-
-/// How far a process has come, in this order.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum SpawnStage {
-    #[default]
-    Namespaces,
-    Mounts,
-    Root,
-    Session,
-    Descriptors,
-    Limits,
-    InputRoot,
-    Credentials,
-    Filter,
-    WorkingDirectory,
-    Search,
-    Execute,
-    /// Instead of that, where an emulator is executed with the command as an argument.
-    Emulate,
 }
 
 impl SetupStep<'_> {

@@ -36,15 +36,15 @@ const MAXIMUM_REQUEST: usize = 16 << 20;
 
 /// The runner's service, whose deadlines it keeps itself.
 #[derive(Clone)]
-pub(super) struct DeadlineService {
+pub(super) struct EarlyHeadersService {
     runner: Arc<RunnerService>,
     calls: RunnerServer<RunnerService>,
 }
 
-impl DeadlineService {
+impl EarlyHeadersService {
     pub(super) fn new(runner: RunnerService) -> Self {
         let runner = Arc::new(runner);
-        DeadlineService {
+        EarlyHeadersService {
             calls: RunnerServer::from_arc(runner.clone())
                 .accept_compressed(CompressionEncoding::Gzip)
                 .max_decoding_message_size(MAXIMUM_REQUEST),
@@ -53,11 +53,11 @@ impl DeadlineService {
     }
 }
 
-impl NamedService for DeadlineService {
+impl NamedService for EarlyHeadersService {
     const NAME: &'static str = SERVICE_NAME;
 }
 
-impl Service<http::Request<Body>> for DeadlineService {
+impl Service<http::Request<Body>> for EarlyHeadersService {
     type Response = http::Response<Body>;
     type Error = Infallible;
     type Future = BoxFuture<Self::Response, Self::Error>;
@@ -74,7 +74,7 @@ impl Service<http::Request<Body>> for DeadlineService {
         if !is_run || !request.headers().contains_key(grpc_timeout::HEADER) {
             return self.calls.call(request);
         }
-        let run = Run(self.runner.clone());
+        let run = StreamingRun(self.runner.clone());
         Box::pin(async move {
             let mut grpc = Grpc::new(MessageCodec::default())
                 .accept_compressed(CompressionEncoding::Gzip)
@@ -85,11 +85,11 @@ impl Service<http::Request<Body>> for DeadlineService {
 }
 
 /// A Run as a stream of one response, which is begun at once.
-struct Run(Arc<RunnerService>);
+struct StreamingRun(Arc<RunnerService>);
 
 type Responses = Pin<Box<dyn Stream<Item = Result<RunResponse, Status>> + Send>>;
 
-impl ServerStreamingService<RunRequest> for Run {
+impl ServerStreamingService<RunRequest> for StreamingRun {
     type Response = RunResponse;
     type ResponseStream = Responses;
     type Future = std::future::Ready<Result<Response<Responses>, Status>>;

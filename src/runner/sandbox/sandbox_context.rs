@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     cgroups::ActionCgroupParent, containment_layer::Layers, devices, init_program::InitProgram,
-    mount_watch::MountWatch, network::NetworkPool,
+    mount_generation::MountWatch, network_namespace::NetworkPool,
 };
 use crate::config::runner::{Config, Root};
 

@@ -17,13 +17,13 @@ use rustix::process::Gid;
 use tokio::sync::oneshot;
 
 use super::{
-    action_directory::{ActionDirectoryError, LockedActionDirectory},
+    action_directory_lock::{ActionDirectoryError, LockedActionDirectory},
     action_mounts::{ActionMounts, ActionMountsError, c_string},
     build_directory::{BuildDirectory, BuildDirectoryError},
-    cleaner::{Cleaner, CleanerGuard},
     counts::RunCounts,
+    idle_invoker::{IdleInvoker, IdleInvokerGuard},
     input_root_chroot::InputRootChrootError,
-    output_limit::{CHECK_INTERVAL, LimitedOutput},
+    log_size_limit::{CHECK_INTERVAL, LimitedStdioFile},
     run_cancellation::RunCancellation,
     run_spec::{Deadline, Executable, RunSpec},
     sandbox::{
@@ -64,7 +64,7 @@ pub(super) struct RunContext {
     pub groups: Vec<Gid>,
     pub emulator: Vec<CString>,
     /// `None` when there is nothing to clean.
-    pub cleaner: Option<Cleaner>,
+    pub cleaner: Option<IdleInvoker>,
 }
 
 /// How an action ended.
@@ -233,7 +233,7 @@ fn verb(stage: &SpawnStage) -> &'static str {
 
 /// Runs a command, on this thread, and answers when nothing of it is left. What can wait is done
 /// after the answer.
-pub(super) fn run(
+pub(super) fn run_action(
     context: &RunContext,
     run: &RunSpec,
     user: ActionUser,
@@ -279,7 +279,7 @@ fn count(counts: &RunCounts, result: &Result<ActionExit, RunError>) {
 fn begin<'a>(
     context: &'a RunContext,
     stop: &RunCancellation,
-) -> Result<(Option<CleanerGuard<'a>>, BuildDirectory, Sandbox), RunError> {
+) -> Result<(Option<IdleInvokerGuard<'a>>, BuildDirectory, Sandbox), RunError> {
     let running = match &context.cleaner {
         Some(cleaner) => {
             let running = cleaner.begin(stop);
@@ -312,8 +312,8 @@ fn run_in(
     // Before anything of the action exists, and closed after everything of it is gone.
     let directory = LockedActionDirectory::open(build, run, user, stop)?;
     let limits = &context.config.limits;
-    let mut stdout = LimitedOutput::new(build.create_log(&run.stdout)?, limits.log_size);
-    let mut stderr = LimitedOutput::new(build.create_log(&run.stderr)?, limits.log_size);
+    let mut stdout = LimitedStdioFile::new(build.create_log(&run.stdout)?, limits.log_size);
+    let mut stderr = LimitedStdioFile::new(build.create_log(&run.stderr)?, limits.log_size);
     if let Some(mounts) = &sandbox.mounts {
         let named = mounts.passwd.name(user, &run.home);
         named.map_err(RunError::resources("name the action's user"))?;
@@ -415,7 +415,7 @@ fn wait(
     context: &RunContext,
     mut process: Process,
     stop: &RunCancellation,
-    mut logs: [&mut LimitedOutput; 2],
+    mut logs: [&mut LimitedStdioFile; 2],
     before_stop: impl FnOnce(),
 ) -> Result<Exit, RunError> {
     loop {
@@ -445,7 +445,7 @@ fn rest_of(deadline: Instant) -> Duration {
     rest.min(CHECK_INTERVAL)
 }
 
-fn truncate(logs: &mut [&mut LimitedOutput; 2]) {
+fn truncate(logs: &mut [&mut LimitedStdioFile; 2]) {
     for log in logs {
         log.truncate();
     }
@@ -503,7 +503,7 @@ fn fault(error: &RunError, run: &RunSpec) -> Option<String> {
 }
 
 /// Tells whoever reads the action's output of limits that it has reached.
-fn explain_limits(stderr: &LimitedOutput, usage: &CgroupUsage, processes: u64) {
+fn explain_limits(stderr: &LimitedStdioFile, usage: &CgroupUsage, processes: u64) {
     if let Some(memory) = usage.memory.filter(MemoryUsage::is_exhausted) {
         let peak = memory.peak.map_or_else(String::new, |peak| {
             format!(" and it used up to {}", Size(peak))

@@ -17,7 +17,7 @@ use rustix::thread::LinkNameSpaceType;
 
 use super::{
     containment_layer::{Layer, Layers, Probe},
-    namespace::{Namespace, NamespaceKind},
+    namespace_fd::{Namespace, NamespaceKind},
 };
 use crate::runner::sys;
 

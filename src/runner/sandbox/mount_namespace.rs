@@ -21,15 +21,15 @@ use rustix::{
 };
 
 use super::{
+    account_files::PasswdFiles,
     containment_layer::{Layer, Layers, Probe},
     devices,
     error::SandboxError,
     mount_calls::{attach, copy_of_tree, make_mount_point, private_tmpfs},
+    mount_generation::{DirectoryId, HostSnapshot},
     mount_template::{MountTemplate, PrivateDirectory},
-    mount_watch::{DirectoryId, HostSnapshot},
-    namespace::{Namespace, NamespaceKind},
-    passwd::PasswdFiles,
-    spec::{SHARED_MEMORY, SandboxContext},
+    namespace_fd::{Namespace, NamespaceKind},
+    sandbox_context::{SHARED_MEMORY, SandboxContext},
 };
 
 pub(super) const LAYER: Layer = Layer {

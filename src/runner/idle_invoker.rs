@@ -33,17 +33,17 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
 const UMASK: Mode = Mode::WGRP.union(Mode::WOTH);
 
 #[derive(Debug)]
-pub(super) struct Cleaner {
+pub(super) struct IdleInvoker {
     directories: Vec<PathBuf>,
     command: Vec<String>,
     timeout: Duration,
-    phase: Mutex<CleanerPhase>,
+    phase: Mutex<IdleInvokerPhase>,
     /// Told when cleaning is over.
     cleaned: Notify,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum CleanerPhase {
+enum IdleInvokerPhase {
     Cleaning,
     /// So many actions; none before the first and after the last one.
     Running(usize),
@@ -51,21 +51,21 @@ enum CleanerPhase {
 
 /// An action that runs: while it is there, nothing is cleaned.
 #[derive(Debug)]
-pub(super) struct CleanerGuard<'a>(&'a Cleaner);
+pub(super) struct IdleInvokerGuard<'a>(&'a IdleInvoker);
 
-impl Cleaner {
+impl IdleInvoker {
     pub(super) fn new(directories: Vec<PathBuf>, command: Vec<String>) -> Self {
-        Cleaner {
+        IdleInvoker {
             directories,
             command,
             timeout: COMMAND_TIMEOUT,
-            phase: Mutex::new(CleanerPhase::Running(0)),
+            phase: Mutex::new(IdleInvokerPhase::Running(0)),
             cleaned: Notify::new(),
         }
     }
 
     /// `None` when told to stop while others clean.
-    pub(super) fn begin(&self, stop: &RunCancellation) -> io::Result<Option<CleanerGuard<'_>>> {
+    pub(super) fn begin(&self, stop: &RunCancellation) -> io::Result<Option<IdleInvokerGuard<'_>>> {
         loop {
             // Before the look, so that no notification is missed.
             let cleaned = self.cleaned.notified();
@@ -73,28 +73,30 @@ impl Cleaner {
                 let mut phase = self.phase.lock();
                 let found = *phase;
                 *phase = match found {
-                    CleanerPhase::Cleaning | CleanerPhase::Running(0) => CleanerPhase::Cleaning,
-                    CleanerPhase::Running(count) => CleanerPhase::Running(count + 1),
+                    IdleInvokerPhase::Cleaning | IdleInvokerPhase::Running(0) => {
+                        IdleInvokerPhase::Cleaning
+                    }
+                    IdleInvokerPhase::Running(count) => IdleInvokerPhase::Running(count + 1),
                 };
                 found
             };
             match phase {
-                CleanerPhase::Cleaning => match stop.block_on(cleaned) {
+                IdleInvokerPhase::Cleaning => match stop.block_on(cleaned) {
                     Some(()) => continue,
                     None => return Ok(None),
                 },
-                CleanerPhase::Running(0) => {
+                IdleInvokerPhase::Running(0) => {
                     let result = self.clean();
-                    self.enter(CleanerPhase::Running(usize::from(result.is_ok())));
+                    self.enter(IdleInvokerPhase::Running(usize::from(result.is_ok())));
                     result?;
                 }
-                CleanerPhase::Running(_) => {}
+                IdleInvokerPhase::Running(_) => {}
             }
-            return Ok(Some(CleanerGuard(self)));
+            return Ok(Some(IdleInvokerGuard(self)));
         }
     }
 
-    fn enter(&self, phase: CleanerPhase) {
+    fn enter(&self, phase: IdleInvokerPhase) {
         *self.phase.lock() = phase;
         self.cleaned.notify_waiters();
     }
@@ -158,16 +160,16 @@ fn about(subject: &str, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{subject}: {error}"))
 }
 
-impl Drop for CleanerGuard<'_> {
+impl Drop for IdleInvokerGuard<'_> {
     fn drop(&mut self) {
         let cleaner = self.0;
         {
             let mut phase = cleaner.phase.lock();
             *phase = match *phase {
-                CleanerPhase::Running(count @ 2..) => CleanerPhase::Running(count - 1),
-                _ => CleanerPhase::Cleaning,
+                IdleInvokerPhase::Running(count @ 2..) => IdleInvokerPhase::Running(count - 1),
+                _ => IdleInvokerPhase::Cleaning,
             };
-            if *phase != CleanerPhase::Cleaning {
+            if *phase != IdleInvokerPhase::Cleaning {
                 return;
             }
         }
@@ -175,7 +177,7 @@ impl Drop for CleanerGuard<'_> {
             // The next action is refused if it still fails then.
             tracing::warn!(%error, "could not clean up after actions");
         }
-        cleaner.enter(CleanerPhase::Running(0));
+        cleaner.enter(IdleInvokerPhase::Running(0));
     }
 }
 
@@ -183,9 +185,9 @@ impl Drop for CleanerGuard<'_> {
 mod tests {
     use super::*;
 
-    fn cleaner(command: &[&str]) -> Cleaner {
+    fn cleaner(command: &[&str]) -> IdleInvoker {
         let command = command.iter().map(|word| word.to_string()).collect();
-        Cleaner::new(Vec::new(), command)
+        IdleInvoker::new(Vec::new(), command)
     }
 
     #[test]
@@ -219,7 +221,7 @@ mod tests {
                 .unwrap()
                 .into();
         }
-        let cleaner = Cleaner::new(vec![place.path().to_owned()], Vec::new());
+        let cleaner = IdleInvoker::new(vec![place.path().to_owned()], Vec::new());
         // No more than a thread of the runtime's has.
         let clean = move || drop(cleaner.begin(&RunCancellation::new().unwrap()).unwrap());
         let thread = std::thread::Builder::new().stack_size(256 << 10);
@@ -230,12 +232,12 @@ mod tests {
     #[tokio::test]
     async fn who_waits_while_others_clean_can_be_told_to_stop() {
         let cleaner = cleaner(&[]);
-        *cleaner.phase.lock() = CleanerPhase::Cleaning;
+        *cleaner.phase.lock() = IdleInvokerPhase::Cleaning;
         let stop = RunCancellation::new().unwrap();
         stop.signal();
         tokio::task::spawn_blocking(move || {
             assert!(cleaner.begin(&stop).unwrap().is_none());
-            cleaner.enter(CleanerPhase::Running(0));
+            cleaner.enter(IdleInvokerPhase::Running(0));
             assert!(cleaner.begin(&stop).unwrap().is_some());
         })
         .await

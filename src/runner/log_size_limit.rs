@@ -13,16 +13,16 @@ use crate::config::Size;
 pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
-pub(super) struct LimitedOutput {
+pub(super) struct LimitedStdioFile {
     pub file: OwnedFd,
     limit: Size,
     is_cut: bool,
 }
 
-impl LimitedOutput {
+impl LimitedStdioFile {
     /// A `limit` of 0 is none.
     pub(super) fn new(file: OwnedFd, limit: Size) -> Self {
-        LimitedOutput {
+        LimitedStdioFile {
             file,
             limit,
             is_cut: false,

@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     build_directory::{first_impassable, impassable_message},
-    privileges::{
+    host_requirements::{
         check_capabilities, check_users, resolve_groups, resolve_users, socket_group, unknown_user,
     },
     sandbox,

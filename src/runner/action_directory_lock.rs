@@ -28,7 +28,7 @@ use rustix::{
 
 use super::{
     build_directory::{BuildDirectory, BuildDirectoryError},
-    environment::HOME,
+    default_environment::HOME,
     input_ownership,
     run_cancellation::RunCancellation,
     run_spec::RunSpec,

@@ -1,0 +1,43 @@
+//! A sandbox, which is what surrounds one action.
+//!
+//! 1. It is one action's own: namespaces with all that is in them, and a control group. Only network
+//!    namespaces are used again, as `network_namespace` says.
+//! 2. It is bound to the host's mounts and the build directory as they were; when something was mounted
+//!    since, or the worker has made that directory anew, it is not used.
+
+use super::{
+    cgroups::ActionCgroup, mount_generation::DirectoryId, mount_namespace::SandboxMounts,
+    namespace_fd::Namespace, network_namespace::LentNetwork, pid_namespace::InitProcess,
+};
+use crate::runner::spawn::SetupStep;
+
+/// One action's surroundings. Dropped in this order: processes first.
+#[derive(Debug)]
+pub(crate) struct Sandbox {
+    pub init: Option<InitProcess>,
+    /// All but the PID namespace, which is `init`'s.
+    pub(super) namespaces: Vec<Namespace>,
+    pub mounts: Option<SandboxMounts>,
+    pub network: Option<LentNetwork>,
+    pub cgroup: Option<ActionCgroup>,
+}
+
+impl Sandbox {
+    /// Whether it is around the host as it is, and nobody has killed its first process or removed its
+    /// control group.
+    pub(crate) fn is_usable(&self, build_directory: DirectoryId, changes: u64) -> bool {
+        let mounts = self.mounts.as_ref();
+        mounts.is_none_or(|mounts| mounts.is_current(build_directory, changes))
+            && self.init.as_ref().is_none_or(InitProcess::is_alive)
+            && !self.cgroup.as_ref().is_some_and(ActionCgroup::is_removed)
+    }
+
+    /// What brings an action's process into it, but for its PID namespace and control group.
+    pub(crate) fn setup_steps(&self) -> impl Iterator<Item = SetupStep<'_>> {
+        let mounts = self.mounts.iter().map(|_| SetupStep::MakeMountsPrivate);
+        self.namespaces
+            .iter()
+            .map(Namespace::setup_step)
+            .chain(mounts)
+    }
+}
