@@ -7,7 +7,7 @@ fn main() -> ExitCode {
         runner::PROGRAM,
         |config| &config.log,
         runner::warnings,
-        runner::probe,
+        runner::check_host,
         runner::run,
         runner::run_status,
     )

@@ -42,7 +42,7 @@ const PREVIOUS_RUN_TIMEOUT: Duration = Duration::from_secs(30);
 pub(super) struct LockedActionDirectory {
     directory: OwnedFd,
     /// Mode to set again, without bits for group and others, and group before; `None` when nothing was changed.
-    closed: Option<(Mode, Gid)>,
+    restore: Option<(Mode, Gid)>,
 }
 
 /// The worker must act, or the administrator.
@@ -58,41 +58,41 @@ pub(super) enum ActionDirectoryError {
         "Failed to make the action's user the owner of {path:?}: {error}; the worker must have made \
          all that is in it for this action alone"
     )]
-    Give { path: String, error: io::Error },
+    Chown { path: String, error: io::Error },
     #[error(
         "Directory {path:?} in build directory is still locked by another run, or by the worker, \
          after {PREVIOUS_RUN_TIMEOUT:?}"
     )]
     Locked { path: String },
     #[error("The call was cancelled")]
-    Stopped,
+    Cancelled,
 }
 
 impl LockedActionDirectory {
     /// Locks the directory that holds the input root, and lets the group `id` pass.
     pub(super) fn open(
         build: &BuildDirectory,
-        run: &RunSpec,
+        spec: &RunSpec,
         id: u32,
-        stop: &RunCancellation,
+        cancellation: &RunCancellation,
     ) -> Result<Self, ActionDirectoryError> {
-        let parent = match run.input_root.split_last() {
+        let parent = match spec.input_root.split_last() {
             Some((parent, _)) if !parent.is_root() => Some(parent),
             // No directory around this action alone: only the input root can be locked.
             _ => None,
         };
-        let path = parent.as_ref().unwrap_or(&run.input_root);
+        let path = parent.as_ref().unwrap_or(&spec.input_root);
         let directory = build.directory(path, OFlags::RDONLY)?;
-        lock(&directory, path, stop)?;
+        lock(&directory, path, cancellation)?;
         let mut opened = LockedActionDirectory {
             directory,
-            closed: None,
+            restore: None,
         };
-        if run.private_inputs {
+        if spec.private_inputs {
             opened
-                .give_inputs(build, &run.input_root, id)
-                .map_err(|error| ActionDirectoryError::Give {
-                    path: run.input_root.to_string(),
+                .chown_inputs(build, &spec.input_root, id)
+                .map_err(|error| ActionDirectoryError::Chown {
+                    path: spec.input_root.to_string(),
                     error,
                 })?;
         }
@@ -113,7 +113,7 @@ impl LockedActionDirectory {
         Ok(opened)
     }
 
-    fn give_inputs(
+    fn chown_inputs(
         &self,
         build: &BuildDirectory,
         input_root: &RelativePath,
@@ -123,7 +123,7 @@ impl LockedActionDirectory {
         let root = build
             .directory(input_root, OFlags::RDONLY)
             .map_err(io::Error::other)?;
-        input_ownership::give(root, worker, id)
+        input_ownership::chown_tree(root, worker, id)
     }
 
     /// Unless the worker made it, who removes what is in there with everything else.
@@ -147,7 +147,7 @@ impl LockedActionDirectory {
         if mode.contains(Mode::XOTH) {
             return Ok(());
         }
-        self.closed = Some((
+        self.restore = Some((
             mode.difference(Mode::RWXG | Mode::RWXO),
             Gid::from_raw(stat.st_gid),
         ));
@@ -159,11 +159,11 @@ impl LockedActionDirectory {
 
 impl Drop for LockedActionDirectory {
     fn drop(&mut self) {
-        if let Some((mode, group)) = self.closed {
+        if let Some((mode, group)) = self.restore {
             // First the mode: the old group may have members.
-            let closed = fchmod(&self.directory, mode)
+            let restored = fchmod(&self.directory, mode)
                 .and_then(|()| fchown(&self.directory, None, Some(group)));
-            if let Err(error) = closed {
+            if let Err(error) = restored {
                 tracing::error!(%error, "could not close the directory of an action again");
             }
         }
@@ -175,7 +175,7 @@ impl Drop for LockedActionDirectory {
 fn lock(
     directory: &OwnedFd,
     path: &RelativePath,
-    stop: &RunCancellation,
+    cancellation: &RunCancellation,
 ) -> Result<(), ActionDirectoryError> {
     let deadline = Instant::now() + PREVIOUS_RUN_TIMEOUT;
     let mut pause = Duration::from_micros(200);
@@ -183,8 +183,8 @@ fn lock(
         match flock(directory, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(()),
             Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
-                if stop.wait(pause) {
-                    return Err(ActionDirectoryError::Stopped);
+                if cancellation.wait(pause) {
+                    return Err(ActionDirectoryError::Cancelled);
                 }
                 pause = (pause * 2).min(Duration::from_millis(20));
             }
@@ -205,7 +205,7 @@ fn lock(
 }
 
 /// Closes directories that a runner which was killed left open to users of its range.
-pub(super) fn close_all(build_directory: &Path, range: &std::ops::Range<u32>) {
+pub(super) fn restore_all(build_directory: &Path, range: &std::ops::Range<u32>) {
     let Ok(build) = BuildDirectory::open(build_directory) else {
         return;
     };
@@ -229,7 +229,7 @@ pub(super) fn close_all(build_directory: &Path, range: &std::ops::Range<u32>) {
         {
             drop(LockedActionDirectory {
                 directory,
-                closed: Some((
+                restore: Some((
                     Mode::from_raw_mode(stat.st_mode & 0o700),
                     Gid::from_raw(stat.st_gid),
                 )),

@@ -12,7 +12,7 @@ use super::{
     build_directory::{BuildDirectory, BuildDirectoryError},
     input_root_chroot::{InputRootChroot, InputRootChrootError},
     run_spec::RunSpec,
-    sandbox::{SandboxMounts, copy_of_directory},
+    sandbox::{SandboxMounts, clone_mount_restricted},
     spawn::SetupStep,
 };
 use crate::{config::runner::Root, path::RelativePath};
@@ -25,7 +25,7 @@ pub(super) struct ActionMounts {
     pub input_root: CString,
     pub steps: Vec<SetupStep<'static>>,
     /// What was made in an input root that becomes `/`; removed on drop.
-    _root: Option<InputRootChroot>,
+    _chroot_guard: Option<InputRootChroot>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -44,63 +44,68 @@ pub(super) enum ActionMountsError {
 impl ActionMounts {
     /// In a sandbox without mounts, everything is where the host has it.
     pub(super) fn prepare(
-        run: &RunSpec,
-        root: &Root,
+        spec: &RunSpec,
+        root_kind: &Root,
         build: &BuildDirectory,
         sandbox: Option<&SandboxMounts>,
     ) -> Result<Self, ActionMountsError> {
         let mut mounts = ActionMounts {
             base: None,
-            input_root: c_string(run.input_root.to_string()),
+            input_root: c_string(spec.input_root.to_string()),
             steps: Vec::new(),
-            _root: None,
+            _chroot_guard: None,
         };
         let Some(sandbox) = sandbox else {
             return Ok(mounts);
         };
-        let copy = |path: &RelativePath, what| {
+        let clone_mount = |path: &RelativePath, what| {
             let directory = build.directory(path, OFlags::PATH)?;
-            copy_of_directory(directory.as_fd())
+            clone_mount_restricted(directory.as_fd())
                 .map_err(|error| ActionMountsError::Mount { what, error })
         };
-        let temporary = |places: &[CString]| -> Result<Vec<_>, ActionMountsError> {
-            let Some(path) = &run.temporary_directory else {
+        let temporary = |mount_points: &[CString]| -> Result<Vec<_>, ActionMountsError> {
+            let Some(path) = &spec.temporary_directory else {
                 return Ok(Vec::new());
             };
-            places
+            mount_points
                 .iter()
-                .map(|place| Ok(attach(copy(path, "mount the temporary directory")?, place)))
+                .map(|mount_point| {
+                    let tree = clone_mount(path, "mount the temporary directory")?;
+                    Ok(attach(tree, mount_point))
+                })
                 .collect()
         };
-        if *root == Root::Input {
-            let directory = build.directory(&run.input_root, OFlags::PATH)?;
-            let root = InputRootChroot::prepare(directory, &sandbox.place)?;
-            let tree = copy(&run.input_root, "mount the input root")?;
-            mounts.steps.push(attach(tree, &sandbox.place));
-            mounts.steps.extend(temporary(&[root.temporary()])?);
-            mounts.steps.extend(root.steps());
+        if *root_kind == Root::Input {
+            let directory = build.directory(&spec.input_root, OFlags::PATH)?;
+            let chroot = InputRootChroot::prepare(directory, &sandbox.mount_point)?;
+            let tree = clone_mount(&spec.input_root, "mount the input root")?;
+            mounts.steps.push(attach(tree, &sandbox.mount_point));
+            mounts
+                .steps
+                .extend(temporary(&[chroot.temporary_mount_point()])?);
+            mounts.steps.extend(chroot.steps());
             mounts.base = Some(c"/".to_owned());
             mounts.input_root = c".".to_owned();
-            mounts._root = Some(root);
+            mounts._chroot_guard = Some(chroot);
             return Ok(mounts);
         }
         mounts.steps.extend(temporary(&sandbox.temporary)?);
-        if let Some((directory, name)) = run.input_root.split_last()
+        if let Some((directory, name)) = spec.input_root.split_last()
             && !directory.is_root()
         {
-            let tree = copy(&directory, "mount the action's directory")?;
-            mounts.steps.push(attach(tree, &sandbox.place));
-            mounts.base = Some(sandbox.place.clone());
+            let tree = clone_mount(&directory, "mount the action's directory")?;
+            mounts.steps.push(attach(tree, &sandbox.mount_point));
+            mounts.base = Some(sandbox.mount_point.clone());
             mounts.input_root = c_string(name.to_string());
         }
         Ok(mounts)
     }
 }
 
-fn attach(tree: OwnedFd, place: &CStr) -> SetupStep<'static> {
+fn attach(tree: OwnedFd, mount_point: &CStr) -> SetupStep<'static> {
     SetupStep::AttachMount {
         tree,
-        place: place.to_owned(),
+        mount_point: mount_point.to_owned(),
     }
 }
 

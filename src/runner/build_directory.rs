@@ -13,10 +13,7 @@ use std::{
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, fchmod, fstat, openat2};
 
-use super::{
-    run_spec::LogPath,
-    sandbox::{self, DirectoryId},
-};
+use super::{run_spec::StdioPath, sandbox::DirectoryId};
 use crate::path::RelativePath;
 
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH
@@ -35,8 +32,8 @@ pub(super) enum BuildDirectoryError {
     BuildDirectory { path: PathBuf, error: io::Error },
     #[error("Failed to open directory {path:?} in build directory: {error}")]
     Directory { path: String, error: io::Error },
-    #[error("Failed to open {} path {:?}: {}", .log.stream, .log.text, log_reason(.error))]
-    Log { log: LogPath, error: io::Error },
+    #[error("Failed to open {} path {:?}: {}", .stdio.stream, .stdio.text, stdio_reason(.error))]
+    Stdio { stdio: StdioPath, error: io::Error },
 }
 
 impl BuildDirectoryError {
@@ -44,7 +41,7 @@ impl BuildDirectoryError {
     pub(super) fn escapes(&self) -> bool {
         match self {
             BuildDirectoryError::BuildDirectory { .. } => false,
-            BuildDirectoryError::Log { error, .. }
+            BuildDirectoryError::Stdio { error, .. }
             | BuildDirectoryError::Directory { error, .. } => leads_away(error),
         }
     }
@@ -55,7 +52,7 @@ fn leads_away(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EXDEV | libc::ELOOP))
 }
 
-fn log_reason(error: &io::Error) -> String {
+fn stdio_reason(error: &io::Error) -> String {
     if leads_away(error) {
         "Path resolves to a location outside the build directory".to_owned()
     } else {
@@ -76,7 +73,7 @@ impl BuildDirectory {
     }
 
     pub(super) fn identity(&self) -> io::Result<DirectoryId> {
-        sandbox::identity(self.directory.as_fd())
+        DirectoryId::of_descriptor(self.directory.as_fd())
     }
 
     pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
@@ -117,11 +114,14 @@ impl BuildDirectory {
 
     /// Makes a log file. The action may open it again, as /dev/stderr; others are kept out by
     /// the action's directory.
-    pub(super) fn create_log(&self, log: &LogPath) -> Result<OwnedFd, BuildDirectoryError> {
-        let parts = log.path.split_last().ok_or(rustix::io::Errno::ISDIR);
+    pub(super) fn create_stdio_file(
+        &self,
+        stdio: &StdioPath,
+    ) -> Result<OwnedFd, BuildDirectoryError> {
+        let parts = stdio.path.split_last().ok_or(rustix::io::Errno::ISDIR);
         let created = parts.and_then(|(parent, name)| self.create(&parent, name.as_str(), 0o666));
-        created.map_err(|error| BuildDirectoryError::Log {
-            log: log.clone(),
+        created.map_err(|error| BuildDirectoryError::Stdio {
+            stdio: stdio.clone(),
             error: error.into(),
         })
     }

@@ -231,7 +231,7 @@ fn check_worker(config: &Config, worker: &config::worker::Config, diagnostics: &
 }
 
 /// What would keep `run` from working.
-pub async fn probe(config: &Config, installation: &Installation, report: &mut CheckReport) {
+pub async fn check_host(config: &Config, installation: &Installation, report: &mut CheckReport) {
     match check_capabilities() {
         Err(failure) => report.fail(failure),
         Ok(()) => report.record(
@@ -329,14 +329,14 @@ mod tests {
     #[test]
     fn homes_are_found_where_links_lead_to() {
         let directory = tempfile::tempdir().unwrap();
-        let place = directory.path().canonicalize().unwrap();
-        fs::create_dir_all(place.join("data/homes/ann")).unwrap();
-        std::os::unix::fs::symlink(place.join("data/homes"), place.join("home")).unwrap();
-        let home = place.join("home");
+        let root = directory.path().canonicalize().unwrap();
+        fs::create_dir_all(root.join("data/homes/ann")).unwrap();
+        std::os::unix::fs::symlink(root.join("data/homes"), root.join("home")).unwrap();
+        let home = root.join("home");
         let users = format!(
             "ann:x:1000:1000::{0}/ann:/bin/sh\nbob:x:1001:1001::{0}/gone:/bin/sh\nd:x:100:100::{0}/ann:/bin/sh\n",
             home.display()
         );
-        assert_eq!(homes(&users), [place.join("data/homes/ann")]);
+        assert_eq!(homes(&users), [root.join("data/homes/ann")]);
     }
 }

@@ -82,7 +82,7 @@ impl BuildDirectoryView {
 
 impl AddedVariables {
     /// Names and values of what `sent` lacks, for a command whose home directory is `home`.
-    pub(super) fn to(
+    pub(super) fn missing_from(
         &self,
         sent: &BTreeMap<String, String>,
         home: &str,

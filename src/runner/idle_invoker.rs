@@ -3,7 +3,7 @@
 //! Runs before the first of some actions that overlap, and after the last one of them; no action
 //! starts meanwhile. Buildbarn: clean_temporary_directories, run_command_cleaner.
 //!
-//! 1. Nobody holds the lock while something is cleaned, so that who waits for it can be told to stop.
+//! 1. Nobody holds the lock while something is cleaned, so that who waits for it can be cancelled.
 //! 2. The command ends within `COMMAND_TIMEOUT`, or is killed; then cleaning has failed.
 //! 3. The command has the usual umask, not this daemon's, which is empty: what it makes is not for all to
 //!    write to.
@@ -65,7 +65,10 @@ impl IdleInvoker {
     }
 
     /// `None` when told to stop while others clean.
-    pub(super) fn begin(&self, stop: &RunCancellation) -> io::Result<Option<IdleInvokerGuard<'_>>> {
+    pub(super) fn acquire(
+        &self,
+        cancellation: &RunCancellation,
+    ) -> io::Result<Option<IdleInvokerGuard<'_>>> {
         loop {
             // Before the look, so that no notification is missed.
             let cleaned = self.cleaned.notified();
@@ -81,7 +84,7 @@ impl IdleInvoker {
                 found
             };
             match phase {
-                IdleInvokerPhase::Cleaning => match stop.block_on(cleaned) {
+                IdleInvokerPhase::Cleaning => match cancellation.block_on(cleaned) {
                     Some(()) => continue,
                     None => return Ok(None),
                 },
@@ -162,9 +165,9 @@ fn about(subject: &str, error: &io::Error) -> io::Error {
 
 impl Drop for IdleInvokerGuard<'_> {
     fn drop(&mut self) {
-        let cleaner = self.0;
+        let idle_invoker = self.0;
         {
-            let mut phase = cleaner.phase.lock();
+            let mut phase = idle_invoker.phase.lock();
             *phase = match *phase {
                 IdleInvokerPhase::Running(count @ 2..) => IdleInvokerPhase::Running(count - 1),
                 _ => IdleInvokerPhase::Cleaning,
@@ -173,11 +176,11 @@ impl Drop for IdleInvokerGuard<'_> {
                 return;
             }
         }
-        if let Err(error) = cleaner.clean() {
+        if let Err(error) = idle_invoker.clean() {
             // The next action is refused if it still fails then.
             tracing::warn!(%error, "could not clean up after actions");
         }
-        cleaner.enter(IdleInvokerPhase::Running(0));
+        idle_invoker.enter(IdleInvokerPhase::Running(0));
     }
 }
 
@@ -185,35 +188,44 @@ impl Drop for IdleInvokerGuard<'_> {
 mod tests {
     use super::*;
 
-    fn cleaner(command: &[&str]) -> IdleInvoker {
+    fn idle_invoker(command: &[&str]) -> IdleInvoker {
         let command = command.iter().map(|word| word.to_string()).collect();
         IdleInvoker::new(Vec::new(), command)
     }
 
     #[test]
     fn a_command_that_does_not_end_is_killed_with_its_children() {
-        let mut cleaner = cleaner(&["/bin/sh", "-c", "sleep infinity & wait"]);
-        cleaner.timeout = Duration::from_millis(100);
-        let error = cleaner.begin(&RunCancellation::new().unwrap()).unwrap_err();
+        let mut idle_invoker = idle_invoker(&["/bin/sh", "-c", "sleep infinity & wait"]);
+        idle_invoker.timeout = Duration::from_millis(100);
+        let error = idle_invoker
+            .acquire(&RunCancellation::new().unwrap())
+            .unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert!(error.to_string().contains("/bin/sh"), "{error}");
         // And the next one tries again.
-        cleaner.begin(&RunCancellation::new().unwrap()).unwrap_err();
+        idle_invoker
+            .acquire(&RunCancellation::new().unwrap())
+            .unwrap_err();
     }
 
     #[test]
     fn what_the_command_makes_is_not_for_all_to_write_to() {
-        let place = tempfile::tempdir().unwrap();
-        let made = place.path().join("made");
-        let cleaner = cleaner(&["/bin/sh", "-c", "umask > \"$0\"", made.to_str().unwrap()]);
-        drop(cleaner.begin(&RunCancellation::new().unwrap()).unwrap());
+        let directory = tempfile::tempdir().unwrap();
+        let made = directory.path().join("made");
+        let idle_invoker =
+            idle_invoker(&["/bin/sh", "-c", "umask > \"$0\"", made.to_str().unwrap()]);
+        drop(
+            idle_invoker
+                .acquire(&RunCancellation::new().unwrap())
+                .unwrap(),
+        );
         assert_eq!(fs::read_to_string(&made).unwrap().trim(), "0022");
     }
 
     #[test]
     fn directories_of_any_depth_are_emptied() {
-        let place = tempfile::tempdir().unwrap();
-        let mut deepest = fs::File::open(place.path()).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let mut deepest = fs::File::open(directory.path()).unwrap();
         for _ in 0..5_000 {
             rustix::fs::mkdirat(&deepest, "d", Mode::RWXU).unwrap();
             let flags = rustix::fs::OFlags::DIRECTORY;
@@ -221,24 +233,30 @@ mod tests {
                 .unwrap()
                 .into();
         }
-        let cleaner = IdleInvoker::new(vec![place.path().to_owned()], Vec::new());
+        let idle_invoker = IdleInvoker::new(vec![directory.path().to_owned()], Vec::new());
         // No more than a thread of the runtime's has.
-        let clean = move || drop(cleaner.begin(&RunCancellation::new().unwrap()).unwrap());
+        let clean = move || {
+            drop(
+                idle_invoker
+                    .acquire(&RunCancellation::new().unwrap())
+                    .unwrap(),
+            )
+        };
         let thread = std::thread::Builder::new().stack_size(256 << 10);
         thread.spawn(clean).unwrap().join().unwrap();
-        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 
     #[tokio::test]
-    async fn who_waits_while_others_clean_can_be_told_to_stop() {
-        let cleaner = cleaner(&[]);
-        *cleaner.phase.lock() = IdleInvokerPhase::Cleaning;
-        let stop = RunCancellation::new().unwrap();
-        stop.signal();
+    async fn who_waits_while_others_clean_can_be_cancelled() {
+        let idle_invoker = idle_invoker(&[]);
+        *idle_invoker.phase.lock() = IdleInvokerPhase::Cleaning;
+        let cancellation = RunCancellation::new().unwrap();
+        cancellation.cancel();
         tokio::task::spawn_blocking(move || {
-            assert!(cleaner.begin(&stop).unwrap().is_none());
-            cleaner.enter(IdleInvokerPhase::Running(0));
-            assert!(cleaner.begin(&stop).unwrap().is_some());
+            assert!(idle_invoker.acquire(&cancellation).unwrap().is_none());
+            idle_invoker.enter(IdleInvokerPhase::Running(0));
+            assert!(idle_invoker.acquire(&cancellation).unwrap().is_some());
         })
         .await
         .unwrap();

@@ -20,7 +20,7 @@ use rustix::{
 const MAXIMUM_DEPTH: usize = 1_100;
 
 /// Makes `user` the owner. Nothing may be running in the root.
-pub(super) fn give(root: OwnedFd, worker: Uid, user: u32) -> io::Result<()> {
+pub(super) fn chown_tree(root: OwnedFd, worker: Uid, user: u32) -> io::Result<()> {
     let user = Some(Uid::from_raw(user));
     let mut above = vec![(Dir::read_from(&root)?, root)];
     while let Some((entries, directory)) = above.last_mut() {

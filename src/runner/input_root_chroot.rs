@@ -19,7 +19,7 @@ use super::spawn::SetupStep;
 pub(super) struct InputRootChroot {
     directory: OwnedFd,
     /// Where it is mounted in the sandbox.
-    place: CString,
+    mount_point: CString,
     made: Vec<&'static str>,
 }
 
@@ -40,17 +40,20 @@ const TEMPORARY: &CStr = c"/tmp";
 
 impl InputRootChroot {
     /// `place` is where the directory will be mounted in the sandbox.
-    pub(super) fn prepare(directory: OwnedFd, place: &CStr) -> Result<Self, InputRootChrootError> {
-        let mut root = InputRootChroot {
+    pub(super) fn prepare(
+        directory: OwnedFd,
+        mount_point: &CStr,
+    ) -> Result<Self, InputRootChrootError> {
+        let mut chroot = InputRootChroot {
             directory,
-            place: place.to_owned(),
+            mount_point: mount_point.to_owned(),
             made: Vec::new(),
         };
         for name in ["proc", "dev", "tmp"] {
-            match mkdirat(&root.directory, name, Mode::from_raw_mode(0o755)) {
-                Ok(()) => root.made.push(name),
+            match mkdirat(&chroot.directory, name, Mode::from_raw_mode(0o755)) {
+                Ok(()) => chroot.made.push(name),
                 Err(Errno::EXIST) => {
-                    let stat = statat(&root.directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+                    let stat = statat(&chroot.directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
                     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
                         return Err(InputRootChrootError::NoDirectory(name));
                     }
@@ -58,7 +61,7 @@ impl InputRootChroot {
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(root)
+        Ok(chroot)
     }
 
     /// What makes it the root, when it is mounted.
@@ -67,18 +70,18 @@ impl InputRootChroot {
             from: (*from).to_owned(),
             to: self.below(from),
         });
-        let change = SetupStep::ChangeRoot(self.place.clone());
+        let change = SetupStep::ChangeRoot(self.mount_point.clone());
         copies.chain([change]).collect()
     }
 
     /// Where the temporary directory must be mounted.
-    pub(super) fn temporary(&self) -> CString {
+    pub(super) fn temporary_mount_point(&self) -> CString {
         self.below(TEMPORARY)
     }
 
     fn below(&self, path: &CStr) -> CString {
         // Neither of them has a NUL.
-        CString::new([self.place.to_bytes(), path.to_bytes()].concat()).unwrap_or_default()
+        CString::new([self.mount_point.to_bytes(), path.to_bytes()].concat()).unwrap_or_default()
     }
 }
 

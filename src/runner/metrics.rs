@@ -39,8 +39,12 @@ impl RunnerSources {
             "1 for each layer of containment that is in force, 0 for the others",
             layers,
         )?;
-        let running = self.users.in_use() as f64;
-        exposition.gauge("bb_runner_running_actions", "Actions that run", running)?;
+        let users_in_use = self.users.in_use() as f64;
+        exposition.gauge(
+            "bb_runner_running_actions",
+            "Actions that run",
+            users_in_use,
+        )?;
         let users = f64::from(self.user_count);
         exposition.gauge("bb_runner_users", "Users that actions can run as", users)?;
         exposition.counter(

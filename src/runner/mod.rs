@@ -63,7 +63,7 @@ mod user_cleanup;
 mod user_pool;
 mod user_range_lock;
 
-pub use check_command::{probe, warnings};
+pub use check_command::{check_host, warnings};
 use counts::RunCounts;
 use default_environment::{AddedVariables, BuildDirectoryView};
 use early_response_headers::EarlyHeadersService;
@@ -116,7 +116,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     )?;
     let traces = TraceExporter::start("bb_runner", &config.traces, &lifecycle)?;
     prepare_process();
-    let (layers, cgroups) = sandbox::detect(&config)?;
+    let (layers, cgroups) = sandbox::enable_layers(&config)?;
     if config.root != Root::Host && !layers.contains(Layers::MOUNTS) {
         return Err(Failure::Configuration {
             key: "root",
@@ -127,9 +127,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     }
     kill_leftovers(&config)?;
 
-    let spec = SandboxContext::new(&config, layers, cgroups)
+    let sandbox_context = SandboxContext::new(&config, layers, cgroups)
         .map_err(failed("make the first process of actions"))?;
-    let sandboxes = SandboxPool::open(spec).map_err(failed("start a thread"))?;
+    let sandboxes = SandboxPool::open(sandbox_context).map_err(failed("start a thread"))?;
     let users = UserPool::new(&config.users);
     let added_variables = added_variables(&config, layers);
     let sources = RunnerSources {
@@ -138,7 +138,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         user_count: config.users.count,
         layers,
     };
-    let killing = CancellationToken::new();
+    let kill_all_actions = CancellationToken::new();
     let drain = config.shutdown.drain_timeout.get();
     let context = Arc::new(context(config, sandboxes, sources.counts.clone())?);
     // Logs are made for the action's user to write; everything else that is made has a mode of its own.
@@ -147,7 +147,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         users: users.clone(),
         allowed,
         added_variables,
-        killing: killing.clone(),
+        kill_all_actions: kill_all_actions.clone(),
         context: context.clone(),
     };
     let routes = Services::default()
@@ -163,13 +163,13 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
             let _ = answer.recv();
         }
     });
-    let place = format!(
+    let service_scope = format!(
         "for {} as users {} to {}",
         listener.address(),
         range.start,
         range.end - 1
     );
-    lifecycle.ready(&format!("running commands {place}"));
+    lifecycle.ready(&format!("running commands {service_scope}"));
     let stopping = lifecycle.stopping();
     let observation = Observation {
         metrics: metrics::metrics(sources.clone()),
@@ -185,14 +185,14 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     let observed = daemon::serve_observation(listeners, observation, stopping.clone());
     let observed = tokio::spawn(observed);
     let line = || match (stopping.is_cancelled(), users.in_use()) {
-        (true, running) => format!("draining: {running} commands still run"),
-        (false, 0) => format!("idle, {place}"),
-        (false, running) => format!("{running} commands run, {place}"),
+        (true, users_in_use) => format!("draining: {users_in_use} commands still run"),
+        (false, 0) => format!("idle, {service_scope}"),
+        (false, users_in_use) => format!("{users_in_use} commands run, {service_scope}"),
     };
     let kill_after_drain = async {
         lifecycle.stopping().cancelled().await;
         tokio::time::sleep(drain).await;
-        killing.cancel();
+        kill_all_actions.cancel();
         std::future::pending().await
     };
     let result = tokio::select! {
@@ -203,7 +203,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     };
     observed.abort();
     traces.flush().await;
-    killing.cancel();
+    kill_all_actions.cancel();
     if !users.wait_all_returned(SHUTDOWN_KILL_TIMEOUT).await {
         tracing::warn!("leaving although not everything that was killed is gone");
     }
@@ -256,7 +256,7 @@ fn kill_leftovers(config: &Config) -> Result<(), Failure> {
             });
         }
     }
-    action_directory_lock::close_all(&config.build_directory, &range);
+    action_directory_lock::restore_all(&config.build_directory, &range);
     Ok(())
 }
 
@@ -280,9 +280,9 @@ fn context(
 ) -> Result<RunContext, Failure> {
     let emulator = config.emulator.iter();
     let emulator = emulator.map(|text| CString::new(text.as_str()));
-    let has_cleaner =
+    let has_cleaning =
         !config.clean_temporary_directories.is_empty() || !config.run_command_cleaner.is_empty();
-    let has_filter = sandboxes.spec().layers.contains(Layers::SECCOMP);
+    let has_filter = sandboxes.context().layers.contains(Layers::SECCOMP);
     Ok(RunContext {
         counts,
         sandboxes,
@@ -295,7 +295,7 @@ fn context(
         pid_namespace: sandbox::daemon_pid_namespace().map_err(failed("open /proc/self/ns/pid"))?,
         seccomp_filter: has_filter
             .then(|| SeccompFilter::new(config.containment.allow_user_namespaces)),
-        groups: host_requirements::resolve_groups(&config.additional_groups)?
+        supplementary_groups: host_requirements::resolve_groups(&config.additional_groups)?
             .into_iter()
             .map(Gid::from_raw)
             .collect(),
@@ -305,7 +305,7 @@ fn context(
                 key: "emulator",
                 message: "it has a NUL character".to_owned(),
             })?,
-        cleaner: has_cleaner.then(|| {
+        idle_invoker: has_cleaning.then(|| {
             IdleInvoker::new(
                 config.clean_temporary_directories.clone(),
                 config.run_command_cleaner.clone(),

@@ -61,17 +61,17 @@ pub(super) struct RunContext {
     /// The PID namespace of this daemon.
     pub pid_namespace: OwnedFd,
     pub seccomp_filter: Option<SeccompFilter>,
-    pub groups: Vec<Gid>,
+    pub supplementary_groups: Vec<Gid>,
     pub emulator: Vec<CString>,
     /// `None` when there is nothing to clean.
-    pub cleaner: Option<IdleInvoker>,
+    pub idle_invoker: Option<IdleInvoker>,
 }
 
 /// How an action ended.
 #[derive(Clone, Copy)]
 pub(super) struct ActionExit {
     /// Of its first process.
-    pub exit: Exit,
+    pub command: Exit,
     /// Of all of them, where it had a control group.
     pub cgroup: Option<CgroupUsage>,
 }
@@ -82,7 +82,7 @@ pub(super) enum RunError {
     #[error(transparent)]
     BuildDirectory(#[from] BuildDirectoryError),
     #[error(transparent)]
-    LockedActionDirectory(ActionDirectoryError),
+    ActionDirectory(ActionDirectoryError),
     #[error(transparent)]
     Mounts(ActionMountsError),
     #[error(transparent)]
@@ -112,15 +112,15 @@ pub(super) enum RunError {
     )]
     Unkillable { user: u32 },
     #[error("The call was cancelled; everything that it had started was killed")]
-    Stopped,
+    Cancelled,
 }
 
 impl From<ActionDirectoryError> for RunError {
     fn from(error: ActionDirectoryError) -> Self {
         match error {
-            ActionDirectoryError::Stopped => RunError::Stopped,
+            ActionDirectoryError::Cancelled => RunError::Cancelled,
             ActionDirectoryError::Open(error) => RunError::BuildDirectory(error),
-            error => RunError::LockedActionDirectory(error),
+            error => RunError::ActionDirectory(error),
         }
     }
 }
@@ -235,17 +235,18 @@ fn verb(stage: &SpawnStage) -> &'static str {
 /// after the answer.
 pub(super) fn run_action(
     context: &RunContext,
-    run: &RunSpec,
+    spec: &RunSpec,
     user: ActionUser,
-    stop: &RunCancellation,
+    cancellation: &RunCancellation,
     answer: oneshot::Sender<Result<ActionExit, RunError>>,
 ) {
     context.counts.started.increment();
-    let (result, sandbox) = match begin(context, stop) {
-        Ok((running, build, mut sandbox)) => {
-            let result = run_in(context, run, user.id(), stop, &build, &mut sandbox);
+    let (result, sandbox) = match acquire(context, cancellation) {
+        Ok((idle_invoker_guard, build, mut sandbox)) => {
+            let result =
+                run_in_sandbox(context, spec, user.id(), cancellation, &build, &mut sandbox);
             // Before anybody learns that the action is over.
-            drop(running);
+            drop(idle_invoker_guard);
             (result, Some(sandbox))
         }
         Err(error) => (Err(error), None),
@@ -270,21 +271,21 @@ fn count(counts: &RunCounts, result: &Result<ActionExit, RunError>) {
                 counts.out_of_memory.increment();
             }
         }
-        Err(RunError::Stopped) => counts.stopped.increment(),
+        Err(RunError::Cancelled) => counts.stopped.increment(),
         Err(_) => counts.failed.increment(),
     }
 }
 
 /// What an action needs before anything is made for it alone.
-fn begin<'a>(
+fn acquire<'a>(
     context: &'a RunContext,
-    stop: &RunCancellation,
+    cancellation: &RunCancellation,
 ) -> Result<(Option<IdleInvokerGuard<'a>>, BuildDirectory, Sandbox), RunError> {
-    let running = match &context.cleaner {
-        Some(cleaner) => {
-            let running = cleaner.begin(stop);
-            let running = running.map_err(RunError::resources("clean up before the action"))?;
-            Some(running.ok_or(RunError::Stopped)?)
+    let idle_invoker_guard = match &context.idle_invoker {
+        Some(idle_invoker) => {
+            let guard = idle_invoker.acquire(cancellation);
+            let guard = guard.map_err(RunError::resources("clean up before the action"))?;
+            Some(guard.ok_or(RunError::Cancelled)?)
         }
         None => None,
     };
@@ -294,59 +295,59 @@ fn begin<'a>(
         .map_err(RunError::resources("look at the build directory"))?;
     let sandbox = match context.sandboxes.try_take(identity) {
         Some(sandbox) => sandbox,
-        None => stop
+        None => cancellation
             .block_on(context.sandboxes.take(identity))
-            .ok_or(RunError::Stopped)??,
+            .ok_or(RunError::Cancelled)??,
     };
-    Ok((running, build, sandbox))
+    Ok((idle_invoker_guard, build, sandbox))
 }
 
-fn run_in(
+fn run_in_sandbox(
     context: &RunContext,
-    run: &RunSpec,
+    spec: &RunSpec,
     user: u32,
-    stop: &RunCancellation,
+    cancellation: &RunCancellation,
     build: &BuildDirectory,
     sandbox: &mut Sandbox,
 ) -> Result<ActionExit, RunError> {
     // Before anything of the action exists, and closed after everything of it is gone.
-    let directory = LockedActionDirectory::open(build, run, user, stop)?;
+    let directory = LockedActionDirectory::open(build, spec, user, cancellation)?;
     let limits = &context.config.limits;
-    let mut stdout = LimitedStdioFile::new(build.create_log(&run.stdout)?, limits.log_size);
-    let mut stderr = LimitedStdioFile::new(build.create_log(&run.stderr)?, limits.log_size);
+    let mut stdout = LimitedStdioFile::new(build.create_stdio_file(&spec.stdout)?, limits.log_size);
+    let mut stderr = LimitedStdioFile::new(build.create_stdio_file(&spec.stderr)?, limits.log_size);
     if let Some(mounts) = &sandbox.mounts {
-        let named = mounts.passwd.name(user, &run.home);
-        named.map_err(RunError::resources("name the action's user"))?;
+        let written = mounts.account_files.write_entry(user, &spec.home);
+        written.map_err(RunError::resources("name the action's user"))?;
     }
     let sandbox_mounts = sandbox.mounts.as_ref();
-    let mut mounts = ActionMounts::prepare(run, &context.config.root, build, sandbox_mounts)?;
+    let mut mounts = ActionMounts::prepare(spec, &context.config.root, build, sandbox_mounts)?;
     let steps = std::mem::take(&mut mounts.steps);
     let setup: Vec<SetupStep<'_>> = sandbox.setup_steps().chain(steps).collect();
-    let (executables, search) = match &run.executable {
+    let (executables, search) = match &spec.executable {
         Executable::Path(path) => (std::slice::from_ref(path), false),
         Executable::Search { candidates, .. } => (candidates.as_slice(), true),
     };
     let start = Instant::now();
     let spawned = Process::spawn(&SpawnSpec {
-        arguments: &run.arguments,
-        environment: &run.environment,
+        arguments: &spec.arguments,
+        environment: &spec.environment,
         executables,
         search,
         emulator: &context.emulator,
-        working_directory: &c_string(run.working_directory.to_string()),
+        working_directory: &c_string(spec.working_directory.to_string()),
         input_root: &mounts.input_root,
         base: match (&mounts.base, sandbox_mounts) {
             (Some(path), _) => PathBase::Path(path),
             (None, Some(mounts)) => PathBase::Directory(mounts.build_directory.as_fd()),
             (None, None) => PathBase::Directory(build.as_fd()),
         },
-        streams: [
+        stdio: [
             context.null.as_fd(),
             stdout.file.as_fd(),
             stderr.file.as_fd(),
         ],
         user,
-        groups: &context.groups,
+        supplementary_groups: &context.supplementary_groups,
         process_limit: limits.processes,
         inherited: context.inherited,
         cgroup: sandbox.cgroup.as_ref().map(ActionCgroup::as_fd),
@@ -359,13 +360,13 @@ fn run_in(
     });
     drop(setup);
     context.sandboxes.refill();
-    let mut running = Vec::new();
+    let mut killed_processes = Vec::new();
     let ended = spawned
-        .map_err(|error| start_error(run, context, error))
+        .map_err(|error| start_error(spec, context, error))
         .and_then(|process| {
-            let logs = [&mut stdout, &mut stderr];
-            wait(context, process, stop, logs, || {
-                running = user_cleanup::running(user);
+            let stdio_files = [&mut stdout, &mut stderr];
+            wait(context, process, cancellation, stdio_files, || {
+                killed_processes = user_cleanup::list_processes(user);
             })
         });
     let elapsed = start.elapsed();
@@ -390,51 +391,54 @@ fn run_in(
     if let (Ok(_), Some(usage)) = (&ended, &cgroup) {
         explain_limits(&stderr, usage, limits.processes);
     }
-    let result = judge(ended, cgroup, namespace);
-    if let Some(server_logs) = &run.server_logs {
+    let result = classify_exit(ended, cgroup, namespace);
+    if let Some(server_logs) = &spec.server_logs {
         let record = ServerLog {
-            fault: result.as_ref().err().and_then(|error| fault(error, run)),
+            kill_reason: result
+                .as_ref()
+                .err()
+                .and_then(|error| kill_reason(error, spec)),
             limits,
-            timeout: run.deadline.map(|deadline| deadline.limit),
+            timeout: spec.deadline.map(|deadline| deadline.limit),
             elapsed,
             usage: cgroup.as_ref(),
-            running: &running,
+            killed_processes: &killed_processes,
         };
         // While nobody else is in there.
         record.write(build, server_logs);
     }
-    remove_shared(context.sandboxes.spec(), user);
+    remove_shared(context.sandboxes.context(), user);
     drop(mounts);
     drop(directory);
     result
 }
 
-/// Waits for the end of an action's first process; that of the others is to come. `before_stop` is called when it
+/// Waits for the end of an action's first process; that of the others is to come. `before_termination` is called when it
 /// is to be told to end.
 fn wait(
     context: &RunContext,
     mut process: Process,
-    stop: &RunCancellation,
-    mut logs: [&mut LimitedStdioFile; 2],
-    before_stop: impl FnOnce(),
+    cancellation: &RunCancellation,
+    mut stdio_files: [&mut LimitedStdioFile; 2],
+    before_termination: impl FnOnce(),
 ) -> Result<Exit, RunError> {
     loop {
-        match process.wait(stop, CHECK_INTERVAL) {
+        match process.wait(cancellation, CHECK_INTERVAL) {
             WaitOutcome::Exited => return process.reap().map_err(RunError::Wait),
-            WaitOutcome::Stopped => {
-                before_stop();
+            WaitOutcome::Cancelled | WaitOutcome::PollFailed => {
+                before_termination();
                 let grace = context.config.termination_grace.get();
                 if !grace.is_zero() {
                     process.terminate();
                     let deadline = Instant::now() + grace;
                     while !process.has_ended_within(rest_of(deadline)) && Instant::now() < deadline
                     {
-                        truncate(&mut logs);
+                        truncate(&mut stdio_files);
                     }
                 }
-                return Err(RunError::Stopped);
+                return Err(RunError::Cancelled);
             }
-            WaitOutcome::TimedOut => truncate(&mut logs),
+            WaitOutcome::TimedOut => truncate(&mut stdio_files),
         }
     }
 }
@@ -445,9 +449,9 @@ fn rest_of(deadline: Instant) -> Duration {
     rest.min(CHECK_INTERVAL)
 }
 
-fn truncate(logs: &mut [&mut LimitedStdioFile; 2]) {
-    for log in logs {
-        log.truncate();
+fn truncate(stdio_files: &mut [&mut LimitedStdioFile; 2]) {
+    for file in stdio_files {
+        file.truncate();
     }
 }
 
@@ -466,7 +470,7 @@ fn kill_all(sandbox: &mut Sandbox, user: u32) -> Option<Option<NamespaceEnd>> {
 }
 
 /// Whether what the first process's end says is a result.
-fn judge(
+fn classify_exit(
     ended: Result<Exit, RunError>,
     cgroup: Option<CgroupUsage>,
     namespace: Option<NamespaceEnd>,
@@ -477,20 +481,20 @@ fn judge(
     }
     if namespace == Some(NamespaceEnd::Killed)
         && !memory.is_some_and(|memory| memory.is_exhausted())
-        && !matches!(ended, Err(RunError::Stopped))
+        && !matches!(ended, Err(RunError::Cancelled))
     {
         return Err(RunError::Killed(
             "somebody sent SIGKILL to the first process of its namespace, or to its control group",
         ));
     }
-    ended.map(|exit| ActionExit { exit, cgroup })
+    ended.map(|command| ActionExit { command, cgroup })
 }
 
 /// What an error says of an action that was ended by others. All else is about its start.
-fn fault(error: &RunError, run: &RunSpec) -> Option<String> {
+fn kill_reason(error: &RunError, spec: &RunSpec) -> Option<String> {
     match error {
         RunError::Killed(_) => Some(error.to_string()),
-        RunError::Stopped => Some(match run.deadline {
+        RunError::Cancelled => Some(match spec.deadline {
             Some(Deadline { at, limit }) if at <= Instant::now() => {
                 format!("its time of {} s was over, and it was killed", limit.as_secs_f64())
             }
@@ -521,17 +525,17 @@ fn explain_limits(stderr: &LimitedStdioFile, usage: &CgroupUsage, processes: u64
 }
 
 /// Removes what an action left in what it shares with others, where it has nothing of its own.
-fn remove_shared(spec: &SandboxContext, user: u32) {
-    if !spec.layers.contains(Layers::MOUNTS) {
-        user_cleanup::remove_files(user, &spec.shared());
+fn remove_shared(context: &SandboxContext, user: u32) {
+    if !context.layers.contains(Layers::MOUNTS) {
+        user_cleanup::remove_files(user, &context.shared());
     }
-    if !spec.layers.contains(Layers::IPC) {
+    if !context.layers.contains(Layers::IPC) {
         user_cleanup::remove_system_v_ipc(user);
         user_cleanup::remove_message_queues(user);
     }
 }
 
-fn start_error(run: &RunSpec, context: &RunContext, error: SpawnError) -> RunError {
+fn start_error(spec: &RunSpec, context: &RunContext, error: SpawnError) -> RunError {
     let (stage, error, executable) = match error {
         SpawnError::Clone(error) => {
             return RunError::Resources {
@@ -545,15 +549,15 @@ fn start_error(run: &RunSpec, context: &RunContext, error: SpawnError) -> RunErr
             executable,
         } => (stage, error, executable),
     };
-    let subject = match (stage, &run.executable) {
+    let subject = match (stage, &spec.executable) {
         (SpawnStage::Search, Executable::Search { name, path, .. }) => {
             return RunError::NotFound {
                 name: name.clone(),
                 path: path.clone(),
             };
         }
-        (SpawnStage::WorkingDirectory, _) => run.working_directory.to_string(),
-        (SpawnStage::InputRoot, _) => run.input_root.to_string(),
+        (SpawnStage::WorkingDirectory, _) => spec.working_directory.to_string(),
+        (SpawnStage::InputRoot, _) => spec.input_root.to_string(),
         (SpawnStage::Emulate, _) => context
             .emulator
             .first()
@@ -561,7 +565,7 @@ fn start_error(run: &RunSpec, context: &RunContext, error: SpawnError) -> RunErr
         (_, Executable::Path(path)) => path.to_string_lossy().into_owned(),
         (_, Executable::Search { candidates, .. }) => executable
             .and_then(|index| candidates.get(index))
-            .or(run.arguments.first())
+            .or(spec.arguments.first())
             .map_or_else(String::new, |path| path.to_string_lossy().into_owned()),
     };
     // Where actions see their input roots alone, the emulator is one of the inputs.

@@ -26,7 +26,7 @@ impl RunCancellation {
         })
     }
 
-    pub(super) fn signal(&self) {
+    pub(super) fn cancel(&self) {
         self.token.cancel();
         // Fails only when it was signalled 2^64 times.
         let _ = rustix::io::write(&*self.event, &1u64.to_ne_bytes());

@@ -40,8 +40,8 @@ pub(super) struct RunSpec {
     pub input_root: RelativePath,
     /// `None` when the worker gave none.
     pub temporary_directory: Option<RelativePath>,
-    pub stdout: LogPath,
-    pub stderr: LogPath,
+    pub stdout: StdioPath,
+    pub stderr: StdioPath,
     /// Where logs of servers are taken from; `None` when the worker takes none.
     pub server_logs: Option<RelativePath>,
     /// An absolute path as the command sees it.
@@ -75,15 +75,15 @@ pub(super) enum Executable {
 
 /// A log file that the runner makes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct LogPath {
-    pub stream: OutputStream,
+pub(super) struct StdioPath {
+    pub stream: StdioStream,
     /// As the worker wrote it.
     pub text: String,
     pub path: RelativePath,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum OutputStream {
+pub(super) enum StdioStream {
     Stdout,
     Stderr,
 }
@@ -103,9 +103,9 @@ pub(super) enum RunSpecError {
     #[error("Failed to start process: {0:?} cannot be the name of an environment variable")]
     VariableName(String),
     #[error("Failed to open {0} path {1:?}: {reason}", reason = reason(.2))]
-    Log(OutputStream, String, PathError),
+    StdioPath(StdioStream, String, PathError),
     #[error("Failed to open {0} path {1:?}: Path is that of a directory")]
-    LogIsDirectory(OutputStream, String),
+    StdioPathIsDirectory(StdioStream, String),
     #[error("Failed to resolve {0} directory {1:?}: {reason}", reason = reason(.2))]
     Directory(&'static str, String, PathError),
 }
@@ -143,13 +143,13 @@ impl RunSpec {
         .map_err(|error| {
             RunSpecError::Directory("working", request.working_directory.clone(), error)
         })?;
-        let stdout = LogPath::parse(OutputStream::Stdout, request.stdout_path)?;
-        let stderr = LogPath::parse(OutputStream::Stderr, request.stderr_path)?;
+        let stdout = StdioPath::parse(StdioStream::Stdout, request.stdout_path)?;
+        let stderr = StdioPath::parse(StdioStream::Stderr, request.stderr_path)?;
 
         let home = additions
             .view
             .home(temporary_directory.as_ref(), &input_root);
-        let added = additions.to(
+        let added = additions.missing_from(
             &request.environment_variables,
             &home,
             temporary_directory.as_ref(),
@@ -220,12 +220,12 @@ impl RunSpec {
     }
 }
 
-impl LogPath {
-    fn parse(stream: OutputStream, text: String) -> Result<Self, RunSpecError> {
+impl StdioPath {
+    fn parse(stream: StdioStream, text: String) -> Result<Self, RunSpecError> {
         match RelativePath::resolve(&RelativePath::root(), &text, "build directory") {
-            Ok(path) if path.is_root() => Err(RunSpecError::LogIsDirectory(stream, text)),
-            Ok(path) => Ok(LogPath { stream, text, path }),
-            Err(error) => Err(RunSpecError::Log(stream, text, error)),
+            Ok(path) if path.is_root() => Err(RunSpecError::StdioPathIsDirectory(stream, text)),
+            Ok(path) => Ok(StdioPath { stream, text, path }),
+            Err(error) => Err(RunSpecError::StdioPath(stream, text, error)),
         }
     }
 }
@@ -267,11 +267,11 @@ fn reason(error: &PathError) -> String {
     }
 }
 
-impl fmt::Display for OutputStream {
+impl fmt::Display for StdioStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            OutputStream::Stdout => "stdout",
-            OutputStream::Stderr => "stderr",
+            StdioStream::Stdout => "stdout",
+            StdioStream::Stderr => "stderr",
         })
     }
 }

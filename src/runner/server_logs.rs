@@ -32,7 +32,7 @@ const MOST_PROCESSES: usize = 50;
 /// What is known of an action that has ended.
 pub(super) struct ServerLog<'r> {
     /// Why its end is not its command's, where a status says so.
-    pub fault: Option<String>,
+    pub kill_reason: Option<String>,
     pub limits: &'r Limits,
     /// What the caller granted, if it said so.
     pub timeout: Option<Duration>,
@@ -40,7 +40,7 @@ pub(super) struct ServerLog<'r> {
     /// Where it had a control group.
     pub usage: Option<&'r CgroupUsage>,
     /// What ran when it was told to end.
-    pub running: &'r [RunningProcess],
+    pub killed_processes: &'r [RunningProcess],
 }
 
 impl ServerLog<'_> {
@@ -82,7 +82,7 @@ impl ServerLog<'_> {
     }
 
     fn causes(&self) -> Vec<String> {
-        let mut causes: Vec<String> = self.fault.iter().cloned().collect();
+        let mut causes: Vec<String> = self.kill_reason.iter().cloned().collect();
         let memory = self.usage.and_then(|usage| usage.memory);
         if let Some(memory) = memory.filter(MemoryUsage::is_exhausted) {
             causes.push(format!(
@@ -140,13 +140,13 @@ impl ServerLog<'_> {
                 cpu.throttled.as_secs_f64()
             )?;
         }
-        if !self.running.is_empty() {
+        if !self.killed_processes.is_empty() {
             writeln!(text, "\nThese were running, and were killed:")?;
-            for process in self.running.iter().take(MOST_PROCESSES) {
+            for process in self.killed_processes.iter().take(MOST_PROCESSES) {
                 let RunningProcess { name, state } = process;
                 writeln!(text, "- {}: {}", printable(name), printable(state))?;
             }
-            let others = self.running.len().saturating_sub(MOST_PROCESSES);
+            let others = self.killed_processes.len().saturating_sub(MOST_PROCESSES);
             if others > 0 {
                 writeln!(text, "- and {others} others")?;
             }
@@ -185,14 +185,14 @@ mod tests {
         })
     }
 
-    fn record<'r>(usage: &'r CgroupUsage, running: &'r [RunningProcess]) -> ServerLog<'r> {
+    fn record<'r>(usage: &'r CgroupUsage, killed_processes: &'r [RunningProcess]) -> ServerLog<'r> {
         ServerLog {
-            fault: None,
+            kill_reason: None,
             limits: &LIMITS,
             timeout: None,
             elapsed: Duration::from_millis(1234),
             usage: Some(usage),
-            running,
+            killed_processes,
         }
     }
 
@@ -239,18 +239,18 @@ mod tests {
     #[test]
     fn what_ran_at_its_end_is_a_text_within_bounds_whatever_it_is_called() {
         let usage = CgroupUsage::default();
-        let running = |name: &str| RunningProcess {
+        let process = |name: &str| RunningProcess {
             name: name.to_owned(),
             state: "S (sleeping)".to_owned(),
         };
-        let mut all = vec![running("a\nb\u{1b}[2J\u{202e}")];
-        all.extend((0..10_000).map(|_| running(&"x".repeat(1000))));
-        let stopped = ServerLog {
-            fault: Some("it was late".to_owned()),
+        let mut all = vec![process("a\nb\u{1b}[2J\u{202e}")];
+        all.extend((0..10_000).map(|_| process(&"x".repeat(1000))));
+        let killed = ServerLog {
+            kill_reason: Some("it was late".to_owned()),
             timeout: Some(Duration::from_millis(700)),
             ..record(&usage, &all)
         };
-        let text = stopped.text().unwrap();
+        let text = killed.text().unwrap();
         assert!(
             text.contains("- it was late\n") && text.contains("- time: 0.7 s\n"),
             "{text}"

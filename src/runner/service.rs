@@ -29,8 +29,8 @@ use super::{
     run_action::{ActionExit, RunContext, RunError, run_action},
     run_cancellation::RunCancellation,
     run_spec::{Deadline, RunSpec, RunSpecError},
-    sandbox::{CgroupUsage, SandboxError},
-    spawn::TerminationStatus,
+    sandbox::{CgroupUsage, DirectoryId},
+    spawn::ExitStatus,
     user_pool::UserPool,
 };
 use crate::{
@@ -54,16 +54,16 @@ pub(super) struct RunnerService {
     pub allowed: BTreeSet<u32>,
     pub added_variables: AddedVariables,
     /// Kills all actions.
-    pub killing: CancellationToken,
+    pub kill_all_actions: CancellationToken,
 }
 
 /// Tells the thread of a Run to end when the call is dropped.
-struct StopOnDrop(Option<RunCancellation>);
+struct CancelOnDrop(Option<RunCancellation>);
 
-impl Drop for StopOnDrop {
+impl Drop for CancelOnDrop {
     fn drop(&mut self) {
-        if let Some(stop) = &self.0 {
-            stop.signal();
+        if let Some(cancellation) = &self.0 {
+            cancellation.cancel();
         }
     }
 }
@@ -108,12 +108,9 @@ fn find_missing(context: &RunContext) -> Option<MissingPath> {
     })
 }
 
-/// Whether this host can run actions, and a worker sees the same build directory, where `path` is. Then
-/// whether it is known that a sandbox can be made. Blocks.
-fn check_host(
-    context: &RunContext,
-    path: &str,
-) -> Result<Option<Result<(), SandboxError>>, Status> {
+/// Whether what is configured is there, and the worker sees the same build directory, where `path` is. Returns
+/// which directory that is. Blocks.
+fn check_directories(context: &RunContext, path: &str) -> Result<DirectoryId, Status> {
     if let Some(MissingPath { path, error }) = find_missing(context) {
         return Err(Status::unavailable(format!("Path {path:?}: {error}")));
     }
@@ -140,8 +137,7 @@ fn check_host(
             .check(&resolved)
             .map_err(|error| failed("check existence of", error))?;
     }
-    let identity = build.identity().map_err(|error| failed("look at", error))?;
-    Ok(context.sandboxes.recent_probe(identity))
+    build.identity().map_err(|error| failed("look at", error))
 }
 
 #[tonic::async_trait]
@@ -159,13 +155,17 @@ impl runner_server::Runner for RunnerService {
         }
         let path = request.into_inner().path;
         let context = self.context.clone();
-        let known = tokio::task::spawn_blocking(move || check_host(&context, &path)).await;
-        let known = known.map_err(|error| Status::unavailable(error.to_string()))??;
-        let made = match known {
+        let checked = tokio::task::spawn_blocking(move || {
+            let build_directory = check_directories(&context, &path)?;
+            Ok::<_, Status>(context.sandboxes.recently_verified(build_directory))
+        });
+        let checked = checked.await;
+        let known = checked.map_err(|error| Status::unavailable(error.to_string()))??;
+        let can_build = match known {
             Some(known) => known,
-            None => self.context.sandboxes.probe().await,
+            None => self.context.sandboxes.verify_can_build().await,
         };
-        made.map_err(|error| Status::unavailable(error.to_string()))?;
+        can_build.map_err(|error| Status::unavailable(error.to_string()))?;
         Ok(Response::new(()))
     }
 
@@ -196,23 +196,23 @@ impl RunnerService {
             limit,
         });
         let private_inputs = metadata::has_private_inputs(&request);
-        let mut run =
+        let mut spec =
             RunSpec::parse(request.into_inner(), &self.added_variables).map_err(refused)?;
-        run.private_inputs = private_inputs;
-        run.deadline = deadline;
+        spec.private_inputs = private_inputs;
+        spec.deadline = deadline;
         let user = self
             .users
             .take(USER_TIMEOUT)
             .await
             .map_err(|error| Status::unavailable(error.to_string()))?;
         let id = user.id();
-        let stop = RunCancellation::new()
+        let cancellation = RunCancellation::new()
             .map_err(|error| Status::unavailable(format!("Failed to run: {error}")))?;
-        let mut stop_on_drop = StopOnDrop(Some(stop.clone()));
+        let mut cancel_on_drop = CancelOnDrop(Some(cancellation.clone()));
         let (answer, mut answered) = oneshot::channel();
         let context = self.context.clone();
-        let told = stop.clone();
-        daemon::spawn_blocking(move || run_action(&context, &run, user, &told, answer));
+        let cancelled = cancellation.clone();
+        daemon::spawn_blocking(move || run_action(&context, &spec, user, &cancelled, answer));
         let over = async {
             match deadline {
                 Some(Deadline { at, limit }) => {
@@ -225,23 +225,23 @@ impl RunnerService {
         let mut exceeded = None;
         let result = tokio::select! {
             result = &mut answered => result,
-            () = self.killing.cancelled() => {
-                stop.signal();
+            () = self.kill_all_actions.cancelled() => {
+                cancellation.cancel();
                 answered.await
             }
             limit = over => {
                 exceeded = Some(limit);
-                stop.signal();
+                cancellation.cancel();
                 answered.await
             }
         };
-        stop_on_drop.0 = None;
-        if let Ok(Ok(outcome)) = &result {
-            tracing::debug!(user = id, cause = ?outcome.exit.cause, "command ended");
+        cancel_on_drop.0 = None;
+        if let Ok(Ok(exit)) = &result {
+            tracing::debug!(user = id, cause = ?exit.command.status, "command ended");
         }
         let result =
             result.unwrap_or_else(|_| Err(RunError::Wait(io::Error::other("the thread panicked"))));
-        if !matches!(&result, Ok(outcome) if outcome.exit.cause == TerminationStatus::Code(0))
+        if !matches!(&result, Ok(exit) if exit.command.status == ExitStatus::Code(0))
             && let Err(MissingPath { path, error }) = self.check_paths().await
         {
             return Err(Status::unavailable(format!(
@@ -249,15 +249,15 @@ impl RunnerService {
             )));
         }
         match result {
-            Ok(outcome) => Ok(Response::new(response(&outcome))),
-            Err(RunError::Stopped) if let Some(limit) = exceeded => {
+            Ok(exit) => Ok(Response::new(response(&exit))),
+            Err(RunError::Cancelled) if let Some(limit) = exceeded => {
                 Err(Status::deadline_exceeded(format!(
                     "The command did not end within {limit:?}; everything that it had started was killed"
                 )))
             }
-            Err(RunError::Stopped) if self.killing.is_cancelled() => Err(Status::unavailable(
-                "The runner was stopped, and the action with it",
-            )),
+            Err(RunError::Cancelled) if self.kill_all_actions.is_cancelled() => Err(
+                Status::unavailable("The runner was stopped, and the action with it"),
+            ),
             Err(error) => Err(failed(error)),
         }
     }
@@ -273,7 +273,7 @@ fn failed(error: RunError) -> Status {
         return Status::invalid_argument(message);
     }
     match error {
-        RunError::Stopped => Status::cancelled(message),
+        RunError::Cancelled => Status::cancelled(message),
         _ if error.is_unreadable_program() => Status::data_loss(message),
         RunError::Killed(_) => {
             tracing::warn!(error = message, "an action was lost");
@@ -286,13 +286,13 @@ fn failed(error: RunError) -> Status {
     }
 }
 
-fn response(outcome: &ActionExit) -> RunResponse {
-    let (exit_code, termination_signal) = match outcome.exit.cause {
-        TerminationStatus::Code(code) => (i64::from(code), String::new()),
+fn response(exit: &ActionExit) -> RunResponse {
+    let (exit_code, termination_signal) = match exit.command.status {
+        ExitStatus::Code(code) => (i64::from(code), String::new()),
         // As Buildbarn's: an exit code that no process can have.
-        TerminationStatus::Signal(signal) => (-1, signal_name(signal)),
+        ExitStatus::Signal(signal) => (-1, signal_name(signal)),
     };
-    let usage = &outcome.exit.usage;
+    let usage = &exit.command.usage;
     let time = |time: libc::timeval| {
         Some(prost_types::Duration {
             seconds: time.tv_sec,
@@ -302,7 +302,7 @@ fn response(outcome: &ActionExit) -> RunResponse {
     let usage = PosixResourceUsage {
         user_time: time(usage.ru_utime),
         system_time: time(usage.ru_stime),
-        maximum_resident_set_size: resident(outcome),
+        maximum_resident_set_size: resident(exit),
         page_reclaims: usage.ru_minflt,
         page_faults: usage.ru_majflt,
         swaps: usage.ru_nswap,
@@ -316,7 +316,7 @@ fn response(outcome: &ActionExit) -> RunResponse {
         termination_signal,
     };
     let mut resource_usage = vec![pack(&usage)];
-    resource_usage.extend(outcome.cgroup.as_ref().map(cgroup_usage));
+    resource_usage.extend(exit.cgroup.as_ref().map(cgroup_usage));
     RunResponse {
         exit_code,
         resource_usage,
@@ -325,11 +325,11 @@ fn response(outcome: &ActionExit) -> RunResponse {
 
 /// Bytes. Where the kernel's figure is this daemon's own, the action's is at most that, and at most
 /// what all of its processes had together.
-fn resident(outcome: &ActionExit) -> i64 {
-    let figure = outcome.exit.usage.ru_maxrss.saturating_mul(1024);
-    let together = outcome.cgroup.and_then(|usage| usage.memory?.peak);
+fn resident(exit: &ActionExit) -> i64 {
+    let figure = exit.command.usage.ru_maxrss.saturating_mul(1024);
+    let together = exit.cgroup.and_then(|usage| usage.memory?.peak);
     match together.map(i64::try_from) {
-        Some(Ok(together)) if outcome.exit.maxrss_may_be_daemons => figure.min(together),
+        Some(Ok(together)) if exit.command.maxrss_may_be_daemons => figure.min(together),
         _ => figure,
     }
 }

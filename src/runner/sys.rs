@@ -249,7 +249,7 @@ pub(super) fn mount_setattr(
 }
 
 /// Switches on the loopback interface of this socket's network namespace (netdevice(7)).
-pub(super) fn raise_loopback(socket: BorrowedFd<'_>) -> io::Result<()> {
+pub(super) fn bring_up_loopback(socket: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: all zeros are a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     request.ifr_name[0] = b'l' as c_char;

@@ -113,10 +113,10 @@ pub(super) struct RunningProcess {
 }
 
 /// Processes whose real user is `id`; zombies aside.
-pub(super) fn running(id: u32) -> Vec<RunningProcess> {
+pub(super) fn list_processes(id: u32) -> Vec<RunningProcess> {
     processes_of(id)
         .filter(|process| process.is_alive)
-        .map(|process| process.told)
+        .map(|process| process.description)
         .collect()
 }
 
@@ -126,7 +126,7 @@ struct UserProcess {
     /// More than a zombie. One whose first thread has ended is called a zombie, too, while other threads of
     /// it run (pthread_exit(3)).
     is_alive: bool,
-    told: RunningProcess,
+    description: RunningProcess,
 }
 
 /// Processes whose real user is `id`.
@@ -154,7 +154,7 @@ fn processes_of(id: u32) -> impl Iterator<Item = UserProcess> {
             Some(UserProcess {
                 pid,
                 is_alive: !is_zombie || has_others,
-                told: RunningProcess {
+                description: RunningProcess {
                     name: field("Name:")?.to_owned(),
                     state: state.to_owned(),
                 },
@@ -265,7 +265,8 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(10);
         let is_found = loop {
             let found = processes_of(own).find(|process| process.pid == pid);
-            let is_named = found.is_some_and(|found| found.is_alive && found.told.name == name);
+            let is_named =
+                found.is_some_and(|found| found.is_alive && found.description.name == name);
             if is_named || Instant::now() > deadline {
                 break is_named;
             }

@@ -35,7 +35,7 @@ const RANGE_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Held while the runner lives.
 pub(super) struct UserRangeLock {
     _own: File,
-    _groups: Option<File>,
+    _cgroup_procs: Option<File>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -48,17 +48,18 @@ pub(super) enum UserRangeError {
 
 impl UserRangeLock {
     pub(super) async fn take(range: &Range<u32>) -> Result<Self, UserRangeError> {
-        let groups = cgroup_mount_point().map(|root| root.join("cgroup.procs"));
-        let groups = groups.map(|path| OpenOptions::new().read(true).write(true).open(path));
-        let groups = groups.and_then(Result::ok);
+        let cgroup_procs = cgroup_mount_point().map(|root| root.join("cgroup.procs"));
+        let cgroup_procs =
+            cgroup_procs.map(|path| OpenOptions::new().read(true).write(true).open(path));
+        let cgroup_procs = cgroup_procs.and_then(Result::ok);
         let own = open(Path::new(DIRECTORY))?;
         if !lock_in_time(&own, range).await? {
             return Err(UserRangeError::Taken(range.clone()));
         }
-        if let Some(groups) = &groups
-            && !lock_in_time(groups, range).await?
+        if let Some(cgroup_procs) = &cgroup_procs
+            && !lock_in_time(cgroup_procs, range).await?
         {
-            if !is_kept_by_readers_alone(groups, range)? {
+            if !is_kept_by_readers_alone(cgroup_procs, range)? {
                 return Err(UserRangeError::Taken(range.clone()));
             }
             tracing::warn!(
@@ -68,7 +69,7 @@ impl UserRangeLock {
         }
         Ok(UserRangeLock {
             _own: own,
-            _groups: groups,
+            _cgroup_procs: cgroup_procs,
         })
     }
 }

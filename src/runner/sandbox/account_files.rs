@@ -38,10 +38,10 @@ const FILES: [(Database, &str); 2] = [
 
 /// The two files of one sandbox. None: its users have no names.
 #[derive(Debug, Default)]
-pub(crate) struct PasswdFiles(Vec<PasswdFile>);
+pub(crate) struct AccountFiles(Vec<AccountFile>);
 
 #[derive(Debug)]
-struct PasswdFile {
+struct AccountFile {
     database: Database,
     /// Empty until the action has a user.
     file: File,
@@ -52,33 +52,33 @@ struct PasswdFile {
     identity: (u64, u64),
 }
 
-impl PasswdFiles {
+impl AccountFiles {
     /// On a thread that is in the sandbox, whose root is `root` for this daemon. `scratch` is a directory
     /// of the sandbox's in memory, which is left as it is.
     pub(crate) fn prepare(root: &Path, scratch: &Path) -> io::Result<Self> {
-        let mut files = PasswdFiles::default();
+        let mut files = AccountFiles::default();
         for (database, name) in FILES {
-            let place = Path::new("/").join(name);
+            let mount_point = Path::new("/").join(name);
             // A link leads elsewhere inside of another root than from this daemon.
-            if root != Path::new("/") && place.is_symlink() {
+            if root != Path::new("/") && mount_point.is_symlink() {
                 continue;
             }
-            let entries = match fs::read(&place) {
+            let entries = match fs::read(&mount_point) {
                 Ok(entries) => entries,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(error),
             };
-            let metadata = fs::metadata(&place)?;
+            let metadata = fs::metadata(&mount_point)?;
             let source = scratch.join(".files");
             let file = OpenOptions::new()
                 .write(true)
                 .create_new(true)
                 .mode(0o644)
                 .open(&source)?;
-            mount_bind(&source, &place)?;
+            mount_bind(&source, &mount_point)?;
             fs::remove_file(&source)?;
-            set_attributes(&c_path(&place)?, READ_ONLY, 0, 0)?;
-            files.0.push(PasswdFile {
+            set_attributes(&c_path(&mount_point)?, READ_ONLY, 0, 0)?;
+            files.0.push(AccountFile {
                 database,
                 file,
                 entries,
@@ -98,8 +98,8 @@ impl PasswdFiles {
     }
 
     /// Gives the user `id`, and the group of that number, its name; once.
-    pub(crate) fn name(&self, id: u32, home: &str) -> io::Result<()> {
-        for PasswdFile {
+    pub(crate) fn write_entry(&self, id: u32, home: &str) -> io::Result<()> {
+        for AccountFile {
             database,
             file,
             entries,

@@ -7,7 +7,8 @@
 
 use super::{
     cgroups::ActionCgroup, mount_generation::DirectoryId, mount_namespace::SandboxMounts,
-    namespace_fd::Namespace, network_namespace::LentNetwork, pid_namespace::InitProcess,
+    namespace_fd::NamespaceFd, network_namespace::PooledNetworkNamespace,
+    pid_namespace::InitProcess,
 };
 use crate::runner::spawn::SetupStep;
 
@@ -16,18 +17,18 @@ use crate::runner::spawn::SetupStep;
 pub(crate) struct Sandbox {
     pub init: Option<InitProcess>,
     /// All but the PID namespace, which is `init`'s.
-    pub(super) namespaces: Vec<Namespace>,
+    pub(super) namespaces: Vec<NamespaceFd>,
     pub mounts: Option<SandboxMounts>,
-    pub network: Option<LentNetwork>,
+    pub network: Option<PooledNetworkNamespace>,
     pub cgroup: Option<ActionCgroup>,
 }
 
 impl Sandbox {
     /// Whether it is around the host as it is, and nobody has killed its first process or removed its
     /// control group.
-    pub(crate) fn is_usable(&self, build_directory: DirectoryId, changes: u64) -> bool {
+    pub(crate) fn is_usable(&self, build_directory: DirectoryId, mount_generation: u64) -> bool {
         let mounts = self.mounts.as_ref();
-        mounts.is_none_or(|mounts| mounts.is_current(build_directory, changes))
+        mounts.is_none_or(|mounts| mounts.is_current(build_directory, mount_generation))
             && self.init.as_ref().is_none_or(InitProcess::is_alive)
             && !self.cgroup.as_ref().is_some_and(ActionCgroup::is_removed)
     }
@@ -37,7 +38,7 @@ impl Sandbox {
         let mounts = self.mounts.iter().map(|_| SetupStep::MakeMountsPrivate);
         self.namespaces
             .iter()
-            .map(Namespace::setup_step)
+            .map(NamespaceFd::setup_step)
             .chain(mounts)
     }
 }

@@ -13,7 +13,7 @@ use super::{
     error::SandboxError,
     ipc_namespace,
     mount_namespace::{self, MountNamespaceSwitcher, SandboxMounts},
-    namespace_fd::Namespace,
+    namespace_fd::NamespaceFd,
     pid_namespace::InitProcess,
     sandbox_context::SandboxContext,
     uts_namespace,
@@ -41,24 +41,24 @@ impl SandboxBuilder {
         })
     }
 
-    pub(super) fn build(&mut self, spec: &SandboxContext) -> Result<Sandbox, SandboxError> {
-        let has = |layer| spec.layers.contains(layer);
+    pub(super) fn build(&mut self, context: &SandboxContext) -> Result<Sandbox, SandboxError> {
+        let has = |layer| context.layers.contains(layer);
         if has(Layers::MOUNTS) {
             self.mounts.enter_host()?;
         }
-        let cgroup = match &spec.cgroups {
+        let cgroup = match &context.cgroups {
             Some(cgroups) => Some(cgroups.create()?),
             None => None,
         };
         let network = match has(Layers::NETWORK) {
             true => {
-                let network = spec.networks.enter_one();
+                let network = context.networks.enter_one();
                 Some(network.map_err(SandboxError::at("network namespace"))?)
             }
             false => None,
         };
         let template = match has(Layers::MOUNTS) {
-            true => Some(self.mounts.enter_template(spec)?),
+            true => Some(self.mounts.enter_template(context)?),
             false => None,
         };
         let kinds = UNSHARED.iter().filter(|layer| has(layer.flag));
@@ -69,7 +69,7 @@ impl SandboxBuilder {
         // While /proc is still the host's.
         let mut namespaces = Vec::with_capacity(5);
         for kind in kinds {
-            namespaces.push(Namespace::current(kind).map_err(SandboxError::at(kind.name))?);
+            namespaces.push(NamespaceFd::current(kind).map_err(SandboxError::at(kind.name))?);
         }
         if let Some(network) = &network {
             let namespace = network.namespace();
@@ -79,15 +79,16 @@ impl SandboxBuilder {
             uts_namespace::prepare().map_err(SandboxError::at("host name"))?;
         }
         let mounts = match template {
-            Some(template) => Some(SandboxMounts::prepare(spec, template)?),
+            Some(template) => Some(SandboxMounts::prepare(context, template)?),
             None => None,
         };
-        let init = match &spec.init {
+        let init = match &context.init {
             Some(program) => {
-                let group = cgroup.as_ref().map(ActionCgroup::as_fd);
-                let started = InitProcess::start(program, group);
-                let (init, cgroups) = started.map_err(SandboxError::at("PID namespace"))?;
-                namespaces.extend(cgroups);
+                let cgroup = cgroup.as_ref().map(ActionCgroup::as_fd);
+                let started = InitProcess::start(program, cgroup);
+                let (init, cgroup_namespace) =
+                    started.map_err(SandboxError::at("PID namespace"))?;
+                namespaces.extend(cgroup_namespace);
                 Some(init)
             }
             None => None,
@@ -103,11 +104,11 @@ impl SandboxBuilder {
 }
 
 /// Whether a sandbox can be made.
-pub(super) fn try_out(spec: &SandboxContext) -> Result<(), SandboxError> {
+pub(super) fn try_build(context: &SandboxContext) -> Result<(), SandboxError> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()
             .name("sandbox".to_owned())
-            .spawn_scoped(scope, || SandboxBuilder::new()?.build(spec).map(drop))
+            .spawn_scoped(scope, || SandboxBuilder::new()?.build(context).map(drop))
             .map_err(SandboxError::at("thread"))?;
         let panicked = |_| Err(SandboxError::other("thread", "it panicked"));
         thread.join().unwrap_or_else(panicked)

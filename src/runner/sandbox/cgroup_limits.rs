@@ -55,7 +55,7 @@ impl CgroupSetting {
     }
 
     /// Why the limit is not kept, if that must be told.
-    pub(super) fn unmet(&self, error: io::Error) -> Option<UnenforcedLimit> {
+    pub(super) fn unenforced(&self, error: io::Error) -> Option<UnenforcedLimit> {
         let is_missing = error.kind() == io::ErrorKind::NotFound;
         let reason = match (self.file, is_missing) {
             // Then processes are limited for each user (setrlimit(2)).
@@ -100,22 +100,27 @@ mod tests {
             processes: 100,
             ..Limits::default()
         };
-        let unmet: Vec<UnenforcedLimit> = settings(&limits)
+        let unenforced: Vec<UnenforcedLimit> = settings(&limits)
             .into_iter()
-            .filter_map(|setting| setting.unmet(setting.apply(group.path()).err()?))
+            .filter_map(|setting| setting.unenforced(setting.apply(group.path()).err()?))
             .collect();
-        let told = |key| unmet.iter().find(|it| it.key == key).map(|it| &*it.reason);
-        let reason = told("limits.processes").unwrap();
+        let reason_of = |key| {
+            unenforced
+                .iter()
+                .find(|it| it.key == key)
+                .map(|it| &*it.reason)
+        };
+        let reason = reason_of("limits.processes").unwrap();
         assert!(
             reason.contains("\"100\" could not be written to pids.max"),
             "{reason}"
         );
-        let reason = told("limits.memory").unwrap();
+        let reason = reason_of("limits.memory").unwrap();
         assert!(
             reason.contains("controller memory is not delegated"),
             "{reason}"
         );
-        assert_eq!(told("limits.processors"), None);
+        assert_eq!(reason_of("limits.processors"), None);
         assert_eq!(
             fs::read_to_string(group.path().join("cpu.max")).unwrap(),
             "50000 100000"
@@ -125,7 +130,7 @@ mod tests {
         let first = settings(&limits).swap_remove(0);
         assert!(
             first
-                .unmet(first.apply(group.path()).unwrap_err())
+                .unenforced(first.apply(group.path()).unwrap_err())
                 .is_none()
         );
     }

@@ -60,16 +60,16 @@ pub(crate) struct ActionCgroupParent {
     /// Those that were accepted at the start, so that each group must accept them.
     settings: Vec<CgroupSetting>,
     /// Configured limits that are not kept here.
-    unmet: Vec<UnenforcedLimit>,
+    unenforced: Vec<UnenforcedLimit>,
 }
 
 /// What all actions' groups need. The error says why there are none.
 pub(super) fn prepare(config: &Config) -> Result<ActionCgroupParent, String> {
-    let cgroups = ActionCgroupParent::find(config.users.first, &config.limits)?;
+    let cgroups = ActionCgroupParent::set_up(config.users.first, &config.limits)?;
     if config.containment.cgroups == Demand::Require {
-        all_enforced(&cgroups.unmet)?;
+        all_enforced(&cgroups.unenforced)?;
     }
-    for UnenforcedLimit { key, reason } in &cgroups.unmet {
+    for UnenforcedLimit { key, reason } in &cgroups.unenforced {
         tracing::warn!("{key} is not kept: {reason}");
     }
     Ok(cgroups)
@@ -81,20 +81,20 @@ fn can_be_had(config: &Config) -> Result<(), String> {
     let controllers = own_cgroup()?.mount.join("cgroup.controllers");
     let available = fs::read_to_string(controllers).unwrap_or_default();
     let has = |name| available.split_whitespace().any(|found| found == name);
-    let mut unmet: Vec<UnenforcedLimit> = settings(&config.limits)
+    let mut unenforced: Vec<UnenforcedLimit> = settings(&config.limits)
         .into_iter()
         .filter(|setting| !has(setting.controller()))
-        .filter_map(|setting| setting.unmet(io::ErrorKind::NotFound.into()))
+        .filter_map(|setting| setting.unenforced(io::ErrorKind::NotFound.into()))
         .collect();
-    unmet.dedup_by_key(|it| it.key);
-    all_enforced(&unmet)
+    unenforced.dedup_by_key(|it| it.key);
+    all_enforced(&unenforced)
 }
 
-fn all_enforced(unmet: &[UnenforcedLimit]) -> Result<(), String> {
+fn all_enforced(unenforced: &[UnenforcedLimit]) -> Result<(), String> {
     let reason = |it: &UnenforcedLimit| format!("{} cannot be kept: {}", it.key, it.reason);
-    match unmet {
+    match unenforced {
         [] => Ok(()),
-        _ => Err(unmet.iter().map(reason).collect::<Vec<_>>().join("; ")),
+        _ => Err(unenforced.iter().map(reason).collect::<Vec<_>>().join("; ")),
     }
 }
 
@@ -109,10 +109,10 @@ pub(crate) struct ActionCgroup {
 
 impl ActionCgroupParent {
     /// Finds the daemon's own group, and makes a place for groups below it. The error says why there is none.
-    fn find(first_user: u32, limits: &Limits) -> Result<Self, String> {
+    fn set_up(first_user: u32, limits: &Limits) -> Result<Self, String> {
         let base = move_daemon_to_leaf(own_cgroup()?.directory)?;
         let directory = base.join(format!("bb-runner-{first_user}"));
-        clear(&directory);
+        remove_leftovers(&directory);
         let parent = make_directory(&directory)
             .map_err(|error| format!("could not create {}: {error}", directory.display()))?;
         let mut cgroups = ActionCgroupParent {
@@ -120,7 +120,7 @@ impl ActionCgroupParent {
             parent: Mutex::new(Arc::new(parent)),
             next: AtomicU64::new(0),
             settings: Vec::new(),
-            unmet: Vec::new(),
+            unenforced: Vec::new(),
         };
         let first = cgroups
             .try_create()
@@ -128,7 +128,7 @@ impl ActionCgroupParent {
         for setting in settings(limits) {
             match setting.apply(&first.path) {
                 Ok(()) => cgroups.settings.push(setting),
-                Err(error) => cgroups.unmet.extend(setting.unmet(error)),
+                Err(error) => cgroups.unenforced.extend(setting.unenforced(error)),
             }
         }
         Ok(cgroups)
@@ -311,7 +311,7 @@ fn create_directory(path: &Path) -> io::Result<()> {
 }
 
 /// Kills and removes what an earlier runner left.
-fn clear(directory: &Path) {
+fn remove_leftovers(directory: &Path) {
     if !directory.exists() {
         return;
     }

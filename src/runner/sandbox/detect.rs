@@ -4,7 +4,7 @@
 //! configuration says `auto`, and stops the daemon where it says `require`; a line tells of each.
 
 use super::{
-    builder::try_out,
+    builder::try_build,
     cgroups::{self, ActionCgroupParent},
     containment_layer::{Layer, Layers, Probe},
     devices, hidden_paths, ipc_namespace, mount_namespace, network_namespace, pid_namespace,
@@ -30,7 +30,9 @@ const LAYERS: [Layer; 9] = [
 ];
 
 /// Those that are wanted and work here, and what all control groups need; the log tells of each.
-pub(crate) fn detect(config: &Config) -> Result<(Layers, Option<ActionCgroupParent>), Failure> {
+pub(crate) fn enable_layers(
+    config: &Config,
+) -> Result<(Layers, Option<ActionCgroupParent>), Failure> {
     let mut found = Layers::empty();
     let mut cgroups = None;
     for layer in &LAYERS {
@@ -54,7 +56,9 @@ pub(crate) fn detect(config: &Config) -> Result<(Layers, Option<ActionCgroupPare
             Some(_) if !is_wanted(config, layer) => {
                 tracing::info!("{key} is off: {}", layer.off);
             }
-            Some(reason) if is_required(config, layer) => return Err(unmet(key, &reason)),
+            Some(reason) if is_required(config, layer) => {
+                return Err(required_layer_missing(key, &reason));
+            }
             Some(reason) => tracing::warn!("{key} is off, since {reason}: {}", layer.off),
         }
     }
@@ -69,7 +73,7 @@ pub(crate) fn check(config: &Config) -> Vec<Failure> {
         match missing(config, layer, found) {
             None => found |= layer.flag,
             Some(reason) if is_required(config, layer) => {
-                failures.push(unmet(layer.key, &reason));
+                failures.push(required_layer_missing(layer.key, &reason));
             }
             Some(_) => {}
         }
@@ -95,23 +99,23 @@ fn missing(config: &Config, layer: &Layer, found: Layers) -> Option<String> {
     }
     let probed = match layer.probe {
         Probe::Function(ask) => ask(config),
-        Probe::Sandbox => try_sandbox(config, layer.flag | layer.needs),
+        Probe::Sandbox => try_build_with(config, layer.flag | layer.needs),
     };
     probed.err()
 }
 
-fn try_sandbox(config: &Config, layers: Layers) -> Result<(), String> {
+fn try_build_with(config: &Config, layers: Layers) -> Result<(), String> {
     let mut config = config.clone();
     // It may come later, and says nothing about namespaces.
     if !config.build_directory.is_dir() {
         config.build_directory = "/tmp".into();
     }
-    let spec = SandboxContext::new(&config, layers, None).map_err(|error| error.to_string())?;
-    try_out(&spec).map_err(|error| error.to_string())
+    let context = SandboxContext::new(&config, layers, None).map_err(|error| error.to_string())?;
+    try_build(&context).map_err(|error| error.to_string())
 }
 
 /// What is required does not work here.
-fn unmet(key: &'static str, reason: &str) -> Failure {
+fn required_layer_missing(key: &'static str, reason: &str) -> Failure {
     Failure::Configuration {
         key,
         message: format!("it is required, but {reason}; let the host allow it, or write \"auto\""),

@@ -21,7 +21,7 @@ use rustix::{
 use super::{
     containment_layer::{Layer, Layers, Probe},
     error::SandboxError,
-    mount_calls::{READ_ONLY, private_tmpfs, set_attributes},
+    mount_calls::{READ_ONLY, mount_tmpfs, set_attributes},
 };
 
 pub(super) const LAYER: Layer = Layer {
@@ -58,7 +58,7 @@ pub(super) fn prepare_template() -> Result<(), SandboxError> {
         }
     }
     // Device files on it are binds of the host's, whose own mount says that devices work.
-    private_tmpfs(dev, c"mode=755,size=64k").map_err(SandboxError::at("/dev"))?;
+    mount_tmpfs(dev, c"mode=755,size=64k").map_err(SandboxError::at("/dev"))?;
     for (name, original) in &originals {
         let path = dev.join(name);
         fs::File::create(&path).map_err(SandboxError::at(path.to_string_lossy()))?;

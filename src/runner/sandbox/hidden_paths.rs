@@ -11,7 +11,7 @@ use rustix::mount::mount_bind;
 use super::{
     containment_layer::{Layer, Layers, Probe},
     error::SandboxError,
-    mount_calls::{c_path, private_tmpfs},
+    mount_calls::{c_path, mount_tmpfs},
 };
 
 pub(super) const LAYER: Layer = Layer {
@@ -30,23 +30,23 @@ pub(super) const LAYER: Layer = Layer {
 /// it is mounted.
 pub(super) fn prepare_template(
     paths: &[PathBuf],
-    is_seen: impl Fn(&Path) -> bool,
+    is_writable: impl Fn(&Path) -> bool,
 ) -> Result<Vec<CString>, SandboxError> {
-    let mut covers: Vec<CString> = Vec::new();
+    let mut hiding_tmpfs: Vec<CString> = Vec::new();
     for path in paths {
         let Ok(path) = fs::canonicalize(path) else {
             continue;
         };
-        if is_seen(&path) {
+        if is_writable(&path) {
             continue;
         }
         let step = format!("hide {}", path.display());
         if path.is_dir() {
-            let cover = private_tmpfs(&path, c"mode=755,size=64k").and_then(|()| c_path(&path));
-            covers.push(cover.map_err(SandboxError::at(step))?);
+            let mounted = mount_tmpfs(&path, c"mode=755,size=64k").and_then(|()| c_path(&path));
+            hiding_tmpfs.push(mounted.map_err(SandboxError::at(step))?);
         } else {
             mount_bind("/dev/null", &path).map_err(SandboxError::at(step))?;
         }
     }
-    Ok(covers)
+    Ok(hiding_tmpfs)
 }

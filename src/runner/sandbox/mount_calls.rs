@@ -27,7 +27,7 @@ const NO_DEVICES: u64 = 0x4;
 pub(super) const RECURSIVE: u32 = 0x8000;
 
 /// A copy of the mounts from a path down.
-pub(super) fn copy_of_tree(path: &Path) -> io::Result<OwnedFd> {
+pub(super) fn clone_tree_recursive(path: &Path) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_RECURSIVE;
@@ -36,7 +36,7 @@ pub(super) fn copy_of_tree(path: &Path) -> io::Result<OwnedFd> {
 
 /// A copy of the mount that an open directory is on, from there down: private to whoever mounts it,
 /// without set-user-ID programs and devices.
-pub(crate) fn copy_of_directory(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+pub(crate) fn clone_mount_restricted(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
@@ -69,9 +69,9 @@ pub(super) fn set_attributes(path: &CStr, set: u64, clear: u64, flags: u32) -> i
 }
 
 /// A new, empty file system in memory; `mode` is that of its root, such as `mode=1777`.
-pub(super) fn private_tmpfs(place: &Path, mode: &CStr) -> io::Result<()> {
+pub(super) fn mount_tmpfs(mount_point: &Path, options: &CStr) -> io::Result<()> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV;
-    Ok(mount("tmpfs", place, "tmpfs", flags, Some(mode))?)
+    Ok(mount("tmpfs", mount_point, "tmpfs", flags, Some(options))?)
 }
 
 /// Makes a directory to mount something on, if there is none.

@@ -1,19 +1,26 @@
 //! Whether the host is as it was when mounts were prepared: its mounts, and the directories that these
 //! are about. It is asked before each use; there is no thread.
 
-use std::{fs, io, os::unix::fs::MetadataExt, path::Path};
+use std::{
+    fs, io,
+    os::{fd::BorrowedFd, unix::fs::MetadataExt},
+    path::Path,
+};
 
 use parking_lot::Mutex;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::fstat,
+};
 
 /// Counts changes of this daemon's mounts.
 #[derive(Debug)]
-pub(crate) struct MountWatch(Mutex<(fs::File, u64)>);
+pub(crate) struct MountGenerationCounter(Mutex<(fs::File, u64)>);
 
 /// The host at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct HostSnapshot {
-    changes: u64,
+    mount_generation: u64,
     directories: Vec<Option<DirectoryId>>,
 }
 
@@ -25,7 +32,17 @@ pub(crate) struct DirectoryId {
 }
 
 impl DirectoryId {
-    fn of(path: &Path) -> Option<Self> {
+    /// The directory that is open.
+    pub(crate) fn of_descriptor(directory: BorrowedFd<'_>) -> io::Result<Self> {
+        let stat = fstat(directory)?;
+        Ok(DirectoryId {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        })
+    }
+
+    /// The directory at a path, if there is one.
+    fn of_path(path: &Path) -> Option<Self> {
         fs::metadata(path).ok().map(|metadata| DirectoryId {
             device: metadata.dev(),
             inode: metadata.ino(),
@@ -33,37 +50,40 @@ impl DirectoryId {
     }
 }
 
-impl MountWatch {
+impl MountGenerationCounter {
     /// On a thread that is in the daemon's own mount namespace.
     pub(crate) fn start() -> io::Result<Self> {
         let table = fs::File::open("/proc/thread-self/mountinfo")?;
-        Ok(MountWatch(Mutex::new((table, 0))))
+        Ok(MountGenerationCounter(Mutex::new((table, 0))))
     }
 
-    pub(crate) fn count(&self) -> u64 {
-        let (table, count) = &mut *self.0.lock();
+    pub(crate) fn current(&self) -> u64 {
+        let (table, generation) = &mut *self.0.lock();
         // proc_pid_mountinfo(5): an open table is an exceptional condition once after each change.
         let mut fds = [PollFd::new(&*table, PollFlags::PRI)];
         if matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..)) {
-            *count += 1;
+            *generation += 1;
         }
-        *count
+        *generation
     }
 }
 
 impl HostSnapshot {
     /// On a thread that is in the daemon's own mount namespace.
-    pub(crate) fn now<'a>(watch: &MountWatch, directories: impl Iterator<Item = &'a Path>) -> Self {
+    pub(crate) fn now<'a>(
+        counter: &MountGenerationCounter,
+        directories: impl Iterator<Item = &'a Path>,
+    ) -> Self {
         // First: what changes meanwhile is a change.
-        let changes = watch.count();
+        let mount_generation = counter.current();
         HostSnapshot {
-            changes,
-            directories: directories.map(DirectoryId::of).collect(),
+            mount_generation,
+            directories: directories.map(DirectoryId::of_path).collect(),
         }
     }
 
     /// Whether nothing was mounted since, by the watch's count.
-    pub(crate) fn has_mounts_of(&self, changes: u64) -> bool {
-        self.changes >= changes
+    pub(crate) fn has_mounts_of(&self, mount_generation: u64) -> bool {
+        self.mount_generation >= mount_generation
     }
 }

@@ -10,25 +10,25 @@
 use std::{
     ffi::CString,
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
 use nix::sched::CloneFlags;
 use rustix::{
-    fs::{Mode, OFlags, fstat},
+    fs::{Mode, OFlags},
     thread::LinkNameSpaceType,
 };
 
 use super::{
-    account_files::PasswdFiles,
+    account_files::AccountFiles,
     containment_layer::{Layer, Layers, Probe},
     devices,
     error::SandboxError,
-    mount_calls::{attach, copy_of_tree, make_mount_point, private_tmpfs},
+    mount_calls::{attach, clone_tree_recursive, make_mount_point, mount_tmpfs},
     mount_generation::{DirectoryId, HostSnapshot},
-    mount_template::{MountTemplate, PrivateDirectory},
-    namespace_fd::{Namespace, NamespaceKind},
+    mount_template::{MountTemplate, TmpfsDirectory},
+    namespace_fd::{NamespaceFd, NamespaceKind},
     sandbox_context::{SHARED_MEMORY, SandboxContext},
 };
 
@@ -55,19 +55,19 @@ const KIND: NamespaceKind = NamespaceKind {
 pub(crate) struct SandboxMounts {
     /// The build directory as it is inside, and its place there.
     pub build_directory: OwnedFd,
-    pub place: CString,
+    pub mount_point: CString,
     identity: DirectoryId,
     /// When it all was so on the host.
     snapshot: HostSnapshot,
     /// Where the action's temporary directory must be mounted.
     pub temporary: Vec<CString>,
-    pub passwd: PasswdFiles,
+    pub account_files: AccountFiles,
 }
 
 /// A thread's way to and fro between the daemon's mounts and their template.
 #[derive(Debug)]
 pub(super) struct MountNamespaceSwitcher {
-    host: Namespace,
+    host: NamespaceFd,
     template: Option<MountTemplate>,
 }
 
@@ -75,7 +75,7 @@ impl MountNamespaceSwitcher {
     /// On a thread that is in the daemon's own mount namespace.
     pub(super) fn new() -> io::Result<Self> {
         Ok(MountNamespaceSwitcher {
-            host: Namespace::current(KIND)?,
+            host: NamespaceFd::current(KIND)?,
             template: None,
         })
     }
@@ -90,22 +90,22 @@ impl MountNamespaceSwitcher {
     /// changed.
     pub(super) fn enter_template(
         &mut self,
-        spec: &SandboxContext,
+        context: &SandboxContext,
     ) -> Result<&MountTemplate, SandboxError> {
-        let hidden: Vec<PathBuf> = spec
+        let hidden: Vec<PathBuf> = context
             .hidden
             .iter()
-            .map(|path| spec.root().join(path.strip_prefix("/").unwrap_or(path)))
+            .map(|path| context.root().join(path.strip_prefix("/").unwrap_or(path)))
             .collect();
-        let directories = [&spec.build_directory]
+        let directories = [&context.build_directory]
             .into_iter()
-            .chain(&spec.writable)
+            .chain(&context.writable)
             .chain(&hidden)
             .map(PathBuf::as_path);
-        let now = HostSnapshot::now(&spec.mount_watch, directories);
+        let now = HostSnapshot::now(&context.mount_generation, directories);
         let template = match self.template.take() {
             Some(template) if template.snapshot == now => template,
-            _ => MountTemplate::make(spec, KIND, now)?,
+            _ => MountTemplate::make(context, KIND, now)?,
         };
         let entered = template.namespace.enter();
         entered.map_err(SandboxError::at("template"))?;
@@ -116,64 +116,59 @@ impl MountNamespaceSwitcher {
 impl SandboxMounts {
     /// On a thread that is in a copy of the template.
     pub(crate) fn prepare(
-        spec: &SandboxContext,
+        context: &SandboxContext,
         template: &MountTemplate,
     ) -> Result<Self, SandboxError> {
-        for directory in &template.private {
-            let step = directory.place.to_string_lossy();
-            make_private(directory).map_err(SandboxError::at(step))?;
+        for directory in &template.tmpfs_directories {
+            let step = directory.mount_point.to_string_lossy();
+            mount_tmpfs_directory(directory).map_err(SandboxError::at(step))?;
         }
-        if spec.layers.contains(Layers::DEVICES) {
-            devices::prepare(spec.terminals)?;
+        if context.layers.contains(Layers::DEVICES) {
+            devices::prepare(context.terminals)?;
         }
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let build_directory = rustix::fs::open(&*template.place, flags, Mode::empty())
+        let build_directory = rustix::fs::open(&*template.build_mount_point, flags, Mode::empty())
             .map_err(SandboxError::at("build directory"))?;
         let scratch = Path::new(SHARED_MEMORY);
-        let has_scratch = template.private.iter().any(|it| it.place == scratch);
-        let passwd = match spec.has_passwd_entry && has_scratch {
-            true => PasswdFiles::prepare(spec.root(), scratch)
+        let has_scratch = template
+            .tmpfs_directories
+            .iter()
+            .any(|it| it.mount_point == scratch);
+        let account_files = match context.has_account_files && has_scratch {
+            true => AccountFiles::prepare(context.root(), scratch)
                 .map_err(SandboxError::at("/etc/passwd and /etc/group"))?,
-            false => PasswdFiles::default(),
+            false => AccountFiles::default(),
         };
         Ok(SandboxMounts {
-            passwd,
-            identity: identity(build_directory.as_fd())
+            account_files,
+            identity: DirectoryId::of_descriptor(build_directory.as_fd())
                 .map_err(SandboxError::at("build directory"))?,
             snapshot: template.snapshot.clone(),
             build_directory,
-            place: template.place.clone(),
+            mount_point: template.build_mount_point.clone(),
             temporary: template.temporary.clone(),
         })
     }
 
     /// Whether the host still has this build directory, no more mounts changed than the watch had counted
     /// then, and its files of users and groups (`passwd`) are those that are covered here.
-    pub(crate) fn is_current(&self, build_directory: DirectoryId, changes: u64) -> bool {
+    pub(crate) fn is_current(&self, build_directory: DirectoryId, mount_generation: u64) -> bool {
         self.identity == build_directory
-            && self.snapshot.has_mounts_of(changes)
-            && self.passwd.is_current()
+            && self.snapshot.has_mounts_of(mount_generation)
+            && self.account_files.is_current()
     }
 }
 
-fn make_private(directory: &PrivateDirectory) -> io::Result<()> {
+fn mount_tmpfs_directory(directory: &TmpfsDirectory) -> io::Result<()> {
     let trees: Vec<OwnedFd> = directory
-        .keeps
+        .writable_mounts
         .iter()
-        .map(|path| copy_of_tree(path))
+        .map(|path| clone_tree_recursive(path))
         .collect::<io::Result<_>>()?;
-    private_tmpfs(&directory.place, c"mode=1777")?;
-    for (path, tree) in directory.keeps.iter().zip(&trees) {
+    mount_tmpfs(&directory.mount_point, c"mode=1777")?;
+    for (path, tree) in directory.writable_mounts.iter().zip(&trees) {
         make_mount_point(path)?;
         attach(tree, path)?;
     }
     Ok(())
-}
-
-pub(crate) fn identity(directory: BorrowedFd<'_>) -> io::Result<DirectoryId> {
-    let stat = fstat(directory)?;
-    Ok(DirectoryId {
-        device: stat.st_dev,
-        inode: stat.st_ino,
-    })
 }

@@ -25,11 +25,11 @@ use super::{
     error::SandboxError,
     hidden_paths,
     mount_calls::{
-        READ_ONLY, RECURSIVE, attach, c_path, copy_of_tree, make_mount_point, private_tmpfs,
+        READ_ONLY, RECURSIVE, attach, c_path, clone_tree_recursive, make_mount_point, mount_tmpfs,
         set_attributes,
     },
     mount_generation::HostSnapshot,
-    namespace_fd::{Namespace, NamespaceKind},
+    namespace_fd::{NamespaceFd, NamespaceKind},
     sandbox_context::{SHARED_MEMORY, SandboxContext},
 };
 
@@ -38,31 +38,31 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 /// The namespace, and what is to be done in a copy of it.
 #[derive(Debug)]
 pub(crate) struct MountTemplate {
-    pub namespace: Namespace,
+    pub namespace: NamespaceFd,
     pub snapshot: HostSnapshot,
-    pub private: Vec<PrivateDirectory>,
-    /// The place of the build directory.
-    pub place: CString,
+    pub tmpfs_directories: Vec<TmpfsDirectory>,
+    /// Where the build directory is mounted.
+    pub build_mount_point: CString,
     /// Where the action's temporary directory is to be mounted.
     pub temporary: Vec<CString>,
 }
 
 /// A directory that is new and empty in each sandbox, but for those mounts.
 #[derive(Debug)]
-pub(crate) struct PrivateDirectory {
-    pub place: PathBuf,
-    pub keeps: Vec<PathBuf>,
+pub(crate) struct TmpfsDirectory {
+    pub mount_point: PathBuf,
+    pub writable_mounts: Vec<PathBuf>,
 }
 
 impl MountTemplate {
     /// On a thread that is in the daemon's own mount namespace; leaves it in the template.
     pub(crate) fn make(
-        spec: &SandboxContext,
+        context: &SandboxContext,
         kind: NamespaceKind,
         snapshot: HostSnapshot,
     ) -> Result<Self, SandboxError> {
         unshare(kind.flag).map_err(SandboxError::at("unshare"))?;
-        let namespace = Namespace::current(kind).map_err(SandboxError::at("mnt"))?;
+        let namespace = NamespaceFd::current(kind).map_err(SandboxError::at("mnt"))?;
         // What the host unmounts later is unmounted here too, so that it is not held by sandboxes that wait. What it
         // mounts is seen as well, and writable: hence actions begin with `SetupStep::MakeMountsPrivate`.
         mount_change(
@@ -72,17 +72,17 @@ impl MountTemplate {
         .map_err(SandboxError::at("mounts of its own"))?;
 
         let mut writable = Vec::new();
-        for path in spec.writable.iter().chain([&spec.build_directory]) {
+        for path in context.writable.iter().chain([&context.build_directory]) {
             let named = || SandboxError::at(path.to_string_lossy());
             let path = fs::canonicalize(path).map_err(named())?;
-            let tree = copy_of_tree(&path).map_err(named())?;
+            let tree = clone_tree_recursive(&path).map_err(named())?;
             writable.push((path, tree));
         }
-        if let Some(image) = &spec.image {
+        if let Some(image) = &context.image {
             enter_image(image)?;
         }
         set_attributes(c"/", READ_ONLY, 0, RECURSIVE).map_err(SandboxError::at("read-only /"))?;
-        if !spec.layers.contains(Layers::PROCESSES) {
+        if !context.layers.contains(Layers::PROCESSES) {
             // Processes write to their own files there: uid_map, oom_score_adj, ….
             match set_attributes(c"/proc", 0, READ_ONLY, 0) {
                 Ok(()) => {}
@@ -90,93 +90,105 @@ impl MountTemplate {
                 Err(error) => tracing::debug!(%error, "/proc stays read-only for actions"),
             }
         }
-        if spec.layers.contains(Layers::DEVICES) {
+        if context.layers.contains(Layers::DEVICES) {
             devices::prepare_template()?;
         }
         // What is to be seen as a whole cannot be hidden.
-        let is_seen = |path: &Path| writable.iter().any(|(seen, _)| path.starts_with(seen));
-        let covers = match spec.layers.contains(Layers::HIDDEN) {
-            true => hidden_paths::prepare_template(&spec.hidden, is_seen)?,
+        let is_writable = |path: &Path| {
+            writable
+                .iter()
+                .any(|(mounted, _)| path.starts_with(mounted))
+        };
+        let hiding_tmpfs = match context.layers.contains(Layers::HIDDEN) {
+            true => hidden_paths::prepare_template(&context.hidden, is_writable)?,
             false => Vec::new(),
         };
-        if spec.cgroups.is_some() && Path::new(CGROUPS).is_dir() {
-            private_tmpfs(Path::new(CGROUPS), c"mode=755,size=64k")
+        if context.cgroups.is_some() && Path::new(CGROUPS).is_dir() {
+            mount_tmpfs(Path::new(CGROUPS), c"mode=755,size=64k")
                 .map_err(SandboxError::at(CGROUPS))?;
             set_attributes(c"/sys/fs/cgroup", READ_ONLY, 0, 0)
                 .map_err(SandboxError::at(CGROUPS))?;
         }
-        let (private, temporary) = private_directories(spec, &writable)?;
+        let (tmpfs_directories, temporary) = tmpfs_directories(context, &writable)?;
         for (path, tree) in &writable {
             make_mount_point(path)
                 .and_then(|()| attach(tree, path))
                 .map_err(SandboxError::at(path.to_string_lossy()))?;
         }
-        for cover in &covers {
-            set_attributes(cover, READ_ONLY, 0, 0)
-                .map_err(SandboxError::at(cover.to_string_lossy().into_owned()))?;
+        for mount_point in &hiding_tmpfs {
+            set_attributes(mount_point, READ_ONLY, 0, 0)
+                .map_err(SandboxError::at(mount_point.to_string_lossy().into_owned()))?;
         }
-        let place = fs::canonicalize(&spec.build_directory)
-            .and_then(|place| c_path(&place))
+        let build_mount_point = fs::canonicalize(&context.build_directory)
+            .and_then(|path| c_path(&path))
             .map_err(SandboxError::at("build directory"))?;
         Ok(MountTemplate {
             namespace,
             snapshot,
-            private,
-            place,
+            tmpfs_directories,
+            build_mount_point,
             temporary,
         })
     }
 }
 
 /// What each sandbox has of its own in memory, and where the action's temporary directory is mounted.
-fn private_directories(
-    spec: &SandboxContext,
+fn tmpfs_directories(
+    context: &SandboxContext,
     writable: &[(PathBuf, OwnedFd)],
-) -> Result<(Vec<PrivateDirectory>, Vec<CString>), SandboxError> {
-    let mut private = Vec::new();
+) -> Result<(Vec<TmpfsDirectory>, Vec<CString>), SandboxError> {
+    let mut directories = Vec::new();
     let mut temporary = Vec::new();
-    let below = |place: &Path| -> Vec<PathBuf> {
+    let writable_below = |mount_point: &Path| -> Vec<PathBuf> {
         let paths = writable.iter().map(|(path, _)| path);
         paths
-            .filter(|path| path.starts_with(place))
+            .filter(|path| path.starts_with(mount_point))
             .cloned()
             .collect()
     };
-    for place in &spec.temporary {
+    for mount_point in &context.temporary {
         // The action's temporary directory there would hide it.
-        let keeps = below(place);
-        if keeps.is_empty() {
-            temporary.push(c_path(place).map_err(SandboxError::at("temporary directory"))?);
+        let writable_mounts = writable_below(mount_point);
+        if writable_mounts.is_empty() {
+            temporary.push(c_path(mount_point).map_err(SandboxError::at("temporary directory"))?);
         } else {
-            private.push(PrivateDirectory {
-                place: place.clone(),
-                keeps,
+            directories.push(TmpfsDirectory {
+                mount_point: mount_point.clone(),
+                writable_mounts,
             });
         }
     }
-    let place = PathBuf::from(SHARED_MEMORY);
-    if place.is_dir() {
-        let keeps = below(&place);
-        private.push(PrivateDirectory { place, keeps });
+    let mount_point = PathBuf::from(SHARED_MEMORY);
+    if mount_point.is_dir() {
+        let writable_mounts = writable_below(&mount_point);
+        directories.push(TmpfsDirectory {
+            mount_point,
+            writable_mounts,
+        });
     }
-    for PrivateDirectory { place, keeps } in &private {
-        if !keeps.is_empty() {
-            private_tmpfs(place, c"mode=1777")
-                .map_err(SandboxError::at(place.to_string_lossy()))?;
+    for TmpfsDirectory {
+        mount_point,
+        writable_mounts,
+    } in &directories
+    {
+        if !writable_mounts.is_empty() {
+            mount_tmpfs(mount_point, c"mode=1777")
+                .map_err(SandboxError::at(mount_point.to_string_lossy()))?;
         }
     }
-    Ok((private, temporary))
+    Ok((directories, temporary))
 }
 
 /// Makes a tree of files this thread's root, with the host's /proc, /sys and /dev for now.
 fn enter_image(image: &Path) -> Result<(), SandboxError> {
     let named = |path: &Path| SandboxError::at(path.to_string_lossy().into_owned());
-    let tree = copy_of_tree(image).map_err(named(image))?;
+    let tree = clone_tree_recursive(image).map_err(named(image))?;
     attach(&tree, image).map_err(named(image))?;
     for directory in ["proc", "sys", "dev"] {
-        let place = image.join(directory);
-        let tree = copy_of_tree(&Path::new("/").join(directory)).map_err(named(&place))?;
-        attach(&tree, &place).map_err(named(&place))?;
+        let mount_point = image.join(directory);
+        let tree =
+            clone_tree_recursive(&Path::new("/").join(directory)).map_err(named(&mount_point))?;
+        attach(&tree, &mount_point).map_err(named(&mount_point))?;
     }
     // The new root on top of the old one, which is then taken from below it (pivot_root(2)). The
     // working directory is this thread's own since it left the host's mounts.

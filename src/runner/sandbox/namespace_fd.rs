@@ -20,24 +20,24 @@ pub(crate) struct NamespaceKind {
 
 /// An open namespace, which lasts as long as this.
 #[derive(Debug)]
-pub(crate) struct Namespace {
+pub(crate) struct NamespaceFd {
     descriptor: OwnedFd,
     kind: NamespaceKind,
 }
 
-impl Namespace {
+impl NamespaceFd {
     pub(crate) fn new(descriptor: OwnedFd, kind: NamespaceKind) -> Self {
-        Namespace { descriptor, kind }
+        NamespaceFd { descriptor, kind }
     }
 
     /// The one that this thread is in.
     pub(crate) fn current(kind: NamespaceKind) -> io::Result<Self> {
         let path = format!("/proc/thread-self/ns/{}", kind.name);
-        Ok(Namespace::new(fs::File::open(path)?.into(), kind))
+        Ok(NamespaceFd::new(fs::File::open(path)?.into(), kind))
     }
 
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        Ok(Namespace::new(self.descriptor.try_clone()?, self.kind))
+        Ok(NamespaceFd::new(self.descriptor.try_clone()?, self.kind))
     }
 
     /// Moves this thread into it.

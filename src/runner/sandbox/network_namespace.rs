@@ -17,7 +17,7 @@ use rustix::thread::LinkNameSpaceType;
 
 use super::{
     containment_layer::{Layer, Layers, Probe},
-    namespace_fd::{Namespace, NamespaceKind},
+    namespace_fd::{NamespaceFd, NamespaceKind},
 };
 use crate::runner::sys;
 
@@ -40,18 +40,18 @@ const KIND: NamespaceKind = NamespaceKind {
 
 /// Those that nobody has.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct NetworkPool(Arc<Mutex<Vec<Namespace>>>);
+pub(crate) struct NetworkNamespacePool(Arc<Mutex<Vec<NamespaceFd>>>);
 
 /// One that is lent; given back on drop.
 #[derive(Debug)]
-pub(crate) struct LentNetwork {
-    namespace: Option<Namespace>,
-    pool: NetworkPool,
+pub(crate) struct PooledNetworkNamespace {
+    namespace: Option<NamespaceFd>,
+    pool: NetworkNamespacePool,
 }
 
-impl NetworkPool {
+impl NetworkNamespacePool {
     /// One that nobody else has. This thread is in it then.
-    pub(crate) fn enter_one(&self) -> io::Result<LentNetwork> {
+    pub(crate) fn enter_one(&self) -> io::Result<PooledNetworkNamespace> {
         let kept = self.0.lock().pop();
         let namespace = match kept {
             Some(namespace) => {
@@ -60,16 +60,16 @@ impl NetworkPool {
             }
             None => make()?,
         };
-        Ok(LentNetwork {
+        Ok(PooledNetworkNamespace {
             namespace: Some(namespace),
             pool: self.clone(),
         })
     }
 }
 
-impl LentNetwork {
+impl PooledNetworkNamespace {
     /// Another descriptor of it.
-    pub(crate) fn namespace(&self) -> io::Result<Namespace> {
+    pub(crate) fn namespace(&self) -> io::Result<NamespaceFd> {
         match &self.namespace {
             Some(namespace) => namespace.try_clone(),
             None => Err(io::ErrorKind::NotFound.into()),
@@ -82,13 +82,13 @@ impl LentNetwork {
     }
 }
 
-impl Drop for LentNetwork {
+impl Drop for PooledNetworkNamespace {
     fn drop(&mut self) {
         self.pool.0.lock().extend(self.namespace.take());
     }
 }
 
-fn make() -> io::Result<Namespace> {
+fn make() -> io::Result<NamespaceFd> {
     unshare(KIND.flag)?;
     let socket = socket(
         AddressFamily::Inet,
@@ -96,7 +96,7 @@ fn make() -> io::Result<Namespace> {
         SockFlag::SOCK_CLOEXEC,
         None,
     )?;
-    sys::raise_loopback(socket.as_fd()).map_err(|error| {
+    sys::bring_up_loopback(socket.as_fd()).map_err(|error| {
         io::Error::new(
             error.kind(),
             format!("{error}; raising the loopback interface takes CAP_NET_ADMIN"),
@@ -104,5 +104,5 @@ fn make() -> io::Result<Namespace> {
     })?;
     // Or a server in the next action might find its port taken; where it is refused, it may.
     let _ = fs::write("/proc/sys/net/ipv4/tcp_max_tw_buckets", "0");
-    Namespace::current(KIND)
+    NamespaceFd::current(KIND)
 }

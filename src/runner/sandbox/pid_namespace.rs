@@ -45,7 +45,7 @@ use rustix::{
 use super::{
     containment_layer::{Layer, Layers, Probe},
     init_program::{InitProgram, PARENT_PIPE},
-    namespace_fd::{Namespace, NamespaceKind},
+    namespace_fd::{NamespaceFd, NamespaceKind},
 };
 use crate::runner::{spawn::give_up_privileges, sys};
 
@@ -84,7 +84,7 @@ pub(crate) struct InitProcess {
 /// How a namespace ended; nothing is left in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NamespaceEnd {
-    Told,
+    ExitedOnRequest,
     /// Somebody else killed the first process, and so all others.
     Killed,
 }
@@ -97,8 +97,8 @@ struct InitLaunch<'a> {
     /// Whether its control group becomes all that it, and what joins it, sees of control groups
     /// (cgroup_namespaces(7)).
     has_cgroup: bool,
-    processes: Cell<Option<OwnedFd>>,
-    cgroups: Cell<Option<OwnedFd>>,
+    pid_namespace: Cell<Option<OwnedFd>>,
+    cgroup_namespace: Cell<Option<OwnedFd>>,
     errno: Cell<c_int>,
 }
 
@@ -108,14 +108,14 @@ impl InitProcess {
     pub(crate) fn start(
         program: &InitProgram,
         cgroup: Option<BorrowedFd<'_>>,
-    ) -> io::Result<(Self, Option<Namespace>)> {
+    ) -> io::Result<(Self, Option<NamespaceFd>)> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
         let launch = InitLaunch {
             program: program.as_fd(),
             parent_pipe: read.as_fd(),
             has_cgroup: cgroup.is_some(),
-            processes: Cell::new(None),
-            cgroups: Cell::new(None),
+            pid_namespace: Cell::new(None),
+            cgroup_namespace: Cell::new(None),
             errno: Cell::new(0),
         };
         // SAFETY: `main` gets the launch that it wants, which is here until the process needs it no
@@ -128,7 +128,7 @@ impl InitProcess {
                 cgroup,
             )?
         };
-        match (launch.errno.get(), launch.processes.take()) {
+        match (launch.errno.get(), launch.pid_namespace.take()) {
             (0, Some(namespace)) => {
                 let init = InitProcess {
                     pidfd,
@@ -136,8 +136,11 @@ impl InitProcess {
                     parent_pipe: write,
                     end: None,
                 };
-                let cgroups = launch.cgroups.take();
-                Ok((init, cgroups.map(|fd| Namespace::new(fd, CGROUP))))
+                let cgroup_namespace = launch.cgroup_namespace.take();
+                Ok((
+                    init,
+                    cgroup_namespace.map(|fd| NamespaceFd::new(fd, CGROUP)),
+                ))
             }
             (errno, _) => {
                 // It is gone, or will be when its pipe is.
@@ -170,17 +173,17 @@ impl InitProcess {
         }
         // Fails when it is gone already.
         let _ = rustix::io::write(&self.parent_pipe, &[0]);
-        let obeyed = self.ends_within(EXIT_TIMEOUT.min(timeout));
-        if !obeyed {
+        let exited_on_request = self.ends_within(EXIT_TIMEOUT.min(timeout));
+        if !exited_on_request {
             let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
             if !self.ends_within(timeout) {
                 return None;
             }
         }
         let status = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED);
-        self.end = Some(match (obeyed, status) {
+        self.end = Some(match (exited_on_request, status) {
             (true, Ok(Some(status))) if status.killed() => NamespaceEnd::Killed,
-            _ => NamespaceEnd::Told,
+            _ => NamespaceEnd::ExitedOnRequest,
         });
         self.end
     }
@@ -233,11 +236,13 @@ fn become_init(launch: &InitLaunch<'_>) -> Errno {
 fn prepare(launch: &InitLaunch<'_>) -> Result<OwnedFd, Errno> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount(c"proc", c"/proc", c"proc", flags, None::<&CStr>)?;
-    launch.processes.set(Some(open(c"/proc/self/ns/pid")?));
+    launch.pid_namespace.set(Some(open(c"/proc/self/ns/pid")?));
     if launch.has_cgroup {
         // It is in its group already, which becomes the root.
         leave(CloneFlags::CLONE_NEWCGROUP)?;
-        launch.cgroups.set(Some(open(c"/proc/self/ns/cgroup")?));
+        launch
+            .cgroup_namespace
+            .set(Some(open(c"/proc/self/ns/cgroup")?));
         // Where this is not to be had, what is there stays empty.
         let flags = flags | MountFlags::RDONLY;
         let _ = mount(

@@ -3,9 +3,9 @@
 //! 1. Who takes one gets one that is usable now, or the reason why the last one could not be made.
 //! 2. After a failure the thread tries again by itself, `RETRY_INTERVAL` later, whether or not
 //!    somebody waits: a shortage that is over is noticed, and one that lasts costs little.
-//! 3. `probe` holds when the last sandbox that was to be made was made, less than `MAXIMUM_PROBE_AGE` ago; else
+//! 3. `probe` holds when the last sandbox that was to be made was made, less than `MAXIMUM_VERIFICATION_AGE` ago; else
 //!    one is made for it. So whoever asks for readiness again and again makes a sandbox each
-//!    `MAXIMUM_PROBE_AGE` at most.
+//!    `MAXIMUM_VERIFICATION_AGE` at most.
 //! 4. Whoever waits holds no lock, and can give up at any time.
 //! 5. The one in place of a sandbox that was taken is made when whoever took it says that its process runs
 //!    (`refill`), or when few are left: making one and starting a process have the kernel's locks and, on a host
@@ -32,14 +32,14 @@ const TARGET_READY: usize = 5;
 /// With fewer than this the next ones are made at once, rather than when `refill` says so.
 const MINIMUM_READY: usize = 3;
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
-const MAXIMUM_PROBE_AGE: Duration = Duration::from_secs(10);
+const MAXIMUM_VERIFICATION_AGE: Duration = Duration::from_secs(10);
 /// How long it may take to make one, on a host that is busy.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Gives out sandboxes that a thread prepares ahead.
 #[derive(Debug)]
 pub(crate) struct SandboxPool {
-    spec: Arc<SandboxContext>,
+    context: Arc<SandboxContext>,
     shared: Arc<PoolShared>,
     builder: Mutex<Option<JoinHandle<()>>>,
 }
@@ -68,42 +68,42 @@ struct BuildAttempt {
 }
 
 impl SandboxPool {
-    pub(crate) fn open(spec: SandboxContext) -> io::Result<Self> {
-        let spec = Arc::new(spec);
+    pub(crate) fn open(context: SandboxContext) -> io::Result<Self> {
+        let context = Arc::new(context);
         let shared = Arc::<PoolShared>::default();
         let builder = std::thread::Builder::new()
             .name("sandboxes".to_owned())
             .spawn({
-                let (spec, shared) = (spec.clone(), shared.clone());
-                move || shared.build(&spec)
+                let (context, shared) = (context.clone(), shared.clone());
+                move || shared.build(&context)
             })?;
         Ok(SandboxPool {
-            spec,
+            context,
             shared,
             builder: Mutex::new(Some(builder)),
         })
     }
 
-    pub(crate) fn spec(&self) -> &SandboxContext {
-        &self.spec
+    pub(crate) fn context(&self) -> &SandboxContext {
+        &self.context
     }
 
     /// A sandbox around the build directory that has this device and inode number, if one is ready.
     pub(crate) fn try_take(&self, build_directory: DirectoryId) -> Option<Sandbox> {
         let sandbox = self.shared.pop().ok()??;
-        let changes = self.spec.mount_watch.count();
+        let mount_generation = self.context.mount_generation.current();
         sandbox
-            .is_usable(build_directory, changes)
+            .is_usable(build_directory, mount_generation)
             .then_some(sandbox)
     }
 
     /// The same, as soon as there is one.
     pub(crate) async fn take(&self, build_directory: DirectoryId) -> Result<Sandbox, SandboxError> {
-        let changes = self.spec.mount_watch.count();
+        let mount_generation = self.context.mount_generation.current();
         // Each of those that are ready may be out of date, as may the one that is in the making.
         for _ in 0..TARGET_READY + 2 {
             let sandbox = self.shared.next().await?;
-            if sandbox.is_usable(build_directory, changes) {
+            if sandbox.is_usable(build_directory, mount_generation) {
                 return Ok(sandbox);
             }
         }
@@ -119,26 +119,28 @@ impl SandboxPool {
     }
 
     /// Whether it is known that a sandbox can be made; `None` when `probe` must find out.
-    pub(crate) fn recent_probe(
+    pub(crate) fn recently_verified(
         &self,
         build_directory: DirectoryId,
     ) -> Option<Result<(), SandboxError>> {
-        let changes = self.spec.mount_watch.count();
+        let mount_generation = self.context.mount_generation.current();
         let state = self.shared.state.lock();
         let last = state.last.as_ref()?;
         match &last.failure {
             // At most `RETRY_INTERVAL` old.
             Some(failure) => Some(Err(failure.clone())),
-            None if last.at.elapsed() > MAXIMUM_PROBE_AGE => None,
+            None if last.at.elapsed() > MAXIMUM_VERIFICATION_AGE => None,
             None => {
                 let newest = state.ready.back()?;
-                newest.is_usable(build_directory, changes).then_some(Ok(()))
+                newest
+                    .is_usable(build_directory, mount_generation)
+                    .then_some(Ok(()))
             }
         }
     }
 
     /// Makes a sandbox, whatever is ready. The error says why none can be made.
-    pub(crate) async fn probe(&self) -> Result<(), SandboxError> {
+    pub(crate) async fn verify_can_build(&self) -> Result<(), SandboxError> {
         let mut attempts = self.shared.attempts.subscribe();
         // In place of the oldest one.
         let oldest = {
@@ -167,7 +169,7 @@ impl SandboxPool {
         if let Some(builder) = self.builder.lock().take() {
             let _ = builder.join();
         }
-        if let Some(cgroups) = &self.spec.cgroups {
+        if let Some(cgroups) = &self.context.cgroups {
             cgroups.close();
         }
     }
@@ -181,7 +183,7 @@ impl Drop for SandboxPool {
 
 impl PoolShared {
     /// What the thread does, until closed.
-    fn build(&self, spec: &SandboxContext) {
+    fn build(&self, context: &SandboxContext) {
         let mut builder = None;
         let mut state = self.state.lock();
         while !state.is_closed {
@@ -198,8 +200,8 @@ impl PoolShared {
                 continue;
             }
             let made = MutexGuard::unlocked(&mut state, || match &mut builder {
-                Some(builder) => SandboxBuilder::build(builder, spec),
-                none => none.insert(SandboxBuilder::new()?).build(spec),
+                Some(builder) => SandboxBuilder::build(builder, context),
+                none => none.insert(SandboxBuilder::new()?).build(context),
             });
             let was_failing = state
                 .last

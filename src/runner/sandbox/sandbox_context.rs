@@ -8,7 +8,7 @@ use std::{
 
 use super::{
     cgroups::ActionCgroupParent, containment_layer::Layers, devices, init_program::InitProgram,
-    mount_generation::MountWatch, network_namespace::NetworkPool,
+    mount_generation::MountGenerationCounter, network_namespace::NetworkNamespacePool,
 };
 use crate::config::runner::{Config, Root};
 
@@ -27,14 +27,14 @@ pub(crate) struct SandboxContext {
     /// Another tree in place of the host's.
     pub image: Option<PathBuf>,
     /// Whether /etc/passwd and /etc/group are to tell the action's user.
-    pub has_passwd_entry: bool,
+    pub has_account_files: bool,
     /// The most pseudo-terminals.
     pub terminals: u32,
     pub init: Option<Arc<InitProgram>>,
-    pub networks: NetworkPool,
+    pub networks: NetworkNamespacePool,
     pub cgroups: Option<Arc<ActionCgroupParent>>,
     /// Of the host's mounts.
-    pub mount_watch: MountWatch,
+    pub mount_generation: MountGenerationCounter,
 }
 
 impl SandboxContext {
@@ -48,10 +48,10 @@ impl SandboxContext {
         let root = image.as_deref().unwrap_or(Path::new("/"));
         let mut temporary: Vec<PathBuf> = TEMPORARY
             .iter()
-            .map(|place| root.join(&place[1..]))
-            .filter_map(|place| fs::canonicalize(place).ok())
-            .filter(|place| place.is_dir())
-            .filter_map(|place| Some(Path::new("/").join(place.strip_prefix(root).ok()?)))
+            .map(|path| root.join(&path[1..]))
+            .filter_map(|path| fs::canonicalize(path).ok())
+            .filter(|path| path.is_dir())
+            .filter_map(|path| Some(Path::new("/").join(path.strip_prefix(root).ok()?)))
             .collect();
         temporary.dedup();
         let init = match layers.contains(Layers::PROCESSES) {
@@ -65,12 +65,12 @@ impl SandboxContext {
             hidden: config.containment.hidden_paths.clone(),
             temporary,
             image,
-            has_passwd_entry: config.root != Root::Input,
+            has_account_files: config.root != Root::Input,
             terminals: devices::terminals(config.users.count),
             init,
-            networks: NetworkPool::default(),
+            networks: NetworkNamespacePool::default(),
             cgroups: cgroups.map(Arc::new),
-            mount_watch: MountWatch::start()?,
+            mount_generation: MountGenerationCounter::start()?,
         })
     }
 

@@ -113,7 +113,7 @@ fn prepare(launch: &CommandLaunch<'_>) -> Result<(), Errno> {
     }
 
     launch.begin(SpawnStage::Descriptors);
-    let [stdin, stdout, stderr] = spec.streams;
+    let [stdin, stdout, stderr] = spec.stdio;
     dup2_stdin(stdin)?;
     dup2_stdout(stdout)?;
     dup2_stderr(stderr)?;
@@ -171,7 +171,7 @@ fn become_user(spec: &SpawnSpec<'_>) -> Result<(), Errno> {
         }
     }
     let (user, group) = (Uid::from_raw(spec.user), Gid::from_raw(spec.user));
-    set_thread_groups(spec.groups)?;
+    set_thread_groups(spec.supplementary_groups)?;
     set_thread_res_gid(group, group, group)?;
     set_thread_res_uid(user, user, user)?;
     // The change of user has emptied the others of its sets, not the inheritable one.

@@ -16,7 +16,7 @@ mod spawn_spec;
 mod spawn_stage;
 
 pub(super) use child::give_up_privileges;
-pub(super) use process::{Exit, Process, SpawnError, TerminationStatus, WaitOutcome};
+pub(super) use process::{Exit, ExitStatus, Process, SpawnError, WaitOutcome};
 pub(super) use setup_step::SetupStep;
 pub(super) use spawn_spec::{InheritedState, PathBase, PidNamespaces, SpawnSpec};
 pub(super) use spawn_stage::SpawnStage;

@@ -52,14 +52,16 @@ pub(crate) struct Process {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WaitOutcome {
     Exited,
-    Stopped,
+    Cancelled,
+    /// It could not be waited for.
+    PollFailed,
     TimedOut,
 }
 
 /// How a process ended.
 #[derive(Clone, Copy)]
 pub(crate) struct Exit {
-    pub cause: TerminationStatus,
+    pub status: ExitStatus,
     pub usage: libc::rusage,
     /// Whether `usage` may have the memory that this daemon used: a process keeps the highest figure
     /// of what it shared before it executed a program. Then the command's was this at most. The
@@ -69,7 +71,7 @@ pub(crate) struct Exit {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum TerminationStatus {
+pub(crate) enum ExitStatus {
     Code(i32),
     Signal(i32),
 }
@@ -141,21 +143,21 @@ impl Process {
     }
 
     /// Waits until the process has ended, or should end, or this long.
-    pub(crate) fn wait(&self, stop: &RunCancellation, timeout: Duration) -> WaitOutcome {
+    pub(crate) fn wait(&self, cancellation: &RunCancellation, timeout: Duration) -> WaitOutcome {
         let timeout = Timespec::try_from(timeout).ok();
         loop {
             let mut fds = [
                 PollFd::new(&self.pidfd, PollFlags::IN),
-                PollFd::new(stop, PollFlags::IN),
+                PollFd::new(cancellation, PollFlags::IN),
             ];
             match poll(&mut fds, timeout.as_ref()) {
                 Err(Errno::INTR) => continue,
                 Err(error) => {
                     tracing::error!(%error, "could not wait for a process");
-                    return WaitOutcome::Stopped;
+                    return WaitOutcome::PollFailed;
                 }
                 Ok(0) => return WaitOutcome::TimedOut,
-                Ok(_) if fds[0].revents().is_empty() => return WaitOutcome::Stopped,
+                Ok(_) if fds[0].revents().is_empty() => return WaitOutcome::Cancelled,
                 Ok(_) => return WaitOutcome::Exited,
             }
         }
@@ -177,11 +179,11 @@ impl Process {
     pub(crate) fn reap(&mut self) -> io::Result<Exit> {
         // Its number is still that of our child, since only this method reaps it, once.
         self.is_reaped = true;
-        let (status, usage) = sys::wait4(self.pid)?;
+        let (wait_status, usage) = sys::wait4(self.pid)?;
         Ok(Exit {
-            cause: match libc::WIFSIGNALED(status) {
-                true => TerminationStatus::Signal(libc::WTERMSIG(status)),
-                false => TerminationStatus::Code(libc::WEXITSTATUS(status)),
+            status: match libc::WIFSIGNALED(wait_status) {
+                true => ExitStatus::Signal(libc::WTERMSIG(wait_status)),
+                false => ExitStatus::Code(libc::WEXITSTATUS(wait_status)),
             },
             usage,
             maxrss_may_be_daemons: usage.ru_maxrss <= self.daemon_peak.saturating_mul(2),

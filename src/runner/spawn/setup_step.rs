@@ -28,7 +28,7 @@ pub(crate) enum SetupStep<'a> {
     /// Mounts a tree that is attached nowhere.
     AttachMount {
         tree: OwnedFd,
-        place: CString,
+        mount_point: CString,
     },
     /// Mounts a copy of the mounts from one path down on another one.
     CopyMount {
@@ -58,16 +58,16 @@ impl SetupStep<'_> {
                 let flags = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
                 mount_change(c"/", flags)
             }
-            SetupStep::AttachMount { tree, place } => attach(tree.as_fd(), place),
+            SetupStep::AttachMount { tree, mount_point } => attach(tree.as_fd(), mount_point),
             SetupStep::CopyMount { from, to } => {
                 let flags = OpenTreeFlags::OPEN_TREE_CLONE
                     | OpenTreeFlags::OPEN_TREE_CLOEXEC
                     | OpenTreeFlags::AT_RECURSIVE;
                 attach(open_tree(CWD, from.as_c_str(), flags)?.as_fd(), to)
             }
-            SetupStep::ChangeRoot(place) => {
+            SetupStep::ChangeRoot(root) => {
                 // The new root is put on top of the old one, which is then taken away from below it.
-                chdir(place.as_c_str())?;
+                chdir(root.as_c_str())?;
                 pivot_root(c".", c".")?;
                 unmount(c".", UnmountFlags::DETACH)
             }
@@ -75,12 +75,12 @@ impl SetupStep<'_> {
     }
 }
 
-fn attach(tree: BorrowedFd<'_>, place: &CStr) -> Result<(), Errno> {
+fn attach(tree: BorrowedFd<'_>, mount_point: &CStr) -> Result<(), Errno> {
     move_mount(
         tree,
         c"",
         CWD,
-        place,
+        mount_point,
         MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
     )
 }

@@ -24,10 +24,10 @@ pub(crate) struct SpawnSpec<'a> {
     pub input_root: &'a CStr,
     pub base: PathBase<'a>,
     /// Standard input, output and error.
-    pub streams: [BorrowedFd<'a>; 3],
+    pub stdio: [BorrowedFd<'a>; 3],
     /// Both uid and gid.
     pub user: u32,
-    pub groups: &'a [Gid],
+    pub supplementary_groups: &'a [Gid],
     /// The most processes that its user may have.
     pub process_limit: u64,
     pub inherited: InheritedState,

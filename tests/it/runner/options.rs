@@ -283,7 +283,7 @@ async fn required_control_groups_keep_the_limits_or_the_check_says_which_they_do
     let loaded = bb_remote_execution::config::examine::<Config>(directory.path(), true);
     let installation = daemon::Installation::of("bb_runner", directory.path(), &loaded);
     let mut report = daemon::CheckReport::default();
-    runner::probe(&config, &installation, &mut report).await;
+    runner::check_host(&config, &installation, &mut report).await;
     let failures = report.failures();
     let told = failures
         .iter()

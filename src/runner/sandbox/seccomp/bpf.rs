@@ -1,6 +1,6 @@
 //! Programs of the classic Berkeley packet filter, as seccomp(2) runs them on struct seccomp_data.
 
-/// Some steps of a program; they always end in a verdict.
+/// Some steps of a program; they always end in an action.
 pub(super) type Fragment = Vec<libc::sock_filter>;
 
 /// Places in struct seccomp_data.
@@ -20,29 +20,29 @@ pub(super) const HAS_BITS: u32 = libc::BPF_JSET;
 /// One comparison for each but the first, found by halves, and each different answer once: the kernel
 /// compiles the program for every action, and tries all numbers up to about `end`, to know those that are
 /// always allowed.
-pub(super) fn decide<A: Copy + PartialEq>(
-    answers: &[(u32, A)],
+pub(super) fn binary_search<A: Copy + PartialEq>(
+    actions: &[(u32, A)],
     end: u32,
     fragment: impl Fn(A) -> Fragment,
 ) -> Fragment {
     let mut comparisons = Vec::new();
-    halve(answers, end, &mut comparisons);
+    bisect(actions, end, &mut comparisons);
     let mut ends: Vec<(A, usize)> = Vec::new();
     let mut rest = Fragment::new();
     for (_, targets) in &comparisons {
         for target in targets {
-            if let Target::Answer(answer) = target
-                && !ends.iter().any(|(known, _)| known == answer)
+            if let Target::Action(action) = target
+                && !ends.iter().any(|(known, _)| known == action)
             {
-                ends.push((*answer, comparisons.len() + rest.len()));
-                rest.extend(fragment(*answer));
+                ends.push((*action, comparisons.len() + rest.len()));
+                rest.extend(fragment(*action));
             }
         }
     }
-    let place = |target: &Target<A>| match target {
-        Target::Comparison(place) => Some(*place),
-        Target::Answer(answer) => {
-            let end = ends.iter().find(|(known, _)| known == answer)?;
+    let target_index = |target: &Target<A>| match target {
+        Target::Comparison(index) => Some(*index),
+        Target::Action(action) => {
+            let end = ends.iter().find(|(known, _)| known == action)?;
             Some(end.1)
         }
     };
@@ -50,7 +50,8 @@ pub(super) fn decide<A: Copy + PartialEq>(
         .iter()
         .enumerate()
         .map(|(at, (number, [yes, no]))| {
-            let distance = |target| place(target).and_then(|it| u8::try_from(it - at - 1).ok());
+            let distance =
+                |target| target_index(target).and_then(|index| u8::try_from(index - at - 1).ok());
             match (distance(yes), distance(no)) {
                 (Some(yes), Some(no)) => jump(AT_LEAST, *number, yes, no),
                 _ => unreachable!("the table has more rows than a jump is long"),
@@ -65,31 +66,31 @@ pub(super) fn decide<A: Copy + PartialEq>(
 #[derive(Clone, Copy)]
 enum Target<A> {
     Comparison(usize),
-    Answer(A),
+    Action(A),
 }
 
 /// Adds what halves the numbers up to `end`, and then each half of them; where that begins.
-fn halve<A: Copy>(
-    answers: &[(u32, A)],
+fn bisect<A: Copy>(
+    actions: &[(u32, A)],
     end: u32,
     comparisons: &mut Vec<(u32, [Target<A>; 2])>,
 ) -> Target<A> {
-    let (first, answer) = answers[0];
+    let (first, action) = actions[0];
     let middle = first.midpoint(end);
-    let nearest = (1..answers.len()).min_by_key(|index| answers[*index].0.abs_diff(middle));
-    let Some((low, high)) = nearest.map(|index| answers.split_at(index)) else {
-        return Target::Answer(answer);
+    let nearest = (1..actions.len()).min_by_key(|index| actions[*index].0.abs_diff(middle));
+    let Some((low, high)) = nearest.map(|index| actions.split_at(index)) else {
+        return Target::Action(action);
     };
     let at = comparisons.len();
     comparisons.push((high[0].0, [Target::Comparison(at); 2]));
-    let yes = halve(high, end, comparisons);
-    let no = halve(low, high[0].0, comparisons);
+    let yes = bisect(high, end, comparisons);
+    let no = bisect(low, high[0].0, comparisons);
     comparisons[at].1 = [yes, no];
     Target::Comparison(at)
 }
 
 /// One fragment if the comparison of what was loaded last holds, or else the other one.
-pub(super) fn choose(comparison: u32, k: u32, yes: Fragment, no: Fragment) -> Fragment {
+pub(super) fn if_else(comparison: u32, k: u32, yes: Fragment, no: Fragment) -> Fragment {
     let mut fragment = match u8::try_from(yes.len()) {
         Ok(length) => vec![jump(comparison, k, 0, length)],
         // Only unconditional jumps go farther.
@@ -103,12 +104,12 @@ pub(super) fn choose(comparison: u32, k: u32, yes: Fragment, no: Fragment) -> Fr
     fragment
 }
 
-pub(super) const fn load(place: u32) -> libc::sock_filter {
-    statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, place)
+pub(super) const fn load(offset: u32) -> libc::sock_filter {
+    statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset)
 }
 
-pub(super) const fn answer(verdict: u32) -> libc::sock_filter {
-    statement(libc::BPF_RET | libc::BPF_K, verdict)
+pub(super) const fn ret(action: u32) -> libc::sock_filter {
+    statement(libc::BPF_RET | libc::BPF_K, action)
 }
 
 const fn statement(code: u32, k: u32) -> libc::sock_filter {

@@ -3,11 +3,11 @@
 
 use super::{
     bpf::{
-        ARCHITECTURE, EQUAL, FIRST_ARGUMENT, Fragment, HAS_BITS, NUMBER, answer, choose, decide,
-        load,
+        ARCHITECTURE, EQUAL, FIRST_ARGUMENT, Fragment, HAS_BITS, NUMBER, binary_search, if_else,
+        load, ret,
     },
     syscalls::{
-        FAMILIES, FILTERED_SYSCALLS, FilteredSyscall, NEWEST, SOCKETCALL_SOCKET_NUMBERS,
+        FAMILIES, FILTERED_SYSCALLS, FilteredSyscall, NEWEST_SYSCALL, SOCKETCALL_SOCKET_NUMBERS,
         SyscallRule,
     },
 };
@@ -36,13 +36,18 @@ const fn refuse(errno: i32) -> u32 {
 impl SeccompFilter {
     /// With `user_namespaces`, actions may make some, and use what these are for.
     pub(crate) fn new(user_namespaces: bool) -> Self {
-        let other = vec![answer(refuse(libc::ENOSYS))];
-        let tables = ABIS.iter().rev();
-        let chosen = tables.fold(other, |rest, (architecture, number)| {
-            choose(EQUAL, *architecture, table(user_namespaces, number), rest)
+        let other = vec![ret(refuse(libc::ENOSYS))];
+        let abis = ABIS.iter().rev();
+        let programs = abis.fold(other, |rest, (architecture, number)| {
+            if_else(
+                EQUAL,
+                *architecture,
+                abi_program(user_namespaces, number),
+                rest,
+            )
         });
         let mut program = vec![load(ARCHITECTURE)];
-        program.extend(chosen);
+        program.extend(programs);
         SeccompFilter(program)
     }
 
@@ -54,67 +59,74 @@ impl SeccompFilter {
 
 /// What is answered to calls of some numbers.
 #[derive(Clone, Copy, PartialEq)]
-enum FilterAnswer {
+enum SyscallAction {
     Fixed(u32),
     ByArgument(SyscallRule),
 }
 
 /// The fragment for one ABI, whose numbers `number` tells.
-fn table(user_namespaces: bool, number: impl Fn(&FilteredSyscall) -> Option<u32>) -> Fragment {
-    let mut answers: Vec<(u32, FilterAnswer)> = Vec::new();
-    for it in 0..=NEWEST + 1 {
+fn abi_program(
+    user_namespaces: bool,
+    number: impl Fn(&FilteredSyscall) -> Option<u32>,
+) -> Fragment {
+    let mut actions: Vec<(u32, SyscallAction)> = Vec::new();
+    for it in 0..=NEWEST_SYSCALL + 1 {
         let call = FILTERED_SYSCALLS
             .iter()
             .find(|call| number(call) == Some(it));
         let found = match call.map(|call| call.rule) {
             // Here end those of the x32 ABI as well, which start at 2^30.
-            _ if it > NEWEST => FilterAnswer::Fixed(refuse(libc::ENOSYS)),
-            None => FilterAnswer::Fixed(ALLOW),
-            Some(SyscallRule::Refused(errno)) => FilterAnswer::Fixed(refuse(errno)),
+            _ if it > NEWEST_SYSCALL => SyscallAction::Fixed(refuse(libc::ENOSYS)),
+            None => SyscallAction::Fixed(ALLOW),
+            Some(SyscallRule::Refused(errno)) => SyscallAction::Fixed(refuse(errno)),
             Some(SyscallRule::RefusedWithoutUserNamespaces(_) | SyscallRule::CloneFlags)
                 if user_namespaces =>
             {
-                FilterAnswer::Fixed(ALLOW)
+                SyscallAction::Fixed(ALLOW)
             }
             Some(SyscallRule::RefusedWithoutUserNamespaces(errno)) => {
-                FilterAnswer::Fixed(refuse(errno))
+                SyscallAction::Fixed(refuse(errno))
             }
-            Some(rule) => FilterAnswer::ByArgument(rule),
+            Some(rule) => SyscallAction::ByArgument(rule),
         };
-        if answers.last().is_none_or(|(_, last)| *last != found) {
-            answers.push((it, found));
+        if actions.last().is_none_or(|(_, last)| *last != found) {
+            actions.push((it, found));
         }
     }
-    [vec![load(NUMBER)], decide(&answers, NEWEST + 2, fragment)].concat()
+    [
+        vec![load(NUMBER)],
+        binary_search(&actions, NEWEST_SYSCALL + 2, fragment),
+    ]
+    .concat()
 }
 
-fn fragment(it: FilterAnswer) -> Fragment {
+fn fragment(action: SyscallAction) -> Fragment {
     let one_of = |values: &[u32], is: u32, other: u32| {
-        let last = vec![answer(other)];
+        let last = vec![ret(other)];
         let found = values.iter().fold(last, |rest, value| {
-            choose(EQUAL, *value, vec![answer(is)], rest)
+            if_else(EQUAL, *value, vec![ret(is)], rest)
         });
         [vec![load(FIRST_ARGUMENT)], found].concat()
     };
-    match it {
-        FilterAnswer::Fixed(verdict) => vec![answer(verdict)],
-        FilterAnswer::ByArgument(SyscallRule::AddressFamily) => {
+    match action {
+        SyscallAction::Fixed(action) => vec![ret(action)],
+        SyscallAction::ByArgument(SyscallRule::AddressFamily) => {
             one_of(&FAMILIES, ALLOW, refuse(libc::EPERM))
         }
-        FilterAnswer::ByArgument(SyscallRule::SocketCall) => {
+        SyscallAction::ByArgument(SyscallRule::SocketCall) => {
             one_of(&SOCKETCALL_SOCKET_NUMBERS, refuse(libc::ENOSYS), ALLOW)
         }
-        FilterAnswer::ByArgument(SyscallRule::CloneFlags) => {
+        SyscallAction::ByArgument(SyscallRule::CloneFlags) => {
             let user = libc::CLONE_NEWUSER as u32;
-            let refused = vec![answer(refuse(libc::EPERM))];
-            let tested = choose(HAS_BITS, user, refused, vec![answer(ALLOW)]);
+            let refused = vec![ret(refuse(libc::EPERM))];
+            let tested = if_else(HAS_BITS, user, refused, vec![ret(ALLOW)]);
             [vec![load(FIRST_ARGUMENT)], tested].concat()
         }
         // These ask for nothing.
-        FilterAnswer::ByArgument(
+        SyscallAction::ByArgument(
             SyscallRule::Refused(errno) | SyscallRule::RefusedWithoutUserNamespaces(errno),
         ) => {
-            vec![answer(refuse(errno))]
+            vec![ret(refuse(errno))]
         }
     }
 }
@@ -124,7 +136,7 @@ mod tests {
     use super::*;
 
     /// What the kernel's interpreter would say.
-    fn verdict(filter: &SeccompFilter, architecture: u32, number: u32, argument: u32) -> u32 {
+    fn evaluate(filter: &SeccompFilter, architecture: u32, number: u32, argument: u32) -> u32 {
         let (mut accumulator, mut at) = (0, 0);
         loop {
             let step = filter.0[at];
@@ -159,7 +171,7 @@ mod tests {
         for user_namespaces in [false, true] {
             let filter = SeccompFilter::new(user_namespaces);
             for (architecture, numbered) in ABIS {
-                for number in 0..=NEWEST {
+                for number in 0..=NEWEST_SYSCALL {
                     let row = FILTERED_SYSCALLS
                         .iter()
                         .find(|call| numbered(call) == Some(number));
@@ -172,7 +184,7 @@ mod tests {
                         }
                         _ => ALLOW,
                     };
-                    let got = verdict(&filter, architecture, number, 0);
+                    let got = evaluate(&filter, architecture, number, 0);
                     assert_eq!(got, expected, "{architecture:x} {number} {row:?}");
                 }
             }
@@ -184,12 +196,19 @@ mod tests {
         let filter = SeccompFilter::new(true);
         let absent = refuse(libc::ENOSYS);
         for (architecture, _) in ABIS {
-            for number in [NEWEST + 1, 512, 547, 0x4000_0000, 0x4000_00a5, u32::MAX] {
-                assert_eq!(verdict(&filter, architecture, number, 0), absent);
+            for number in [
+                NEWEST_SYSCALL + 1,
+                512,
+                547,
+                0x4000_0000,
+                0x4000_00a5,
+                u32::MAX,
+            ] {
+                assert_eq!(evaluate(&filter, architecture, number, 0), absent);
             }
         }
         for architecture in [0, 0x1234, 0x4000_0028] {
-            assert_eq!(verdict(&filter, architecture, 0, 0), absent);
+            assert_eq!(evaluate(&filter, architecture, 0, 0), absent);
         }
     }
 
@@ -208,9 +227,9 @@ mod tests {
                     let row = FILTERED_SYSCALLS.iter().find(|call| call.name == name);
                     let number = row.and_then(numbered).unwrap();
                     let flags = (libc::CLONE_NEWUSER | libc::SIGCHLD) as u32;
-                    assert_eq!(verdict(&filter, architecture, number, flags), expected);
+                    assert_eq!(evaluate(&filter, architecture, number, flags), expected);
                     let harmless = (libc::CLONE_VM | libc::SIGCHLD) as u32;
-                    assert_eq!(verdict(&filter, architecture, number, harmless), ALLOW);
+                    assert_eq!(evaluate(&filter, architecture, number, harmless), ALLOW);
                 }
             }
         }
@@ -228,7 +247,7 @@ mod tests {
                         true => ALLOW,
                         false => refuse(libc::EPERM),
                     };
-                    assert_eq!(verdict(&filter, architecture, number, family), expected);
+                    assert_eq!(evaluate(&filter, architecture, number, family), expected);
                 }
             }
         }
@@ -246,7 +265,7 @@ mod tests {
                 1 | 8 => refuse(libc::ENOSYS),
                 _ => ALLOW,
             };
-            assert_eq!(verdict(&filter, ABIS[1].0, 102, call), expected, "{call}");
+            assert_eq!(evaluate(&filter, ABIS[1].0, 102, call), expected, "{call}");
         }
     }
 
@@ -281,7 +300,10 @@ mod tests {
                 .filter(|(_, number)| !file.contains("generic") || !(403..424).contains(number))
                 .collect();
             let newest = numbers.values().max().unwrap();
-            assert!(numbers.len() > 250 && *newest <= NEWEST, "{file}: {newest}");
+            assert!(
+                numbers.len() > 250 && *newest <= NEWEST_SYSCALL,
+                "{file}: {newest}"
+            );
             for call in FILTERED_SYSCALLS {
                 let number = numbered(call);
                 // Headers may be older than the list.

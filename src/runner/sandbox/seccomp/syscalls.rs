@@ -2,7 +2,7 @@
 //!
 //! 1. One row is one call: what is refused to native programs is refused to 32-bit ones, and a call
 //!    that only these have is a row too.
-//! 2. From 424 on, a number means the same call on every ABI (Linux 5.1), so that one number, `NEWEST`,
+//! 2. From 424 on, a number means the same call on every ABI (Linux 5.1), so that one number, `NEWEST_SYSCALL`,
 //!    ends the table for all of them. What is beyond it was never looked at, and is not there.
 //! 3. A call that carries others is refused as far as what it carries would be: rings as a whole,
 //!    socketcall(2), whose arguments lie in memory, where it makes sockets.
@@ -11,7 +11,7 @@
 //! unistd_32.h on x86, and asm-generic/unistd.h, which arm64 has.
 
 /// The last call of this table's kernel, Linux 6.18: file_setattr.
-pub(super) const NEWEST: u32 = 469;
+pub(super) const NEWEST_SYSCALL: u32 = 469;
 
 /// One call. `None`: this ABI has no such call.
 #[derive(Clone, Copy, Debug)]
@@ -63,8 +63,8 @@ const DENIED: SyscallRule = Refused(libc::EPERM);
 /// As on a kernel without it: for calls that are new, optional or obsolete, which programs have a
 /// way around.
 const ABSENT: SyscallRule = Refused(libc::ENOSYS);
-const NAMESPACED: SyscallRule = RefusedWithoutUserNamespaces(libc::EPERM);
-const NAMESPACED_NEW: SyscallRule = RefusedWithoutUserNamespaces(libc::ENOSYS);
+const DENIED_WITHOUT_USER_NAMESPACES: SyscallRule = RefusedWithoutUserNamespaces(libc::EPERM);
+const ABSENT_WITHOUT_USER_NAMESPACES: SyscallRule = RefusedWithoutUserNamespaces(libc::ENOSYS);
 
 /// A call that every architecture has.
 const fn call(
@@ -84,7 +84,7 @@ const fn call(
 }
 
 /// One of those that have the same number everywhere.
-const fn new(name: &'static str, number: u32, rule: SyscallRule) -> FilteredSyscall {
+const fn unified(name: &'static str, number: u32, rule: SyscallRule) -> FilteredSyscall {
     call(name, number, number, number, rule)
 }
 
@@ -114,31 +114,37 @@ pub(super) const FILTERED_SYSCALLS: &[FilteredSyscall] = &[
     call("userfaultfd", 323, 374, 282, DENIED),
     call("perf_event_open", 298, 336, 241, DENIED),
     // Mounts, roots and namespaces. clone3's flags are in memory, where a filter cannot look.
-    call("mount", 165, 21, 40, NAMESPACED),
-    call("umount2", 166, 52, 39, NAMESPACED),
-    x86("umount", None, Some(22), NAMESPACED),
-    call("pivot_root", 155, 217, 41, NAMESPACED),
-    call("chroot", 161, 61, 51, NAMESPACED),
-    new("open_tree", 428, NAMESPACED),
-    new("move_mount", 429, NAMESPACED),
-    new("fsopen", 430, NAMESPACED),
-    new("fsconfig", 431, NAMESPACED),
-    new("fsmount", 432, NAMESPACED),
-    new("fspick", 433, NAMESPACED),
-    new("mount_setattr", 442, NAMESPACED),
-    new("open_tree_attr", 467, NAMESPACED_NEW),
-    new("statmount", 457, NAMESPACED_NEW),
-    new("listmount", 458, NAMESPACED_NEW),
-    call("setns", 308, 346, 268, NAMESPACED),
+    call("mount", 165, 21, 40, DENIED_WITHOUT_USER_NAMESPACES),
+    call("umount2", 166, 52, 39, DENIED_WITHOUT_USER_NAMESPACES),
+    x86("umount", None, Some(22), DENIED_WITHOUT_USER_NAMESPACES),
+    call("pivot_root", 155, 217, 41, DENIED_WITHOUT_USER_NAMESPACES),
+    call("chroot", 161, 61, 51, DENIED_WITHOUT_USER_NAMESPACES),
+    unified("open_tree", 428, DENIED_WITHOUT_USER_NAMESPACES),
+    unified("move_mount", 429, DENIED_WITHOUT_USER_NAMESPACES),
+    unified("fsopen", 430, DENIED_WITHOUT_USER_NAMESPACES),
+    unified("fsconfig", 431, DENIED_WITHOUT_USER_NAMESPACES),
+    unified("fsmount", 432, DENIED_WITHOUT_USER_NAMESPACES),
+    unified("fspick", 433, DENIED_WITHOUT_USER_NAMESPACES),
+    unified("mount_setattr", 442, DENIED_WITHOUT_USER_NAMESPACES),
+    unified("open_tree_attr", 467, ABSENT_WITHOUT_USER_NAMESPACES),
+    unified("statmount", 457, ABSENT_WITHOUT_USER_NAMESPACES),
+    unified("listmount", 458, ABSENT_WITHOUT_USER_NAMESPACES),
+    call("setns", 308, 346, 268, DENIED_WITHOUT_USER_NAMESPACES),
     call("clone", 56, 120, 220, SyscallRule::CloneFlags),
     call("unshare", 272, 310, 97, SyscallRule::CloneFlags),
-    new("clone3", 435, ABSENT),
+    unified("clone3", 435, ABSENT),
     // Names of the host.
-    call("sethostname", 170, 74, 161, NAMESPACED),
-    call("setdomainname", 171, 121, 162, NAMESPACED),
+    call("sethostname", 170, 74, 161, DENIED_WITHOUT_USER_NAMESPACES),
+    call(
+        "setdomainname",
+        171,
+        121,
+        162,
+        DENIED_WITHOUT_USER_NAMESPACES,
+    ),
     // Disks.
     call("quotactl", 179, 131, 60, DENIED),
-    new("quotactl_fd", 443, ABSENT),
+    unified("quotactl_fd", 443, ABSENT),
     call("swapon", 167, 87, 224, DENIED),
     call("swapoff", 168, 115, 225, DENIED),
     // Files by their number instead of their path; what happens to others' files; terminals.
@@ -157,9 +163,9 @@ pub(super) const FILTERED_SYSCALLS: &[FilteredSyscall] = &[
     call("reboot", 169, 88, 142, DENIED),
     call("syslog", 103, 103, 116, DENIED),
     call("acct", 163, 51, 89, DENIED),
-    new("lsm_get_self_attr", 459, ABSENT),
-    new("lsm_set_self_attr", 460, ABSENT),
-    new("lsm_list_modules", 461, ABSENT),
+    unified("lsm_get_self_attr", 459, ABSENT),
+    unified("lsm_set_self_attr", 460, ABSENT),
+    unified("lsm_list_modules", 461, ABSENT),
     x86("iopl", Some(172), Some(110), DENIED),
     x86("ioperm", Some(173), Some(101), DENIED),
     x86("vm86", None, Some(166), ABSENT),
@@ -177,9 +183,9 @@ pub(super) const FILTERED_SYSCALLS: &[FilteredSyscall] = &[
     x86("clock_settime64", None, Some(404), DENIED),
     x86("clock_adjtime64", None, Some(405), DENIED),
     // Rings in which other calls hide.
-    new("io_uring_setup", 425, DENIED),
-    new("io_uring_enter", 426, DENIED),
-    new("io_uring_register", 427, DENIED),
+    unified("io_uring_setup", 425, DENIED),
+    unified("io_uring_enter", 426, DENIED),
+    unified("io_uring_register", 427, DENIED),
     // Its contexts are counted against one number of the whole host's, fs.aio-max-nr.
     call("io_setup", 206, 245, 0, ABSENT),
     // Sockets.
