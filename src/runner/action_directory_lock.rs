@@ -1,4 +1,4 @@
-//! An action's directory in the build directory, and the way into it while the action runs.
+//! An action's directory in the build directory, locked and open to the action's user while the action runs.
 //!
 //! The contract with the worker: an action's input root, temporary directory, home directory and logs
 //! lie in one directory of its own, which belongs to the worker and is closed to everybody else (0700).
@@ -6,10 +6,11 @@
 //! finds one made here.
 //!
 //! 1. While an action runs, and no longer, its directory lets its group pass (0710).
-//! 2. The directory is locked exclusively (flock(2)) from before the first process of an action exists
+//! 2. The directory is locked exclusively (flock(2)) from before any process of an action exists
 //!    until after the last one is gone: whoever holds the lock knows that nothing stirs inside.
 //!
-//! A directory that others may pass already, as Buildbarn's worker makes it, is locked and left as it is.
+//! A directory that others may pass already, as Buildbarn's worker makes it, keeps its mode and group. It is locked,
+//! and has a home directory made in it, like every other one.
 
 use std::{
     fs, io,
@@ -38,14 +39,16 @@ use crate::path::RelativePath;
 /// How long a Run waits for the one before it in the same directory to be cleaned up.
 const PREVIOUS_RUN_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The directory of an action that runs, open to it; closed, and then unlocked, on drop.
+/// The directory of an action that runs, open to it; its mode and group are restored, and then it is unlocked, on
+/// drop.
 pub(super) struct LockedActionDirectory {
     directory: OwnedFd,
-    /// Mode to set again, without bits for group and others, and group before; `None` when nothing was changed.
+    /// The mode that is set again, which has no bits for group and others, and the group; `None` when neither was
+    /// changed.
     restore: Option<(Mode, Gid)>,
 }
 
-/// The worker must act, or the administrator.
+/// Why an action's directory could not be locked and opened to its user; the worker must act, or the administrator.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ActionDirectoryError {
     #[error(transparent)]
@@ -69,7 +72,9 @@ pub(super) enum ActionDirectoryError {
 }
 
 impl LockedActionDirectory {
-    /// Locks the directory that holds the input root, and lets the group `id` pass.
+    /// Locks the directory that holds the input root, makes the input root the user's if nobody else has its files,
+    /// makes a home directory, and lets the group `id` pass. Where the input root lies in the build directory itself,
+    /// it alone is locked, and nothing around it is changed.
     pub(super) fn open(
         build: &BuildDirectory,
         spec: &RunSpec,
@@ -78,7 +83,7 @@ impl LockedActionDirectory {
     ) -> Result<Self, ActionDirectoryError> {
         let parent = match spec.input_root.split_last() {
             Some((parent, _)) if !parent.is_root() => Some(parent),
-            // No directory around this action alone: only the input root can be locked.
+            // Whatever is in the build directory itself may be others' too.
             _ => None,
         };
         let path = parent.as_ref().unwrap_or(&spec.input_root);
@@ -113,6 +118,7 @@ impl LockedActionDirectory {
         Ok(opened)
     }
 
+    /// Makes the user `id` the owner of the input root.
     fn chown_inputs(
         &self,
         build: &BuildDirectory,
@@ -126,7 +132,7 @@ impl LockedActionDirectory {
         input_ownership::chown_tree(root, worker, id)
     }
 
-    /// Unless the worker made it, who removes what is in there with everything else.
+    /// Makes the home directory, unless the worker did. Who removes the action's directory removes it, too.
     fn make_home(&self) -> io::Result<()> {
         match mkdirat(&self.directory, HOME, Mode::from_raw_mode(0o777)) {
             Ok(()) => Ok(()),
@@ -141,6 +147,7 @@ impl LockedActionDirectory {
         }
     }
 
+    /// Lets the group `id` pass the directory, unless everybody may.
     fn grant_group_access(&mut self, id: u32) -> io::Result<()> {
         let stat = fstat(&self.directory)?;
         let mode = Mode::from_raw_mode(stat.st_mode & 0o7777);
@@ -172,6 +179,7 @@ impl Drop for LockedActionDirectory {
     }
 }
 
+/// Waits for the exclusive lock of a directory, for `PREVIOUS_RUN_TIMEOUT` at most.
 fn lock(
     directory: &OwnedFd,
     path: &RelativePath,
@@ -204,8 +212,8 @@ fn lock(
     }
 }
 
-/// Closes directories that a runner which was killed left open to users of its range.
-pub(super) fn restore_all(build_directory: &Path, range: &std::ops::Range<u32>) {
+/// Closes directories that a runner which was killed left open to users of its range; they keep their groups.
+pub(super) fn close_leftovers(build_directory: &Path, range: &std::ops::Range<u32>) {
     let Ok(build) = BuildDirectory::open(build_directory) else {
         return;
     };

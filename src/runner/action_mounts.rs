@@ -17,17 +17,20 @@ use super::{
 };
 use crate::{config::runner::Root, path::RelativePath};
 
+/// What is mounted for one action when its process starts.
 #[derive(Debug)]
 pub(super) struct ActionMounts {
-    /// Where the input root's path starts; `None`: at the build directory.
+    /// The directory, as the action sees it, at which the input root's path starts; `None` for the build directory.
     pub base: Option<CString>,
-    /// Below `base`.
+    /// The path of the input root below `base`.
     pub input_root: CString,
+    /// What the new process does to mount it.
     pub steps: Vec<SetupStep<'static>>,
-    /// What was made in an input root that becomes `/`; removed on drop.
+    /// Removes, on drop, what was made in an input root that becomes `/`.
     _chroot_guard: Option<InputRootChroot>,
 }
 
+/// Why what one action needs could not be mounted.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ActionMountsError {
     #[error(transparent)]
@@ -42,7 +45,7 @@ pub(super) enum ActionMountsError {
 }
 
 impl ActionMounts {
-    /// In a sandbox without mounts, everything is where the host has it.
+    /// Prepares what an action has mounted. In a sandbox without mounts, everything is where the host has it.
     pub(super) fn prepare(
         spec: &RunSpec,
         root_kind: &Root,
@@ -102,6 +105,7 @@ impl ActionMounts {
     }
 }
 
+/// The step that mounts a tree which is attached nowhere.
 fn attach(tree: OwnedFd, mount_point: &CStr) -> SetupStep<'static> {
     SetupStep::AttachMount {
         tree,
@@ -109,7 +113,7 @@ fn attach(tree: OwnedFd, mount_point: &CStr) -> SetupStep<'static> {
     }
 }
 
-/// Of a path that was parsed, and so has no NUL.
+/// The C string of a path that was parsed, and so has no NUL.
 pub(super) fn c_string(text: String) -> CString {
     CString::new(text).unwrap_or_default()
 }

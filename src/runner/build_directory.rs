@@ -16,16 +16,17 @@ use rustix::fs::{Mode, OFlags, ResolveFlags, fchmod, fstat, openat2};
 use super::{run_spec::StdioPath, sandbox::DirectoryId};
 use crate::path::RelativePath;
 
+/// How every path is opened.
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_MAGICLINKS);
 
-/// The build directory as it is now: a worker may make it anew.
+/// The build directory as it was when it was opened: a worker may make it anew.
 pub(super) struct BuildDirectory {
     directory: OwnedFd,
 }
 
-/// The worker must act, or the administrator.
+/// Why a path of the build directory could not be opened; the worker must act, or the administrator.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum BuildDirectoryError {
     #[error("Failed to open build directory {path:?}: {error}")]
@@ -47,8 +48,9 @@ impl BuildDirectoryError {
     }
 }
 
+/// Whether openat2(2) refused a path since it leads out of the build directory, or through a symbolic link.
 fn leads_away(error: &io::Error) -> bool {
-    // openat2(2): a `..` that leads out of the build directory, and a symbolic link on the way.
+    // EXDEV for a `..` that leads out of it, and ELOOP for a symbolic link on the way.
     matches!(error.raw_os_error(), Some(libc::EXDEV | libc::ELOOP))
 }
 
@@ -72,6 +74,7 @@ impl BuildDirectory {
         }
     }
 
+    /// Which directory it is, whatever its path leads to now.
     pub(super) fn identity(&self) -> io::Result<DirectoryId> {
         DirectoryId::of_descriptor(self.directory.as_fd())
     }
@@ -80,7 +83,7 @@ impl BuildDirectory {
         self.directory.as_fd()
     }
 
-    /// Whether something is at this path; a symbolic link is something.
+    /// Fails unless something is at this path; a symbolic link is something.
     pub(super) fn check(&self, path: &RelativePath) -> io::Result<()> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         openat2(
@@ -93,6 +96,7 @@ impl BuildDirectory {
         Ok(())
     }
 
+    /// Opens a directory beneath it.
     pub(super) fn directory(
         &self,
         path: &RelativePath,
@@ -112,8 +116,8 @@ impl BuildDirectory {
         })
     }
 
-    /// Makes a log file. The action may open it again, as /dev/stderr; others are kept out by
-    /// the action's directory.
+    /// Makes a file for a command's standard output or error. The action may open it again, as /dev/stderr;
+    /// others are kept out by the action's directory.
     pub(super) fn create_stdio_file(
         &self,
         stdio: &StdioPath,
@@ -126,7 +130,7 @@ impl BuildDirectory {
         })
     }
 
-    /// Makes a file for whoever reads an action's logs, in a directory that the action could write to.
+    /// Makes a server log, for whoever reads an action's logs, in a directory that the action could write to.
     pub(super) fn create_server_log(
         &self,
         directory: &RelativePath,
@@ -135,7 +139,7 @@ impl BuildDirectory {
         Ok(self.create(directory, name, 0o644)?)
     }
 
-    /// Makes a file that was not there.
+    /// Makes a file that was not there, of exactly this mode.
     fn create(&self, parent: &RelativePath, name: &str, mode: u32) -> rustix::io::Result<OwnedFd> {
         let parent = openat2(
             &self.directory,
@@ -161,7 +165,7 @@ impl BuildDirectory {
     }
 }
 
-/// The first directory on the way to the build directory, or itself, that actions cannot pass.
+/// The first directory on the way to the build directory, or that itself, which actions' users cannot pass.
 pub(super) fn first_impassable(build_directory: &Path) -> Option<PathBuf> {
     let mut ancestors: Vec<_> = build_directory.ancestors().collect();
     ancestors.reverse();
@@ -173,6 +177,7 @@ pub(super) fn first_impassable(build_directory: &Path) -> Option<PathBuf> {
         .map(Path::to_owned)
 }
 
+/// What to do about a directory that actions' users cannot pass.
 pub(super) fn impassable_message(directory: &Path) -> String {
     format!(
         "actions' users cannot pass {}; run: chmod o+x {0}",

@@ -24,7 +24,7 @@ use crate::{
 const UNIT: &str = "bb-runner.socket";
 const LISTEN: &str = "listen";
 
-/// What is wrong, although `run` goes on with it.
+/// Adds what is wrong although the daemon goes on with it.
 pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut Diagnostics) {
     let drain = config.shutdown.drain_timeout;
     installation.check_drain(drain, config.termination_grace, diagnostics);
@@ -67,7 +67,7 @@ pub fn warnings(config: &Config, installation: &Installation, diagnostics: &mut 
     }
 }
 
-/// The directories that are emptied, and the command that is run.
+/// Adds what is wrong with the directories that are emptied, and with the command that is run.
 fn check_cleaning(config: &Config, diagnostics: &mut Diagnostics) {
     let key = "clean_temporary_directories";
     for path in &config.clean_temporary_directories {
@@ -128,7 +128,8 @@ pub(super) fn check_cleaned_directories(config: &Config) -> Option<Failure> {
         })
 }
 
-/// Of people who can log in, by passwd(5), where links lead to; daemons' homes are often /, or do not exist.
+/// The homes of people who can log in, and root's, by the text of passwd(5), where links lead to. Daemons' homes
+/// are left out, as they are often /, or do not exist.
 fn homes(users: &str) -> Vec<PathBuf> {
     users
         .lines()
@@ -143,6 +144,7 @@ fn homes(users: &str) -> Vec<PathBuf> {
         .collect()
 }
 
+/// Why a file is not a program that can be run; `None` if it is one.
 fn not_executable(path: &Path) -> Option<String> {
     match fs::metadata(path) {
         Err(error) => Some(format!("could not be found: {error}")),
@@ -154,6 +156,7 @@ fn not_executable(path: &Path) -> Option<String> {
     }
 }
 
+/// Adds what a root file system lacks.
 fn check_image(image: &Path, build: &Path, diagnostics: &mut Diagnostics) {
     if !image.is_dir() {
         diagnostics.add(
@@ -201,8 +204,8 @@ fn unreachable(config: &Config) -> Option<String> {
     })
 }
 
-/// Of the worker that is configured in the same directory: what each of them says is right, but not
-/// both.
+/// Adds where this configuration and that of the worker in the same directory contradict each other, although each
+/// is right by itself.
 fn check_worker(config: &Config, worker: &config::worker::Config, diagnostics: &mut Diagnostics) {
     let ours: Vec<_> = worker
         .runners
@@ -230,7 +233,7 @@ fn check_worker(config: &Config, worker: &config::worker::Config, diagnostics: &
     );
 }
 
-/// What would keep `run` from working.
+/// Reports what would keep the daemon from starting on this host, or from running actions.
 pub async fn check_host(config: &Config, installation: &Installation, report: &mut CheckReport) {
     match check_capabilities() {
         Err(failure) => report.fail(failure),
@@ -240,7 +243,7 @@ pub async fn check_host(config: &Config, installation: &Installation, report: &m
         ),
     }
     let range = config.users.range();
-    // That there is none is told by itself.
+    // That there is none is told elsewhere.
     if !range.is_empty() {
         report.record(
             format!(
@@ -284,6 +287,7 @@ pub async fn check_host(config: &Config, installation: &Installation, report: &m
     }
 }
 
+/// Reports what would keep actions' users from reaching the build directory.
 fn check_build_directory(config: &Config, report: &mut CheckReport) {
     let key = "build_directory";
     let mut wrong = Vec::new();

@@ -12,37 +12,37 @@ use std::collections::BTreeMap;
 
 use crate::path::RelativePath;
 
-/// As systemd gives it to services (systemd.exec(5)).
+/// PATH as systemd gives it to services (systemd.exec(5)).
 pub(super) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// In the directory that the input root lies in.
+/// The name of the home directory, which lies beside the input root.
 pub(super) const HOME: &str = "home";
-/// Where there is no such directory that an action sees.
+/// The temporary or home directory where an action sees none that the worker made.
 const TEMPORARY: &str = "/tmp";
 
 /// What the runner's configuration adds.
 #[derive(Clone, Debug)]
 pub(super) struct AddedVariables {
     pub view: BuildDirectoryView,
-    /// TMPDIR, where the worker made a temporary directory.
+    /// Whether TMPDIR is added, where the worker made a temporary directory.
     pub tmpdir: bool,
-    /// PATH, HOME and TZ.
+    /// Whether PATH, HOME and TZ are added.
     pub defaults: bool,
 }
 
 /// How actions see the build directory, whose absolute path is the text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum BuildDirectoryView {
-    /// As the host does.
+    /// Actions see all of it, as the host does.
     Whole(String),
     /// The directory that the input root lies in is mounted on it. The temporary directory is there, too, where it
     /// lies beside the input root; else it is /tmp.
     OwnDirectory(String),
-    /// Not at all: the input root is `/`, and the temporary directory is /tmp.
+    /// Actions do not see it: the input root is `/`, and the temporary directory is /tmp.
     InputRoot,
 }
 
 impl BuildDirectoryView {
-    /// Of the temporary directory.
+    /// The path of the temporary directory, as the action sees it.
     pub(super) fn tmpdir(&self, temporary: &RelativePath, input_root: &RelativePath) -> String {
         match self {
             BuildDirectoryView::Whole(directory) => format!("{directory}/{temporary}"),
@@ -59,7 +59,7 @@ impl BuildDirectoryView {
         }
     }
 
-    /// Of the home directory, which is `HOME` beside the input root, or else the temporary one.
+    /// The path of the home directory, as the action sees it: `HOME` beside the input root, or else the temporary one.
     pub(super) fn home(
         &self,
         temporary: Option<&RelativePath>,

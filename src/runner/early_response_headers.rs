@@ -1,10 +1,10 @@
-//! The deadline that a caller sends with a Run (`grpc-timeout`), as Buildbarn's worker does with an
-//! action's timeout.
+//! Headers of a Run's response that are sent before its command runs, where the caller sends a deadline
+//! (`grpc-timeout`), as Buildbarn's worker does with an action's timeout.
 //!
 //! tonic keeps such deadlines by itself: it drops the call and answers CANCELLED at once, but only
-//! until the headers of the response are sent. Here a Run with a deadline has its headers sent before
-//! the command runs, as those of a response with a stream of messages, of which it has one. So the
-//! runner itself ends the command in time, and answers DEADLINE_EXCEEDED when nothing of it is left.
+//! until the headers of the response are sent. Here a Run with a deadline is a server stream of one
+//! message, whose headers are sent at once. So `service` keeps the deadline: it ends the command in time, and answers
+//! DEADLINE_EXCEEDED when nothing of it is left.
 
 use std::{
     convert::Infallible,
@@ -31,10 +31,10 @@ use crate::{
     },
 };
 
-/// execve(2) takes a few MiB of arguments and environment.
+/// Bytes of a request at most; execve(2) takes a few MiB of arguments and environment.
 const MAXIMUM_REQUEST: usize = 16 << 20;
 
-/// The runner's service, whose deadlines it keeps itself.
+/// The runner's service, in which a Run with a deadline is answered by a stream.
 #[derive(Clone)]
 pub(super) struct EarlyHeadersService {
     runner: Arc<RunnerService>,
@@ -84,7 +84,7 @@ impl Service<http::Request<Body>> for EarlyHeadersService {
     }
 }
 
-/// A Run as a stream of one response, which is begun at once.
+/// The method Run as a server stream of one response, which is begun at once.
 struct StreamingRun(Arc<RunnerService>);
 
 type Responses = Pin<Box<dyn Stream<Item = Result<RunResponse, Status>> + Send>>;

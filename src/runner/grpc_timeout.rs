@@ -1,4 +1,4 @@
-//! The deadline that a caller sends with a call.
+//! The timeout that a caller sends with a call: how long it waits for the answer.
 
 use std::time::Duration;
 
@@ -6,9 +6,8 @@ use tonic::metadata::MetadataMap;
 
 pub(super) const HEADER: &str = "grpc-timeout";
 
-/// How long the caller waits from now on; `None` when it does not say.
-///
-/// gRPC over HTTP/2, "Timeout": at most eight digits and a unit.
+/// How long the caller waits from now on; `None` when it does not say, or not as gRPC over HTTP/2 wants it ("Timeout":
+/// at most eight digits and a unit).
 pub(super) fn of(metadata: &MetadataMap) -> Option<Duration> {
     let text = metadata.get(HEADER)?.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
@@ -32,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn deadlines_are_read_in_every_unit_and_ill_formed_ones_are_none() {
+    fn timeouts_are_read_in_every_unit_and_ill_formed_ones_are_none() {
         let of = |text: &str| {
             let mut metadata = MetadataMap::new();
             metadata.insert(HEADER, text.parse().unwrap());

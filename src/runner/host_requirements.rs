@@ -1,13 +1,13 @@
-//! What the runner needs of its host before it can serve: privileges, users and groups that exist, and
-//! numbers that nobody else has.
+//! What the runner requires of its host before it can serve: privileges, users and groups that exist, and
+//! numbers for actions' users that nobody else has.
 
 use std::{collections::BTreeSet, fs, ops::Range};
 
 use super::proc_self_status;
 use crate::{config::runner::Config, daemon::Failure};
 
-/// capabilities(7): what running as root is needed for. The loopback interface of a network namespace takes
-/// CAP_NET_ADMIN besides, which the layer's probe tells.
+/// The capabilities that the runner requires, or has use for (capabilities(7)). The loopback interface of a network
+/// namespace takes CAP_NET_ADMIN besides, which the probe of that layer tells.
 const CAPABILITIES: [(u32, &str); 8] = [
     (0, "CAP_CHOWN"),
     (1, "CAP_DAC_OVERRIDE"),
@@ -19,8 +19,10 @@ const CAPABILITIES: [(u32, &str); 8] = [
     (18, "CAP_SYS_CHROOT"),
     (21, "CAP_SYS_ADMIN"),
 ];
+/// How many of them, the last ones, are for namespaces only.
 const NAMESPACES: usize = 2;
 
+/// Fails without the privileges that no action can be run without.
 pub(super) fn check_capabilities() -> Result<(), Failure> {
     let missing = missing_capabilities(0);
     // Without those for namespaces, actions can be run, with less around them.
@@ -50,6 +52,7 @@ fn missing_capabilities(from: usize) -> Vec<&'static str> {
         .collect()
 }
 
+/// Fails when a number of actions' users is somebody else's.
 pub(super) fn check_users(config: &Config) -> Result<(), Failure> {
     let range = config.users.range();
     let own = nix::unistd::getuid().as_raw();
@@ -75,7 +78,7 @@ pub(super) fn check_users(config: &Config) -> Result<(), Failure> {
     }
 }
 
-/// Numbers of those that exist, and the names of the others.
+/// The numbers of those users that exist, and the names of the others.
 pub(super) fn resolve_users(names: &[String]) -> (BTreeSet<u32>, Vec<String>) {
     let mut known = BTreeSet::new();
     let mut unknown = Vec::new();
@@ -93,6 +96,7 @@ pub(super) fn resolve_users(names: &[String]) -> (BTreeSet<u32>, Vec<String>) {
     (known, unknown)
 }
 
+/// What to do about a name of `allowed_users` that is no user's.
 pub(super) fn unknown_user(name: String) -> Failure {
     Failure::Configuration {
         key: "allowed_users",
@@ -103,6 +107,7 @@ pub(super) fn unknown_user(name: String) -> Failure {
     }
 }
 
+/// The number of the group that a key names.
 fn group(key: &'static str, name: &str) -> Result<u32, Failure> {
     let found = match name.parse::<u32>() {
         Ok(number) => Some(number),
@@ -117,6 +122,7 @@ fn group(key: &'static str, name: &str) -> Result<u32, Failure> {
     })
 }
 
+/// The numbers of `additional_groups`.
 pub(super) fn resolve_groups(names: &[String]) -> Result<Vec<u32>, Failure> {
     names
         .iter()
@@ -124,12 +130,14 @@ pub(super) fn resolve_groups(names: &[String]) -> Result<Vec<u32>, Failure> {
         .collect()
 }
 
+/// The number of `socket_group`, if that is set.
 pub(super) fn socket_group(config: &Config) -> Result<Option<u32>, Failure> {
     match config.socket_group.as_str() {
         "" => Ok(None),
         name => group("socket_group", name).map(Some),
     }
 }
+
 /// Entries of /etc/passwd and /etc/group in the range that are not there for actions, and ranges of
 /// /etc/subuid and /etc/subgid that overlap it.
 fn collisions(range: &Range<u32>) -> Vec<String> {
@@ -144,7 +152,7 @@ fn collisions(range: &Range<u32>) -> Vec<String> {
     found
 }
 
-/// Of passwd(5) or group(5).
+/// Entries of passwd(5) or group(5) whose number is in the range, and whose name is not that of an action's user.
 fn accounts_in(range: &Range<u32>, text: &str, kind: &str) -> Vec<String> {
     let account = |line: &str| {
         let mut fields = line.split(':');
@@ -156,7 +164,7 @@ fn accounts_in(range: &Range<u32>, text: &str, kind: &str) -> Vec<String> {
     text.lines().filter_map(account).collect()
 }
 
-/// Of subuid(5).
+/// Lines of subuid(5) or subgid(5) that give somebody a number of the range, each as a reason for people.
 fn delegated_in(range: &Range<u32>, text: &str, file: &str) -> Vec<String> {
     let delegated = |line: &str| {
         let mut fields = line.split(':');

@@ -1,7 +1,8 @@
-//! Cleaning up around actions, for what they share: directories that are emptied, and a command.
+//! Cleans what actions share while none of them runs: empties directories, and runs a command.
 //!
-//! Runs before the first of some actions that overlap, and after the last one of them; no action
-//! starts meanwhile. Buildbarn: clean_temporary_directories, run_command_cleaner.
+//! That happens before the first of some actions that overlap, and after the last one of them; no action
+//! starts meanwhile. Buildbarn has an IdleInvoker for it, with directory and command cleaners
+//! (clean_temporary_directories, run_command_cleaner).
 //!
 //! 1. Nobody holds the lock while something is cleaned, so that who waits for it can be cancelled.
 //! 2. The command ends within `COMMAND_TIMEOUT`, or is killed; then cleaning has failed.
@@ -27,29 +28,32 @@ use tokio::sync::Notify;
 use super::{run_cancellation::RunCancellation, sys};
 use crate::removal;
 
-/// No action can start before the command has ended.
+/// How long the command may take; no action can start meanwhile.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(120);
-/// Of the command.
+/// The umask of the command.
 const UMASK: Mode = Mode::WGRP.union(Mode::WOTH);
 
+/// Invokes cleaners when no action runs.
 #[derive(Debug)]
 pub(super) struct IdleInvoker {
     directories: Vec<PathBuf>,
     command: Vec<String>,
     timeout: Duration,
     phase: Mutex<IdleInvokerPhase>,
-    /// Told when cleaning is over.
+    /// Notified when cleaning is over.
     cleaned: Notify,
 }
 
+/// Whether actions run or something is cleaned, but never both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum IdleInvokerPhase {
+    /// Something is cleaned, and no action runs.
     Cleaning,
-    /// So many actions; none before the first and after the last one.
+    /// So many actions run, and nothing is cleaned.
     Running(usize),
 }
 
-/// An action that runs: while it is there, nothing is cleaned.
+/// An action's, while it runs: as long as there is one, nothing is cleaned. Cleans when the last one is dropped.
 #[derive(Debug)]
 pub(super) struct IdleInvokerGuard<'a>(&'a IdleInvoker);
 
@@ -64,7 +68,8 @@ impl IdleInvoker {
         }
     }
 
-    /// `None` when told to stop while others clean.
+    /// Admits an action, after cleaning if none runs; fails when that does. Returns `None` when the Run is cancelled
+    /// while others clean.
     pub(super) fn acquire(
         &self,
         cancellation: &RunCancellation,
@@ -99,11 +104,13 @@ impl IdleInvoker {
         }
     }
 
+    /// Ends cleaning, and wakes those who wait for that.
     fn enter(&self, phase: IdleInvokerPhase) {
         *self.phase.lock() = phase;
         self.cleaned.notify_waiters();
     }
 
+    /// Empties the directories, then runs the command. The error names what failed.
     fn clean(&self) -> io::Result<()> {
         for directory in &self.directories {
             let emptied =
@@ -148,6 +155,7 @@ fn end_within(timeout: Duration, mut command: Child) -> io::Result<ExitStatus> {
     }
 }
 
+/// Whether a child ends within this time; it is not reaped.
 fn has_ended_within(timeout: Duration, pid: Pid) -> io::Result<bool> {
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
     let limit = Timespec::try_from(timeout).ok();
@@ -159,6 +167,7 @@ fn has_ended_within(timeout: Duration, pid: Pid) -> io::Result<bool> {
     }
 }
 
+/// An error that says what it is about.
 fn about(subject: &str, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{subject}: {error}"))
 }

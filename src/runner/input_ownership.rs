@@ -16,10 +16,10 @@ use rustix::{
     io::Errno,
 };
 
-/// Directories below one another; each is open meanwhile.
+/// How many directories may lie in one another; each is open meanwhile.
 const MAXIMUM_DEPTH: usize = 1_100;
 
-/// Makes `user` the owner. Nothing may be running in the root.
+/// Makes `user` the owner of `root` and of all that is in it. No process of the action may exist yet.
 pub(super) fn chown_tree(root: OwnedFd, worker: Uid, user: u32) -> io::Result<()> {
     let user = Some(Uid::from_raw(user));
     let mut above = vec![(Dir::read_from(&root)?, root)];

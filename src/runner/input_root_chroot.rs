@@ -15,17 +15,20 @@ use rustix::{
 
 use super::spawn::SetupStep;
 
+/// An input root with the directories that are mounted on in it; those that were made are removed on drop.
 #[derive(Debug)]
 pub(super) struct InputRootChroot {
     directory: OwnedFd,
-    /// Where it is mounted in the sandbox.
+    /// Where the input root is mounted in the sandbox, before it becomes `/`.
     mount_point: CString,
+    /// Names of the directories that were not among the inputs.
     made: Vec<&'static str>,
 }
 
+/// Why an input root cannot be made `/`.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum InputRootChrootError {
-    /// The action's inputs are at fault.
+    /// The action's inputs have something else there; the client must act.
     #[error(
         "/{0} of the input root must be a directory, or absent, as the input root is the action's /"
     )]
@@ -34,12 +37,13 @@ pub(super) enum InputRootChrootError {
     Make(#[from] Errno),
 }
 
-/// Copied from the sandbox.
+/// What is mounted in the sandbox and is mounted in the input root, too.
 const COPIED: [&CStr; 2] = [c"/proc", c"/dev"];
+/// Where the action's temporary directory is mounted, in the input root.
 const TEMPORARY: &CStr = c"/tmp";
 
 impl InputRootChroot {
-    /// `place` is where the directory will be mounted in the sandbox.
+    /// Makes those directories that the input root lacks. `mount_point` is where it will be mounted in the sandbox.
     pub(super) fn prepare(
         directory: OwnedFd,
         mount_point: &CStr,
@@ -64,7 +68,7 @@ impl InputRootChroot {
         Ok(chroot)
     }
 
-    /// What makes it the root, when it is mounted.
+    /// The steps that make it the root, once it is mounted.
     pub(super) fn steps(&self) -> Vec<SetupStep<'static>> {
         let copies = COPIED.iter().map(|from| SetupStep::CopyMount {
             from: (*from).to_owned(),
@@ -79,6 +83,7 @@ impl InputRootChroot {
         self.below(TEMPORARY)
     }
 
+    /// A path of the input root, as the sandbox has it.
     fn below(&self, path: &CStr) -> CString {
         // Neither of them has a NUL.
         CString::new([self.mount_point.to_bytes(), path.to_bytes()].concat()).unwrap_or_default()

@@ -9,9 +9,10 @@ use rustix::fs::{Gid, Uid, fchown, fstat, ftruncate};
 
 use crate::config::Size;
 
-/// How often to look; a fast writer makes some hundred megabytes meanwhile.
+/// How often files are looked at; a fast writer writes some hundred megabytes meanwhile.
 pub(super) const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
+/// The file of a command's standard output or error, with the size that it may have.
 #[derive(Debug)]
 pub(super) struct LimitedStdioFile {
     pub file: OwnedFd,
@@ -20,7 +21,7 @@ pub(super) struct LimitedStdioFile {
 }
 
 impl LimitedStdioFile {
-    /// A `limit` of 0 is none.
+    /// A file of at most `limit` bytes; a `limit` of 0 is none.
     pub(super) fn new(file: OwnedFd, limit: Size) -> Self {
         LimitedStdioFile {
             file,
@@ -43,8 +44,9 @@ impl LimitedStdioFile {
         }
     }
 
-    /// When nothing writes any more. If the action has linked the file into its own directories, it becomes
-    /// the action's user's, like all else that is there: what is root's there says that something ran as root.
+    /// To be called when nothing writes any more: cuts the file, and says so in it. If the action has linked the
+    /// file into its own directories, it becomes the action's user's, like all else that is there: what is root's
+    /// there says that something ran as root.
     pub(super) fn finish(&mut self, user: u32) {
         self.truncate();
         if let Ok(stat) = fstat(&self.file)
@@ -63,7 +65,7 @@ impl LimitedStdioFile {
         }
     }
 
-    /// A line of the runner's own at the end.
+    /// Adds a line of the runner's own at the end.
     pub(super) fn append_line(&self, text: &str) {
         let line = format!("\nbb_runner: {text}\n");
         if let Err(error) = rustix::io::write(&self.file, line.as_bytes()) {

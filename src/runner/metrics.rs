@@ -11,11 +11,12 @@ use crate::daemon::{Exposition, Metrics};
 pub(super) struct RunnerSources {
     pub counts: Arc<RunCounts>,
     pub users: Arc<UserPool>,
-    /// How many there are.
+    /// How many users actions can run as.
     pub user_count: u32,
     pub layers: Layers,
 }
 
+/// The names of layers, as keys of `containment` have them.
 fn names(layers: Layers) -> Vec<String> {
     layers
         .iter_names()
@@ -23,7 +24,7 @@ fn names(layers: Layers) -> Vec<String> {
         .collect()
 }
 
-/// All that a runner tells.
+/// All that a runner tells Prometheus.
 pub(super) fn metrics(sources: RunnerSources) -> Metrics {
     Metrics::new().with(move |exposition| sources.expose(exposition))
 }
@@ -63,7 +64,7 @@ impl RunnerSources {
         )
     }
 
-    /// For `bb_runner status`.
+    /// What `bb_runner status` shows.
     pub(super) fn status(&self) -> serde_json::Value {
         serde_json::json!({
             "version": env!("CARGO_PKG_VERSION"),

@@ -83,10 +83,11 @@ pub const PROGRAM: Program = Program {
     processors_per_thread: 8,
 };
 
-/// How long killed actions may take when the daemon leaves.
+/// How long killed processes may take to be gone: each user's when the daemon starts, and all actions' when it leaves.
+/// Calls may last that much longer than the drain timeout, so that callers hear what became of their actions.
 const SHUTDOWN_KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Runs until told to stop.
+/// Serves Runs until the daemon is told to stop; then drains, kills what is left, and returns.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     host_requirements::check_capabilities()?;
     host_requirements::check_users(&config)?;
@@ -98,7 +99,7 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
         tracing::warn!("{}", host_requirements::unknown_user(name));
     }
     let range = config.users.range();
-    // Before anything is killed.
+    // Before anything is killed: what runs as these users may be another runner's.
     let _lock = lock_users(&config).await?;
     let listener = daemon::listen(
         "runner",
@@ -140,8 +141,9 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     };
     let kill_all_actions = CancellationToken::new();
     let drain = config.shutdown.drain_timeout.get();
-    let context = Arc::new(context(config, sandboxes, sources.counts.clone())?);
-    // Logs are made for the action's user to write; everything else that is made has a mode of its own.
+    let context = Arc::new(run_context(config, sandboxes, sources.counts.clone())?);
+    // Files for stdout and stderr are made for the action's user to write; everything else that is made has a mode
+    // of its own.
     umask(Mode::empty());
     let service = RunnerService {
         users: users.clone(),
@@ -217,6 +219,7 @@ fn failed(what: &str) -> impl FnOnce(io::Error) -> Failure {
     }
 }
 
+/// Keeps other runners from using the same users.
 async fn lock_users(config: &Config) -> Result<UserRangeLock, Failure> {
     let taken = UserRangeLock::take(&config.users.range()).await;
     taken.map_err(|error| match error {
@@ -230,6 +233,7 @@ async fn lock_users(config: &Config) -> Result<UserRangeLock, Failure> {
     })
 }
 
+/// Sets what this daemon's process needs, and keeps others from.
 fn prepare_process() {
     // Each action takes some twenty descriptors; the usual soft limit is there for select(2) only, and
     // actions get limits of their own (`spawn`).
@@ -238,12 +242,12 @@ fn prepare_process() {
     if let Err(error) = raised {
         tracing::warn!(%error, "could not raise the limit of descriptors");
     }
-    // Neither a core file nor another user may hold what is in this process's memory: actions' first
+    // Neither a core file nor another user may hold what is in this process's memory: new
     // processes share it for a moment.
     let _ = nix::sys::prctl::set_dumpable(false);
 }
 
-/// What a runner that was killed left.
+/// Kills the processes that a runner which was killed left, and closes its actions' directories.
 fn kill_leftovers(config: &Config) -> Result<(), Failure> {
     let range = config.users.range();
     for user in range.clone() {
@@ -256,10 +260,11 @@ fn kill_leftovers(config: &Config) -> Result<(), Failure> {
             });
         }
     }
-    action_directory_lock::restore_all(&config.build_directory, &range);
+    action_directory_lock::close_leftovers(&config.build_directory, &range);
     Ok(())
 }
 
+/// What is added to the environments of actions.
 fn added_variables(config: &Config, layers: Layers) -> AddedVariables {
     let build_directory = config.build_directory.to_string_lossy().into_owned();
     AddedVariables {
@@ -273,7 +278,8 @@ fn added_variables(config: &Config, layers: Layers) -> AddedVariables {
     }
 }
 
-fn context(
+/// Makes what all actions share.
+fn run_context(
     config: Config,
     sandboxes: SandboxPool,
     counts: Arc<RunCounts>,

@@ -1,8 +1,8 @@
 //! One action, from its command to its last process, as one straight function.
 //!
-//! Where it returns, no process of the action lives, its directory is closed and unlocked, and nothing that it
-//! made outside of its own directories exists. Except for `Unkillable`: then the directory stays locked, and the
-//! user is not used again.
+//! When it returns, no process of the action lives, its directory is closed and unlocked, and nothing that it
+//! made outside of its own directories exists. `Unkillable` is the exception: then the directory stays locked, and
+//! the user is not used again.
 
 use std::{
     ffi::CString,
@@ -50,7 +50,7 @@ use crate::{
 /// as on a dead network file system, may take forever.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What all actions share.
+/// What all actions of a runner share.
 #[derive(Debug)]
 pub(super) struct RunContext {
     pub counts: Arc<RunCounts>,
@@ -63,20 +63,20 @@ pub(super) struct RunContext {
     pub seccomp_filter: Option<SeccompFilter>,
     pub supplementary_groups: Vec<Gid>,
     pub emulator: Vec<CString>,
-    /// `None` when there is nothing to clean.
+    /// `None` when nothing is to be cleaned around actions.
     pub idle_invoker: Option<IdleInvoker>,
 }
 
 /// How an action ended.
 #[derive(Clone, Copy)]
 pub(super) struct ActionExit {
-    /// Of its first process.
+    /// How its command's process ended, and what that used.
     pub command: Exit,
-    /// Of all of them, where it had a control group.
+    /// What all of its processes used, where it had a control group.
     pub cgroup: Option<CgroupUsage>,
 }
 
-/// Why there is no exit code.
+/// Why an action has no exit code.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum RunError {
     #[error(transparent)]
@@ -87,7 +87,7 @@ pub(super) enum RunError {
     Mounts(ActionMountsError),
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
-    /// The action must be changed.
+    /// No directory of the action's PATH has its executable: the action must be changed.
     #[error("Cannot find executable {name:?} in search paths {path:?}")]
     NotFound { name: String, path: String },
     #[error("Failed to start process: {} {subject:?}: {error}{}", verb(.stage), hint(.stage, .error))]
@@ -103,7 +103,7 @@ pub(super) enum RunError {
     },
     #[error("Failed to wait for process: {0}")]
     Wait(io::Error),
-    /// What it had done until then says nothing about it.
+    /// Somebody else killed the action, so that what it had done until then says nothing about it.
     #[error("The action was killed from outside: {0}")]
     Killed(&'static str),
     #[error(
@@ -192,7 +192,7 @@ impl RunError {
     }
 }
 
-/// What execve(2)'s words do not say.
+/// What people need to know besides the kernel's words for an error of execve(2).
 fn hint(stage: &SpawnStage, error: &io::Error) -> &'static str {
     match (stage, error.raw_os_error()) {
         (SpawnStage::Execute | SpawnStage::Emulate, Some(libc::EIO)) => {
@@ -214,6 +214,7 @@ fn hint(stage: &SpawnStage, error: &io::Error) -> &'static str {
     }
 }
 
+/// What the process was about to do, for people.
 fn verb(stage: &SpawnStage) -> &'static str {
     match stage {
         SpawnStage::Namespaces => "enter namespaces for",
@@ -262,6 +263,7 @@ pub(super) fn run_action(
     }
 }
 
+/// Counts what became of an action.
 fn count(counts: &RunCounts, result: &Result<ActionExit, RunError>) {
     match result {
         Ok(exit) => {
@@ -276,7 +278,8 @@ fn count(counts: &RunCounts, result: &Result<ActionExit, RunError>) {
     }
 }
 
-/// What an action needs before anything is made for it alone.
+/// Takes what an action needs before anything is made for it alone: its turn after cleaning, the build directory as it
+/// is now, and a sandbox.
 fn acquire<'a>(
     context: &'a RunContext,
     cancellation: &RunCancellation,
@@ -302,6 +305,7 @@ fn acquire<'a>(
     Ok((idle_invoker_guard, build, sandbox))
 }
 
+/// Runs a command in its sandbox, and returns when nothing of it is left but the sandbox itself.
 fn run_in_sandbox(
     context: &RunContext,
     spec: &RunSpec,
@@ -413,8 +417,8 @@ fn run_in_sandbox(
     result
 }
 
-/// Waits for the end of an action's first process; that of the others is to come. `before_termination` is called when it
-/// is to be told to end.
+/// Waits for the end of an action's command process; that of its others is to come. `before_termination` is called
+/// before that process is told to end.
 fn wait(
     context: &RunContext,
     mut process: Process,
@@ -455,8 +459,8 @@ fn truncate(stdio_files: &mut [&mut LimitedStdioFile; 2]) {
     }
 }
 
-/// Kills all processes of an action, by each of the ways that there are to know them; `None` when some
-/// are left. How their namespace ended, if they had one.
+/// Kills all processes of an action, by each of the ways that there are to know them. Returns how their namespace
+/// ended, if they had one; `None` when some are left.
 fn kill_all(sandbox: &mut Sandbox, user: u32) -> Option<Option<NamespaceEnd>> {
     let namespace = match &mut sandbox.init {
         Some(init) => Some(init.end(KILL_TIMEOUT)?),
@@ -469,7 +473,7 @@ fn kill_all(sandbox: &mut Sandbox, user: u32) -> Option<Option<NamespaceEnd>> {
     (of_user && of_cgroup).then_some(namespace)
 }
 
-/// Whether what the first process's end says is a result.
+/// Decides whether the end of an action's command process is a result, or says only that others killed it.
 fn classify_exit(
     ended: Result<Exit, RunError>,
     cgroup: Option<CgroupUsage>,
@@ -490,7 +494,7 @@ fn classify_exit(
     ended.map(|command| ActionExit { command, cgroup })
 }
 
-/// What an error says of an action that was ended by others. All else is about its start.
+/// Why an action was killed, for people; `None` when the error does not say that it was.
 fn kill_reason(error: &RunError, spec: &RunSpec) -> Option<String> {
     match error {
         RunError::Killed(_) => Some(error.to_string()),
@@ -525,16 +529,17 @@ fn explain_limits(stderr: &LimitedStdioFile, usage: &CgroupUsage, processes: u64
 }
 
 /// Removes what an action left in what it shares with others, where it has nothing of its own.
-fn remove_shared(context: &SandboxContext, user: u32) {
-    if !context.layers.contains(Layers::MOUNTS) {
-        user_cleanup::remove_files(user, &context.shared());
+fn remove_shared(sandbox_context: &SandboxContext, user: u32) {
+    if !sandbox_context.layers.contains(Layers::MOUNTS) {
+        user_cleanup::remove_files(user, &sandbox_context.shared());
     }
-    if !context.layers.contains(Layers::IPC) {
+    if !sandbox_context.layers.contains(Layers::IPC) {
         user_cleanup::remove_system_v_ipc(user);
         user_cleanup::remove_message_queues(user);
     }
 }
 
+/// The error of a process that was not made, or did not get as far as its command.
 fn start_error(spec: &RunSpec, context: &RunContext, error: SpawnError) -> RunError {
     let (stage, error, executable) = match error {
         SpawnError::Clone(error) => {

@@ -10,7 +10,7 @@ use std::{
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use tokio_util::sync::CancellationToken;
 
-/// One Run's; all clones are told at once.
+/// Whether one Run is cancelled; all clones know it at once.
 #[derive(Clone, Debug)]
 pub(super) struct RunCancellation {
     event: Arc<OwnedFd>,
@@ -26,27 +26,28 @@ impl RunCancellation {
         })
     }
 
+    /// Cancels the Run, for good.
     pub(super) fn cancel(&self) {
         self.token.cancel();
         // Fails only when it was signalled 2^64 times.
         let _ = rustix::io::write(&*self.event, &1u64.to_ne_bytes());
     }
 
-    /// Waits at most this long. Whether the signal came.
+    /// Waits at most this long for the cancellation; whether it came.
     pub(super) fn wait(&self, timeout: Duration) -> bool {
         let timeout = Timespec::try_from(timeout).ok();
         let mut fds = [PollFd::new(&*self.event, PollFlags::IN)];
         matches!(poll(&mut fds, timeout.as_ref()), Ok(1..))
     }
 
-    /// What the future gives, or `None` when the signal comes first. Blocks this thread, which is one
+    /// What the future gives, or `None` when the Run is cancelled first. Blocks this thread, which is one
     /// of the runtime's that may block.
     pub(super) fn block_on<F: Future>(&self, future: F) -> Option<F::Output> {
         tokio::runtime::Handle::current().block_on(self.token.run_until_cancelled(future))
     }
 }
 
-/// Readable from the signal on.
+/// A descriptor that is readable from the cancellation on.
 impl AsFd for RunCancellation {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()

@@ -22,33 +22,35 @@ use crate::{
     proto::runner::RunRequest,
 };
 
-/// execve(2): the longest single string, 32 pages, with its NUL.
+/// Bytes of the longest single string that execve(2) takes, 32 pages, with its NUL.
 const MAXIMUM_STRING: usize = 131_072;
-/// Longest name of a directory entry, and longest path, as Linux takes them (limits.h).
+/// Bytes of the longest name of a directory entry that Linux takes (limits.h).
 const MAXIMUM_NAME: usize = 255;
+/// Bytes of the longest path that Linux takes (limits.h).
 const MAXIMUM_PATH: usize = 4095;
 
+/// A RunRequest that can be run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct RunSpec {
     pub arguments: Vec<CString>,
-    /// `NAME=VALUE`: exactly what was sent, after what the runner adds.
+    /// Variables as `NAME=VALUE`: exactly what was sent, and what the runner adds.
     pub environment: Vec<CString>,
     pub executable: Executable,
-    /// Below the input root.
+    /// A path below the input root.
     pub working_directory: RelativePath,
-    // Below the build directory:
+    /// A path below the build directory.
     pub input_root: RelativePath,
-    /// `None` when the worker gave none.
+    /// A path below the build directory; `None` when the worker gave none.
     pub temporary_directory: Option<RelativePath>,
     pub stdout: StdioPath,
     pub stderr: StdioPath,
-    /// Where logs of servers are taken from; `None` when the worker takes none.
+    /// The directory, below the build directory, that server logs are taken from; `None` when the worker takes none.
     pub server_logs: Option<RelativePath>,
-    /// An absolute path as the command sees it.
+    /// The home directory: an absolute path as the command sees it.
     pub home: String,
-    /// Nobody else has the files in the input root: they become the action's.
+    /// Whether the worker has made the files in the input root for this action alone: they become its user's.
     pub private_inputs: bool,
-    /// The caller's.
+    /// When the caller wants the command to have ended; `None` when it does not say.
     pub deadline: Option<Deadline>,
 }
 
@@ -56,7 +58,7 @@ pub(super) struct RunSpec {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Deadline {
     pub at: Instant,
-    /// How much time that was.
+    /// How much time that was when the call arrived.
     pub limit: Duration,
 }
 
@@ -73,22 +75,24 @@ pub(super) enum Executable {
     },
 }
 
-/// A log file that the runner makes.
+/// A file that the runner makes for a command's standard output or error.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct StdioPath {
     pub stream: StdioStream,
-    /// As the worker wrote it.
+    /// The path as the worker wrote it, for errors.
     pub text: String,
+    /// The path below the build directory.
     pub path: RelativePath,
 }
 
+/// Which of a command's streams is written to a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StdioStream {
     Stdout,
     Stderr,
 }
 
-/// The sender must act. The texts are Buildbarn's where it has one.
+/// Why a RunRequest cannot be run; its sender must act. The texts are Buildbarn's where it has one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum RunSpecError {
     #[error("Insufficient number of command arguments")]
@@ -110,7 +114,7 @@ pub(super) enum RunSpecError {
     Directory(&'static str, String, PathError),
 }
 
-/// Which string is wrong.
+/// Which string of a RunRequest no process can be given.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum RunSpecPart {
     Argument(usize),
@@ -118,6 +122,8 @@ pub(super) enum RunSpecPart {
 }
 
 impl RunSpec {
+    /// Lays out what a worker sent, with the variables that the runner adds. Whether inputs are private, and the
+    /// deadline, come with the call, not with the message.
     pub(super) fn parse(
         mut request: RunRequest,
         additions: &AddedVariables,

@@ -23,23 +23,23 @@ use crate::{
     path::RelativePath,
 };
 
-/// In the directory for logs.
+/// The name of the log, in the directory for server logs.
 const NAME: &str = "bb_runner.log";
 
-/// Processes that are listed; others are counted.
+/// How many processes are listed; others are counted.
 const MOST_PROCESSES: usize = 50;
 
 /// What is known of an action that has ended.
 pub(super) struct ServerLog<'r> {
-    /// Why its end is not its command's, where a status says so.
+    /// Why it was killed, where a status says so.
     pub kill_reason: Option<String>,
     pub limits: &'r Limits,
-    /// What the caller granted, if it said so.
+    /// How much time the caller granted, if it said so.
     pub timeout: Option<Duration>,
     pub elapsed: Duration,
-    /// Where it had a control group.
+    /// What its processes used, where it had a control group.
     pub usage: Option<&'r CgroupUsage>,
-    /// What ran when it was told to end.
+    /// The processes that ran when it was cancelled, and were killed.
     pub killed_processes: &'r [RunningProcess],
 }
 
@@ -64,6 +64,7 @@ impl ServerLog<'_> {
         }
     }
 
+    /// The log, if there is something to tell.
     fn text(&self) -> Option<String> {
         let causes = self.causes();
         if causes.is_empty() {
@@ -81,6 +82,7 @@ impl ServerLog<'_> {
         Some(text)
     }
 
+    /// What the command itself did not cause, each for one line.
     fn causes(&self) -> Vec<String> {
         let mut causes: Vec<String> = self.kill_reason.iter().cloned().collect();
         let memory = self.usage.and_then(|usage| usage.memory);
@@ -102,6 +104,7 @@ impl ServerLog<'_> {
         causes
     }
 
+    /// Writes the limits, what was used, and what ran.
     fn describe(&self, text: &mut String) -> fmt::Result {
         writeln!(
             text,
@@ -155,7 +158,7 @@ impl ServerLog<'_> {
     }
 }
 
-/// What an action chose is shown in one line of a text.
+/// A text that an action chose, made fit for one line.
 fn printable(name: &str) -> String {
     let shown = |c: char| match c {
         ' '..='~' => c,
@@ -175,7 +178,7 @@ mod tests {
         log_size: Size(8 << 20),
     };
 
-    /// Of a control group with these files.
+    /// The usage of a control group with these files.
     fn usage(files: &[(&str, &str)]) -> CgroupUsage {
         CgroupUsage::read(|name| {
             let found = files.iter().find(|(file, _)| *file == name);

@@ -6,8 +6,10 @@
 //!    that follows, takes the lock of the action's directory.
 //! 3. A deadline that the caller sends is kept: the command is killed, and DEADLINE_EXCEEDED is the
 //!    answer when nothing of it is left.
-//! 4. Ready means that an action can be started: a sandbox for one was made a moment ago. Whatever
-//!    else keeps this host from running an action is UNAVAILABLE, so that it is tried elsewhere.
+//! 4. Ready means that an action can be started: the worker sees the same build directory, and a sandbox was made
+//!    now, or at most 10 s ago (`SandboxPool::recently_verified`). A build directory that is not as it must be is
+//!    INTERNAL, and a path that leads out of it INVALID_ARGUMENT. Whatever else keeps this host from running an
+//!    action is UNAVAILABLE, so that it is tried elsewhere.
 
 use std::{
     collections::BTreeSet,
@@ -53,11 +55,11 @@ pub(super) struct RunnerService {
     /// User numbers of `allowed_users`; root's is not among them.
     pub allowed: BTreeSet<u32>,
     pub added_variables: AddedVariables,
-    /// Kills all actions.
+    /// Cancelled when all actions are to be killed.
     pub kill_all_actions: CancellationToken,
 }
 
-/// Tells the thread of a Run to end when the call is dropped.
+/// Cancels a Run when its call is dropped; `None` when the Run has ended.
 struct CancelOnDrop(Option<RunCancellation>);
 
 impl Drop for CancelOnDrop {
@@ -69,6 +71,7 @@ impl Drop for CancelOnDrop {
 }
 
 impl RunnerService {
+    /// Refuses everybody but root and `allowed`.
     fn admit<T>(&self, request: &Request<T>) -> Result<(), Status> {
         let who = match request.extensions().get::<Peer>() {
             Some(Peer::Unix { uid: 0, .. }) => return Ok(()),
@@ -81,7 +84,7 @@ impl RunnerService {
         )))
     }
 
-    /// `readiness_checking_pathnames`.
+    /// Whether all of `readiness_checking_pathnames` are there.
     async fn check_paths(&self) -> Result<(), MissingPath> {
         if self.context.config.readiness_checking_pathnames.is_empty() {
             return Ok(());
@@ -263,10 +266,12 @@ impl RunnerService {
     }
 }
 
+/// The status of a Run whose request cannot be run.
 fn refused(error: RunSpecError) -> Status {
     Status::invalid_argument(error.to_string())
 }
 
+/// The status of a Run without an exit code.
 fn failed(error: RunError) -> Status {
     let message = error.to_string();
     if error.is_client_error() {
@@ -323,8 +328,8 @@ fn response(exit: &ActionExit) -> RunResponse {
     }
 }
 
-/// Bytes. Where the kernel's figure is this daemon's own, the action's is at most that, and at most
-/// what all of its processes had together.
+/// The maximum resident set size of an action's command, in bytes. Where the kernel's figure is this daemon's own,
+/// the action's is at most that, and at most what all of its processes had together.
 fn resident(exit: &ActionExit) -> i64 {
     let figure = exit.command.usage.ru_maxrss.saturating_mul(1024);
     let together = exit.cgroup.and_then(|usage| usage.memory?.peak);
@@ -334,7 +339,7 @@ fn resident(exit: &ActionExit) -> i64 {
     }
 }
 
-/// A google.protobuf.Struct, as Buildbarn has no message for it.
+/// What a control group says, as a google.protobuf.Struct, since Buildbarn has no message for it.
 fn cgroup_usage(usage: &CgroupUsage) -> prost_types::Any {
     use prost_types::value::Kind;
     let mut fields = std::collections::BTreeMap::new();
@@ -375,7 +380,7 @@ fn cgroup_usage(usage: &CgroupUsage) -> prost_types::Any {
     }
 }
 
-/// Without SIG; numbers for real-time signals, which have no names.
+/// The name of a signal without SIG, as Buildbarn has it; the number of a real-time signal, which has no name.
 fn signal_name(signal: i32) -> String {
     match nix::sys::signal::Signal::try_from(signal) {
         Ok(signal) => signal.as_str().trim_start_matches("SIG").to_owned(),

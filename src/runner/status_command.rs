@@ -5,7 +5,7 @@ use crate::{
     daemon::{Cell, CommandError, CommandOptions, Emphasis},
 };
 
-/// What bb_runner asks a runner that runs.
+/// Commands of bb_runner that ask a runner that runs.
 #[derive(clap::Subcommand)]
 pub enum RunnerCommand {
     /// Show what the runner does, and what keeps its actions apart
@@ -15,7 +15,7 @@ pub enum RunnerCommand {
     },
 }
 
-/// Does what a command says.
+/// Runs a command, and prints the answer.
 pub async fn run_status(command: RunnerCommand, config: &Config) -> Result<(), CommandError> {
     let RunnerCommand::Status { options } = command;
     let status = options

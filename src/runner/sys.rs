@@ -34,15 +34,15 @@ macro_rules! call {
     };
 }
 
-/// Where a process begins that shares its maker's memory; it never returns.
+/// The function that a process begins with which shares its maker's memory; it never returns.
 pub(super) type ProcessEntry = unsafe extern "C" fn(*const c_void) -> !;
 
-/// clone(2); libc cuts these down to an int.
+/// Flags of clone3(2) that libc cuts down to an int.
 const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const STACK_SIZE: usize = 64 << 10;
 
-/// 16-byte aligned, as both ABIs want a stack to be.
+/// A stack, 16-byte aligned, as both ABIs want it to be.
 #[repr(align(16))]
 struct Stack(#[expect(dead_code, reason = "it is only memory")] [MaybeUninit<u8>; STACK_SIZE]);
 
@@ -188,7 +188,7 @@ pub(super) unsafe fn fork_and_wait(act: impl FnOnce()) {
     }
 }
 
-/// Waits for the end of a child that nobody else waits for: its wait status and what it used.
+/// Waits for the end of a child that nobody else waits for; returns its wait status and what it used.
 pub(super) fn wait4(pid: libc::pid_t) -> io::Result<(c_int, libc::rusage)> {
     let mut status = 0;
     let mut usage = MaybeUninit::<libc::rusage>::zeroed();
@@ -317,6 +317,7 @@ pub(super) fn execute_file(program: BorrowedFd<'_>, name: &CStr) -> Errno {
     failed.err().unwrap_or(Errno::INVAL)
 }
 
+/// Ends this process.
 pub(super) fn exit(status: c_int) -> ! {
     // SAFETY: takes a number; runs none of this daemon's exit handlers.
     unsafe { libc::_exit(status) }
@@ -353,17 +354,19 @@ pub(super) unsafe fn pass_only(descriptor: BorrowedFd<'_>, number: RawFd) -> Res
     Ok(())
 }
 
-/// The last signal, and bytes of a set of them, as the kernel counts (signal(7)).
+/// The greatest number of a signal, as the kernel counts (signal(7)).
 pub(super) const LAST_SIGNAL: c_int = 64;
+/// Bytes of a set of signals, as the kernel has them.
 const SIGNAL_SET_SIZE: usize = 8;
 
+/// What a signal can do here; no new process has a handler.
 #[derive(Clone, Copy)]
 pub(super) enum Disposition {
     Default,
     Ignore,
 }
 
-/// What a signal does to this process (rt_sigaction(2)).
+/// Sets what a signal does to this process (rt_sigaction(2)).
 pub(super) fn set_disposition(signal: c_int, disposition: Disposition) -> Result<(), Errno> {
     // struct sigaction as the kernel takes it: the handler first, on every architecture.
     let handler = match disposition {
@@ -400,10 +403,10 @@ pub(super) fn unblock_signals() -> Result<(), Errno> {
     Ok(())
 }
 
-/// keyctl(2)'s own word, which libc lacks.
+/// The operation of keyctl(2), which libc lacks.
 const KEYCTL_JOIN_SESSION_KEYRING: c_int = 1;
 
-/// A new session keyring that belongs to nobody else (session-keyring(7)).
+/// Gives this process a new session keyring that belongs to nobody else (session-keyring(7)).
 pub(super) fn join_new_session_keyring() -> Result<(), Errno> {
     // SAFETY: takes numbers.
     unsafe { call!(SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, 0)? };

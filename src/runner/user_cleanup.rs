@@ -38,8 +38,7 @@ fn has_processes(id: u32) -> bool {
     getpriority_user(Uid::from_raw(id)) != Err(rustix::io::Errno::SRCH)
 }
 
-/// Kills every process of a user, until none is left but zombies, which the init process reaps.
-///
+/// Kills every process of a user, until none is left but zombies, which whoever is their parent reaps.
 /// False when some were left after this long.
 pub(super) fn kill_processes(id: u32, timeout: Duration) -> bool {
     let deadline = Instant::now() + timeout;
@@ -59,7 +58,7 @@ pub(super) fn kill_processes(id: u32, timeout: Duration) -> bool {
     true
 }
 
-/// kill(-1) as that user: all of its processes at one time, so that none can fork away.
+/// Kills all processes of that user at one time, so that none can fork away: kill(-1) as that user.
 fn kill_all(id: u32) {
     as_user(id, || {
         let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
@@ -94,25 +93,27 @@ fn reap_orphans(id: u32) {
         return;
     }
     for process in processes_of(id) {
-        // Those that are not our children are left alone; the first process of the action was reaped
+        // Those that are not our children are left alone; the action's command process was reaped
         // before.
         let _ = waitpid(Pid::from_raw(process.pid), Some(WaitPidFlag::WNOHANG));
     }
 }
 
+/// Whether a process of this user is more than a zombie.
 fn any_alive(id: u32) -> bool {
     processes_of(id).any(|process| process.is_alive)
 }
 
-/// What people are told of a process.
+/// A process as people are told of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct RunningProcess {
-    /// At most 15 bytes, of its own choice.
+    /// At most 15 bytes, which it chose itself.
     pub name: String,
+    /// As proc_pid_status(5) has it, such as `S (sleeping)`.
     pub state: String,
 }
 
-/// Processes whose real user is `id`; zombies aside.
+/// Describes the processes whose real user is `id`, but for zombies.
 pub(super) fn list_processes(id: u32) -> Vec<RunningProcess> {
     processes_of(id)
         .filter(|process| process.is_alive)
@@ -123,8 +124,8 @@ pub(super) fn list_processes(id: u32) -> Vec<RunningProcess> {
 /// A process, as proc_pid_status(5) tells of it.
 struct UserProcess {
     pid: i32,
-    /// More than a zombie. One whose first thread has ended is called a zombie, too, while other threads of
-    /// it run (pthread_exit(3)).
+    /// Whether it is more than a zombie. One whose first thread has ended is called a zombie, too, while other
+    /// threads of it run (pthread_exit(3)).
     is_alive: bool,
     description: RunningProcess,
 }

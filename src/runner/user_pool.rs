@@ -21,10 +21,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::config::runner;
 
+/// The users of one runner, and which of them nobody has.
 #[derive(Debug)]
 pub(super) struct UserPool {
     free: Mutex<VecDeque<u32>>,
-    /// One for each in `free`.
+    /// A permit for each user in `free`.
     permits: Arc<Semaphore>,
     range: Range<u32>,
     retired: AtomicU32,
@@ -35,11 +36,11 @@ pub(super) struct UserPool {
 pub(super) struct ActionUser {
     id: u32,
     pool: Arc<UserPool>,
-    // Dropped after `drop` has put the number back.
+    // Given back by its own drop, after that of this has put the number back.
     permit: Option<OwnedSemaphorePermit>,
 }
 
-/// The administrator must act, or the worker ask for less at once.
+/// No user is free; the administrator must act, or the worker ask for less at once.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "all {0} users are in use; give users.count of bb_runner.toml at least the sum of all workers' concurrency"
@@ -57,7 +58,7 @@ impl UserPool {
         })
     }
 
-    /// Waits for a user that nobody has.
+    /// Waits at most this long for a user that nobody has.
     pub(super) async fn take(
         self: &Arc<Self>,
         timeout: Duration,
@@ -75,16 +76,17 @@ impl UserPool {
         })
     }
 
-    /// Users that an action has now.
+    /// How many users actions have now.
     pub(super) fn in_use(&self) -> usize {
         (self.usable() as usize).saturating_sub(self.permits.available_permits())
     }
 
-    /// Users that were not retired.
+    /// How many users were not retired.
     fn usable(&self) -> u32 {
         self.range.len() as u32 - self.retired.load(Ordering::Relaxed)
     }
 
+    /// Whether no action can run any more.
     pub(super) fn all_retired(&self) -> bool {
         self.usable() == 0
     }
@@ -99,12 +101,12 @@ impl UserPool {
 }
 
 impl ActionUser {
-    /// Both uid and gid.
+    /// Its number, which is both uid and gid.
     pub(super) fn id(&self) -> u32 {
         self.id
     }
 
-    /// Never to be given out again by this runner.
+    /// Keeps the user from being given out again by this runner.
     pub(super) fn retire(mut self) {
         if let Some(permit) = self.permit.take() {
             permit.forget();

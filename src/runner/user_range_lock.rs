@@ -9,7 +9,7 @@
 //!
 //! - one below /run, which nobody but root can open, but which a service or a container may have to itself;
 //! - `cgroup.procs` of the root of the control groups that are mounted here, where it can be opened:
-//!   runners that have these in common would also clear each other's groups, whatever /run each of them
+//!   runners that have these in common would also remove each other's groups, whatever /run each of them
 //!   sees. Every user may read it, and who may read may take a lock for reading, which keeps this one out.
 //!   A runner's is for writing. So one that is in the way and for reading is of another program, and then the
 //!   first file alone decides.
@@ -29,15 +29,16 @@ use super::sandbox::cgroup_mount_point;
 
 const DIRECTORY: &str = "/run/bb-runner";
 const NAME: &str = "users.lock";
-/// A killed runner's last processes, too, hold its lock until they are gone.
+/// How long the lock is waited for: a killed runner's last processes, too, hold it until they are gone.
 const RANGE_LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Held while the runner lives.
+/// The locks of a runner's range of users, held as long as this lives.
 pub(super) struct UserRangeLock {
     _own: File,
     _cgroup_procs: Option<File>,
 }
 
+/// Why a runner may not use its range of users.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum UserRangeError {
     #[error("another bb_runner on this host uses some of the users {} to {}", .0.start, .0.end - 1)]
@@ -47,6 +48,7 @@ pub(super) enum UserRangeError {
 }
 
 impl UserRangeLock {
+    /// Locks a range, or finds that another runner has some of it.
     pub(super) async fn take(range: &Range<u32>) -> Result<Self, UserRangeError> {
         let cgroup_procs = cgroup_mount_point().map(|root| root.join("cgroup.procs"));
         let cgroup_procs =
@@ -74,6 +76,7 @@ impl UserRangeLock {
     }
 }
 
+/// Waits for a lock; false when somebody else still has some of the range.
 async fn lock_in_time(file: &File, range: &Range<u32>) -> io::Result<bool> {
     let pause = Duration::from_millis(50);
     let mut waited = Duration::ZERO;
@@ -87,6 +90,7 @@ async fn lock_in_time(file: &File, range: &Range<u32>) -> io::Result<bool> {
     Ok(true)
 }
 
+/// Opens the file of the lock, which nobody but root can open, and makes it if there is none.
 fn open(directory: &Path) -> io::Result<File> {
     match fs::DirBuilder::new().mode(0o755).create(directory) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
@@ -102,7 +106,7 @@ fn open(directory: &Path) -> io::Result<File> {
         .open(directory.join(NAME))
 }
 
-/// False when somebody else has some of it.
+/// Locks a range of a file, without waiting; false when somebody else has some of it.
 fn lock(file: &File, range: &Range<u32>) -> io::Result<bool> {
     match fcntl(file, FcntlArg::F_OFD_SETLK(&write_lock(range))) {
         Ok(_) => Ok(true),
@@ -111,7 +115,7 @@ fn lock(file: &File, range: &Range<u32>) -> io::Result<bool> {
     }
 }
 
-/// Whether no other runner has any of it, but whoever may read the file.
+/// Whether all locks on a range are for reading: whoever may read the file can take those, and no runner does.
 fn is_kept_by_readers_alone(file: &File, range: &Range<u32>) -> io::Result<bool> {
     // One by one: of a lock for writing and one for reading, the kernel may tell the latter. On a single
     // byte there cannot be both.
@@ -125,6 +129,7 @@ fn is_kept_by_readers_alone(file: &File, range: &Range<u32>) -> io::Result<bool>
     Ok(true)
 }
 
+/// A lock for writing on the bytes of a range (fcntl(2)).
 fn write_lock(range: &Range<u32>) -> libc::flock {
     libc::flock {
         l_type: libc::F_WRLCK as libc::c_short,

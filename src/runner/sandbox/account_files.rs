@@ -4,7 +4,7 @@
 //!
 //! 1. Each sandbox has files of its own mounted on these two, in memory and read-only: an entry of the
 //!    action's first, then what its root has there.
-//! 2. The entry is written before the action's first process exists; nobody but root may write them.
+//! 2. The entry is written before any process of the action exists; nobody but root may write them.
 //! 3. When a file that is mounted on is replaced on the host, as useradd(8) does it, the kernel takes
 //!    the mount away everywhere. So a sandbox whose root has others by now is not used.
 //!
@@ -25,6 +25,7 @@ use super::mount_calls::{READ_ONLY, c_path, set_attributes};
 /// What the user and its group are called.
 pub(super) const USER_NAME: &str = "build";
 
+/// Which of the two files it is.
 #[derive(Clone, Copy, Debug)]
 enum Database {
     User,
@@ -36,25 +37,25 @@ const FILES: [(Database, &str); 2] = [
     (Database::Group, "etc/group"),
 ];
 
-/// The two files of one sandbox. None: its users have no names.
+/// The two files of one sandbox. Those that its root lacks are left out, and both where users have no names.
 #[derive(Debug, Default)]
 pub(crate) struct AccountFiles(Vec<AccountFile>);
 
 #[derive(Debug)]
 struct AccountFile {
     database: Database,
-    /// Empty until the action has a user.
+    /// What is mounted, which is empty until the action has a user.
     file: File,
-    /// Of all others.
+    /// The entries that the root's own file has.
     entries: Vec<u8>,
-    /// What it is mounted on, as this daemon sees it, with its device and inode number.
+    /// The file that it is mounted on, as this daemon sees it, with the device and inode number that it had.
     below: PathBuf,
     identity: (u64, u64),
 }
 
 impl AccountFiles {
-    /// On a thread that is in the sandbox, whose root is `root` for this daemon. `scratch` is a directory
-    /// of the sandbox's in memory, which is left as it is.
+    /// Mounts the files, on a thread that is in the sandbox, whose root is `root` for this daemon. `scratch` is a
+    /// directory of the sandbox's in memory, which is left as it is.
     pub(crate) fn prepare(root: &Path, scratch: &Path) -> io::Result<Self> {
         let mut files = AccountFiles::default();
         for (database, name) in FILES {
@@ -97,7 +98,7 @@ impl AccountFiles {
         })
     }
 
-    /// Gives the user `id`, and the group of that number, its name; once.
+    /// Writes the entries of the user `id`, and of the group of that number. To be called once.
     pub(crate) fn write_entry(&self, id: u32, home: &str) -> io::Result<()> {
         for AccountFile {
             database,
@@ -114,6 +115,7 @@ impl AccountFiles {
     }
 }
 
+/// The entry of the action's user, or of its group.
 fn line(database: Database, id: u32, home: &str) -> String {
     // No path can have these in there.
     let home = match home.contains([':', '\n']) {

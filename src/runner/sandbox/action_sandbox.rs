@@ -12,11 +12,11 @@ use super::{
 };
 use crate::runner::spawn::SetupStep;
 
-/// One action's surroundings. Dropped in this order: processes first.
+/// What surrounds one action. Its parts are dropped in this order: processes first.
 #[derive(Debug)]
 pub(crate) struct Sandbox {
     pub init: Option<InitProcess>,
-    /// All but the PID namespace, which is `init`'s.
+    /// All namespaces that processes enter by themselves: all but the PID namespace, which is `init`'s.
     pub(super) namespaces: Vec<NamespaceFd>,
     pub mounts: Option<SandboxMounts>,
     pub network: Option<PooledNetworkNamespace>,
@@ -24,8 +24,8 @@ pub(crate) struct Sandbox {
 }
 
 impl Sandbox {
-    /// Whether it is around the host as it is, and nobody has killed its first process or removed its
-    /// control group.
+    /// Whether its mounts are of the host as it is, and nobody has killed its init process or removed its control
+    /// group.
     pub(crate) fn is_usable(&self, build_directory: DirectoryId, mount_generation: u64) -> bool {
         let mounts = self.mounts.as_ref();
         mounts.is_none_or(|mounts| mounts.is_current(build_directory, mount_generation))
@@ -33,7 +33,7 @@ impl Sandbox {
             && !self.cgroup.as_ref().is_some_and(ActionCgroup::is_removed)
     }
 
-    /// What brings an action's process into it, but for its PID namespace and control group.
+    /// The steps that bring an action's process into it, but for its PID namespace and control group.
     pub(crate) fn setup_steps(&self) -> impl Iterator<Item = SetupStep<'_>> {
         let mounts = self.mounts.iter().map(|_| SetupStep::MakeMountsPrivate);
         self.namespaces

@@ -19,7 +19,7 @@ use super::{
     uts_namespace,
 };
 
-/// Layers that are a new namespace, and what is done in it.
+/// Layers for which each sandbox has a new namespace, all of them made by one unshare(2).
 const UNSHARED: [Layer; 3] = [
     mount_namespace::LAYER,
     ipc_namespace::LAYER,
@@ -32,7 +32,7 @@ pub(super) struct SandboxBuilder {
 }
 
 impl SandboxBuilder {
-    /// For this thread, which can do nothing else from now on.
+    /// A builder for this thread, which can do nothing else from now on.
     pub(super) fn new() -> Result<Self, SandboxError> {
         // Working and root directory are those of all threads, until then.
         unshare(CloneFlags::CLONE_FS).map_err(SandboxError::at("unshare"))?;
@@ -41,6 +41,7 @@ impl SandboxBuilder {
         })
     }
 
+    /// Makes one, and leaves this thread in its namespaces.
     pub(super) fn build(&mut self, context: &SandboxContext) -> Result<Sandbox, SandboxError> {
         let has = |layer| context.layers.contains(layer);
         if has(Layers::MOUNTS) {
@@ -103,7 +104,7 @@ impl SandboxBuilder {
     }
 }
 
-/// Whether a sandbox can be made.
+/// Makes a sandbox on a thread of its own, and drops it; fails when none can be made.
 pub(super) fn try_build(context: &SandboxContext) -> Result<(), SandboxError> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()

@@ -1,10 +1,10 @@
-//! Limits of control groups: what is written where for each, and which cannot be kept here.
+//! Limits of control groups: what is written where for each, and which cannot be enforced here.
 
 use std::{fs, io, path::Path};
 
 use crate::config::runner::Limits;
 
-/// Microseconds in which the share of processor time is kept (cpu.max).
+/// Microseconds in which no more than the share of processor time can be used (cpu.max).
 const PERIOD: u64 = 100_000;
 
 /// What is written to which file of a group, for which limit.
@@ -15,14 +15,14 @@ pub(super) struct CgroupSetting {
     key: &'static str,
 }
 
-/// A configured limit that is not kept here.
+/// A configured limit that is not enforced here.
 #[derive(Clone, Debug)]
 pub(super) struct UnenforcedLimit {
     pub key: &'static str,
     pub reason: String,
 }
 
-/// What `limits` mean for a group.
+/// What is written to the files of each group for `limits`.
 pub(super) fn settings(limits: &Limits) -> Vec<CgroupSetting> {
     let mut settings = Vec::new();
     let mut set = |key, file, value| settings.push(CgroupSetting { file, value, key });
@@ -42,10 +42,12 @@ pub(super) fn settings(limits: &Limits) -> Vec<CgroupSetting> {
 }
 
 impl CgroupSetting {
+    /// The controller that the file is of.
     pub(super) fn controller(&self) -> &'static str {
         self.file.split('.').next().unwrap_or(self.file)
     }
 
+    /// Writes it to a group.
     pub(super) fn apply(&self, group: &Path) -> io::Result<()> {
         // Not made where there is none: a file system of another kind would take it.
         let mut file = fs::OpenOptions::new()
@@ -54,7 +56,7 @@ impl CgroupSetting {
         io::Write::write_all(&mut file, self.value.as_bytes())
     }
 
-    /// Why the limit is not kept, if that must be told.
+    /// Why the limit is not enforced, after this error; `None` if nobody needs to know.
     pub(super) fn unenforced(&self, error: io::Error) -> Option<UnenforcedLimit> {
         let is_missing = error.kind() == io::ErrorKind::NotFound;
         let reason = match (self.file, is_missing) {

@@ -5,9 +5,9 @@ use std::{
     time::Duration,
 };
 
-/// What is read of one file at most. `io.stat` is the longest: some hundred bytes for each device.
+/// How many bytes of one file are read at most. `io.stat` is the longest: some hundred bytes for each device.
 const MAXIMUM_TEXT: u64 = 1 << 20;
-/// The kernel hands out whole lines, of a page at most at a time.
+/// How many bytes a file usually has at most: the kernel hands out whole lines, of a page at most at a time.
 const USUAL_TEXT: usize = 4096;
 
 /// What a group says of its action at the end: all processes, those that nobody waited for included.
@@ -21,6 +21,7 @@ pub(crate) struct CgroupUsage {
     pub pids_max_events: u64,
 }
 
+/// Times that all processors together spent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CpuUsage {
     pub user: Duration,
@@ -29,10 +30,12 @@ pub(crate) struct CpuUsage {
     pub throttled: Duration,
 }
 
+/// Memory, its limit, and what became of processes at that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MemoryUsage {
-    /// Bytes; the kernel tells since Linux 5.19.
+    /// The most that was used at a time, in bytes; the kernel tells it since Linux 5.19.
     pub peak: Option<u64>,
+    /// Bytes; `None` for no limit.
     pub limit: Option<u64>,
     /// Processes of this group that were killed because its memory, or the host's, ran out (`oom_kill` of
     /// memory.events).
@@ -42,7 +45,7 @@ pub(crate) struct MemoryUsage {
     pub oom_events: u64,
 }
 
-/// Bytes, of all devices.
+/// Bytes that were read from, and written to, all devices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct IoUsage {
     pub read: u64,
@@ -50,19 +53,19 @@ pub(crate) struct IoUsage {
 }
 
 impl MemoryUsage {
-    /// The action used more than its limit.
+    /// Whether processes were killed since the action used more than its limit.
     pub(crate) fn is_exhausted(&self) -> bool {
         self.oom_kills > 0 && self.oom_events > 0
     }
 
-    /// The action was killed since others had used too much.
+    /// Whether processes were killed since others had used too much.
     pub(crate) fn is_external_oom(&self) -> bool {
         self.oom_kills > 0 && self.oom_events == 0
     }
 }
 
 impl CgroupUsage {
-    /// Of a group whose files `read` reads; what cannot be read is not told.
+    /// The usage of a group whose files `read` reads; what cannot be read is not there.
     pub(crate) fn read(read: impl Fn(&str) -> io::Result<String>) -> Self {
         let number = |file| read(file).ok()?.trim().parse().ok();
         CgroupUsage {
@@ -84,7 +87,7 @@ impl CgroupUsage {
 }
 
 impl IoUsage {
-    /// Of `io.stat`: a line for each device.
+    /// Adds up the lines of `io.stat`, one for each device.
     fn sum(text: &str) -> Self {
         let mut sum = IoUsage::default();
         for word in text.split_whitespace() {
@@ -96,14 +99,14 @@ impl IoUsage {
     }
 }
 
-/// A group's file, as far as `MAXIMUM_TEXT`.
+/// Reads a group's file, as far as `MAXIMUM_TEXT`.
 pub(super) fn read_text(file: impl Read) -> io::Result<String> {
     let mut text = Vec::with_capacity(USUAL_TEXT);
     file.take(MAXIMUM_TEXT).read_to_end(&mut text)?;
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// A number of a flat keyed file; 0 when it is not there.
+/// The number under a key of a flat keyed file (cgroups(7)); 0 when it is not there.
 fn field(text: &str, name: &str) -> u64 {
     text.lines()
         .filter_map(|line| line.split_once(' '))
@@ -116,7 +119,7 @@ fn field(text: &str, name: &str) -> u64 {
 mod tests {
     use super::*;
 
-    /// As the kernel's files: no more than a line at a time.
+    /// Reads as the kernel's files do: no more than a line at a time.
     struct Lines<'a>(&'a [u8]);
 
     impl Read for Lines<'_> {

@@ -1,6 +1,6 @@
 //! The layer `containment.cgroups`: one control group for each action, version 2 (cgroups(7)).
 //!
-//! 1. An action's processes are in its group from their first instruction, and cannot leave it.
+//! 1. An action's processes are in its sandbox's group from their first instruction, and cannot leave it.
 //! 2. An action has ended when its group has no live process (cgroup.events, populated).
 //! 3. Names are unique for the life of a runner; groups that an earlier runner with the same users
 //!    left are killed and removed at start-up.
@@ -10,8 +10,11 @@
 //!
 //! ```text
 //! …/bb-runner.service/daemon/                this daemon
-//! …/bb-runner.service/bb-runner-58000/17/    the 17th action of the runner with users.first = 58000
+//! …/bb-runner.service/bb-runner-58000/17/    the 17th sandbox of the runner with users.first = 58000
 //! ```
+//!
+//! Groups are numbered in the order in which they are made. Number 0 is made at start-up, to try the limits, and
+//! removed again. All others are made ahead, with their sandboxes, and some never get an action.
 
 use std::{
     fs, io,
@@ -50,20 +53,22 @@ pub(super) const LAYER: Layer = Layer {
     off: "actions' processes are found by their users",
 };
 
-/// Where actions' groups are made.
+/// The parent group of actions' groups.
 #[derive(Debug)]
 pub(crate) struct ActionCgroupParent {
     directory: PathBuf,
-    /// Open, as some threads see control groups read-only; the mount that it was opened by is not.
+    /// An open descriptor of it, since some threads see control groups read-only; the mount that it was opened by is
+    /// not.
     parent: Mutex<Arc<OwnedFd>>,
+    /// The number of the next group.
     next: AtomicU64,
-    /// Those that were accepted at the start, so that each group must accept them.
+    /// Settings that were accepted at start-up, so that each group must accept them.
     settings: Vec<CgroupSetting>,
-    /// Configured limits that are not kept here.
+    /// Configured limits that are not enforced here.
     unenforced: Vec<UnenforcedLimit>,
 }
 
-/// What all actions' groups need. The error says why there are none.
+/// Prepares what all actions' groups need. The error says why there are none.
 pub(super) fn prepare(config: &Config) -> Result<ActionCgroupParent, String> {
     let cgroups = ActionCgroupParent::set_up(config.users.first, &config.limits)?;
     if config.containment.cgroups == Demand::Require {
@@ -75,8 +80,7 @@ pub(super) fn prepare(config: &Config) -> Result<ActionCgroupParent, String> {
     Ok(cgroups)
 }
 
-/// Whether there can be groups on this host that keep all limits, wherever the daemon runs; changes
-/// nothing.
+/// Whether there can be groups on this host that enforce all limits, wherever the daemon runs; changes nothing.
 fn can_be_had(config: &Config) -> Result<(), String> {
     let controllers = own_cgroup()?.mount.join("cgroup.controllers");
     let available = fs::read_to_string(controllers).unwrap_or_default();
@@ -90,6 +94,7 @@ fn can_be_had(config: &Config) -> Result<(), String> {
     all_enforced(&unenforced)
 }
 
+/// Fails when some limits are not enforced.
 fn all_enforced(unenforced: &[UnenforcedLimit]) -> Result<(), String> {
     let reason = |it: &UnenforcedLimit| format!("{} cannot be kept: {}", it.key, it.reason);
     match unenforced {
@@ -108,7 +113,8 @@ pub(crate) struct ActionCgroup {
 }
 
 impl ActionCgroupParent {
-    /// Finds the daemon's own group, and makes a place for groups below it. The error says why there is none.
+    /// Finds the daemon's own group, makes the parent group below or beside it, and tries the limits. The error says
+    /// why there is none.
     fn set_up(first_user: u32, limits: &Limits) -> Result<Self, String> {
         let base = move_daemon_to_leaf(own_cgroup()?.directory)?;
         let directory = base.join(format!("bb-runner-{first_user}"));
@@ -134,11 +140,12 @@ impl ActionCgroupParent {
         Ok(cgroups)
     }
 
+    /// Where the parent group is mounted.
     pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Removes the place for groups, if all of them are gone.
+    /// Removes the parent group, if all groups in it are gone.
     pub(crate) fn close(&self) {
         let _ = fs::remove_dir(&self.directory);
     }
@@ -150,7 +157,7 @@ impl ActionCgroupParent {
         })
     }
 
-    /// The error has the place.
+    /// Makes a group; the error has the path that it is about.
     fn try_create(&self) -> Result<ActionCgroup, (PathBuf, io::Error)> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let path = self.directory.join(number.to_string());
@@ -194,16 +201,18 @@ impl ActionCgroup {
         })
     }
 
+    /// What clone3(2) takes to make a process in it.
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
     }
 
-    /// By somebody else: nothing can be started in it any more.
+    /// Whether somebody else has removed it, so that nothing can be started in it any more.
     pub(crate) fn is_removed(&self) -> bool {
         let looked = self.events.read_at(&mut [0; 1], 0);
         looked.is_err_and(|error| error.raw_os_error() == Some(libc::ENODEV))
     }
 
+    /// What it says of its action by now.
     pub(crate) fn usage(&self) -> CgroupUsage {
         CgroupUsage::read(|name| {
             let flags = OFlags::RDONLY | OFlags::CLOEXEC;
@@ -230,6 +239,7 @@ impl ActionCgroup {
         true
     }
 
+    /// Whether it has a live process.
     fn is_populated(&self) -> bool {
         let mut text = [0; 64];
         match self.events.read_at(&mut text, 0) {
@@ -281,6 +291,7 @@ fn move_daemon_to_leaf(base: PathBuf) -> Result<PathBuf, String> {
     Ok(base)
 }
 
+/// Enables the controllers that limits and usage need for the children of a group, as far as there are any.
 fn enable_controllers(directory: &Path) {
     let available = fs::read_to_string(directory.join("cgroup.controllers")).unwrap_or_default();
     for controller in ["pids", "memory", "cpu", "io"] {
@@ -293,7 +304,7 @@ fn enable_controllers(directory: &Path) {
     }
 }
 
-/// The place for actions' groups; an open descriptor of it.
+/// Makes the parent group of actions' groups, unless it is there; returns an open descriptor of it.
 fn make_directory(directory: &Path) -> io::Result<OwnedFd> {
     match create_directory(directory) {
         // Another thread was faster.
@@ -305,12 +316,12 @@ fn make_directory(directory: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(directory, flags, Mode::empty())?)
 }
 
-/// Whatever the umask is: actions must not make groups.
+/// Makes a group in which, whatever the umask is, actions cannot make others.
 fn create_directory(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().mode(0o755).create(path)
 }
 
-/// Kills and removes what an earlier runner left.
+/// Kills and removes the groups that an earlier runner left.
 fn remove_leftovers(directory: &Path) {
     if !directory.exists() {
         return;

@@ -26,23 +26,26 @@ bitflags! {
 #[derive(Debug)]
 pub(super) struct Layer {
     pub flag: Layers,
-    /// In bb_runner.toml.
+    /// Its key in bb_runner.toml.
     pub key: &'static str,
+    /// What the configuration says of it.
     pub demand: fn(&Containment) -> Demand,
     /// Layers without which this one cannot work.
     pub needs: Layers,
     pub probe: Probe,
     /// The namespace that each sandbox gets a new one of when this layer is on (namespaces(7)).
     pub namespace: Option<NamespaceKind>,
-    /// What is so when it is on, and when it is off.
+    /// What is so when it is on, for the log.
     pub on: &'static str,
+    /// What is so when it is off, for the log.
     pub off: &'static str,
 }
 
-/// How it is found out whether this host allows a layer. The error says why not.
+/// How it is found out whether this host allows a layer.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Probe {
     /// A sandbox is made that has this layer, and those that it needs, and no others.
     Sandbox,
+    /// A function is asked. Its error says why the layer does not work.
     Function(fn(&Config) -> Result<(), String>),
 }

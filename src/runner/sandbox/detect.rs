@@ -16,7 +16,7 @@ use crate::{
     daemon::Failure,
 };
 
-/// In an order in which each comes after those that it needs.
+/// All layers, each after those that it needs.
 const LAYERS: [Layer; 9] = [
     cgroups::LAYER,
     mount_namespace::LAYER,
@@ -29,7 +29,8 @@ const LAYERS: [Layer; 9] = [
     seccomp::LAYER,
 ];
 
-/// Those that are wanted and work here, and what all control groups need; the log tells of each.
+/// Enables the layers that are wanted and work here; the log tells of each. Returns them, and the parent of control
+/// groups if those are among them. Fails when one that is required does not work.
 pub(crate) fn enable_layers(
     config: &Config,
 ) -> Result<(Layers, Option<ActionCgroupParent>), Failure> {
@@ -89,7 +90,7 @@ fn is_required(config: &Config, layer: &Layer) -> bool {
     (layer.demand)(&config.containment) == Demand::Require
 }
 
-/// Why there is no such layer, where there are those.
+/// Why a layer is missing where those in `found` are on; `None` when it works.
 fn missing(config: &Config, layer: &Layer, found: Layers) -> Option<String> {
     if !is_wanted(config, layer) {
         return Some("it is off in the configuration".to_owned());
@@ -104,9 +105,10 @@ fn missing(config: &Config, layer: &Layer, found: Layers) -> Option<String> {
     probed.err()
 }
 
+/// Makes a sandbox with these layers only, and drops it.
 fn try_build_with(config: &Config, layers: Layers) -> Result<(), String> {
     let mut config = config.clone();
-    // It may come later, and says nothing about namespaces.
+    // That directory may come later, and says nothing about namespaces.
     if !config.build_directory.is_dir() {
         config.build_directory = "/tmp".into();
     }
@@ -114,7 +116,7 @@ fn try_build_with(config: &Config, layers: Layers) -> Result<(), String> {
     try_build(&context).map_err(|error| error.to_string())
 }
 
-/// What is required does not work here.
+/// The failure of a layer that is required and does not work here.
 fn required_layer_missing(key: &'static str, reason: &str) -> Failure {
     Failure::Configuration {
         key,

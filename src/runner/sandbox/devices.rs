@@ -1,5 +1,5 @@
-//! The layer `containment.devices`: a private /dev, with null, zero, full, random, urandom and tty only, and an
-//! instance of devpts for each action.
+//! The layer `containment.devices`: a /dev with null, zero, full, random, urandom and tty only, and an instance of
+//! devpts for each action.
 //!
 //! The kernel counts pseudo-terminals once for the whole host, so that each action has a share.
 
@@ -37,6 +37,7 @@ pub(super) const LAYER: Layer = Layer {
 
 /// What programs may expect in /dev, besides links, terminals and shared memory.
 const DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
+/// Links in /dev, and what they lead to.
 const LINKS: [(&str, &str); 5] = [
     ("fd", "/proc/self/fd"),
     ("stdin", "/proc/self/fd/0"),
@@ -83,7 +84,7 @@ pub(super) fn prepare(terminals: u32) -> Result<(), SandboxError> {
         .map_err(SandboxError::at("/dev/pts"))
 }
 
-/// Enough for any test of terminals, and at least so many that each can have some.
+/// The least and the most terminals of an action: some for each, and enough for any test of terminals.
 const TERMINALS: (u32, u32) = (8, 64);
 
 /// How many pseudo-terminals one action may have (pts(4): kernel.pty).
@@ -97,8 +98,8 @@ pub(super) fn terminals(users: u32) -> u32 {
     share(all, number("reserve").unwrap_or(1024), processors, users)
 }
 
-/// As workers run one action for each processor, unless told otherwise, twice as many have a share.
-/// The kernel keeps the reserve for mounts of the host's own.
+/// One action's share of all terminals. As workers run one action for each processor, unless told otherwise, twice
+/// as many have a share. The kernel keeps the reserve for mounts of the host's own.
 fn share(all: u32, reserve: u32, processors: u32, users: u32) -> u32 {
     let actions = users.min(processors.saturating_mul(2)).max(1);
     (all.saturating_sub(reserve) / actions).clamp(TERMINALS.0, TERMINALS.1)

@@ -2,10 +2,10 @@
 
 use std::{io, sync::Arc};
 
-/// Where a control group could not be made.
+/// The step of making a control group.
 pub(super) const CGROUP_STEP: &str = "control group";
 
-/// The administrator must act, or there is a shortage on this host.
+/// Why a sandbox could not be made: the administrator must act, or there is a shortage on this host.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("could not prepare a sandbox for the action: {step}: {error}{}", remedy(.step, .error))]
 pub(crate) struct SandboxError {
@@ -14,7 +14,7 @@ pub(crate) struct SandboxError {
 }
 
 impl SandboxError {
-    /// Makes one of what went wrong at a step.
+    /// Makes the error of a step from what went wrong there.
     pub(crate) fn at<E: Into<io::Error>>(step: impl Into<String>) -> impl FnOnce(E) -> Self {
         |error| SandboxError {
             step: step.into(),
@@ -22,6 +22,7 @@ impl SandboxError {
         }
     }
 
+    /// The error of a step at which no system call failed.
     pub(crate) fn other(step: &str, reason: impl Into<String>) -> Self {
         SandboxError::at(step)(io::Error::other(reason.into()))
     }

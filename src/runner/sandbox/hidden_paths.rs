@@ -1,4 +1,5 @@
-//! The layer `containment.hidden`: paths that actions find empty, such as the daemons' own.
+//! The layer `containment.hidden`: paths that actions find empty, such as the daemons' own, but for the build
+//! directory and the `writable_directories` below them.
 
 use std::{
     ffi::CString,
@@ -21,13 +22,13 @@ pub(super) const LAYER: Layer = Layer {
     needs: Layers::MOUNTS,
     probe: Probe::Sandbox,
     namespace: None,
-    on: "containment.hidden_paths are empty for actions",
+    on: "containment.hidden_paths are empty for actions, but for what they may write to",
     off: "actions see the daemons' directories and sockets, as far as their permissions let them",
 };
 
-/// Covers paths, on a thread that is in the template; those that lie in what is to be seen as a whole
-/// cannot be covered. What is returned must be made read-only when everything that is to be seen below
-/// it is mounted.
+/// Hides paths, on a thread that is in the template: mounts an empty file system on each directory, and /dev/null on
+/// each file. Passes over those that do not exist, and those that `is_writable` says are in what actions may write to.
+/// Returns where file systems were mounted, which must be made read-only once all that is writable below is mounted.
 pub(super) fn prepare_template(
     paths: &[PathBuf],
     is_writable: impl Fn(&Path) -> bool,

@@ -1,4 +1,4 @@
-//! The program of a sandbox's first process: an executable of a few instructions, in memory.
+//! The program of a sandbox's init process: an executable of a few instructions, in memory.
 
 use std::{
     io,
@@ -7,10 +7,10 @@ use std::{
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
-/// The descriptor of a pipe from the runner, at whose end it ends.
+/// The descriptor of a pipe from the runner: the program ends when something can be read there, or the pipe is closed.
 pub(super) const PARENT_PIPE: RawFd = 3;
 
-/// read(PARENT_PIPE, …, 1), exit(0).
+/// Instructions for read(PARENT_PIPE, …, 1) and exit(0).
 #[cfg(target_arch = "x86_64")]
 const CODE: &[u8] = &[
     0x31, 0xc0, // xor eax, eax
@@ -34,13 +34,14 @@ const CODE: &[u8] = &[
     0x01, 0x00, 0x00, 0xd4, // svc #0
 ];
 
-/// elf(5): e_machine.
+/// The architecture, as e_machine of elf(5).
 #[cfg(target_arch = "x86_64")]
 const MACHINE: u16 = 62;
 #[cfg(target_arch = "aarch64")]
 const MACHINE: u16 = 183;
 
 const LOAD_ADDRESS: u64 = 0x40_0000;
+/// Bytes of the ELF header and of one program header.
 const HEADERS: u64 = 64 + 56;
 
 /// The program, ready to be executed.

@@ -1,4 +1,4 @@
-//! Mount calls: copies of trees, their attributes, and private file systems.
+//! Mount calls: clones of mounts, their attributes, and new file systems in memory.
 //!
 //! Needs open_tree(2) and mount_setattr(2), of Linux 5.12. A tree that is attached nowhere belongs to whoever holds
 //! its descriptor, and vanishes with that.
@@ -20,13 +20,13 @@ use rustix::{
 
 use crate::runner::sys::{MountAttributes, mount_setattr};
 
-/// mount_setattr(2); libc lacks its words on glibc.
+/// Attributes and flags of mount_setattr(2), which libc lacks on glibc.
 pub(super) const READ_ONLY: u64 = 0x1;
 const NO_SET_USER_ID: u64 = 0x2;
 const NO_DEVICES: u64 = 0x4;
 pub(super) const RECURSIVE: u32 = 0x8000;
 
-/// A copy of the mounts from a path down.
+/// Clones the mounts from a path down; the clone is attached nowhere.
 pub(super) fn clone_tree_recursive(path: &Path) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
@@ -34,8 +34,8 @@ pub(super) fn clone_tree_recursive(path: &Path) -> io::Result<OwnedFd> {
     Ok(open_tree(CWD, path, flags)?)
 }
 
-/// A copy of the mount that an open directory is on, from there down: private to whoever mounts it,
-/// without set-user-ID programs and devices.
+/// Clones the mount that an open directory is on, from there down, without what is mounted below. In the clone,
+/// which is attached nowhere, propagation is private, and set-user-ID programs and devices do not work.
 pub(crate) fn clone_mount_restricted(directory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
@@ -58,6 +58,7 @@ pub(super) fn attach(tree: &OwnedFd, path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Sets and clears attributes of the mount at a path.
 pub(super) fn set_attributes(path: &CStr, set: u64, clear: u64, flags: u32) -> io::Result<()> {
     let attributes = MountAttributes {
         set,
@@ -68,7 +69,7 @@ pub(super) fn set_attributes(path: &CStr, set: u64, clear: u64, flags: u32) -> i
     mount_setattr(CWD, path, flags, &attributes)
 }
 
-/// A new, empty file system in memory; `mode` is that of its root, such as `mode=1777`.
+/// Mounts a new, empty file system in memory; `options` are those of tmpfs(5), such as `mode=755,size=64k`.
 pub(super) fn mount_tmpfs(mount_point: &Path, options: &CStr) -> io::Result<()> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV;
     Ok(mount("tmpfs", mount_point, "tmpfs", flags, Some(options))?)
@@ -83,6 +84,7 @@ pub(super) fn make_mount_point(path: &Path) -> io::Result<()> {
         .or_else(|error| if path.is_dir() { Ok(()) } else { Err(error) })
 }
 
+/// A path for system calls that take C strings.
 pub(super) fn c_path(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_encoded_bytes())?)
 }

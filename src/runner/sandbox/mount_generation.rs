@@ -1,5 +1,5 @@
-//! Whether the host is as it was when mounts were prepared: its mounts, and the directories that these
-//! are about. It is asked before each use; there is no thread.
+//! Tells whether the host is still as it was when mounts were prepared: whether its mounts have no later generation,
+//! and the directories that these are about are the same. It is asked before each use; there is no thread.
 
 use std::{
     fs, io,
@@ -13,7 +13,7 @@ use rustix::{
     fs::fstat,
 };
 
-/// Counts changes of this daemon's mounts.
+/// Gives the mounts of this daemon's namespace a generation number, which is another one after they have changed.
 #[derive(Debug)]
 pub(crate) struct MountGenerationCounter(Mutex<(fs::File, u64)>);
 
@@ -21,6 +21,7 @@ pub(crate) struct MountGenerationCounter(Mutex<(fs::File, u64)>);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct HostSnapshot {
     mount_generation: u64,
+    /// `None` for one that is not there.
     directories: Vec<Option<DirectoryId>>,
 }
 
@@ -51,12 +52,13 @@ impl DirectoryId {
 }
 
 impl MountGenerationCounter {
-    /// On a thread that is in the daemon's own mount namespace.
+    /// Begins to count, on a thread that is in the daemon's own mount namespace.
     pub(crate) fn start() -> io::Result<Self> {
         let table = fs::File::open("/proc/thread-self/mountinfo")?;
         Ok(MountGenerationCounter(Mutex::new((table, 0))))
     }
 
+    /// The generation that the mounts have now.
     pub(crate) fn current(&self) -> u64 {
         let (table, generation) = &mut *self.0.lock();
         // proc_pid_mountinfo(5): an open table is an exceptional condition once after each change.
@@ -69,7 +71,7 @@ impl MountGenerationCounter {
 }
 
 impl HostSnapshot {
-    /// On a thread that is in the daemon's own mount namespace.
+    /// The host as it is now, on a thread that is in the daemon's own mount namespace.
     pub(crate) fn now<'a>(
         counter: &MountGenerationCounter,
         directories: impl Iterator<Item = &'a Path>,
@@ -82,7 +84,7 @@ impl HostSnapshot {
         }
     }
 
-    /// Whether nothing was mounted since, by the watch's count.
+    /// Whether its mounts are of this generation, or a later one.
     pub(crate) fn has_mounts_of(&self, mount_generation: u64) -> bool {
         self.mount_generation >= mount_generation
     }

@@ -1,9 +1,9 @@
 //! The layer `containment.mounts`: the host's files read-only, and directories of an action's own
 //! (mount_namespaces(7)).
 //!
-//! 1. What all sandboxes have in common is copied from a `template`; what an action may write is made
-//!    anew: shared memory, terminals, temporary directories, /proc.
-//! 2. The action's user has a name in it (`passwd`), as soon as there is a user.
+//! 1. What all sandboxes have in common is copied from a template (`mount_template`); what an action may write
+//!    is made anew: shared memory, terminals, temporary directories, /proc.
+//! 2. The action's user has a name in it (`account_files`), as soon as there is a user.
 //! 3. An action's directory is mounted on the build directory when it starts, so that its paths are the
 //!    same in every slot and it sees nobody else's.
 
@@ -53,18 +53,19 @@ const KIND: NamespaceKind = NamespaceKind {
 /// What one sandbox has mounted.
 #[derive(Debug)]
 pub(crate) struct SandboxMounts {
-    /// The build directory as it is inside, and its place there.
+    /// The build directory as it is in the sandbox.
     pub build_directory: OwnedFd,
+    /// Where the build directory is mounted in the sandbox.
     pub mount_point: CString,
     identity: DirectoryId,
-    /// When it all was so on the host.
+    /// The host at the moment when the template was made.
     snapshot: HostSnapshot,
     /// Where the action's temporary directory must be mounted.
     pub temporary: Vec<CString>,
     pub account_files: AccountFiles,
 }
 
-/// A thread's way to and fro between the daemon's mounts and their template.
+/// Moves a thread to and fro between the host's mounts and their template.
 #[derive(Debug)]
 pub(super) struct MountNamespaceSwitcher {
     host: NamespaceFd,
@@ -72,7 +73,7 @@ pub(super) struct MountNamespaceSwitcher {
 }
 
 impl MountNamespaceSwitcher {
-    /// On a thread that is in the daemon's own mount namespace.
+    /// For a thread that is in the daemon's own mount namespace.
     pub(super) fn new() -> io::Result<Self> {
         Ok(MountNamespaceSwitcher {
             host: NamespaceFd::current(KIND)?,
@@ -80,7 +81,7 @@ impl MountNamespaceSwitcher {
         })
     }
 
-    /// Moves this thread back.
+    /// Moves this thread back to the host's mounts.
     pub(super) fn enter_host(&self) -> Result<(), SandboxError> {
         let entered = self.host.enter();
         entered.map_err(SandboxError::at("the host's mounts"))
@@ -114,7 +115,7 @@ impl MountNamespaceSwitcher {
 }
 
 impl SandboxMounts {
-    /// On a thread that is in a copy of the template.
+    /// Mounts what each sandbox has of its own, on a thread that is in a copy of the template.
     pub(crate) fn prepare(
         context: &SandboxContext,
         template: &MountTemplate,
@@ -150,8 +151,8 @@ impl SandboxMounts {
         })
     }
 
-    /// Whether the host still has this build directory, no more mounts changed than the watch had counted
-    /// then, and its files of users and groups (`passwd`) are those that are covered here.
+    /// Whether these mounts are of the host as it is: of this build directory, of this generation of its mounts or a
+    /// later one (`MountGenerationCounter`), and on the files of users and groups that it has now.
     pub(crate) fn is_current(&self, build_directory: DirectoryId, mount_generation: u64) -> bool {
         self.identity == build_directory
             && self.snapshot.has_mounts_of(mount_generation)
@@ -159,6 +160,7 @@ impl SandboxMounts {
     }
 }
 
+/// Mounts a new file system on a directory, and in it what must be writable there.
 fn mount_tmpfs_directory(directory: &TmpfsDirectory) -> io::Result<()> {
     let trees: Vec<OwnedFd> = directory
         .writable_mounts

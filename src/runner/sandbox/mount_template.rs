@@ -33,12 +33,14 @@ use super::{
     sandbox_context::{SHARED_MEMORY, SandboxContext},
 };
 
-/// As the first process of a sandbox has it (`pid_namespace`).
+/// Where the init process of a sandbox mounts its control group (`pid_namespace`).
 const CGROUPS: &str = "/sys/fs/cgroup";
+
 /// The namespace, and what is to be done in a copy of it.
 #[derive(Debug)]
 pub(crate) struct MountTemplate {
     pub namespace: NamespaceFd,
+    /// The host at the moment when it was made.
     pub snapshot: HostSnapshot,
     pub tmpfs_directories: Vec<TmpfsDirectory>,
     /// Where the build directory is mounted.
@@ -47,15 +49,16 @@ pub(crate) struct MountTemplate {
     pub temporary: Vec<CString>,
 }
 
-/// A directory that is new and empty in each sandbox, but for those mounts.
+/// A directory that is new and empty in each sandbox, but for what is mounted below it.
 #[derive(Debug)]
 pub(crate) struct TmpfsDirectory {
     pub mount_point: PathBuf,
+    /// Where writable directories of the host are mounted below it.
     pub writable_mounts: Vec<PathBuf>,
 }
 
 impl MountTemplate {
-    /// On a thread that is in the daemon's own mount namespace; leaves it in the template.
+    /// Makes a template, on a thread that is in the daemon's own mount namespace; leaves the thread in the template.
     pub(crate) fn make(
         context: &SandboxContext,
         kind: NamespaceKind,
@@ -93,7 +96,7 @@ impl MountTemplate {
         if context.layers.contains(Layers::DEVICES) {
             devices::prepare_template()?;
         }
-        // What is to be seen as a whole cannot be hidden.
+        // What is writable is there as a whole, and cannot be hidden.
         let is_writable = |path: &Path| {
             writable
                 .iter()
@@ -132,7 +135,8 @@ impl MountTemplate {
     }
 }
 
-/// What each sandbox has of its own in memory, and where the action's temporary directory is mounted.
+/// Decides which directories each sandbox has of its own in memory, and where the action's temporary directory is
+/// mounted.
 fn tmpfs_directories(
     context: &SandboxContext,
     writable: &[(PathBuf, OwnedFd)],
@@ -179,7 +183,7 @@ fn tmpfs_directories(
     Ok((directories, temporary))
 }
 
-/// Makes a tree of files this thread's root, with the host's /proc, /sys and /dev for now.
+/// Makes an image's tree of files this thread's root, with the host's /proc, /sys and /dev for now.
 fn enter_image(image: &Path) -> Result<(), SandboxError> {
     let named = |path: &Path| SandboxError::at(path.to_string_lossy().into_owned());
     let tree = clone_tree_recursive(image).map_err(named(image))?;

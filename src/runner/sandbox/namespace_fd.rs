@@ -1,4 +1,4 @@
-//! Namespaces (namespaces(7)): made by a thread that leaves the daemon's, entered by processes.
+//! Open descriptors of namespaces (namespaces(7)), which threads make by leaving the daemon's, and processes enter.
 
 use std::{
     fs, io,
@@ -18,7 +18,7 @@ pub(crate) struct NamespaceKind {
     pub link: LinkNameSpaceType,
 }
 
-/// An open namespace, which lasts as long as this.
+/// An open namespace, which lasts at least as long as this.
 #[derive(Debug)]
 pub(crate) struct NamespaceFd {
     descriptor: OwnedFd,
@@ -30,7 +30,7 @@ impl NamespaceFd {
         NamespaceFd { descriptor, kind }
     }
 
-    /// The one that this thread is in.
+    /// The namespace of this kind that this thread is in.
     pub(crate) fn current(kind: NamespaceKind) -> io::Result<Self> {
         let path = format!("/proc/thread-self/ns/{}", kind.name);
         Ok(NamespaceFd::new(fs::File::open(path)?.into(), kind))
@@ -45,7 +45,7 @@ impl NamespaceFd {
         Ok(setns(&self.descriptor, self.kind.flag)?)
     }
 
-    /// Moves an action's process into it.
+    /// The step that moves an action's process into it.
     pub(crate) fn setup_step(&self) -> SetupStep<'_> {
         SetupStep::EnterNamespace(self.descriptor.as_fd(), self.kind.link)
     }

@@ -1,8 +1,8 @@
 //! The layer `containment.network`: namespaces that have nothing but a loopback interface
 //! (network_namespaces(7)).
 //!
-//! 1. Two running actions never have the same one.
-//! 2. Making one takes as long as everything else around an action, so they are kept and lent again,
+//! 1. Two running actions never have the same namespace.
+//! 2. Making one takes as long as everything else around an action, so they are pooled, and used again
 //!    when no process of the action before is left; nothing in them outlives processes but closed
 //!    connections that wait, and those are switched off.
 
@@ -38,11 +38,11 @@ const KIND: NamespaceKind = NamespaceKind {
     link: LinkNameSpaceType::Network,
 };
 
-/// Those that nobody has.
+/// Network namespaces that no sandbox has.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct NetworkNamespacePool(Arc<Mutex<Vec<NamespaceFd>>>);
 
-/// One that is lent; given back on drop.
+/// A network namespace that one sandbox has; goes back to the pool on drop.
 #[derive(Debug)]
 pub(crate) struct PooledNetworkNamespace {
     namespace: Option<NamespaceFd>,
@@ -50,7 +50,7 @@ pub(crate) struct PooledNetworkNamespace {
 }
 
 impl NetworkNamespacePool {
-    /// One that nobody else has. This thread is in it then.
+    /// Takes one that nobody else has, or makes one, and moves this thread into it.
     pub(crate) fn enter_one(&self) -> io::Result<PooledNetworkNamespace> {
         let kept = self.0.lock().pop();
         let namespace = match kept {
@@ -68,7 +68,7 @@ impl NetworkNamespacePool {
 }
 
 impl PooledNetworkNamespace {
-    /// Another descriptor of it.
+    /// The namespace, by another descriptor.
     pub(crate) fn namespace(&self) -> io::Result<NamespaceFd> {
         match &self.namespace {
             Some(namespace) => namespace.try_clone(),
@@ -76,7 +76,7 @@ impl PooledNetworkNamespace {
         }
     }
 
-    /// Not to be lent again: something of the action may live.
+    /// Keeps it from being used again: something of the action may live.
     pub(crate) fn retire(&mut self) {
         self.namespace = None;
     }
@@ -88,6 +88,7 @@ impl Drop for PooledNetworkNamespace {
     }
 }
 
+/// Makes a network namespace, which this thread is in then.
 fn make() -> io::Result<NamespaceFd> {
     unshare(KIND.flag)?;
     let socket = socket(

@@ -1,7 +1,6 @@
-//! The layer `containment.processes`: a PID namespace for each action (pid_namespaces(7)), and its
-//! first process.
+//! The layer `containment.processes`: a PID namespace for each action (pid_namespaces(7)), and its init process.
 //!
-//! 1. That exists before the action and after it. The action's first process is not its child but this
+//! 1. The init process exists before the action and after it. The action's command process is not its child but this
 //!    daemon's, which alone learns how it ended; what becomes an orphan is reaped here.
 //! 2. When it ends, the kernel kills everything in the namespace, and this daemon is told of its end
 //!    only when nothing is left there.
@@ -16,7 +15,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "it makes the first process of a namespace, which shares memory until it executes a program"
+    reason = "it makes the init process of a namespace, which shares memory until it executes a program"
 )]
 
 use std::{
@@ -67,16 +66,15 @@ const CGROUP: NamespaceKind = NamespaceKind {
     link: LinkNameSpaceType::ControlGroup,
 };
 
-/// How long the first process may take to do what it is told, among an action's processes; they live
-/// on meanwhile.
+/// How long the init process may take to exit on request, among an action's processes; they live on meanwhile.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The first process of a namespace, which is killed on drop.
+/// The init process of a namespace, which is killed on drop.
 #[derive(Debug)]
 pub(crate) struct InitProcess {
     pidfd: OwnedFd,
     namespace: OwnedFd,
-    /// It ends when it is told to here, or when this is closed.
+    /// The init process exits when something is written here, or when this is closed.
     parent_pipe: OwnedFd,
     end: Option<NamespaceEnd>,
 }
@@ -84,8 +82,9 @@ pub(crate) struct InitProcess {
 /// How a namespace ended; nothing is left in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NamespaceEnd {
+    /// The init process was asked to exit, or had to be killed by this daemon.
     ExitedOnRequest,
-    /// Somebody else killed the first process, and so all others.
+    /// Somebody else killed the init process, and so all others.
     Killed,
 }
 
@@ -103,8 +102,8 @@ struct InitLaunch<'a> {
 }
 
 impl InitProcess {
-    /// In a PID namespace of its own and in the other namespaces of this thread, whose /proc it
-    /// mounts. With a control group, the namespace of that one, to be entered by processes, comes too.
+    /// Starts one in a PID namespace of its own, whose /proc it mounts, and in the other namespaces of this thread.
+    /// With a control group, it also makes a cgroup namespace, which is returned for processes to enter.
     pub(crate) fn start(
         program: &InitProgram,
         cgroup: Option<BorrowedFd<'_>>,
@@ -155,18 +154,19 @@ impl InitProcess {
         }
     }
 
-    /// To be joined by the parent of a process (pid_namespaces(7)).
+    /// The PID namespace, which the parent of a process must join (pid_namespaces(7)).
     pub(crate) fn namespace(&self) -> BorrowedFd<'_> {
         self.namespace.as_fd()
     }
 
+    /// Whether it has not ended by now.
     pub(crate) fn is_alive(&self) -> bool {
         self.end.is_none() && !self.ends_within(Duration::ZERO)
     }
 
     /// Kills everything in the namespace. `None` when something was left after this long.
     ///
-    /// It is told to end rather than killed, so that its status says whether somebody else did that.
+    /// The init process is asked to exit rather than killed, so that its status says whether somebody else did that.
     pub(crate) fn end(&mut self, timeout: Duration) -> Option<NamespaceEnd> {
         if self.end.is_some() {
             return self.end;
@@ -188,6 +188,7 @@ impl InitProcess {
         self.end
     }
 
+    /// Whether it ends within this time.
     fn ends_within(&self, timeout: Duration) -> bool {
         let timeout = Timespec::try_from(timeout).ok();
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
@@ -211,11 +212,11 @@ pub(crate) fn daemon_pid_namespace() -> io::Result<OwnedFd> {
     Ok(fs::File::open("/proc/self/ns/pid")?.into())
 }
 
-/// Where the first process begins.
+/// What the init process begins with.
 ///
 /// # Safety
 ///
-/// `argument` is a `InitLaunch`. Runs in a process of its own.
+/// `argument` is an `InitLaunch`. Runs in a process of its own.
 unsafe extern "C" fn main(argument: *const c_void) -> ! {
     // SAFETY: as the caller promises; the thread that made it sleeps.
     let launch = unsafe { &*argument.cast::<InitLaunch<'_>>() };
@@ -233,6 +234,7 @@ fn become_init(launch: &InitLaunch<'_>) -> Errno {
     }
 }
 
+/// Does all that comes before the program; returns that.
 fn prepare(launch: &InitLaunch<'_>) -> Result<OwnedFd, Errno> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount(c"proc", c"/proc", c"proc", flags, None::<&CStr>)?;
@@ -270,12 +272,14 @@ fn prepare(launch: &InitLaunch<'_>) -> Result<OwnedFd, Errno> {
     Ok(program)
 }
 
+/// A number of descriptors that is not the pipe's.
 const ABOVE_PARENT_PIPE: RawFd = 10;
 
 fn open(path: &CStr) -> Result<OwnedFd, Errno> {
     openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
 }
 
+/// Leaves what is shared with other processes (unshare(2)).
 fn leave(what: CloneFlags) -> Result<(), Errno> {
     unshare(what).map_err(|error| Errno::from_raw_os_error(error as c_int))
 }

@@ -3,13 +3,14 @@
 //! 1. Who takes one gets one that is usable now, or the reason why the last one could not be made.
 //! 2. After a failure the thread tries again by itself, `RETRY_INTERVAL` later, whether or not
 //!    somebody waits: a shortage that is over is noticed, and one that lasts costs little.
-//! 3. `probe` holds when the last sandbox that was to be made was made, less than `MAXIMUM_VERIFICATION_AGE` ago; else
-//!    one is made for it. So whoever asks for readiness again and again makes a sandbox each
-//!    `MAXIMUM_VERIFICATION_AGE` at most.
+//! 3. `recently_verified` answers from the last attempt to make a sandbox: by its failure, or, if it succeeded less
+//!    than `MAXIMUM_VERIFICATION_AGE` ago and the newest sandbox that waits is usable, that one can be made.
+//!    `verify_can_build` always waits for a new attempt. So whoever asks for readiness again and again has a sandbox
+//!    made each `MAXIMUM_VERIFICATION_AGE` at most, as long as a usable one waits.
 //! 4. Whoever waits holds no lock, and can give up at any time.
 //! 5. The one in place of a sandbox that was taken is made when whoever took it says that its process runs
-//!    (`refill`), or when few are left: making one and starting a process have the kernel's locks and, on a host
-//!    with few processors, those in common.
+//!    (`refill`), or when few are left; if its process never ran, at the next of these. For making one and starting
+//!    a process have the kernel's locks and, on a host with few processors, those in common.
 
 use std::{
     collections::VecDeque,
@@ -27,13 +28,15 @@ use super::{
     mount_generation::DirectoryId, sandbox_context::SandboxContext,
 };
 
-/// Sandboxes that wait for actions.
+/// How many sandboxes the thread makes ahead.
 const TARGET_READY: usize = 5;
-/// With fewer than this the next ones are made at once, rather than when `refill` says so.
+/// With fewer than this left the next ones are made at once, rather than when `refill` says so.
 const MINIMUM_READY: usize = 3;
+/// How long after a failure the thread tries again.
 const RETRY_INTERVAL: Duration = Duration::from_millis(250);
+/// How long a sandbox that was made says that others can be made.
 const MAXIMUM_VERIFICATION_AGE: Duration = Duration::from_secs(10);
-/// How long it may take to make one, on a host that is busy.
+/// How long it may take to make a sandbox, on a host that is busy.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Gives out sandboxes that a thread prepares ahead.
@@ -47,9 +50,9 @@ pub(crate) struct SandboxPool {
 #[derive(Debug, Default)]
 struct PoolShared {
     state: Mutex<PoolState>,
-    /// The builder waits here.
+    /// Where the thread waits for something to make.
     wanted: Condvar,
-    /// Counts sandboxes that were made or could not be; all others wait here.
+    /// The number of sandboxes that were made or could not be, at which all others wait.
     attempts: watch::Sender<u64>,
 }
 
@@ -57,10 +60,12 @@ struct PoolShared {
 struct PoolState {
     /// The oldest first.
     ready: VecDeque<Sandbox>,
+    /// `None` until the first one has ended.
     last: Option<BuildAttempt>,
     is_closed: bool,
 }
 
+/// An attempt to make a sandbox.
 #[derive(Debug)]
 struct BuildAttempt {
     at: Instant,
@@ -68,6 +73,7 @@ struct BuildAttempt {
 }
 
 impl SandboxPool {
+    /// Starts the thread, which begins to make sandboxes.
     pub(crate) fn open(context: SandboxContext) -> io::Result<Self> {
         let context = Arc::new(context);
         let shared = Arc::<PoolShared>::default();
@@ -84,6 +90,7 @@ impl SandboxPool {
         })
     }
 
+    /// What its sandboxes are made from.
     pub(crate) fn context(&self) -> &SandboxContext {
         &self.context
     }
@@ -97,7 +104,7 @@ impl SandboxPool {
             .then_some(sandbox)
     }
 
-    /// The same, as soon as there is one.
+    /// Waits for a sandbox around the build directory that has this device and inode number.
     pub(crate) async fn take(&self, build_directory: DirectoryId) -> Result<Sandbox, SandboxError> {
         let mount_generation = self.context.mount_generation.current();
         // Each of those that are ready may be out of date, as may the one that is in the making.
@@ -113,12 +120,14 @@ impl SandboxPool {
         ))
     }
 
-    /// Has the thread make what is missing; to be called when a sandbox that was taken is in use, or will not be.
+    /// Has the thread make what is missing. To be called once a sandbox that was taken runs its process; without the
+    /// call, the thread makes more only when fewer than `MINIMUM_READY` are left, or at the next call of this or of
+    /// `verify_can_build`.
     pub(crate) fn refill(&self) {
         self.shared.wanted.notify_one();
     }
 
-    /// Whether it is known that a sandbox can be made; `None` when `probe` must find out.
+    /// Whether it is known that a sandbox can be made, or why none can; `None` when `verify_can_build` must find out.
     pub(crate) fn recently_verified(
         &self,
         build_directory: DirectoryId,
@@ -127,7 +136,7 @@ impl SandboxPool {
         let state = self.shared.state.lock();
         let last = state.last.as_ref()?;
         match &last.failure {
-            // At most `RETRY_INTERVAL` old.
+            // It stands until the next attempt, which begins after `RETRY_INTERVAL`, has ended.
             Some(failure) => Some(Err(failure.clone())),
             None if last.at.elapsed() > MAXIMUM_VERIFICATION_AGE => None,
             None => {
@@ -139,10 +148,10 @@ impl SandboxPool {
         }
     }
 
-    /// Makes a sandbox, whatever is ready. The error says why none can be made.
+    /// Waits until the next sandbox was made, whatever is ready. The error says why none can be made.
     pub(crate) async fn verify_can_build(&self) -> Result<(), SandboxError> {
         let mut attempts = self.shared.attempts.subscribe();
-        // In place of the oldest one.
+        // The new one is made in place of the oldest.
         let oldest = {
             let mut state = self.shared.state.lock();
             match state.ready.len() < TARGET_READY {
@@ -233,7 +242,7 @@ impl PoolShared {
         drop(ready);
     }
 
-    /// The oldest, if there is one.
+    /// Takes the oldest that is ready, if there is one.
     fn pop(&self) -> Result<Option<Sandbox>, SandboxError> {
         let mut state = self.state.lock();
         if state.is_closed {
@@ -248,7 +257,7 @@ impl PoolShared {
         Ok(sandbox)
     }
 
-    /// The oldest, as soon as there is one.
+    /// Takes the oldest that is ready, as soon as there is one.
     async fn next(&self) -> Result<Sandbox, SandboxError> {
         let mut attempts = self.attempts.subscribe();
         loop {

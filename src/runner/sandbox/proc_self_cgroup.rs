@@ -1,20 +1,24 @@
-//! Where control groups are mounted, and this daemon's own group.
+//! Where control groups of version 2 are mounted, and this daemon's own group (/proc/self/cgroup).
 
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-/// Where control groups are mounted; the same directory for all runners that can touch each other's.
+/// Where control groups are mounted: the same file system for all runners that can touch each other's groups.
 pub(crate) fn mount_point() -> Option<PathBuf> {
     own_cgroup().ok().map(|group| group.mount)
 }
 
+/// This daemon's own group.
 pub(super) struct OwnCgroup {
+    /// Where control groups are mounted.
     pub mount: PathBuf,
+    /// The group's directory below that.
     pub directory: PathBuf,
 }
 
+/// Finds this daemon's own group; the error says why there is none.
 pub(super) fn own_cgroup() -> Result<OwnCgroup, String> {
     let read = |path: &str| {
         fs::read_to_string(path).map_err(|error| format!("could not read {path}: {error}"))
@@ -43,7 +47,7 @@ pub(super) fn own_cgroup() -> Result<OwnCgroup, String> {
         .map_err(|_| format!("{path} is not below what is mounted at {mount}"))
 }
 
-/// proc(5): space, tab, newline and backslash are written in octal.
+/// A path as /proc/self/mountinfo has it, where space, tab, newline and backslash are written in octal (proc(5)).
 fn unescape(text: &str) -> String {
     [
         ("\\040", " "),

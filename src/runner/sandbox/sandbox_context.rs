@@ -12,28 +12,34 @@ use super::{
 };
 use crate::config::runner::{Config, Root};
 
-/// Where the action's temporary directory appears.
+/// Where the action's temporary directory is mounted.
 const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
+/// Where POSIX shared memory is (shm_overview(7)).
 pub(super) const SHARED_MEMORY: &str = "/dev/shm";
 
+/// What all sandboxes of a runner are made from.
 #[derive(Debug)]
 pub(crate) struct SandboxContext {
     pub layers: Layers,
     pub build_directory: PathBuf,
+    /// `writable_directories` of the configuration.
     pub writable: Vec<PathBuf>,
+    /// `containment.hidden_paths` of the configuration.
     pub hidden: Vec<PathBuf>,
-    /// Existing places of `TEMPORARY`, without symbolic links, each once.
+    /// The directories of `TEMPORARY` that exist, without symbolic links, each once.
     pub temporary: Vec<PathBuf>,
-    /// Another tree in place of the host's.
+    /// A tree of files that actions see in place of the host's.
     pub image: Option<PathBuf>,
-    /// Whether /etc/passwd and /etc/group are to tell the action's user.
+    /// Whether the action's user is in /etc/passwd and /etc/group.
     pub has_account_files: bool,
-    /// The most pseudo-terminals.
+    /// How many pseudo-terminals each action may have.
     pub terminals: u32,
+    /// `None` where actions have no PID namespaces.
     pub init: Option<Arc<InitProgram>>,
     pub networks: NetworkNamespacePool,
+    /// `None` where actions have no control groups.
     pub cgroups: Option<Arc<ActionCgroupParent>>,
-    /// Of the host's mounts.
+    /// Tells whether the host's mounts have changed.
     pub mount_generation: MountGenerationCounter,
 }
 

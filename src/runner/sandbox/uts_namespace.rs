@@ -25,10 +25,10 @@ pub(super) const LAYER: Layer = Layer {
     off: "actions see the host's name",
 };
 
-/// What every host calls itself, and /etc/hosts knows.
+/// The name of every host, which /etc/hosts knows.
 const HOSTNAME: &str = "localhost";
 
-/// On a thread that is in the sandbox's namespace.
+/// Sets the host's name, on a thread that is in the sandbox's namespace.
 pub(super) fn prepare() -> io::Result<()> {
     Ok(nix::unistd::sethostname(HOSTNAME)?)
 }

@@ -1,4 +1,4 @@
-//! What an action's first process does before it becomes the action's command.
+//! What a new process does before it becomes the action's command.
 //!
 //! 1. It shares this daemon's memory and runs on a stack of its own while the thread that made it
 //!    sleeps (`sys::clone_vfork`). So it does only what a new process may: it allocates nothing, takes
@@ -45,7 +45,7 @@ use super::{
 };
 use crate::runner::sys;
 
-/// What the process needs, which lives until it has executed the command.
+/// What the new process needs; it lives until the process has executed the command.
 pub(super) struct CommandLaunch<'a> {
     pub spec: &'a SpawnSpec<'a>,
     /// Null-terminated, as execve(2) takes it, as is the environment. With an emulator, the executable
@@ -57,16 +57,16 @@ pub(super) struct CommandLaunch<'a> {
     pub progress: Cell<SpawnProgress>,
 }
 
-/// How far it came. `errno` is 0 as long as nothing failed.
+/// How far the new process came. `errno` is 0 as long as nothing failed.
 #[derive(Clone, Copy, Default)]
 pub(super) struct SpawnProgress {
     pub stage: SpawnStage,
     pub errno: c_int,
-    /// The one that was found.
+    /// The index of the executable that was found.
     pub executable: Option<usize>,
 }
 
-/// Where the process begins.
+/// What the new process begins with.
 ///
 /// # Safety
 ///
@@ -86,6 +86,7 @@ pub(super) unsafe extern "C" fn main(argument: *const c_void) -> ! {
 }
 
 impl CommandLaunch<'_> {
+    /// Notes what is done next.
     fn begin(&self, stage: SpawnStage) {
         self.progress.set(SpawnProgress {
             stage,
@@ -94,6 +95,7 @@ impl CommandLaunch<'_> {
     }
 }
 
+/// Does all that comes before the command is executed, in this order.
 fn prepare(launch: &CommandLaunch<'_>) -> Result<(), Errno> {
     let spec = launch.spec;
     for step in spec.setup {
@@ -105,7 +107,7 @@ fn prepare(launch: &CommandLaunch<'_>) -> Result<(), Errno> {
     setsid()?;
     // Kernels without keyrings have none to inherit.
     let _ = sys::join_new_session_keyring();
-    // Those that were handled are default (`sys::clone_vfork`); those that are ignored stay so.
+    // CLONE_CLEAR_SIGHAND (`sys::clone_vfork`) resets signals that are handled, but not those that are ignored.
     for signal in 1..=sys::LAST_SIGNAL {
         if spec.inherited.ignored_signals & (1 << (signal - 1)) != 0 {
             sys::set_disposition(signal, sys::Disposition::Default)?;
@@ -145,6 +147,7 @@ fn prepare(launch: &CommandLaunch<'_>) -> Result<(), Errno> {
     chdir(spec.working_directory)
 }
 
+/// Makes the input root the working directory.
 fn enter_input_root(spec: &SpawnSpec<'_>) -> Result<(), Errno> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
@@ -160,6 +163,7 @@ fn enter_input_root(spec: &SpawnSpec<'_>) -> Result<(), Errno> {
     fchdir(input_root)
 }
 
+/// Becomes the action's user, in its groups, without capabilities.
 fn become_user(spec: &SpawnSpec<'_>) -> Result<(), Errno> {
     for capability in 0..u64::BITS {
         let bit = 1 << capability;
@@ -190,6 +194,7 @@ pub(crate) fn give_up_privileges() -> Result<(), Errno> {
     set_no_new_privs(true)
 }
 
+/// Executes the command; returns only the reason why not.
 fn execute(launch: &CommandLaunch<'_>) -> Errno {
     let spec = launch.spec;
     let mut candidates = spec
@@ -245,7 +250,7 @@ fn execute(launch: &CommandLaunch<'_>) -> Errno {
     }
 }
 
-/// A regular file that this user may execute.
+/// Whether a path is of a regular file that this user may execute.
 fn is_executable(path: &CStr) -> bool {
     stat(path).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
         // Real and effective user are the same by now.

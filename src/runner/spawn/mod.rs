@@ -1,4 +1,4 @@
-//! Making an action's first process, waiting for it, and what it used.
+//! How an action's command process is made and waited for, and what it used.
 //!
 //! In the order to read it:
 //!

@@ -1,4 +1,4 @@
-//! A process as this daemon has it: made, waited for, killed, and what it used.
+//! A process as this daemon has it: how it is made, waited for and killed, and what it used.
 //!
 //! 1. Everything that can be prepared is prepared before the process exists.
 //! 2. The process is in its control group from the start (clone3(2), CLONE_INTO_CGROUP).
@@ -36,7 +36,7 @@ use super::{
 };
 use crate::runner::{run_cancellation::RunCancellation, sys};
 
-/// How long one that was killed is waited for when it is dropped.
+/// How long a process that was killed is waited for when it is dropped.
 const REAP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A process that was made and not yet waited for; killed and reaped on drop.
@@ -44,7 +44,7 @@ pub(crate) struct Process {
     pid: libc::pid_t,
     pidfd: OwnedFd,
     is_reaped: bool,
-    /// What this daemon used at most when the process was made; KiB.
+    /// The most memory that this daemon had used when the process was made, in KiB.
     daemon_peak: libc::c_long,
 }
 
@@ -52,13 +52,14 @@ pub(crate) struct Process {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum WaitOutcome {
     Exited,
+    /// The Run was cancelled.
     Cancelled,
-    /// It could not be waited for.
+    /// Neither could be waited for.
     PollFailed,
     TimedOut,
 }
 
-/// How a process ended.
+/// How a process ended, and what it used.
 #[derive(Clone, Copy)]
 pub(crate) struct Exit {
     pub status: ExitStatus,
@@ -70,27 +71,29 @@ pub(crate) struct Exit {
     pub maxrss_may_be_daemons: bool,
 }
 
+/// The exit code of a process, or the signal that killed it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ExitStatus {
     Code(i32),
     Signal(i32),
 }
 
-/// Why there is no process.
+/// Why a process could not be made, or did not become the command.
 #[derive(Debug)]
 pub(crate) enum SpawnError {
-    /// There is none at all.
+    /// No process was made.
     Clone(io::Error),
     /// It failed on its way to the command.
     Start {
         stage: SpawnStage,
         error: io::Error,
-        /// Of the candidates.
+        /// The index of the executable among those that were given, if one was chosen.
         executable: Option<usize>,
     },
 }
 
 impl Process {
+    /// Makes a process, and returns when it has become the command.
     pub(crate) fn spawn(spec: &SpawnSpec<'_>) -> Result<Self, SpawnError> {
         let arguments: Vec<Cell<*const c_char>> = spec
             .emulator
@@ -142,7 +145,7 @@ impl Process {
         })
     }
 
-    /// Waits until the process has ended, or should end, or this long.
+    /// Waits until the process has ended, or the Run is cancelled, or this long.
     pub(crate) fn wait(&self, cancellation: &RunCancellation, timeout: Duration) -> WaitOutcome {
         let timeout = Timespec::try_from(timeout).ok();
         loop {
@@ -175,7 +178,7 @@ impl Process {
         poll(&mut fds, timeout.as_ref()) == Ok(1)
     }
 
-    /// Waits for its end.
+    /// Waits for its end, and reaps it; to be called once.
     pub(crate) fn reap(&mut self) -> io::Result<Exit> {
         // Its number is still that of our child, since only this method reaps it, once.
         self.is_reaped = true;

@@ -9,7 +9,7 @@ use rustix::{
     process::{Resource, Rlimit, getrlimit, setrlimit},
 };
 
-/// The most of each, soft and hard.
+/// The most of each resource, as soft and as hard limit.
 const LIMITS: [(Resource, u64); 6] = [
     (Resource::Core, 0),
     // Bytes of memory that cannot be swapped, and of POSIX message queues: the kernel's defaults.
@@ -22,11 +22,11 @@ const LIMITS: [(Resource, u64); 6] = [
     (Resource::Nice, 0),
 ];
 
-/// What systemd gives to services and sessions (systemd-system.conf(5), DefaultLimitNOFILE=):
-/// programs that use select(2) rely on the first.
+/// The soft and the hard limit of open files, as systemd gives them to services and sessions
+/// (systemd-system.conf(5), DefaultLimitNOFILE=): programs that use select(2) rely on the soft one.
 const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
-/// All but that of open files. For a new process (`sys`).
+/// Sets all limits but that of open files. For a new process (`sys`).
 pub(super) fn limit_resources(processes: u64) -> Result<(), Errno> {
     for (resource, most) in LIMITS {
         lower(resource, most, most)?;
@@ -34,12 +34,12 @@ pub(super) fn limit_resources(processes: u64) -> Result<(), Errno> {
     lower(Resource::Nproc, processes, processes)
 }
 
-/// For a new process (`sys`), which cannot open more than this afterwards.
+/// Sets the limit of open files. For a new process (`sys`), which cannot open more than that afterwards.
 pub(super) fn limit_open_files() -> Result<(), Errno> {
     lower(Resource::Nofile, OPEN_FILES.0, OPEN_FILES.1)
 }
 
-/// Sets both limits, but raises none.
+/// Sets the soft and the hard limit of a resource, but raises neither.
 fn lower(resource: Resource, soft: u64, hard: u64) -> Result<(), Errno> {
     let maximum = getrlimit(resource).maximum.unwrap_or(u64::MAX).min(hard);
     setrlimit(

@@ -22,24 +22,21 @@ use super::spawn_stage::SpawnStage;
 /// One thing that the process does before it loses its privileges.
 #[derive(Debug)]
 pub(crate) enum SetupStep<'a> {
+    /// Moves the process into a namespace of this kind.
     EnterNamespace(BorrowedFd<'a>, LinkNameSpaceType),
-    /// What the host mounts from now on is not seen, as it would be writable.
+    /// Makes the propagation of all mounts private: what the host mounts from now on is not seen, as it would be
+    /// writable.
     MakeMountsPrivate,
     /// Mounts a tree that is attached nowhere.
-    AttachMount {
-        tree: OwnedFd,
-        mount_point: CString,
-    },
-    /// Mounts a copy of the mounts from one path down on another one.
-    CopyMount {
-        from: CString,
-        to: CString,
-    },
-    /// Makes what is mounted there its `/`, and unmounts all else.
+    AttachMount { tree: OwnedFd, mount_point: CString },
+    /// Clones the mounts from one path down, and mounts the clone on another one.
+    CopyMount { from: CString, to: CString },
+    /// Makes what is mounted at a path its `/`, and unmounts all else.
     ChangeRoot(CString),
 }
 
 impl SetupStep<'_> {
+    /// The stage at which it is performed.
     pub(super) fn stage(&self) -> SpawnStage {
         match self {
             SetupStep::EnterNamespace(..) => SpawnStage::Namespaces,
@@ -48,7 +45,7 @@ impl SetupStep<'_> {
         }
     }
 
-    /// For a new process (`sys`).
+    /// Performs it, in a new process (`sys`).
     pub(super) fn perform(&self) -> Result<(), Errno> {
         match self {
             SetupStep::EnterNamespace(namespace, kind) => {
@@ -75,6 +72,7 @@ impl SetupStep<'_> {
     }
 }
 
+/// Mounts a tree that is attached nowhere.
 fn attach(tree: BorrowedFd<'_>, mount_point: &CStr) -> Result<(), Errno> {
     move_mount(
         tree,

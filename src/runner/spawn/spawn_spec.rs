@@ -1,4 +1,4 @@
-//! All that an action's first process is made from. Nothing is left to decide once it exists.
+//! All that an action's command process is made from. Nothing is left to decide once it exists.
 
 use std::{
     ffi::{CStr, CString},
@@ -13,26 +13,28 @@ use super::setup_step::SetupStep;
 pub(crate) struct SpawnSpec<'a> {
     pub arguments: &'a [CString],
     pub environment: &'a [CString],
+    /// Paths of the executable.
     pub executables: &'a [CString],
-    /// Whether the first of these that can be executed is meant, rather than the only one.
+    /// Whether the first of `executables` that can be executed is meant, rather than the only one.
     pub search: bool,
     /// A program and arguments, before the command's; empty for none.
     pub emulator: &'a [CString],
-    /// Below the input root.
+    /// A path below the input root.
     pub working_directory: &'a CStr,
-    /// Below `base`.
+    /// A path below `base`.
     pub input_root: &'a CStr,
     pub base: PathBase<'a>,
     /// Standard input, output and error.
     pub stdio: [BorrowedFd<'a>; 3],
-    /// Both uid and gid.
+    /// The number of its user and of its group.
     pub user: u32,
     pub supplementary_groups: &'a [Gid],
     /// The most processes that its user may have.
     pub process_limit: u64,
     pub inherited: InheritedState,
-    /// The control group that it is in from its first instruction.
+    /// The control group that it is in from its first instruction; `None` for this daemon's.
     pub cgroup: Option<BorrowedFd<'a>>,
+    /// `None` where it stays in this daemon's PID namespace.
     pub pid_namespaces: Option<PidNamespaces<'a>>,
     /// What the layers of its sandbox have it do, in this order, while it has all privileges.
     pub setup: &'a [SetupStep<'a>],
@@ -42,9 +44,9 @@ pub(crate) struct SpawnSpec<'a> {
 /// Where the path of an input root starts.
 #[derive(Clone, Copy)]
 pub(crate) enum PathBase<'a> {
-    /// An open directory: of the namespaces that are entered, or of this daemon's own where there are none.
+    /// An open directory: of the mount namespace that is entered, or of this daemon's own where none is.
     Directory(BorrowedFd<'a>),
-    /// A path in them, when everything is mounted.
+    /// A path in the mount namespace that is entered, when everything is mounted.
     Path(&'a CStr),
 }
 
@@ -55,7 +57,7 @@ pub(crate) struct PidNamespaces<'a> {
     pub daemon: BorrowedFd<'a>,
 }
 
-/// What this daemon has and its child would keep; bit sets.
+/// What this daemon has and its child would keep, as bit sets.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct InheritedState {
     /// Signal 1 is bit 0.

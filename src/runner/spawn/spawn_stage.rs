@@ -16,6 +16,6 @@ pub(crate) enum SpawnStage {
     WorkingDirectory,
     Search,
     Execute,
-    /// Instead of that, where an emulator is executed with the command as an argument.
+    /// Comes instead of `Execute`, where an emulator is executed with the command as an argument.
     Emulate,
 }

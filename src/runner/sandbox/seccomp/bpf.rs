@@ -1,23 +1,26 @@
 //! Programs of the classic Berkeley packet filter, as seccomp(2) runs them on struct seccomp_data.
 
-/// Some steps of a program; they always end in an action.
+/// Some instructions of a program; they always end in an action.
 pub(super) type Fragment = Vec<libc::sock_filter>;
 
-/// Places in struct seccomp_data.
+/// The offset of the system call's number in struct seccomp_data.
 pub(super) const NUMBER: u32 = 0;
+/// The offset of the architecture.
 pub(super) const ARCHITECTURE: u32 = 4;
-/// Its lower half, which is all that the kernel reads of an int or of flags.
+/// The offset of the first argument's lower half, which is all that the kernel reads of an int or of flags.
 pub(super) const FIRST_ARGUMENT: u32 = 16;
 
-/// Comparisons of what was loaded last.
+/// Whether what was loaded last is equal to a number.
 pub(super) const EQUAL: u32 = libc::BPF_JEQ;
+/// Whether what was loaded last is at least a number.
 const AT_LEAST: u32 = libc::BPF_JGE;
+/// Whether what was loaded last has some of these bits.
 pub(super) const HAS_BITS: u32 = libc::BPF_JSET;
 
-/// Decides on a number, which was loaded last: each answer holds from its number on, up to the next
-/// one's. The first one's is 0.
+/// Finds the action for the number that was loaded last: each action holds from its number on, up to the next
+/// one's. The first one's is 0. `fragment` has the instructions for an action.
 ///
-/// One comparison for each but the first, found by halves, and each different answer once: the kernel
+/// There is one comparison for each but the first, and each different action is there once: the kernel
 /// compiles the program for every action, and tries all numbers up to about `end`, to know those that are
 /// always allowed.
 pub(super) fn binary_search<A: Copy + PartialEq>(
@@ -69,7 +72,7 @@ enum Target<A> {
     Action(A),
 }
 
-/// Adds what halves the numbers up to `end`, and then each half of them; where that begins.
+/// Adds the comparison that halves the numbers up to `end`, and those for each half. Returns where that begins.
 fn bisect<A: Copy>(
     actions: &[(u32, A)],
     end: u32,
@@ -89,7 +92,7 @@ fn bisect<A: Copy>(
     Target::Comparison(at)
 }
 
-/// One fragment if the comparison of what was loaded last holds, or else the other one.
+/// Runs one fragment if the comparison of what was loaded last holds, or else the other one.
 pub(super) fn if_else(comparison: u32, k: u32, yes: Fragment, no: Fragment) -> Fragment {
     let mut fragment = match u8::try_from(yes.len()) {
         Ok(length) => vec![jump(comparison, k, 0, length)],
@@ -104,10 +107,12 @@ pub(super) fn if_else(comparison: u32, k: u32, yes: Fragment, no: Fragment) -> F
     fragment
 }
 
+/// Loads the 32 bits at an offset of struct seccomp_data.
 pub(super) const fn load(offset: u32) -> libc::sock_filter {
     statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset)
 }
 
+/// Ends the program with what the kernel is to do (SECCOMP_RET_…).
 pub(super) const fn ret(action: u32) -> libc::sock_filter {
     statement(libc::BPF_RET | libc::BPF_K, action)
 }

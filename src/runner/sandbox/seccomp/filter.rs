@@ -12,14 +12,14 @@ use super::{
     },
 };
 
-/// A program that decides on each system call.
+/// A program that decides on each system call, for seccomp(2).
 #[derive(Debug)]
 pub(crate) struct SeccompFilter(Vec<libc::sock_filter>);
 
 /// A way to make system calls: its architecture (linux/audit.h), and how it numbers them.
 type Abi = (u32, fn(&FilteredSyscall) -> Option<u32>);
 
-/// Those of this architecture's kernels.
+/// The ABIs of this architecture's kernels.
 #[cfg(target_arch = "x86_64")]
 const ABIS: [Abi; 2] = [
     (0xc000_003e, |call| call.amd64),
@@ -29,12 +29,13 @@ const ABIS: [Abi; 2] = [
 const ABIS: [Abi; 1] = [(0xc000_00b7, |call| call.arm64)];
 
 const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
+/// The action that fails a call with an error number.
 const fn refuse(errno: i32) -> u32 {
     libc::SECCOMP_RET_ERRNO | errno as u32
 }
 
 impl SeccompFilter {
-    /// With `user_namespaces`, actions may make some, and use what these are for.
+    /// Makes the program. With `user_namespaces`, actions may make some, and use what these are for.
     pub(crate) fn new(user_namespaces: bool) -> Self {
         let other = vec![ret(refuse(libc::ENOSYS))];
         let abis = ABIS.iter().rev();
@@ -57,14 +58,16 @@ impl SeccompFilter {
     }
 }
 
-/// What is answered to calls of some numbers.
+/// What is done at calls of some numbers.
 #[derive(Clone, Copy, PartialEq)]
 enum SyscallAction {
+    /// The same at each call (SECCOMP_RET_…).
     Fixed(u32),
+    /// What the rule says of the call's first argument.
     ByArgument(SyscallRule),
 }
 
-/// The fragment for one ABI, whose numbers `number` tells.
+/// The part of the program for one ABI, in which a call has the number that `number` says.
 fn abi_program(
     user_namespaces: bool,
     number: impl Fn(&FilteredSyscall) -> Option<u32>,
@@ -100,6 +103,7 @@ fn abi_program(
     .concat()
 }
 
+/// The instructions for an action.
 fn fragment(action: SyscallAction) -> Fragment {
     let one_of = |values: &[u32], is: u32, other: u32| {
         let last = vec![ret(other)];
@@ -135,7 +139,7 @@ fn fragment(action: SyscallAction) -> Fragment {
 mod tests {
     use super::*;
 
-    /// What the kernel's interpreter would say.
+    /// What the kernel's interpreter would return.
     fn evaluate(filter: &SeccompFilter, architecture: u32, number: u32, argument: u32) -> u32 {
         let (mut accumulator, mut at) = (0, 0);
         loop {

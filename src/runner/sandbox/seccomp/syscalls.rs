@@ -13,7 +13,7 @@
 /// The last call of this table's kernel, Linux 6.18: file_setattr.
 pub(super) const NEWEST_SYSCALL: u32 = 469;
 
-/// One call. `None`: this ABI has no such call.
+/// One call, with its number on each ABI; `None` where the ABI has no such call.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FilteredSyscall {
     /// For the reader, and compared by the tests.
@@ -28,12 +28,13 @@ pub(super) struct FilteredSyscall {
     pub rule: SyscallRule,
 }
 
+/// What becomes of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SyscallRule {
     /// It fails with this error number.
     Refused(i32),
-    /// The same; but in a user namespace of the action's own it concerns nobody else, and makes what
-    /// the namespace is for (user_namespaces(7)).
+    /// It fails with this error number, unless actions may make user namespaces: in one of the action's own it
+    /// concerns nobody else, and does what the namespace is for (user_namespaces(7)).
     RefusedWithoutUserNamespaces(i32),
     /// Its first argument is a set of CLONE_ flags; a new user namespace is refused.
     CloneFlags,
@@ -54,14 +55,15 @@ pub(super) const FAMILIES: [u32; 6] = [
     libc::AF_PACKET as u32,
 ];
 
-/// linux/net.h: SYS_SOCKET and SYS_SOCKETPAIR.
+/// SYS_SOCKET and SYS_SOCKETPAIR of linux/net.h, which make sockets by socketcall(2).
 pub(super) const SOCKETCALL_SOCKET_NUMBERS: [u32; 2] = [1, 8];
 
 use SyscallRule::{Refused, RefusedWithoutUserNamespaces};
 
+/// The call fails as if it were forbidden.
 const DENIED: SyscallRule = Refused(libc::EPERM);
-/// As on a kernel without it: for calls that are new, optional or obsolete, which programs have a
-/// way around.
+/// The call fails as on a kernel without it: for those that are new, optional or obsolete, which programs have
+/// a way around.
 const ABSENT: SyscallRule = Refused(libc::ENOSYS);
 const DENIED_WITHOUT_USER_NAMESPACES: SyscallRule = RefusedWithoutUserNamespaces(libc::EPERM);
 const ABSENT_WITHOUT_USER_NAMESPACES: SyscallRule = RefusedWithoutUserNamespaces(libc::ENOSYS);
@@ -83,7 +85,7 @@ const fn call(
     }
 }
 
-/// One of those that have the same number everywhere.
+/// A call that has the same number on every ABI, as those since Linux 5.1 do.
 const fn unified(name: &'static str, number: u32, rule: SyscallRule) -> FilteredSyscall {
     call(name, number, number, number, rule)
 }
