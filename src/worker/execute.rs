@@ -82,6 +82,8 @@ enum RunOutcome {
     Late,
     /// Late, and the runner answers nothing else either.
     Silent,
+    /// It has taken more than its share of the disk.
+    TookDisk(Fault),
     Cancelled,
 }
 
@@ -172,6 +174,7 @@ impl Executor {
             tokio::select! {
                 answer = client.run(request()) => RunOutcome::Answered(answer.map(tonic::Response::into_inner)),
                 () = tokio::time::sleep(task.timeout) => RunOutcome::Late,
+                fault = root.disk_excess() => RunOutcome::TookDisk(fault),
                 () = cancel.cancelled() => RunOutcome::Cancelled,
             }
         };
@@ -195,6 +198,7 @@ impl Executor {
         if matches!(ended, RunOutcome::Answered(Err(_)) | RunOutcome::Silent) {
             root.discard_after_use();
         }
+        let took_disk = matches!(ended, RunOutcome::TookDisk(_));
         let ran = self.take_answer(ended, task, metadata, response);
         if ran == Err(Fault::Cancelled) {
             root.await_unlocked().await;
@@ -211,6 +215,11 @@ impl Executor {
         }
 
         drop(readable);
+        if took_disk {
+            // What is short is not kept for longer than it takes to remove it.
+            root.discard_after_use();
+            return ran;
+        }
         phase.send_replace(ExecutionPhase::UploadingOutputs);
         metadata.output_upload_start_timestamp = now();
         let timeout = self.outputs.timeout.get();
@@ -292,6 +301,7 @@ impl Executor {
             RunOutcome::Silent => Err(Fault::Unavailable(
                 "Failed to run command: bb_runner on the worker's host does not answer".to_owned(),
             )),
+            RunOutcome::TookDisk(fault) => Err(fault),
             RunOutcome::Cancelled => Err(Fault::Cancelled),
         }
     }

@@ -202,6 +202,22 @@ impl Farm {
         Farm::start_of(parent, slots, files, |_| key).await
     }
 
+    /// With keys of the worker's, too.
+    pub async fn start_with_worker(
+        parent: &Path,
+        slots: usize,
+        scheduler_extra: &str,
+        worker_extra: &str,
+    ) -> Farm {
+        let files = Files {
+            scheduler: scheduler_extra.to_owned(),
+            worker: worker_extra.to_owned(),
+            certificates: None,
+            authority: None,
+        };
+        Farm::start_of(parent, slots, files, |_| String::new()).await
+    }
+
     /// With TLS and certificates, in files of `pki`, on all sides: clients are `CN=client`, workers
     /// `CN=worker`.
     pub async fn start_encrypted(

@@ -16,6 +16,7 @@ mod configurations;
 mod conformance;
 mod connections;
 mod dashboards;
+mod disk_share;
 mod documents;
 mod escape;
 mod fairness;

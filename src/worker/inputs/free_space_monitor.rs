@@ -4,23 +4,30 @@
 //! 1. No command starts unless `cache.minimum_free` is free.
 //! 2. A command during which hardly anything was free has no result, whoever took it: one sample is
 //!    taken every `FREE_SPACE_INTERVAL` while any command runs, and one at the end.
+//! 3. A command that has taken more than `minimum_free` itself, which is what each of them found, has taken more than
+//!    its share once little is left: it is ended before its neighbours are short, and told that it is at fault, so
+//!    that it does not fill one host after another. One at a time, the largest.
 //!
 //! With a `minimum_free` of 0 nothing of this is looked at.
 
 use std::{
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     sync::{
         Arc, Weak,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use parking_lot::{Condvar, Mutex};
+use tokio::sync::watch;
 
-use super::file_cache::MINIMUM_FREE_INODES;
+use super::{
+    disk_usage::{self, DiskUsage},
+    file_cache::MINIMUM_FREE_INODES,
+};
 use crate::{config::Size, worker::fault::Fault};
 
 /// The time between two samples of what is free.
@@ -30,6 +37,12 @@ pub(super) const FREE_SPACE_INTERVAL: Duration = Duration::from_millis(50);
 const FULL_DIVISOR: u64 = 8;
 const FULL_AT_MOST: u64 = 64 << 20;
 const FULL_INODES: u64 = 16;
+/// With less than this part of what a command is to find, whoever has taken too much is looked for.
+const LITTLE_DIVISOR: u64 = 2;
+/// How long what a command left, which was ended for it, may take to be removed until another one is looked for.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(2);
+/// Looking for one takes no more than this part of a processor.
+const SEARCH_DIVISOR: u32 = 4;
 
 /// Looks how much is free on the file system that actions write to.
 pub(super) struct FreeSpaceMonitor {
@@ -44,10 +57,16 @@ pub(super) struct FreeSpaceMonitor {
 /// What the sampling thread waits for; apart from the monitor, so that the thread does not keep that.
 #[derive(Default)]
 struct Commands {
-    /// How many commands run.
-    running: Mutex<u64>,
+    running: Mutex<Vec<Arc<RunningCommand>>>,
     /// Notified when a command starts, or the monitor is dropped.
     changed: Condvar,
+}
+
+/// A command, and where to find what it writes.
+struct RunningCommand {
+    action_directory: OwnedFd,
+    /// What it had when it was found to have too much, with what was free then.
+    excess: watch::Sender<Option<(DiskUsage, Free)>>,
 }
 
 /// What unprivileged users can still take on the file system.
@@ -60,13 +79,15 @@ pub(super) struct Free {
 /// Has samples taken, for a command that runs, until it is dropped.
 pub(super) struct FreeSpaceWatch {
     monitor: Arc<FreeSpaceMonitor>,
+    command: Arc<RunningCommand>,
     /// `FreeSpaceMonitor::full_samples` when it began.
     full_samples_before: u64,
 }
 
 impl Drop for FreeSpaceWatch {
     fn drop(&mut self) {
-        *self.monitor.commands.running.lock() -= 1;
+        let mut running = self.monitor.commands.running.lock();
+        running.retain(|command| !Arc::ptr_eq(command, &self.command));
     }
 }
 
@@ -121,11 +142,79 @@ impl FreeSpaceMonitor {
         (self.minimum_free / FULL_DIVISOR).min(FULL_AT_MOST)
     }
 
-    fn take_sample(&self) {
-        let is_full = |free: Free| free.bytes < self.full_threshold() || free.inodes < FULL_INODES;
-        if self.minimum_free > 0 && self.free().is_ok_and(is_full) {
+    /// Returns what is free, if it is little.
+    fn take_sample(&self) -> Option<Free> {
+        if self.minimum_free == 0 {
+            return None;
+        }
+        let free = self.free().ok()?;
+        if free.bytes < self.full_threshold() || free.inodes < FULL_INODES {
             self.full_samples.fetch_add(1, Ordering::SeqCst);
         }
+        let is_little = free.bytes < self.minimum_free / LITTLE_DIVISOR
+            || free.inodes < MINIMUM_FREE_INODES / LITTLE_DIVISOR;
+        is_little.then_some(free)
+    }
+
+    /// Whether a command has taken more than each of them is to find. What is short is what counts.
+    fn is_excess(&self, usage: DiskUsage, free: Free) -> bool {
+        let takes_bytes = free.bytes < self.minimum_free / LITTLE_DIVISOR;
+        takes_bytes && usage.bytes > self.minimum_free
+            || !takes_bytes && usage.inodes > MINIMUM_FREE_INODES
+    }
+
+    /// Looks for the command that has taken most, and has it ended if that is more than its share. False when there is
+    /// none. Samples are taken all the while.
+    fn end_largest(&self, free: Free) -> bool {
+        let running = self.commands.running.lock().clone();
+        if running.iter().any(|it| it.excess.borrow().is_some()) {
+            return true;
+        }
+        let mut sampled = Instant::now();
+        let mut largest: Option<(DiskUsage, &RunningCommand)> = None;
+        for command in &running {
+            let usage = self.measure(command, || {
+                if sampled.elapsed() >= FREE_SPACE_INTERVAL {
+                    self.take_sample();
+                    sampled = Instant::now();
+                }
+            });
+            let size = |usage: DiskUsage| match free.bytes < self.minimum_free / LITTLE_DIVISOR {
+                true => usage.bytes,
+                false => usage.inodes,
+            };
+            if self.is_excess(usage, free)
+                && largest.is_none_or(|(most, _)| size(usage) > size(most))
+            {
+                largest = Some((usage, command));
+            }
+        }
+        let Some((usage, command)) = largest else {
+            return false;
+        };
+        command.excess.send_replace(Some((usage, free)));
+        true
+    }
+
+    fn measure(&self, command: &RunningCommand, mut on_entry: impl FnMut()) -> DiskUsage {
+        let directory = command.action_directory.as_fd();
+        disk_usage::measure(directory, rustix::process::geteuid(), || {
+            on_entry();
+            true
+        })
+    }
+
+    /// The fault of a command that took so much.
+    fn excess_fault(&self, (usage, free): (DiskUsage, Free)) -> Fault {
+        Fault::Invalid(format!(
+            "the action had written {} bytes in {} files and directories when {} bytes and {} inodes were left on the file system of {} on the worker's host; an action that needs more than {} (cache.minimum_free in bb_worker.toml) or {MINIMUM_FREE_INODES} inodes has no result where that is all there is: have it write less, or give the worker a larger disk",
+            usage.bytes,
+            usage.inodes,
+            free.bytes,
+            free.inodes,
+            self.path.display(),
+            Size(self.minimum_free)
+        ))
     }
 
     /// The fault of an action for which so much free is not enough.
@@ -139,23 +228,45 @@ impl FreeSpaceMonitor {
         ))
     }
 
-    /// Has samples taken until what is returned is dropped.
-    pub(super) fn watch(self: &Arc<Self>) -> FreeSpaceWatch {
-        *self.commands.running.lock() += 1;
+    /// Has samples taken until what is returned is dropped, for a command that writes beneath `action_directory`.
+    pub(super) fn watch(self: &Arc<Self>, action_directory: OwnedFd) -> FreeSpaceWatch {
+        let command = Arc::new(RunningCommand {
+            action_directory,
+            excess: watch::Sender::new(None),
+        });
+        self.commands.running.lock().push(command.clone());
         self.commands.changed.notify_all();
         FreeSpaceWatch {
             full_samples_before: self.full_samples.load(Ordering::SeqCst),
             monitor: self.clone(),
+            command,
         }
     }
 }
 
 impl FreeSpaceWatch {
-    /// The fault of the command when the disk is full, or was since this watch began.
+    /// Waits until the command is found to have taken more than its share, and is to be ended; else for ever.
+    pub(super) async fn excess(&self) -> Fault {
+        let mut excess = self.command.excess.subscribe();
+        match excess.wait_for(Option::is_some).await.map(|it| *it) {
+            Ok(Some(found)) => self.monitor.excess_fault(found),
+            // The sender is this command's.
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// The fault of the command when the disk is full, or was since this watch began. Blocks.
     pub(super) fn fault(&self) -> Option<Fault> {
-        self.monitor.take_sample();
+        let free = self.monitor.take_sample();
         if self.monitor.full_samples.load(Ordering::SeqCst) == self.full_samples_before {
             return None;
+        }
+        // One that ends as soon as it has filled the disk would else fill that of the next host.
+        if let Some(free) = free {
+            let usage = self.monitor.measure(&self.command, || ());
+            if self.monitor.is_excess(usage, free) {
+                return Some(self.monitor.excess_fault((usage, free)));
+            }
         }
         Some(Fault::Contended(format!(
             "while the command ran, less than {} bytes or {FULL_INODES} inodes were free on the file system of {} on the worker's host, so that what it wrote may be cut; make room there, or raise cache.minimum_free ({}) in bb_worker.toml",
@@ -168,9 +279,10 @@ impl FreeSpaceWatch {
 
 /// Takes samples for as long as the monitor lives, while any command runs.
 fn sample_while_commands_run(monitor: &Weak<FreeSpaceMonitor>, commands: &Commands) {
+    let mut next_search = Instant::now();
     loop {
         let mut running = commands.running.lock();
-        while *running == 0 && monitor.strong_count() > 0 {
+        while running.is_empty() && monitor.strong_count() > 0 {
             // Not without end: the monitor may be dropped between the condition and the wait.
             commands
                 .changed
@@ -178,7 +290,18 @@ fn sample_while_commands_run(monitor: &Weak<FreeSpaceMonitor>, commands: &Comman
         }
         drop(running);
         match monitor.upgrade() {
-            Some(monitor) => monitor.take_sample(),
+            Some(monitor) => {
+                let began = Instant::now();
+                if let Some(free) = monitor.take_sample()
+                    && began >= next_search
+                {
+                    let pause = match monitor.end_largest(free) {
+                        true => REMOVAL_TIMEOUT,
+                        false => began.elapsed() * SEARCH_DIVISOR,
+                    };
+                    next_search = Instant::now() + pause;
+                }
+            }
             None => return,
         }
         std::thread::sleep(FREE_SPACE_INTERVAL);

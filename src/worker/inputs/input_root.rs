@@ -2,6 +2,7 @@
 //! and becomes idle.
 
 use std::{
+    io,
     os::fd::{AsFd, BorrowedFd},
     sync::Arc,
     time::{Instant, SystemTime},
@@ -77,9 +78,19 @@ impl InputRoot {
     }
 
     /// Says that from now on a command can start in the root.
-    pub(super) fn begin(&mut self) {
-        self.free_space_watch = Some(self.build_directory.free_space.watch());
+    pub(super) fn begin(&mut self) -> io::Result<()> {
+        let directory = self.directory().try_clone_to_owned()?;
+        self.free_space_watch = Some(self.build_directory.free_space.watch(directory));
         self.command_start_seconds = now();
+        Ok(())
+    }
+
+    /// Waits until the command has taken more of the disk than its share, so that it is to be ended; else for ever.
+    pub async fn disk_excess(&self) -> Fault {
+        match &self.free_space_watch {
+            Some(watch) => watch.excess().await,
+            None => std::future::pending().await,
+        }
     }
 
     fn action_directory(&self) -> &ActionDirectory {

@@ -64,7 +64,7 @@
 //! - `root_pool` has the roots that are idle, and in `subtree_stash` the subtrees that no root has; `deletion` removes
 //!   what is thrown away.
 //! - `ctime_resolution` and `reuse_suspension` tell whether roots may be kept, and `free_space_monitor` whether
-//!   commands may start.
+//!   commands may start, and which one has taken too much of the disk, by its `disk_usage`.
 
 mod action_directory;
 mod assign_inodes;
@@ -74,6 +74,7 @@ mod ctime_resolution;
 mod deletion;
 pub mod directory_cache;
 pub mod directory_message;
+mod disk_usage;
 pub mod file_cache;
 mod free_space_monitor;
 mod inode_allocator;

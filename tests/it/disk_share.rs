@@ -1,0 +1,91 @@
+//! No action takes the disk from the others of its worker: one that has more than its share is ended while they still
+//! have room, and is told that it is at fault.
+
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+
+use bb_remote_execution::proto::{reapi::ExecuteResponse, rpc::Code};
+
+use crate::harness::{Farm, Task, is_ok, is_root, parts::FileSystem};
+
+const MINIMUM_FREE: &str = "64MiB";
+
+/// A farm whose worker has a small disk, with `options` of mkfs.ext4(8).
+async fn farm_on(place: &Path, options: &[&str]) -> Option<(Farm, FileSystem)> {
+    // Actions pass through to their directories.
+    fs::set_permissions(place, fs::Permissions::from_mode(0o755)).unwrap();
+    let disk = FileSystem::mount("ext4", 400, place, options)?;
+    let store =
+        "storage.embedded.maximum_size = \"16MiB\"\nstorage.embedded.minimum_free = \"1MiB\"\n";
+    let cache = format!("cache.minimum_free = \"{MINIMUM_FREE}\"\n");
+    let farm = Farm::start_with_worker(&disk.at, 2, store, &cache).await;
+    Some((farm, disk))
+}
+
+fn refused_for_its_share(response: &ExecuteResponse) -> bool {
+    let status = response.status.clone().unwrap_or_default();
+    status.code == Code::InvalidArgument as i32
+        && ["the action had written", MINIMUM_FREE, "larger disk"]
+            .iter()
+            .all(|part| status.message.contains(part))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_action_that_fills_the_disk_is_ended_and_its_neighbours_are_not() {
+    if !is_root() {
+        return;
+    }
+    let place = tempfile::tempdir().unwrap();
+    let Some((farm, _disk)) = farm_on(place.path(), &[]).await else {
+        return;
+    };
+    let client = farm.client();
+    let mut neighbour = Task::shell(
+        "for i in 1 2 3 4 5 6 7 8; do head -c 1M /dev/zero >> o || exit 1; sleep 0.5; done",
+    );
+    neighbour.command.output_paths = vec!["o".to_owned()];
+    // Slowly enough that it is noticed before the disk is full.
+    let hog = "i=0; while head -c 4M /dev/zero > f$i; do i=$((i + 1)); sleep 0.02; done; sleep 60";
+    let hog = Task::shell(hog);
+    let (neighbour, hog) = tokio::join!(client.run(&neighbour), client.run(&hog));
+    assert!(refused_for_its_share(&hog), "{hog:?}");
+    assert!(is_ok(&neighbour), "{neighbour:?}");
+    // What it left goes, so that the next one starts.
+    let next = client.run(&Task::shell("head -c 16M /dev/zero > o")).await;
+    assert!(is_ok(&next), "{next:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_is_done_as_soon_as_it_has_filled_the_disk_is_at_fault_too() {
+    if !is_root() {
+        return;
+    }
+    let place = tempfile::tempdir().unwrap();
+    let Some((farm, _disk)) = farm_on(place.path(), &[]).await else {
+        return;
+    };
+    let client = farm.client();
+    let hog = client
+        .run(&Task::shell("head -c 2G /dev/zero > f; exit 0"))
+        .await;
+    assert!(refused_for_its_share(&hog), "{hog:?}");
+    let next = client.run(&Task::shell("head -c 16M /dev/zero > o")).await;
+    assert!(is_ok(&next), "{next:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_action_that_takes_all_inodes_is_ended() {
+    if !is_root() {
+        return;
+    }
+    let place = tempfile::tempdir().unwrap();
+    let Some((farm, _disk)) = farm_on(place.path(), &["-N", "6000"]).await else {
+        return;
+    };
+    let client = farm.client();
+    let hog = Task::shell("i=0; while : > f$i; do i=$((i + 1)); done; sleep 60");
+    let hog = tokio::time::timeout(Duration::from_secs(50), client.run(&hog)).await;
+    let hog = hog.expect("it is ended long before it ends by itself");
+    assert!(refused_for_its_share(&hog), "{hog:?}");
+    let next = client.run(&Task::shell("touch a b c")).await;
+    assert!(is_ok(&next), "{next:?}");
+}
