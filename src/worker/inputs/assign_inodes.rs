@@ -16,7 +16,7 @@ use crate::worker::lru::Handle;
 
 /// Creates a read-only file of a root. When it is to be a hard link to an inode that has all links that it can have,
 /// `replace_at_link_limit` says to which other one, by the cached file and the index of the first.
-pub(super) fn create_file(
+pub(super) fn create_read_only_file(
     cache: &FileCache,
     key: &FileKey,
     file: &mut InputFile,
@@ -93,7 +93,7 @@ impl LayOut<'_> {
             self.create_file(fd.as_fd(), &entry.key, name, file, buffer)?;
         }
         if !replacements.is_empty() {
-            let recorded = root_record::record_baseline(fd.as_fd());
+            let recorded = root_record::finalize_directory(fd.as_fd());
             record.baseline = Some(recorded.map_err(error_at("."))?.1);
         }
         for child in &mut record.children {
@@ -177,7 +177,7 @@ impl LayOut<'_> {
             |file, full| self.inodes.lock().replace_at_link_limit(file, full);
         let created = match self.create_mode {
             CreateMode::Copy => cache.create_writable(key, file, directory, name),
-            _ => self::create_file(
+            _ => create_read_only_file(
                 cache,
                 key,
                 file,

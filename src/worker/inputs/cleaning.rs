@@ -117,7 +117,7 @@ impl RootCleaning<'_> {
             .deletions
             .try_delete(&*fd, name.as_str())?;
         self.restore_child(record, child)?;
-        record.baseline = Some(root_record::record_baseline(fd.as_fd())?.1);
+        record.baseline = Some(root_record::finalize_directory(fd.as_fd())?.1);
         Ok(())
     }
 
@@ -165,7 +165,7 @@ impl RootCleaning<'_> {
         };
         self.restore_missing(record, &seen)?;
         attributes::remove_all(directory.as_fd())?;
-        let (inode, baseline) = root_record::record_baseline(fd.as_fd())?;
+        let (inode, baseline) = root_record::finalize_directory(fd.as_fd())?;
         if inode != record.inode {
             return Err(Errno::STALE.into());
         }
@@ -226,7 +226,7 @@ impl RootCleaning<'_> {
                 };
                 let is_made_by_worker = |inode: u64| -> io::Result<bool> {
                     let adopted = self.adopted_output_inodes.binary_search(&inode).is_ok();
-                    Ok(!adopted && entry_is_made_by_worker(fd, name)?)
+                    Ok(!adopted && entry_has_worker_attributes(fd, name)?)
                 };
                 if inode == entry.ino() && (!is_unshared || is_made_by_worker(inode)?) {
                     seen[index] = true;
@@ -284,7 +284,7 @@ impl RootCleaning<'_> {
             let (name, file) = (entry.name.as_str(), &mut record.files.list[index]);
             let replace_at_link_limit = |file, full| self.inodes.replace_at_link_limit(file, full);
             let (cache, directory) = (self.context.cache, fd.as_fd());
-            let created = assign_inodes::create_file(
+            let created = assign_inodes::create_read_only_file(
                 cache,
                 &entry.key,
                 file,
@@ -324,11 +324,11 @@ fn into_io(error: LayOutError) -> io::Error {
 
 /// Whether an entry has the attributes of what the worker makes: a file owner, mode and mtime, all else the owner. No
 /// action can give what it makes that owner.
-fn entry_is_made_by_worker(fd: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<bool> {
+fn entry_has_worker_attributes(fd: BorrowedFd<'_>, name: &std::ffi::CStr) -> io::Result<bool> {
     let stat = rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW)?;
     let owner = rustix::process::geteuid().as_raw();
     Ok(match FileType::from_raw_mode(stat.st_mode) {
-        FileType::RegularFile => file_cache::is_made_by_worker(&stat),
+        FileType::RegularFile => file_cache::has_worker_attributes(&stat),
         _ => stat.st_uid == owner,
     })
 }

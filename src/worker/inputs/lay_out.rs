@@ -313,7 +313,7 @@ impl<'a> LayOut<'a> {
             let stashed = self
                 .context
                 .root_pool
-                .stash(
+                .detach_subtree(
                     fd.as_fd(),
                     name,
                     child,
@@ -407,7 +407,7 @@ impl<'a> LayOut<'a> {
                 }
             }
         }
-        let (_, baseline) = root_record::record_baseline(fd.as_fd()).map_err(error_at("."))?;
+        let (_, baseline) = root_record::finalize_directory(fd.as_fd()).map_err(error_at("."))?;
         record.baseline = Some(baseline);
         self.enqueue(&fd, &directory.directories, &children);
         for (i, pruned) in below {
@@ -436,7 +436,7 @@ impl<'a> LayOut<'a> {
         let record = self
             .context
             .root_pool
-            .unstash(stashed, fd.as_fd(), name)
+            .attach_subtree(stashed, fd.as_fd(), name)
             .map_err(error_at(name))?;
         Ok(LaidOutChild::Whole(record))
     }
@@ -530,7 +530,8 @@ impl<'a> LayOut<'a> {
         for (name, target) in &directory.symlinks {
             symlinks.push(create_symlink(fd.as_fd(), name.as_str(), target)?);
         }
-        let (inode, baseline) = root_record::record_baseline(fd.as_fd()).map_err(error_at("."))?;
+        let (inode, baseline) =
+            root_record::finalize_directory(fd.as_fd()).map_err(error_at("."))?;
         self.enqueue(&fd, &directory.directories, &children);
         if self.keep {
             let record = DirectoryRecord {

@@ -14,8 +14,8 @@
 //! BUILD_DIRECTORY/deleted/         what is to be removed, and what an earlier worker left
 //! ```
 //!
-//! An action finds in its root what its Directory messages say and nothing else, and empty `tmp`,
-//! `home` and `server_logs`. That holds because of these:
+//! An action finds in its root what its Directory messages say, the directories that its declared outputs lie in, and
+//! nothing else, and empty `tmp`, `home` and `server_logs`. That holds because of these:
 //!
 //! - I1 Files: an input file is the worker's and read-only: a reflink of a cached file or an empty one,
 //!   made while no action can see it; or a hard link to a file of the cache, which was whole before it
@@ -23,7 +23,7 @@
 //! - I2 Credentials: actions run as users that are neither root nor the worker. When an action's
 //!   output tells otherwise, all is thrown away, and nothing is kept for a while (`reuse_suspension`).
 //! - I3 Directories: every directory of a root that is kept is the worker's, so that no action can change its
-//!   owner, mode or times; it may write to it because of its mode, behind the action directory. All directories of
+//!   owner or mode, nor choose its ctime; it may write to it because of its mode, behind the action directory. All directories of
 //!   roots of private inputs belong to the action's user; these roots are never kept.
 //! - I4 Nothing foreign stays: what an action made is removed before the next one gets the root.
 //! - I5 No process: roots are cleaned while the action directory's lock is held, which the runner holds
@@ -54,17 +54,18 @@
 //! - `directory_message` is a Directory message, `merkle_tree` a tree of them; `directory_cache` fetches them.
 //! - `file_cache` has the input files. What is fetched for both is split into `batches`.
 //! - `plan` says how one tree becomes another.
-//! - `planned_root` chooses a root and has it laid out: `lay_out` performs the plan, `assign_inodes` makes the files
-//!   in the root, for which `inode_allocator` knows which inodes of cached files it links; `set_node_properties` sets
+//! - `planned_root` chooses a root and has it laid out: `lay_out` performs the plan, `assign_inodes` gives each
+//!   hard link an inode that the root does not link yet, as `inode_allocator` knows, and has `file_cache` create it; `set_node_properties` sets
 //!   the modes and times that a client gives; `lay_out_counts` counts all that.
 //! - `root_record` is what the worker knows of a root that it keeps.
 //! - `input_root` is what an action has; `action_directory` is the directory around it.
-//! - `worker_build_directory` is what roots share, and has used ones cleaned: `cleaning` makes a root what its record
-//!   says.
+//! - `worker_build_directory` is what roots share: it makes empty roots, decides which are kept, has used ones cleaned
+//!   (`cleaning` makes a root what its record says), invalidates all, and waits for free space.
 //! - `root_pool` has the roots that are idle, and in `subtree_stash` the subtrees that no root has; `deletion` removes
 //!   what is thrown away.
-//! - `ctime_resolution` and `reuse_suspension` tell whether roots may be kept, and `free_space_monitor` whether
-//!   commands may start, and which one has taken too much of the disk, by its `disk_usage`.
+//! - `ctime_resolution` and `reuse_suspension` tell whether roots may be kept, and `free_space_monitor` what
+//!   is free: whether it suffices for a command to start, whether the disk was full while one ran, and which one has
+//!   taken too much, by its `disk_usage`.
 
 mod action_directory;
 mod assign_inodes;
@@ -94,6 +95,6 @@ mod worker_build_directory;
 
 pub use action_directory::LAST_PROCESS_TIMEOUT;
 pub use input_root::InputRoot;
-pub use planned_root::{PlannedRoot, PrepareError};
+pub use planned_root::{PlannedRoot, PlannedRootError};
 pub use prepare::InputRoots;
 pub use worker_build_directory::WorkerBuildDirectory;

@@ -1,7 +1,8 @@
 //! PURE: how a directory tree becomes another one: what is unlinked, stashed, unstashed, moved and made.
 //!
 //! 1. Equal digests are equal subtrees: nothing below them is looked at.
-//! 2. A plan is exact: it never makes what is there, and leaves nothing that is not wanted.
+//! 2. A plan is exact: it leaves nothing that is not wanted, and makes what is there only where a directory is
+//!    cheaper made anew as a whole than turned into the wanted one.
 //! 3. All removals come before the first addition, so that a name is free when it is needed, and a
 //!    subtree that goes from one place can come to another.
 

@@ -45,7 +45,7 @@ pub struct PlannedRoot {
 
 /// Why an input root could not be laid out.
 #[derive(Debug)]
-pub enum PrepareError {
+pub enum PlannedRootError {
     /// These files must be restored to the cache; then another attempt may succeed.
     MissingFiles(Vec<FileKey>),
     Fault(Fault),
@@ -63,9 +63,9 @@ impl Drop for PlannedRoot {
     }
 }
 
-impl From<Fault> for PrepareError {
+impl From<Fault> for PlannedRootError {
     fn from(fault: Fault) -> Self {
-        PrepareError::Fault(fault)
+        PlannedRootError::Fault(fault)
     }
 }
 
@@ -123,7 +123,7 @@ impl PlannedRoot {
         mut self,
         pinned: PinnedFiles,
         parents: &BTreeSet<RelativePath>,
-    ) -> Result<InputRoot, PrepareError> {
+    ) -> Result<InputRoot, PlannedRootError> {
         let began = Instant::now();
         let build_directory = self.build_directory.clone();
         let (root, plan) = self.work.take().expect("present until performed");
@@ -148,10 +148,10 @@ impl PlannedRoot {
         let context = build_directory.context(generation);
         let performed = context.perform(record, plan, pinned, self.keep, self.create_mode);
         input_root.record = performed.map_err(|error| match error {
-            LayOutError::MissingFiles(keys) => PrepareError::MissingFiles(keys),
+            LayOutError::MissingFiles(keys) => PlannedRootError::MissingFiles(keys),
             LayOutError::Disk(name, error) => {
                 let what = format!("make {name:?} of the input root");
-                PrepareError::Fault(build_directory.disk_fault(&what, error))
+                PlannedRootError::Fault(build_directory.disk_fault(&what, error))
             }
         })?;
         for parent in parents {

@@ -11,7 +11,7 @@ use super::{
     file_cache::{FileCache, FileKey, PinnedFiles},
     input_root::InputRoot,
     merkle_tree::Tree,
-    planned_root::{PlannedRoot, PrepareError},
+    planned_root::{PlannedRoot, PlannedRootError},
     worker_build_directory::WorkerBuildDirectory,
 };
 use crate::{
@@ -51,14 +51,14 @@ impl InputRoots {
         let parents = Arc::new(command.output_parents());
         let mut attempts = 0;
         loop {
-            match self.lay_out(task, &tree, &parents).await {
+            match self.try_prepare(task, &tree, &parents).await {
                 Ok(root) => return Ok((command, root)),
-                Err(PrepareError::Fault(fault)) => return Err(fault),
-                Err(PrepareError::MissingFiles(keys)) if attempts < LAY_OUT_RETRIES => {
+                Err(PlannedRootError::Fault(fault)) => return Err(fault),
+                Err(PlannedRootError::MissingFiles(keys)) if attempts < LAY_OUT_RETRIES => {
                     attempts += 1;
                     self.restore(task, keys).await?;
                 }
-                Err(PrepareError::MissingFiles(keys)) => {
+                Err(PlannedRootError::MissingFiles(keys)) => {
                     return Err(Fault::Unavailable(format!(
                         "could not keep {} files in the cache in {}: something removes them",
                         keys.len(),
@@ -141,12 +141,12 @@ impl InputRoots {
 
     /// Chooses a root, fetches the files that it lacks, then lays it out. Where nothing is to be fetched, one thread
     /// does all of it.
-    async fn lay_out(
+    async fn try_prepare(
         &self,
         task: &AssignedTask,
         tree: &Tree,
         parents: &Arc<BTreeSet<RelativePath>>,
-    ) -> Result<InputRoot, PrepareError> {
+    ) -> Result<InputRoot, PlannedRootError> {
         let (build_directory, inputs, group) =
             (self.build_directory.clone(), self.inputs, self.group);
         let (tree, all_parents) = (tree.clone(), parents.clone());
@@ -194,7 +194,7 @@ fn perform(
     pinned: PinnedFiles,
     parents: &BTreeSet<RelativePath>,
     group: Option<u32>,
-) -> Result<InputRoot, PrepareError> {
+) -> Result<InputRoot, PlannedRootError> {
     let mut root = planned.lay_out(pinned, parents)?;
     grant_group_access(&mut root, group)?;
     Ok(root)

@@ -33,6 +33,9 @@ impl ReuseSuspension {
 
     /// Whether roots are kept now.
     pub(super) fn allows_reuse(&self, now: Instant) -> bool {
+        if !self.reuse_is_possible {
+            return false;
+        }
         let mut actions = self.privileged_actions.lock();
         match actions.suspended_until {
             Some(until) if now < until => false,
@@ -40,9 +43,9 @@ impl ReuseSuspension {
                 actions.suspended_until = None;
                 drop(actions);
                 tracing::info!("input roots are kept again");
-                self.reuse_is_possible
+                true
             }
-            None => self.reuse_is_possible,
+            None => true,
         }
     }
 
@@ -64,6 +67,9 @@ impl ReuseSuspension {
 
     /// Why roots are not kept now, for the status line; `None` while they are kept, or never are.
     pub(super) fn describe(&self, now: Instant) -> Option<String> {
+        if !self.reuse_is_possible {
+            return None;
+        }
         let actions = *self.privileged_actions.lock();
         let left = actions.suspended_until?.checked_duration_since(now)?;
         Some(format!(

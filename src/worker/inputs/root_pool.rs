@@ -275,7 +275,7 @@ impl RootPool {
     }
 
     /// Moves a subtree that is as its record says out of a root.
-    pub(super) fn stash(
+    pub(super) fn detach_subtree(
         &self,
         parent: BorrowedFd<'_>,
         name: &str,
@@ -288,7 +288,7 @@ impl RootPool {
     }
 
     /// Moves a stashed subtree into a root.
-    pub(super) fn unstash(
+    pub(super) fn attach_subtree(
         &self,
         stashed: StashedSubtree,
         parent: BorrowedFd<'_>,

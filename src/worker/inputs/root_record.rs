@@ -133,7 +133,7 @@ fn baseline(stat: &Stat) -> Result<Baseline, Errno> {
 
 /// Ends the worker's changes to a directory: sets its mtime, then looks at it (I6 Baseline). Returns inode
 /// number and baseline.
-pub(super) fn record_baseline(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
+pub(super) fn finalize_directory(directory: BorrowedFd<'_>) -> Result<(u64, Baseline), Errno> {
     set_mtime(directory)?;
     read_baseline(directory)
 }

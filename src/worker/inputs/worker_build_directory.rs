@@ -1,5 +1,5 @@
-//! The worker's build directory and all that its input roots share: makes roots, and has used ones cleaned for the next
-//! action.
+//! The worker's build directory and all that its input roots share: makes empty roots, decides which are kept, has used
+//! ones cleaned for the next action, invalidates them when somebody changed the cache, and waits for free space.
 
 use std::{
     io,
@@ -198,7 +198,7 @@ impl WorkerBuildDirectory {
         let fd = self
             .root_pool
             .open_directory(&action_directory.directory, INPUT_ROOT)?;
-        let (inode, baseline) = root_record::record_baseline(fd.as_fd())?;
+        let (inode, baseline) = root_record::finalize_directory(fd.as_fd())?;
         let top = DirectoryRecord {
             node: Node::empty(),
             fd: Arc::new(fd),

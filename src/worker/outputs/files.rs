@@ -96,7 +96,7 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
         self.properties.remember(inode_of(stat), stat);
         let worker = rustix::process::geteuid().as_raw();
         // What the worker made, or took over before, shows it.
-        if (stat.st_uid == worker || stat.st_uid == 0) && !file_cache::is_made_by_worker(stat) {
+        if (stat.st_uid == worker || stat.st_uid == 0) && !file_cache::has_worker_attributes(stat) {
             self.found.by_a_privileged_user = true;
         }
         if stat.st_uid != worker {

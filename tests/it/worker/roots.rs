@@ -14,7 +14,7 @@ use bb_remote_execution::{
     path::Component,
     proto::rpc::Code,
     worker::inputs::{
-        InputRoot, PlannedRoot, PrepareError, WorkerBuildDirectory,
+        InputRoot, PlannedRoot, PlannedRootError, WorkerBuildDirectory,
         directory_message::{Directory, FileEntry},
         file_cache::{FileCache, FileKey},
         merkle_tree::{self, Tree},
@@ -100,12 +100,12 @@ fn root_of(directories: usize, content: &str) -> Tree {
         .0
 }
 
-fn lay_out(planned: PlannedRoot) -> Result<InputRoot, PrepareError> {
+fn lay_out(planned: PlannedRoot) -> Result<InputRoot, PlannedRootError> {
     let pinned = planned.pin()?;
     planned.lay_out(pinned, &BTreeSet::new())
 }
 
-fn prepare(roots: &Arc<WorkerBuildDirectory>, tree: &Tree) -> Result<InputRoot, PrepareError> {
+fn prepare(roots: &Arc<WorkerBuildDirectory>, tree: &Tree) -> Result<InputRoot, PlannedRootError> {
     lay_out(PlannedRoot::new(roots, tree, Inputs::Shared).unwrap())
 }
 
@@ -138,10 +138,10 @@ fn a_full_disk_costs_one_action_and_no_other() {
         drop(prepare(&roots, &small).unwrap());
         let large = root_of(20_000, "content");
         match prepare(&roots, &large) {
-            Err(PrepareError::Fault(fault)) => {
+            Err(PlannedRootError::Fault(fault)) => {
                 assert_eq!(fault.status().code, Code::Unavailable as i32, "{fault}");
             }
-            Err(PrepareError::MissingFiles(keys)) => panic!("{keys:?}"),
+            Err(PlannedRootError::MissingFiles(keys)) => panic!("{keys:?}"),
             Ok(_) => panic!("there is no room for it"),
         }
         // What was made is removed in the background.

@@ -7,7 +7,8 @@ use std::{
 
 use crate::daemon::Counter;
 
-/// How often input files were wanted since the start, and found in the cache or not.
+/// How often cached files were wanted for files that a root lacked, since the start, and were there or not; and how many
+/// bytes were asked of the storage for those that were not.
 #[derive(Debug, Default)]
 pub struct CacheUses {
     pub hits: Counter,

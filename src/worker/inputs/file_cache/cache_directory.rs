@@ -17,7 +17,8 @@
 //!    use is removed whatever its size.
 //! 3. Files belong to the worker, are 0444 or 0555, and have the mtime 2000-01-01T00:00:00Z, as
 //!    Buildbarn's. Nobody has them open for writing.
-//! 4. Every link and unlink sets the ctime, so that it tells at the next start when a file was used.
+//! 4. Every link and unlink sets the ctime, so that it tells at the next start when a file was used; of
+//!    a file that reflinks are made of, when it was added.
 
 use std::{
     fs::File,

@@ -1,12 +1,12 @@
 //! Makes files of input roots from cached ones, by reflink, hard link or copy; makes and removes extra inodes of cached
 //! files.
 //!
-//! 1. No two files of a root are one inode, whatever their content is: each is a reflink, where the file system has
-//!    them; else a hard link to one of several inodes of the cached file, of which the root links each at most once
-//!    (`inputs::inode_allocator` says which). Empty files are made of nothing.
+//! 1. No two files of a root are one inode, whatever their content is: by the root's `CreateMode` each is a reflink, a
+//!    private copy, or a hard link to one of several inodes of the cached file, of which the root links each at most
+//!    once (`inputs::inode_allocator` says which). Empty files are made of nothing.
 //! 2. Extra inodes of a file are copies of its first one; their inode indices have no gaps. Each is counted for how
 //!    many files of input roots are links to it; those at the end that have none are removed before any file
-//!    is evicted. So there are as many as roots have, not as roots once had.
+//!    is evicted for the cache's own limits. So there are as many as roots have, not as roots once had.
 //! 3. Extra inodes come and go while `FileCache::changing_extra_inodes` is held, or with their file, when
 //!    that is in progress: so a name on the disk is always the inode that is known by it.
 //! 4. A file is looked at when it is linked: one whose size, mode, owner or mtime somebody changed, by

@@ -58,7 +58,7 @@ impl FileCache {
             self.remove_unlinked_extra_inodes();
             // Files of idle input roots are the dearest inodes, but not so dear that no cached file
             // has space beside them.
-            let crowded = self.index.lock().extra_inodes() > self.limits.files / 2;
+            let crowded = self.index.lock().inodes_beyond_first() > self.limits.files / 2;
             if crowded && self.is_over() && reclaim() {
                 continue;
             }

@@ -108,11 +108,11 @@ impl Drop for FileClaim {
 impl CacheIndex {
     /// How many inodes on disk are the cache's or in input roots.
     pub(super) fn inodes(&self) -> u64 {
-        self.files.len() as u64 + self.extra_inodes()
+        self.files.len() as u64 + self.inodes_beyond_first()
     }
 
     /// How many inodes on disk are the cache's or in input roots, without the first ones of cached files.
-    pub(super) fn extra_inodes(&self) -> u64 {
+    pub(super) fn inodes_beyond_first(&self) -> u64 {
         self.extra.count + self.unshared_inodes
     }
 

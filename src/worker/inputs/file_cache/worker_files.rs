@@ -69,7 +69,7 @@ pub(super) fn create_empty(
 
 /// Whether a file has owner, mode and mtime of those that the worker makes, for the cache or for an input root, or has
 /// adopted from an action. Says nothing of its size and content.
-pub fn is_made_by_worker(stat: &Stat) -> bool {
+pub fn has_worker_attributes(stat: &Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
         && matches!(stat.st_mode & 0o7777, 0o444 | 0o555)
         && (stat.st_mtime, stat.st_mtime_nsec) == (MTIME, 0)
