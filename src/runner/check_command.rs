@@ -1,4 +1,5 @@
-//! What would keep a runner from working, for `--check`, and what is wrong although it works.
+//! What would keep a runner from working, for `--check`, and what is wrong although it works; also
+//! the check of directories that are emptied, without which the daemon does not start.
 
 use std::{
     fs,

@@ -20,14 +20,14 @@ const CAPABILITIES: [(u32, &str); 8] = [
     (21, "CAP_SYS_ADMIN"),
 ];
 /// How many of them, the last ones, are for namespaces only.
-const NAMESPACES: usize = 2;
+const NAMESPACE_CAPABILITIES: usize = 2;
 
 /// Fails without the privileges that no action can be run without.
 pub(super) fn check_capabilities() -> Result<(), Failure> {
     let missing = missing_capabilities(0);
     // Without those for namespaces, actions can be run, with less around them.
-    let vital =
-        &missing[..missing.len() - missing_capabilities(CAPABILITIES.len() - NAMESPACES).len()];
+    let vital = &missing
+        [..missing.len() - missing_capabilities(CAPABILITIES.len() - NAMESPACE_CAPABILITIES).len()];
     if vital.is_empty() {
         return Ok(());
     }

@@ -95,7 +95,7 @@ impl IdleInvoker {
                 },
                 IdleInvokerPhase::Running(0) => {
                     let result = self.clean();
-                    self.enter(IdleInvokerPhase::Running(usize::from(result.is_ok())));
+                    self.finish_cleaning(IdleInvokerPhase::Running(usize::from(result.is_ok())));
                     result?;
                 }
                 IdleInvokerPhase::Running(_) => {}
@@ -105,7 +105,7 @@ impl IdleInvoker {
     }
 
     /// Ends cleaning, and wakes those who wait for that.
-    fn enter(&self, phase: IdleInvokerPhase) {
+    fn finish_cleaning(&self, phase: IdleInvokerPhase) {
         *self.phase.lock() = phase;
         self.cleaned.notify_waiters();
     }
@@ -126,7 +126,7 @@ impl IdleInvoker {
             sys::set_umask(&mut command, UMASK);
             let status = command
                 .spawn()
-                .and_then(|command| end_within(self.timeout, command))
+                .and_then(|command| wait_or_kill(self.timeout, command))
                 .map_err(|error| about(program, &error))?;
             if !status.success() {
                 return Err(io::Error::other(format!("{program} failed: {status}")));
@@ -138,9 +138,9 @@ impl IdleInvoker {
 
 /// Waits for a command, which leads a process group; kills that group when it takes too long, or cannot
 /// be waited for.
-fn end_within(timeout: Duration, mut command: Child) -> io::Result<ExitStatus> {
+fn wait_or_kill(timeout: Duration, mut command: Child) -> io::Result<ExitStatus> {
     let pid = Pid::from_child(&command);
-    let ended = has_ended_within(timeout, pid);
+    let ended = ends_within(timeout, pid);
     if !matches!(ended, Ok(true)) {
         let _ = kill_process_group(pid, Signal::KILL);
     }
@@ -156,7 +156,7 @@ fn end_within(timeout: Duration, mut command: Child) -> io::Result<ExitStatus> {
 }
 
 /// Whether a child ends within this time; it is not reaped.
-fn has_ended_within(timeout: Duration, pid: Pid) -> io::Result<bool> {
+fn ends_within(timeout: Duration, pid: Pid) -> io::Result<bool> {
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
     let limit = Timespec::try_from(timeout).ok();
     loop {
@@ -189,7 +189,7 @@ impl Drop for IdleInvokerGuard<'_> {
             // The next action is refused if it still fails then.
             tracing::warn!(%error, "could not clean up after actions");
         }
-        idle_invoker.enter(IdleInvokerPhase::Running(0));
+        idle_invoker.finish_cleaning(IdleInvokerPhase::Running(0));
     }
 }
 
@@ -264,7 +264,7 @@ mod tests {
         cancellation.cancel();
         tokio::task::spawn_blocking(move || {
             assert!(idle_invoker.acquire(&cancellation).unwrap().is_none());
-            idle_invoker.enter(IdleInvokerPhase::Running(0));
+            idle_invoker.finish_cleaning(IdleInvokerPhase::Running(0));
             assert!(idle_invoker.acquire(&cancellation).unwrap().is_some());
         })
         .await

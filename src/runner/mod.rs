@@ -2,12 +2,12 @@
 //!
 //! In the order to read it, from the top down:
 //!
-//! - `service`, `early_response_headers`: what a worker asks for over a Unix socket; `check_command`: what
-//!   `--check` says;
+//! - `service`: what a worker asks for over a Unix socket; `early_response_headers`: keeps the gRPC library from ending
+//!   a Run at its deadline by itself; `check_command`: what `--check` says;
 //! - `metrics`: what is told of it, and `status_command`, which asks for that; `counts` has what became of actions;
 //! - `run_action`: one action, from its command to its last process, with `idle_invoker` around several,
-//!   `log_size_limit` for what it writes, `server_logs` for what is told of it, `action_directory_lock` (with
-//!   `input_ownership`) and `action_mounts` (with `input_root_chroot`) for what it is in;
+//!   `log_size_limit`, which truncates its stdout and stderr files, `server_logs` for what is told of it,
+//!   `action_directory_lock` (flock(2), mode, home directory; with `input_ownership`) and `action_mounts` (with `input_root_chroot`) for what it is in;
 //! - `build_directory`: where workers lay out actions;
 //! - `run_spec`, `default_environment`: what to run, parsed;
 //! - `sandbox`: the layers of containment, made ahead;
@@ -85,7 +85,7 @@ pub const PROGRAM: Program = Program {
 
 /// How long killed processes may take to be gone: each user's when the daemon starts, and all actions' when it leaves.
 /// Calls may last that much longer than the drain timeout, so that callers hear what became of their actions.
-const SHUTDOWN_KILL_TIMEOUT: Duration = Duration::from_secs(20);
+const LEFTOVER_KILL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Serves Runs until the daemon is told to stop; then drains, kills what is left, and returns.
 pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
@@ -199,14 +199,14 @@ pub async fn run(config: Config, lifecycle: Lifecycle) -> Result<(), Failure> {
     };
     let result = tokio::select! {
         // Callers are told what became of commands that had to be killed.
-        result = daemon::serve(listener, routes, lifecycle.stopping(), drain + SHUTDOWN_KILL_TIMEOUT) => result,
+        result = daemon::serve(listener, routes, lifecycle.stopping(), drain + LEFTOVER_KILL_TIMEOUT) => result,
         () = lifecycle.keep_status(line) => Ok(()),
         () = kill_after_drain => Ok(()),
     };
     observed.abort();
     traces.flush().await;
     kill_all_actions.cancel();
-    if !users.wait_all_returned(SHUTDOWN_KILL_TIMEOUT).await {
+    if !users.wait_all_returned(LEFTOVER_KILL_TIMEOUT).await {
         tracing::warn!("leaving although not everything that was killed is gone");
     }
     context.sandboxes.close();
@@ -251,7 +251,7 @@ fn prepare_process() {
 fn kill_leftovers(config: &Config) -> Result<(), Failure> {
     let range = config.users.range();
     for user in range.clone() {
-        if !user_cleanup::kill_processes(user, SHUTDOWN_KILL_TIMEOUT) {
+        if !user_cleanup::kill_processes(user, LEFTOVER_KILL_TIMEOUT) {
             return Err(Failure::Environment {
                 message: format!(
                     "could not kill the processes of user {user}, which is one of users.first and \

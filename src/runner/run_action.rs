@@ -97,7 +97,7 @@ pub(super) enum RunError {
         error: io::Error,
     },
     #[error("Failed to start process: could not {what}: {error}")]
-    Resources {
+    Prepare {
         what: &'static str,
         error: io::Error,
     },
@@ -187,8 +187,8 @@ impl RunError {
         )
     }
 
-    fn resources(what: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |error| RunError::Resources { what, error }
+    fn prepare(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |error| RunError::Prepare { what, error }
     }
 }
 
@@ -287,7 +287,7 @@ fn acquire<'a>(
     let idle_invoker_guard = match &context.idle_invoker {
         Some(idle_invoker) => {
             let guard = idle_invoker.acquire(cancellation);
-            let guard = guard.map_err(RunError::resources("clean up before the action"))?;
+            let guard = guard.map_err(RunError::prepare("clean up before the action"))?;
             Some(guard.ok_or(RunError::Cancelled)?)
         }
         None => None,
@@ -295,7 +295,7 @@ fn acquire<'a>(
     let build = BuildDirectory::open(&context.config.build_directory)?;
     let identity = build
         .identity()
-        .map_err(RunError::resources("look at the build directory"))?;
+        .map_err(RunError::prepare("look at the build directory"))?;
     let sandbox = match context.sandboxes.try_take(identity) {
         Some(sandbox) => sandbox,
         None => cancellation
@@ -321,7 +321,7 @@ fn run_in_sandbox(
     let mut stderr = LimitedStdioFile::new(build.create_stdio_file(&spec.stderr)?, limits.log_size);
     if let Some(mounts) = &sandbox.mounts {
         let written = mounts.account_files.write_entry(user, &spec.home);
-        written.map_err(RunError::resources("name the action's user"))?;
+        written.map_err(RunError::prepare("name the action's user"))?;
     }
     let sandbox_mounts = sandbox.mounts.as_ref();
     let mut mounts = ActionMounts::prepare(spec, &context.config.root, build, sandbox_mounts)?;
@@ -435,8 +435,7 @@ fn wait(
                 if !grace.is_zero() {
                     process.terminate();
                     let deadline = Instant::now() + grace;
-                    while !process.has_ended_within(rest_of(deadline)) && Instant::now() < deadline
-                    {
+                    while !process.ends_within(rest_of(deadline)) && Instant::now() < deadline {
                         truncate(&mut stdio_files);
                     }
                 }
@@ -483,7 +482,7 @@ fn classify_exit(
     if memory.is_some_and(|memory| memory.is_external_oom()) {
         return ended.and(Err(RunError::Killed("this host ran out of memory")));
     }
-    if namespace == Some(NamespaceEnd::Killed)
+    if namespace == Some(NamespaceEnd::KilledByOthers)
         && !memory.is_some_and(|memory| memory.is_exhausted())
         && !matches!(ended, Err(RunError::Cancelled))
     {
@@ -543,7 +542,7 @@ fn remove_shared(sandbox_context: &SandboxContext, user: u32) {
 fn start_error(spec: &RunSpec, context: &RunContext, error: SpawnError) -> RunError {
     let (stage, error, executable) = match error {
         SpawnError::Clone(error) => {
-            return RunError::Resources {
+            return RunError::Prepare {
                 what: "create a process",
                 error,
             };

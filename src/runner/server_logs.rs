@@ -1,4 +1,4 @@
-//! A log for people whose action was ended by something else than its command: what that was, how much it was
+//! A log for people whose action something else than its command has ended, or a limit has held back: what that was, how much it was
 //! allowed, and what was running (RunRequest.server_logs_directory; REAPI: ExecuteResponse.server_logs).
 //!
 //! 1. It is only made where there is something to tell: an action that ends by itself, however, costs nothing.

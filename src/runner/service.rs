@@ -7,7 +7,7 @@
 //! 3. A deadline that the caller sends is kept: the command is killed, and DEADLINE_EXCEEDED is the
 //!    answer when nothing of it is left.
 //! 4. Ready means that an action can be started: the worker sees the same build directory, and a sandbox was made
-//!    now, or at most 10 s ago (`SandboxPool::recently_verified`). A build directory that is not as it must be is
+//!    now, or at most 10 s ago (`SandboxPool::last_verification`). A build directory that is not as it must be is
 //!    INTERNAL, and a path that leads out of it INVALID_ARGUMENT. Whatever else keeps this host from running an
 //!    action is UNAVAILABLE, so that it is tried elsewhere.
 
@@ -160,7 +160,7 @@ impl runner_server::Runner for RunnerService {
         let context = self.context.clone();
         let checked = tokio::task::spawn_blocking(move || {
             let build_directory = check_directories(&context, &path)?;
-            Ok::<_, Status>(context.sandboxes.recently_verified(build_directory))
+            Ok::<_, Status>(context.sandboxes.last_verification(build_directory))
         });
         let checked = checked.await;
         let known = checked.map_err(|error| Status::unavailable(error.to_string()))??;

@@ -1,4 +1,4 @@
-//! System calls that neither nix nor rustix has, each as a function that does nothing else, and two
+//! System calls that neither nix nor rustix has, or not in a form that a new process may call, each as a function that does nothing else, and two
 //! ways to make a process.
 //!
 //! What is said to be for a *new process* may be called where `clone_vfork` has begun: it allocates

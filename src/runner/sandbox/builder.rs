@@ -63,7 +63,7 @@ impl SandboxBuilder {
             false => None,
         };
         let kinds = UNSHARED.iter().filter(|layer| has(layer.flag));
-        let kinds: Vec<_> = kinds.filter_map(|layer| layer.namespace).collect();
+        let kinds: Vec<_> = kinds.filter_map(|layer| layer.unshared_namespace).collect();
         // One call, since each copies what all processes have in common.
         let flags = kinds.iter().map(|kind| kind.flag).collect();
         unshare(flags).map_err(SandboxError::at("unshare"))?;

@@ -1,5 +1,7 @@
 //! The layer `containment.cgroups`: one control group for each action, version 2 (cgroups(7)).
 //!
+//! The cgroup namespace comes with the PID namespace (`pid_namespace`).
+//!
 //! 1. An action's processes are in its sandbox's group from their first instruction, and cannot leave it.
 //! 2. An action has ended when its group has no live process (cgroup.events, populated).
 //! 3. Names are unique for the life of a runner; groups that an earlier runner with the same users
@@ -48,7 +50,7 @@ pub(super) const LAYER: Layer = Layer {
     demand: |containment| containment.cgroups,
     needs: Layers::empty(),
     probe: Probe::Function(can_be_had),
-    namespace: None,
+    unshared_namespace: None,
     on: "actions have control groups",
     off: "actions' processes are found by their users",
 };
@@ -140,7 +142,7 @@ impl ActionCgroupParent {
         Ok(cgroups)
     }
 
-    /// Where the parent group is mounted.
+    /// The directory of the parent group.
     pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
@@ -263,9 +265,9 @@ impl Drop for ActionCgroup {
     }
 }
 
-/// Moves this process to `daemon/` below its group, so that controllers can be enabled for what lies beside it
-/// (cgroups(7), "no internal processes"); returns its group. Of a group that other processes share, controllers
-/// stay as they are.
+/// Moves this process to `daemon/` below its group, if it is alone there, so that controllers can be enabled for what
+/// lies beside it (cgroups(7), "no internal processes"); returns the group that actions' groups are made in. Of a
+/// group that other processes share, controllers stay as they are.
 fn move_daemon_to_leaf(base: PathBuf) -> Result<PathBuf, String> {
     // Only the root group lacks this file, and it alone may have both processes and controllers.
     let is_root = !base.join("cgroup.type").exists();

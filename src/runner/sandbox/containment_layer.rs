@@ -1,5 +1,5 @@
-//! What a layer of containment is. Each has a file of its own, with its probe, what it prepares and
-//! what it has an action's process do; `detect` has the table of all.
+//! What a layer of containment is. Each has a file of its own, with its probe and what it prepares; `detect`
+//! has the table of all.
 
 use bitflags::bitflags;
 
@@ -33,8 +33,9 @@ pub(super) struct Layer {
     /// Layers without which this one cannot work.
     pub needs: Layers,
     pub probe: Probe,
-    /// The namespace that each sandbox gets a new one of when this layer is on (namespaces(7)).
-    pub namespace: Option<NamespaceKind>,
+    /// The namespace that `builder` unshares for each sandbox (namespaces(7)); `None` where the layer has none, or makes
+    /// it itself.
+    pub unshared_namespace: Option<NamespaceKind>,
     /// What is so when it is on, for the log.
     pub on: &'static str,
     /// What is so when it is off, for the log.

@@ -30,7 +30,7 @@ pub(super) const LAYER: Layer = Layer {
     demand: |containment| containment.devices,
     needs: Layers::MOUNTS,
     probe: Probe::Sandbox,
-    namespace: None,
+    unshared_namespace: None,
     on: "actions have a /dev of their own with null, zero, full, random, urandom, tty and terminals",
     off: "actions see the host's devices, as far as their permissions let them",
 };

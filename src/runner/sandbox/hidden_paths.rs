@@ -21,7 +21,7 @@ pub(super) const LAYER: Layer = Layer {
     demand: |containment| containment.hidden,
     needs: Layers::MOUNTS,
     probe: Probe::Sandbox,
-    namespace: None,
+    unshared_namespace: None,
     on: "containment.hidden_paths are empty for actions, but for what they may write to",
     off: "actions see the daemons' directories and sockets, as far as their permissions let them",
 };

@@ -15,7 +15,7 @@ pub(super) const LAYER: Layer = Layer {
     demand: |containment| containment.ipc,
     needs: Layers::empty(),
     probe: Probe::Sandbox,
-    namespace: Some(NamespaceKind {
+    unshared_namespace: Some(NamespaceKind {
         flag: CloneFlags::CLONE_NEWIPC,
         name: "ipc",
         link: LinkNameSpaceType::InterProcessCommunication,

@@ -11,7 +11,7 @@
 //!     is still so), `account_files` (the action's user by name), `mount_calls`,
 //!   - `pid_namespace`, with `init_program`,
 //!   - `ipc_namespace`, `uts_namespace`, `network_namespace`, `devices`, `hidden_paths`, `seccomp`;
-//! - `namespace_fd`: what most of them are made of.
+//! - `namespace_fd`: an open namespace of any kind, and how to enter it (setns(2)); `builder` unshares most of them.
 
 mod account_files;
 mod action_sandbox;

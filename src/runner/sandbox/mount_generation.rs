@@ -85,7 +85,7 @@ impl HostSnapshot {
     }
 
     /// Whether its mounts are of this generation, or a later one.
-    pub(crate) fn has_mounts_of(&self, mount_generation: u64) -> bool {
+    pub(crate) fn is_at_least(&self, mount_generation: u64) -> bool {
         self.mount_generation >= mount_generation
     }
 }

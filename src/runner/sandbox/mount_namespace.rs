@@ -38,7 +38,7 @@ pub(super) const LAYER: Layer = Layer {
     demand: |containment| containment.mounts,
     needs: Layers::empty(),
     probe: Probe::Sandbox,
-    namespace: Some(KIND),
+    unshared_namespace: Some(KIND),
     on: "actions see the host's files read-only, and have their own directories at constant paths",
     off: "actions share /tmp, /var/tmp and /dev/shm, where what they leave is removed, and write \
           wherever the host lets every user write",
@@ -155,7 +155,7 @@ impl SandboxMounts {
     /// later one (`MountGenerationCounter`), and on the files of users and groups that it has now.
     pub(crate) fn is_current(&self, build_directory: DirectoryId, mount_generation: u64) -> bool {
         self.identity == build_directory
-            && self.snapshot.has_mounts_of(mount_generation)
+            && self.snapshot.is_at_least(mount_generation)
             && self.account_files.is_current()
     }
 }

@@ -1,4 +1,4 @@
-//! Open descriptors of namespaces (namespaces(7)), which threads make by leaving the daemon's, and processes enter.
+//! Open descriptors of namespaces (namespaces(7)), and how they are entered (setns(2)); others make them (unshare(2)).
 
 use std::{
     fs, io,

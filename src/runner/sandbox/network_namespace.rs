@@ -27,7 +27,7 @@ pub(super) const LAYER: Layer = Layer {
     demand: |containment| containment.network.demand(),
     needs: Layers::empty(),
     probe: Probe::Sandbox,
-    namespace: None,
+    unshared_namespace: None,
     on: "actions have a loopback interface of their own and no other network",
     off: "actions use the host's network, its loopback interface and abstract sockets included",
 };

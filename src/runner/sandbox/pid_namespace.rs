@@ -12,6 +12,7 @@
 //!    daemon go on.
 //! 5. It is a program of a few instructions in memory (`init_program`), so that it costs a page or
 //!    two, has nothing of the daemon's, and can do nothing.
+//! 6. Where there is a control group, the process also makes the cgroup namespace, and mounts /sys/fs/cgroup.
 
 #![expect(
     unsafe_code,
@@ -55,7 +56,7 @@ pub(super) const LAYER: Layer = Layer {
     // For a /proc of its own.
     needs: Layers::MOUNTS,
     probe: Probe::Sandbox,
-    namespace: None,
+    unshared_namespace: None,
     on: "actions see their own processes only, and the kernel ends all of them together",
     off: "actions see the host's processes; their own are found by control group and user",
 };
@@ -83,9 +84,9 @@ pub(crate) struct InitProcess {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum NamespaceEnd {
     /// The init process was asked to exit, or had to be killed by this daemon.
-    ExitedOnRequest,
+    EndedByRunner,
     /// Somebody else killed the init process, and so all others.
-    Killed,
+    KilledByOthers,
 }
 
 /// What the new process needs, and what it opens in the table of descriptors that it shares with this
@@ -182,8 +183,8 @@ impl InitProcess {
         }
         let status = waitid(WaitId::PidFd(self.pidfd.as_fd()), WaitIdOptions::EXITED);
         self.end = Some(match (exited_on_request, status) {
-            (true, Ok(Some(status))) if status.killed() => NamespaceEnd::Killed,
-            _ => NamespaceEnd::ExitedOnRequest,
+            (true, Ok(Some(status))) if status.killed() => NamespaceEnd::KilledByOthers,
+            _ => NamespaceEnd::EndedByRunner,
         });
         self.end
     }

@@ -3,13 +3,13 @@
 //! 1. Who takes one gets one that is usable now, or the reason why the last one could not be made.
 //! 2. After a failure the thread tries again by itself, `RETRY_INTERVAL` later, whether or not
 //!    somebody waits: a shortage that is over is noticed, and one that lasts costs little.
-//! 3. `recently_verified` answers from the last attempt to make a sandbox: by its failure, or, if it succeeded less
+//! 3. `last_verification` answers from the last attempt to make a sandbox: by its failure, or, if it succeeded less
 //!    than `MAXIMUM_VERIFICATION_AGE` ago and the newest sandbox that waits is usable, that one can be made.
 //!    `verify_can_build` always waits for a new attempt. So whoever asks for readiness again and again has a sandbox
 //!    made each `MAXIMUM_VERIFICATION_AGE` at most, as long as a usable one waits.
 //! 4. Whoever waits holds no lock, and can give up at any time.
-//! 5. The one in place of a sandbox that was taken is made when whoever took it says that its process runs
-//!    (`refill`), or when few are left; if its process never ran, at the next of these. For making one and starting
+//! 5. The one in place of a sandbox that was taken is made when whoever took it has tried to start its process
+//!    (`refill`), or when few are left; if it came to no try, at the next of these. For making one and starting
 //!    a process have the kernel's locks and, on a host with few processors, those in common.
 
 use std::{
@@ -95,7 +95,8 @@ impl SandboxPool {
         &self.context
     }
 
-    /// A sandbox around the build directory that has this device and inode number, if one is ready.
+    /// The oldest sandbox that is ready, if it is usable around the build directory that has this device and inode
+    /// number; else it is dropped.
     pub(crate) fn try_take(&self, build_directory: DirectoryId) -> Option<Sandbox> {
         let sandbox = self.shared.pop().ok()??;
         let mount_generation = self.context.mount_generation.current();
@@ -120,7 +121,7 @@ impl SandboxPool {
         ))
     }
 
-    /// Has the thread make what is missing. To be called once a sandbox that was taken runs its process; without the
+    /// Has the thread make what is missing. To be called once a process was started in a sandbox that was taken; without the
     /// call, the thread makes more only when fewer than `MINIMUM_READY` are left, or at the next call of this or of
     /// `verify_can_build`.
     pub(crate) fn refill(&self) {
@@ -128,7 +129,7 @@ impl SandboxPool {
     }
 
     /// Whether it is known that a sandbox can be made, or why none can; `None` when `verify_can_build` must find out.
-    pub(crate) fn recently_verified(
+    pub(crate) fn last_verification(
         &self,
         build_directory: DirectoryId,
     ) -> Option<Result<(), SandboxError>> {

@@ -16,7 +16,7 @@ pub(super) const LAYER: Layer = Layer {
     demand: |containment| containment.hostname,
     needs: Layers::empty(),
     probe: Probe::Sandbox,
-    namespace: Some(NamespaceKind {
+    unshared_namespace: Some(NamespaceKind {
         flag: CloneFlags::CLONE_NEWUTS,
         name: "uts",
         link: LinkNameSpaceType::HostNameAndNISDomainName,

@@ -2,8 +2,8 @@
 //!
 //! In the order to read it:
 //!
-//! - `spawn_spec`: all that a process is made from, decided before it exists, with `setup_step`, what it does to
-//!   get into its sandbox;
+//! - `spawn_spec`: all that a process is made from, decided before it exists, with `setup_step`, how it
+//!   enters namespaces, mounts and changes its root (control group, PID namespace and filter are in the former);
 //! - `rlimits`: the kernel's limits for each action;
 //! - `child`: what the new process does before it becomes the action's command, and `spawn_stage`, how far it came;
 //! - `process`: the process as this daemon has it.

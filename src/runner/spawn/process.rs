@@ -172,7 +172,7 @@ impl Process {
     }
 
     /// Waits until the process has ended, or this long; also less, when a signal comes.
-    pub(crate) fn has_ended_within(&self, timeout: Duration) -> bool {
+    pub(crate) fn ends_within(&self, timeout: Duration) -> bool {
         let timeout = Timespec::try_from(timeout).ok();
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
         poll(&mut fds, timeout.as_ref()) == Ok(1)
@@ -200,7 +200,7 @@ impl Drop for Process {
             return;
         }
         let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
-        if self.has_ended_within(REAP_TIMEOUT) {
+        if self.ends_within(REAP_TIMEOUT) {
             let _ = self.reap();
             return;
         }

@@ -1,5 +1,5 @@
 //! An action's resource limits (getrlimit(2)): at most these, however high this daemon's own are; where
-//! the daemon was started with lower ones, those. Some bound what the kernel counts by user, and so by action,
+//! the daemon was started with lower hard ones, those. Some bound what the kernel counts by user, and so by action,
 //! as each has a user of its own; the others bound each process.
 //!
 //! What the kernel counts for nobody is in bb-remote-execution(7), "What is not stopped".
@@ -39,7 +39,7 @@ pub(super) fn limit_open_files() -> Result<(), Errno> {
     lower(Resource::Nofile, OPEN_FILES.0, OPEN_FILES.1)
 }
 
-/// Sets the soft and the hard limit of a resource, but raises neither.
+/// Sets the soft and the hard limit of a resource, neither above this process's hard limit.
 fn lower(resource: Resource, soft: u64, hard: u64) -> Result<(), Errno> {
     let maximum = getrlimit(resource).maximum.unwrap_or(u64::MAX).min(hard);
     setrlimit(

@@ -1,5 +1,5 @@
-//! What a new process does itself to get into its sandbox, as data: layers of containment say which steps, and
-//! know nothing of processes; the process performs them, and knows no layer.
+//! What a new process does itself to get into its sandbox, as data: the sandbox and the action's mounts say which
+//! steps, and know nothing of processes; the process performs them, and knows no layer.
 
 use std::{
     ffi::{CStr, CString},

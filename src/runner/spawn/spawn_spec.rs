@@ -36,7 +36,7 @@ pub(crate) struct SpawnSpec<'a> {
     pub cgroup: Option<BorrowedFd<'a>>,
     /// `None` where it stays in this daemon's PID namespace.
     pub pid_namespaces: Option<PidNamespaces<'a>>,
-    /// What the layers of its sandbox have it do, in this order, while it has all privileges.
+    /// What its sandbox and its mounts have it do, in this order, while it has all privileges.
     pub setup: &'a [SetupStep<'a>],
     pub seccomp_filter: Option<&'a [libc::sock_filter]>,
 }

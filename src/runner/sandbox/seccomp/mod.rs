@@ -2,9 +2,10 @@
 //! tests never need and what keeps no promise about other users' business: keyrings, BPF, userfaultfd,
 //! mounts, user namespaces (with which they would have mounts and network interfaces of their own, and
 //! so most of the kernel's privileged code), modules, kexec, clocks, performance counters, rings.
-//! `syscalls` is the list, `filter` makes a program of it, and `bpf` is what that is written with.
+//! `syscalls` is the list, `filter` what is decided for each ABI, `bpf` has instructions and a binary search; a new
+//! process installs it (`spawn::child`).
 //!
-//! 1. They fail, as on a kernel that was built without them: programs look for something else.
+//! 1. They fail with EPERM, or, where programs have a way around them, with ENOSYS, as on a kernel without them.
 //! 2. So do calls that are newer than the list, on every ABI: a program that knows them knows older
 //!    kernels too.
 //! 3. 32-bit programs are filtered by their own numbers, out of the same list. Numbers of the x32 ABI
@@ -28,7 +29,7 @@ pub(super) const LAYER: Layer = Layer {
     demand: |containment| containment.seccomp,
     needs: Layers::empty(),
     probe: Probe::Function(is_built_in),
-    namespace: None,
+    unshared_namespace: None,
     on: "system calls that builds never need are refused",
     off: "actions may use all system calls",
 };
