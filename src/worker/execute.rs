@@ -224,7 +224,7 @@ impl Executor {
         metadata.output_upload_start_timestamp = now();
         let timeout = self.outputs.timeout.get();
         let uploaded = tokio::select! {
-            uploaded = self.upload(task, command, root, cancel, response) => uploaded,
+            uploaded = self.upload(task, command, root, was_run, cancel, response) => uploaded,
             () = tokio::time::sleep(timeout + UPLOAD_GRACE) => Err(outputs::late(timeout)),
             () = cancel.cancelled() => Err(Fault::Cancelled),
         };
@@ -312,6 +312,7 @@ impl Executor {
         task: &AssignedTask,
         command: Command,
         mut root: InputRoot,
+        was_run: bool,
         cancel: &CancellationToken,
         response: &mut reapi::ExecuteResponse,
     ) -> Result<(), Fault> {
@@ -340,6 +341,7 @@ impl Executor {
                 root.directory(),
                 root.root(),
                 &command,
+                was_run,
             );
             root.set_adopted_output_inodes(std::mem::take(&mut found.adopted_output_inodes));
             if found.by_a_privileged_user && shared {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, Dir, FlockOperation, Gid, Mode},
+    fs::{AtFlags, Dir, FlockOperation, Gid, Mode, fstat, statat},
     io::Errno,
 };
 
@@ -47,6 +47,17 @@ impl ActionDirectory {
             directory,
             root,
         })
+    }
+
+    /// Whether neither the directory nor the input root in it was removed or replaced.
+    pub(super) fn is_in_place(&self) -> bool {
+        let same = || {
+            let (directory, root) = (fstat(&self.directory)?, fstat(&self.root)?);
+            let named = statat(&self.directory, INPUT_ROOT, AtFlags::SYMLINK_NOFOLLOW)?;
+            let is_same = (named.st_dev, named.st_ino) == (root.st_dev, root.st_ino);
+            Ok::<bool, Errno>(is_same && directory.st_nlink > 0)
+        };
+        same().unwrap_or(false)
     }
 
     /// Gives it another name, so that a call that arrives late at the runner finds nothing.

@@ -4,9 +4,10 @@
 //! 1. No command starts unless `cache.minimum_free` is free.
 //! 2. A command during which hardly anything was free has no result, whoever took it: one sample is
 //!    taken every `FREE_SPACE_INTERVAL` while any command runs, and one at the end.
-//! 3. A command that has taken more than `minimum_free` itself, which is what each of them found, has taken more than
-//!    its share once little is left: it is ended before its neighbours are short, and told that it is at fault, so
-//!    that it does not fill one host after another. One at a time, the largest.
+//! 3. A command that has taken more than `minimum_free` itself, which is what each of them found, and at least half of
+//!    what was free lately, has taken more than its share once little is left: it is ended before its neighbours are
+//!    short, and told that it is at fault, so that it does not fill one host after another. One at a time, the
+//!    largest. None is blamed for what others hide, in files without a name.
 //!
 //! With a `minimum_free` of 0 nothing of this is looked at.
 
@@ -41,6 +42,8 @@ const FULL_INODES: u64 = 16;
 const LITTLE_DIVISOR: u64 = 2;
 /// How long what a command left, which was ended for it, may take to be removed until another one is looked for.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(2);
+/// What was free before this long says little of what a command could take.
+const RECENT: Duration = Duration::from_secs(600);
 /// Looking for one takes no more than this part of a processor.
 const SEARCH_DIVISOR: u32 = 4;
 
@@ -50,6 +53,8 @@ pub(super) struct FreeSpaceMonitor {
     directory: OwnedFd,
     minimum_free: u64,
     commands: Arc<Commands>,
+    /// What commands found that began lately.
+    most_free: Mutex<RecentMaximum>,
     /// How many samples found hardly anything free.
     full_samples: AtomicU64,
 }
@@ -70,10 +75,42 @@ struct RunningCommand {
 }
 
 /// What unprivileged users can still take on the file system.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Free {
     pub bytes: u64,
     pub inodes: u64,
+}
+
+impl Free {
+    fn max(self, other: Self) -> Self {
+        Free {
+            bytes: self.bytes.max(other.bytes),
+            inodes: self.inodes.max(other.inodes),
+        }
+    }
+}
+
+/// The most that was free in the last `RECENT` to twice that.
+#[derive(Debug, Default)]
+struct RecentMaximum {
+    since: Option<Instant>,
+    current: Free,
+    previous: Free,
+}
+
+impl RecentMaximum {
+    fn add(&mut self, free: Free, now: Instant) {
+        let is_over = |since| now.saturating_duration_since(since) >= RECENT;
+        if self.since.is_none_or(is_over) {
+            self.since = Some(now);
+            self.previous = std::mem::take(&mut self.current);
+        }
+        self.current = self.current.max(free);
+    }
+
+    fn most(&self) -> Free {
+        self.current.max(self.previous)
+    }
 }
 
 /// Has samples taken, for a command that runs, until it is dropped.
@@ -108,6 +145,7 @@ impl FreeSpaceMonitor {
             directory,
             minimum_free,
             commands: Arc::default(),
+            most_free: Mutex::default(),
             full_samples: AtomicU64::new(0),
         });
         if minimum_free > 0 {
@@ -156,11 +194,15 @@ impl FreeSpaceMonitor {
         is_little.then_some(free)
     }
 
-    /// Whether a command has taken more than each of them is to find. What is short is what counts.
+    /// Whether a command that has so much has taken more than each of them is to find, and at least half of what was
+    /// free lately. What is short is what counts.
     fn is_excess(&self, usage: DiskUsage, free: Free) -> bool {
-        let takes_bytes = free.bytes < self.minimum_free / LITTLE_DIVISOR;
-        takes_bytes && usage.bytes > self.minimum_free
-            || !takes_bytes && usage.inodes > MINIMUM_FREE_INODES
+        let most = self.most_free.lock().most();
+        let (taken, share, most) = match free.bytes < self.minimum_free / LITTLE_DIVISOR {
+            true => (usage.bytes, self.minimum_free, most.bytes),
+            false => (usage.inodes, MINIMUM_FREE_INODES, most.inodes),
+        };
+        taken > share && taken >= most / 2
     }
 
     /// Looks for the command that has taken most, and has it ended if that is more than its share. False when there is
@@ -229,18 +271,19 @@ impl FreeSpaceMonitor {
     }
 
     /// Has samples taken until what is returned is dropped, for a command that writes beneath `action_directory`.
-    pub(super) fn watch(self: &Arc<Self>, action_directory: OwnedFd) -> FreeSpaceWatch {
+    pub(super) fn watch(self: &Arc<Self>, action_directory: OwnedFd) -> io::Result<FreeSpaceWatch> {
+        self.most_free.lock().add(self.free()?, Instant::now());
         let command = Arc::new(RunningCommand {
             action_directory,
             excess: watch::Sender::new(None),
         });
         self.commands.running.lock().push(command.clone());
         self.commands.changed.notify_all();
-        FreeSpaceWatch {
+        Ok(FreeSpaceWatch {
             full_samples_before: self.full_samples.load(Ordering::SeqCst),
             monitor: self.clone(),
             command,
-        }
+        })
     }
 }
 

@@ -80,7 +80,7 @@ impl InputRoot {
     /// Says that from now on a command can start in the root.
     pub(super) fn begin(&mut self) -> io::Result<()> {
         let directory = self.directory().try_clone_to_owned()?;
-        self.free_space_watch = Some(self.build_directory.free_space.watch(directory));
+        self.free_space_watch = Some(self.build_directory.free_space.watch(directory)?);
         self.command_start_seconds = now();
         Ok(())
     }
@@ -140,8 +140,13 @@ impl InputRoot {
     }
 
     /// Whether what the command found and left can be relied on: nobody but the worker changed files of
-    /// the cache since the root was chosen, and the disk was never full. Blocks.
+    /// the cache since the root was chosen, the disk was never full, and the root is still where it was. Blocks.
     pub fn check(&self) -> Result<(), Fault> {
+        if !self.action_directory().is_in_place() {
+            return Err(Fault::Contended(
+                "while the command ran, somebody on the worker's host, or the command itself, removed or replaced its input root; nothing may be removed from the worker's build directory while actions run".to_owned(),
+            ));
+        }
         if let Some(fault) = self
             .free_space_watch
             .as_ref()

@@ -75,6 +75,7 @@ impl InputRoots {
         let (build_directory, group) = (self.build_directory.clone(), self.group);
         let make = move || {
             build_directory.await_free_space()?;
+            build_directory.cache.require_directory()?;
             let no_directory = |error| no_directory(&build_directory, error);
             let mut root = InputRoot::empty(&build_directory).map_err(no_directory)?;
             let (name, mode) = ("check_readiness", Mode::from_raw_mode(0o777));

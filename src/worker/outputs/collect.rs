@@ -27,15 +27,17 @@ use crate::{
 };
 
 impl<S: FnMut(Blobs)> Collector<'_, S> {
-    /// The action's directory has `stdout`, `stderr` and `server_logs`; `root` is the input root.
+    /// The action's directory has `stdout`, `stderr` and `server_logs`; `root` is the input root. `was_run` says that
+    /// the runner answered: it makes the two logs before it starts the command.
     pub fn collect(
         mut self,
         action_directory: BorrowedFd<'_>,
         root: BorrowedFd<'_>,
         command: &Command,
+        was_run: bool,
     ) -> CollectedOutputs {
-        self.found.stdout = self.log(action_directory, "stdout");
-        self.found.stderr = self.log(action_directory, "stderr");
+        self.found.stdout = self.log(action_directory, "stdout", was_run);
+        self.found.stderr = self.log(action_directory, "stderr", was_run);
         self.overlapping = command.outputs_overlap();
         self.hash_outputs_ahead(root, &command.outputs);
         for output in &command.outputs {
@@ -53,9 +55,20 @@ impl<S: FnMut(Blobs)> Collector<'_, S> {
         self.found
     }
 
-    fn log(&mut self, action_directory: BorrowedFd<'_>, name: &str) -> Option<Digest> {
+    fn log(
+        &mut self,
+        action_directory: BorrowedFd<'_>,
+        name: &str,
+        was_run: bool,
+    ) -> Option<Digest> {
         let (file, stat) = match beneath::open_file(action_directory, name) {
             Ok(opened) => opened,
+            Err(Errno::NOENT) if was_run => {
+                self.fail(Fault::Contended(format!(
+                    "somebody on the worker's host, or the command itself, removed the file of its {name} while it ran"
+                )));
+                return None;
+            }
             // The command was not started.
             Err(Errno::NOENT) => return None,
             Err(error) => {

@@ -189,6 +189,56 @@ async fn what_was_written_to_a_full_disk_is_no_result_whoever_filled_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_removes_while_the_command_runs_is_no_result() {
+    let farm = Farm::start().await;
+    let root = farm.root(&[]).await;
+    for script in [
+        "echo x; rm ../stdout",
+        "echo x > o; rm ../stderr",
+        "echo x > o; cd ..; rm -r root",
+        "echo x > o; cd ..; mv root other; mkdir root",
+        "echo x > o; rm -r \"$(cd .. && pwd)\"",
+    ] {
+        let task = farm.task(&shell(script, &["o"]), root.clone()).await;
+        let response = farm.execute(task.clone()).await;
+        tell(&response);
+        assert_eq!(
+            code(&response),
+            Code::Unavailable,
+            "{script}: {}",
+            text(&response)
+        );
+        assert!(text(&response).contains("removed"), "{}", text(&response));
+        assert!(farm.action_result(&task).await.is_none());
+        recovers(&farm, &[("a", script)]).await;
+    }
+    assert_eq!(farm.executor.availability.trouble(), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_whose_cache_was_emptied_says_what_to_do() {
+    let farm = Farm::start().await;
+    recovers(&farm, &[("a", "b")]).await;
+    let cache = farm.directory.path().join("cache");
+    for entry in fs::read_dir(&cache).unwrap() {
+        let entry = entry.unwrap().path();
+        let _ = match entry.is_dir() {
+            true => fs::remove_dir_all(entry),
+            false => fs::remove_file(entry),
+        };
+    }
+    let ready = format!("{:?}", farm.executor.check_readiness(0).await);
+    assert!(ready.contains("restart bb_worker"), "{ready}");
+    let response = farm.shell("cat in", &[("in", "new")], &[]).await;
+    assert_eq!(code(&response), Code::Unavailable, "{}", text(&response));
+    assert!(
+        text(&response).contains("restart bb_worker"),
+        "{}",
+        text(&response)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_command_starts_on_a_disk_with_less_free_than_must_be() {
     let Some(disk) = Disk::new(96, &[]) else {
         return;

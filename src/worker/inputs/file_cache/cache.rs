@@ -170,7 +170,23 @@ impl FileCache {
         handle
     }
 
+    /// An error when somebody has removed the directories of the cache under this worker. Blocks.
+    pub fn require_directory(&self) -> Result<(), Fault> {
+        match self.directory.is_removed() {
+            false => Ok(()),
+            true => Err(Fault::Unavailable(format!(
+                "somebody removed what was in {}, the cache of this worker, while bb_worker ran; restart bb_worker, which makes it anew",
+                self.path().display()
+            ))),
+        }
+    }
+
     pub(super) fn disk_fault(&self, key: &FileKey, error: io::Error) -> Fault {
+        if error.kind() == io::ErrorKind::NotFound
+            && let Err(fault) = self.require_directory()
+        {
+            return fault;
+        }
         let remedy = match cache_directory::is_full(&error) {
             true => "; make room on its file system, or lower cache.maximum_size",
             false => "",

@@ -119,6 +119,13 @@ impl CacheDirectory {
         Ok(files)
     }
 
+    /// Whether somebody has removed a part of it, so that nothing can be written there until it is opened anew.
+    pub(super) fn is_removed(&self) -> bool {
+        let parts = self.shards.iter().chain([&*self.incoming]);
+        let is_gone = |part: &OwnedFd| rustix::fs::fstat(part).is_ok_and(|it| it.st_nlink == 0);
+        parts.into_iter().any(is_gone)
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
