@@ -109,11 +109,8 @@ async fn nobody_is_blamed_for_what_another_one_hides() {
     );
     let (honest, hider) = tokio::join!(client.run(&honest), client.run(&hider));
     for response in [&honest, &hider] {
+        // It may run again, here or elsewhere; the store, which is on that disk too, may have let go of its inputs.
         let code = response.status.as_ref().map_or(0, |status| status.code);
-        // It may run again, here or elsewhere.
-        assert!(
-            is_ok(response) || code == Code::Unavailable as i32,
-            "{response:?}"
-        );
+        assert_ne!(code, Code::InvalidArgument as i32, "{response:?}");
     }
 }
