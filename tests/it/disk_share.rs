@@ -40,11 +40,12 @@ async fn an_action_that_fills_the_disk_is_ended_and_its_neighbours_are_not() {
     };
     let client = farm.client();
     let mut neighbour = Task::shell(
-        "for i in 1 2 3 4 5 6 7 8; do head -c 1M /dev/zero >> o || exit 1; sleep 0.5; done",
+        "i=0; while [ $i -lt 40 ]; do head -c 100k /dev/zero >> o || exit 1; sleep 0.5; i=$((i + 1)); done",
     );
     neighbour.command.output_paths = vec!["o".to_owned()];
-    // Slowly enough that it is noticed before the disk is full.
-    let hog = "i=0; while head -c 4M /dev/zero > f$i; do i=$((i + 1)); sleep 0.02; done; sleep 60";
+    // Fast until 128 MiB are left, and then so slowly that also on a busy host it is noticed before the disk is full.
+    let hog = "i=0; while [ $(stat -f -c %a .) -gt 32768 ]; do head -c 4M /dev/zero > f$i; i=$((i + 1)); done; \
+               while head -c 128k /dev/zero > f$i; do i=$((i + 1)); sleep 0.02; done; sleep 60";
     let hog = Task::shell(hog);
     let (neighbour, hog) = tokio::join!(client.run(&neighbour), client.run(&hog));
     assert!(refused_for_its_share(&hog), "{hog:?}");
