@@ -141,6 +141,13 @@ pub fn skip(why: &str) {
     }
 }
 
+/// Copies a program, by another process: what this one has open for writing, whatever it forks meanwhile has open too,
+/// and a program that somebody has open for writing cannot be executed (ETXTBSY).
+pub fn copy_program(from: impl AsRef<Path>, to: &Path) {
+    let copied = Command::new("cp").arg(from.as_ref()).arg(to).status();
+    assert!(copied.unwrap().success());
+}
+
 /// Farms need root; whoever lacks it is told so.
 pub fn is_root() -> bool {
     let root = nix::unistd::geteuid().is_root();
@@ -300,7 +307,10 @@ impl Farm {
             env!("CARGO_BIN_EXE_bb_runner"),
         ] {
             let program = Path::new(program);
-            fs::copy(program, root.join("bin").join(program.file_name().unwrap())).unwrap();
+            copy_program(
+                program,
+                &root.join("bin").join(program.file_name().unwrap()),
+            );
         }
         let (users, ports, claim) = claim_users();
         let mut farm = Farm {
@@ -477,15 +487,7 @@ impl Farm {
             .stdout(log.try_clone().unwrap())
             .stderr(log)
             .process_group(0);
-        let child = loop {
-            match command.spawn() {
-                // Another test forked while this one copied the program, and has yet to exec.
-                Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
-                    std::thread::sleep(Duration::from_millis(5));
-                }
-                spawned => break spawned.unwrap(),
-            }
-        };
+        let child = command.spawn().unwrap();
         *self.child(daemon) = Some(child);
     }
 

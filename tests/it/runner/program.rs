@@ -249,7 +249,7 @@ fn without_privileges_the_program_says_what_to_do() {
     let (directory, _) = program_directory();
     // It may lie where other users cannot reach it.
     let copy = directory.path().join("bb_runner");
-    fs::copy(env!("CARGO_BIN_EXE_bb_runner"), &copy).unwrap();
+    crate::harness::copy_program(env!("CARGO_BIN_EXE_bb_runner"), &copy);
     for flag in [None, Some("--check")] {
         let output = std::process::Command::new("setpriv")
             .args(["--reuid=65534", "--clear-groups"])

@@ -413,7 +413,7 @@ async fn whoever_may_not_open_the_socket_is_told_who_may() {
     scheduler.told(&["status"]).await;
     let directory = tempfile::tempdir_in("/var/tmp").unwrap();
     let program = directory.path().join("bb_scheduler");
-    std::fs::copy(env!("CARGO_BIN_EXE_bb_scheduler"), &program).unwrap();
+    crate::harness::copy_program(env!("CARGO_BIN_EXE_bb_scheduler"), &program);
     for path in [directory.path(), scheduler.directory.path()] {
         std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
     }
