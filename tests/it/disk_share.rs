@@ -1,7 +1,7 @@
 //! No action takes the disk from the others of its worker: one that has more than its share is ended while they still
 //! have room, and is told that it is at fault.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt, time::Duration};
 
 use bb_remote_execution::proto::{reapi::ExecuteResponse, rpc::Code};
 
@@ -9,16 +9,31 @@ use crate::harness::{Farm, Task, is_ok, is_root, parts::FileSystem};
 
 const MINIMUM_FREE: &str = "64MiB";
 
-/// A farm whose worker has a small disk, with `options` of mkfs.ext4(8).
-async fn farm_on(place: &Path, options: &[&str]) -> Option<(Farm, FileSystem)> {
+/// A farm whose worker has a small disk, until it is dropped.
+struct SmallDisk {
+    farm: Farm,
+    _disk: FileSystem,
+    _place: tempfile::TempDir,
+}
+
+/// `options` are mkfs.ext4(8)'s. `None` where there can be none.
+async fn small_disk(options: &[&str]) -> Option<SmallDisk> {
+    if !is_root() {
+        return None;
+    }
+    let place = tempfile::tempdir().unwrap();
     // Actions pass through to their directories.
-    fs::set_permissions(place, fs::Permissions::from_mode(0o755)).unwrap();
-    let disk = FileSystem::mount("ext4", 1200, place, options)?;
+    fs::set_permissions(place.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let disk = FileSystem::mount("ext4", 1200, place.path(), options)?;
     let store =
         "storage.embedded.maximum_size = \"16MiB\"\nstorage.embedded.minimum_free = \"1MiB\"\n";
     let cache = format!("cache.minimum_free = \"{MINIMUM_FREE}\"\n");
     let farm = Farm::start_with_worker(&disk.at, 2, store, &cache).await;
-    Some((farm, disk))
+    Some(SmallDisk {
+        farm,
+        _disk: disk,
+        _place: place,
+    })
 }
 
 fn refused_for_its_share(response: &ExecuteResponse) -> bool {
@@ -31,14 +46,10 @@ fn refused_for_its_share(response: &ExecuteResponse) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_action_that_fills_the_disk_is_ended_and_its_neighbours_are_not() {
-    if !is_root() {
-        return;
-    }
-    let place = tempfile::tempdir().unwrap();
-    let Some((farm, _disk)) = farm_on(place.path(), &[]).await else {
+    let Some(small) = small_disk(&[]).await else {
         return;
     };
-    let client = farm.client();
+    let client = small.farm.client();
     let mut neighbour = Task::shell(
         "i=0; while [ $i -lt 40 ]; do head -c 100k /dev/zero >> o || exit 1; sleep 0.5; i=$((i + 1)); done",
     );
@@ -57,14 +68,10 @@ async fn an_action_that_fills_the_disk_is_ended_and_its_neighbours_are_not() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_that_is_done_as_soon_as_it_has_filled_the_disk_is_at_fault_too() {
-    if !is_root() {
-        return;
-    }
-    let place = tempfile::tempdir().unwrap();
-    let Some((farm, _disk)) = farm_on(place.path(), &[]).await else {
+    let Some(small) = small_disk(&[]).await else {
         return;
     };
-    let client = farm.client();
+    let client = small.farm.client();
     let hog = client
         .run(&Task::shell("head -c 2G /dev/zero > f; exit 0"))
         .await;
@@ -75,14 +82,10 @@ async fn one_that_is_done_as_soon_as_it_has_filled_the_disk_is_at_fault_too() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_action_that_takes_all_inodes_is_ended() {
-    if !is_root() {
-        return;
-    }
-    let place = tempfile::tempdir().unwrap();
-    let Some((farm, _disk)) = farm_on(place.path(), &["-N", "6000"]).await else {
+    let Some(small) = small_disk(&["-N", "6000"]).await else {
         return;
     };
-    let client = farm.client();
+    let client = small.farm.client();
     let hog = Task::shell("i=0; while : > f$i; do i=$((i + 1)); done; sleep 60");
     let hog = tokio::time::timeout(Duration::from_secs(50), client.run(&hog)).await;
     let hog = hog.expect("it is ended long before it ends by itself");
@@ -93,14 +96,10 @@ async fn an_action_that_takes_all_inodes_is_ended() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_is_blamed_for_what_another_one_hides() {
-    if !is_root() {
-        return;
-    }
-    let place = tempfile::tempdir().unwrap();
-    let Some((farm, _disk)) = farm_on(place.path(), &[]).await else {
+    let Some(small) = small_disk(&[]).await else {
         return;
     };
-    let client = farm.client();
+    let client = small.farm.client();
     // More than what it is to find, but not what fills the disk.
     let honest = Task::shell("head -c 80M /dev/zero > o; sleep 6");
     // A file that has no name any more.

@@ -194,15 +194,15 @@ impl FreeSpaceMonitor {
         is_little.then_some(free)
     }
 
-    /// Whether a command that has so much has taken more than each of them is to find, and at least half of what was
-    /// free lately. What is short is what counts.
-    fn is_excess(&self, usage: DiskUsage, free: Free) -> bool {
+    /// How much a command has of what is short, bytes or inodes, if that is more than each of them is to find, and at
+    /// least half of what was free lately.
+    fn excess_of(&self, usage: DiskUsage, free: Free) -> Option<u64> {
         let most = self.most_free.lock().most();
         let (taken, share, most) = match free.bytes < self.minimum_free / LITTLE_DIVISOR {
             true => (usage.bytes, self.minimum_free, most.bytes),
             false => (usage.inodes, MINIMUM_FREE_INODES, most.inodes),
         };
-        taken > share && taken >= most / 2
+        (taken > share && taken >= most / 2).then_some(taken)
     }
 
     /// Looks for the command that has taken most, and has it ended if that is more than its share. False when there is
@@ -213,7 +213,7 @@ impl FreeSpaceMonitor {
             return true;
         }
         let mut sampled = Instant::now();
-        let mut largest: Option<(DiskUsage, &RunningCommand)> = None;
+        let mut largest: Option<(u64, DiskUsage, &RunningCommand)> = None;
         for command in &running {
             let usage = self.measure(command, || {
                 if sampled.elapsed() >= FREE_SPACE_INTERVAL {
@@ -221,17 +221,13 @@ impl FreeSpaceMonitor {
                     sampled = Instant::now();
                 }
             });
-            let size = |usage: DiskUsage| match free.bytes < self.minimum_free / LITTLE_DIVISOR {
-                true => usage.bytes,
-                false => usage.inodes,
-            };
-            if self.is_excess(usage, free)
-                && largest.is_none_or(|(most, _)| size(usage) > size(most))
+            if let Some(taken) = self.excess_of(usage, free)
+                && largest.is_none_or(|(most, ..)| taken > most)
             {
-                largest = Some((usage, command));
+                largest = Some((taken, usage, command));
             }
         }
-        let Some((usage, command)) = largest else {
+        let Some((_, usage, command)) = largest else {
             return false;
         };
         command.excess.send_replace(Some((usage, free)));
@@ -270,20 +266,25 @@ impl FreeSpaceMonitor {
         ))
     }
 
-    /// Has samples taken until what is returned is dropped, for a command that writes beneath `action_directory`.
-    pub(super) fn watch(self: &Arc<Self>, action_directory: OwnedFd) -> io::Result<FreeSpaceWatch> {
-        self.most_free.lock().add(self.free()?, Instant::now());
+    /// Has samples taken until what is returned is dropped, for a command that found so much free and writes beneath
+    /// `action_directory`.
+    pub(super) fn watch(
+        self: &Arc<Self>,
+        action_directory: OwnedFd,
+        found: Free,
+    ) -> FreeSpaceWatch {
+        self.most_free.lock().add(found, Instant::now());
         let command = Arc::new(RunningCommand {
             action_directory,
             excess: watch::Sender::new(None),
         });
         self.commands.running.lock().push(command.clone());
         self.commands.changed.notify_all();
-        Ok(FreeSpaceWatch {
+        FreeSpaceWatch {
             full_samples_before: self.full_samples.load(Ordering::SeqCst),
             monitor: self.clone(),
             command,
-        })
+        }
     }
 }
 
@@ -307,7 +308,7 @@ impl FreeSpaceWatch {
         // One that ends as soon as it has filled the disk would else fill that of the next host.
         if let Some(free) = free {
             let usage = self.monitor.measure(&self.command, || ());
-            if self.monitor.is_excess(usage, free) {
+            if self.monitor.excess_of(usage, free).is_some() {
                 return Some(self.monitor.excess_fault((usage, free)));
             }
         }

@@ -10,7 +10,7 @@ use std::{
 
 use super::{
     action_directory::{self, ActionDirectory},
-    free_space_monitor::FreeSpaceWatch,
+    free_space_monitor::{Free, FreeSpaceWatch},
     root_pool::IdleRoot,
     root_record::RootRecord,
     worker_build_directory::{UsedRoot, WorkerBuildDirectory},
@@ -77,10 +77,10 @@ impl InputRoot {
         }
     }
 
-    /// Says that from now on a command can start in the root.
-    pub(super) fn begin(&mut self) -> io::Result<()> {
+    /// Says that from now on a command can start in the root, which found so much free.
+    pub(super) fn begin(&mut self, found: Free) -> io::Result<()> {
         let directory = self.directory().try_clone_to_owned()?;
-        self.free_space_watch = Some(self.build_directory.free_space.watch(directory)?);
+        self.free_space_watch = Some(self.build_directory.free_space.watch(directory, found));
         self.command_start_seconds = now();
         Ok(())
     }

@@ -165,9 +165,9 @@ impl PlannedRoot {
             })?;
         }
         input_root.has_private_files = self.create_mode == CreateMode::Copy;
-        build_directory.await_free_space()?;
+        let found = build_directory.await_free_space()?;
         input_root
-            .begin()
+            .begin(found)
             .map_err(|error| build_directory.disk_fault("open the action's directory", error))?;
         let spent = self.spent + began.elapsed();
         tracing::debug!(

@@ -20,7 +20,7 @@ use super::{
     cleaning::{DirectoryCondition, clean_root},
     ctime_resolution::{self, CtimeResolution},
     file_cache::{CreateMode, FileCache, InputFiles},
-    free_space_monitor::{self, FreeSpaceMonitor},
+    free_space_monitor::{self, Free, FreeSpaceMonitor},
     inode_allocator::InodeAllocator,
     lay_out::LayOutContext,
     lay_out_counts::LayOutCounts,
@@ -299,9 +299,9 @@ impl WorkerBuildDirectory {
         }
     }
 
-    /// Waits until an action finds enough free. Space may come from what is being removed; if not, cached files are
+    /// Waits until an action finds enough free, and returns that. Space may come from what is being removed; if not, cached files are
     /// evicted for it, and idle roots let go of. Blocks.
-    pub fn await_free_space(&self) -> Result<(), Fault> {
+    pub(super) fn await_free_space(&self) -> Result<Free, Fault> {
         let began = Instant::now();
         let mut before = None;
         loop {
@@ -310,7 +310,7 @@ impl WorkerBuildDirectory {
                 .free()
                 .map_err(|error| self.disk_fault("look how much is free", error))?;
             if self.free_space.suffices(free) {
-                return Ok(());
+                return Ok(free);
             }
             let removing = self.root_pool.deletions.is_busy() || self.root_pool.is_cleaning();
             let in_vain = before == Some(free) && !removing;
